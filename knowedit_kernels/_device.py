@@ -1,0 +1,58 @@
+"""Facts about a device that decide what may run on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What an accuracy gate's verdict depends on, apart from the kernel itself."""
+
+    name: str
+    capability: str
+    driver: str
+    torch: str
+    triton: str
+
+    def key(self) -> dict[str, Any]:
+        """A JSON-able record, equal exactly when a cached verdict may be reused."""
+        return asdict(self)
+
+
+def triton_version() -> str | None:
+    """The installed Triton's version without importing it, or None."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cuda_facts(device: torch.device | str | int = "cuda") -> DeviceFacts:
+    """The facts of a CUDA device. Raises RuntimeError when torch sees none."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device: torch.cuda.is_available() is False")
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceFacts(
+        name=properties.name,
+        capability=f"{properties.major}.{properties.minor}",
+        driver=_driver_version(),
+        torch=torch.__version__,
+        triton=triton_version() or "none",
+    )
+
+
+def _driver_version() -> str:
+    """NVIDIA driver version from NVML; the CUDA runtime version where NVML's bindings are absent."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        return version if isinstance(version, str) else version.decode()
+    except Exception:  # the bindings raise their own types, and are optional
+        return f"cuda {torch.version.cuda}"

@@ -1,0 +1,55 @@
+"""The error model and the budgets that kernels, tests, benchmarks and documents all quote.
+
+Errors are against float64 on the same (already rounded) inputs. For a second moment C = K^T K:
+
+* normwise:    ||C' - C||_F / ||C||_F
+* elementwise: max |c'_ij - c_ij| / sqrt(c_ii c_jj)      (the scale in which every entry is at most 1)
+* bias:        |mean_i (c'_ii - c_ii) / c_ii|            (signed: truncation shows here first)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits on the three error measures of this module."""
+
+    normwise: float
+    elementwise: float
+    bias: float
+
+
+# What a second moment must keep for bf16, fp16 ("exact") and fp32 keys: better than a plain fp32 sum.
+MOMENT = Budget(normwise=1e-7, elementwise=5e-7, bias=1e-7)
+# The float64 paths.
+MOMENT_FP64 = Budget(normwise=1e-14, elementwise=1e-13, bias=1e-14)
+
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+
+# Tokens one tensor-core instruction adds exactly before the accumulator is aligned and truncated.
+MMA_TOKENS = 16
+
+
+def truncation_bias(chain: int) -> float:
+    """Predicted relative bias (negative) of a zero-started tensor-core chain of `chain` tokens.
+
+    Each of the chain/16 steps truncates to 24 bits and so loses half a last place on average; over
+    a sum that grows steadily from zero the mean last place is 0.36 * 2^-23 of the final value.
+    Emulated: -1.4e-6 at 1024, -1.1e-5 at 8192.
+    """
+    return -(chain / MMA_TOKENS) * 0.5 * 0.36 * 2.0**-23
+
+
+def rounding_error(terms: int, dtype: torch.dtype = torch.float32) -> float:
+    """Expected relative error of a round-to-nearest sum of `terms` like-signed terms: u * sqrt(terms) / sqrt(3)."""
+    return UNIT_ROUNDOFF[dtype] * math.sqrt(max(terms, 1) / 3)
