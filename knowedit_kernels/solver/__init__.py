@@ -1,0 +1,13 @@
+"""The editing normal equation: metrics factored once, edits solved many times, exact derivatives (see README.md)."""
+
+from .cholesky import EquilibratedCholesky as EquilibratedCholesky
+from .cholesky import NotPositiveDefiniteError as NotPositiveDefiniteError
+from .edit_solver import EditSolver as EditSolver
+from .edit_solver import read_in as read_in
+from .metrics import Covariance as Covariance
+from .metrics import Identity as Identity
+from .metrics import Metric as Metric
+from .metrics import NullSpace as NullSpace
+from .metrics import ShrunkCovariance as ShrunkCovariance
+from .metrics import combined as combined
+from .metrics import weight_for_gain as weight_for_gain

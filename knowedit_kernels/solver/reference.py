@@ -1,0 +1,26 @@
+"""The specification: dense float64 formulas, m x m solves and all, as the published methods state them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_delta(R: Tensor, K: Tensor, M: Tensor) -> Tensor:
+    """R K^T (M + K K^T)^-1: R [d, n], K [m, n], M [m, m] -> [d, m] (MEMIT, with M = weight * C)."""
+    R, K, M = R.double(), K.double(), M.double()
+    return R @ torch.linalg.solve(M + K @ K.mT, K).mT
+
+
+def dense_equality(R: Tensor, K: Tensor, M: Tensor) -> Tensor:
+    """R (K^T M^-1 K)^-1 K^T M^-1 (EMMET; ROME for one column)."""
+    R, K, M = R.double(), K.double(), M.double()
+    X = torch.linalg.solve(M, K)
+    return R @ torch.linalg.solve(K.mT @ X, X.mT)
+
+
+def dense_null_space(R: Tensor, K: Tensor, K_previous: Tensor, P: Tensor, beta: float) -> Tensor:
+    """AlphaEdit as released: solve(P (K K^T + Kp Kp^T) + beta I, P K R^T)^T with the [m, m] projector P."""
+    R, K, Kp, P = R.double(), K.double(), K_previous.double(), P.double()
+    left = P @ (K @ K.mT + Kp @ Kp.mT) + beta * torch.eye(len(P), dtype=P.dtype, device=P.device)
+    return torch.linalg.solve(left, P @ K @ R.mT).mT
