@@ -72,7 +72,8 @@ class EquilibratedCholesky:
         work = C.to(dtype, copy=True).mul_(scale)
         work.diagonal().add_(shift)
         work.mul_(scaling[:, None]).mul_(scaling)
-        self.lower, info = torch.linalg.cholesky_ex(work)
+        lower, info = torch.linalg.cholesky_ex(work)
+        self.lower = lower.contiguous()
         pivot = float(self.lower.diagonal().amin() ** 2) if int(info) == 0 else 0.0
         if not pivot > 8 * C.shape[0] * torch.finfo(torch.float64).eps:
             raise NotPositiveDefiniteError(
@@ -104,7 +105,7 @@ class EquilibratedCholesky:
         """Tensors that rebuild the factor with ``from_state``. Only a float64 factor is complete without C."""
         if self._matrix is not None:
             raise ValueError("a float32 factor also needs C for refinement: cache C, or use dtype=torch.float64")
-        return {"cholesky": self.lower.contiguous(), "scaling": self.scaling}
+        return {"cholesky": self.lower, "scaling": self.scaling}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> EquilibratedCholesky:
