@@ -85,7 +85,9 @@ def _forced(op: str) -> str | None:
 
 
 def _device(args: tuple[Any, ...]) -> str | None:
-    return next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), None)
+    """The device type of the first tensor among the arguments, also inside a list."""
+    flat = (item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    return next((item.device.type for item in flat if isinstance(item, torch.Tensor)), None)
 
 
 def _refusal(candidate: Candidate, device: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -30,7 +30,29 @@ def _define(schema: str, fake: Callable[..., Any] = _mutates_only, *, compiled: 
     torch.library.register_fake(f"knowedit::{name}", fake, lib=LIBRARY)
 
 
-# moments: c += keys^T keys over the rows whose mask is true. c [d, d] float64; keys [tokens, d]; mask [tokens] bool
-_define("second_moment_(Tensor(a!) c, Tensor keys, Tensor? mask=None) -> ()")
-# the lower triangle only, dense rows; isa as in csrc/cpu/isa.h (0 portable, 1 AVX-512, 2 AVX-512 BF16)
-_define("syrk_(Tensor(a!) c, Tensor keys, int isa) -> ()", compiled=True)
+# moments: the lower triangle of every c [d, d] float64 += keys^T keys, keys [tokens, d]; several layers at once.
+# precision as in moments.PRECISIONS
+_define("second_moment_(Tensor(a!)[] c, Tensor[] keys, str precision) -> ()")
+# out = keys[rows] (or only the audit when out is None; all rows when rows is None), and
+# audit[0] += sum of squares, audit[1 + p] += sum over rows of (key . signs[p])^2; signs [4, d], audit [5], float64
+_define("moment_pack_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs) -> ()")
+# their C++ kernels; isa as in csrc/cpu/isa.h (0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16)
+_define("syrk_cpu_(Tensor(a!) c, Tensor keys, int isa) -> ()", compiled=True)
+_define("audit_cpu_(Tensor(a!) audit, Tensor keys, Tensor signs, int isa) -> ()", compiled=True)
+
+
+def _low_rank_update(w: list[torch.Tensor], base: Any, u: Any, v: Any, rounding: Any, seed: Any, residual: Any,
+                     probe: list[torch.Tensor], write: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+    device = w[0].device if w else torch.device("cpu")
+    errors = [a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) for a, b in zip(w, probe)]
+    return torch.empty(len(w), 5, dtype=torch.float64, device=device), errors
+
+
+# lowrank: w = round((base or w) + residual + u v^T) for every weight, and residual = what rounding cut off. w [out, in];
+# u [out, r], v [in, r] float32 (float64 for float64 w); rounding "nearest" | "stochastic" | "compensated"; base, residual
+# and probe are parallel to w or empty. Returns float64 [weights, 5] (see lowrank/blocked.py), (applied - ideal) @ probe
+_define(
+    "low_rank_update_(Tensor(a!)[] w, Tensor[] base, Tensor[] u, Tensor[] v, str rounding, int seed, "
+    "Tensor(b!)[] residual, Tensor[] probe, bool write) -> (Tensor, Tensor[])",
+    _low_rank_update,
+)

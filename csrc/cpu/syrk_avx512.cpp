@@ -1,0 +1,60 @@
+// x86 with AVX-512, for float32, and with AVX512_BF16, for bf16 (pairs of tokens): 8 x 32 outputs in 16 registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "isa.h"
+#include "syrk.h"
+
+KNOWEDIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+namespace knowedit {
+namespace {
+#include "syrk_kernels.h"
+
+struct Vector {
+  using Packed = float;
+  using Reg = __m512;
+  static constexpr int kLanes = 16;
+  static Reg zero() { return _mm512_setzero_ps(); }
+  static Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static Reg broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static Reg multiply_add(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static void fold(double* sum, Reg x) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+    _mm512_storeu_pd(sum, _mm512_add_pd(_mm512_loadu_pd(sum), low));
+    _mm512_storeu_pd(sum + 8, _mm512_add_pd(_mm512_loadu_pd(sum + 8), high));
+  }
+};
+
+// Packed element: the same column of two tokens, the earlier one in the low half.
+struct PairVector : Vector {
+  using Packed = uint32_t;
+  static Reg load(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+  static Reg broadcast(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p))); }
+  static Reg multiply_add(Reg a, Reg b, Reg c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+};
+
+void pack_pairs(const void* x, Type, int64_t ldx, int64_t tokens, int64_t columns, void* out) {
+  const uint16_t* row = static_cast<const uint16_t*>(x);
+  uint32_t* o = static_cast<uint32_t*>(out);
+  for (int64_t t = 0; t < tokens; t += 2, row += 2 * ldx, o += kPanel) {
+    const uint16_t* next = row + ldx;
+    if (columns >= kPanel && t + 1 < tokens) {
+      for (int64_t l = 0; l < kPanel; ++l) o[l] = row[l] | uint32_t(next[l]) << 16;
+    } else {
+      for (int64_t l = 0; l < kPanel; ++l)
+        o[l] = l >= columns ? 0u : row[l] | (t + 1 < tokens ? uint32_t(next[l]) << 16 : 0u);
+    }
+  }
+}
+
+}  // namespace
+
+const SyrkKernels kSyrkAvx512{1, pack_float, tile<Vector, 8, 2, 1>, audit};
+const SyrkKernels kSyrkAvx512Bf16{2, pack_pairs, tile<PairVector, 8, 2, 2>, audit};
+
+}  // namespace knowedit
+KNOWEDIT_TARGET_END
+#endif

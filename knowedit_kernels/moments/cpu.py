@@ -1,0 +1,87 @@
+"""The CPU implementations of the second moment: the compiled kernels, and float64 panels in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from knowedit_kernels import _native
+from knowedit_kernels._dispatch import Candidate
+
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+# as in csrc/cpu/isa.h
+GENERIC, AVX2, AVX512, AVX512_BF16 = range(4)
+
+
+def _refusal(isa: int, keys: Sequence[torch.Tensor]) -> str | None:
+    native = _native.load()
+    if native.reason is not None:
+        return f"no compiled kernels: {native.reason}"
+    if native.isa < isa:
+        return "this processor lacks the instructions"
+    if any(key.dtype not in NARROW for key in keys):
+        return "float64 keys need float64 arithmetic"
+    if isa == AVX512_BF16 and any(key.dtype != torch.bfloat16 for key in keys):
+        return "for bfloat16 keys only"
+    return None
+
+
+def compiled(name: str, isa: int) -> Candidate:
+    """The candidate that runs csrc/cpu's kernel of one instruction set; float32 chains of 32 tokens, float64 beyond."""
+
+    def run(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
+        for c, key in zip(cs, keys):
+            torch.ops.knowedit.syrk_cpu_(c, key, isa)
+
+    def verify(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> str | None:
+        return "float64 arithmetic was asked for" if precision == "fp64" else _refusal(isa, keys)
+
+    return Candidate(name, run, verify, device="cpu")
+
+
+def panels_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
+    """Float64 column panels on and below the diagonal: half the work of a full product, on any device."""
+    for c, key in zip(cs, keys):
+        for block in key.split(4096):
+            wide = block.double()
+            for j in range(0, key.shape[1], 256):
+                c[j:, j : j + 256].addmm_(wide[:, j:].T, wide[:, j : j + 256])
+
+
+def _audited(audit_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> Callable[..., None]:
+    def pack_(
+        out: torch.Tensor | None,
+        audit: torch.Tensor,
+        keys: torch.Tensor,
+        rows: torch.Tensor | None,
+        signs: torch.Tensor,
+    ) -> None:
+        dense = keys if rows is None else keys.index_select(0, rows)
+        if out is not None:
+            out.copy_(dense)
+        audit_(audit, dense, signs)
+
+    return pack_
+
+
+def _compiled_audit_(audit: torch.Tensor, keys: torch.Tensor, signs: torch.Tensor) -> None:
+    torch.ops.knowedit.audit_cpu_(audit, keys, signs, _native.load().isa)
+
+
+def _torch_audit_(audit: torch.Tensor, keys: torch.Tensor, signs: torch.Tensor) -> None:
+    for block in keys.split(1024):
+        wide = block.double()
+        audit[0] += wide.square().sum()
+        audit[1:] += (wide @ signs.T).square().sum(0)
+
+
+COMPILED = tuple(
+    compiled(name, isa)
+    for name, isa in (("avx512_bf16", AVX512_BF16), ("avx512", AVX512), ("avx2", AVX2), ("generic", GENERIC))
+)
+TORCH = Candidate("torch", panels_)
+COMPILED_PACK = Candidate(
+    "compiled", _audited(_compiled_audit_), lambda out, audit, keys, rows, signs: _refusal(GENERIC, [keys]), "cpu"
+)
+TORCH_PACK = Candidate("torch", _audited(_torch_audit_))

@@ -1,0 +1,54 @@
+"""A moment on disk: one safetensors file, written atomically, never a pickle."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+FORMAT = "knowedit-second-moment-1"
+FIELDS = ("lower", "sums", "count", "pending")
+
+
+def check_state(state: Mapping[str, torch.Tensor], dim: int, where: str = "state") -> None:
+    """Raises ValueError naming the missing field or the wrong shape of a moment's state."""
+    if missing := [name for name in FIELDS if name not in state]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: not a second moment")
+    if state["lower"].shape != (dim, dim) or state["pending"].shape[1:] != (dim,):
+        raise ValueError(f"{where} has dimension {list(state['lower'].shape)}, expected [{dim}, {dim}]")
+
+
+def write(path: Path, state: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Writes through a temporary file in the same folder, synced before it takes the name."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(tensors, scratch, metadata={"format": FORMAT, **metadata})
+        with open(scratch, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata. Raises FileNotFoundError, or ValueError if the file is damaged or foreign."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); delete it and collect again") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a second moment (format {metadata.get('format')!r}, expected {FORMAT!r})")
+    check_state(state, state["lower"].shape[0] if "lower" in state else 0, str(path))
+    return state, metadata

@@ -1,0 +1,73 @@
+"""Checks on keys and masks, and the second moment as a function."""
+
+from __future__ import annotations
+
+import torch
+
+PRECISIONS = {
+    "exact": "within numerics.MOMENT for float32, float16 and bfloat16 keys; float64 keys in float64",
+    "fp32": "as exact, after rounding float64 keys to float32",
+    "fp64": "float64 arithmetic throughout: the gold path, slower",
+    "fast": "on a GPU one uncentred bf16 chain, for benchmarks only; elsewhere as exact",
+}
+
+
+def check_precision(precision: str) -> str:
+    """Returns `precision`; raises ValueError listing the choices if it is unknown."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; choose one of: {', '.join(PRECISIONS)}")
+    return precision
+
+
+def check_keys(
+    keys: torch.Tensor, mask: torch.Tensor | None, dim: int, precision: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """keys [..., dim], mask [...] -> dense rows [tokens, dim] and the indices of the kept ones [n] (None: all).
+
+    Raises ValueError for a wrong shape, TypeError for keys that are not floating point or a mask that is not bool.
+    """
+    if not isinstance(keys, torch.Tensor) or not keys.is_floating_point() or keys.element_size() < 2:
+        kind = keys.dtype if isinstance(keys, torch.Tensor) else type(keys).__name__
+        raise TypeError(f"keys must be a float64, float32, float16 or bfloat16 tensor, not {kind}")
+    if keys.dim() == 0 or keys.shape[-1] != dim:
+        raise ValueError(f"keys has shape {list(keys.shape)}; its last dimension must be {dim}, the moment's")
+    rows = None
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool (True keeps a token), not {mask.dtype}; use mask.bool()")
+        if mask.shape != keys.shape[:-1]:
+            raise ValueError(f"mask has shape {list(mask.shape)}; keys need {list(keys.shape[:-1])}")
+        rows = mask.reshape(-1).nonzero().squeeze(1).to(keys.device)
+    flat = keys.detach().reshape(-1, dim)
+    if precision == "fp32" and flat.dtype == torch.float64:
+        flat = flat.float()
+    return (flat if flat.stride(1) == 1 or dim <= 1 else flat.contiguous()), rows
+
+
+def mirror_(c: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """Copies the lower triangle of `c` [d, d] onto the upper one, in place, block by block."""
+    for i in range(0, c.shape[0], block):
+        corner = c[i : i + block, i : i + block]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        c[i : i + block, i + block :] = c[i + block :, i : i + block].T
+    return c
+
+
+@torch.no_grad()
+def second_moment_(
+    c: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None = None, precision: str = "exact"
+) -> torch.Tensor:
+    """c += K^T K in place over the rows of `keys` [..., d] whose `mask` [...] is True; returns `c`.
+
+    `c` [d, d] is float64 and symmetric (its lower triangle is read); it stays exactly symmetric.
+    NaN or infinite keys are not looked for here: `SecondMoment` does that.
+    Raises ValueError or TypeError for a wrong shape, dtype or device.
+    """
+    check_precision(precision)
+    if c.dtype != torch.float64 or c.dim() != 2 or c.shape[0] != c.shape[1]:
+        raise ValueError(f"c must be a square float64 matrix, not {c.dtype} {list(c.shape)}")
+    rows, kept = check_keys(keys, mask, c.shape[0], precision)
+    if c.device != rows.device:
+        raise ValueError(f"c is on {c.device}, keys on {rows.device}; move one")
+    torch.ops.knowedit.second_moment_([c], [rows if kept is None else rows.index_select(0, kept)], precision)
+    return mirror_(c)

@@ -1,0 +1,178 @@
+"""Second moments on the CPU: every implementation against float64, on odd shapes, in budget, bit-repeatable."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knowedit_kernels import _native, explain, numerics, testing
+from knowedit_kernels.moments import PRECISIONS, second_moment_
+from knowedit_kernels.moments.cpu import COMPILED, TORCH
+from knowedit_kernels.moments.reference import second_moment
+from tests.kernels.moment_data import keys as make_keys
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+PAIRS = [(c, t) for c in (*COMPILED, TORCH) for t in DTYPES if c.name != "avx512_bf16" or t == torch.bfloat16]
+PAIR_NAMES = [f"{candidate.name}-{dtype}" for candidate, dtype in PAIRS]
+SHAPES = [(1, 1), (3, 31), (33, 32), (64, 33), (257, 129), (1025, 160), (5000, 72)]
+
+
+def run(candidate, k, precision="exact"):
+    """The candidate's moment in a guarded, offset, row-padded buffer, or a skip with the verifier's reason."""
+    dim = k.shape[1]
+    guard = testing.guarded(torch.zeros(dim, dim, dtype=torch.float64), row_margin=3)
+    if reason := candidate.verify([guard.tensor], [k], precision):
+        pytest.skip(reason)
+    candidate.run([guard.tensor], [k], precision)
+    guard.check()
+    lower = guard.tensor.tril()
+    return lower + lower.tril(-1).T
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("candidate, dtype", PAIRS, ids=PAIR_NAMES)
+def test_within_budget(candidate, dtype, shape):
+    k = make_keys(*shape, dtype)
+    budget = numerics.MOMENT_FP64 if candidate is TORCH else numerics.MOMENT
+    testing.grade_moment(run(candidate, k), second_moment(k)).check(budget, f"{candidate.name} {dtype} {shape}")
+
+
+@pytest.mark.parametrize("candidate, dtype", PAIRS[:-3], ids=PAIR_NAMES[:-3])
+def test_only_the_lower_triangle_is_written(candidate, dtype):
+    c = torch.zeros(150, 150, dtype=torch.float64)
+    if reason := candidate.verify([c], [make_keys(40, 150, dtype)], "exact"):
+        pytest.skip(reason)
+    candidate.run([c], [make_keys(40, 150, dtype)], "exact")
+    assert not c.triu(1).any() and c.tril().count_nonzero() == 150 * 151 // 2
+
+
+@pytest.mark.parametrize("candidate", COMPILED, ids=lambda c: c.name)
+def test_strided_rows(candidate):
+    k = make_keys(70, 200)[:, 40:137]
+    wide = k.to(torch.bfloat16) if candidate.name == "avx512_bf16" else k
+    testing.grade_moment(run(candidate, wide), second_moment(wide)).check(numerics.MOMENT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, threads):
+    k, results = make_keys(900, 300, dtype), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        c = torch.zeros(300, 300, dtype=torch.float64)
+        results.append(second_moment_(c, k))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_float16_subnormals_and_extremes_are_widened_exactly():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = every[every.isfinite()]
+    k = finite[:, None].repeat(1, 1)
+    for row in (k[:1], k[1023:1024], k[31743:31744]):
+        c = second_moment_(torch.zeros(1, 1, dtype=torch.float64), row)
+        assert c.item() == row.double().square().sum().item()
+    c = second_moment_(torch.zeros(1, 1, dtype=torch.float64), k)
+    assert c.item() == pytest.approx(k.double().square().sum().item(), rel=1e-6)
+
+
+def test_bf16_pairs_and_odd_tails_are_exact_on_integers():
+    generator = torch.Generator().manual_seed(1)
+    for tokens in (1, 2, 3, 63, 65, 129):
+        k = torch.randint(-9, 10, (tokens, 45), generator=generator).to(torch.bfloat16)
+        c = second_moment_(torch.zeros(45, 45, dtype=torch.float64), k)
+        assert torch.equal(c, k.double().T @ k.double())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_masks_batches_and_accumulation(precision):
+    k = make_keys(60, 40).reshape(3, 20, 40)
+    mask = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) < 0.6
+    c = second_moment(make_keys(9, 40, seed=5))
+    expected = c + second_moment(k, mask)
+    result = second_moment_(c, k, mask, precision)
+    assert result is c and torch.equal(c, c.T)
+    testing.grade_moment(c, expected).check(numerics.MOMENT_FP64 if precision == "fp64" else numerics.MOMENT)
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)])
+def test_nothing_to_add(mask):
+    k = torch.zeros(2, 0 if mask is None else mask.shape[1], 7)
+    assert not second_moment_(torch.zeros(7, 7, dtype=torch.float64), k, mask).any()
+
+
+def test_float64_keys_keep_float64():
+    k = make_keys(300, 50).double() * (1 + 1e-9)
+    c = second_moment_(torch.zeros(50, 50, dtype=torch.float64), k)
+    testing.grade_moment(c, second_moment(k)).check(numerics.MOMENT_FP64)
+    assert explain("second_moment_").chosen == "torch"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(0, 200),
+    dim=st.integers(1, 140),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    scale=st.floats(1e-4, 1e3),
+    seed=st.integers(0, 2**31),
+)
+def test_symmetric_positive_and_within_budget_for_any_shape(tokens, dim, dtype, scale, seed):
+    k = (make_keys(tokens, dim, seed=seed) * scale).to(dtype)
+    k = torch.where(k.isfinite(), k, torch.ones_like(k))
+    c = second_moment_(torch.zeros(dim, dim, dtype=torch.float64), k)
+    assert torch.equal(c, c.T)
+    reference = second_moment(k)
+    graded = testing.grade_moment(c, reference)
+    # over few entries a mean still scatters like its terms
+    scatter = numerics.MOMENT.elementwise / math.sqrt(dim) / 2
+    assert graded.elementwise <= numerics.MOMENT.elementwise
+    assert graded.normwise <= numerics.MOMENT.normwise + scatter
+    assert abs(graded.bias) <= numerics.MOMENT.bias + scatter
+    if tokens:
+        top = torch.linalg.eigvalsh(c)
+        assert top[0] >= -1e-6 * max(top[-1].item(), 1e-300)
+
+
+@pytest.mark.parametrize(
+    "c, k, mask, error, says",
+    [
+        (torch.zeros(3, 3), torch.zeros(2, 3), None, ValueError, "c must be a square float64"),
+        (torch.zeros(3, 4).double(), torch.zeros(2, 3), None, ValueError, "c must be a square float64"),
+        (torch.zeros(3, 3).double(), torch.zeros(2, 4), None, ValueError, "last dimension must be 3"),
+        (torch.zeros(3, 3).double(), torch.zeros(2, 3).int(), None, TypeError, "keys must be a float64"),
+        (torch.zeros(3, 3).double(), torch.zeros(2, 3), torch.ones(2), TypeError, "use mask.bool()"),
+        (torch.zeros(3, 3).double(), torch.zeros(2, 3), torch.ones(3).bool(), ValueError, r"keys need \[2\]"),
+    ],
+)
+def test_bad_input_is_named(c, k, mask, error, says):
+    with pytest.raises(error, match=says):
+        second_moment_(c, k, mask)
+
+
+def test_unknown_precision():
+    with pytest.raises(ValueError, match="choose one of: exact, fp32, fp64, fast"):
+        second_moment_(torch.zeros(3, 3).double(), torch.zeros(2, 3), precision="half")
+
+
+def test_opcheck_and_compile():
+    k = make_keys(40, 24)
+    signs = torch.ones(4, 24, dtype=torch.float64)
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    c = torch.zeros(24, 24, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.knowedit.second_moment_, ([c], [k], "exact"), test_utils=utils)
+    audit, rows = torch.zeros(5, dtype=torch.float64), torch.tensor([3, 1])
+    args = (torch.zeros(2, 24), audit, k, rows, signs)
+    torch.library.opcheck(torch.ops.knowedit.moment_pack_, args, test_utils=utils)
+    if (native := _native.load()).path:
+        torch.library.opcheck(torch.ops.knowedit.syrk_cpu_, (c, k, native.isa), test_utils=utils)
+        torch.library.opcheck(torch.ops.knowedit.audit_cpu_, (audit, k, signs, native.isa), test_utils=utils)
+
+
+def test_explain_names_the_instruction_set_and_the_reasons(monkeypatch):
+    c, k = torch.zeros(8, 8, dtype=torch.float64), make_keys(4, 8)
+    monkeypatch.setenv("KNOWEDIT_IMPL", "second_moment_=torch")
+    assert explain("second_moment_", [c], [k], "exact").chosen == "torch"
+    monkeypatch.delenv("KNOWEDIT_IMPL")
+    decision = explain("second_moment_", [c], [k], "fp64")
+    assert decision.chosen == "torch"
+    assert ("avx2", "float64 arithmetic was asked for") in decision.refused
