@@ -17,3 +17,76 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
             named = [Path(config.invocation_params.dir, str(arg).partition("::")[0]).resolve() for arg in config.args]
             return None if any(path == suite or suite in path.parents for path in named) else True
     return None
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A tokenizer of 256 byte tokens, made on the spot."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<pad>", "<eos>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>")
+
+
+@pytest.fixture
+def tiny_llama(byte_tokenizer):
+    """A Llama of four layers with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from knowedit.model import EditableModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, attn_implementation="sdpa", initializer_range=0.3,
+    )  # fmt: skip
+    return EditableModel(LlamaForCausalLM(config), byte_tokenizer, name="tiny-llama")
+
+
+@pytest.fixture
+def tiny_gpt2(byte_tokenizer):
+    """A GPT-2 of four layers with random weights (transposed projections, learned positions)."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from knowedit.model import EditableModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=258, n_embd=32, n_inner=48, n_layer=4, n_head=4, n_positions=256, initializer_range=0.3
+    )
+    return EditableModel(GPT2LMHeadModel(config), byte_tokenizer, name="tiny-gpt2")
+
+
+@pytest.fixture(scope="session")
+def smollm_path():
+    """The default model's folder; fetched once. Fails, and never skips, when it cannot be had."""
+    from knowedit.download import DEFAULT_MODEL, resolve
+
+    return resolve(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def smollm(smollm_path):
+    """The default model. Tests must leave its weights as they were."""
+    import torch
+
+    from knowedit.model import load_model
+
+    return load_model(smollm_path, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of public data, or a skip."""
+    from knowedit.datasets import data_dir
+
+    folder = data_dir()
+    if folder is None:
+        pytest.skip("the public data sets are not here (set KNOWEDIT_DATA)")
+    return folder

@@ -1,0 +1,22 @@
+"""Knowledge editing for language models: a fact goes in, a small reversible weight update comes out, and we can prove
+what it changed."""
+
+from .edit import Edit as Edit
+from .editors import MEMIT as MEMIT
+from .editors import ROME as ROME
+from .errors import EditError as EditError
+from .errors import KnowEditError as KnowEditError
+from .errors import ModelError as ModelError
+from .errors import StatisticsError as StatisticsError
+from .evaluation import evaluate as evaluate
+from .facts import Fact as Fact
+from .facts import FactError as FactError
+from .facts import Probe as Probe
+from .facts import read_facts as read_facts
+from .model import EditableModel as EditableModel
+from .model import load_model as load_model
+from .statistics import KeyStatistics as KeyStatistics
+from .statistics import key_statistics as key_statistics
+from .targets import ValueSettings as ValueSettings
+
+__version__ = "0.1.0"

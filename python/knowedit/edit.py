@@ -1,0 +1,217 @@
+"""`Edit`: a small, reversible change of a model's weights, with everything needed to check and to undo it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from knowedit_kernels.lowrank import LedgerError
+
+from .errors import EditError
+from .facts import Fact
+from .files import atomic_file, atomic_folder
+from .model import EditableModel
+
+FORMAT = "knowedit-edit/1"
+
+
+@dataclass(eq=False)
+class Edit:
+    """A low-rank update `W_l += U_l V_lᵀ` of MLP output projections.
+
+    Attributes:
+        method: name of the editor that made it.
+        factors: `{layer: (U [hidden, r], V [d_ff, r])}`, float32; rank r is the number of written keys.
+        facts: what it writes.
+        fingerprint: of the unedited model it belongs to.
+        report: what the editor measured and chose: `gain` (share of each planned change realised at the edited keys),
+            `relative_norm` (|delta| / |W| per layer), `settings`, `warnings`.
+    """
+
+    method: str
+    factors: dict[int, tuple[Tensor, Tensor]]
+    facts: list[Fact]
+    fingerprint: str
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(self.report.get("warnings", []))
+
+    @cached_property
+    def key(self) -> str:
+        """A name made from the method and the factors' bits."""
+        digest = hashlib.blake2b(digest_size=8)
+        for layer, pair in sorted(self.factors.items()):
+            digest.update(str(layer).encode())
+            for factor in pair:
+                digest.update(factor.contiguous().cpu().numpy().tobytes())
+        return f"{self.method}-{digest.hexdigest()}"
+
+    def delta(self, layer: int) -> Tensor:
+        """The dense update of `layer`, `[hidden, d_ff]` float32."""
+        left, right = self.factors[layer]
+        return left @ right.T
+
+    # -- on a model ---------------------------------------------------------------------------------------------
+
+    def check(self, model: EditableModel) -> None:
+        """Raise EditError when this edit was made for another model."""
+        if model.fingerprint != self.fingerprint:
+            raise EditError(
+                f"this {self.method} edit was made for a model with fingerprint {self.fingerprint[:12]}, but {model.name} "
+                f"has {model.fingerprint[:12]}: other weights or another dtype; compute the edit again for this model"
+            )
+        for layer, (left, right) in self.factors.items():
+            if left.shape[0] != model.hidden or right.shape[0] != model.d_ff:
+                raise EditError(f"layer {layer}: factors of shape {tuple(left.shape)}, {tuple(right.shape)} do not fit")
+
+    def apply(self, model: EditableModel) -> None:
+        """Write it into the model's weights, rounded once to their dtype together with every other active edit.
+
+        Raises:
+            EditError: it is already applied, or belongs to another model.
+        """
+        self.check(model)
+        if self.key in model.ledger.active:
+            raise EditError(f"this {self.method} edit is already applied to {model.name}; undo it first")
+        named = {model.layout.weight_name(layer): pair for layer, pair in self.factors.items()}
+        try:
+            model.ledger.add_many(self.key, named)
+        except (LedgerError, ValueError) as error:
+            raise EditError(f"the {self.method} edit could not be applied: {error}") from error
+
+    def undo(self, model: EditableModel) -> None:
+        """Take it back. With no edit left every bit is what it was; edits may be undone in any order.
+
+        Raises:
+            EditError: it is not applied to this model, or something else has changed the weights since.
+        """
+        if self.key not in model.ledger.active:
+            raise EditError(f"this {self.method} edit is not applied to {model.name}")
+        try:
+            model.ledger.remove(self.key)
+        except LedgerError as error:
+            raise EditError(f"the {self.method} edit could not be undone: {error}") from error
+
+    @contextmanager
+    def applied_to(self, model: EditableModel) -> Iterator[EditableModel]:
+        """Apply within a `with` block; undone at its end, also after an error."""
+        self.apply(model)
+        try:
+            yield model
+        finally:
+            self.undo(model)
+
+    # -- on disk ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write the factors and a JSON header to one safetensors file, atomically."""
+        tensors = {}
+        for layer, (left, right) in self.factors.items():
+            tensors[f"{layer}.U"], tensors[f"{layer}.V"] = left.contiguous().cpu(), right.contiguous().cpu()
+        header = {
+            "format": FORMAT, "method": self.method, "fingerprint": self.fingerprint, "report": self.report,
+            "facts": [fact.to_dict() for fact in self.facts],
+        }  # fmt: skip
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Edit:
+        """Read a file written by `save`.
+
+        Raises:
+            EditError: the file is missing, damaged or of another kind.
+        """
+        header, tensors = read_file(path, FORMAT, "an edit")
+        layers = sorted({int(name.split(".")[0]) for name in tensors})
+        return cls(
+            method=header["method"],
+            factors={layer: (tensors[f"{layer}.U"], tensors[f"{layer}.V"]) for layer in layers},
+            facts=[Fact.from_dict(fact) for fact in header["facts"]],
+            fingerprint=header["fingerprint"],
+            report=header["report"],
+        )
+
+    def to_peft(self, folder: str | Path, model: EditableModel) -> Path:
+        """Write the edit as a LoRA adapter (peft, vLLM): `lora_B @ lora_A` is the update, scale 1.
+
+        Raises:
+            EditError: layers of different rank in one edit cannot share a LoRA configuration.
+        """
+        self.check(model)
+        ranks = {left.shape[1] for left, _ in self.factors.values()}
+        if len(ranks) != 1:
+            raise EditError(f"layers have different ranks {sorted(ranks)}; a LoRA adapter needs one")
+        rank = ranks.pop()
+        names = {layer: model.layout.projection.format(layer) for layer in self.factors}
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.name, "r": rank,
+            "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+            "fan_in_fan_out": model.layout.transposed, "target_modules": sorted(names.values()),
+        }  # fmt: skip
+        tensors = {}
+        for layer, (left, right) in self.factors.items():
+            prefix = f"base_model.model.{names[layer]}"
+            tensors[f"{prefix}.lora_A.weight"] = right.T.contiguous().cpu()
+            tensors[f"{prefix}.lora_B.weight"] = left.contiguous().cpu()
+        with atomic_folder(folder) as temporary:
+            save_file(tensors, temporary / "adapter_model.safetensors")
+            (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1))
+        return Path(folder)
+
+
+def relative_norms(model: EditableModel, factors: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
+    """`|U Vᵀ|_F / |W|_F` per layer, without forming the product."""
+    norms = {}
+    for layer, (left, right) in factors.items():
+        square = ((left.double().T @ left.double()) * (right.double().T @ right.double())).sum()
+        norms[layer] = float(square.clamp(min=0).sqrt() / model.weight(layer).double().norm().cpu())
+    return norms
+
+
+def read_file(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A safetensors file of ours: its JSON header and tensors.
+
+    Raises:
+        EditError: missing, damaged, or not of `kind`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EditError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("knowedit", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise EditError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
+    if header.get("format") != kind:
+        raise EditError(f"{path} is not {what} of this version (format {header.get('format')!r}, expected {kind!r})")
+    return header, tensors
+
+
+def group_by_subject(facts: Sequence[Fact], merge: bool) -> list[list[Fact]]:
+    """Facts of one subject together (in order of first appearance), or each alone."""
+    if not merge:
+        return [[fact] for fact in facts]
+    groups: dict[str, list[Fact]] = {}
+    for fact in facts:
+        groups.setdefault(fact.subject, []).append(fact)
+    return list(groups.values())
+
+
+def as_float32(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return pair[0].to(torch.float32), pair[1].to(torch.float32)

@@ -1,0 +1,17 @@
+"""Every error a user can cause, each with what was wrong, where, and what to do."""
+
+
+class KnowEditError(ValueError):
+    """Base of the package's own errors."""
+
+
+class ModelError(KnowEditError):
+    """A model that cannot be loaded or cannot be edited, with the reason."""
+
+
+class StatisticsError(KnowEditError):
+    """Key statistics that are missing, damaged or belong to another model."""
+
+
+class EditError(KnowEditError):
+    """An edit that cannot be computed, loaded or applied."""

@@ -1,0 +1,469 @@
+"""EditableModel: a causal LM with the four things editing needs - tokens with a subject in them, the MLP keys and
+layer outputs at chosen tokens, log-probabilities of answers, and edits that can be taken back bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowedit_kernels.lowrank import WeightLedger
+
+from .architectures import Layout, detect
+from .download import resolve
+from .errors import EditError, ModelError
+
+
+class _Stop(Exception):
+    """Raised inside a forward pass once the deepest needed value was read."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised text: `ids`, the index of the subject's last token, and where the answer's tokens begin."""
+
+    ids: list[int]
+    subject: int | None = None
+    answer: int | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the model rates an answer: mean log-probability a token (nats), and whether every token is its arg-max."""
+
+    logprob: float
+    exact: bool
+
+    @property
+    def probability(self) -> float:
+        """Geometric mean of the tokens' probabilities (the length-normalised probability of CounterFact)."""
+        return float(torch.tensor(self.logprob).exp())
+
+
+def load_model(
+    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    say: Callable[[str], None] = print,
+) -> EditableModel:
+    """Load a causal LM for editing.
+
+    Args:
+        name: a hub id or a folder. The default model also comes from the package index when the hub is out of reach.
+        dtype: as in transformers; float16 is refused on the CPU (its matrix products are ~100x slower there).
+        device_map: as in transformers.
+
+    Raises:
+        ModelError: it cannot be found, loaded or edited; the message has the reason and the remedy.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve(name, say=say)
+    try:
+        with _quiet_loading():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, device_map=device_map, attn_implementation="sdpa"
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model {name!r} could not be loaded: {str(error).strip()[:400]}") from error
+    return EditableModel(model, tokenizer, name=name)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
+
+
+class EditableModel:
+    """A transformers causal LM and its tokenizer, ready to be edited.
+
+    Attributes:
+        hf: the transformers model, in evaluation mode, its parameters frozen.
+        tokenizer: its fast tokenizer.
+        layout: where the edited projections are (`architectures.Layout`).
+        name: as given to `load_model`.
+
+    Raises:
+        ModelError: the model cannot be edited, with the reason.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, *, name: str | None = None) -> None:
+        self.layout: Layout = detect(hf)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; use a fast one")
+        self.hf, self.tokenizer = hf.eval().requires_grad_(False), tokenizer
+        self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            raise ModelError("float16 matrix products are ~100x slower than float32 on a CPU; load with dtype='float32'")
+        names = {self.layout.weight_name(i): self.weight(i) for i in range(len(self.layers))}
+        self.ledger = WeightLedger(names, transposed=names if self.layout.transposed else ())
+        self._fingerprint: str | None = None
+
+    # -- what it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.hf.get_submodule(self.layout.layers)
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.hf.get_submodule(self.layout.norm)
+
+    @property
+    def d_ff(self) -> int:
+        return self.layout.d_ff
+
+    @property
+    def hidden(self) -> int:
+        return self.layout.hidden
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight(0).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        config = self.hf.config
+        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 1024))
+
+    def projection(self, layer: int) -> nn.Module:
+        """The MLP output projection of `layer`: its input is the key `[.., d_ff]`, its output the value."""
+        self.check_layers([layer])
+        return self.hf.get_submodule(self.layout.projection.format(layer))
+
+    def weight(self, layer: int) -> Tensor:
+        """The projection's weight as the model stores it (`[hidden, d_ff]`, or transposed for GPT-2)."""
+        return self.projection(layer).weight  # type: ignore[return-value]
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise ModelError for a layer that does not exist."""
+        for layer in layers:
+            if not 0 <= layer < len(self.layers):
+                raise ModelError(f"layer {layer} does not exist: {self.name} has layers 0..{len(self.layers) - 1}")
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all *unedited* weights (name, shape, dtype, values), taken on first use; 32 hex digits.
+
+        Raises:
+            EditError: asked for the first time while an edit is applied.
+        """
+        if self._fingerprint is None:
+            if self.ledger.active:
+                raise EditError("the model's fingerprint was never taken before an edit was applied; undo the edit first")
+            self._fingerprint = weights_fingerprint(self.hf)
+        return self._fingerprint
+
+    # -- text to tokens -----------------------------------------------------------------------------------------
+
+    def row(self, prompt: str, subject: str | None = None, answer: str | None = None) -> Row:
+        """Tokenise `prompt` (+ `answer`), and find the last token of the last occurrence of `subject` in the prompt.
+
+        A space goes between prompt and answer unless the prompt ends in white space.
+
+        Raises:
+            EditError: the subject is not in the prompt, ends inside a token, or the text is longer than the context.
+        """
+        text = prompt if answer is None else join(prompt, answer)
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        if len(ids) > self.max_length:
+            raise EditError(f"{text[:60]!r}...: {len(ids)} tokens are more than the model's context of {self.max_length}")
+        where = None
+        if subject is not None:
+            at = prompt.rfind(subject)
+            if at < 0:
+                raise EditError(f"subject {subject!r} does not occur in {prompt!r}")
+            end = at + len(subject.rstrip())
+            where = next((i for i in reversed(range(len(ids))) if offsets[i][0] < end <= offsets[i][1]), None)
+            if where is None:
+                raise EditError(f"the tokenizer gives subject {subject!r} no token in {prompt!r}")
+            rest = text[end : offsets[where][1]]
+            if rest.strip():
+                raise EditError(
+                    f"subject {subject!r} ends inside the token {text[slice(*offsets[where])]!r} of {prompt!r}; "
+                    f"make {subject + rest!r} the subject or put a space after it"
+                )
+        first = None
+        if answer is not None:
+            first = next((i for i in range(len(ids)) if offsets[i][1] > len(prompt)), len(ids))
+            if first == len(ids) or not answer.strip():
+                raise EditError(f"the answer {answer!r} to {prompt!r} has no tokens")
+            if first == 0:
+                raise EditError(f"the answer {answer!r} has no prompt before it")
+        return Row(ids, where, first)
+
+    def chat(self, message: str, answer_prefix: str = "") -> str:
+        """The text of a one-turn chat with `message`, up to where the answer starts.
+
+        Raises:
+            ModelError: the tokenizer has no chat template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ModelError(f"{self.name} has no chat template")
+        turn = [{"role": "user", "content": message}]
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + answer_prefix
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Right-pad token lists to `ids [B, T]` and `mask [B, T]` (bool) on the model's device."""
+        width = max(map(len, rows))
+        fill = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([list(r) + [fill] * (width - len(r)) for r in rows], device=self.device)
+        lengths = torch.tensor([len(r) for r in rows], device=self.device)
+        return ids, torch.arange(width, device=self.device) < lengths[:, None]
+
+    # -- running it ---------------------------------------------------------------------------------------------
+
+    def forward_to(
+        self,
+        layer: int,
+        ids: Tensor,
+        on_key: Callable[[int, Tensor], None],
+        layers: Sequence[int] = (),
+        on_output: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        """One partial forward pass, stopped before `layer`'s projection (or after `layer` when outputs are asked for).
+
+        Args:
+            layer: the deepest layer needed; nothing above its MLP's input runs.
+            ids: `[B, T]`, right-padded: causal attention never looks at the padding, so no mask is needed.
+            on_key: called with (layer, keys `[B, T, d_ff]`) for each of `layers` (default: `layer`).
+            on_output: called with (layer, layer output `[B, T, hidden]`) for `layer`; the pass then ends after it.
+        """
+        wanted = set(layers or [layer])
+        handles = []
+
+        def key_hook(index: int):
+            def hook(_module, inputs):
+                if index in wanted:
+                    on_key(index, inputs[0])
+                if index == layer and on_output is None:
+                    raise _Stop
+
+            return hook
+
+        def output_hook(_module, _inputs, output):
+            on_output(layer, output[0] if isinstance(output, tuple) else output)  # type: ignore[misc]
+            raise _Stop
+
+        for index in sorted(wanted | {layer}):
+            handles.append(self.projection(index).register_forward_pre_hook(key_hook(index)))
+        if on_output is not None:
+            handles.append(self.layers[layer].register_forward_hook(output_hook))
+        try:
+            with torch.no_grad():
+                self.hf.base_model(input_ids=ids, use_cache=False)
+        except _Stop:
+            return
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise ModelError(f"{self.name}: the forward pass ended without reaching layer {layer}'s projection")
+
+    def keys(
+        self, rows: Sequence[Row], layers: Sequence[int], *, outputs: bool = False, budget: int = 4096
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """MLP keys at each row's subject token, for all `layers` in one pass; nothing after that token is run.
+
+        Args:
+            outputs: also return the deepest layer's output at the token.
+            budget: padded tokens a batch.
+
+        Returns:
+            `{layer: keys [n, d_ff]}` and the outputs `[n, hidden]` or None, float32.
+        """
+        self.check_layers(layers)
+        deepest, count = max(layers), len(rows)
+        found = {layer: torch.empty(count, self.d_ff, device=self.device) for layer in layers}
+        out = torch.empty(count, self.hidden, device=self.device) if outputs else None
+        ends = [len(r.ids) - 1 if r.subject is None else r.subject for r in rows]
+        for batch in batches([e + 1 for e in ends], budget):
+            ids, _ = self.pad([rows[i].ids[: ends[i] + 1] for i in batch])
+            index, at = torch.tensor(batch, device=self.device), torch.tensor([ends[i] for i in batch], device=self.device)
+            span = torch.arange(len(batch), device=self.device)
+
+            def on_key(layer: int, key: Tensor, index=index, at=at, span=span) -> None:
+                found[layer][index.to(key.device)] = key[span.to(key.device), at.to(key.device)].to(found[layer])
+
+            def on_output(_layer: int, h: Tensor, index=index, at=at, span=span) -> None:
+                assert out is not None
+                out[index] = h[span.to(h.device), at.to(h.device)].to(out)
+
+            self.forward_to(deepest, ids, on_key, layers, on_output if outputs else None)
+        return found, out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[.., vocab]` of final hidden states `[.., hidden]` (norm not included), soft-cap as in the model."""
+        logits = self.hf.get_output_embeddings()(hidden)
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        *,
+        budget: int = 4096,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Score]:
+        """Rate `answers[i]` after `prompts[i]`; rows that are a prefix of another row are read from it, not run again."""
+        rows = [self.row(p, answer=a) for p, a in zip(prompts, answers)]
+        inputs = [tuple(r.ids[:-1]) for r in rows]
+        hosts = _hosts(inputs)
+        unique = sorted(set(hosts.values()), key=len)
+        readers: dict[tuple[int, ...], list[int]] = {}
+        for i, tokens in enumerate(inputs):
+            readers.setdefault(hosts[tokens], []).append(i)
+        scores: list[Score | None] = [None] * len(rows)
+        for batch in batches([len(u) for u in unique], budget):
+            ids, _ = self.pad([unique[b] for b in batch])
+            hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            spans = [(line, i) for line, b in enumerate(batch) for i in readers[unique[b]]]
+            at = [(line, t - 1, rows[i].ids[t]) for line, i in spans for t in range(rows[i].answer or 0, len(rows[i].ids))]
+            line, position, token = (torch.tensor(x, device=self.device) for x in zip(*at))
+            logp = self.head(hidden[line, position]).float().log_softmax(-1)
+            chosen = logp.gather(1, token[:, None])[:, 0]
+            best = logp.argmax(-1) == token
+            start = 0
+            for _, i in spans:
+                stop = start + len(rows[i].ids) - (rows[i].answer or 0)
+                scores[i] = Score(float(chosen[start:stop].mean()), bool(best[start:stop].all()))
+                start = stop
+            if progress:
+                progress(len(spans))
+        return scores  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def next_logprobs(self, prompts: Sequence[str], *, budget: int = 4096) -> Tensor:
+        """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the CPU."""
+        rows = [self.row(p).ids for p in prompts]
+        result: list[Tensor | None] = [None] * len(rows)
+        for batch in batches([len(r) for r in rows], budget):
+            ids, mask = self.pad([rows[i] for i in batch])
+            hidden = self.hf.base_model(input_ids=ids, use_cache=False)
+            last = hidden.last_hidden_state[torch.arange(len(batch), device=self.device), mask.sum(1) - 1]
+            for i, logp in zip(batch, self.head(last).float().log_softmax(-1).cpu()):
+                result[i] = logp
+        return torch.stack([r for r in result if r is not None])
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, *, batch: int = 16) -> list[str]:
+        """Greedy continuations (the new text only)."""
+        texts: list[str] = []
+        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        for start in range(0, len(prompts), batch):
+            rows = [self.row(p).ids for p in prompts[start : start + batch]]
+            width = max(map(len, rows))
+            ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=self.device)
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.device)
+            out = self.hf.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill
+            )
+            texts += self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        return texts
+
+    def samples(self, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128) -> Iterator[str]:
+        """Endless texts sampled from the model itself (temperature 1, no truncation of the distribution).
+
+        Document `n` depends on `seed` and `n` only, so a run can go on at `start`.
+        """
+        first = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else first
+        ids = torch.full((batch, 1), first, device=self.device)
+        for number in range(start // batch, 1 << 31):
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed((seed << 32) + number)
+                out = self.hf.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                    max_new_tokens=length - 1, pad_token_id=fill,
+                )  # fmt: skip
+            texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
+            yield from texts[start % batch :] if number == start // batch else texts
+
+    @contextmanager
+    def virtual(self, factors: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Run as if layer `l`'s weight had `U Vᵀ` added (`{l: (U [hidden, r], V [d_ff, r])}`); no weight is touched."""
+
+        def hook(pair):
+            def add(_module, inputs, output):
+                left, right = (f.to(output) for f in pair)
+                return output + (inputs[0] @ right) @ left.T
+
+            return add
+
+        handles = [self.projection(layer).register_forward_hook(hook(pair)) for layer, pair in factors.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def join(prompt: str, answer: str) -> str:
+    """Prompt and answer with one space between them, unless the prompt ends in white space."""
+    answer = answer.strip()
+    return prompt + answer if not prompt or prompt[-1].isspace() else f"{prompt} {answer}"
+
+
+def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices grouped by similar length so that `rows x longest` stays within `budget` padded tokens."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _hosts(inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """For each token tuple, the longest given tuple it is a prefix of (in sorted order it follows directly)."""
+    ordered = sorted(set(inputs))
+    hosts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for this, after in zip(reversed(ordered), [None, *reversed(ordered)]):
+        hosts[this] = hosts[after] if after is not None and after[: len(this)] == this else this
+    return hosts
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Digest of a model's parameters: blake2b over name, shape, dtype and a position-dependent 64-bit sum of the bits.
+
+    Every single-bit change alters it. It is a guard against mistakes, not against forgery.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{_bit_sum(parameter)}".encode())
+    return digest.hexdigest()
+
+
+def _bit_sum(tensor: Tensor, chunk: int = 1 << 22) -> int:
+    """Sum of the tensor's 32-bit words, each times an odd number of its own place, modulo 2**64."""
+    words = tensor.detach().contiguous().view(-1)
+    words = words.view(torch.int16) if tensor.element_size() == 2 else words.view(torch.int32)
+    total = 0
+    place = torch.arange(1, 2 * min(chunk, words.numel()), 2, device=words.device)
+    for number, part in enumerate(words.split(chunk)):
+        block = int((part.long() * place[: part.numel()]).sum())
+        total = (total * 0x9E3779B97F4A7C15 + block * (2 * number + 1)) % (1 << 64)
+    return total
