@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import gzip
 import io
 import json
 import logging
@@ -20,7 +21,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ._files import read_lines, write_atomic
+from .errors import KnowEditError
+from .files import atomic_file
+from .lines import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ LISTS = ("paraphrases", "neighbours", "questions", "instructions", "portability"
 FORMATS = (".jsonl", ".json", ".csv")
 
 
-class FactError(ValueError):
+class FactError(KnowEditError):
     """A fact, or a file of facts, that cannot be used; the message says where, why and what to do."""
 
 
@@ -191,8 +194,9 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, 
     if suffix not in FORMATS:
         raise FactError(f"{path}: unknown kind of file; facts are read from {', '.join(FORMATS)}, each also as .gz")
     lines = read_lines(path, FactError)
+    records: Iterator[tuple[str, Any]]
     if suffix == ".jsonl":
-        records = ((f"{path}:{n}", _json(f"{path}:{n}", line)) for n, line in lines if line.strip())
+        records = ((f"{path}:{n}", _json(f"{path}:{n}", line.rstrip("\r\n"))) for n, line in lines if line.strip())
     elif suffix == ".json":
         listed = _json(str(path), "".join(line for _, line in lines))
         if not isinstance(listed, list):
@@ -301,4 +305,6 @@ def write_facts(path: str | os.PathLike[str], facts: Sequence[Fact]) -> None:
         text = out.getvalue()
     else:
         raise FactError(f"{path}: unknown kind of file; facts are written to {', '.join(FORMATS)}, each also as .gz")
-    write_atomic(path, text.encode())
+    data = text.encode()
+    with atomic_file(path) as temporary:  # no time stamp in the archive: equal facts give equal bytes
+        temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

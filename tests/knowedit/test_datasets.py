@@ -71,9 +71,7 @@ def test_training_and_test_wordings_are_disjoint(relation):
 
 def test_wordings_fill_the_subject_in():
     (fact,) = load("demo", limit=1)
-    assert wordings(fact).questions == tuple(
-        t.replace("{}", "France") for t in relations()["capital"]["questions"]["train"]
-    )
+    assert wordings(fact).questions == tuple(t.replace("{}", "France") for t in relations()["capital"]["questions"]["train"])
     with pytest.raises(FactError, match="split must be one of train, test, got 'dev'"):
         wordings(fact, "dev")
     with pytest.raises(FactError, match="relation 'P36' of 'A b is' has no wordings; known relations: capital"):
@@ -98,9 +96,7 @@ def scored(smollm_path):
     tokenizer = AutoTokenizer.from_pretrained(smollm_path)
     model = AutoModelForCausalLM.from_pretrained(smollm_path, dtype=torch.float32).eval()
     pairs = {(fact.text, text) for fact in EMBEDDED for text in (fact.true, fact.target)}
-    pairs |= {
-        (probe.prompt, text) for fact in EMBEDDED for probe in fact.neighbours for text in (probe.answer, fact.target)
-    }
+    pairs |= {(probe.prompt, text) for fact in EMBEDDED for probe in fact.neighbours for text in (probe.answer, fact.target)}
     rows = {pair: (tokenizer(pair[0]).input_ids, tokenizer(" " + pair[1]).input_ids) for pair in pairs}
     order = sorted(rows, key=lambda pair: (sum(map(len, rows[pair])), pair))
     result = {}
@@ -231,9 +227,7 @@ def test_zsre(tmp_path):
     assert one(tmp_path, {k: v for k, v in record.items() if k != "portability"}).portability == ()
 
 
-@pytest.mark.parametrize(
-    "answer", ["Dutch", ["Dutch", "Nederlands"], [["Dutch", "Nederlands"], ["x"]], [[], ["Dutch"]]]
-)
+@pytest.mark.parametrize("answer", ["Dutch", ["Dutch", "Nederlands"], [["Dutch", "Nederlands"], ["x"]], [[], ["Dutch"]]])
 def test_knowedit_takes_the_first_alias_of_any_form(tmp_path, answer, caplog):
     record = {
         "subject": "Ann Lee",

@@ -119,9 +119,7 @@ def test_other_names_and_forms_are_understood(record):
 
 
 def test_plain_strings_stand_for_lists_and_probes():
-    fact = Fact.from_dict(
-        {**FRANCE, "questions": "Which?", "neighbors": ["Italy has", {"prompt": "Rome", "answer": "a"}]}
-    )
+    fact = Fact.from_dict({**FRANCE, "questions": "Which?", "neighbors": ["Italy has", {"prompt": "Rome", "answer": "a"}]})
     assert fact.questions == ("Which?",)
     assert fact.neighbours == (Probe("Italy has"), Probe("Rome", "a"))
 

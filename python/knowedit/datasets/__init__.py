@@ -23,7 +23,14 @@ logger = logging.getLogger(__name__)
 
 FORMATS = (counterfact, same_subject, mquake, zsre, knowedit, known1000)
 EMBEDDED = Path(__file__).with_name("embedded.jsonl")
-DEMO = ("capital-france", "symbol-gold", "language-mexico", "continent-egypt", "landmark-colosseum", "number-carbon")
+DEMO = (
+    "capital-france",
+    "symbol-gold",
+    "language-mexico",
+    "continent-egypt",
+    "landmark-colosseum",
+    "field-wolfgang-amadeus-mozart",
+)
 
 FILES = {  # name -> file names tried in data_dir(), the complete original first
     "counterfact": ("counterfact.json", "counterfact_rome_schema.jsonl.gz"),

@@ -20,7 +20,7 @@ def matches(record: dict[str, Any]) -> bool:
 
 def facts(record: dict[str, Any], seen: Counter[str]) -> Iterator[Fact]:
     further = record.get("portability") or {}
-    portability = ()
+    portability: tuple[Probe, ...] = ()
     if further.get("New Question"):
         portability = (Probe(further["New Question"], first_answer(further.get("New Answer"), seen)),)
     yield Fact.parse(

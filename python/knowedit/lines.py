@@ -1,14 +1,10 @@
-"""Text files read line by line with positions in every error, and files written whole or not at all."""
+"""Text files read line by line, with the position in every error."""
 
 from __future__ import annotations
 
 import gzip
-import io
-import os
-import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -36,30 +32,3 @@ def read_lines(path: Path, error: type[ValueError]) -> Iterator[tuple[int, str]]
         raise error(f"{path}: broken gzip archive after line {number} ({e}); fetch or compress it again") from e
     except OSError as e:
         raise error(f"{path}: cannot be read ({e.strerror or e})") from e
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash at any moment, sees the old file or the new one.
-
-    A name ending in ``.gz`` is compressed, with no time stamp: equal data give equal bytes. Raises OSError.
-    """
-    path = Path(path)
-    if path.suffix == ".gz":
-        packed = io.BytesIO()
-        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as stream:
-            stream.write(data)
-        data = packed.getvalue()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; the user expects ordinary ones
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
