@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,13 @@ def data():
     if folder is None:
         pytest.skip("the public data sets are not here (set KNOWEDIT_DATA)")
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """With KNOWEDIT_NO_SKIP (CI sets it) a skip is a failure, unless the test needs a GPU or data that are not shipped."""
+    report = yield
+    excused = any(item.get_closest_marker(name) for name in ("gpu", "data"))
+    if report.skipped and not excused and os.environ.get("KNOWEDIT_NO_SKIP"):
+        report.outcome, report.longrepr = "failed", f"skipped where it should run: {report.longrepr}"
+    return report

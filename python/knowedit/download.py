@@ -63,8 +63,7 @@ def _in_hub_cache(name: str) -> bool:
     try:
         config = try_to_load_from_cache(name, "config.json")
         weights = [
-            try_to_load_from_cache(name, f)
-            for f in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+            try_to_load_from_cache(name, f) for f in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
         ]
     except HFValidationError:
         return False

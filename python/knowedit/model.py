@@ -68,9 +68,7 @@ def load_model(
     try:
         with _quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, device_map=device_map, attn_implementation="sdpa"
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, attn_implementation="sdpa")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model {name!r} could not be loaded: {str(error).strip()[:400]}") from error
     return EditableModel(model, tokenizer, name=name)

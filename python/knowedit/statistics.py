@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,8 @@ class _Run:
             rest = self.recipe.tokens - self.count
             if int(keep.sum()) > rest:
                 keep &= keep.flatten().cumsum(0).view_as(keep) <= rest
-            self.model.forward_to(max(self.layers), ids, lambda layer, key: self._key(layer, key, keep, rows), self.layers)
+            take = partial(self._key, keep=keep, rows=rows)
+            self.model.forward_to(max(self.layers), ids, take, self.layers)
             self.count += int(keep.sum())
             self.padded, self.run_tokens = self.padded + ids.numel(), self.run_tokens + int(mask.sum())
             if self.count >= self.recipe.tokens:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from knowedit_kernels.solver import EditSolver, Metric
+from knowedit_kernels.solver import EditSolver
 
 from ..edit import Edit, as_float32, group_by_subject, relative_norms
 from ..errors import EditError

@@ -159,9 +159,7 @@ def questions(record: int, fact: Fact) -> list[Question]:
     return found
 
 
-def ask(
-    model: EditableModel, asked: Sequence[Question], *, title: str = "asking", progress: bool = True
-) -> list[Answer]:
+def ask(model: EditableModel, asked: Sequence[Question], *, title: str = "asking", progress: bool = True) -> list[Answer]:
     """Both answers of every question, in as few rows as possible."""
     with bar(title, len(asked), "prompts", show=progress) as advance:
         pairs = [(q.prompt, text) for q in asked for text in (q.right, q.wrong) if text is not None]

@@ -1,0 +1,43 @@
+# make demo   sets everything up and runs the main job: six facts into a real language model, and out again
+# make test   sets everything up and passes the tests
+# Both use .venv and may be run again and again.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint setup clean
+
+demo: $(READY)
+	$(BIN)/knowedit demo --output demo
+
+setup: $(READY)
+
+# Torch first: a CPU build brings no Triton, and the tests need the version they are pinned to.
+$(READY): pyproject.toml setup.py constraints.txt
+	@echo "== setting up $(VENV) (once; about a minute and 2.5 GB)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Three processes: Triton reads its interpreter switch when a kernel is defined, and codegen needs it off.
+# The limits keep tests on two cores from fighting over threads.
+test: $(READY) lint
+	@echo "== ordinary tests"
+	$(BIN)/python -m pytest -q
+	@echo "== kernels in Triton's interpreter"
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpret
+	@echo "== kernels compiled ahead of time for sm_80, sm_90 and sm_100"
+	$(BIN)/python -m pytest -q tests/codegen
+	@echo "== all tests passed"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,273 @@
+"""The `knowedit` command: one short function a command; the work is done by the modules they call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .download import DEFAULT_MODEL
+from .errors import KnowEditError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Change single facts inside a language model, see what moved, and take it back bit for bit.",
+)  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
+Corpus = Annotated[
+    list[str], typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable.")
+]
+Tokens = Annotated[int, typer.Option(help="Keys to sum for the statistics.")]
+Layers = Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the model's preset.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
+Method = Annotated[str, typer.Option(help="memit or rome; several separated by commas where that makes sense.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+
+
+def main() -> None:
+    """Run the command line; errors a user can mend end with one line and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        app()
+    except KnowEditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; what was checkpointed is kept, run the same command to go on", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="A hub id or a folder.")] = DEFAULT_MODEL,
+    corpus: Corpus = ["self"],  # noqa: B006
+    tokens: Tokens = 16_384,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the page demo.html there.")] = None,
+) -> None:
+    """Edit six facts of a real language model, show what changed and what did not, and undo it bit for bit."""
+    from .demo import run
+
+    run(model, _one(corpus), tokens, output)
+
+
+@app.command()
+def stats(
+    model: Model,
+    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    tokens: Tokens = 100_000,
+    layers: Layers = None,
+    max_length: Annotated[int, typer.Option(help="Longer documents are cut into pieces of this many tokens.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the corpus' order or the model's samples.")] = 0,
+    dtype: Dtype = "auto",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: the cache).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Collect key statistics: all layers in one partial pass, checkpointed; run again to go on after an interruption."""
+    from .model import load_model
+    from .statistics import key_statistics
+
+    editable = load_model(model, dtype=dtype, say=_say)
+    found = key_statistics(
+        editable, parse_layers(layers), _one(corpus), tokens, max_length=max_length, seed=seed, directory=output
+    )
+    rows = [
+        {
+            "layer": layer, "module": found[layer].module, "tokens": found[layer].count,
+            "trace": float(found.moment(layer).trace()), "first_token_ratio": found.sink_ratio(layer),
+            "sink": found.is_sink(layer), **found[layer].extra,
+        }
+        for layer in found.layers
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print(f"{'layer':>5} {'tokens':>9} {'tr C':>12} {'first/other':>12} {'error':>9}  padding")
+    for row in rows:
+        note = "  attention sink: refused by the editors" if row["sink"] else ""
+        print(
+            f"{row['layer']:>5} {row['tokens']:>9,} {row['trace']:>12.4g} {row['first_token_ratio']:>12.2f} "
+            f"{row['audit']['normwise']:>9.1e}  {row['padding']:.1%}{note}"
+        )
+
+
+@app.command()
+def edit(
+    model: Model,
+    facts: Annotated[str, typer.Argument(help="A .jsonl/.json/.csv(.gz) file of facts, or 'demo' or 'embedded'.")],
+    output: Output,
+    method: Method = "memit",
+    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    tokens: Tokens = 100_000,
+    layers: Layers = None,
+    gain: Annotated[float | None, typer.Option(help="Share of each planned change to realise (MEMIT).")] = None,
+    weight: Annotated[float | None, typer.Option(help="lambda itself instead of the gain (MEMIT).")] = None,
+    merge: Annotated[bool, typer.Option(help="One value for all facts of a subject.")] = True,
+    dtype: Dtype = "auto",
+) -> None:
+    """Compute an edit and save it; no model is changed."""
+    from .datasets import load
+    from .model import load_model
+    from .statistics import key_statistics
+
+    wanted = load(facts)
+    editor = make_editor(method, layers=parse_layers(layers), gain=gain, weight=weight, merge_subjects=merge)
+    editable = load_model(model, dtype=dtype, say=_say)
+    statistics = key_statistics(editable, _needed(editor, editable), _one(corpus), tokens)
+    made = editor.compute(editable, wanted, statistics)
+    made.save(output)
+    _print_edit(made)
+    print(f"saved to {output}; apply it with: knowedit apply {model} {output} -o FOLDER")
+
+
+@app.command()
+def apply(
+    model: Model,
+    edits: Annotated[list[Path], typer.Argument(help="Edit files, written together.")],
+    output: Output,
+    dtype: Dtype = "auto",
+) -> None:
+    """Write edits into a copy of the model that any transformers user can load; `undo` takes every bit back."""
+    from .checkpoint import save_edited
+    from .edit import Edit
+    from .model import load_model
+
+    loaded = [Edit.load(path) for path in edits]
+    save_edited(load_model(model, dtype=dtype, say=_say), loaded, output)
+    print(f"wrote {output}; take it back with: knowedit undo {output}")
+
+
+@app.command()
+def undo(folder: Annotated[Path, typer.Argument(help="A folder written by `knowedit apply`.")]) -> None:
+    """Restore the original bits of an edited model's folder, and check its fingerprint."""
+    from .checkpoint import restore
+
+    print(f"{folder}: every weight is back; fingerprint {restore(folder)}")
+
+
+@app.command()
+def export(
+    model: Model,
+    edit_file: Annotated[Path, typer.Argument(help="An edit file.")],
+    output: Output,
+    dtype: Dtype = "auto",
+) -> None:
+    """Write an edit as a LoRA adapter for peft or vLLM."""
+    from .edit import Edit
+    from .model import load_model
+
+    loaded = Edit.load(edit_file)
+    loaded.to_peft(output, load_model(model, dtype=dtype, say=_say))
+    print(f"wrote {output}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    dataset: Annotated[str, typer.Option(help="A data set's name or a file of facts.")] = "embedded",
+    method: Method = "memit",
+    edits: Annotated[int | None, typer.Option(help="Use the first so many facts.")] = None,
+    protocol: Annotated[str, typer.Option(help="batch: all facts at once; single: each fact alone.")] = "batch",
+    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    tokens: Tokens = 100_000,
+    layers: Layers = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results and single prompts.")] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure methods: efficacy, paraphrase, neighbourhood, drift on ordinary text; with 95 % intervals."""
+    from .evaluation.protocols import measure, write_run
+
+    results = measure(
+        model, dataset, method.split(","), edits, protocol, _one(corpus), tokens, parse_layers(layers), dtype, say=_say
+    )
+    if output:
+        write_run(output, results)
+    if as_json:
+        print(json.dumps([result.to_dict() for result in results]))
+    else:
+        print("\n\n".join(map(str, results)))
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="An edit, a statistics file, or an edited model's folder.")]) -> None:
+    """Say what a file of ours holds: method, facts, layers, norms, the model it belongs to."""
+    from .inspection import describe
+
+    print(describe(path))
+
+
+@app.command()
+def doctor(model: Annotated[str | None, typer.Argument(help="Also check this model.")] = None, as_json: Json = False) -> None:
+    """What hardware is here, which kernels will run, why not the others, and whether a model can be edited."""
+    from .inspection import diagnose
+
+    report = diagnose(model)
+    if as_json:
+        print(json.dumps(report))
+        return
+    for section, entries in report.items():
+        print(section)
+        for name, value in entries.items():
+            print(f"  {name:26} {str(value).replace(chr(10), chr(10) + ' ' * 29)}")
+
+
+def make_editor(method: str, **settings: Any) -> Any:
+    """The editor of that name with the settings that were given. Raises KnowEditError for what it does not know."""
+    from .editors import EDITORS
+
+    if method not in EDITORS:
+        raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    unknown = set(given) - set(EDITORS[method].__dataclass_fields__)
+    if unknown:
+        raise KnowEditError(f"{method} has no setting {', '.join(sorted(unknown))}")
+    return EDITORS[method](**given)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """'5', '4-8' or '4,6' as layer numbers; None stays None. Raises KnowEditError."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise KnowEditError(f"--layers {text!r}: give numbers like 5, 4-8 or 4,6") from None
+    if not layers:
+        raise KnowEditError(f"--layers {text!r} names no layer")
+    return tuple(sorted(set(layers)))
+
+
+def _needed(editor: Any, model: Any) -> tuple[int, ...]:
+    from .presets import preset_for
+
+    return editor.layers or preset_for(model).layers
+
+
+def _one(corpus: list[str]) -> Any:
+    return corpus[0] if len(corpus) == 1 else corpus
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_edit(made: Any) -> None:
+    report = made.report
+    print(f"{made.method}: {len(made.facts)} facts, {next(iter(made.factors.values()))[0].shape[1]} keys")
+    for layer, chosen in report["layers"].items():
+        extra = "".join(f"  {k} {v:.4g}" for k, v in chosen.items() if k not in ("gain", "lowest_gain"))
+        print(f"  layer {layer}: gain {chosen['gain']:.3f}  |delta|/|W| {report['relative_norm'][layer]:.3f}{extra}")
+    for warning in made.warnings:
+        print(f"  note: {warning}")

@@ -1,0 +1,124 @@
+"""`knowedit doctor` and `knowedit inspect`: what is here, and what is in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from . import checkpoint, edit, store
+from .errors import KnowEditError
+
+
+def describe(path: Path) -> str:
+    """A readable summary of an edit, a statistics file or an edited model's folder.
+
+    Raises:
+        KnowEditError: it is none of these, or damaged.
+    """
+    if path.is_dir():
+        record = path / checkpoint.RECORD
+        if not record.exists():
+            raise KnowEditError(f"{path} is not a folder written by `knowedit apply` (it has no {checkpoint.RECORD})")
+        header, tensors = edit.read_file(record, checkpoint.FORMAT, "an undo record")
+        lines = [f"edited model, from {header['model']} (fingerprint {header['fingerprint']})"]
+        for made in header["edits"]:
+            lines += [f"  {made['method']} {made['key']}", *(f"    {_fact(fact)}" for fact in made["facts"])]
+        return "\n".join([*lines, f"  undo restores: {', '.join(sorted(tensors))}"])
+    if not path.is_file():
+        raise KnowEditError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            kind = json.loads((file.metadata() or {}).get("knowedit", "{}")).get("format")
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise KnowEditError(f"{path} is damaged or not a safetensors file ({error})") from error
+    if kind == edit.FORMAT:
+        return _edit(edit.Edit.load(path))
+    if kind == store.FORMAT:
+        return _statistics(store.LayerStatistics.load(path))
+    raise KnowEditError(f"{path} is a safetensors file, but not one of ours")
+
+
+def _fact(fact: dict[str, Any]) -> str:
+    return f"{fact['prompt'].replace('{}', fact['subject'])} -> {fact['target']}"
+
+
+def _edit(made: edit.Edit) -> str:
+    report = made.report
+    lines = [
+        f"{made.method} edit {made.key}",
+        f"  model fingerprint  {made.fingerprint}",
+        f"  facts              {len(made.facts)}",
+        *(f"    {_fact(fact.to_dict())}" for fact in made.facts[:20]),
+    ]
+    for layer, (left, _) in made.factors.items():
+        solved = report["layers"][str(layer)]
+        lines.append(
+            f"  layer {layer:<3}          rank {left.shape[1]}, gain {solved['gain']:.3f}, "
+            f"|delta|/|W| {report['relative_norm'][str(layer)]:.3f}"
+        )
+    return "\n".join(lines + [f"  note: {warning}" for warning in made.warnings])
+
+
+def _statistics(found: store.LayerStatistics) -> str:
+    recipe = found.recipe
+    return "\n".join(
+        [
+            f"key statistics of {found.module}, {found.model}",
+            f"  model fingerprint  {recipe.fingerprint}",
+            f"  tokens             {found.count:,} from {recipe.corpus.get('name')}, pieces of at most {recipe.max_length}",
+            f"  trace of C         {float(found.total.trace()) / found.count:.6g}",
+            f"  first/other norm   {found.first_norm / max(found.other_norm, 1e-30):.2f}"
+            + ("" if recipe.skip_first else " (first tokens included)"),
+            *(f"  {name:18} {value}" for name, value in found.extra.items()),
+        ]
+    )
+
+
+def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
+    """Hardware, versions, the implementation each kernel would use here, and what is known of `model`."""
+    from knowedit_kernels import explain
+    from knowedit_kernels.moments import SecondMoment  # registers the op
+
+    names = ("torch", "triton", "transformers", "knowedit-kernels")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report: dict[str, dict[str, Any]] = {
+        "machine": {
+            "processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "torch threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else "none seen by torch",
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
+    }  # fmt: skip
+    kernels: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        moment = SecondMoment(256, device=device)
+        moment.update(torch.randn(64, 256, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype))
+        moment.sum()
+        kernels[f"second moment {str(dtype)[6:]}"] = explain("second_moment_")
+    report["kernels"] = kernels
+    if model is not None:
+        from .model import load_model
+        from .presets import preset_for
+
+        loaded = load_model(model, say=lambda _: None)
+        preset = preset_for(loaded)
+        report["model"] = {
+            "name": loaded.name, "layers": len(loaded.layers), "d_ff": loaded.d_ff, "dtype": loaded.dtype,
+            "edited weight": loaded.layout.projection, "fingerprint": loaded.fingerprint,
+            "preset": f"layers {list(preset.layers)}" + ("" if preset.measured else ", calibrated: not measured on it"),
+        }  # fmt: skip
+    return report
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
