@@ -23,12 +23,13 @@ from typing import Any
 
 from .errors import KnowEditError
 from .files import atomic_file
-from .lines import read_lines
+from .lines import kind, read_lines
 
 logger = logging.getLogger(__name__)
 
 ALIASES = {"target_new": "target", "target_true": "true", "ground_truth": "true", "neighbors": "neighbours"}
 LISTS = ("paraphrases", "neighbours", "questions", "instructions", "portability")
+PROBES = ("neighbours", "portability")
 FORMATS = (".jsonl", ".json", ".csv")
 
 
@@ -98,11 +99,11 @@ class Fact:
             values = getattr(self, name)
             if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
                 raise FactError(f"{name} must be a list, got {type(values).__name__} {values!r}")
-            kind = Probe if name in ("neighbours", "portability") else None
+            probes = name in PROBES
             for value in values:
-                if kind and not isinstance(value, kind):
+                if probes and not isinstance(value, Probe):
                     raise FactError(f"{name} must hold Probe objects, got {type(value).__name__} {value!r}")
-            object.__setattr__(self, name, tuple(v if kind else _wording(name, v) for v in values))
+            object.__setattr__(self, name, tuple(v if probes else _wording(name, v) for v in values))
         if (holes := self.prompt.count("{}")) != 1:
             raise FactError(
                 f"prompt {self.prompt!r} has {holes} places '{{}}' for the subject, it needs exactly one"
@@ -137,7 +138,7 @@ class Fact:
         record: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("neighbours", "portability"):
+            if field.name in PROBES:
                 value = [{"prompt": p.prompt} | ({"answer": p.answer} if p.answer else {}) for p in value]
             if value:
                 record[field.name] = list(value) if isinstance(value, tuple) else value
@@ -166,7 +167,7 @@ class Fact:
                 value = value["str"]
             if name in LISTS:
                 value = [value] if isinstance(value, (str, Mapping)) else value
-                if name in ("neighbours", "portability") and isinstance(value, Sequence):
+                if name in PROBES and isinstance(value, Sequence):
                     value = [_probe(name, v) for v in value]
             values[name] = value
         if missing := [name for name in ("prompt", "subject", "target") if name not in values]:
@@ -190,7 +191,7 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, 
     Raises `FactError` for another kind of file, broken JSON, a record that is no object, and bad encoding.
     """
     path = Path(path)
-    suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix
+    suffix = kind(path)
     if suffix not in FORMATS:
         raise FactError(f"{path}: unknown kind of file; facts are read from {', '.join(FORMATS)}, each also as .gz")
     lines = read_lines(path, FactError)
@@ -235,9 +236,7 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise FactError(f"{place}: a column is named twice in {header}")
                 continue
             if len(row) != len(header):
-                raise FactError(
-                    f"{place}: {len(row)} cells under {len(header)} columns; put cells with commas in quotes"
-                )
+                raise FactError(f"{place}: {len(row)} cells under {len(header)} columns; put cells with commas in quotes")
             required = ("prompt", "subject", "target")
             cells = {k: v for k, v in zip(header, row) if v.strip() or ALIASES.get(k, k) in required}
             lists = {k: _json(place, v) for k, v in cells.items() if ALIASES.get(k, k) in LISTS and v.startswith("[")}
@@ -288,7 +287,7 @@ def write_facts(path: str | os.PathLike[str], facts: Sequence[Fact]) -> None:
     Raises `FactError` for another kind of file, OSError when the disk refuses.
     """
     path = Path(path)
-    suffix = Path(path.stem if path.suffix == ".gz" else path.name).suffix
+    suffix = kind(path)
     records = [fact.to_dict() for fact in facts]
     if suffix == ".jsonl":
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 
+def kind(path: Path) -> str:
+    """The ending that says what `path` holds, leaving ``.gz`` aside: ``.txt`` for ``a.txt.gz``."""
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix
+
+
 def open_bytes(path: Path) -> BinaryIO:
     """Open `path` for reading, decompressing it when its name ends in ``.gz``. Raises OSError."""
     return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import KnowEditError
-from .lines import read_lines
+from .lines import kind, read_lines
 
 Corpus = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -99,17 +99,13 @@ def _paths(corpus: Corpus) -> list[Path]:
     return [Path(corpus)] if isinstance(corpus, (str, os.PathLike)) else [Path(path) for path in corpus]
 
 
-def _suffix(path: Path) -> str:
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix
-
-
 def _files(corpus: Corpus) -> list[Path]:
     """The files behind paths and folders, each known to be there and of a kind that can be read."""
     files: list[Path] = []
     kinds = f"{', '.join(SUFFIXES)} (also .gz)"
     for path in _paths(corpus):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if _suffix(p) in SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if kind(p) in SUFFIXES and p.is_file())
             if not inside:
                 raise CorpusError(f"{path}: no text files in this folder; known kinds: {kinds}")
             files += inside
@@ -117,7 +113,7 @@ def _files(corpus: Corpus) -> list[Path]:
             raise CorpusError(
                 f"{path}: no such file; a corpus is a path, 'wikipedia', 'hf:owner/name' or 'self' (the model samples)"
             )
-        elif _suffix(path) not in SUFFIXES:
+        elif kind(path) not in SUFFIXES:
             raise CorpusError(f"{path}: unknown kind of file; known kinds: {kinds}")
         else:
             files.append(path)
@@ -127,7 +123,7 @@ def _files(corpus: Corpus) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[str]:
-    return {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[_suffix(path)](path)
+    return {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[kind(path)](path)
 
 
 def _read_text(path: Path) -> Iterator[str]:
