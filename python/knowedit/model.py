@@ -391,7 +391,7 @@ class EditableModel:
         ids = torch.full((batch, 1), first, device=self.device)
         for number in range(start // batch, 1 << 31):
             with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed((seed << 32) + number)
+                torch.manual_seed((seed * 1_000_003 + number) % (1 << 32))  # the CPU generator uses 32 bits
                 out = self.hf.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                     max_new_tokens=length - 1, pad_token_id=fill,

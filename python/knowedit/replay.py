@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from .errors import ModelError
 from .model import EditableModel, Row
@@ -112,7 +113,8 @@ def _observe(model: EditableModel, ids: Tensor, layer: int):
     handles = [b.register_forward_pre_hook(observe, with_kwargs=True) for b in blocks]
     try:
         with torch.no_grad():
-            out = model.hf.base_model(input_ids=ids, use_cache=True)
+            # a cache made without the model's configuration keeps every token, also in sliding-window layers
+            out = model.hf.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
