@@ -40,19 +40,17 @@ _define("moment_pack_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? ro
 _define("syrk_cpu_(Tensor(a!) c, Tensor keys, int isa) -> ()", compiled=True)
 _define("audit_cpu_(Tensor(a!) audit, Tensor keys, Tensor signs, int isa) -> ()", compiled=True)
 
-
-def _low_rank_update(w: list[torch.Tensor], base: Any, u: Any, v: Any, rounding: Any, seed: Any, residual: Any,
-                     probe: list[torch.Tensor], write: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
-    device = w[0].device if w else torch.device("cpu")
-    errors = [a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32) for a, b in zip(w, probe)]
-    return torch.empty(len(w), 5, dtype=torch.float64, device=device), errors
-
-
-# lowrank: w = round((base or w) + residual + u v^T) for every weight, and residual = what rounding cut off. w [out, in];
-# u [out, r], v [in, r] float32 (float64 for float64 w); rounding "nearest" | "stochastic" | "compensated"; base, residual
-# and probe are parallel to w or empty. Returns float64 [weights, 5] (see lowrank/blocked.py), (applied - ideal) @ probe
+# lowrank: every w = round((base or w) + residual + u v^T), residual = what rounding cut off; w [out, in], u [out, r],
+# v [in, r] float32 (float64 if w is), rounding "nearest" | "stochastic" | "compensated"; base, residual (bfloat16) and
+# probe [in, p] are parallel to w or empty. Fills sums [weights, 5] float64 (ideal^2, applied^2, (applied - ideal)^2,
+# changed, not finite) and, per probe, errors [out, p] float32 = (applied - ideal) @ probe
 _define(
     "low_rank_update_(Tensor(a!)[] w, Tensor[] base, Tensor[] u, Tensor[] v, str rounding, int seed, "
-    "Tensor(b!)[] residual, Tensor[] probe, bool write) -> (Tensor, Tensor[])",
-    _low_rank_update,
+    "Tensor(b!)[] residual, Tensor[] probe, bool write, Tensor(c!) sums, Tensor(d!)[] errors) -> ()"
+)
+# its C++ kernel, one weight; rounding 0 nearest, 1 stochastic, 2 compensated; stream numbers the weight
+_define(
+    "low_rank_cpu_(Tensor(a!) w, Tensor base, Tensor u, Tensor v, int rounding, int seed, int stream, "
+    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!) sums, Tensor(d!)? error, int isa) -> ()",
+    compiled=True,
 )

@@ -53,3 +53,24 @@ def truncation_bias(chain: int) -> float:
 def rounding_error(terms: int, dtype: torch.dtype = torch.float32) -> float:
     """Expected relative error of a round-to-nearest sum of `terms` like-signed terms: u * sqrt(terms) / sqrt(3)."""
     return UNIT_ROUNDOFF[dtype] * math.sqrt(max(terms, 1) / 3)
+
+
+@dataclass(frozen=True)
+class UpdateBudget:
+    """Upper limits on the error of a weight update in last places of the result: largest, and |mean| (bias)."""
+
+    largest: float
+    bias: float
+
+
+# W + U V^T rounded to nearest: half a place, and the arithmetic before it (the Triton kernel's split products: 2^-16 of
+# the update for bf16, 2^-24 else). A float32 result adds the places of its own arithmetic (rank up to 100). The bias
+# limit holds from 10^4 entries up (standard error 0.003).
+UPDATE_NEAREST = {
+    torch.bfloat16: UpdateBudget(0.52, 0.02),
+    torch.float16: UpdateBudget(0.51, 0.02),
+    torch.float32: UpdateBudget(2.0, 0.02),
+    torch.float64: UpdateBudget(2.0, 0.02),
+}
+# Stochastic rounding: one of the two neighbours, unbiased.
+UPDATE_STOCHASTIC = UpdateBudget(1.02, 0.02)

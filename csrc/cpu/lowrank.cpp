@@ -1,0 +1,131 @@
+// W += U V^T on the CPU in one pass over W, registered through torch's stable ABI.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <vector>
+
+#include "isa.h"
+#include "lowrank.h"
+
+namespace knowedit {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlock = 8 * kStrip;  // rows a thread takes at a time: the strip of V in L1 serves all of them
+
+WeightType type_of(const Tensor& w) {
+  switch (w.scalar_type()) {
+    case ScalarType::BFloat16: return WeightType::kBF16;
+    case ScalarType::Half: return WeightType::kF16;
+    case ScalarType::Float: return WeightType::kF32;
+    default: STD_TORCH_CHECK(false, "w must be bfloat16, float16 or float32"); return WeightType::kF32;
+  }
+}
+
+const UpdateKernel* kernels(int64_t isa) {
+  STD_TORCH_CHECK(isa >= 0 && isa <= best_isa(), "this machine lacks instruction set ", isa);
+#if defined(__x86_64__)
+  if (isa >= kAvx512) return kUpdateAvx512;
+  if (isa == kAvx2) return kUpdateAvx2;
+#endif
+  return kUpdateGeneric;
+}
+
+bool is_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) {
+  return t.scalar_type() == type && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
+         (t.stride(1) == 1 || columns <= 1);
+}
+
+// out [rank, width] = x [count, rank] transposed, zero-padded to `width` columns
+void pack(const float* x, int64_t rank, int64_t count, int64_t width, float* out) {
+  for (int64_t k = 0; k < rank; ++k)
+    for (int64_t i = 0; i < width; ++i) out[k * width + i] = i < count ? x[i * rank + k] : 0.0f;
+}
+
+// error[rows, keys] += e [rows, columns] probe[columns, keys]
+void see(const float* e, int64_t rows, int64_t columns, const float* probe, int64_t keys, float* error) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c)
+      for (int64_t q = 0; q < keys; ++q) error[r * keys + q] += e[r * kUpdateWidth + c] * probe[c * keys + q];
+}
+
+void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t seed, int64_t stream,
+            std::optional<Tensor> plane, std::optional<Tensor> probe, bool write, Tensor sums,
+            std::optional<Tensor> error, int64_t isa) {
+  const int64_t rows = w.size(0), columns = w.size(1), rank = u.size(1), size = w.element_size();
+  const int64_t keys = probe ? probe->size(1) : 0;
+  const WeightType type = type_of(w);
+  STD_TORCH_CHECK(is_matrix(w, w.scalar_type(), rows, columns) && is_matrix(base, w.scalar_type(), rows, columns),
+                  "w and base must be alike, with dense rows");
+  STD_TORCH_CHECK(is_matrix(u, ScalarType::Float, rows, rank) && u.is_contiguous() &&
+                      is_matrix(v, ScalarType::Float, columns, rank) && v.is_contiguous(),
+                  "u and v must be contiguous float32 [rows, rank] and [columns, rank]");
+  STD_TORCH_CHECK(rounding >= 0 && rounding <= 2 && (rounding == 2) == plane.has_value(), "bad rounding");
+  STD_TORCH_CHECK(!plane || is_matrix(*plane, ScalarType::BFloat16, rows, columns), "the residual must be bfloat16");
+  STD_TORCH_CHECK(probe.has_value() == error.has_value() &&
+                      (!probe || (is_matrix(*probe, ScalarType::Float, columns, keys) && probe->is_contiguous() &&
+                                  is_matrix(*error, ScalarType::Float, rows, keys) && error->is_contiguous())),
+                  "probe and error must be contiguous float32 [columns, keys] and [rows, keys]");
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == kSums,
+                  "sums must be contiguous float64 [5]");
+
+  const int64_t panels = (columns + kUpdateWidth - 1) / kUpdateWidth, blocks = (rows + kBlock - 1) / kBlock;
+  std::vector<float> right(panels * rank * kUpdateWidth);
+  std::vector<double> partial(blocks * kSums, 0.0);
+  const float *pu = static_cast<const float*>(u.const_data_ptr()), *pv = static_cast<const float*>(v.const_data_ptr());
+  const UpdateKernel kernel = kernels(isa)[static_cast<int>(type)];
+  auto share = [](int64_t count, auto&& work) {  // one item at a time: no waiting for a slow core
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), count), 1, [&](int64_t, int64_t) {
+      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
+    });
+  };
+  share(panels, [&](int64_t p) {
+    pack(pv + p * kUpdateWidth * rank, rank, std::min(kUpdateWidth, columns - p * kUpdateWidth), kUpdateWidth,
+         &right[p * rank * kUpdateWidth]);
+  });
+  share(blocks, [&](int64_t block) {
+    const int64_t first = block * kBlock, last = std::min(rows, first + kBlock);
+    std::vector<float> left(rank * kBlock);
+    alignas(64) float e[kStrip * kUpdateWidth];
+    for (int64_t r = first; r < last; r += kStrip)
+      pack(pu + r * rank, rank, std::min(kStrip, last - r), kStrip, &left[(r - first) * rank]);
+    if (probe) std::fill_n(static_cast<float*>(error->mutable_data_ptr()) + first * keys, (last - first) * keys, 0.0f);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t column = p * kUpdateWidth, width = std::min(kUpdateWidth, columns - column);
+      for (int64_t r = first; r < last; r += kStrip) {
+        auto at = [&](const void* data, int64_t stride, int64_t bytes) {
+          return static_cast<char*>(const_cast<void*>(data)) + (r * stride + column) * bytes;
+        };
+        const UpdateStrip strip{
+            &left[(r - first) * rank], &right[p * rank * kUpdateWidth], rank,
+            write ? at(w.mutable_data_ptr(), w.stride(0), size) : nullptr,
+            at(base.const_data_ptr(), base.stride(0), size),
+            plane ? at(plane->mutable_data_ptr(), plane->stride(0), 2) : nullptr,
+            w.stride(0) * size, base.stride(0) * size, plane ? plane->stride(0) * 2 : 0,
+            std::min(kStrip, last - r), width, r, column, static_cast<Rounding>(rounding), write,
+            static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), probe ? e : nullptr};
+        kernel(strip, &partial[block * kSums]);
+        if (probe)
+          see(e, strip.rows, width, static_cast<const float*>(probe->const_data_ptr()) + column * keys, keys,
+              static_cast<float*>(error->mutable_data_ptr()) + r * keys);
+      }
+    }
+  });
+  double* total = static_cast<double*>(sums.mutable_data_ptr());
+  std::fill_n(total, kSums, 0.0);
+  for (int64_t i = 0; i < blocks * kSums; ++i) total[i % kSums] += partial[i];  // in order: the same bits every time
+}
+
+}  // namespace
+}  // namespace knowedit
+
+// the schema is in knowedit_kernels/_ops.py
+STABLE_TORCH_LIBRARY_IMPL(knowedit, CPU, m) { m.impl("low_rank_cpu_", TORCH_BOX(&knowedit::update)); }

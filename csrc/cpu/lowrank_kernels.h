@@ -1,0 +1,171 @@
+// The update of one strip, written once with the compiler's vectors and compiled once per instruction set.
+// Included inside KNOWEDIT_TARGET_BEGIN/END and an anonymous namespace; no include may follow here.
+
+typedef float F32 __attribute__((vector_size(64)));
+typedef int32_t I32 __attribute__((vector_size(64)));
+typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef uint16_t U16 __attribute__((vector_size(32)));
+typedef uint32_t Half __attribute__((vector_size(32)));
+typedef uint64_t U64 __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16, kVectors = kUpdateWidth / kLanes;
+
+#define KNOWEDIT_INLINE static inline __attribute__((always_inline))
+
+KNOWEDIT_INLINE U32 bits_of(F32 x) { return (U32)x; }
+KNOWEDIT_INLINE U32 wide(U16 x) { return __builtin_convertvector(x, U32); }
+KNOWEDIT_INLINE U16 narrow(U32 x) { return __builtin_convertvector(x, U16); }
+KNOWEDIT_INLINE I32 finite(F32 x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+
+template <class V>
+KNOWEDIT_INLINE V load(const void* p, int64_t count) {
+  V v = {};
+  if (count >= kLanes) std::memcpy(&v, p, sizeof(V));
+  else std::memcpy(&v, p, count * (sizeof(V) / kLanes));
+  return v;
+}
+template <class V>
+KNOWEDIT_INLINE void store(void* p, V v, int64_t count) {
+  if (count >= kLanes) std::memcpy(p, &v, sizeof(V));
+  else std::memcpy(p, &v, count * (sizeof(V) / kLanes));
+}
+
+// Seven rounds of Philox 4x32 at counters (group .. group + 7, row, stream, 0): as lowrank/rounding.py.
+// words[4 g + i]: read as 16-bit halves they are the bits of eight neighbouring columns.
+KNOWEDIT_INLINE void philox(uint64_t seed, int64_t group, int64_t row, uint32_t stream, uint32_t* words) {
+  const U64 low = U64{} + 0xffffffffu;
+  U64 c0 = (U64{0, 1, 2, 3, 4, 5, 6, 7} + uint64_t(group)) & low, c1 = U64{} + uint32_t(row), c2 = U64{} + stream;
+  U64 c3 = U64{};
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 7; ++round) {
+    const U64 a = c0 * 0xD2511F53u, b = c2 * 0xCD9E8D57u;
+    c0 = (b >> 32) ^ c1 ^ uint64_t(k0);
+    c1 = b & low;
+    c2 = (a >> 32) ^ c3 ^ uint64_t(k1);
+    c3 = a & low;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  for (int g = 0; g < 8; ++g) {
+    words[4 * g] = uint32_t(c0[g]);
+    words[4 * g + 1] = uint32_t(c1[g]);
+    words[4 * g + 2] = uint32_t(c2[g]);
+    words[4 * g + 3] = uint32_t(c3[g]);
+  }
+}
+
+struct BF16 {
+  using Raw = U16;
+  KNOWEDIT_INLINE F32 widen(U16 x) { return (F32)(wide(x) << 16); }
+  KNOWEDIT_INLINE U16 nearest(F32 x) {
+    const U32 bits = bits_of(x), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    return narrow((x == x ? rounded : U32{} + 0x7fc00000u) >> 16);
+  }
+  KNOWEDIT_INLINE U16 stochastic(F32 x, U16 random) {
+    const U16 rounded = narrow((bits_of(x) + wide(random)) >> 16);
+    return __builtin_convertvector(finite(x), U16) ? rounded : nearest(x);
+  }
+};
+
+struct F16 {
+  using Raw = U16;
+  KNOWEDIT_INLINE F32 widen(U16 x) {
+    // the multiplication rebiases the exponent and normalises subnormals; infinity and NaN keep their exponent
+    const U32 magnitude = wide(x & 0x7fff) << 13;
+    const U32 bits = (wide(x) & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : bits_of((F32)magnitude * 0x1p112f);
+    return (F32)(bits | wide(x & 0x8000) << 16);
+  }
+  KNOWEDIT_INLINE U16 nearest(F32 x) {
+    const U32 sign = bits_of(x) & 0x80000000u, magnitude = bits_of(x) ^ sign;
+    const U32 normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    const U32 small = bits_of((F32)magnitude + 0.5f) - 0x3f000000u;  // 0.5 has a last place of 2^-24
+    U32 rounded = magnitude < 0x38800000u ? small : normal;
+    rounded = magnitude >= 0x477ff000u ? U32{} + 0x7c00u : rounded;  // 65520 and more
+    rounded = magnitude > 0x7f800000u ? U32{} + 0x7e00u : rounded;
+    return narrow(rounded | sign >> 16);
+  }
+  KNOWEDIT_INLINE U16 stochastic(F32 x, U16 random) {
+    I32 exponent = (I32)(bits_of(x) >> 23 & 0xffu) - 127;
+    exponent = exponent < -14 ? I32{} - 14 : exponent;
+    const I32 large = exponent > 15;  // overflows, or is not finite
+    const F32 safe = (F32)(large ? I32{} : (I32)x);
+    exponent = large ? I32{} : exponent;
+    const F32 place = (F32)((exponent + 117) << 23), inverse = (F32)((137 - exponent) << 23);
+    const F32 scaled = safe * inverse + __builtin_convertvector((I32)(wide(random) >> 3), F32) * 0x1p-13f;
+    F32 whole = __builtin_convertvector(__builtin_convertvector(scaled, I32), F32);
+    whole -= whole > scaled ? F32{} + 1.0f : F32{};
+    return nearest(large ? x : whole * place);
+  }
+};
+
+struct Plain {
+  using Raw = F32;
+  KNOWEDIT_INLINE F32 widen(F32 x) { return x; }
+  KNOWEDIT_INLINE F32 nearest(F32 x) { return x; }
+  KNOWEDIT_INLINE F32 stochastic(F32 x, U16) { return x; }
+};
+
+struct Tally {
+  F32 ideal2 = {}, applied2 = {}, error2 = {};
+  I32 changed = {}, broken = {};
+};
+
+template <class T>
+KNOWEDIT_INLINE void finish(const UpdateStrip& s, int64_t r, int64_t v, F32 ideal, const uint16_t* random, Tally& t) {
+  const int64_t at = v * kLanes, count = s.columns - at;
+  if (count <= 0) return;
+  using Raw = typename T::Raw;
+  constexpr int64_t size = sizeof(Raw) / kLanes;
+  const F32 old = T::widen(load<Raw>(s.base + r * s.base_stride + at * size, count));
+  F32 exact = old + ideal;
+  char* plane = s.plane + r * s.plane_stride + at * 2;
+  if (s.rounding == Rounding::kCompensated) exact += BF16::widen(load<U16>(plane, count));
+  const bool stochastic = s.rounding == Rounding::kStochastic;
+  const Raw raw = stochastic ? T::stochastic(exact, load<U16>(random + at, kLanes)) : T::nearest(exact);
+  const F32 fresh = T::widen(raw), applied = fresh - old, error = applied - ideal;
+  if (s.write) {
+    store(s.w + r * s.w_stride + at * size, raw, count);
+    if (s.rounding == Rounding::kCompensated) store(plane, BF16::nearest(exact - fresh), count);
+  }
+  if (s.error) store(s.error + r * kUpdateWidth + at, error, kLanes);
+  t.ideal2 += ideal * ideal;
+  t.applied2 += applied * applied;
+  t.error2 += error * error;
+  t.changed -= (I32)(applied != 0.0f);
+  t.broken -= (I32)(finite(applied) == 0);
+}
+
+// NV vectors at a time: as many rows of accumulators as the registers hold.
+template <class T, int NV>
+void update_strip(const UpdateStrip& s, double* sums) {
+  alignas(64) uint16_t random[kStrip * kUpdateWidth];
+  if (s.rounding == Rounding::kStochastic)
+    for (int64_t r = 0; r < s.rows; ++r)
+      philox(s.seed, s.column / 8, s.row + r, s.stream, reinterpret_cast<uint32_t*>(random + r * kUpdateWidth));
+  Tally tally;
+  for (int64_t v0 = 0; v0 < kVectors; v0 += NV) {
+    F32 acc[kStrip][NV] = {};
+    const float *a = s.a, *b = s.b + v0 * kLanes;
+    for (int64_t k = 0; k < s.rank; ++k, a += kStrip, b += kUpdateWidth) {
+      F32 right[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) right[v] = load<F32>(b + v * kLanes, kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < kStrip; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] += a[r] * right[v];
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r) {
+      if (r >= s.rows) break;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) finish<T>(s, r, v0 + v, acc[r][v], random + r * kUpdateWidth, tally);
+    }
+  }
+  for (int64_t l = 0; l < kLanes; ++l) {
+    sums[0] += tally.ideal2[l];
+    sums[1] += tally.applied2[l];
+    sums[2] += tally.error2[l];
+    sums[3] += tally.changed[l];
+    sums[4] += tally.broken[l];
+  }
+}

@@ -1,0 +1,201 @@
+"""Bit-exact undo of any edit, in any order: the weight is always round(W0 + sum of active edits), recomputed from W0.
+
+Subtracting an edit from a 16-bit weight does not give the old bits back, and repeated adding drifts. A ledger keeps the
+pristine weight and the small factors instead; the state is a function of the *set* of active edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from knowedit_kernels.lowrank.update import UpdateReport, check_update, low_rank_update_
+
+_BLOCK = 1 << 20  # bytes hashed at a time
+
+
+class LedgerError(RuntimeError):
+    """A ledger's record and the weights disagree, or a key is used wrongly; the message says what to do."""
+
+
+@dataclass
+class _Entry:
+    name: str
+    weight: Tensor
+    transposed: bool
+    pristine: Tensor | None = None  # W0, kept while edits are active
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fingerprint: int = 0
+
+
+class WeightLedger:
+    """Records low-rank edits of named weights by key and undoes any of them exactly.
+
+    weights: name -> tensor, edited in place. transposed: names of weights stored [in, out] (GPT-2's Conv1D); factors
+    are U [out, r], V [in, r] all the same. rounding: "nearest" or "stochastic" (with ``seed``). offload: keep the
+    pristine copies in host memory.
+
+    With no active edit a weight has its original bits and no copy is kept. Before every change the ledger checks that
+    nobody else wrote to the weight, and raises LedgerError if so. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor] | None = None,
+        transposed: Collection[str] = (),
+        rounding: str = "nearest",
+        seed: int = 0,
+        offload: bool = False,
+    ) -> None:
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"a ledger rounds 'nearest' or 'stochastic', got {rounding!r}: it must be recomputable")
+        unknown = set(transposed) - set(weights or {})
+        if unknown:
+            raise ValueError(f"transposed names unknown weights: {sorted(unknown)}")
+        self._rounding, self._seed, self._offload = rounding, seed, offload
+        self._entries: dict[str, _Entry] = {}
+        for name, weight in (weights or {}).items():
+            self.register(name, weight, name in transposed)
+
+    def register(self, name: str, weight: Tensor, transposed: bool = False) -> None:
+        """Makes ``weight`` known; raises ValueError for a name in use."""
+        if name in self._entries:
+            raise ValueError(f"weight {name!r} is already registered")
+        if weight.ndim != 2:
+            raise ValueError(f"weight {name!r} must be 2-D, got shape {tuple(weight.shape)}")
+        self._entries[name] = _Entry(name, weight, transposed)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Keys of the edits in force, in the order they were added."""
+        return tuple(dict.fromkeys(key for entry in self._entries.values() for key in entry.factors))
+
+    def add(self, weight: str | Tensor, U: Tensor, V: Tensor, key: str, alpha: float = 1.0) -> UpdateReport:
+        """Adds alpha U V^T to one weight (by name, or the tensor itself) under ``key``.
+
+        A key may cover several weights. The report compares the weight's whole state with its pristine one.
+        """
+        name = self._find(weight).name
+        return self.add_many(key, {name: (U, V)}, alpha)[name]
+
+    def add_many(self, key: str, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float = 1.0) -> dict[str, UpdateReport]:
+        """Adds an edit of several weights, all or nothing: name -> (U [out, r], V [in, r])."""
+        entries = [self._find(name) for name in factors]
+        for entry, (U, V) in zip(entries, factors.values()):
+            if key in entry.factors:
+                raise LedgerError(f"edit {key!r} is already active on {entry.name!r}: remove it first")
+            try:
+                check_update(entry.weight.mT if entry.transposed else entry.weight, U, V)
+            except ValueError as error:
+                raise ValueError(f"{entry.name!r}: {error}") from None
+            self._check_untouched(entry)
+        reports = {}
+        try:
+            for entry, (U, V) in zip(entries, factors.values()):
+                like = entry.weight.new_empty(0, dtype=torch.promote_types(entry.weight.dtype, torch.float32))
+                pair = (alpha * U.detach().to(like), V.detach().to(like, copy=True))
+                if entry.pristine is None:
+                    entry.pristine = entry.weight.detach().to("cpu" if self._offload else like.device, copy=True)
+                entry.factors[key] = pair
+                report = reports[entry.name] = self._write(entry, entry.pristine)
+                if report.nonfinite:
+                    raise LedgerError(
+                        f"edit {key!r} overflows {entry.weight.dtype} in {report.nonfinite} entries of {entry.name!r}: "
+                        "nothing was changed; scale the edit down or use a wider dtype"
+                    )
+        except Exception:
+            for entry in entries:
+                self._drop(entry, key)
+            raise
+        return reports
+
+    def remove(self, key: str) -> None:
+        """Undoes one edit on every weight it covers; raises LedgerError for an unknown key."""
+        entries = [entry for entry in self._entries.values() if key in entry.factors]
+        if not entries:
+            raise LedgerError(f"edit {key!r} is not active; active: {', '.join(self.active) or 'none'}")
+        for entry in entries:
+            self._check_untouched(entry)
+        for entry in entries:
+            self._drop(entry, key)
+
+    def reset(self) -> None:
+        """Restores every pristine weight and forgets all edits, whatever else was written to the weights since."""
+        for entry in self._entries.values():
+            self._check_layout(entry)
+            self._drop(entry, *entry.factors)
+
+    def verify(self) -> None:
+        """Raises LedgerError if a weight with active edits was changed by anyone else."""
+        for entry in self._entries.values():
+            self._check_untouched(entry)
+
+    def _find(self, weight: str | Tensor) -> _Entry:
+        for entry in self._entries.values():
+            if entry.name == weight if isinstance(weight, str) else entry.weight is weight:
+                return entry
+        what = repr(weight) if isinstance(weight, str) else f"tensor of shape {tuple(weight.shape)}"
+        raise LedgerError(f"unknown weight {what}: register it first; known: {', '.join(self._entries) or 'none'}")
+
+    def _write(self, entry: _Entry, pristine: Tensor) -> UpdateReport:
+        pairs = [entry.factors[key] for key in sorted(entry.factors)]  # sorted: a function of the set alone
+        U, V = (torch.cat(parts, dim=1) for parts in zip(*pairs))
+        if entry.transposed:
+            U, V = V, U
+        weight = entry.weight.detach()
+        base = pristine.to(weight.device)
+        report = low_rank_update_(weight, U, V, rounding=self._rounding, seed=self._seed, base=base)
+        entry.fingerprint = fingerprint(weight)
+        return report
+
+    def _drop(self, entry: _Entry, *keys: str) -> None:
+        dropped = [entry.factors.pop(key) for key in keys if key in entry.factors]
+        if not dropped or entry.pristine is None:
+            return
+        if entry.factors:
+            self._write(entry, entry.pristine)
+        else:
+            entry.weight.detach().copy_(entry.pristine)
+            entry.pristine = None
+
+    def _check_untouched(self, entry: _Entry) -> None:
+        self._check_layout(entry)
+        if entry.pristine is not None and fingerprint(entry.weight) != entry.fingerprint:
+            raise LedgerError(
+                f"weight {entry.name!r} was changed outside the ledger since its last edit: put the ledger's state "
+                "back, or call reset() to return to the pristine weights"
+            )
+
+    def _check_layout(self, entry: _Entry) -> None:
+        weight, pristine = entry.weight, entry.pristine
+        if pristine is not None and (weight.dtype != pristine.dtype or weight.shape != pristine.shape):
+            raise LedgerError(
+                f"weight {entry.name!r} was {pristine.dtype} {tuple(pristine.shape)} when edited and is now "
+                f"{weight.dtype} {tuple(weight.shape)}: undo edits before converting a model"
+            )
+
+
+def fingerprint(weight: Tensor) -> int:
+    """A 64-bit hash of the bits of a [rows, columns] tensor; the same on every device.
+
+    sum_ij bits_ij a_i b_j mod 2^64 with fixed random odd a, b: one change is always seen, several but by chance.
+    """
+    rows, columns = weight.shape
+    generator = torch.Generator().manual_seed(0x6B6E6F77)
+    whole = columns * weight.element_size() % 8 == 0
+    unit = torch.int64 if whole else {2: torch.int16, 4: torch.int32}[weight.element_size()]
+    width = columns * weight.element_size() // unit.itemsize
+
+    def odd(count: int) -> Tensor:
+        return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(weight.device)
+
+    a, b = odd(rows), odd(width)
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    step = max(1, _BLOCK // max(1, columns * weight.element_size()))
+    for start in range(0, rows, step):
+        bits = weight.detach()[start : start + step].contiguous().view(unit)
+        total += ((bits * b).sum(1) * a[start : start + step]).sum()
+    return int(total)

@@ -1,0 +1,176 @@
+"""The ledger restores every bit, in any order, and notices what it did not do itself."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knowedit_kernels.lowrank import LedgerError, WeightLedger
+from knowedit_kernels.lowrank.ledger import fingerprint
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def factors(rows, columns, seed, rank=2):
+    return rand(rows, rank, seed=seed) * 0.01, rand(columns, rank, seed=seed + 1)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int8).clone()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@each_dtype
+def test_undo_in_any_order_restores_every_bit(dtype, rounding):
+    if rounding == "stochastic" and dtype.itemsize != 2:
+        with pytest.raises(ValueError, match="16-bit"):
+            WeightLedger({"w": torch.zeros(3, 3, dtype=dtype)}, rounding=rounding).add("w", rand(3, 1), rand(3, 1), "a")
+        return
+    W = rand(37, 53).to(dtype)
+    W[0, :3] = torch.tensor([0.0, -0.0, 1e-30])
+    pristine, edits = bits(W), {key: factors(37, 53, 10 * i + 5) for i, key in enumerate("abc")}
+    states: dict[frozenset, torch.Tensor] = {frozenset(): pristine}
+    for order, removal in itertools.product(itertools.permutations("abc"), repeat=2):
+        ledger = WeightLedger({"w": W}, rounding=rounding, seed=9)
+        for key in order:
+            ledger.add("w", *edits[key], key)
+            # the state depends on the set of active edits alone, whatever came before
+            assert torch.equal(states.setdefault(frozenset(ledger.active), bits(W)), bits(W))
+        assert ledger.active == order
+        for key in removal:
+            ledger.remove(key)
+            assert torch.equal(states.setdefault(frozenset(ledger.active), bits(W)), bits(W))
+        assert torch.equal(bits(W), pristine) and ledger.active == ()
+    assert len({state.numpy().tobytes() for state in states.values()}) == 8
+
+
+def test_many_edits_do_not_drift():
+    W = rand(64, 48).bfloat16()
+    exact, pristine = W.double(), bits(W)
+    ledger = WeightLedger({"w": W})
+    for i in range(30):
+        U, V = factors(64, 48, i)
+        ledger.add("w", U, V, f"edit {i}", alpha=0.5)
+        exact = exact + 0.5 * U.double() @ V.double().T
+    assert float(((W.double() - exact).abs() / exact.abs()).max()) <= 2.0**-8  # one rounding, not thirty
+    for i in sorted(range(30), key=lambda i: i * 7 % 30):
+        ledger.remove(f"edit {i}")
+    assert torch.equal(bits(W), pristine)
+
+
+def test_transposed_weights_and_several_weights_per_key():
+    A, B = rand(8, 6), rand(6, 8)  # B stored [in, out]
+    before = bits(A), bits(B)
+    ledger = WeightLedger({"a": A, "b": B}, transposed=["b"])
+    U, V = factors(8, 6, 3)
+    reports = ledger.add_many("x", {"a": (U, V), "b": (U, V)})
+    assert reports["a"].ideal_norm == pytest.approx(float((U @ V.T).norm()), rel=1e-5)
+    assert torch.allclose(A - B.T, rand(8, 6) - rand(6, 8).T, atol=1e-6) and not torch.equal(bits(B), before[1])
+    ledger.add(B, U, V, "y")  # by identity
+    ledger.remove("x")
+    assert torch.equal(bits(A), before[0]) and ledger.active == ("y",)
+    ledger.remove("y")
+    assert torch.equal(bits(B), before[1])
+    with pytest.raises(ValueError, match=r"'b'.*transposed"):
+        ledger.add("b", V, U, "z")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_someone_elses_change_is_seen(offload):
+    W = rand(20, 30).bfloat16()
+    pristine = bits(W)
+    ledger = WeightLedger({"w": W}, offload=offload)
+    ledger.add("w", *factors(20, 30, 1), "a")
+    ledger.verify()
+    kept = W.clone()
+    W[3, 4] = -W[3, 4]
+    for call in (ledger.verify, lambda: ledger.remove("a"), lambda: ledger.add("w", *factors(20, 30, 2), "b")):
+        with pytest.raises(LedgerError, match=r"changed outside.*reset"):
+            call()
+    assert ledger.active == ("a",)
+    W.copy_(kept)
+    ledger.remove("a")
+    assert torch.equal(bits(W), pristine)
+    ledger.add("w", *factors(20, 30, 1), "a")
+    W.zero_()
+    ledger.reset()
+    assert torch.equal(bits(W), pristine) and ledger.active == ()
+
+
+def test_a_converted_model_is_refused():
+    weight = torch.nn.Parameter(rand(6, 8))
+    ledger = WeightLedger({"w": weight})
+    ledger.add(weight, *factors(6, 8, 1), "a")
+    weight.data = weight.data.bfloat16()
+    with pytest.raises(LedgerError, match="before converting"):
+        ledger.remove("a")
+    with pytest.raises(LedgerError, match="before converting"):
+        ledger.reset()
+
+
+def test_a_failed_edit_changes_nothing():
+    A, B = rand(8, 6).half(), torch.full((8, 6), 6e4, dtype=torch.float16)
+    before = bits(A), bits(B)
+    ledger = WeightLedger({"a": A, "b": B})
+    U, V = torch.ones(8, 1), torch.full((6, 1), 1e4)
+    with pytest.raises(LedgerError, match=r"overflows torch\.float16 in 48 entries of 'b'"):
+        ledger.add_many("x", {"a": (U, V), "b": (U, V)})
+    with pytest.raises(ValueError, match="NaN"):
+        ledger.add_many("x", {"a": (U, V), "b": (U * float("nan"), V)})
+    with pytest.raises(ValueError, match="'b'"):
+        ledger.add_many("x", {"a": (U, V), "b": (U, V[:3])})
+    assert torch.equal(bits(A), before[0]) and torch.equal(bits(B), before[1]) and ledger.active == ()
+    ledger.add("a", U * 1e-5, V, "x")  # and it goes on working
+    ledger.remove("x")
+    assert torch.equal(bits(A), before[0])
+
+
+def test_wrong_use():
+    ledger = WeightLedger({"w": rand(3, 4)})
+    ledger.add("w", rand(3, 1), rand(4, 1), "a")
+    for call, error, message in (
+        (lambda: ledger.add("w", rand(3, 1), rand(4, 1), "a"), LedgerError, "already active"),
+        (lambda: ledger.add("v", rand(3, 1), rand(4, 1), "b"), LedgerError, "known: w"),
+        (lambda: ledger.add(rand(3, 4), rand(3, 1), rand(4, 1), "b"), LedgerError, "register it"),
+        (lambda: ledger.remove("b"), LedgerError, "active: a"),
+        (lambda: ledger.register("w", rand(3, 4)), ValueError, "already registered"),
+        (lambda: ledger.register("v", rand(3)), ValueError, "2-D"),
+        (lambda: WeightLedger(transposed=["w"]), ValueError, "unknown"),
+        (lambda: WeightLedger(rounding="corrected"), ValueError, "recomputable"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    dtype=st.sampled_from(DTYPES),
+    changes=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=3, unique=True),
+    seed=st.integers(0, 1000),
+)
+def test_fingerprint_sees_changes(rows, columns, dtype, changes, seed):
+    W = rand(rows, columns, seed=seed).to(dtype)
+    before = fingerprint(W)
+    assert fingerprint(W.clone()) == before == fingerprint(torch.cat([W, W], 1)[:, :columns])
+    changed = W.clone()
+    for i, j in {(i % rows, j % columns) for i, j in changes}:
+        changed[i, j] = changed[i, j] * 2 + 1
+    assert fingerprint(changed) != before
+    if rows > 1 and not torch.equal(W[0], W[1]):
+        assert fingerprint(torch.cat([W[1:2], W[:1], W[2:]])) != before
+
+
+def test_fingerprint_of_a_weight_larger_than_a_block():
+    W = rand(2100, 300).bfloat16()
+    before = fingerprint(W)
+    W[2099, 299] += 1
+    assert fingerprint(W) != before
