@@ -1,0 +1,242 @@
+"""Key statistics: exact sums, one pass, interruption at any moment, and files that are refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from filelock import FileLock
+
+from knowedit import statistics, store
+from knowedit.errors import ModelError, StatisticsError
+from knowedit.statistics import KeyStatistics, key_statistics
+from knowedit.text import CorpusError, documents
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix strange potions".split()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Forty documents of very different lengths."""
+    texts = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(3 + (i * 7) % 29)) for i in range(1, 41)]
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(texts))
+    return path
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
+def tiny(request):
+    return request.getfixturevalue(request.param)
+
+
+def naive(model, corpus, layer, tokens, max_length):
+    """One document at a time, whole model, first tokens left out; the first `tokens` keys of each window's order."""
+    keys = []
+    handle = model.projection(layer).register_forward_pre_hook(lambda _m, x: keys.append(x[0][0, 1:].double()))
+    for text in documents(corpus):
+        ids = model.tokenizer(text)["input_ids"]
+        for i in range(0, len(ids), max_length):
+            if len(ids) - i > 1:
+                model.hf(input_ids=torch.tensor([ids[i : i + max_length]]))
+    handle.remove()
+    found = torch.cat(keys)
+    return found.T @ found, len(found)
+
+
+@pytest.mark.parametrize("budget", [64, 4096])
+def test_sums_are_exact_for_all_layers_in_one_pass(tiny, corpus, tmp_path, budget):
+    total, count = naive(tiny, corpus, 2, 10**9, 40)
+    found = key_statistics(tiny, [0, 2], corpus, count, max_length=40, directory=tmp_path / "s", budget=budget)
+    assert found.layers == [0, 2] and found[2].count == count
+    assert (found[2].total - total).norm() <= 1e-6 * total.norm()
+    assert torch.equal(found[2].total, found[2].total.T)
+    assert found[2].extra["padding"] <= 0.1
+    other, _ = naive(tiny, corpus, 0, 10**9, 40)
+    assert (found[0].total - other).norm() <= 1e-6 * other.norm()
+
+
+def test_the_token_count_is_exact(tiny_llama, corpus, tmp_path):
+    assert key_statistics(tiny_llama, [1], corpus, 333, directory=tmp_path / "s")[1].count == 333
+
+
+def test_nothing_above_the_deepest_layer_runs(tiny_llama, corpus, tmp_path):
+    ran = []
+    for i, layer in enumerate(tiny_llama.layers):
+        layer.register_forward_hook(lambda *_a, i=i: ran.append(i))
+    key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+    assert set(ran) == {0}
+
+
+def test_the_second_call_reads_the_files(tiny_llama, corpus, tmp_path, monkeypatch):
+    first = key_statistics(tiny_llama, [0, 1], corpus, 200, directory=tmp_path / "s")
+    monkeypatch.setattr(statistics, "_Run", None)  # would raise if anything were collected
+    again = key_statistics(tiny_llama, [1], corpus, 200, directory=tmp_path / "s")
+    assert torch.equal(again[1].total, first[1].total) and again[1].recipe == first[1].recipe
+
+
+def test_the_cache_is_keyed_by_the_weights(tiny_llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path / "cache"))
+    key_statistics(tiny_llama, [1], corpus, 50)
+    tiny_llama.weight(0).data[0, 0] += 1
+    tiny_llama._fingerprint = None
+    key_statistics(tiny_llama, [1], corpus, 50)
+    assert len(list((tmp_path / "cache").rglob("layer-001.safetensors"))) == 2
+
+
+def test_another_models_statistics_are_refused(tiny_llama, tiny_gpt2, corpus, tmp_path):
+    found = key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+    with pytest.raises(StatisticsError, match="are of tiny-llama.*not of tiny-gpt2"):
+        found.check(tiny_gpt2, [1])
+    with pytest.raises(StatisticsError, match="holds other statistics .*fingerprint"):
+        key_statistics(tiny_gpt2, [1], corpus, 100, directory=tmp_path / "s")
+
+
+def test_a_missing_layer_is_named(tiny_llama, corpus, tmp_path):
+    found = key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+    with pytest.raises(StatisticsError, match=r"no statistics of layer 2 here, only of \[1\]"):
+        found.moment(2)
+    with pytest.raises(ModelError, match="layer 9 does not exist"):
+        key_statistics(tiny_llama, [9], corpus, 100, directory=tmp_path / "s")
+
+
+def test_too_few_tokens_for_a_metric(tiny_llama, corpus, tmp_path):
+    found = key_statistics(tiny_llama, [1], corpus, 60, directory=tmp_path / "s")
+    with pytest.raises(StatisticsError, match="too few"):
+        found.metric(1)
+
+
+def test_a_truncated_file_is_refused(tiny_llama, corpus, tmp_path):
+    key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+    path = store.layer_file(tmp_path / "s", 1)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(StatisticsError, match=r"layer-001\.safetensors is truncated or damaged.*delete it"):
+        key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+
+
+def test_an_empty_and_a_short_corpus(tiny_llama, tmp_path, corpus):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(CorpusError, match="no text"):
+        key_statistics(tiny_llama, [1], tmp_path / "empty.txt", 10, directory=tmp_path / "s")
+    with pytest.raises(StatisticsError, match="only .* tokens"):
+        key_statistics(tiny_llama, [1], corpus, 10**7, directory=tmp_path / "s")
+
+
+def test_nan_names_layer_and_text(tiny_llama, corpus, tmp_path):
+    tiny_llama.layers[1].mlp.up_proj.weight.data[3] = float("nan")
+    with pytest.raises(StatisticsError, match=r"layer 1 has NaN or infinite keys at the text '.*wizards|.*'"):
+        key_statistics(tiny_llama, [0, 1], corpus, 100, directory=tmp_path / "s")
+    assert not list((tmp_path / "s").glob("layer*"))
+
+
+def test_a_full_disk_keeps_what_was_there(tiny_llama, corpus, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(StatisticsError, match="No space left.*KNOWEDIT_CACHE"):
+        key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+    monkeypatch.undo()
+    assert key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")[1].count == 100
+
+
+def test_two_runs_do_not_share_a_folder(tiny_llama, corpus, tmp_path):
+    (tmp_path / "s").mkdir()
+    with FileLock(tmp_path / "s" / "lock"), pytest.raises(StatisticsError, match="another run"):
+        key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+
+
+def test_an_edited_model_is_refused(tiny_llama, corpus, tmp_path):
+    from .test_edit import an_edit
+
+    with an_edit(tiny_llama).applied_to(tiny_llama), pytest.raises(StatisticsError, match="undo"):
+        key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+
+
+def test_sinks_are_found(smollm, tmp_path):
+    """Layer 11 of SmolLM2 is known to carry the attention sink, layer 5 not."""
+    found = key_statistics(smollm, [5, 11], "self", 2000, directory=tmp_path / "s", progress=False)
+    assert found.is_sink(11) and not found.is_sink(5)
+    assert found.sink_ratio(11) > 100
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tiny_llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "WINDOW", 200)
+    whole = key_statistics(tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "whole")
+    real, calls = statistics._Run._add, []
+
+    def dies(self, pieces, budget):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(1)
+        real(self, pieces, budget)
+
+    monkeypatch.setattr(statistics._Run, "_add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        key_statistics(tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "cut", checkpoint_every=0)
+    monkeypatch.setattr(statistics._Run, "_add", real)
+    assert list((tmp_path / "cut").glob("checkpoint*")) and not list((tmp_path / "cut").glob("layer*"))
+    resumed = key_statistics(tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "cut", checkpoint_every=0)
+    for layer in (1, 2):
+        assert torch.equal(resumed[layer].total, whole[layer].total)
+        assert resumed[layer].first_norm == whole[layer].first_norm
+    assert not list((tmp_path / "cut").glob("checkpoint*"))
+
+
+PROGRAM = """
+import sys, torch
+from knowedit import statistics
+from knowedit.model import load_model
+statistics.WINDOW = 200
+model = load_model(sys.argv[1])
+found = statistics.key_statistics(model, [1, 2], sys.argv[2], 2500, directory=sys.argv[3], checkpoint_every=0)
+print(float(found[2].total.sum()))
+"""
+
+
+def test_kill_at_random_moments_loses_nothing(tiny_llama, corpus, tmp_path):
+    """Real processes, really killed; the survivor of several kills has the bits of an undisturbed run."""
+    tiny_llama.hf.save_pretrained(tmp_path / "model")
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "run.py").write_text(PROGRAM)
+
+    def start(folder):
+        command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "model"), str(corpus), str(folder)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+    first = start(tmp_path / "whole")
+    wanted, errors = first.communicate(timeout=120)
+    assert first.returncode == 0, errors
+    folder = tmp_path / "cut"
+    for kill in range(3):
+        process = start(folder)
+        deadline = time.monotonic() + 60
+        written = len(list(folder.glob("*"))) if folder.exists() else 0
+        while process.poll() is None and time.monotonic() < deadline:
+            if folder.exists() and len(list(folder.glob("*"))) > min(written, 1):
+                break
+            time.sleep(0.005)
+        time.sleep(0.004 * (kill + 1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not [p for p in folder.glob("layer*") if p.stat().st_size == 0]
+    last = start(folder)
+    output, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors
+    assert output == wanted
+    assert not list(folder.glob("checkpoint*"))
+
+
+def test_pack_and_unpack():
+    matrix = torch.randn(7, 7, dtype=torch.float64)
+    matrix = matrix + matrix.T
+    assert torch.equal(store.unpack_lower(store.pack_lower(matrix)), matrix)
+
+
+def test_key_statistics_is_a_plain_container():
+    with pytest.raises(StatisticsError, match=r"only of \[\]"):
+        KeyStatistics({})[3]
