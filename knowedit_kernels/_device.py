@@ -46,6 +46,11 @@ def cuda_facts(device: torch.device | str | int = "cuda") -> DeviceFacts:
     )
 
 
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _driver_version() -> str:
     """NVIDIA driver version from NVML; the CUDA runtime version where NVML's bindings are absent."""
     try:

@@ -105,13 +105,18 @@ def build(folder: Path) -> Path:
     return target
 
 
+def cache_root() -> Path:
+    """Where compiled libraries and gate verdicts are kept: $KNOWEDIT_CACHE, else knowedit/ in the user's cache."""
+    named = os.environ.get("KNOWEDIT_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "knowedit").expanduser()
+
+
 def cache_dir() -> Path:
     """The per-compiler cache of libraries compiled at first use."""
-    root = os.environ.get("KNOWEDIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "knowedit"
     command = compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     tag = hashlib.sha256((" ".join(command) + version).encode()).hexdigest()[:8]
-    return Path(root).expanduser() / "native" / tag
+    return cache_root() / "native" / tag
 
 
 def _find_or_build() -> Path:

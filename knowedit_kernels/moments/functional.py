@@ -6,7 +6,7 @@ import torch
 
 PRECISIONS = {
     "exact": "within numerics.MOMENT for float32, float16 and bfloat16 keys; float64 keys in float64",
-    "fp32": "as exact, after rounding float64 keys to float32",
+    "fp32": "as exact, but on a GPU float32 keys keep 16 bits (four products instead of six); float64 keys narrowed",
     "fp64": "float64 arithmetic throughout: the gold path, slower",
     "fast": "on a GPU one uncentred bf16 chain, for benchmarks only; elsewhere as exact",
 }

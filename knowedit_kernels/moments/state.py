@@ -187,9 +187,7 @@ def _complaint(keys: torch.Tensor, mask: torch.Tensor | None, limit: float) -> s
     )
 
 
-def update_together(
-    moments: Sequence[SecondMoment], keys: Sequence[torch.Tensor], mask: torch.Tensor | None = None
-) -> None:
+def update_together(moments: Sequence[SecondMoment], keys: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> None:
     """Updates several layers' moments with keys of the same tokens; full blocks share one kernel launch.
 
     Raises as `SecondMoment.update`; then no layer has counted anything.

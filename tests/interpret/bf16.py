@@ -1,8 +1,8 @@
 """Makes Triton's interpreter compute bf16 as a GPU does (needed in 3.6 to 3.9).
 
 The interpreter stores bf16 as its 16-bit pattern. Left alone, `tl.dot`, arithmetic and comparisons
-act on the patterns as integers, and fp32 -> bf16 truncates. `install()` mends dot, casts and
-elementwise operations to IEEE round-to-nearest-even; tests/interpret/test_bf16.py holds it to torch.
+act on the patterns as integers, and fp32 -> bf16 truncates. `install()` mends dot (of any float
+type), casts and elementwise operations to IEEE round-to-nearest-even; tests/interpret/test_bf16.py holds it to torch.
 Reductions of bf16 stay wrong: kernels widen to fp32 before they reduce.
 """
 
@@ -46,10 +46,11 @@ def install() -> None:
     plain |= {name: getattr(builder, name) for name in ("binary_op", "unary_op")}
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-        if not (_is_bf16(a) or _is_bf16(b)):
+        if d.data.dtype != np.float32 or min(a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth) < 16:
             return plain["create_dot"](self, a, b, d, precision, imprecise)
-        product = np.matmul(_values(a).astype(np.float32), _values(b).astype(np.float32))
-        return TensorHandle(product + d.data, d.dtype.scalar)
+        # exact products and one rounding per dot: a tensor core's sums, not a sequential float32 chain
+        product = np.matmul(_values(a).astype(np.float64), _values(b).astype(np.float64))
+        return TensorHandle((product + d.data).astype(np.float32), d.dtype.scalar)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         kind = target.scalar

@@ -1,0 +1,170 @@
+"""Launching the Triton kernels, and the accuracy gate they pass on a device before anything relies on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from knowedit_kernels import _device, _gate, testing
+from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels.moments import audit as _audit
+from knowedit_kernels.moments import reference, schedule
+from knowedit_kernels.moments.cpu import panels_
+from knowedit_kernels.moments.functional import mirror_
+from knowedit_kernels.numerics import MOMENT, MOMENT_FP64, Budget
+
+# The gate's limits: the budget, with room for the scatter of a mean over so few channels.
+_GATE = Budget(normwise=2.5 * MOMENT.normwise, elementwise=MOMENT.elementwise, bias=MOMENT.bias)
+VARIANTS = (
+    (torch.bfloat16, "exact"),
+    (torch.float16, "exact"),
+    (torch.float32, "exact"),
+    (torch.float32, "fp32"),
+    (torch.float64, "exact"),
+)
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return 10 * major + minor
+
+
+def accumulate_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
+    """c += K^T K on the lower triangle of every layer's c [d, d] float64; layers of one shape share a launch."""
+    groups: dict[tuple[Any, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for c, key in zip(cs, keys):
+        few = precision != "fast" and len(key) < schedule.FEW_TOKENS
+        key = (key.double() if few or precision == "fp64" else key).contiguous()
+        if key.numel():
+            groups.setdefault((c.shape[0], c.stride(0), key.dtype), []).append((c, key))
+    for (_, _, dtype), pairs in groups.items():
+        group = [c for c, _ in pairs], [key for _, key in pairs]
+        if dtype == torch.float64 and _capability(pairs[0][1].device) >= 100:
+            panels_(*group, precision)  # Triton 3.6 cannot compile a float64 product for sm_100
+        else:
+            _accumulate_group(*group, precision)
+
+
+def _accumulate_group(cs: list[torch.Tensor], keys: list[torch.Tensor], precision: str) -> None:
+    dim, dtype, device = keys[0].shape[1], keys[0].dtype, keys[0].device
+    tokens, aligned = min(map(len, keys)), dim * dtype.itemsize % 16 == 0
+    config = schedule.config(dtype, precision, _capability(device), tokens, aligned)
+    programs = len(schedule.tile_table(dim, len(cs), config.tile))
+    pieces = schedule.splits(programs, tokens, _device.processors(device))
+    if pieces == 1:
+        return launch_(cs, keys, config)
+    # too few tiles for the device: cut the tokens, give every piece its own sum, add them in order
+    parts = [torch.zeros_like(c) for c in cs for _ in range(pieces)]
+    launch_(parts, [cut for key in keys for cut in key.tensor_split(pieces)], config)
+    for i, part in enumerate(parts):
+        cs[i // pieces] += part
+
+
+def launch_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], config: schedule.Config) -> None:
+    """One launch over dense `keys` [tokens, d] of one dtype and d, and `cs` [d, d] of one row stride."""
+    import triton
+    import triton.language as tl
+
+    from knowedit_kernels.moments.triton import second_moment_kernel
+
+    dim, device = keys[0].shape[1], keys[0].device
+    table = schedule.tile_table(dim, len(cs), config.tile)
+    addresses = torch.tensor([[key.data_ptr() for key in keys], [c.data_ptr() for c in cs]]).to(device)
+    tokens = torch.tensor([len(key) for key in keys], dtype=torch.int32).to(device)
+    if config.tma and device.type == "cuda":
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    options: dict[str, Any] = config.constants()
+    second_moment_kernel[(len(table),)](
+        addresses[0],
+        addresses[1],
+        tokens,
+        table.to(device),
+        dim,
+        keys[0].stride(0),
+        cs[0].stride(0),
+        KEY=getattr(tl, str(keys[0].dtype).removeprefix("torch.")),
+        EVEN=dim % config.tile == 0,
+        **options,
+    )
+
+
+def pack_(
+    out: torch.Tensor | None, audit: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor | None, signs: torch.Tensor
+) -> None:
+    """out = keys[rows] with the audit on the way; see `_ops`. Partial sums are added in a fixed order."""
+    from knowedit_kernels.moments.triton import pack_kernel
+
+    count, dim, block = (len(keys) if rows is None else len(rows)), keys.shape[1], 16
+    if count == 0:
+        return
+    programs = -(-count // block)
+    partial = torch.empty(programs, 1 + _audit.PROBES, dtype=torch.float64, device=keys.device)
+    unused = partial
+    pack_kernel[(programs,)](
+        unused if out is None else out,
+        partial,
+        keys,
+        unused if rows is None else rows,
+        signs,
+        count,
+        dim,
+        keys.stride(0),
+        R=block,
+        W=128,
+        GATHER=rows is not None,
+        STORE=out is not None,
+        num_warps=4,
+    )
+    audit += partial.sum(0)
+
+
+def gate(device: torch.device) -> str | None:
+    """Runs every variant on small ragged inputs against float64; returns what failed, with figures, or None."""
+    for dim, tokens in ((40, 3), (264, schedule.FEW_TOKENS + 37), (136, schedule.MANY_TOKENS + 5)):
+        generator = torch.Generator().manual_seed(dim)
+        gated = torch.nn.functional.silu(torch.randn(tokens, dim, generator=generator))
+        raw = gated * torch.randn(tokens, dim, generator=generator) + 0.05
+        for dtype, precision in VARIANTS:
+            keys = raw.to(dtype)
+            few = tokens < schedule.FEW_TOKENS
+            seen = reference.two_parts(keys) if precision == "fp32" and not few else keys
+            c = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+            accumulate_([c], [keys.to(device)], precision)
+            graded = testing.grade_moment(mirror_(c.cpu()), reference.second_moment(seen))
+            if failures := graded.failures(MOMENT_FP64 if few or dtype == torch.float64 else _GATE):
+                return f"{precision} second moment of {dtype} keys [{tokens}, {dim}]: {'; '.join(failures)}"
+            if failure := _gate_pack(keys, device):
+                return failure
+    return None
+
+
+def _gate_pack(keys: torch.Tensor, device: torch.device) -> str | None:
+    count, dim = keys.shape
+    sums = torch.zeros(1 + _audit.PROBES, dtype=torch.float64, device=device)
+    out = testing.poisoned_empty(count, dim, dtype=keys.dtype, device=device)
+    rows = torch.arange(count - 1, -1, -1, device=device)
+    pack_(out, sums, keys.to(device), rows, _audit.signs(dim, device))
+    if not torch.equal(out.cpu(), keys.flip(0)):
+        return f"packing of {keys.dtype} keys [{count}, {dim}] is not a copy"
+    audit = _audit.compare(reference.second_moment(keys), sums.cpu(), count)
+    return None if audit.ok(MOMENT_FP64) else f"audit of {keys.dtype} keys [{count}, {dim}]: {audit}"
+
+
+def _unproven(device: torch.device) -> str | None:
+    if _device.triton_version() is None:
+        return "Triton is not installed"
+    return _gate.unproven("moments.triton", ("moments/triton.py", "moments/gpu.py", "triton_lib/products.py"), device, gate)
+
+
+def _verify(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> str | None:
+    return _unproven(keys[0].device) if keys else None
+
+
+def _verify_pack(out: Any, audit: torch.Tensor, keys: torch.Tensor, rows: Any, signs: Any) -> str | None:
+    return _unproven(keys.device)
+
+
+TRITON = Candidate("triton", accumulate_, _verify, device="cuda")
+TRITON_PACK = Candidate("triton", pack_, _verify_pack, device="cuda")
