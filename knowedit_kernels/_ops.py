@@ -38,7 +38,10 @@ _define("second_moment_(Tensor(a!)[] c, Tensor[] keys, str precision) -> ()")
 _define("moment_pack_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs) -> ()")
 # their C++ kernels; isa as in csrc/cpu/isa.h (0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16)
 _define("syrk_cpu_(Tensor(a!) c, Tensor keys, int isa) -> ()", compiled=True)
-_define("audit_cpu_(Tensor(a!) audit, Tensor keys, Tensor signs, int isa) -> ()", compiled=True)
+_define(
+    "pack_cpu_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs, int isa) -> ()",
+    compiled=True,
+)
 
 # lowrank: every w = round((base or w) + residual + u v^T), residual = what rounding cut off; w [out, in], u [out, r],
 # v [in, r] float32 (float64 if w is), rounding "nearest" | "stochastic" | "compensated"; base, residual (bfloat16) and

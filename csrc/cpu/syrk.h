@@ -18,8 +18,8 @@ struct SyrkKernels {
   // `diagonal`, what lies above it is not computed. `a_panels` and `b_panels` (<= 4) exist.
   void (*tile)(const char* a, const char* b, int64_t stride, int64_t a_panels, int64_t b_panels, int64_t steps,
                bool diagonal, double* sum);
-  // out[0] += sum of squares of x; out[1 + p] += sum over rows of (x . signs[p])^2; signs: [kProbes, d]
-  void (*audit)(const void* x, Type type, int64_t ldx, int64_t tokens, int64_t d, const double* signs, double* out);
+  // out[0] += sum of squares of the row x [d]; out[1 + p] += (x . signs[p])^2; signs: [kProbes, d]
+  void (*audit)(const void* x, Type type, int64_t d, const double* signs, double* out);
 };
 
 extern const SyrkKernels kSyrkGeneric;

@@ -101,34 +101,32 @@ inline Float8 load8(const T* x) {
 }
 
 template <class T>
-void audit_rows(const T* x, int64_t ldx, int64_t tokens, int64_t d, const double* signs, double* out) {
-  for (int64_t t = 0; t < tokens; ++t, x += ldx) {
-    Double8 sums[1 + kProbes] = {};
-    int64_t j = 0;
-    for (; j + 8 <= d; j += 8) {
-      const Double8 value = __builtin_convertvector(load8(x + j), Double8);
-      sums[0] += value * value;
-      for (int64_t p = 0; p < kProbes; ++p) {
-        Double8 sign;
-        std::memcpy(&sign, signs + p * d + j, sizeof(sign));
-        sums[1 + p] += value * sign;
-      }
+void audit_row(const T* x, int64_t d, const double* signs, double* out) {
+  Double8 sums[1 + kProbes] = {};
+  int64_t j = 0;
+  for (; j + 8 <= d; j += 8) {
+    const Double8 value = __builtin_convertvector(load8(x + j), Double8);
+    sums[0] += value * value;
+    for (int64_t p = 0; p < kProbes; ++p) {
+      Double8 sign;
+      std::memcpy(&sign, signs + p * d + j, sizeof(sign));
+      sums[1 + p] += value * sign;
     }
-    for (; j < d; ++j) {
-      const double value = widen(x[j]);
-      sums[0][0] += value * value;
-      for (int64_t p = 0; p < kProbes; ++p) sums[1 + p][0] += value * signs[p * d + j];
-    }
-    for (int64_t p = 0; p <= kProbes; ++p) {
-      double total = 0;
-      for (int l = 0; l < 8; ++l) total += sums[p][l];
-      out[p] += p == 0 ? total : total * total;
-    }
+  }
+  for (; j < d; ++j) {
+    const double value = widen(x[j]);
+    sums[0][0] += value * value;
+    for (int64_t p = 0; p < kProbes; ++p) sums[1 + p][0] += value * signs[p * d + j];
+  }
+  for (int64_t p = 0; p <= kProbes; ++p) {
+    double total = 0;
+    for (int l = 0; l < 8; ++l) total += sums[p][l];
+    out[p] += p == 0 ? total : total * total;
   }
 }
 
-inline void audit(const void* x, Type type, int64_t ldx, int64_t tokens, int64_t d, const double* signs, double* out) {
-  if (type == Type::kF32) audit_rows(static_cast<const float*>(x), ldx, tokens, d, signs, out);
-  if (type == Type::kF16) audit_rows(static_cast<const F16*>(x), ldx, tokens, d, signs, out);
-  if (type == Type::kBF16) audit_rows(static_cast<const BF16*>(x), ldx, tokens, d, signs, out);
+inline void audit(const void* x, Type type, int64_t d, const double* signs, double* out) {
+  if (type == Type::kF32) audit_row(static_cast<const float*>(x), d, signs, out);
+  if (type == Type::kF16) audit_row(static_cast<const F16*>(x), d, signs, out);
+  if (type == Type::kBF16) audit_row(static_cast<const BF16*>(x), d, signs, out);
 }

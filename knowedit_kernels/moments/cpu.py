@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -49,28 +49,19 @@ def panels_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision:
                 c[j:, j : j + 256].addmm_(wide[:, j:].T, wide[:, j : j + 256])
 
 
-def _audited(audit_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> Callable[..., None]:
-    def pack_(
-        out: torch.Tensor | None,
-        audit: torch.Tensor,
-        keys: torch.Tensor,
-        rows: torch.Tensor | None,
-        signs: torch.Tensor,
-    ) -> None:
-        dense = keys if rows is None else keys.index_select(0, rows)
-        if out is not None:
-            out.copy_(dense)
-        audit_(audit, dense, signs)
-
-    return pack_
+def _compiled_pack_(
+    out: torch.Tensor | None, audit: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor | None, signs: torch.Tensor
+) -> None:
+    torch.ops.knowedit.pack_cpu_(out, audit, keys, rows, signs, _native.load().isa)
 
 
-def _compiled_audit_(audit: torch.Tensor, keys: torch.Tensor, signs: torch.Tensor) -> None:
-    torch.ops.knowedit.audit_cpu_(audit, keys, signs, _native.load().isa)
-
-
-def _torch_audit_(audit: torch.Tensor, keys: torch.Tensor, signs: torch.Tensor) -> None:
-    for block in keys.split(1024):
+def _torch_pack_(
+    out: torch.Tensor | None, audit: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor | None, signs: torch.Tensor
+) -> None:
+    dense = keys if rows is None else keys.index_select(0, rows)
+    if out is not None:
+        out.copy_(dense)
+    for block in dense.split(1024):
         wide = block.double()
         audit[0] += wide.square().sum()
         audit[1:] += (wide @ signs.T).square().sum(0)
@@ -81,7 +72,5 @@ COMPILED = tuple(
     for name, isa in (("avx512_bf16", AVX512_BF16), ("avx512", AVX512), ("avx2", AVX2), ("generic", GENERIC))
 )
 TORCH = Candidate("torch", panels_)
-COMPILED_PACK = Candidate(
-    "compiled", _audited(_compiled_audit_), lambda out, audit, keys, rows, signs: _refusal(GENERIC, [keys]), "cpu"
-)
-TORCH_PACK = Candidate("torch", _audited(_torch_audit_))
+COMPILED_PACK = Candidate("compiled", _compiled_pack_, lambda out, audit, keys, rows, signs: _refusal(GENERIC, [keys]), "cpu")
+TORCH_PACK = Candidate("torch", _torch_pack_)

@@ -58,13 +58,23 @@ class SecondMoment:
         dense, rows = check_keys(keys, mask, self.dim, self.precision)
         if rows is not None and rows.numel() == dense.shape[0]:
             rows = None
-        out = None if rows is None else dense.new_empty(rows.numel(), self.dim)
+        out = self._slot(dense.shape[0] if rows is None else rows.numel(), dense)
+        if out is None and rows is not None:
+            out = dense.new_empty(rows.numel(), self.dim)
         sums = torch.zeros_like(self._sums)
         torch.ops.knowedit.moment_pack_(out, sums, dense, rows, self._signs)
         limit = math.inf if self.precision == "fp64" else _LARGEST_TRACE
         if not sums[0].item() < limit:
             raise ValueError(_complaint(keys.detach(), mask, limit))
         return (dense if out is None else out), sums
+
+    def _slot(self, n: int, like: torch.Tensor) -> torch.Tensor | None:
+        """The buffer's next `n` rows, or None if they do not fit or are of another dtype."""
+        if self._buffer is None and n < self._capacity:
+            self._buffer = like.new_empty(self._capacity, self.dim)
+        if self._buffer is None or self._buffer.dtype != like.dtype or self._filled + n > self._capacity:
+            return None
+        return self._buffer[self._filled : self._filled + n]
 
     def _commit(self, rows: torch.Tensor, sums: torch.Tensor) -> list[torch.Tensor]:
         """Counts a staged batch; returns the blocks that are now full, in order, ready to be accumulated."""
@@ -83,7 +93,9 @@ class SecondMoment:
             if self._buffer is None:
                 self._buffer = rows.new_empty(self._capacity, self.dim)
             take = min(self._capacity - self._filled, len(rows))
-            self._buffer[self._filled : self._filled + take] = rows[:take]
+            place = self._buffer[self._filled : self._filled + take]
+            if place.data_ptr() != rows.data_ptr():  # else they were packed into their place
+                place.copy_(rows[:take])
             self._filled, rows = self._filled + take, rows[take:]
             if self._filled == self._capacity:
                 blocks += self._take_pending()
@@ -188,10 +200,12 @@ def _complaint(keys: torch.Tensor, mask: torch.Tensor | None, limit: float) -> s
 
 
 def update_together(moments: Sequence[SecondMoment], keys: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> None:
-    """Updates several layers' moments with keys of the same tokens; full blocks share one kernel launch.
+    """Updates several layers' (distinct) moments with keys of the same tokens; full blocks share one kernel launch.
 
     Raises as `SecondMoment.update`; then no layer has counted anything.
     """
+    if len(set(map(id, moments))) != len(moments):
+        raise ValueError("the same SecondMoment occurs twice; give every layer its own")
     staged = [moment._stage(key, mask) for moment, key in zip(moments, keys, strict=True)]
     full = [(moment, moment._commit(*batch)) for moment, batch in zip(moments, staged)]
     for turn in range(max((len(blocks) for _, blocks in full), default=0)):

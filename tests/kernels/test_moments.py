@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from knowedit_kernels import _native, explain, numerics, testing
 from knowedit_kernels.moments import PRECISIONS, second_moment_
-from knowedit_kernels.moments.cpu import COMPILED, TORCH
+from knowedit_kernels.moments.audit import signs
+from knowedit_kernels.moments.cpu import COMPILED, COMPILED_PACK, TORCH, TORCH_PACK
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.moment_data import keys as make_keys
 
@@ -156,16 +157,45 @@ def test_unknown_precision():
 
 def test_opcheck_and_compile():
     k = make_keys(40, 24)
-    signs = torch.ones(4, 24, dtype=torch.float64)
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     c = torch.zeros(24, 24, dtype=torch.float64)
     torch.library.opcheck(torch.ops.knowedit.second_moment_, ([c], [k], "exact"), test_utils=utils)
     audit, rows = torch.zeros(5, dtype=torch.float64), torch.tensor([3, 1])
-    args = (torch.zeros(2, 24), audit, k, rows, signs)
+    args = (torch.zeros(2, 24), audit, k, rows, signs(24))
     torch.library.opcheck(torch.ops.knowedit.moment_pack_, args, test_utils=utils)
     if (native := _native.load()).path:
         torch.library.opcheck(torch.ops.knowedit.syrk_cpu_, (c, k, native.isa), test_utils=utils)
-        torch.library.opcheck(torch.ops.knowedit.audit_cpu_, (audit, k, signs, native.isa), test_utils=utils)
+        torch.library.opcheck(torch.ops.knowedit.pack_cpu_, (*args, native.isa), test_utils=utils)
+
+
+@pytest.mark.parametrize("pick", [None, [], [3, 0, 3, 699]])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("candidate", [COMPILED_PACK, TORCH_PACK], ids=lambda c: c.name)
+def test_pack_copies_and_audits(candidate, dtype, pick, threads):
+    k = make_keys(3000, 61, dtype)[:, 3:58]
+    rows = None if pick is None else torch.tensor(pick, dtype=torch.int64)
+    kept = k if rows is None else k[rows]
+    z, results = signs(55), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        guard, audit = testing.guarded(testing.poisoned_empty(*kept.shape, dtype=dtype)), torch.ones(5).double()
+        if reason := candidate.verify(guard.tensor, audit, k, rows, z):
+            pytest.skip(reason)
+        candidate.run(guard.tensor, audit, k, rows, z)
+        guard.check()
+        assert torch.equal(guard.tensor, kept)
+        results.append(audit)
+    expected = torch.cat([kept.double().square().sum()[None], (kept.double() @ z.T).square().sum(0)])
+    assert torch.allclose(results[0] - 1, expected, rtol=1e-12)
+    assert candidate is TORCH_PACK or torch.equal(*results)
+
+
+@pytest.mark.skipif(_native.load().path is None, reason="no compiled kernels")
+def test_a_row_index_out_of_range_is_refused():
+    audit, k = torch.zeros(5, dtype=torch.float64), make_keys(4, 8)
+    for bad in (4, -1):
+        with pytest.raises(RuntimeError, match=f"row {bad} is not among the keys"):
+            torch.ops.knowedit.pack_cpu_(None, audit, k, torch.tensor([bad]), signs(8), _native.load().isa)
 
 
 def test_explain_names_the_instruction_set_and_the_reasons(monkeypatch):

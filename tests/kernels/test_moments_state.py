@@ -113,7 +113,9 @@ def test_together_is_all_or_nothing_and_equals_one_by_one():
     b[3, 3] = float("nan")
     with pytest.raises(ValueError, match=r"keys\[3\]"):
         update_together(layers, [a, b])
-    assert [layer.count for layer in layers] == [20, 20]
+    assert [layer.count for layer in layers] == [20, 20] and torch.equal(layers[0].sum(), moment(a).sum())
+    with pytest.raises(ValueError, match="occurs twice"):
+        update_together([layers[0], layers[0]], [a, a])
 
 
 def test_audit_measures_the_true_error():
