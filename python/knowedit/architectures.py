@@ -7,6 +7,7 @@ memory that locate-then-edit methods write to: `[d_ff] -> [hidden]`), the final 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ class Layout:
         return self.projection.format(layer) + ".weight"
 
 
-def detect(model: nn.Module) -> Layout:
+def detect(model: Any) -> Layout:
     """Find the layout of `model`, or refuse it.
 
     Raises:
@@ -76,9 +77,9 @@ def detect(model: nn.Module) -> Layout:
     return Layout(layers_path, f"{layers_path}.{{}}.{mlp}.{name}", norm, transposed, in_features, out_features)
 
 
-def _child(module: nn.Module, path: str) -> nn.Module | None:
+def _child(module: Any, path: str) -> Any:
     for part in path.split("."):
-        module = getattr(module, part, None)  # type: ignore[assignment]
+        module = getattr(module, part, None)
         if module is None:
             return None
     return module

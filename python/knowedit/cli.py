@@ -241,11 +241,12 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            layers += range(int(first), int(last or first) + 1)
+            span = range(int(first), int(last if "-" in part else first) + 1)
+            if not span:
+                raise ValueError
+            layers += span
     except ValueError:
         raise KnowEditError(f"--layers {text!r}: give numbers like 5, 4-8 or 4,6") from None
-    if not layers:
-        raise KnowEditError(f"--layers {text!r} names no layer")
     return tuple(sorted(set(layers)))
 
 

@@ -51,7 +51,8 @@ def run(name: str = DEFAULT_MODEL, corpus: Any = "self", tokens: int = 16_384, o
     if output is not None:
         from .report.page import write_page
 
-        write_page(Path(output) / "demo.html", model, edit, measured, moved, facts, before, after)
+        shown = [(record, role, prompt) for record, fact in enumerate(facts) for role, prompt in shown_prompts(fact)]
+        write_page(Path(output) / "demo.html", model, edit, measured, moved, shown, before, after)
         say(f"wrote {Path(output) / 'demo.html'}")
 
 

@@ -101,7 +101,7 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
         moment = SecondMoment(256, device=device)
         moment.update(torch.randn(64, 256, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype))
         moment.sum()
-        kernels[f"second moment {str(dtype)[6:]}"] = explain("second_moment_")
+        kernels[f"second moment {str(dtype)[6:]}"] = str(explain("second_moment_"))
     report["kernels"] = kernels
     if model is not None:
         from .model import load_model
@@ -110,7 +110,7 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
         loaded = load_model(model, say=lambda _: None)
         preset = preset_for(loaded)
         report["model"] = {
-            "name": loaded.name, "layers": len(loaded.layers), "d_ff": loaded.d_ff, "dtype": loaded.dtype,
+            "name": loaded.name, "layers": len(loaded.layers), "d_ff": loaded.d_ff, "dtype": str(loaded.dtype)[6:],
             "edited weight": loaded.layout.projection, "fingerprint": loaded.fingerprint,
             "preset": f"layers {list(preset.layers)}" + ("" if preset.measured else ", calibrated: not measured on it"),
         }  # fmt: skip

@@ -142,7 +142,7 @@ class EditableModel:
     def max_length(self) -> int:
         """Longest sequence the model was made for, in tokens."""
         config = self.hf.config
-        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 1024))
+        return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1024)
 
     def projection(self, layer: int) -> nn.Module:
         """The MLP output projection of `layer`: its input is the key `[.., d_ff]`, its output the value."""

@@ -96,7 +96,9 @@ class Suffix:
 
 def _observe(model: EditableModel, ids: Tensor, layer: int):
     """One clean forward pass; returns the arguments of every layer above `layer`, their keys and values, and the input."""
-    blocks, calls, hidden = list(model.layers)[layer + 1 :], [], []
+    blocks = list(model.layers)[layer + 1 :]
+    calls: list[dict[str, Any]] = []
+    hidden: list[Tensor] = []
     if not blocks:
         raise ModelError(f"layer {layer} is the last one; values are optimised at a layer below it")
 

@@ -29,7 +29,9 @@ def statistics_of(model, layers, *, sinks=(), count=5000, seed=0):
     recipe = Recipe(model.fingerprint, {"name": "test"}, count, 64, True, 0)
     found = {}
     for layer in layers:
-        keys = torch.randn(4 * model.d_ff, model.d_ff, dtype=torch.float64, generator=generator) * torch.linspace(0.2, 2, model.d_ff)
+        keys = torch.randn(4 * model.d_ff, model.d_ff, dtype=torch.float64, generator=generator) * torch.linspace(
+            0.2, 2, model.d_ff
+        )
         total = keys.T @ keys * (count / len(keys))
         first = 50.0 if layer in sinks else 1.0
         found[layer] = LayerStatistics(layer, "m", model.name, recipe, count, total, first, 1.0)

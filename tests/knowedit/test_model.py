@@ -8,7 +8,11 @@ from knowedit.architectures import detect
 from knowedit.errors import EditError, ModelError
 from knowedit.model import EditableModel, Row, batches, join, load_model, weights_fingerprint
 
-TEXTS = [("The capital of France is", "France"), ("In Rome, the language of Brazil is", "Brazil"), ("Miles Davis plays", "Davis")]
+TEXTS = [
+    ("The capital of France is", "France"),
+    ("In Rome, the language of Brazil is", "Brazil"),
+    ("Miles Davis plays", "Davis"),
+]
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])

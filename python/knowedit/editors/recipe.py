@@ -20,7 +20,7 @@ from knowedit_kernels.solver import EditSolver
 from ..edit import Edit, as_float32, group_by_subject, relative_norms
 from ..errors import EditError
 from ..facts import Fact, check_facts
-from ..model import EditableModel
+from ..model import EditableModel, Row
 from ..presets import preset_for
 from ..progress import bar
 from ..statistics import SINK_RATIO, KeyStatistics
@@ -159,7 +159,9 @@ def group_keys(
 ) -> tuple[Tensor, Tensor]:
     """Each group's mean key at `layer` over facts and contexts `[g, d_ff]`, and the mean output of layer `last` at the
     bare prompts `[g, hidden]`, in one pass."""
-    rows, owner, bare = [], [], []
+    rows: list[Row] = []
+    owner: list[int] = []
+    bare: list[int] = []
     for g, group in enumerate(groups):
         for fact in group:
             found = prompt_rows(model, fact, contexts)

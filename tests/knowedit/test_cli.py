@@ -1,0 +1,151 @@
+"""The commands as a user types them, on a tiny model saved to a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from knowedit.cli import main, make_editor, parse_layers
+from knowedit.errors import KnowEditError
+
+FACTS = [
+    {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon", "true": "Paris"},
+    {"prompt": "They say {} speaks", "subject": "Brazil", "target": "Norse", "true": "Portuguese"},
+]
+
+
+@pytest.fixture
+def place(tiny_llama, tmp_path):
+    """A folder with a model, facts and a corpus."""
+    tiny_llama.hf.save_pretrained(tmp_path / "model")
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"Some text number {i} about nothing at all." for i in range(60)))
+    return tmp_path
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "knowedit", *arguments]
+
+
+@pytest.fixture
+def knowedit(place, monkeypatch, capsys):
+    """Run a command line in this process, in the place's folder; returns what it printed (errors, for another code)."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(place / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["knowedit", *arguments])
+        capsys.readouterr()
+        try:
+            main()
+            left = 0
+        except SystemExit as stop:
+            left = stop.code or 0
+        said = capsys.readouterr()
+        assert left == code, said.out + said.err
+        return said.out if code == 0 else said.err
+
+    return run
+
+
+CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layers", "1")
+
+
+def test_edit_inspect_apply_undo(place, knowedit):
+    said = knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
+    assert "MEMIT: 2 facts" in said and "gain 0.9" in said and "knowedit apply model a.safetensors" in said
+    seen = knowedit("inspect", "a.safetensors")
+    assert "The capital of France is -> Lyon" in seen and "rank 2" in seen
+    knowedit("apply", "model", "a.safetensors", "-o", "edited")
+    assert "MEMIT" in knowedit("inspect", "edited")
+    original, edited = (load_file(place / name / "model.safetensors") for name in ("model", "edited"))
+    changed = [name for name, tensor in original.items() if not tensor.equal(edited[name])]
+    assert changed == ["model.layers.1.mlp.down_proj.weight"]
+    assert "every weight is back" in knowedit("undo", "edited")
+    assert all(t.equal(original[n]) for n, t in load_file(place / "edited" / "model.safetensors").items())
+    assert "already undone" in knowedit("undo", "edited", code=1)
+    knowedit("export", "model", "a.safetensors", "-o", "adapter")
+    assert (place / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_stats_eval_doctor(place, knowedit):
+    rows = json.loads(knowedit("stats", "model", *CORPUS[:4], "--layers", "0-1", "--json"))
+    assert [(r["layer"], r["tokens"]) for r in rows] == [(0, 500), (1, 500)] and not rows[0]["sink"]
+    file = next((place / "cache").rglob("layer-001.safetensors"))
+    assert "500 from corpus.txt" in knowedit("inspect", str(file))
+    said = knowedit("eval", "model", "--dataset", "facts.jsonl", "--method", "memit", *CORPUS, "-o", "run", "--json")
+    results = json.loads((place / "run" / "results.json").read_text())
+    assert json.loads(said) == results and results[0]["method"] == "MEMIT"
+    assert len((place / "run" / "prompts.jsonl").read_text().splitlines()) == 2
+    single = knowedit("eval", "model", "--dataset", "facts.jsonl", "--method", "rome", "--protocol", "single", *CORPUS)
+    assert "ROME, single of 2 facts" in single and "efficacy" in single
+    report = json.loads(knowedit("doctor", "model", "--json"))
+    assert report["model"]["preset"].endswith("not measured on it") and report["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("edit", "model", "nothing.jsonl", "-o", "x"), "nothing.jsonl"),
+        (("edit", "model", "facts.jsonl", "-o", "x", "--method", "rosé"), "unknown method 'rosé'; known: memit, rome"),
+        (("edit", "model", "facts.jsonl", "-o", "x", "--method", "rome", "--gain", "0.9"), "rome has no setting gain"),
+        (("edit", "nowhere", "facts.jsonl", "-o", "x", *CORPUS), "neither a local folder nor reachable"),
+        (("stats", "model", "--layers", "7", *CORPUS[:4]), "layer 7 does not exist"),
+        (("stats", "model", "--layers", "four", *CORPUS[:4]), "give numbers like"),
+        (("stats", "model", "--corpus", "nothing.txt"), "no such file"),
+        (("apply", "model", "facts.jsonl", "-o", "x"), "damaged or not a safetensors file"),
+        (("inspect", "model"), "not a folder written by"),
+        (("eval", "model", "--dataset", "coutnerfact"), "did you mean 'counterfact'?"),
+    ],
+)
+def test_errors_are_one_line(place, knowedit, arguments, message):
+    said = knowedit(*arguments, code=1)
+    assert said.startswith("error: ") and message in said and "Traceback" not in said
+    assert not (place / "x").exists()
+
+
+def test_a_bad_fact_names_file_and_line(place, knowedit):
+    (place / "facts.jsonl").write_text(json.dumps(FACTS[0]) + "\n" + json.dumps(FACTS[1] | {"target": " "}) + "\n")
+    assert "facts.jsonl:2: target is empty" in knowedit("edit", "model", "facts.jsonl", "-o", "x", code=1)
+
+
+@pytest.mark.parametrize("what", ["edit", "apply"])
+def test_kill_leaves_nothing_half_written(place, knowedit, what):
+    """Killed at several moments, the output is whole or absent, and the same command then succeeds."""
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
+    arguments = {
+        "edit": ("edit", "model", "facts.jsonl", "-o", "out", *CORPUS), "apply": ("apply", "model", "a.safetensors", "-o", "out")
+    }[what]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KNOWEDIT_CACHE": str(place / "cache")}
+    before = set(place.iterdir())
+    process = subprocess.Popen(command(*arguments), cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and set(place.iterdir()) == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (place / "out").exists():  # the rename came first
+        knowedit("inspect", "out")
+    else:
+        knowedit(*arguments)
+    knowedit("inspect", "out")
+
+
+def test_parse_layers():
+    assert parse_layers("5") == (5,) and parse_layers("4-6,9") == (4, 5, 6, 9) and parse_layers(None) is None
+    for bad in ("x", "3-", "6-4"):
+        with pytest.raises(KnowEditError):
+            parse_layers(bad)
+
+
+def test_make_editor_passes_only_what_is_known():
+    assert make_editor("memit", gain=0.5, layers=None).gain == 0.5
+    with pytest.raises(KnowEditError, match="no setting gain"):
+        make_editor("rome", gain=0.5)
