@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,6 +45,11 @@ def cuda_facts(device: torch.device | str | int = "cuda") -> DeviceFacts:
         torch=torch.__version__,
         triton=triton_version() or "none",
     )
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a CUDA device the current one, which is where Triton launches; does nothing for other devices."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def processors(device: torch.device) -> int:

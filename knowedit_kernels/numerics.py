@@ -9,7 +9,6 @@ Errors are against float64 on the same (already rounded) inputs. For a second mo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +47,6 @@ def truncation_bias(chain: int) -> float:
     Emulated: -1.4e-6 at 1024, -1.1e-5 at 8192.
     """
     return -(chain / MMA_TOKENS) * 0.5 * 0.36 * 2.0**-23
-
-
-def rounding_error(terms: int, dtype: torch.dtype = torch.float32) -> float:
-    """Expected relative error of a round-to-nearest sum of `terms` like-signed terms: u * sqrt(terms) / sqrt(3)."""
-    return UNIT_ROUNDOFF[dtype] * math.sqrt(max(terms, 1) / 3)
 
 
 @dataclass(frozen=True)

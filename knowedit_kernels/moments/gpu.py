@@ -17,6 +17,7 @@ from knowedit_kernels.numerics import MOMENT, MOMENT_FP64, Budget
 
 # The gate's limits: the budget, with room for the scatter of a mean over so few channels.
 _GATE = Budget(normwise=2.5 * MOMENT.normwise, elementwise=MOMENT.elementwise, bias=MOMENT.bias)
+_SOURCES = ("moments/triton.py", "moments/schedule.py", "moments/gpu.py", "triton_lib/products.py")
 VARIANTS = (
     (torch.bfloat16, "exact"),
     (torch.float16, "exact"),
@@ -76,18 +77,19 @@ def launch_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], config: sc
     if config.tma and device.type == "cuda":
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     options: dict[str, Any] = config.constants()
-    second_moment_kernel[(len(table),)](
-        addresses[0],
-        addresses[1],
-        tokens,
-        table.to(device),
-        dim,
-        keys[0].stride(0),
-        cs[0].stride(0),
-        KEY=getattr(tl, str(keys[0].dtype).removeprefix("torch.")),
-        EVEN=dim % config.tile == 0,
-        **options,
-    )
+    with _device.current(device):
+        second_moment_kernel[(len(table),)](
+            addresses[0],
+            addresses[1],
+            tokens,
+            table.to(device),
+            dim,
+            keys[0].stride(0),
+            cs[0].stride(0),
+            KEY=getattr(tl, str(keys[0].dtype).removeprefix("torch.")),
+            EVEN=dim % config.tile == 0,
+            **options,
+        )
 
 
 def pack_(
@@ -102,21 +104,22 @@ def pack_(
     programs = -(-count // block)
     partial = torch.empty(programs, 1 + _audit.PROBES, dtype=torch.float64, device=keys.device)
     unused = partial
-    pack_kernel[(programs,)](
-        unused if out is None else out,
-        partial,
-        keys,
-        unused if rows is None else rows,
-        signs,
-        count,
-        dim,
-        keys.stride(0),
-        R=block,
-        W=128,
-        GATHER=rows is not None,
-        STORE=out is not None,
-        num_warps=4,
-    )
+    with _device.current(keys.device):
+        pack_kernel[(programs,)](
+            unused if out is None else out,
+            partial,
+            keys,
+            unused if rows is None else rows,
+            signs,
+            count,
+            dim,
+            keys.stride(0),
+            R=block,
+            W=128,
+            GATHER=rows is not None,
+            STORE=out is not None,
+            num_warps=4,
+        )
     audit += partial.sum(0)
 
 
@@ -155,7 +158,7 @@ def _gate_pack(keys: torch.Tensor, device: torch.device) -> str | None:
 def _unproven(device: torch.device) -> str | None:
     if _device.triton_version() is None:
         return "Triton is not installed"
-    return _gate.unproven("moments.triton", ("moments/triton.py", "moments/gpu.py", "triton_lib/products.py"), device, gate)
+    return _gate.unproven("moments.triton", _SOURCES, device, gate)
 
 
 def _verify(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> str | None:

@@ -32,7 +32,8 @@ class SecondMoment:
     def __init__(self, dim: int, *, device: torch.device | str = "cpu", precision: str = "exact") -> None:
         if dim < 1:
             raise ValueError(f"dim={dim} must be at least 1")
-        self.dim, self.device, self.precision = dim, torch.device(device), check_precision(precision)
+        self.dim, self.precision = dim, check_precision(precision)
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.count = 0
         self._lower = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)
         self._sums = torch.zeros(1 + _audit.PROBES, dtype=torch.float64, device=self.device)
@@ -53,7 +54,7 @@ class SecondMoment:
     @torch.no_grad()
     def _stage(self, keys: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Checks and audits a batch without changing the state: the kept rows [n, dim] and their audit sums."""
-        if keys.device.type != self.device.type:
+        if keys.device != self.device:
             raise ValueError(f"keys are on {keys.device}, the moment is on {self.device}: move the keys there")
         dense, rows = check_keys(keys, mask, self.dim, self.precision)
         if rows is not None and rows.numel() == dense.shape[0]:

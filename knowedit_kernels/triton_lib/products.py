@@ -5,13 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def split_bf16(x):
-    """float32 x -> (high, low) bf16 with x = high + low to 16 bits; both rounded to nearest even."""
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
 def gram_product(a, b, acc, PRODUCTS: tl.constexpr):
     """acc + a^T b for a [K, M], b [K, N] of one 16-bit or float64 dtype. float32 operands, by PRODUCTS:
 
