@@ -38,6 +38,7 @@ def accumulate_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precis
     for c, key in zip(cs, keys):
         few = precision != "fast" and len(key) < schedule.FEW_TOKENS
         key = (key.double() if few or precision == "fp64" else key).contiguous()
+        key = key.clone() if key.data_ptr() % 16 else key  # the kernel loads 16 bytes at a time
         if key.numel():
             groups.setdefault((c.shape[0], c.stride(0), key.dtype), []).append((c, key))
     for (_, _, dtype), pairs in groups.items():
@@ -162,6 +163,8 @@ def _unproven(device: torch.device) -> str | None:
 
 
 def _verify(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> str | None:
+    if any(c.data_ptr() % 16 for c in cs):
+        return "c does not start on 16 bytes"
     return _unproven(keys[0].device) if keys else None
 
 

@@ -79,6 +79,16 @@ def test_layers_of_different_lengths_and_shapes_accumulate():
         testing.grade_moment(mirror_(c), before + reference.second_moment(keys)).check(numerics.MOMENT_FP64)
 
 
+def test_unaligned_memory_is_copied_or_refused():
+    store = torch.zeros(1 + 24 * 9, dtype=torch.bfloat16)
+    keys = store[1:].view(9, 24).copy_(make_keys(9, 24))
+    c = torch.zeros(24, 24, dtype=torch.float64)
+    gpu.accumulate_([c], [keys], "fast")
+    testing.grade_moment(mirror_(c), reference.second_moment(keys)).check(numerics.Budget(1e-5, 1e-5, 1e-5))
+    odd = torch.zeros(24 * 24 + 1, dtype=torch.float64)[1:].view(24, 24)
+    assert odd.data_ptr() % 16 == 0 or gpu.TRITON.verify([odd], [keys], "exact") == "c does not start on 16 bytes"
+
+
 def test_token_split_when_tiles_are_few(monkeypatch):
     monkeypatch.setattr(schedule, "splits", lambda programs, tokens, processors: 3)
     keys = [make_keys(100, 40, torch.bfloat16), make_keys(77, 40, torch.bfloat16, seed=1)]
