@@ -68,3 +68,8 @@ UPDATE_NEAREST = {
 }
 # Stochastic rounding: one of the two neighbours, unbiased.
 UPDATE_STOCHASTIC = UpdateBudget(1.02, 0.02)
+
+# Target loss: nats of a row's cross-entropy or divergence (float32 logits of size 20 carry 2e-6 each), and the normwise
+# relative error of the gradient in the hidden states.
+LOSS_ERROR = 2e-5
+GRADIENT_ERROR = 1e-4

@@ -1,0 +1,9 @@
+"""Cross-entropy and KL on target positions only, for large vocabularies, forward and backward (see README.md)."""
+
+from knowedit_kernels._dispatch import register
+from knowedit_kernels.target_loss import chunked, gpu
+from knowedit_kernels.target_loss.loss import TargetLoss as TargetLoss
+from knowedit_kernels.target_loss.loss import target_loss as target_loss
+
+register("target_loss_forward", gpu.FORWARD, chunked.FORWARD)
+register("target_loss_backward", gpu.BACKWARD, chunked.BACKWARD)

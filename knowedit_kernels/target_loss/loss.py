@@ -1,0 +1,107 @@
+"""The public function and its autograd: gradients for the hidden states only, the head is frozen."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from knowedit_kernels import _ops as _ops  # defines the ops
+
+
+class TargetLoss(NamedTuple):
+    """Per-row losses in nats, float32 (float64 for float64 hidden states)."""
+
+    ce: Tensor
+    kl: Tensor
+
+
+def target_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    reference: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    reverse: bool = True,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> TargetLoss:
+    """Cross-entropy and KL divergence of selected positions, without ever holding all their logits.
+
+    With z = cap tanh(scale (hidden W^T + bias) / cap) (no cap: z = scale (...)) and p = softmax(z), per row
+
+    * ``ce`` = -log p[target]; 0 where ``targets`` [rows] (int64) is negative or None;
+    * ``kl`` = KL(p || ref) (``reverse``, as ROME and MEMIT compute it) or KL(ref || p); 0 without a reference. The
+      reference is ``reference`` [rows, V], log-probabilities that sum to one, or ``ref_hidden`` [rows, d], states
+      whose distribution under the same head is recomputed tile by tile. It is a constant.
+
+    hidden: [rows, d], the states before the head at the scored positions only. head_weight: [V, d], may be tied to the
+    embeddings. Both bfloat16, float16, float32 or float64; the arithmetic is float32 (float64 for float64 hidden).
+    Differentiable once, in ``hidden``; deterministic.
+
+    Raises ValueError naming the argument. Source: KERNELS (d), our derivation; cut-cross-entropy (arXiv 2411.09009)
+    has the idea of recomputing logits in the backward pass.
+    """
+    _check(hidden, head_weight, targets, reference, ref_hidden, bias, softcap)
+    constants = [None if x is None else x.detach() for x in (bias, reference, ref_hidden)]
+    cap = 0.0 if softcap is None else float(softcap)
+    ce, kl, _, _ = _Loss.apply(hidden, head_weight.detach(), targets, *constants, float(logit_scale), cap, reverse)
+    return TargetLoss(ce, kl)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.knowedit.target_loss_forward(hidden, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        _, kl, lse, ref_lse = output
+        ctx.mark_non_differentiable(lse, ref_lse)
+        ctx.save_for_backward(kl, lse, ref_lse, *inputs[:6])
+        ctx.settings = inputs[6:]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g_ce: Tensor, g_kl: Tensor, *_: Any) -> tuple[Any, ...]:
+        hidden = ctx.saved_tensors[3]
+        grad = torch.ops.knowedit.target_loss_backward(g_ce.contiguous(), g_kl.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        return grad.to(hidden.dtype), *(None,) * 8
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    reference: Tensor | None,
+    ref_hidden: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or len(weight) == 0:
+        raise ValueError(f"hidden [rows, d] and head_weight [V, d] do not fit: {list(hidden.shape)} and {list(weight.shape)}")
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"hidden and head_weight must be floating point, got {hidden.dtype} and {weight.dtype}")
+    for name, constant in (("head_weight", weight), ("bias", bias), ("reference", reference), ("ref_hidden", ref_hidden)):
+        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires grad, but target_loss has no gradient for it: pass {name}.detach()")
+    rows, vocabulary = len(hidden), len(weight)
+    if targets is not None and (targets.shape != (rows,) or targets.dtype != torch.int64):
+        raise ValueError(f"targets must be int64 [{rows}], got {targets.dtype} {list(targets.shape)}")
+    if targets is not None and rows and int(targets.max()) >= vocabulary:
+        raise ValueError(f"target {int(targets.max())} is outside the vocabulary of {vocabulary}")
+    if targets is None and reference is None and ref_hidden is None:
+        raise ValueError("nothing to compute: give targets, reference or ref_hidden")
+    if reference is not None and ref_hidden is not None:
+        raise ValueError("give reference (log-probabilities) or ref_hidden (states), not both")
+    if reference is not None and reference.shape != (rows, vocabulary):
+        raise ValueError(f"reference must be log-probabilities [{rows}, {vocabulary}], got {list(reference.shape)}")
+    if ref_hidden is not None and ref_hidden.shape != hidden.shape:
+        raise ValueError(f"ref_hidden must be shaped like hidden {list(hidden.shape)}, got {list(ref_hidden.shape)}")
+    if bias is not None and bias.shape != (vocabulary,):
+        raise ValueError(f"bias must have shape [{vocabulary}], got {list(bias.shape)}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")

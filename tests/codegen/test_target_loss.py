@@ -1,0 +1,50 @@
+"""The target loss kernels compile to what they should on every architecture."""
+
+import pytest
+import torch
+
+from knowedit_kernels.target_loss import gpu
+from knowedit_kernels.target_loss.triton import forward_kernel, hidden_grad_kernel, logit_grad_kernel
+from tests.codegen.compiler import ARCHITECTURES, MMA, compile_for
+
+D, VOCABULARY, ROWS = 4096, 128256, 200
+
+
+def meta(dtype=torch.float32):
+    return torch.empty(64, dtype=dtype, device="meta")
+
+
+def mma(architecture, dtype):
+    # three-pass tf32 of 32-row tiles uses the older instruction everywhere
+    return "HMMA" if dtype == torch.float32 else MMA[architecture]
+
+
+@pytest.mark.parametrize("reference", [0, 1, 2])
+@pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits(architecture, dtype, reference):
+    head = meta(dtype), meta(dtype), meta(torch.int64), meta(dtype), meta(torch.float32 if reference == 1 else dtype)
+    sizes = ROWS, VOCABULARY, D, D, D, D
+    constants = dict(
+        CE=True, REF=reference, REVERSE=True, BIAS=True, CAP=True, **gpu.TILE[dtype.itemsize],
+        PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
+    )  # fmt: skip
+    forward = compile_for(forward_kernel, architecture, *head, meta(), meta(), *sizes, 1.5, 3.0, **constants)
+    inputs = [meta() for _ in range(6)]
+    backward = compile_for(logit_grad_kernel, architecture, *head, *inputs, gpu.CHUNK, *sizes, gpu.CHUNK, 1.5, 3.0, **constants)
+    for built in (forward, backward):
+        print(architecture, dtype, reference, built.registers, built.shared, built.spills)
+        built.check(mma=mma(architecture, dtype))
+        assert built.count("LDGSTS"), "the head is not copied asynchronously"
+
+
+@pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_gradient(architecture, dtype):
+    built = compile_for(
+        hidden_grad_kernel, architecture, meta(), meta(dtype), meta(), gpu.CHUNK, gpu.CHUNK, ROWS, D, gpu.CHUNK, D, D,
+        **gpu.TILE_GRADIENT[dtype.itemsize], SPLIT=dtype != torch.float32,
+    )  # fmt: skip
+    print(architecture, dtype, built.registers, built.shared, built.spills)
+    built.check(mma=mma(architecture, dtype))
+    assert built.count("LDGSTS"), "the head is not copied asynchronously"
