@@ -1,0 +1,215 @@
+"""Shared by the benchmarks: environment header, interleaved timing, accuracy budgets, and JSON lines of results.
+
+A speed-up is the median over rounds of (baseline's seconds / ours) *within* a round: both run alternately, so a machine
+that slows down for a while slows both. A row that misses its accuracy budget prints no speed-up and fails the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knowedit.files import atomic_file
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to judge the figures: machine, load, versions, date."""
+    versions = {}
+    for name in ("torch", "transformers", "triton", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
+        "isa": torch.backends.cpu.get_cpu_capability(), "bf16": "avx512_bf16" in _cpu_info("flags"),
+        "python": platform.python_version(), **versions, "commit": commit.stdout.strip() or "unknown",
+    }  # fmt: skip
+
+
+def _cpu_info(field: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
+
+
+def _cpu_name() -> str:
+    name = _cpu_info("model name") or platform.processor() or platform.machine()
+    family, model = _cpu_info("cpu family"), _cpu_info("model")
+    return f"{name} (family {family}, model {model})" if family else name
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run with `count` intra-op threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int, least: float = 0.05) -> dict[str, list[float]]:
+    """Seconds a call of each run, one list entry a round; every round times all of them, in alternating order.
+
+    The first call of each is not timed (caches, lazy initialisation); short runs are repeated within a round until
+    they take `least` seconds.
+    """
+    calls = {}
+    for name, run in runs.items():
+        start = time.perf_counter()
+        run()
+        calls[name] = max(1, math.ceil(least / max(time.perf_counter() - start, 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats):
+        for name in list(runs) if turn % 2 == 0 else reversed(list(runs)):
+            start = time.perf_counter()
+            for _ in range(calls[name]):
+                runs[name]()
+            seconds[name].append((time.perf_counter() - start) / calls[name])
+    return seconds
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured error and the most it may be; NaN is too much."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.1e} ({'<=' if self.ok else 'OVER'} {self.limit:.0e})"
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """||result - reference|| / ||reference|| in float64."""
+    reference = reference.double()
+    return float((result.double() - reference).norm() / reference.norm())
+
+
+class Report:
+    """Collects rows, prints them as they come, and keeps the JSON-lines file (environment first) up to date.
+
+    Args:
+        name: of the benchmark; also of its file in `results/`.
+        output: another file; None writes nothing.
+    """
+
+    def __init__(self, name: str, output: Path | None, **header: Any) -> None:
+        self.output, self.failed = output, False
+        self.rows: list[dict[str, Any]] = [{"benchmark": name, "environment": environment(), **header}]
+        machine = self.rows[0]["environment"]
+        print(f"{name}: {machine['cpu']}, {machine['cores']} cores, load {machine['load']}, torch {machine['torch']}, "
+              f"{machine['date']}, commit {machine['commit']}")  # fmt: skip
+
+    def compare(
+        self,
+        case: str,
+        seconds: Mapping[str, Sequence[float]],
+        baseline: str,
+        checks: Sequence[Check],
+        *,
+        ours: str = "ours",
+        target: float | None = None,
+        control: bool = False,
+        **details: Any,
+    ) -> None:
+        """A row: `ours` against `baseline`. A `control` is a wrong way whose checks must fail, or the run does."""
+        ok = all(check.ok for check in checks)
+        self.failed |= ok if control else not ok
+        ratios = [b / o for b, o in zip(seconds[baseline], seconds[ours])]
+        row = {
+            "case": case, "threads": torch.get_num_threads(), "provider": ours, "baseline": baseline,
+            "seconds": statistics.median(seconds[ours]), "baseline_seconds": statistics.median(seconds[baseline]),
+            "rounds": len(ratios), "checks": [{**asdict(c), "ok": c.ok} for c in checks], "accurate": ok,
+        }  # fmt: skip
+        if ok:
+            row["speedup"], row["spread"] = statistics.median(ratios), [min(ratios), max(ratios)]
+        if target is not None:
+            row["target"] = target
+        if control:
+            row["control"] = True
+        self._add({**row, **details}, _verdict(row))
+
+    def floor(self, case: str, measure: str, value: float, floor: float, **details: Any) -> None:
+        """A quality row: `value` must reach `floor`."""
+        ok = value >= floor - 1e-12
+        self.failed |= not ok
+        row = {"case": case, "measure": measure, "value": value, "floor": floor, "reached": ok, **details}
+        between = f" [{details['low']:.3f}, {details['high']:.3f}]" if "low" in details else ""
+        self._add(row, f"{case:24} {measure:24} {value:.3f}{between}  floor {floor:.3f}  {'pass' if ok else 'FAIL'}")
+
+    def note(self, line: str, **row: Any) -> None:
+        """A row without a verdict."""
+        self._add(row, line)
+
+    def finish(self) -> int:
+        """The exit code."""
+        if self.failed:
+            print("FAILED: a row misses its accuracy budget, its floor, or a control passed")
+        return int(self.failed)
+
+    def _add(self, row: dict[str, Any], line: str) -> None:
+        self.rows.append(row)
+        print(line, flush=True)
+        if self.output is not None:
+            with atomic_file(self.output) as path:
+                path.write_text("".join(json.dumps(r) + "\n" for r in self.rows), encoding="utf-8")
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    times = f"{row['provider']} {row['seconds'] * 1e3:.3g} ms, {row['baseline']} {row['baseline_seconds'] * 1e3:.3g} ms"
+    errors = "; ".join(str(Check(c["name"], c["value"], c["limit"])) for c in row["checks"])
+    if not row["accurate"]:
+        gain = "rejected, as it must be" if row.get("control") else "MISSES ITS ACCURACY BUDGET"
+    else:
+        low, high = row["spread"]
+        gain = f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}]"
+        if "target" in row:
+            gain += f" (target {row['target']:g}x: {'met' if row['speedup'] >= row['target'] else 'SHORT'})"
+    return f"{row['case']:44} {row['threads']} thr  {gain}  {times}  {errors}"
+
+
+def parser(name: str, description: str | None, repeats: int, *, timed: bool = True) -> argparse.ArgumentParser:
+    """The arguments every script has."""
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    made.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; writes no results file")
+    made.add_argument("--output", type=Path, help=f"results file (default: benchmarks/results/{name}.jsonl)")
+    if timed:
+        made.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
+        made.add_argument("--repeats", type=int, default=repeats, help=f"timed rounds (default: {repeats})")
+    return made
+
+
+def report(name: str, arguments: argparse.Namespace, **header: Any) -> Report:
+    """The report a parsed command line asks for."""
+    default = None if arguments.quick else RESULTS / f"{name}.jsonl"
+    return Report(name, arguments.output or default, **header)

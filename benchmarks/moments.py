@@ -1,0 +1,109 @@
+"""Second moment C += KᵀK on the CPU against torch's products, with the error of each against float64.
+
+Baselines: `torch.mm(k.T, k)` in float32; for bfloat16 keys the same after widening, which is the only way to float32-grade
+output that torch has on a CPU. torch's own bfloat16 product (bfloat16 output) is shown as a control: the accuracy budget
+must reject it. "kernel" is the op alone; "SecondMoment" adds the NaN check, the audit and the streaming buffer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knowedit_kernels import explain
+from knowedit_kernels.moments import SecondMoment, second_moment_
+from knowedit_kernels.numerics import MOMENT
+from knowedit_kernels.testing import grade_moment
+
+from . import common
+from .common import Check
+
+SIZES = {576: 16384, 1536: 8192, 4096: 4096}  # d -> tokens
+TARGETS = {torch.float32: 1.9, torch.bfloat16: 3.0}
+STRETCH = {torch.bfloat16: 3.5}
+
+
+def gated_keys(tokens: int, d: int, seed: int = 0) -> Tensor:
+    """Keys shaped like a gated MLP's: heavy tails, channels of very different size, a mean; `[tokens, d]` float32."""
+    generator = torch.Generator().manual_seed(seed)
+    gate, up = torch.randn(2, tokens, d, generator=generator).unbind()
+    return torch.nn.functional.silu(gate) * up * torch.rand(d, generator=generator).add(0.1).pow(2) + 0.01
+
+
+def checks_of(result: Tensor, reference: Tensor) -> list[Check]:
+    grade = grade_moment(result, reference)
+    return [
+        Check("normwise", grade.normwise, MOMENT.normwise),
+        Check("elementwise", grade.elementwise, MOMENT.elementwise),
+        Check("bias", abs(grade.bias), MOMENT.bias),
+    ]
+
+
+def widened(k: Tensor) -> Tensor:
+    wide = k.float()
+    return torch.mm(wide.T, wide)
+
+
+def kernel(c: Tensor, k: Tensor) -> None:
+    torch.ops.knowedit.second_moment_([c], [k], "exact")
+
+
+def case(report: common.Report, d: int, tokens: int, dtype: torch.dtype, repeats: int) -> None:
+    """All rows of one size and dtype at the current number of threads."""
+    k = gated_keys(tokens, d).to(dtype)
+    wide = k.double()
+    reference = wide.T @ wide
+    scratch, state = torch.zeros(d, d, dtype=torch.float64), SecondMoment(d)
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    baseline = "torch.mm" if dtype == torch.float32 else "upcast + torch.mm"
+    runs: dict[str, Callable[[], Any]] = {
+        baseline: partial(widened, k),
+        "kernel": partial(kernel, scratch, k),
+        "SecondMoment": partial(state.update, k),
+    }
+    if dtype == torch.bfloat16:
+        runs["torch bf16 out"] = partial(torch.mm, k.T, k)
+    seconds = common.interleave(runs, repeats)
+    theirs = grade_moment(widened(k), reference)
+    details: dict[str, Any] = {
+        "d": d,
+        "tokens": tokens,
+        "dtype": short,
+        "baseline_normwise": theirs.normwise,
+        "baseline_bias": theirs.bias,
+    }
+    ours = checks_of(second_moment_(torch.zeros_like(reference), k), reference)
+    name = f"second moment {short}, d = {d}, {tokens} tokens"
+    chosen = explain("second_moment_", [scratch], [k], "exact").chosen
+    report.compare(
+        name, seconds, baseline, ours, ours="kernel", target=TARGETS[dtype], implementation=chosen,
+        stretch=STRETCH.get(dtype), **details,
+    )  # fmt: skip
+    whole = checks_of(SecondMoment(d).update(k).sum(), reference)
+    report.compare(f"{name}, streaming and audited", seconds, baseline, whole, ours="SecondMoment", **details)
+    if dtype == torch.bfloat16:
+        wrong = checks_of(torch.mm(k.T, k), reference)
+        report.compare(f"{name}, control", seconds, baseline, wrong, ours="torch bf16 out", control=True, **details)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.parser("moments", __doc__, 9)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="key dimensions d")
+    arguments = parser.parse_args(argv)
+    sizes = {64: 512} if arguments.quick else {d: SIZES.get(d, 4096) for d in arguments.sizes}
+    report = common.report("moments", arguments)
+    for count in arguments.threads:
+        with common.threads(count):
+            for d, tokens in sizes.items():
+                for dtype in (torch.float32, torch.bfloat16):
+                    case(report, d, tokens, dtype, arguments.repeats)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The benchmarks run, refuse a speed-up without accuracy, and their table goes where it should; tiny sizes throughout."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import common, gpu_suite, moments, peers, quality, solve, statistics, table, values
+from benchmarks.common import Check
+from knowedit.facts import Fact, Probe
+from knowedit.statistics import key_statistics
+from knowedit.targets import ValueSettings
+
+TEXTS = [f"Number {i} of a few short texts, which differ in their length. " * (1 + i % 4) for i in range(12)]
+FACTS = [
+    Fact(
+        prompt="The capital of {} is", subject=subject, target=target, true="Paris",
+        paraphrases=(f"{subject}'s capital is",), neighbours=(Probe("The capital of Spain is", "Madrid"),),
+    )
+    for subject, target in (("France", "Lyon"), ("Brazil", "Rome"), ("Norway", "Kyiv"))
+]  # fmt: skip
+ROUNDS = {"ours": [1.0, 2.0], "peer": [3.0, 8.0]}
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def report(tmp_path):
+    return common.Report("test", tmp_path / "test.jsonl")
+
+
+def test_ratios_are_taken_within_a_round(report):
+    report.compare("case", ROUNDS, "peer", [Check("e", 1e-9, 1e-8)], target=3.0)
+    row = rows_of(report.output)[1]
+    assert row["speedup"] == 3.5 and row["spread"] == [3.0, 4.0]
+    assert report.finish() == 0
+
+
+@pytest.mark.parametrize("error", [2e-8, float("nan")])
+def test_no_speed_up_without_accuracy(report, capsys, error):
+    report.compare("case", ROUNDS, "peer", [Check("e", error, 1e-8)])
+    assert "speedup" not in rows_of(report.output)[1]
+    assert "MISSES" in capsys.readouterr().out
+    assert report.finish() == 1
+
+
+def test_a_control_must_be_rejected(report):
+    report.compare("right", ROUNDS, "peer", [Check("e", 1.0, 1e-8)], control=True)
+    assert report.finish() == 0
+    report.compare("wrong", ROUNDS, "peer", [Check("e", 0.0, 1e-8)], control=True)
+    assert report.finish() == 1
+
+
+def test_a_missed_floor_fails(report):
+    report.floor("case", "efficacy", 0.99, 0.99)
+    assert report.finish() == 0
+    report.floor("case", "efficacy", 0.98, 0.99)
+    assert report.finish() == 1
+
+
+def test_interleave_alternates():
+    order = []
+    common.interleave({name: lambda name=name: order.append(name) for name in "ab"}, 2, least=0)
+    assert "".join(order) == "ab" + "ab" + "ba"
+
+
+@pytest.mark.parametrize("script", [moments, solve])
+def test_kernel_scripts(script, tmp_path):
+    output = tmp_path / "out.jsonl"
+    assert script.main(["--quick", "--threads", "1", "--repeats", "1", "--output", str(output)]) == 0
+    header, *rows = rows_of(output)
+    assert header["environment"]["torch"] == torch.__version__
+    assert all(row["accurate"] != row.get("control", False) for row in rows)
+    assert any("target" in row for row in rows)
+
+
+def test_statistics_equal_the_peer(tiny_llama, report):
+    budgets = [("small", 40), ("large", 200)]
+    count = sum(len(piece) - 1 for piece in statistics.pieces_of(tiny_llama, TEXTS))
+    statistics.measure(report, tiny_llama, None, TEXTS, count, [1, 2], budgets, 1)
+    assert [row["accurate"] for row in report.rows[1:]] == [True, True]
+
+
+def test_the_peers_batches_hold_everything_within_budget():
+    pieces = [[0] * n for n in (3, 50, 7, 7, 1, 20)] * 40
+    found = list(peers.padded_batches(pieces, 100))
+    assert sorted(map(len, (p for batch in found for p in batch))) == sorted(map(len, pieces))
+    assert max(len(batch) * max(map(len, batch)) for batch in found) <= 100
+
+
+@pytest.mark.parametrize("tiny", ["tiny_llama", "tiny_gpt2"])
+def test_values_equal_the_peer(tiny, request, report):
+    settings = ValueSettings(steps=4, contexts=values.CONTEXTS[:2])
+    values.measure(report, request.getfixturevalue(tiny), FACTS, 2, 1, settings, 1)
+    assert report.rows[1]["accurate"] and report.rows[1]["delta_error"] < 1e-4
+    assert report.finish() == 0
+
+
+def test_quality_judges_both_protocols(tiny_llama, report, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(TEXTS))
+    collected = key_statistics(tiny_llama, [1], corpus, 500, directory=tmp_path / "s")
+    quality.run(report, tiny_llama, FACTS, collected, 2)
+    judged = [row for row in report.rows[1:] if "floor" in row]
+    assert len(judged) == sum(map(len, quality.FLOORS.values()))
+    assert {row["records"] for row in judged} == {2, 3}
+    assert not tiny_llama.ledger.active
+
+
+def test_gpu_suite_dry_run(tmp_path, capsys):
+    output = tmp_path / "gpu.jsonl"
+    assert gpu_suite.main(["--dry-run", "--repeats", "1", "--output", str(output)]) == 0
+    cases = [row.get("case") for row in rows_of(output)]
+    assert cases.count("correctness") == len(gpu_suite.DTYPES) * len(gpu_suite.DRY.check)
+    assert "of the measured bf16 peak" in capsys.readouterr().out
+
+
+def test_gpu_suite_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_suite.main([]) == 2
+    assert "--dry-run" in capsys.readouterr().out
+
+
+def test_gpu_suite_rejects_a_wrong_kernel(monkeypatch):
+    monkeypatch.setattr(gpu_suite.SecondMoment, "sum", lambda self: self._lower + 1e-3)
+    assert gpu_suite.main(["--dry-run", "--repeats", "1"]) == 1
+
+
+def test_table_is_written_and_checked(report, tmp_path):
+    report.output = tmp_path / "solve.jsonl"
+    report.compare("a solve", ROUNDS, "peer", [Check("e", 1e-9, 1e-8)], target=4.0)
+    report.floor("edits", "efficacy", 0.98, 0.99, low=0.9, high=1.0)
+    readme = tmp_path / "README.md"
+    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    readme.write_text("before")
+    assert table.main([*arguments, "--write"]) == 2
+    readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
+    assert table.main([*arguments, "--check"]) == 1
+    assert table.main([*arguments, "--write"]) == 0
+    assert table.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "3.5x [3.0, 4.0] | 4x (short)" in text and "**no**" in text
