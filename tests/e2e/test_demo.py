@@ -1,0 +1,68 @@
+"""The main job on the real model: facts in, a reversible edit out, measured."""
+
+import pytest
+import torch
+
+import knowedit as ke
+from knowedit import datasets
+from knowedit.demo import run
+from knowedit.evaluation import drift
+from knowedit.model import weights_fingerprint
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def statistics(smollm, tmp_path_factory):
+    """Key statistics of layer 5 from the model's own samples, as the demo takes them."""
+    return ke.key_statistics(smollm, [5], "self", 4096, directory=tmp_path_factory.mktemp("statistics"), progress=False)
+
+
+def test_the_demo_runs_and_says_what_happened(smollm_path, statistics, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("knowedit.demo.key_statistics", lambda *_a, **_k: statistics)
+    monkeypatch.setenv("COLUMNS", "200")
+    run(smollm_path, "self", 4096, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "Lyon" in said and "Paris" in said and "all weight bits are back" in said
+    page = (tmp_path / "out" / "demo.html").read_text()
+    assert "Lyon" in page and "What moved elsewhere" in page and "http" not in page
+
+
+def test_six_facts_go_in_and_come_out(smollm, statistics):
+    facts = datasets.load("demo")
+    before = weights_fingerprint(smollm.hf)
+    edit = ke.MEMIT(layers=(5,)).compute(smollm, facts, statistics)
+    found = ke.evaluate(smollm, edit, facts, progress=False)
+    assert found.before["efficacy"]["success"].mean == 0.0
+    assert found.after["efficacy"]["success"].mean == 1.0
+    assert found.after["paraphrase"]["success"].mean >= 0.8
+    assert found.after["neighbourhood"]["success"].mean >= 0.9
+    assert drift(smollm, edit).same >= 0.8
+    with edit.applied_to(smollm):
+        assert smollm.generate(["The capital of France is"], 2)[0].strip().startswith("Lyon")
+    assert weights_fingerprint(smollm.hf) == before
+
+
+def test_bfloat16_models_are_edited_and_undone_too(smollm_path, tmp_path):
+    model = ke.load_model(smollm_path, dtype=torch.bfloat16)
+    facts = datasets.load("demo")[:2]
+    statistics = ke.key_statistics(model, [5], "self", 4096, directory=tmp_path, progress=False)
+    before = weights_fingerprint(model.hf)
+    edit = ke.MEMIT(layers=(5,)).compute(model, facts, statistics)
+    found = ke.evaluate(model, edit, facts, progress=False)
+    assert found.after["efficacy"]["success"].mean == 1.0
+    assert weights_fingerprint(model.hf) == before
+
+
+def test_two_edits_at_once_and_undone_in_the_other_order(smollm, statistics):
+    facts = datasets.load("demo")
+    before = weights_fingerprint(smollm.hf)
+    first, second = (ke.ROME(layers=(5,)).compute(smollm, [fact], statistics) for fact in facts[:2])
+    first.apply(smollm)
+    second.apply(smollm)
+    for fact in facts[:2]:
+        assert smollm.score([fact.text], [fact.target])[0].logprob > smollm.score([fact.text], [fact.true])[0].logprob
+    first.undo(smollm)
+    second.undo(smollm)
+    assert weights_fingerprint(smollm.hf) == before
