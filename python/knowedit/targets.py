@@ -9,15 +9,16 @@ scored positions only. Facts do not see each other, so the result is that of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import EditError
 from .facts import Fact
-from .model import EditableModel, Row
+from .model import EditableModel
 from .replay import Suffix
+from .tokens import Row
 
 #: Written for this package; the bare prompt must come first, it defines the value that is being changed.
 DEFAULT_CONTEXTS = ("{}", "The following was printed in a newspaper. {}", "As I was saying to a friend yesterday: {}")
@@ -127,9 +128,14 @@ class _Plan:
             self.weights += [1 / (len(group) * len(rows))] * len(rows)
         self.rows.append(model.row(ESSENCE.format(group[0].subject), group[0].subject))
 
+        # what is run: nothing is predicted after an answer's last token, nor scored after the essence row's subject
+        *facts, essence = self.rows
+        self.inputs = [replace(r, ids=r.ids[:-1]) for r in facts]
+        self.inputs.append(replace(essence, ids=essence.ids[: (essence.subject or 0) + 1]))
+
     @property
     def tail(self) -> int:
-        return max(len(r.ids) - (r.subject or 0) for r in self.rows)
+        return max(len(r.ids) - (r.subject or 0) for r in self.inputs)
 
 
 def _chunks(plans: Sequence[_Plan], budget: int) -> list[list[int]]:
@@ -147,7 +153,7 @@ def _chunks(plans: Sequence[_Plan], budget: int) -> list[list[int]]:
 
 def _optimise(model: EditableModel, plans: Sequence[_Plan], layer: int, s: ValueSettings) -> Targets:
     device, count = model.device, len(plans)
-    problem = _Problem(plans, Suffix(model, [row for plan in plans for row in plan.rows], layer))
+    problem = _Problem(plans, Suffix(model, [row for plan in plans for row in plan.inputs], layer))
     value = problem.mean_bare()
     norm = value.norm(dim=1, keepdim=True)
     lr = s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5
