@@ -16,7 +16,8 @@ from .editors import MEMIT
 from .evaluation import drift, evaluate
 from .evaluation.metrics import Evaluation
 from .facts import Fact
-from .model import EditableModel, load_model, weights_fingerprint
+from .fingerprint import weights_fingerprint
+from .model import EditableModel, load_model
 from .statistics import key_statistics
 
 WORDS = 6  # new tokens shown

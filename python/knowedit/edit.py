@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -201,17 +200,3 @@ def read_file(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any], d
     if header.get("format") != kind:
         raise EditError(f"{path} is not {what} of this version (format {header.get('format')!r}, expected {kind!r})")
     return header, tensors
-
-
-def group_by_subject(facts: Sequence[Fact], merge: bool) -> list[list[Fact]]:
-    """Facts of one subject together (in order of first appearance), or each alone."""
-    if not merge:
-        return [[fact] for fact in facts]
-    groups: dict[str, list[Fact]] = {}
-    for fact in facts:
-        groups.setdefault(fact.subject, []).append(fact)
-    return list(groups.values())
-
-
-def as_float32(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return pair[0].to(torch.float32), pair[1].to(torch.float32)

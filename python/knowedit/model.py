@@ -3,10 +3,8 @@ layer outputs at chosen tokens, log-probabilities of answers, and edits that can
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,32 +15,13 @@ from knowedit_kernels.lowrank import WeightLedger
 from .architectures import Layout, detect
 from .download import resolve
 from .errors import EditError, ModelError
+from .fingerprint import weights_fingerprint
+from .scoring import Score, next_logprobs, score
+from .tokens import Row, batches, tokenise
 
 
 class _Stop(Exception):
     """Raised inside a forward pass once the deepest needed value was read."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tokenised text: `ids`, the index of the subject's last token, and where the answer's tokens begin."""
-
-    ids: list[int]
-    subject: int | None = None
-    answer: int | None = None
-
-
-@dataclass(frozen=True)
-class Score:
-    """How the model rates an answer: mean log-probability a token (nats), and whether every token is its arg-max."""
-
-    logprob: float
-    exact: bool
-
-    @property
-    def probability(self) -> float:
-        """Geometric mean of the tokens' probabilities (the length-normalised probability of CounterFact)."""
-        return float(torch.tensor(self.logprob).exp())
 
 
 def load_model(
@@ -175,41 +154,8 @@ class EditableModel:
     # -- text to tokens -----------------------------------------------------------------------------------------
 
     def row(self, prompt: str, subject: str | None = None, answer: str | None = None) -> Row:
-        """Tokenise `prompt` (+ `answer`), and find the last token of the last occurrence of `subject` in the prompt.
-
-        A space goes between prompt and answer unless the prompt ends in white space.
-
-        Raises:
-            EditError: the subject is not in the prompt, ends inside a token, or the text is longer than the context.
-        """
-        text = prompt if answer is None else join(prompt, answer)
-        encoded = self.tokenizer(text, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        if len(ids) > self.max_length:
-            raise EditError(f"{text[:60]!r}...: {len(ids)} tokens are more than the model's context of {self.max_length}")
-        where = None
-        if subject is not None:
-            at = prompt.rfind(subject)
-            if at < 0:
-                raise EditError(f"subject {subject!r} does not occur in {prompt!r}")
-            end = at + len(subject.rstrip())
-            where = next((i for i in reversed(range(len(ids))) if offsets[i][0] < end <= offsets[i][1]), None)
-            if where is None:
-                raise EditError(f"the tokenizer gives subject {subject!r} no token in {prompt!r}")
-            rest = text[end : offsets[where][1]]
-            if rest.strip():
-                raise EditError(
-                    f"subject {subject!r} ends inside the token {text[slice(*offsets[where])]!r} of {prompt!r}; "
-                    f"make {subject + rest!r} the subject or put a space after it"
-                )
-        first = None
-        if answer is not None:
-            first = next((i for i in range(len(ids)) if offsets[i][1] > len(prompt)), len(ids))
-            if first == len(ids) or not answer.strip():
-                raise EditError(f"the answer {answer!r} to {prompt!r} has no tokens")
-            if first == 0:
-                raise EditError(f"the answer {answer!r} has no prompt before it")
-        return Row(ids, where, first)
+        """Tokenise `prompt` (+ `answer`) and find the last token of `subject`; see `tokens.tokenise`."""
+        return tokenise(self.tokenizer, prompt, subject, answer, longest=self.max_length)
 
     def chat(self, message: str, answer_prefix: str = "") -> str:
         """The text of a one-turn chat with `message`, up to where the answer starts.
@@ -316,54 +262,15 @@ class EditableModel:
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    @torch.no_grad()
     def score(
-        self,
-        prompts: Sequence[str],
-        answers: Sequence[str],
-        *,
-        budget: int = 4096,
-        progress: Callable[[int], None] | None = None,
+        self, prompts: Sequence[str], answers: Sequence[str], *, progress: Callable[[int], None] | None = None
     ) -> list[Score]:
-        """Rate `answers[i]` after `prompts[i]`; rows that are a prefix of another row are read from it, not run again."""
-        rows = [self.row(p, answer=a) for p, a in zip(prompts, answers)]
-        inputs = [tuple(r.ids[:-1]) for r in rows]
-        hosts = _hosts(inputs)
-        unique = sorted(set(hosts.values()), key=len)
-        readers: dict[tuple[int, ...], list[int]] = {}
-        for i, tokens in enumerate(inputs):
-            readers.setdefault(hosts[tokens], []).append(i)
-        scores: list[Score | None] = [None] * len(rows)
-        for batch in batches([len(u) for u in unique], budget):
-            ids, _ = self.pad([unique[b] for b in batch])
-            hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            spans = [(line, i) for line, b in enumerate(batch) for i in readers[unique[b]]]
-            at = [(line, t - 1, rows[i].ids[t]) for line, i in spans for t in range(rows[i].answer or 0, len(rows[i].ids))]
-            line, position, token = (torch.tensor(x, device=self.device) for x in zip(*at))
-            logp = self.head(hidden[line, position]).float().log_softmax(-1)
-            chosen = logp.gather(1, token[:, None])[:, 0]
-            best = logp.argmax(-1) == token
-            start = 0
-            for _, i in spans:
-                stop = start + len(rows[i].ids) - (rows[i].answer or 0)
-                scores[i] = Score(float(chosen[start:stop].mean()), bool(best[start:stop].all()))
-                start = stop
-            if progress:
-                progress(len(spans))
-        return scores  # type: ignore[return-value]
+        """How the model rates `answers[i]` after `prompts[i]`; see `scoring.score`."""
+        return score(self, prompts, answers, progress=progress)
 
-    @torch.no_grad()
-    def next_logprobs(self, prompts: Sequence[str], *, budget: int = 4096) -> Tensor:
+    def next_logprobs(self, prompts: Sequence[str]) -> Tensor:
         """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the CPU."""
-        rows = [self.row(p).ids for p in prompts]
-        result: list[Tensor | None] = [None] * len(rows)
-        for batch in batches([len(r) for r in rows], budget):
-            ids, mask = self.pad([rows[i] for i in batch])
-            hidden = self.hf.base_model(input_ids=ids, use_cache=False)
-            last = hidden.last_hidden_state[torch.arange(len(batch), device=self.device), mask.sum(1) - 1]
-            for i, logp in zip(batch, self.head(last).float().log_softmax(-1).cpu()):
-                result[i] = logp
-        return torch.stack([r for r in result if r is not None])
+        return next_logprobs(self, prompts)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, *, batch: int = 16) -> list[str]:
@@ -416,52 +323,3 @@ class EditableModel:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def join(prompt: str, answer: str) -> str:
-    """Prompt and answer with one space between them, unless the prompt ends in white space."""
-    answer = answer.strip()
-    return prompt + answer if not prompt or prompt[-1].isspace() else f"{prompt} {answer}"
-
-
-def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices grouped by similar length so that `rows x longest` stays within `budget` padded tokens."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def _hosts(inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """For each token tuple, the longest given tuple it is a prefix of (in sorted order it follows directly)."""
-    ordered = sorted(set(inputs))
-    hosts: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for this, after in zip(reversed(ordered), [None, *reversed(ordered)]):
-        hosts[this] = hosts[after] if after is not None and after[: len(this)] == this else this
-    return hosts
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Digest of a model's parameters: blake2b over name, shape, dtype and a position-dependent 64-bit sum of the bits.
-
-    Every single-bit change alters it. It is a guard against mistakes, not against forgery.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{_bit_sum(parameter)}".encode())
-    return digest.hexdigest()
-
-
-def _bit_sum(tensor: Tensor, chunk: int = 1 << 22) -> int:
-    """Sum of the tensor's 32-bit words, each times an odd number of its own place, modulo 2**64."""
-    words = tensor.detach().contiguous().view(-1)
-    words = words.view(torch.int16) if tensor.element_size() == 2 else words.view(torch.int32)
-    total = 0
-    place = torch.arange(1, 2 * min(chunk, words.numel()), 2, device=words.device)
-    for number, part in enumerate(words.split(chunk)):
-        block = int((part.long() * place[: part.numel()]).sum())
-        total = (total * 0x9E3779B97F4A7C15 + block * (2 * number + 1)) % (1 << 64)
-    return total

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .errors import ModelError
-from .model import EditableModel, Row
+from .model import EditableModel
+from .tokens import Row
 
 
 class _Prefix:

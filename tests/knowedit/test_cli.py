@@ -120,9 +120,8 @@ def test_a_bad_fact_names_file_and_line(place, knowedit):
 def test_kill_leaves_nothing_half_written(place, knowedit, what):
     """Killed at several moments, the output is whole or absent, and the same command then succeeds."""
     knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
-    arguments = {
-        "edit": ("edit", "model", "facts.jsonl", "-o", "out", *CORPUS), "apply": ("apply", "model", "a.safetensors", "-o", "out")
-    }[what]  # fmt: skip
+    arguments = (what, "model", "facts.jsonl" if what == "edit" else "a.safetensors", "-o", "out")
+    arguments += CORPUS if what == "edit" else ()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KNOWEDIT_CACHE": str(place / "cache")}
     before = set(place.iterdir())
     process = subprocess.Popen(command(*arguments), cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from knowedit.checkpoint import RECORD, restore, save_edited
-from knowedit.edit import Edit, group_by_subject, relative_norms
+from knowedit.edit import Edit, relative_norms
 from knowedit.errors import EditError
 from knowedit.facts import Fact
-from knowedit.model import EditableModel, load_model, weights_fingerprint
+from knowedit.fingerprint import weights_fingerprint
+from knowedit.groups import group_by_subject
+from knowedit.model import EditableModel, load_model
 
 FACT = Fact(prompt="The capital of {} is", subject="France", target="Lyon", true="Paris")
 

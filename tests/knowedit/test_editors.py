@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from knowedit.editors import EDITORS, MEMIT, ROME
-from knowedit.editors.recipe import group_keys
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts import Fact, FactError
+from knowedit.groups import group_keys
 from knowedit.presets import calibrated, preset_for
 from knowedit.statistics import KeyStatistics
 from knowedit.store import LayerStatistics, Recipe

@@ -13,7 +13,8 @@ from knowedit.evaluation import Answer, drift, evaluate, evaluate_each
 from knowedit.evaluation.metrics import estimate, questions, summarise
 from knowedit.evaluation.protocols import measure
 from knowedit.facts import Fact, Probe
-from knowedit.model import Score, weights_fingerprint
+from knowedit.fingerprint import weights_fingerprint
+from knowedit.scoring import Score
 
 from .test_edit import an_edit
 

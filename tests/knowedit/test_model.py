@@ -6,7 +6,9 @@ from torch import nn
 
 from knowedit.architectures import detect
 from knowedit.errors import EditError, ModelError
-from knowedit.model import EditableModel, Row, batches, join, load_model, weights_fingerprint
+from knowedit.fingerprint import weights_fingerprint
+from knowedit.model import EditableModel, load_model
+from knowedit.tokens import Row, batches, join
 
 TEXTS = [
     ("The capital of France is", "France"),

@@ -12,22 +12,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from knowedit_kernels.solver import EditSolver
 
-from ..edit import Edit, as_float32, group_by_subject, relative_norms
+from ..edit import Edit, relative_norms
 from ..errors import EditError
 from ..facts import Fact, check_facts
-from ..model import EditableModel, Row
+from ..groups import group_by_subject, group_keys
+from ..model import EditableModel
 from ..presets import preset_for
 from ..progress import bar
 from ..statistics import SINK_RATIO, KeyStatistics
-from ..targets import Targets, ValueSettings, optimise_values, prompt_rows
-
-LOW_GAIN = 0.9
-LARGE_NORM = 0.8
+from ..targets import Targets, ValueSettings, optimise_values
+from .notes import first_token_warnings, outcome_warnings
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class LocateThenEdit(ABC):
             residual = targets.delta if len(layers) == 1 else targets.value + targets.delta - now
             solver, chosen = self.solve(statistics, layer, keys.T.double())
             left, right = solver.apply(self.spread(residual, len(layers) - i).T.double())
-            factors[layer] = as_float32((left, right.T.contiguous()))
+            factors[layer] = left.float(), right.T.contiguous().float()
             gain = solver.gain
             solved[str(layer)] = {**chosen, "gain": float(gain.mean()), "lowest_gain": float(gain.min())}
         report = {
@@ -152,62 +150,3 @@ class LocateThenEdit(ABC):
                         raise EditError(f"{said}; choose another layer, or pass allow_sinks=True")
                     warnings.append(said)
         return layers, values, warnings + first_token_warnings(model, facts, values.contexts)
-
-
-def group_keys(
-    model: EditableModel, groups: Sequence[Sequence[Fact]], layer: int, last: int, contexts: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Each group's mean key at `layer` over facts and contexts `[g, d_ff]`, and the mean output of layer `last` at the
-    bare prompts `[g, hidden]`, in one pass."""
-    rows: list[Row] = []
-    owner: list[int] = []
-    bare: list[int] = []
-    for g, group in enumerate(groups):
-        for fact in group:
-            found = prompt_rows(model, fact, contexts)
-            bare.append(len(rows))
-            rows += found
-            owner += [g] * len(found)
-    keys, outputs = model.keys(rows, sorted({layer, last}), outputs=True)
-    assert outputs is not None
-    index, bare_index = torch.tensor(owner), torch.tensor(bare)
-
-    def mean(values: Tensor, groups_of: Tensor) -> Tensor:
-        values, groups_of = values.double(), groups_of.to(values.device)
-        sums = torch.zeros(len(groups), values.shape[1], dtype=values.dtype, device=values.device)
-        return sums.index_add(0, groups_of, values) / torch.bincount(groups_of, minlength=len(groups))[:, None]
-
-    return mean(keys[layer], index), mean(outputs[bare_index.to(outputs.device)], index[bare_index]).float()
-
-
-def first_token_warnings(model: EditableModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[str]:
-    """Facts whose bare prompt has its subject at position 0, where the attention sink sits."""
-    at_start = [fact.subject for fact in facts if model.row(fact.text, fact.subject).subject == 0]
-    if not at_start:
-        return []
-    return [
-        f"{len(at_start)} subject(s) are the prompt's very first token ({', '.join(map(repr, at_start[:3]))}), where a causal "
-        "model keeps its attention sink; their keys and values are taken from the prompts with a context in front"
-    ]
-
-
-def outcome_warnings(report: dict[str, Any], targets: Targets, groups: Sequence[Sequence[Fact]]) -> list[str]:
-    """What a careful user wants to know before trusting the edit."""
-    warnings = []
-    merged = [group[0].subject for group in groups if len(group) > 1]
-    if merged:
-        warnings.append(f"{len(merged)} subject(s) with several facts share one value each ({', '.join(merged[:3])}, ...)")
-    if report["gain"] < LOW_GAIN:
-        warnings.append(f"only {report['gain']:.0%} of the planned change is realised; lower the weight, or raise the gain")
-    for layer, norm in report["relative_norm"].items():
-        if norm > LARGE_NORM:
-            warnings.append(
-                f"layer {layer} changes by {norm:.0%} of its own norm; spread over more layers or edit fewer facts at once"
-            )
-    worst = int(targets.nll.argmax())
-    if float(targets.nll[worst]) > 1.0:
-        warnings.append(
-            f"the value of {groups[worst][0].subject!r} did not converge (NLL {float(targets.nll[worst]):.1f}); "
-            "more steps or a larger clamp may help"
-        )
-    return warnings

@@ -23,8 +23,9 @@ from scipy.stats import bootstrap
 
 from ..edit import Edit
 from ..facts import Fact
-from ..model import EditableModel, Score
+from ..model import EditableModel
 from ..progress import bar
+from ..scoring import Score
 
 KINDS = ("efficacy", "paraphrase", "neighbourhood")
 

@@ -1,0 +1,46 @@
+"""What a careful user wants to know before trusting an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..facts import Fact
+from ..model import EditableModel
+from ..targets import Targets
+
+LOW_GAIN = 0.9
+LARGE_NORM = 0.8
+
+
+def first_token_warnings(model: EditableModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[str]:
+    """Facts whose bare prompt has its subject at position 0, where the attention sink sits."""
+    at_start = [fact.subject for fact in facts if model.row(fact.text, fact.subject).subject == 0]
+    if not at_start:
+        return []
+    return [
+        f"{len(at_start)} subject(s) are the prompt's very first token ({', '.join(map(repr, at_start[:3]))}), where a causal "
+        "model keeps its attention sink; their keys and values are taken from the prompts with a context in front"
+    ]
+
+
+def outcome_warnings(report: dict[str, Any], targets: Targets, groups: Sequence[Sequence[Fact]]) -> list[str]:
+    """What a careful user wants to know before trusting the edit."""
+    warnings = []
+    merged = [group[0].subject for group in groups if len(group) > 1]
+    if merged:
+        warnings.append(f"{len(merged)} subject(s) with several facts share one value each ({', '.join(merged[:3])}, ...)")
+    if report["gain"] < LOW_GAIN:
+        warnings.append(f"only {report['gain']:.0%} of the planned change is realised; lower the weight, or raise the gain")
+    for layer, norm in report["relative_norm"].items():
+        if norm > LARGE_NORM:
+            warnings.append(
+                f"layer {layer} changes by {norm:.0%} of its own norm; spread over more layers or edit fewer facts at once"
+            )
+    worst = int(targets.nll.argmax())
+    if float(targets.nll[worst]) > 1.0:
+        warnings.append(
+            f"the value of {groups[worst][0].subject!r} did not converge (NLL {float(targets.nll[worst]):.1f}); "
+            "more steps or a larger clamp may help"
+        )
+    return warnings
