@@ -73,3 +73,6 @@ UPDATE_STOCHASTIC = UpdateBudget(1.02, 0.02)
 # relative error of the gradient in the hidden states.
 LOSS_ERROR = 2e-5
 GRADIENT_ERROR = 1e-4
+
+# Editing solve: normwise relative error of Delta against the dense float64 formula (well-conditioned metrics).
+SOLVE_ERROR = 1e-12
