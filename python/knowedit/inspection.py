@@ -83,8 +83,7 @@ def _statistics(found: store.LayerStatistics) -> str:
 
 def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
     """Hardware, versions, the implementation each kernel would use here, and what is known of `model`."""
-    from knowedit_kernels import explain
-    from knowedit_kernels.moments import SecondMoment  # registers the op
+    from knowedit_kernels import SecondMoment, explain
 
     names = ("torch", "triton", "transformers", "knowedit-kernels")
     device = "cuda" if torch.cuda.is_available() else "cpu"

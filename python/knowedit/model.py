@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knowedit_kernels.lowrank import WeightLedger
+from knowedit_kernels import WeightLedger
 
 from .architectures import Layout, detect
 from .download import resolve

@@ -20,8 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from knowedit_kernels.moments import SecondMoment
-from knowedit_kernels.solver import Covariance
+from knowedit_kernels import Covariance, SecondMoment
 
 from . import store
 from .errors import StatisticsError

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from knowedit_kernels.solver import EditSolver, weight_for_gain
+from knowedit_kernels import EditSolver, weight_for_gain
 
 from ..errors import EditError
 from ..statistics import KeyStatistics

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from knowedit_kernels.solver import EditSolver
+from knowedit_kernels import EditSolver
 
 from ..edit import Edit, relative_norms
 from ..errors import EditError

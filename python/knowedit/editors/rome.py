@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from knowedit_kernels.solver import EditSolver
+from knowedit_kernels import EditSolver
 
 from ..edit import Edit
 from ..errors import EditError
