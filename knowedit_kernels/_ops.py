@@ -61,24 +61,14 @@ _define(
 
 def _target_losses(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    row, known = hidden.new_empty(hidden.shape[0], dtype=work), rest[4] is not None
-    return row, torch.empty_like(row), torch.empty_like(row), row.new_empty(hidden.shape[0] if known else 0)
+    row, state = hidden.new_empty(hidden.shape[0], dtype=work), torch.empty_like(hidden, dtype=work)
+    return row, torch.empty_like(row), state, torch.empty_like(state)
 
 
-def _target_gradient(*args: Any) -> torch.Tensor:
-    hidden = args[5]
-    return torch.empty_like(hidden, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-
-
-# target_loss: (ce, kl, lse, ref_lse), each [rows], ref_lse empty without ref_hidden; softcap 0 means none. hidden, ref_hidden
-# [rows, d]; weight [V, d]; targets [rows]; bias [V]; reference [rows, V] log-probabilities
-_LOSS_OF = (
-    "Tensor hidden, Tensor weight, Tensor? targets, Tensor? bias, Tensor? reference, Tensor? ref_hidden, "
-    "float scale, float softcap, bool reverse"
-)
-_define(f"target_loss_forward({_LOSS_OF}) -> (Tensor, Tensor, Tensor, Tensor)", _target_losses)
-# the gradient of sum(g_ce ce + g_kl kl) in hidden, in the working precision
+# target_loss: cross-entropy [rows], divergence [rows] and their gradients in hidden [rows, d] (zero where not asked for).
+# hidden, ref_hidden [rows, d]; weight [V, d]; targets [rows]; bias [V]; reference [rows, V] logits; softcap 0: none
 _define(
-    f"target_loss_backward(Tensor g_ce, Tensor g_kl, Tensor kl, Tensor lse, Tensor ref_lse, {_LOSS_OF}) -> Tensor",
-    _target_gradient,
+    "target_losses(Tensor hidden, Tensor weight, Tensor? targets, Tensor? bias, Tensor? reference, Tensor? ref_hidden, "
+    "float scale, float softcap, bool reverse, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)",
+    _target_losses,
 )

@@ -19,6 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 8 * kStrip;  // rows a thread takes at a time: the strip of V in L1 serves all of them
+constexpr int64_t kWorthSharing = int64_t{1} << 25;  // multiply-adds: about a millisecond
 
 WeightType type_of(const Tensor& w) {
   switch (w.scalar_type()) {
@@ -81,17 +82,22 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   std::vector<double> partial(blocks * kSums, 0.0);
   const float *pu = static_cast<const float*>(u.const_data_ptr()), *pv = static_cast<const float*>(v.const_data_ptr());
   const UpdateKernel kernel = kernels(isa)[static_cast<int>(type)];
-  auto share = [](int64_t count, auto&& work) {  // one item at a time: no waiting for a slow core
+  // One item at a time, so that nobody waits for a slow core; a little work is not worth waking the others for.
+  auto share = [](int64_t count, int64_t steps, auto&& work) {
+    if (steps < kWorthSharing) {
+      for (int64_t item = 0; item < count; ++item) work(item);
+      return;
+    }
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), count), 1, [&](int64_t, int64_t) {
       for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
     });
   };
-  share(panels, [&](int64_t p) {
+  share(panels, columns * rank * 16, [&](int64_t p) {
     pack(pv + p * kUpdateWidth * rank, rank, std::min(kUpdateWidth, columns - p * kUpdateWidth), kUpdateWidth,
          &right[p * rank * kUpdateWidth]);
   });
-  share(blocks, [&](int64_t block) {
+  share(blocks, rows * columns * (rank + 16), [&](int64_t block) {
     const int64_t first = block * kBlock, last = std::min(rows, first + kBlock);
     std::vector<float> left(rank * kBlock);
     alignas(64) float e[kStrip * kUpdateWidth];

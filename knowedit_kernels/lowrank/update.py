@@ -138,9 +138,9 @@ def low_rank_update_many_(
         except ValueError as error:
             raise ValueError(f"weight {i}: {error}" if len(Ws) > 1 else str(error)) from None
     weights = [W.detach() for W in Ws]
-    u = [(U.detach().to(W.device, _working(W)) * alpha).contiguous() for U, W in zip(Us, weights)]
+    u = [_scaled(U.detach().to(W.device, _working(W)), alpha).contiguous() for U, W in zip(Us, weights)]
     v = [V.detach().to(W.device, _working(W)).contiguous() for V, W in zip(Vs, weights)]
-    if not all(bool(torch.isfinite(factor).all()) for factor in (*u, *v)):
+    if not all(_finite(factor) for factor in (*u, *v)):
         raise ValueError("U, V or alpha contains NaN or infinity (or overflows float32): nothing was written")
     keys = [K.detach().to(W.device, _working(W)).contiguous() for K, W in zip(probes or (), weights)]
     read, planes = list(bases or ()), [plane.detach() for plane in residuals or ()]
@@ -162,6 +162,15 @@ def low_rank_update_many_(
     else:
         call(u, rounding, not dry_run)
     return [UpdateReport(sums[i], W.numel(), errors[i] if errors else None) for i, W in enumerate(weights)]
+
+
+def _scaled(U: Tensor, alpha: float) -> Tensor:
+    return U if alpha == 1 else U * alpha
+
+
+def _finite(x: Tensor) -> bool:
+    flat = x.view(-1)  # one serial dot product; only when that overflows, the thorough look
+    return bool(torch.isfinite(torch.dot(flat, flat))) or bool(torch.isfinite(x).all())
 
 
 def _working(W: Tensor) -> torch.dtype:

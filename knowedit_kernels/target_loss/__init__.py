@@ -5,5 +5,4 @@ from knowedit_kernels.target_loss import chunked, gpu
 from knowedit_kernels.target_loss.loss import TargetLoss as TargetLoss
 from knowedit_kernels.target_loss.loss import target_loss as target_loss
 
-register("target_loss_forward", gpu.FORWARD, chunked.FORWARD)
-register("target_loss_backward", gpu.BACKWARD, chunked.BACKWARD)
+register("target_losses", gpu.TRITON, chunked.TORCH)

@@ -1,4 +1,8 @@
-"""The torch path: the vocabulary in chunks, a running log-sum-exp, never all logits at once."""
+"""The torch path: one pass over the vocabulary in chunks for losses and gradients, never all logits at once.
+
+The gradient of cross-entropy is attention over the vocabulary: E_p[W] - W_target. Like attention it is accumulated
+with a running maximum, so the head is read (and widened) once, and nothing is recomputed.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +21,50 @@ def working(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1024, _LOGITS // max(rows, 1))
+    return (slice(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step))
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """float32 (float64) logits of some vocabulary rows; softcap 0: none."""
-    z = hidden @ weight.to(hidden.dtype).mT
+    """Logits of some rows of the head in hidden's dtype; softcap 0: none."""
+    z = hidden @ weight.mT
     if bias is not None:
         z += bias
     z *= scale
     return z if softcap == 0 else z.div_(softcap).tanh_().mul_(softcap)
 
 
-def _chunks(rows: int, weight: Tensor) -> Iterator[slice]:
-    step = max(1024, _LOGITS // max(rows, 1))
-    return (slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step))
+class _Running:
+    """exp(z - max) over chunks: its sum, and means weighted by it, rescaled whenever the maximum rises."""
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.top, self.mass = like.new_full((rows,), -torch.inf), like.new_zeros(rows)
+        self.sums: dict[str, Tensor] = {}
+
+    def weights(self, z: Tensor) -> Tensor:
+        """exp(z - running maximum) of the next chunk [rows, tokens]."""
+        top = torch.maximum(self.top, z.amax(-1))
+        keep, self.top = torch.exp(self.top - top), top
+        e = torch.exp(z - top[:, None])
+        self.mass = self.mass * keep + e.sum(-1)
+        for total in self.sums.values():
+            total *= keep if total.ndim == 1 else keep[:, None]
+        return e
+
+    def add(self, name: str, part: Tensor) -> None:
+        self.sums[name] = self.sums[name] + part if name in self.sums else part.clone()
+
+    def mean(self, name: str) -> Tensor:
+        total = self.sums[name]
+        return total / (self.mass if total.ndim == 1 else self.mass[:, None])
+
+    @property
+    def log(self) -> Tensor:
+        return self.top + self.mass.log()
 
 
-def _log_sum_exp(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
-    total = hidden.new_full((len(hidden),), -torch.inf)
-    for part in _chunks(len(hidden), weight):
-        z = _logits(hidden, weight[part], None if bias is None else bias[part], scale, softcap)
-        total = torch.logaddexp(total, z.logsumexp(-1))
-    return total
-
-
-def forward(
+def losses(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor | None,
@@ -49,86 +74,47 @@ def forward(
     scale: float,
     softcap: float,
     reverse: bool,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``target_loss_forward`` of `_ops.py`."""
+    """``target_losses`` of `_ops.py`."""
     rows, h = len(hidden), hidden.to(working(hidden))
-    lse, picked, kl, mass = h.new_full((rows,), -torch.inf), h.new_zeros(rows), h.new_zeros(rows), h.new_zeros(rows)
-    old = None if ref_hidden is None else ref_hidden.to(h.dtype)
-    ref_lse = h.new_empty(0) if old is None else _log_sum_exp(old, weight, bias, scale, softcap)
-    for part in _chunks(rows, weight):
-        b = None if bias is None else bias[part]
-        z = _logits(h, weight[part], b, scale, softcap)
+    ce, kl, d_ce, d_kl = h.new_zeros(rows), h.new_zeros(rows), torch.zeros_like(h), torch.zeros_like(h)
+    if rows == 0:
+        return ce, kl, d_ce, d_kl
+    both = h if ref_hidden is None else torch.cat([h, ref_hidden.to(h.dtype)])
+    divergence = reference is not None or ref_hidden is not None
+    p, r, picked = _Running(rows, h), _Running(rows, h), h.new_zeros(rows)
+    under = p if reverse else r  # the distribution the divergence is a mean under
+    for part in _chunks(len(both), len(weight)):
+        w = weight[part].to(h.dtype)
+        z = _logits(both, w, None if bias is None else bias[part], scale, softcap)
+        z, z_ref = z[:rows], (z[rows:] if reference is None else reference[:, part].to(h.dtype))
+        slope = scale * (1 - (z / softcap).square()) if softcap else scale  # of z in hidden W^T
         if targets is not None:
-            inside = (targets >= part.start) & (targets < part.stop)
-            picked += torch.where(inside, z.gather(1, (targets - part.start).clamp(0, z.shape[1] - 1)[:, None])[:, 0], 0)
-        before, lse = lse, torch.logaddexp(lse, z.logsumexp(-1))
-        if reference is not None or old is not None:
-            log_r = _log_reference(part, weight[part], b, reference, old, ref_lse, scale, softcap).to(h.dtype)
-            if reverse:
-                p, keep = torch.exp(z - lse[:, None]), torch.exp(before - lse)
-                kl, mass = kl * keep + (p * (z - log_r)).sum(-1), mass * keep + p.sum(-1)
-            else:
-                kl += (log_r.exp() * (log_r - z)).sum(-1)
-    if reference is not None or old is not None:
-        # E_p[z - log r] - lse: the division removes what rounding lse did to every p alike
-        kl = kl / mass - lse if reverse else kl + lse
-    ce = torch.where(targets >= 0, lse - picked, 0) if targets is not None else torch.zeros_like(lse)
-    return ce, kl, lse, ref_lse
+            inside, index = (targets >= part.start) & (targets < part.stop), targets - part.start
+            picked += torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)[:, None])[:, 0], 0)
+        e = p.weights(z)
+        factors = [e * slope]
+        if divergence:
+            e_ref, gap = r.weights(z_ref), z - z_ref
+            under.add("gap", ((e if reverse else e_ref) * gap).sum(-1))
+            factors.append(factors[0] * gap if reverse else e_ref * slope)
+        if gradient:
+            products = (torch.cat(factors) @ w).split(rows)
+            p.add("W", products[0])
+            if divergence:
+                under.add("gap W" if reverse else "W", products[1])
+    if targets is not None:
+        ce = torch.where(targets >= 0, p.log - picked, 0)
+    if gradient and targets is not None:
+        slope = scale * (1 - (picked / softcap).square())[:, None] if softcap else scale
+        d_ce = (p.mean("W") - slope * weight[targets.clamp_min(0)].to(h.dtype)) * (targets >= 0)[:, None]
+    if divergence:
+        gap = under.mean("gap")
+        kl = gap - p.log + r.log if reverse else p.log - r.log - gap
+    if gradient and divergence:
+        d_kl = p.mean("gap W") - gap[:, None] * p.mean("W") if reverse else p.mean("W") - r.mean("W")
+    return ce, kl, d_ce, d_kl
 
 
-def backward(
-    g_ce: Tensor,
-    g_kl: Tensor,
-    kl: Tensor,
-    lse: Tensor,
-    ref_lse: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor | None,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    ref_hidden: Tensor | None,
-    scale: float,
-    softcap: float,
-    reverse: bool,
-) -> Tensor:
-    """``target_loss_backward`` of `_ops.py`: sum over the vocabulary of dL/dz W."""
-    rows, h = len(hidden), hidden.to(working(hidden))
-    old = None if ref_hidden is None else ref_hidden.to(h.dtype)
-    g_ce = torch.zeros_like(g_ce) if targets is None else torch.where(targets >= 0, g_ce, 0)
-    grad = torch.zeros_like(h)
-    for part in _chunks(rows, weight):
-        b = None if bias is None else bias[part]
-        z = _logits(h, weight[part], b, scale, softcap)
-        p = torch.exp(z - lse[:, None])
-        dz = g_ce[:, None] * p
-        if targets is not None:
-            row = torch.nonzero((targets >= part.start) & (targets < part.stop))[:, 0]
-            dz[row, targets[row] - part.start] -= g_ce[row]
-        if reference is not None or old is not None:
-            log_r = _log_reference(part, weight[part], b, reference, old, ref_lse, scale, softcap).to(h.dtype)
-            inner = p * (z - log_r - (lse + kl)[:, None]) if reverse else p - log_r.exp()
-            dz += g_kl[:, None] * inner
-        if softcap != 0:
-            dz *= 1 - (z / softcap) ** 2
-        grad += dz @ weight[part].to(h.dtype)
-    return grad * scale
-
-
-def _log_reference(
-    part: slice,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_lse: Tensor,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    if ref_hidden is not None:
-        return _logits(ref_hidden, weight, bias, scale, softcap) - ref_lse[:, None]
-    assert reference is not None
-    return reference[:, part]
-
-
-FORWARD, BACKWARD = Candidate("torch", forward), Candidate("torch", backward)
+TORCH = Candidate("torch", losses)

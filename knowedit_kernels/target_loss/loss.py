@@ -35,41 +35,44 @@ def target_loss(
 
     * ``ce`` = -log p[target]; 0 where ``targets`` [rows] (int64) is negative or None;
     * ``kl`` = KL(p || ref) (``reverse``, as ROME and MEMIT compute it) or KL(ref || p); 0 without a reference. The
-      reference is ``reference`` [rows, V], log-probabilities that sum to one, or ``ref_hidden`` [rows, d], states
-      whose distribution under the same head is recomputed tile by tile. It is a constant.
+      reference is ``reference`` [rows, V], log-probabilities or logits, or ``ref_hidden`` [rows, d], states whose
+      distribution under the same head is computed alongside. It is a constant.
 
     hidden: [rows, d], the states before the head at the scored positions only. head_weight: [V, d], may be tied to the
     embeddings. Both bfloat16, float16, float32 or float64; the arithmetic is float32 (float64 for float64 hidden).
-    Differentiable once, in ``hidden``; deterministic.
+    Differentiable once, in ``hidden`` (the gradient is found during the forward pass); deterministic.
 
     Raises ValueError naming the argument. Source: KERNELS (d), our derivation; cut-cross-entropy (arXiv 2411.09009)
-    has the idea of recomputing logits in the backward pass.
+    has the idea of never storing logits.
     """
     _check(hidden, head_weight, targets, reference, ref_hidden, bias, softcap)
     constants = [None if x is None else x.detach() for x in (bias, reference, ref_hidden)]
     cap = 0.0 if softcap is None else float(softcap)
-    ce, kl, _, _ = _Loss.apply(hidden, head_weight.detach(), targets, *constants, float(logit_scale), cap, reverse)
+    gradient = hidden.requires_grad and torch.is_grad_enabled()
+    settings = (float(logit_scale), cap, reverse, gradient)
+    ce, kl, _, _ = _Loss.apply(hidden, head_weight.detach(), targets, *constants, *settings)
     return TargetLoss(ce, kl)
 
 
 class _Loss(torch.autograd.Function):
+    """Both losses are scalar per row, so their gradients are found in the forward pass and only scaled later."""
+
     @staticmethod
-    def forward(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.knowedit.target_loss_forward(hidden, *rest)
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.knowedit.target_losses(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        _, kl, lse, ref_lse = output
-        ctx.mark_non_differentiable(lse, ref_lse)
-        ctx.save_for_backward(kl, lse, ref_lse, *inputs[:6])
-        ctx.settings = inputs[6:]
+        _, _, d_ce, d_kl = output
+        ctx.mark_non_differentiable(d_ce, d_kl)
+        ctx.save_for_backward(d_ce, d_kl)
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_ce: Tensor, g_kl: Tensor, *_: Any) -> tuple[Any, ...]:
-        hidden = ctx.saved_tensors[3]
-        grad = torch.ops.knowedit.target_loss_backward(g_ce.contiguous(), g_kl.contiguous(), *ctx.saved_tensors, *ctx.settings)
-        return grad.to(hidden.dtype), *(None,) * 8
+        d_ce, d_kl = ctx.saved_tensors
+        return (g_ce[:, None] * d_ce + g_kl[:, None] * d_kl).to(ctx.dtype), *(None,) * 9
 
 
 def _check(
@@ -96,9 +99,9 @@ def _check(
     if targets is None and reference is None and ref_hidden is None:
         raise ValueError("nothing to compute: give targets, reference or ref_hidden")
     if reference is not None and ref_hidden is not None:
-        raise ValueError("give reference (log-probabilities) or ref_hidden (states), not both")
+        raise ValueError("give reference (logits) or ref_hidden (states), not both")
     if reference is not None and reference.shape != (rows, vocabulary):
-        raise ValueError(f"reference must be log-probabilities [{rows}, {vocabulary}], got {list(reference.shape)}")
+        raise ValueError(f"reference must be logits [{rows}, {vocabulary}], got {list(reference.shape)}")
     if ref_hidden is not None and ref_hidden.shape != hidden.shape:
         raise ValueError(f"ref_hidden must be shaped like hidden {list(hidden.shape)}, got {list(ref_hidden.shape)}")
     if bias is not None and bias.shape != (vocabulary,):

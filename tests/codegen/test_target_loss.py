@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from knowedit_kernels.target_loss import gpu
-from knowedit_kernels.target_loss.triton import forward_kernel, hidden_grad_kernel, logit_grad_kernel
+from knowedit_kernels.target_loss.triton import hidden_grad_kernel, logit_grad_kernel, loss_kernel
 from tests.codegen.compiler import ARCHITECTURES, MMA, compile_for
 
 D, VOCABULARY, ROWS = 4096, 128256, 200
@@ -29,9 +29,9 @@ def test_logits(architecture, dtype, reference):
         CE=True, REF=reference, REVERSE=True, BIAS=True, CAP=True, **gpu.TILE[dtype.itemsize],
         PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
     )  # fmt: skip
-    forward = compile_for(forward_kernel, architecture, *head, meta(), meta(), *sizes, 1.5, 3.0, **constants)
-    inputs = [meta() for _ in range(6)]
-    backward = compile_for(logit_grad_kernel, architecture, *head, *inputs, gpu.CHUNK, *sizes, gpu.CHUNK, 1.5, 3.0, **constants)
+    forward = compile_for(loss_kernel, architecture, *head, meta(), *sizes, 1.5, 3.0, **constants)
+    state = [meta() for _ in range(5)]
+    backward = compile_for(logit_grad_kernel, architecture, *head, *state, gpu.CHUNK, *sizes, gpu.CHUNK, 1.5, 3.0, **constants)
     for built in (forward, backward):
         print(architecture, dtype, reference, built.registers, built.shared, built.spills)
         built.check(mma=mma(architecture, dtype))
@@ -42,7 +42,7 @@ def test_logits(architecture, dtype, reference):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_hidden_gradient(architecture, dtype):
     built = compile_for(
-        hidden_grad_kernel, architecture, meta(), meta(dtype), meta(), gpu.CHUNK, gpu.CHUNK, ROWS, D, gpu.CHUNK, D, D,
+        hidden_grad_kernel, architecture, meta(), meta(dtype), meta(), gpu.CHUNK, gpu.CHUNK, ROWS, D, gpu.CHUNK, D, D, 1.5,
         **gpu.TILE_GRADIENT[dtype.itemsize], SPLIT=dtype != torch.float32,
     )  # fmt: skip
     print(architecture, dtype, built.registers, built.shared, built.spills)

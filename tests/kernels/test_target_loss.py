@@ -119,15 +119,35 @@ def test_properties(rows, d, vocabulary, seed, reverse):
     assert torch.allclose(again.ce, loss.ce[order], atol=tiny) and torch.allclose(again.kl, loss.kl[order], atol=tiny)
 
 
-@pytest.mark.parametrize("kind", ["none", "logs", "hidden"])
+@pytest.mark.parametrize("kind", ["none", "logits", "hidden"])
 def test_opcheck(kind):
     hidden, weight, targets, old = problem(dtype=torch.float32)
-    reference = logits(old, weight, None, 1.0, None).log_softmax(-1).float() if kind == "logs" else None
-    args = (hidden, weight, targets, torch.randn(50), reference, old if kind == "hidden" else None, 1.5, 3.0, True)
-    torch.library.opcheck(torch.ops.knowedit.target_loss_forward.default, args)
-    _, kl, lse, ref_lse = torch.ops.knowedit.target_loss_forward(*args)
-    backward = (torch.randn(7), torch.randn(7), kl, lse, ref_lse, *args)
-    torch.library.opcheck(torch.ops.knowedit.target_loss_backward.default, backward)
+    reference, states = (torch.randn(7, 50) if kind == "logits" else None), (old if kind == "hidden" else None)
+    args = (hidden, weight, targets, torch.randn(50), reference, states, 1.5, 3.0, True, True)
+    torch.library.opcheck(torch.ops.knowedit.target_losses.default, args)
+
+
+def test_reference_logits_are_normalised():
+    hidden, weight, _, old = problem()
+    raw = logits(old, weight, None, 1.0, None)
+    shifted = raw + torch.linspace(-30, 30, 7, dtype=torch.float64)[:, None]
+    for reference in (raw.log_softmax(-1), raw, shifted):
+        for reverse in (True, False):
+            expected = target_loss(hidden, weight, ref_hidden=old, reverse=reverse).kl
+            assert torch.allclose(target_loss(hidden, weight, reference=reference, reverse=reverse).kl, expected)
+
+
+def test_no_gradient_is_computed_when_none_is_wanted(monkeypatch):
+    hidden, weight, targets, _ = problem()
+    wanted = []
+    original = torch.ops.knowedit.target_losses
+    monkeypatch.setattr(torch.ops.knowedit, "target_losses", lambda *a: wanted.append(a[-1]) or original(*a))
+    target_loss(hidden, weight, targets)
+    leaf = hidden.clone().requires_grad_()
+    with torch.no_grad():
+        target_loss(leaf, weight, targets)
+    target_loss(leaf, weight, targets)
+    assert wanted == [False, False, True]
 
 
 H, W, T, OLD = problem()

@@ -6,62 +6,57 @@ import torch
 from knowedit_kernels.target_loss import chunked, gpu
 
 
-def forward_with(change):
-    def forward(*args):
-        return change(chunked.forward, list(args))
-
-    return forward
-
-
 def bf16_logits(run, args):
-    """Logits rounded to bfloat16, as a bfloat16 head gives them: simulated on the hidden states."""
-    args[0] = args[0].bfloat16().float() * (1 + 2.0**-9)
-    return run(*args)
+    """About what logits rounded to bfloat16 do, simulated on the hidden states."""
+    return run(args[0].bfloat16().float() * (1 + 2.0**-9), *args[1:])
 
 
 def no_tail(run, args):
-    args[1] = args[1].clone()
-    args[1][-1] = 0
-    return run(*args)
+    weight = args[1].clone()
+    weight[-1] = 0
+    return run(args[0], weight, *args[2:])
 
 
 def no_cap(run, args):
-    return run(*args[:7], 0.0, args[8])
+    return run(*args[:7], 0.0, *args[8:])
 
 
 def other_direction(run, args):
-    return run(*args[:8], not args[8])
+    return run(*args[:8], not args[8], args[9])
 
 
-def ignores_counted(run, args):
-    args[2] = args[2].clamp_min(0)
-    return run(*args)
+def ignored_rows_counted(run, args):
+    return run(*args[:2], args[2].clamp_min(0), *args[3:])
 
 
-FORWARD = [bf16_logits, no_tail, no_cap, other_direction, ignores_counted]
+def rounded_gradient(run, args):
+    ce, kl, d_ce, d_kl = run(*args)
+    return ce, kl, d_ce.bfloat16().float(), d_kl
 
 
-@pytest.mark.parametrize("change", FORWARD, ids=lambda f: f.__name__)
-def test_wrong_forwards_are_rejected(change, monkeypatch):
-    monkeypatch.setattr(gpu, "forward", forward_with(change))
-    monkeypatch.setattr(gpu, "backward", chunked.backward)
-    assert "off by" in gpu.gate(torch.device("cpu"))
+def gradient_without_scale(run, args):
+    ce, kl, d_ce, d_kl = run(*args)
+    return ce, kl, d_ce / args[6], d_kl / args[6]
 
 
-@pytest.mark.parametrize("wrong", ["dropped cotangent", "rounded", "without the scale"])
-def test_wrong_gradients_are_rejected(wrong, monkeypatch):
-    def backward(*args):
-        if wrong == "dropped cotangent":
-            return chunked.backward(args[0], torch.zeros_like(args[1]), *args[2:])
-        grad = chunked.backward(*args)
-        return grad.bfloat16().float() if wrong == "rounded" else grad / args[11]
+def no_divergence_gradient(run, args):
+    ce, kl, d_ce, _ = run(*args)
+    return ce, kl, d_ce, torch.zeros_like(d_ce)
 
-    monkeypatch.setattr(gpu, "forward", chunked.forward)
-    monkeypatch.setattr(gpu, "backward", backward)
-    assert "gradient off by" in gpu.gate(torch.device("cpu"))
+
+WRONG = [
+    bf16_logits, no_tail, no_cap, other_direction, ignored_rows_counted,
+    rounded_gradient, gradient_without_scale, no_divergence_gradient,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG, ids=lambda f: f.__name__)
+def test_wrong_losses_are_rejected(change, monkeypatch):
+    monkeypatch.setattr(gpu, "losses", lambda *args: change(chunked.losses, args))
+    failure = gpu.gate(torch.device("cpu"))
+    assert failure is not None and ("gradient" in failure) >= ("gradient" in change.__name__), failure
 
 
 def test_the_right_one_passes_the_same_gate(monkeypatch):
-    monkeypatch.setattr(gpu, "forward", chunked.forward)
-    monkeypatch.setattr(gpu, "backward", chunked.backward)
+    monkeypatch.setattr(gpu, "losses", chunked.losses)
     assert gpu.gate(torch.device("cpu")) is None
