@@ -180,8 +180,8 @@ def _verify(
                 return f"no kernel for {tensor.dtype} weights"
             if tensor.stride(1) != 1 or tensor.data_ptr() % 16:
                 return f"a {name} has strided or unaligned rows"
-    if not w:
-        return "nothing to do"
+    if len({tensor.device for tensor in w}) != 1:
+        return "the weights are not all on one device"
     if _device.triton_version() is None:
         return "Triton is not installed"
     files = ("lowrank/triton.py", "lowrank/gpu.py", "triton_lib/rounding.py")
