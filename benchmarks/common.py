@@ -61,6 +61,17 @@ def _cpu_name() -> str:
     return f"{name} (family {family}, model {model})" if family else name
 
 
+def _cpu_seconds() -> tuple[float, float, float]:
+    """Now: wall clock, processor seconds of the whole machine (stolen ones included), and those of this process."""
+    try:
+        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        busy = math.nan
+    mine = os.times()
+    return time.monotonic(), busy, mine.user + mine.system
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Run with `count` intra-op threads."""
@@ -124,7 +135,7 @@ class Report:
     """
 
     def __init__(self, name: str, output: Path | None, **header: Any) -> None:
-        self.output, self.failed = output, False
+        self.output, self.failed, self._before = output, False, _cpu_seconds()
         self.rows: list[dict[str, Any]] = [{"benchmark": name, "environment": environment(), **header}]
         machine = self.rows[0]["environment"]
         print(f"{name}: {machine['cpu']}, {machine['cores']} cores, load {machine['load']}, torch {machine['torch']}, "
@@ -178,11 +189,18 @@ class Report:
         return int(self.failed)
 
     def _add(self, row: dict[str, Any], line: str) -> None:
-        self.rows.append(row)
+        self.rows.append({**row, "others": self._others()})
         print(line, flush=True)
         if self.output is not None:
             with atomic_file(self.output) as path:
                 path.write_text("".join(json.dumps(r) + "\n" for r in self.rows), encoding="utf-8")
+
+    def _others(self) -> float | None:
+        """Share of the machine's processors that other programs used since the last row: above 0.1, measure again."""
+        before, self._before = self._before, _cpu_seconds()
+        wall, busy, mine = (now - then for now, then in zip(self._before, before))
+        share = (busy - mine) / max(wall, 0.05) / (os.cpu_count() or 1)
+        return None if math.isnan(share) else round(max(share, 0.0), 3)
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

@@ -35,7 +35,7 @@ def table(folder: Path = RESULTS) -> str:
         speed += [_speed(row) for row in kept]
         quality += [_quality(row) for row in judged]
         if kept or judged:
-            notes.append(_note(header))
+            notes.append(_note(header, max((row.get("others") or 0.0 for row in kept), default=0.0)))
     lines: list[str] = []
     if speed:
         head = "| what | threads | ours | peer | speed-up [spread] | target | error (limit) |"
@@ -69,10 +69,11 @@ def _quality(row: dict[str, Any]) -> str:
     return f"| {row['case']} | {row['measure']} | {row['value']:.3f}{between} | {row['floor']:.3f} | {reached} |"
 
 
-def _note(header: dict[str, Any]) -> str:
+def _note(header: dict[str, Any], others: float) -> str:
     machine = header["environment"]
+    shared = f", up to {others:.0%} of it busy with other programs" if others > 0.1 else ""
     return (
-        f"`benchmarks.{header['benchmark']}`: {machine['cpu']}, {machine['cores']} cores, load {machine['load']} at the start, "
+        f"`benchmarks.{header['benchmark']}`: {machine['cpu']}, {machine['cores']} cores{shared}, "
         f"torch {machine['torch']}, {machine['date'][:10]}, commit {machine['commit']}.  "
     )
 
