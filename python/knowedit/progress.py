@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
 
@@ -15,7 +15,7 @@ console = Console(stderr=True)
 def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Iterator[Callable[..., None]]:
     """Yield `advance(n, note="")`; with a terminal it moves a bar with rate, elapsed and remaining time."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:

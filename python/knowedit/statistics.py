@@ -10,7 +10,7 @@ number of windows, so an interrupted run goes on and ends with the same bits as 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from .text import corpus_fingerprint, documents
 
 #: A first-token key this many times longer than the others marks an attention-sink layer.
 SINK_RATIO = 10.0
-WINDOW = 16_384  # tokens tokenised, sorted and run together
+WINDOW = 8_192  # tokens tokenised, sorted and run together
 MAX_PADDING = 0.1
 
 
@@ -200,10 +200,8 @@ class _Run:
         with bar(title, self.recipe.tokens, "tokens", show=progress) as advance:
             advance(self.count)
             for taken, pieces in _windows(self.model, source, self.recipe.max_length):
-                before = self.count
-                self._add(pieces, budget)
+                self._add(pieces, budget, advance)
                 self.documents += taken
-                advance(self.count - before)
                 if self.count >= self.recipe.tokens:
                     return
                 # a checkpoint of large layers takes a while: never spend more than a twentieth of the time on them
@@ -217,7 +215,7 @@ class _Run:
             "add text, or ask for fewer tokens"
         )
 
-    def _add(self, pieces: Sequence[list[int]], budget: int) -> None:
+    def _add(self, pieces: Sequence[list[int]], budget: int, advance: Callable[..., None]) -> None:
         """One window: keys of all its pieces, at most as many as are still wanted."""
         first = 1 if self.recipe.skip_first else 0
         for batch in _batches([len(p) for p in pieces], budget):
@@ -231,6 +229,7 @@ class _Run:
             take = partial(self._key, keep=keep, rows=rows)
             self.model.forward_to(max(self.layers), ids, take, self.layers)
             self.count += int(keep.sum())
+            advance(int(keep.sum()))
             self.padded, self.run_tokens = self.padded + ids.numel(), self.run_tokens + int(mask.sum())
             if self.count >= self.recipe.tokens:
                 break

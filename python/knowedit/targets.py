@@ -92,7 +92,7 @@ def optimise_values(
     layer: int,
     settings: ValueSettings | None = None,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] = lambda groups: None,
 ) -> Targets:
     """Optimise one value per group of facts at `layer`'s output.
 
@@ -106,11 +106,17 @@ def optimise_values(
     plans = [_Plan(model, group, settings) for group in groups]
     result = Targets(*(torch.zeros(len(groups), n).squeeze(-1) for n in (model.hidden, model.hidden, 1, 1, 1)))
     for batch in _chunks(plans, settings.budget):
-        part = _optimise(model, [plans[i] for i in batch], layer, settings)
+        made = 0.0
+
+        def tick() -> None:
+            nonlocal made
+            made += len(batch) / settings.steps
+            progress(len(batch) / settings.steps)
+
+        part = _optimise(model, [plans[i] for i in batch], layer, settings, tick)
         for whole, piece in zip(vars(result).values(), vars(part).values()):
             whole[batch] = piece.to(whole)
-        if progress:
-            progress(len(batch))
+        progress(len(batch) - made)  # the steps that early stopping saved
     return result
 
 
@@ -151,7 +157,7 @@ def _chunks(plans: Sequence[_Plan], budget: int) -> list[list[int]]:
     return chunks
 
 
-def _optimise(model: EditableModel, plans: Sequence[_Plan], layer: int, s: ValueSettings) -> Targets:
+def _optimise(model: EditableModel, plans: Sequence[_Plan], layer: int, s: ValueSettings, tick: Callable[[], None]) -> Targets:
     device, count = model.device, len(plans)
     problem = _Problem(plans, Suffix(model, [row for plan in plans for row in plan.inputs], layer))
     value = problem.mean_bare()
@@ -166,6 +172,7 @@ def _optimise(model: EditableModel, plans: Sequence[_Plan], layer: int, s: Value
     for step in range(1, s.steps + 1):
         variable = delta[live].requires_grad_()
         part_nll, divergence = problem.evaluate(variable)
+        tick()
         decay = s.weight_decay * _safe_norm(variable) / norm[live, 0] ** 2
         part = part_nll + s.kl * divergence + decay
         active = (part.detach() >= s.stop) & (done[live] >= step - 1)  # once rested, a group stays so

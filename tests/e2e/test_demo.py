@@ -7,7 +7,7 @@ import knowedit as ke
 from knowedit import datasets
 from knowedit.demo import run
 from knowedit.evaluation import drift
-from knowedit.model import weights_fingerprint
+from knowedit.fingerprint import weights_fingerprint
 
 pytestmark = pytest.mark.model
 

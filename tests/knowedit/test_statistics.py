@@ -167,11 +167,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny_llama, corpus, tmp_path
     whole = key_statistics(tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "whole")
     real, calls = statistics._Run._add, []
 
-    def dies(self, pieces, budget):
+    def dies(self, pieces, budget, advance):
         if len(calls) == 5:
             raise KeyboardInterrupt
         calls.append(1)
-        real(self, pieces, budget)
+        real(self, pieces, budget, advance)
 
     monkeypatch.setattr(statistics._Run, "_add", dies)
     with pytest.raises(KeyboardInterrupt):
