@@ -15,7 +15,8 @@ console = Console(stderr=True)
 def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Iterator[Callable[..., None]]:
     """Yield `advance(n, note="")`; with a terminal it moves a bar with rate, elapsed and remaining time."""
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(30),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:

@@ -106,17 +106,9 @@ def optimise_values(
     plans = [_Plan(model, group, settings) for group in groups]
     result = Targets(*(torch.zeros(len(groups), n).squeeze(-1) for n in (model.hidden, model.hidden, 1, 1, 1)))
     for batch in _chunks(plans, settings.budget):
-        made = 0.0
-
-        def tick() -> None:
-            nonlocal made
-            made += len(batch) / settings.steps
-            progress(len(batch) / settings.steps)
-
-        part = _optimise(model, [plans[i] for i in batch], layer, settings, tick)
+        part = _optimise(model, [plans[i] for i in batch], layer, settings, progress)
         for whole, piece in zip(vars(result).values(), vars(part).values()):
             whole[batch] = piece.to(whole)
-        progress(len(batch) - made)  # the steps that early stopping saved
     return result
 
 
@@ -172,7 +164,7 @@ def _optimise(model: EditableModel, plans: Sequence[_Plan], layer: int, s: Value
     for step in range(1, s.steps + 1):
         variable = delta[live].requires_grad_()
         part_nll, divergence = problem.evaluate(variable)
-        tick()
+        progress(count / s.steps)
         decay = s.weight_decay * _safe_norm(variable) / norm[live, 0] ** 2
         part = part_nll + s.kl * divergence + decay
         active = (part.detach() >= s.stop) & (done[live] >= step - 1)  # once rested, a group stays so
@@ -192,6 +184,7 @@ def _optimise(model: EditableModel, plans: Sequence[_Plan], layer: int, s: Value
             if not len(live):
                 break
             problem = problem.select(active.nonzero()[:, 0].tolist())
+    progress(count * (1 - step / s.steps))  # the steps that early stopping saved
     return Targets(delta, value, loss, nll, done)
 
 
