@@ -149,7 +149,9 @@ def _chunks(plans: Sequence[_Plan], budget: int) -> list[list[int]]:
     return chunks
 
 
-def _optimise(model: EditableModel, plans: Sequence[_Plan], layer: int, s: ValueSettings, tick: Callable[[], None]) -> Targets:
+def _optimise(
+    model: EditableModel, plans: Sequence[_Plan], layer: int, s: ValueSettings, progress: Callable[[float], None]
+) -> Targets:
     device, count = model.device, len(plans)
     problem = _Problem(plans, Suffix(model, [row for plan in plans for row in plan.inputs], layer))
     value = problem.mean_bare()
