@@ -83,14 +83,18 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def interleave(runs: Mapping[str, Callable[[], Any]], repeats: int, least: float = 0.05) -> dict[str, list[float]]:
+def interleave(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, least: float = 0.05, warm: Callable[[], Any] | None = None
+) -> dict[str, list[float]]:
     """Seconds a call of each run, one list entry a round; every round times all of them, in alternating order.
 
     The first call of each is not timed (caches, lazy initialisation); short runs are repeated within a round until
-    they take `least` seconds.
+    they take `least` seconds. Runs of many seconds give a short `warm` to call instead, and are called once a round.
     """
-    calls = {}
-    for name, run in runs.items():
+    calls = dict.fromkeys(runs, 1)
+    if warm is not None:
+        warm()
+    for name, run in runs.items() if warm is None else ():
         start = time.perf_counter()
         run()
         calls[name] = max(1, math.ceil(least / max(time.perf_counter() - start, 1e-9)))
