@@ -43,6 +43,10 @@ _define(
     compiled=True,
 )
 
+# the CUDA kernel for Hopper, bfloat16 or float16 keys; tiles int32 [programs, 4] of schedule.tile_table, chains of first,
+# first, 2 first, ... chain tokens (chain 0: a single uncentred one)
+_define("syrk_cuda_(Tensor(a!)[] c, Tensor[] keys, Tensor tiles, int chain, int first) -> ()", compiled=True)
+
 # lowrank: every w = round((base or w) + residual + u v^T), residual = what rounding cut off; w [out, in], u [out, r],
 # v [in, r] float32 (float64 if w is), rounding "nearest" | "stochastic" | "compensated"; base, residual (bfloat16) and
 # probe [in, p] are parallel to w or empty. Fills sums [weights, 5] float64 (ideal^2, applied^2, (applied - ideal)^2,

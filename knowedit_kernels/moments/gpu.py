@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from knowedit_kernels.moments.functional import mirror_
 from knowedit_kernels.numerics import MOMENT, MOMENT_FP64, Budget
 
 # The gate's limits: the budget, with room for the scatter of a mean over so few channels.
-_GATE = Budget(normwise=2.5 * MOMENT.normwise, elementwise=MOMENT.elementwise, bias=MOMENT.bias)
+GATE = Budget(normwise=2.5 * MOMENT.normwise, elementwise=MOMENT.elementwise, bias=MOMENT.bias)
 _SOURCES = ("moments/triton.py", "moments/schedule.py", "moments/gpu.py", "triton_lib/products.py")
 VARIANTS = (
     (torch.bfloat16, "exact"),
@@ -34,33 +35,46 @@ def _capability(device: torch.device) -> int:
 
 def accumulate_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
     """c += K^T K on the lower triangle of every layer's c [d, d] float64; layers of one shape share a launch."""
-    groups: dict[tuple[Any, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    wide = [
+        key.double() if precision == "fp64" or (precision != "fast" and len(key) < schedule.FEW_TOKENS) else key for key in keys
+    ]
+    for group, rows in groups(cs, wide):
+        dim, dtype, device = rows[0].shape[1], rows[0].dtype, rows[0].device
+        if dtype == torch.float64 and _capability(device) >= 100:
+            panels_(group, rows, precision)  # Triton 3.6 cannot compile a float64 product for sm_100
+            continue
+        aligned = dim * dtype.itemsize % 16 == 0
+        config = schedule.config(dtype, precision, _capability(device), min(map(len, rows)), aligned)
+        programs = len(schedule.tile_table(dim, len(group), config.tile))
+        split_(group, rows, programs, functools.partial(launch_, config=config))
+
+
+def groups(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Layers that may share a launch: (their c, their keys, dense and starting on 16 bytes); without empty ones."""
+    found: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for c, key in zip(cs, keys):
-        few = precision != "fast" and len(key) < schedule.FEW_TOKENS
-        key = (key.double() if few or precision == "fp64" else key).contiguous()
-        key = key.clone() if key.data_ptr() % 16 else key  # the kernel loads 16 bytes at a time
+        key = key.contiguous()
+        key = key.clone() if key.data_ptr() % 16 else key  # the kernels load 16 bytes at a time
         if key.numel():
-            groups.setdefault((c.shape[0], c.stride(0), key.dtype), []).append((c, key))
-    for (_, _, dtype), pairs in groups.items():
-        group = [c for c, _ in pairs], [key for _, key in pairs]
-        if dtype == torch.float64 and _capability(pairs[0][1].device) >= 100:
-            panels_(*group, precision)  # Triton 3.6 cannot compile a float64 product for sm_100
-        else:
-            _accumulate_group(*group, precision)
+            some, theirs = found.setdefault((c.shape[0], c.stride(0), key.dtype), ([], []))
+            some.append(c)
+            theirs.append(key)
+    return list(found.values())
 
 
-def _accumulate_group(cs: list[torch.Tensor], keys: list[torch.Tensor], precision: str) -> None:
-    dim, dtype, device = keys[0].shape[1], keys[0].dtype, keys[0].device
-    tokens, aligned = min(map(len, keys)), dim * dtype.itemsize % 16 == 0
-    config = schedule.config(dtype, precision, _capability(device), tokens, aligned)
-    programs = len(schedule.tile_table(dim, len(cs), config.tile))
-    pieces = schedule.splits(programs, tokens, _device.processors(device))
+def split_(
+    cs: list[torch.Tensor],
+    keys: list[torch.Tensor],
+    programs: int,
+    launch: Callable[[list[torch.Tensor], list[torch.Tensor]], None],
+) -> None:
+    """`launch(cs, keys)`; if its `programs` are too few for the device, over token ranges with sums of their own."""
+    pieces = schedule.splits(programs, min(map(len, keys)), _device.processors(keys[0].device))
     if pieces == 1:
-        return launch_(cs, keys, config)
-    # too few tiles for the device: cut the tokens, give every piece its own sum, add them in order
+        return launch(cs, keys)
     parts = [torch.zeros_like(c) for c in cs for _ in range(pieces)]
-    launch_(parts, [cut for key in keys for cut in key.tensor_split(pieces)], config)
-    for i, part in enumerate(parts):
+    launch(parts, [cut for key in keys for cut in key.tensor_split(pieces)])
+    for i, part in enumerate(parts):  # in a fixed order
         cs[i // pieces] += part
 
 
@@ -124,12 +138,17 @@ def pack_(
     audit += partial.sum(0)
 
 
+def gate_keys(tokens: int, dim: int) -> torch.Tensor:
+    """SiLU-gated activations with a mean, float32 [tokens, dim] on the CPU: the hard case for long sums."""
+    generator = torch.Generator().manual_seed(dim)
+    gated = torch.nn.functional.silu(torch.randn(tokens, dim, generator=generator))
+    return gated * torch.randn(tokens, dim, generator=generator) + 0.05
+
+
 def gate(device: torch.device) -> str | None:
     """Runs every variant on small ragged inputs against float64; returns what failed, with figures, or None."""
     for dim, tokens in ((40, 3), (264, schedule.FEW_TOKENS + 37), (136, schedule.MANY_TOKENS + 5)):
-        generator = torch.Generator().manual_seed(dim)
-        gated = torch.nn.functional.silu(torch.randn(tokens, dim, generator=generator))
-        raw = gated * torch.randn(tokens, dim, generator=generator) + 0.05
+        raw = gate_keys(tokens, dim)
         for dtype, precision in VARIANTS:
             keys = raw.to(dtype)
             few = tokens < schedule.FEW_TOKENS
@@ -137,7 +156,7 @@ def gate(device: torch.device) -> str | None:
             c = torch.zeros(dim, dim, dtype=torch.float64, device=device)
             accumulate_([c], [keys.to(device)], precision)
             graded = testing.grade_moment(mirror_(c.cpu()), reference.second_moment(seen))
-            if failures := graded.failures(MOMENT_FP64 if few or dtype == torch.float64 else _GATE):
+            if failures := graded.failures(MOMENT_FP64 if few or dtype == torch.float64 else GATE):
                 return f"{precision} second moment of {dtype} keys [{tokens}, {dim}]: {'; '.join(failures)}"
             if failure := _gate_pack(keys, device):
                 return failure

@@ -67,13 +67,15 @@ def config(dtype: torch.dtype, precision: str, capability: int, tokens: int, tma
 
 
 @functools.lru_cache(maxsize=64)
-def tile_table(dims: int, layers: int, tile: int, group: int = 8) -> torch.Tensor:
-    """int32 [programs, 4] of (layer, row, column, 0): every tile that touches the lower triangle, once.
+def tile_table(dims: int, layers: int, tile: int, group: int = 8, width: int | None = None) -> torch.Tensor:
+    """int32 [programs, 4] of (layer, row, column, 0): every tile [tile, width] that touches the lower triangle, once.
 
+    `width` defaults to `tile`.
     Super-rows of `group` tile rows are walked column by column, so that running programs share columns in L2.
     """
-    count = -(-dims // tile)
-    lower = [(i, j) for i in range(count) for j in range(i + 1)]
+    width = width or tile
+    rows = range(-(-dims // tile))
+    lower = [(i, j) for i in rows for j in range(-(-min((i + 1) * tile, dims) // width))]
     lower.sort(key=lambda ij: (ij[0] // group, ij[1], ij[0]))
     return torch.tensor([(layer, i, j, 0) for layer in range(layers) for i, j in lower], dtype=torch.int32)
 

@@ -1,10 +1,12 @@
 """Second moments on a real GPU: the accuracy gate, bit-repeatability, offsets beyond 2^31, and the whole state."""
 
+import shutil
+
 import pytest
 import torch
 
-from knowedit_kernels import explain, numerics, testing
-from knowedit_kernels.moments import SecondMoment, gpu
+from knowedit_kernels import _native_cuda, explain, numerics, testing
+from knowedit_kernels.moments import SecondMoment, cuda, gpu, schedule
 from knowedit_kernels.moments.functional import mirror_
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.moment_data import keys as make_keys
@@ -14,6 +16,38 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def test_the_gate_passes():
     assert gpu.gate(torch.device("cuda", 0)) is None
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or not shutil.which("nvcc"),
+    reason="the CUDA kernel needs a Hopper GPU and nvcc",
+)
+
+
+@hopper
+def test_the_cuda_kernel_passes_its_gate():
+    assert cuda.gate_apart(torch.device("cuda", 0)) is None
+
+
+@hopper
+@pytest.mark.parametrize("d, tokens", [(8, 4096), (200, 5001), (1536, 16384), (4096, 20_000)])
+def test_the_cuda_kernel_agrees_with_triton_and_repeats(d, tokens):
+    assert _native_cuda.load().reason is None
+    k = make_keys(tokens, d, torch.bfloat16).cuda()
+    sums = [torch.zeros(d, d, dtype=torch.float64, device="cuda") for _ in range(3)]
+    for c in sums[:2]:
+        cuda.accumulate_([c], [k], "exact")
+    gpu.accumulate_(sums[2:], [k], "exact")
+    assert torch.equal(sums[0].tril(), sums[1].tril())
+    testing.grade_moment(mirror_(sums[0]).cpu(), mirror_(sums[2]).cpu()).check(gpu.GATE)
+
+
+@hopper
+def test_the_cuda_kernel_writes_nothing_outside_c():
+    k = make_keys(schedule.FEW_TOKENS, 264, torch.bfloat16).cuda()
+    guard = testing.guarded(torch.zeros(264, 264, dtype=torch.float64, device="cuda"), row_margin=8)
+    cuda.accumulate_([guard.tensor], [k], "exact")
+    guard.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -26,7 +60,7 @@ def test_streaming_on_the_device(dtype):
         for part, keep in zip(k.cuda().split(batch), mask.split(batch)):
             held.update(part, keep)
         total, audit = held.finalize(audit=True)
-        assert explain("second_moment_").chosen == "triton" and audit.ok(), audit
+        assert explain("second_moment_").chosen in ("cuda", "triton") and audit.ok(), audit
         results.append(total.cpu())
     testing.grade_moment(results[0], second_moment(k, mask)).check(numerics.MOMENT)
     assert torch.equal(*results)

@@ -1,0 +1,105 @@
+"""The sm_90a second moment of csrc/cuda: for bf16 and fp16 keys on Hopper, ahead of the Triton kernel.
+
+Not yet run on a GPU. The gate that it must pass first runs in a process of its own: an unproven kernel that hangs or
+faults then costs a fallback, not the caller's process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from knowedit_kernels import _gate, _native, _native_cuda, testing
+from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels.moments import gpu, reference, schedule
+from knowedit_kernels.moments.functional import mirror_
+
+# as in csrc/cuda/syrk_layout.h, which a test compares
+ROWS, COLUMNS, LAYERS = 128, 192, 16
+HOPPER = 90
+_GATE_SECONDS = 300
+
+
+def accumulate_(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> None:
+    """c += K^T K on the lower triangle of every layer's c [d, d] float64; bf16 or fp16 keys, as in `gpu.accumulate_`."""
+    for group, rows in gpu.groups(cs, keys):
+        d, tokens = rows[0].shape[1], min(map(len, rows))
+        config = schedule.config(rows[0].dtype, precision, HOPPER, tokens)
+        programs = len(schedule.tile_table(d, len(group), ROWS, width=COLUMNS))
+        gpu.split_(group, rows, programs, functools.partial(launch_, config=config))
+
+
+def launch_(cs: Sequence[Tensor], keys: Sequence[Tensor], config: schedule.Config) -> None:
+    """Launches over dense keys [tokens, d] of one dtype and d, LAYERS at a time; `cs` of one row stride."""
+    for start in range(0, len(cs), LAYERS):
+        some, theirs = list(cs[start : start + LAYERS]), list(keys[start : start + LAYERS])
+        table = schedule.tile_table(theirs[0].shape[1], len(some), ROWS, width=COLUMNS).to(theirs[0].device)
+        torch.ops.knowedit.syrk_cuda_(some, theirs, table, config.chain, config.first)
+
+
+def gate(device: torch.device) -> str | None:
+    """Ragged tokens and channels, more tiles than processors, more layers than a launch holds; what failed, or None."""
+    for d, tokens, layers in ((264, schedule.FEW_TOKENS + 37, 40), (136, schedule.MANY_TOKENS + 5, 1), (1048, 5000, 2)):
+        raw = gpu.gate_keys(tokens, d)
+        for dtype in (torch.bfloat16, torch.float16):
+            keys = raw.to(dtype)
+            cs = [torch.zeros(d, d, dtype=torch.float64, device=device) for _ in range(layers)]
+            accumulate_(cs, [keys.to(device)] * layers, "exact")
+            lower = [c.tril() for c in cs]
+            if not all(torch.equal(lower[0], other) for other in lower):
+                return f"layers with the same {dtype} keys [{tokens}, {d}] differ"
+            graded = testing.grade_moment(mirror_(cs[0].cpu()), reference.second_moment(keys))
+            if failures := graded.failures(gpu.GATE):
+                return f"second moment of {dtype} keys [{tokens}, {d}]: {'; '.join(failures)}"
+    return None
+
+
+def gate_apart(device: torch.device) -> str | None:
+    """`gate` in a process of its own; also says when that process crashed or hung."""
+    program = (
+        "import sys, torch\n"
+        "from knowedit_kernels import _native_cuda\n"
+        "from knowedit_kernels.moments import cuda\n"
+        f"sys.exit(_native_cuda.load().reason or cuda.gate(torch.device({str(device)!r})))"
+    )
+    path = os.pathsep.join(filter(None, (str(_native.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": path}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_GATE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no result after {_GATE_SECONDS} seconds"
+    last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+    return None if done.returncode == 0 else f"{last[0]} (exit status {done.returncode})"
+
+
+def refusal(capability: tuple[int, int], cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> str | None:
+    """Why the kernel does not apply to these arguments on a GPU of `capability`; None if it does."""
+    if capability != (9, 0):
+        return f"for Hopper (9.0) only, this GPU has {capability[0]}.{capability[1]}"
+    if precision == "fp64" or any(key.dtype not in (torch.bfloat16, torch.float16) for key in keys):
+        return "for bfloat16 and float16 keys only"
+    if any(key.shape[1] % 8 for key in keys):
+        return "needs a multiple of 8 channels"
+    if precision != "fast" and any(len(key) < schedule.FEW_TOKENS for key in keys):
+        return f"fewer than {schedule.FEW_TOKENS} tokens run in float64"
+    if any(c.data_ptr() % 16 or c.stride(0) % 2 or c.stride(1) != 1 for c in cs):
+        return "c does not start on 16 bytes, or its rows do not"
+    return None
+
+
+def _verify(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> str | None:
+    if not keys:
+        return None
+    device = keys[0].device
+    reason = refusal(torch.cuda.get_device_capability(device), cs, keys, precision) or _native_cuda.load().reason
+    files = [*map(str, _native_cuda.sources()), "moments/cuda.py", "moments/gpu.py", "moments/schedule.py"]
+    return reason or _gate.unproven("moments.cuda", files, device, gate_apart)
+
+
+CUDA = Candidate("cuda", accumulate_, _verify, device="cuda")
