@@ -105,7 +105,9 @@ def optimise_values(
     model.check_layers([layer])
     plans = [_Plan(model, group, settings) for group in groups]
     result = Targets(*(torch.zeros(len(groups), n).squeeze(-1) for n in (model.hidden, model.hidden, 1, 1, 1)))
-    for batch in _chunks(plans, settings.budget):
+    # another batch costs a CPU as much as some 30 tokens (the weights are read again), a GPU far more
+    spare = 32 if model.device.type == "cpu" else settings.budget
+    for batch in _chunks(plans, settings.budget, spare):
         part = _optimise(model, [plans[i] for i in batch], layer, settings, progress)
         for whole, piece in zip(vars(result).values(), vars(part).values()):
             whole[batch] = piece.to(whole)
@@ -136,15 +138,16 @@ class _Plan:
         return max(len(r.ids) - (r.subject or 0) for r in self.inputs)
 
 
-def _chunks(plans: Sequence[_Plan], budget: int) -> list[list[int]]:
-    """Groups of similar tail length, `rows x longest tail` within `budget`."""
+def _chunks(plans: Sequence[_Plan], budget: int, spare: int) -> list[list[int]]:
+    """Groups of similar tail length: `rows x longest tail` within `budget`, at most `spare` of it from longer tails."""
     chunks: list[list[int]] = []
-    rows = 0
+    rows = needed = 0
     for i in sorted(range(len(plans)), key=lambda i: plans[i].tail):
-        rows += len(plans[i].rows)
-        if not chunks or rows * plans[i].tail > budget:
+        count, tail = len(plans[i].rows), plans[i].tail
+        rows, needed = rows + count, needed + count * tail
+        if not chunks or rows * tail > budget or rows * tail - needed > spare:
             chunks.append([])
-            rows = len(plans[i].rows)
+            rows, needed = count, count * tail
         chunks[-1].append(i)
     return chunks
 
