@@ -20,6 +20,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Speed cases run once, as tests, unless --benchmark-enable or --benchmark-only asks for figures."""
+    options = config.option
+    if hasattr(options, "benchmark_disable") and not (options.benchmark_enable or options.benchmark_only):
+        options.benchmark_disable = True
+
+
 @pytest.fixture(scope="session")
 def byte_tokenizer():
     """A tokenizer of 256 byte tokens, made on the spot."""

@@ -100,6 +100,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         rows += found
         print(f"\n{arguments.command} {results.describe(values)}", results.HEADINGS, sep="\n")
         print(*map(results.format_row, found), sep="\n")
+        print(*(f"ours ran as {row['implementation']}" for row in found if "implementation" in row))
         if arguments.json:
             results.write(arguments.json, environment, rows)  # after every problem, so an interrupted run keeps its rows
     red = [row for row in rows if row["red"]]

@@ -93,13 +93,17 @@ def refusal(capability: tuple[int, int], cs: Sequence[Tensor], keys: Sequence[Te
     return None
 
 
+@functools.cache
+def _files() -> list[str]:
+    return [*map(str, _native_cuda.sources()), "moments/cuda.py", "moments/gpu.py", "moments/schedule.py"]
+
+
 def _verify(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> str | None:
     if not keys:
         return None
     device = keys[0].device
     reason = refusal(torch.cuda.get_device_capability(device), cs, keys, precision) or _native_cuda.load().reason
-    files = [*map(str, _native_cuda.sources()), "moments/cuda.py", "moments/gpu.py", "moments/schedule.py"]
-    return reason or _gate.unproven("moments.cuda", files, device, gate_apart)
+    return reason or _gate.unproven("moments.cuda", _files(), device, gate_apart)
 
 
 CUDA = Candidate("cuda", accumulate_, _verify, device="cuda")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_a_library_without_cuda_is_never_built(monkeypatch):
     assert "turned off" in _native_cuda.load.__wrapped__().reason
 
 
-def test_the_kernels_version_covers_the_cuda_sources(tmp_path):
-    files = [*map(str, _native_cuda.sources())]
-    assert {"syrk.cu", "syrk_kernel.cuh", "hopper.cuh", "syrk_layout.h"} == {path.name for path in _native_cuda.sources()}
+def test_the_kernels_version_covers_the_cuda_sources():
+    files = cuda._files()
+    assert [Path(name).name for name in files[:4]] == ["hopper.cuh", "syrk.cu", "syrk_kernel.cuh", "syrk_layout.h"]
     assert _gate.sources_digest(files) != _gate.sources_digest(files[1:])
