@@ -39,7 +39,7 @@ def compiler() -> str:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("nvcc", path=f"{home}/bin")
     if found is None:
-        raise NativeBuildError("no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit (12.4 or newer), or set NVCC")
+        raise NativeBuildError("no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit (12.5 or newer), or set NVCC")
     return found
 
 

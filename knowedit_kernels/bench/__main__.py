@@ -34,6 +34,10 @@ def _list(kind: type, choices: Sequence[str]) -> Any:
     return parse
 
 
+def _positive(text: str) -> int:
+    return _list(int, ())(text)[0]
+
+
 def _add_parameters(parser: argparse.ArgumentParser, operation: Operation) -> None:
     for name, parameter in operation.parameters.items():
         kind = type(parameter.cpu[0])
@@ -52,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_parameters(sub, operation)
         sub.add_argument("--providers", type=_list(str, ()), default=["ours", "torch", "rome"], metavar="LIST")
         sub.add_argument("--baseline", default="torch", help="the provider that speed-ups are relative to")
-        sub.add_argument("--rounds", type=int, default=9)
+        sub.add_argument("--rounds", type=_positive, default=9)
         checked = "grade against float64; without, no speed-up"
         sub.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help=checked)
         sub.add_argument("--energy", type=float, default=5.0, metavar="SECONDS", help="window per row for NVML; 0: off")

@@ -25,7 +25,6 @@ SMALL = {
 def quick(monkeypatch):
     """Ceilings that need no measuring, and short rounds."""
     monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: fixed_ceilings(dtypes))
-    monkeypatch.setattr(bench.runner.Settings, "least", 0.0)
     real = timing.interleave
     monkeypatch.setattr(timing, "interleave", lambda runs, device, rounds, least: real(runs, device, rounds, 0.0))
 
@@ -122,7 +121,7 @@ def test_absent_peers_are_listed(tmp_path, monkeypatch, capsys):
     assert "quack         unavailable: not installed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--d", "0"], ["--dtype", "int8"], ["--d", "x"]])
+@pytest.mark.parametrize("arguments", [["--d", "0"], ["--dtype", "int8"], ["--d", "x"], ["--rounds", "0"]])
 def test_bad_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(["moments", *arguments])
