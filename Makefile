@@ -28,15 +28,18 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Three processes: Triton reads its interpreter switch when a kernel is defined, and codegen needs it off.
-# The limits keep tests on two cores from fighting over threads.
+# Three runs: Triton reads its interpreter switch when a kernel is defined, and codegen needs it off. Each run uses
+# JOBS processes of one thread: threads that wait for each other at barriers crawl on a busy machine.
+JOBS   ?= 2
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
 test: $(READY) lint
 	@echo "== ordinary tests"
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 	@echo "== kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/interpret
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
 	@echo "== kernels compiled ahead of time for sm_80, sm_90 and sm_100"
-	$(BIN)/python -m pytest -q tests/codegen
+	$(PYTEST) tests/codegen
 	@echo "== all tests passed"
 
 clean:
