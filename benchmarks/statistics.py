@@ -1,8 +1,9 @@
 """Key statistics of several layers: one partial pass (ours) against a pass for every layer (the peers).
 
 The same documents, cut into the same pieces, the same tokens counted. Ours is the public call with everything it does
-(tokenising, NaN checks, audit, files). The peer is given its tokens for nothing, and pieces short enough that little of
-its padding shows; with whole documents and the default budgets it is slower still.
+(tokenising, NaN checks, audit, files). The peer is given its tokens for nothing, and the pieces are short, which keeps its
+padding low. It sorts groups of 100 documents: with fewer pieces than that it pads more than it would on a real corpus
+(20 % instead of 11 % at 6,000 tokens), so such a run says so and its rows carry no target.
 """
 
 from __future__ import annotations
@@ -91,24 +92,37 @@ def measure(
 
         seconds = common.interleave(runs, repeats, warm=warm)
     span = f"statistics, layers {layers[0]}..{layers[-1]}, {tokens} tokens"
-    details: dict[str, Any] = {"layers": list(layers), "tokens": tokens, "documents": len(texts), "piece": LENGTH}
+    enough = len(pieces) >= peers.SORTED
+    if not enough:
+        print(f"only {len(pieces)} pieces: the peer pads more than on a real corpus; use more --tokens for a fair ratio")
+    details: dict[str, Any] = {
+        "layers": list(layers),
+        "tokens": tokens,
+        "documents": len(texts),
+        "pieces": len(pieces),
+        "piece": LENGTH,
+    }
     for name, positions in budgets:
         padding = 1 - sum(map(len, pieces)) / sum(
             len(batch) * max(map(len, batch)) for batch in peers.padded_batches(pieces, 3 * positions)
         )
         more = {**details, "peer_budget": 3 * positions, "peer_padding": round(padding, 4)}
         same = Check("same sums", worst("ours fp32", name), SAME)
-        report.compare(f"{span}, fp32 vs {name}", seconds, name, [same], ours="ours fp32", target=4.0, **more)
+        report.compare(
+            f"{span}, fp32 vs {name}", seconds, name, [same], ours="ours fp32", target=4.0 if enough else None, **more
+        )
         if half is not None:
             close = Check("sums of a bf16 model", worst("ours bf16", name), CLOSE)
-            report.compare(f"{span}, bf16 vs {name}", seconds, name, [close], ours="ours bf16", target=7.0, **more)
+            report.compare(
+                f"{span}, bf16 vs {name}", seconds, name, [close], ours="ours bf16", target=7.0 if enough else None, **more
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("statistics", __doc__, 3)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 6, 7, 8, 9])
-    parser.add_argument("--tokens", type=int, default=12_000)
+    parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
     parser.add_argument("--budgets", nargs="+", default=["memit", "easyedit"], choices=["memit", "easyedit"])
     arguments = parser.parse_args(argv)
