@@ -17,7 +17,7 @@ from torch import Tensor
 
 from knowedit_kernels import _gate, _native, _native_cuda, testing
 from knowedit_kernels._dispatch import Candidate
-from knowedit_kernels.moments import gpu, reference, schedule
+from knowedit_kernels.moments import gpu, reference, schedule, tuned
 from knowedit_kernels.moments.functional import mirror_
 
 # as in csrc/cuda/syrk_layout.h, which a test compares
@@ -60,8 +60,9 @@ def gate(device: torch.device) -> str | None:
     return None
 
 
-def gate_apart(device: torch.device) -> str | None:
-    """`gate` in a process of its own; also says when that process crashed or hung."""
+def gate_apart(device: torch.device, seconds: float | None = None) -> str | None:
+    """`gate` in a process of its own; also says when that process crashed or took longer than `seconds` (None: 300)."""
+    seconds = seconds or _GATE_SECONDS
     program = (
         "import sys, torch\n"
         "from knowedit_kernels import _native_cuda\n"
@@ -71,9 +72,9 @@ def gate_apart(device: torch.device) -> str | None:
     path = os.pathsep.join(filter(None, (str(_native.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": path}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_GATE_SECONDS)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"no result after {_GATE_SECONDS} seconds"
+        return f"no result after {seconds:g} seconds"
     last = done.stderr.strip().splitlines()[-1:] or ["no message"]
     return None if done.returncode == 0 else f"{last[0]} (exit status {done.returncode})"
 
@@ -93,6 +94,11 @@ def refusal(capability: tuple[int, int], cs: Sequence[Tensor], keys: Sequence[Te
     return None
 
 
+def _slower(device: torch.device, keys: Sequence[Tensor]) -> str | None:
+    best = tuned.nearest(device, keys[0].shape[1])
+    return "measured to be slower than Triton on this GPU" if best is not None and best.variant == "triton" else None
+
+
 @functools.cache
 def _files() -> list[str]:
     return [*map(str, _native_cuda.sources()), "moments/cuda.py", "moments/gpu.py", "moments/schedule.py"]
@@ -102,7 +108,8 @@ def _verify(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> str
     if not keys:
         return None
     device = keys[0].device
-    reason = refusal(torch.cuda.get_device_capability(device), cs, keys, precision) or _native_cuda.load().reason
+    reason = refusal(torch.cuda.get_device_capability(device), cs, keys, precision) or _slower(device, keys)
+    reason = reason or _native_cuda.load().reason
     return reason or _gate.unproven("moments.cuda", _files(), device, gate_apart)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from knowedit_kernels import _device, _gate, testing
 from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.moments import audit as _audit
-from knowedit_kernels.moments import reference, schedule
+from knowedit_kernels.moments import reference, schedule, tuned
 from knowedit_kernels.moments.cpu import panels_
 from knowedit_kernels.moments.functional import mirror_
 from knowedit_kernels.numerics import MOMENT, MOMENT_FP64, Budget
 
 # The gate's limits: the budget, with room for the scatter of a mean over so few channels.
 GATE = Budget(normwise=2.5 * MOMENT.normwise, elementwise=MOMENT.elementwise, bias=MOMENT.bias)
-_SOURCES = ("moments/triton.py", "moments/schedule.py", "moments/gpu.py", "triton_lib/products.py")
+_SOURCES = ("moments/triton.py", "moments/schedule.py", "moments/gpu.py", "moments/tuned.py", "triton_lib/products.py")
 VARIANTS = (
     (torch.bfloat16, "exact"),
     (torch.float16, "exact"),
@@ -45,6 +46,7 @@ def accumulate_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precis
             continue
         aligned = dim * dtype.itemsize % 16 == 0
         config = schedule.config(dtype, precision, _capability(device), min(map(len, rows)), aligned)
+        config = tuned.refine(config, dtype, dim, device)
         programs = len(schedule.tile_table(dim, len(group), config.tile))
         split_(group, rows, programs, functools.partial(launch_, config=config))
 
@@ -147,6 +149,8 @@ def gate_keys(tokens: int, dim: int) -> torch.Tensor:
 
 def gate(device: torch.device) -> str | None:
     """Runs every variant on small ragged inputs against float64; returns what failed, with figures, or None."""
+    if failure := _gate_tuned(device):
+        return failure
     for dim, tokens in ((40, 3), (264, schedule.FEW_TOKENS + 37), (136, schedule.MANY_TOKENS + 5)):
         raw = gate_keys(tokens, dim)
         for dtype, precision in VARIANTS:
@@ -160,6 +164,18 @@ def gate(device: torch.device) -> str | None:
                 return f"{precision} second moment of {dtype} keys [{tokens}, {dim}]: {'; '.join(failures)}"
             if failure := _gate_pack(keys, device):
                 return failure
+    return None
+
+
+def _gate_tuned(device: torch.device) -> str | None:
+    """Every entry of the device's tuned table."""
+    for dtype, entry in itertools.product((torch.bfloat16, torch.float16), tuned.entries(device)):
+        keys = gate_keys(schedule.FEW_TOKENS + 37, 264).to(dtype)
+        config = entry.sizes(schedule.config(dtype, "exact", _capability(device), len(keys)))
+        c = torch.zeros(264, 264, dtype=torch.float64, device=device)
+        launch_([c], [keys.to(device)], config)
+        if failures := testing.grade_moment(mirror_(c.cpu()), reference.second_moment(keys)).failures(GATE):
+            return f"second moment of {dtype} keys with {entry}: {'; '.join(failures)}"
     return None
 
 
@@ -178,7 +194,7 @@ def _gate_pack(keys: torch.Tensor, device: torch.device) -> str | None:
 def _unproven(device: torch.device) -> str | None:
     if _device.triton_version() is None:
         return "Triton is not installed"
-    return _gate.unproven("moments.triton", _SOURCES, device, gate)
+    return _gate.unproven("moments.triton", (*_SOURCES, *tuned.sources(device)), device, gate)
 
 
 def _verify(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> str | None:
