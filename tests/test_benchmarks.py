@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import common, gpu_suite, moments, peers, quality, solve, statistics, table, values
+from benchmarks import common, gpu_experiments, gpu_lab, gpu_suite, moments, peers, quality, solve, statistics, table, values
 from benchmarks.common import Check
 from knowedit.facts import Fact, Probe
 from knowedit.statistics import key_statistics
 from knowedit.targets import ValueSettings
+from knowedit_kernels import lowrank
+from knowedit_kernels.moments import SecondMoment, tuned
+from knowedit_kernels.testing import grade_moment
 
 TEXTS = [f"Number {i} of a few short texts, which differ in their length. " * (1 + i % 4) for i in range(12)]
 FACTS = [
@@ -110,11 +113,22 @@ def test_quality_judges_both_protocols(tiny_llama, report, tmp_path):
 
 
 def test_gpu_suite_dry_run(tmp_path, capsys):
-    output = tmp_path / "gpu.jsonl"
-    assert gpu_suite.main(["--dry-run", "--repeats", "1", "--output", str(output)]) == 0
-    cases = [row.get("case") for row in rows_of(output)]
-    assert cases.count("correctness") == len(gpu_suite.DTYPES) * len(gpu_suite.DRY.check)
-    assert "of the measured bf16 peak" in capsys.readouterr().out
+    assert gpu_suite.main(["--dry-run", "--repeats", "1", "--output", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path / "gpu-dry-run.jsonl")[1:]
+    done = [row["step"] for row in rows if row.get("failure", "") is None and "seconds" in row]
+    assert done == [step.name for step in gpu_suite.STEPS] + ["outcome"]
+    assert all("reference" in row["path"] and not row["red"] for row in rows)
+    checked = [row for row in rows if row.get("case") == "correctness"]
+    assert {row["op"] for row in checked} == {"moments", "lowrank", "target_loss"}
+    assert all(row["errors"] and row["implementation"] for row in checked)
+    assert {(row["start"], row["chain"]) for row in rows if "chain" in row} == {
+        (start, chain) for start in ("zero", "centred") for chain in gpu_lab.DRY.chains
+    }
+    entries = json.loads((tmp_path / "tuned" / "dry-run.json").read_text())["second_moment"]
+    assert [tuned.parse(entry).d for entry in entries] == list(gpu_lab.DRY.dims)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["gpu-dry-run-bias.png", "gpu-dry-run-roofline.png"]
+    assert "0 red" in capsys.readouterr().out
+    assert not list(tuned.FOLDER.glob("dry*"))
 
 
 def test_gpu_suite_needs_a_gpu(monkeypatch, capsys):
@@ -123,9 +137,54 @@ def test_gpu_suite_needs_a_gpu(monkeypatch, capsys):
     assert "--dry-run" in capsys.readouterr().out
 
 
-def test_gpu_suite_rejects_a_wrong_kernel(monkeypatch):
-    monkeypatch.setattr(gpu_suite.SecondMoment, "sum", lambda self: self._lower + 1e-3)
-    assert gpu_suite.main(["--dry-run", "--repeats", "1"]) == 1
+def wrong_update(W, U, V, **options):
+    return W.addmm_(U.to(W.dtype), V.T.to(W.dtype), alpha=1.5)
+
+
+@pytest.mark.parametrize(
+    "holder, name, wrong, step",
+    [
+        (SecondMoment, "sum", lambda self: self._lower + 1e-3, "correctness"),
+        (lowrank, "low_rank_update_", wrong_update, "correctness"),
+        (gpu_lab.Way, "add_", lambda self, c, keys: c.add_((1 + 1e-6) * keys.double().T @ keys.double()), "E2"),
+        (gpu_lab.Way, "add_", lambda self, c, keys: c.fill_(float("nan")), "E1"),
+    ],
+    ids=["moments", "lowrank", "launch", "nan"],
+)
+def test_gpu_suite_rejects_a_wrong_kernel(holder, name, wrong, step, monkeypatch, capsys):
+    monkeypatch.setattr(holder, name, wrong)
+    assert gpu_suite.main(["--dry-run", "--repeats", "1", "--only", step]) == 1
+    assert "RED" in capsys.readouterr().out
+
+
+def test_gpu_suite_goes_on_after_a_failure_and_skips_what_no_longer_fits(monkeypatch, capsys):
+    def fails(lab):
+        raise RuntimeError("an illegal memory access")
+
+    late = gpu_suite.Step("late", lambda lab: pytest.fail("ran without time"), 30, 60)
+    steps = (gpu_suite.Step("bad", fails, 0, 9), late, gpu_suite.Step("good", lambda lab: None, 0, 9))
+    monkeypatch.setattr(gpu_suite, "STEPS", steps)
+    assert gpu_suite.main(["--dry-run", "--budget", "20"]) == 1
+    said = capsys.readouterr().out
+    assert "RuntimeError: an illegal memory access" in said and "skipped: needs 30 s" in said
+    assert said.index("skipped") < said.index("good") < said.index("1 red")
+
+
+def test_nan_and_bias_show_in_the_checks_on_the_device():
+    keys = moments.gated_keys(3000, 40).bfloat16()
+    expected, c = gpu_lab.sum64(keys), gpu_lab.sum64(keys).tril()
+    c += torch.randn(c.shape, generator=torch.Generator().manual_seed(0), dtype=c.dtype).tril() * 1e-7 * expected.abs()
+    whole = grade_moment(c + c.tril(-1).T, expected)
+    for check in gpu_lab.moment_checks(c, expected, rows=16):
+        assert check.value == pytest.approx(getattr(whole, check.name), rel=1e-9)
+    c[30, 2] = float("nan")
+    assert [check.ok for check in gpu_lab.moment_checks(c, expected, rows=16)] == [False, False, True]
+
+
+def test_counters_are_read_from_between_other_output():
+    text = 'hello\n"ID","Metric Name","Metric Unit","Metric Value"\n"0","L2 Hit Rate","%","61.5"\n"0","Waves","","4"\n'
+    assert gpu_experiments.counters_of(f"==PROF== connected\n{text}") == {"L2 Hit Rate": "61.5 %", "Waves": "4"}
+    assert gpu_experiments.counters_of("==ERROR== ERR_NVGPUCTRPERM") == {}
 
 
 def test_table_is_written_and_checked(report, tmp_path):
