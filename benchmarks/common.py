@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -38,12 +39,15 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "absent"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False)
+    commit = ""
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_name(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
         "isa": torch.backends.cpu.get_cpu_capability(), "bf16": "avx512_bf16" in _cpu_info("flags"),
-        "python": platform.python_version(), **versions, "commit": commit.stdout.strip() or "unknown",
+        "python": platform.python_version(), **versions, "commit": commit or "unknown",
     }  # fmt: skip
 
 

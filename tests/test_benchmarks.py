@@ -1,6 +1,9 @@
 """The benchmarks run, refuse a speed-up without accuracy, and their table goes where it should; tiny sizes throughout."""
 
 import json
+import os
+import subprocess
+import time
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from benchmarks.common import Check
 from knowedit.facts import Fact, Probe
 from knowedit.statistics import key_statistics
 from knowedit.targets import ValueSettings
-from knowedit_kernels import lowrank
+from knowedit_kernels import _native_cuda, lowrank
 from knowedit_kernels.moments import SecondMoment, tuned
 from knowedit_kernels.testing import grade_moment
 
@@ -179,6 +182,69 @@ def test_nan_and_bias_show_in_the_checks_on_the_device():
         assert check.value == pytest.approx(getattr(whole, check.name), rel=1e-9)
     c[30, 2] = float("nan")
     assert [check.ok for check in gpu_lab.moment_checks(c, expected, rows=16)] == [False, False, True]
+
+
+@pytest.fixture
+def gpu_like(monkeypatch, report):
+    """A lab that believes it is on a Hopper."""
+    monkeypatch.setattr(gpu_lab.Lab, "dry", False)
+    monkeypatch.setattr(gpu_lab.Lab, "capability", 90)
+    lab = gpu_lab.Lab(torch.device("cpu"), "NVIDIA H200", gpu_lab.DRY, report, 1, 0.0)
+    lab.until = time.monotonic() + 10
+    return lab
+
+
+def raises(device, **options):
+    raise RuntimeError("an illegal memory access")
+
+
+@pytest.mark.parametrize("cuda_verdict, proven", [(lambda device, seconds: None, True), (raises, False)])
+def test_every_gate_is_heard(gpu_like, cuda_verdict, proven, monkeypatch):
+    monkeypatch.setattr(gpu_experiments._native_cuda, "load", lambda: _native_cuda.NativeCuda(tuned.FOLDER))
+    monkeypatch.setattr(gpu_experiments.gpu, "gate", lambda device: None)
+    monkeypatch.setattr(gpu_experiments.lowrank_gpu, "gate", lambda device: "bias 1e-3")
+    monkeypatch.setattr(gpu_experiments.loss_gpu, "gate", raises)
+    monkeypatch.setattr(gpu_experiments.cuda, "gate_apart", cuda_verdict)
+    gpu_experiments.gates(gpu_like)
+    verdicts = {row["case"]: row["red"] for row in gpu_like.report.rows[1:]}
+    assert verdicts == {"moments.triton": False, "lowrank.triton": True, "target_loss.triton": True, "moments.cuda": not proven}
+    assert gpu_like.cuda_proven is proven and gpu_like.report.failed
+    assert any(way.variant == "cuda" for way in gpu_like.ways()) is proven
+
+
+def test_predictions_are_those_of_the_device(gpu_like):
+    assert gpu_like.predicted("rome")[14336] == 8.44
+    gpu_like.name = "NVIDIA B300"
+    assert gpu_like.predicted("rome") is None
+
+
+COUNTERS = """cat <<'EOF'
+"ID","Metric Name","Metric Unit","Metric Value"
+"0","Waves","","4"
+EOF"""
+
+
+@pytest.mark.parametrize(
+    "says, expected",
+    [(COUNTERS, "Waves: 4"), ("echo ERR_NVGPUCTRPERM", "no counters: ERR_NVGPUCTRPERM"), ("exec sleep 60", "no result")],
+)
+def test_the_profiler_is_asked_and_may_refuse(gpu_like, says, expected, tmp_path, monkeypatch, capsys):
+    gpu_like.until = time.monotonic() + 1
+    (tmp_path / "ncu").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "ncu").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    gpu_experiments.e6_counters(gpu_like)
+    assert expected in capsys.readouterr().out and not gpu_like.report.failed
+
+
+@pytest.mark.parametrize(
+    "code, said, red", [(0, "3 passed", False), (0, "3 skipped", True), (1, "FAILED tests/gpu/x - y\n1 failed", True)]
+)
+def test_the_device_tests_must_run_and_pass(gpu_like, code, said, red, monkeypatch):
+    done = subprocess.CompletedProcess([], code, stdout=said, stderr="")
+    monkeypatch.setattr(gpu_experiments.subprocess, "run", lambda *args, **options: done)
+    gpu_experiments.device_tests(gpu_like)
+    assert gpu_like.report.failed is red
 
 
 def test_counters_are_read_from_between_other_output():
