@@ -9,8 +9,9 @@ READY  := $(VENV)/.ready
 
 .PHONY: demo test lint setup clean
 
+# OpenMP threads that wait by spinning starve each other on a busy machine (10x and more); sleeping ones do not.
 demo: $(READY)
-	$(BIN)/knowedit demo --output demo
+	OMP_WAIT_POLICY=passive $(BIN)/knowedit demo --output demo
 
 setup: $(READY)
 

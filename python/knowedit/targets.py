@@ -202,7 +202,7 @@ def _safe_norm(x: Tensor) -> Tensor:
 class _Problem:
     """The rows of some groups on one cached suffix: deltas in, per-group NLL and KL out."""
 
-    def __init__(self, plans: Sequence[_Plan], suffix: Suffix) -> None:
+    def __init__(self, plans: Sequence[_Plan], suffix: Suffix, clean: Tensor | None = None) -> None:
         self.plans, self.suffix, self.model = plans, suffix, suffix.model
         scored: list[tuple[int, int, int, int, float]] = []  # group, row, position in the suffix, token, weight
         essence, bare, at = [], [], 0
@@ -222,13 +222,17 @@ class _Problem:
         self.bare_owner, self.bare = (torch.tensor(column, device=device) for column in zip(*bare))
         self.essence = torch.tensor(essence, device=device)
         self.of_row = torch.tensor([g for g, plan in enumerate(plans) for _ in plan.rows], device=device)
-        with torch.no_grad():
-            self.clean = self._logp(suffix.run(suffix.hidden)[self.essence, 0])
+        if clean is None:
+            alone = suffix.select(self.essence)
+            with torch.no_grad():
+                clean = self._logp(alone.run(alone.hidden)[:, 0])
+        self.clean = clean
 
     def select(self, groups: Sequence[int]) -> _Problem:
         """The same problem for some of its groups."""
-        rows = torch.isin(self.of_row, torch.tensor(groups, device=self.of_row.device)).nonzero()[:, 0]
-        return _Problem([self.plans[g] for g in groups], self.suffix.select(rows))
+        kept = torch.tensor(groups, device=self.of_row.device)
+        rows = torch.isin(self.of_row, kept).nonzero()[:, 0]
+        return _Problem([self.plans[g] for g in groups], self.suffix.select(rows), self.clean[kept])
 
     def _logp(self, final: Tensor) -> Tensor:
         return self.model.head(final).float().log_softmax(-1)
