@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,27 +24,53 @@ def group_by_subject(facts: Sequence[Fact], merge: bool) -> list[list[Fact]]:
     return list(groups.values())
 
 
+@dataclass(frozen=True)
+class GroupKeys:
+    """Where groups are written.
+
+    Attributes:
+        keys: `[n, d_ff]` float64; `owner`: `[n]` the group of each.
+        outputs: `[groups, hidden]` float32, the last edited layer's output at the bare prompts, mean over the facts.
+    """
+
+    keys: Tensor
+    owner: Tensor
+    outputs: Tensor
+
+
 def group_keys(
-    model: EditableModel, groups: Sequence[Sequence[Fact]], layer: int, last: int, contexts: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Each group's mean key at `layer` over facts and contexts `[g, d_ff]`, and the mean output of layer `last` at the
-    bare prompts `[g, hidden]`, in one pass."""
+    model: EditableModel,
+    groups: Sequence[Sequence[Fact]],
+    layer: int,
+    last: int,
+    contexts: Sequence[str],
+    *,
+    mean: bool = True,
+) -> GroupKeys:
+    """The keys of each group at `layer` over its facts and contexts, and the outputs of layer `last`, in one pass.
+
+    Args:
+        mean: one mean key a group (the published ROME and MEMIT); else every fact's and context's own key.
+    """
     rows: list[Row] = []
-    owner: list[int] = []
+    owners: list[int] = []
     bare: list[int] = []
     for g, group in enumerate(groups):
         for fact in group:
             found = prompt_rows(model, fact, contexts)
             bare.append(len(rows))
             rows += found
-            owner += [g] * len(found)
+            owners += [g] * len(found)
     keys, outputs = model.keys(rows, sorted({layer, last}), outputs=True)
     assert outputs is not None
-    index, bare_index = torch.tensor(owner), torch.tensor(bare)
+    own, owner = keys[layer].double(), torch.tensor(owners, device=keys[layer].device)
+    at = torch.tensor(bare, device=outputs.device)
+    now = _mean(outputs[at].double(), owner.to(at)[at], len(groups)).float()
+    if mean:
+        return GroupKeys(_mean(own, owner, len(groups)), torch.arange(len(groups), device=own.device), now)
+    return GroupKeys(own, owner, now)
 
-    def mean(values: Tensor, groups_of: Tensor) -> Tensor:
-        values, groups_of = values.double(), groups_of.to(values.device)
-        sums = torch.zeros(len(groups), values.shape[1], dtype=values.dtype, device=values.device)
-        return sums.index_add(0, groups_of, values) / torch.bincount(groups_of, minlength=len(groups))[:, None]
 
-    return mean(keys[layer], index), mean(outputs[bare_index.to(outputs.device)], index[bare_index]).float()
+def _mean(values: Tensor, owner: Tensor, groups: int) -> Tensor:
+    sums = torch.zeros(groups, values.shape[1], dtype=values.dtype, device=values.device)
+    return sums.index_add(0, owner, values) / torch.bincount(owner, minlength=groups)[:, None]

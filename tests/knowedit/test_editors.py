@@ -47,20 +47,37 @@ def test_memit_is_the_published_formula(tiny):
     """Layers 1 and 2: keys and residual recomputed after each write; per layer solve(lambda C + K Kᵀ) in float64."""
     statistics = statistics_of(tiny, [1, 2])
     weight = 7.0
-    made = MEMIT(layers=(1, 2), values=VALUES, weight=weight).compute(tiny, FACTS, statistics)
+    made = MEMIT(layers=(1, 2), values=VALUES, weight=weight, mean_keys=True).compute(tiny, FACTS, statistics)
     groups = [[fact] for fact in FACTS]
     targets = optimise_values(tiny, groups, 2, VALUES)
     wanted = targets.value + targets.delta
     originals = {layer: tiny.weight(layer).clone() for layer in (1, 2)}
     for left, layer in ((2, 1), (1, 2)):
-        keys, now = group_keys(tiny, groups, layer, 2, VALUES.contexts)
-        K, C = keys.double().T, statistics.moment(layer)
+        found = group_keys(tiny, groups, layer, 2, VALUES.contexts)
+        K, now, C = found.keys.T, found.outputs, statistics.moment(layer)
         adjusted = torch.linalg.solve(weight * C + K @ K.T, K)
         update = ((wanted - now).double().T / left) @ adjusted.T
         assert (made.delta(layer) - update).norm() <= 1e-5 * update.norm()
         tiny.weight(layer).data += (update.T if tiny.layout.transposed else update).float()
     for layer, original in originals.items():
         tiny.weight(layer).data.copy_(original)
+
+
+def test_every_context_is_a_key_of_its_own_by_default(tiny):
+    """The same value at each context's key: solve(lambda C + K Kᵀ) with the residual repeated; rank = subjects."""
+    statistics, weight = statistics_of(tiny, [1]), 7.0
+    made = MEMIT(layers=(1,), values=VALUES, weight=weight).compute(tiny, FACTS, statistics)
+    groups = [[fact] for fact in FACTS]
+    delta = optimise_values(tiny, groups, 1, VALUES).delta.double()
+    rows = [row for fact in FACTS for row in prompt_rows(tiny, fact, VALUES.contexts)]
+    K = tiny.keys(rows, [1])[0][1].double().T
+    owner = torch.arange(len(FACTS)).repeat_interleave(len(VALUES.contexts))
+    A = torch.linalg.solve(weight * statistics.moment(1) + K @ K.T, K).T
+    update = delta[owner].T @ A
+    assert (made.delta(1) - update).norm() <= 1e-5 * update.norm()
+    assert made.factors[1][0].shape[1] == len(FACTS)
+    own = ((A @ K) * (owner[:, None] == owner)).sum(0)
+    assert made.report["layers"]["1"]["gain"] == pytest.approx(float(own.mean()), abs=1e-6)
 
 
 def test_rome_is_the_published_formula(tiny):
@@ -92,7 +109,8 @@ def test_the_same_input_gives_the_same_bits(tiny_llama):
 
 @pytest.mark.parametrize("gain", [0.5, 0.9, 0.98])
 def test_lambda_follows_from_the_gain(tiny_llama, gain):
-    made = MEMIT(layers=(1,), values=VALUES, gain=gain).compute(tiny_llama, FACTS[:1], statistics_of(tiny_llama, [1]))
+    editor = MEMIT(layers=(1,), values=VALUES, gain=gain, mean_keys=True)
+    made = editor.compute(tiny_llama, FACTS[:1], statistics_of(tiny_llama, [1]))
     assert made.report["gain"] == pytest.approx(gain, abs=1e-9)
     assert made.report["layers"]["1"]["lambda"] > 0
 

@@ -18,12 +18,18 @@ from .recipe import LocateThenEdit
 class MEMIT(LocateThenEdit):
     """Metric: the covariance. Targets: one value per subject (or per fact). Spread: residual / remaining layers.
 
+    The published method writes each value at the mean key over contexts. Here, by default, it is written at every
+    context's own key: the bare prompt then gets the value too where its key differs from the mean (short prompts that
+    start with the subject). On CounterFact that is 98 instead of 92 of 100 exact answers with less harm to neighbours;
+    `mean_keys=True, gain=0.98` is the published form.
+
     Attributes:
         gain: lambda is set so that an edit alone would realise this share of its planned change.
         weight: lambda itself (`mom2_update_weight` of the published code); wins over `gain`.
     """
 
-    gain: float = 0.98
+    mean_keys: bool = False
+    gain: float = 0.9
     weight: float | None = None
 
     name: ClassVar[str] = "MEMIT"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from knowedit_kernels import EditSolver
@@ -36,12 +37,14 @@ class LocateThenEdit(ABC):
         layers: edited layers, ascending; values are optimised at the last one.
         values: of the value optimisation.
         merge_subjects: facts of one subject get one value and one key.
+        mean_keys: one mean key over contexts a subject, as published; else one key a context, all with the same value.
         allow_sinks: edit a layer that carries the attention sink, or a subject that is the very first token.
     """
 
     layers: tuple[int, ...] | None = None
     values: ValueSettings | None = None
     merge_subjects: bool = True
+    mean_keys: bool = True
     allow_sinks: bool = False
 
     name: ClassVar[str]
@@ -103,12 +106,15 @@ class LocateThenEdit(ABC):
         solved: dict[str, Any] = {}
         for i, layer in enumerate(layers):
             with model.virtual(factors):
-                keys, now = group_keys(model, groups, layer, layers[-1], values.contexts)
-            residual = targets.delta if len(layers) == 1 else targets.value + targets.delta - now
-            solver, chosen = self.solve(statistics, layer, keys.T.double())
-            left, right = solver.apply(self.spread(residual, len(layers) - i).T.double())
-            factors[layer] = left.float(), right.T.contiguous().float()
-            gain = solver.gain
+                found = group_keys(model, groups, layer, layers[-1], values.contexts, mean=self.mean_keys)
+            residual = targets.delta if len(layers) == 1 else targets.value + targets.delta - found.outputs
+            solver, chosen = self.solve(statistics, layer, found.keys.T)
+            # keys of one group share their residual, so their read-ins add up: the rank is the number of groups
+            read_in = torch.zeros(len(groups), model.d_ff, dtype=solver.A.dtype, device=solver.A.device)
+            read_in.index_add_(0, found.owner.to(read_in.device), solver.A)
+            left = self.spread(residual, len(layers) - i).T.to(read_in)
+            factors[layer] = left.float(), read_in.T.contiguous().float()
+            gain = (read_in @ found.keys.T.to(read_in)).gather(0, found.owner[None].to(read_in.device))[0]
             solved[str(layer)] = {**chosen, "gain": float(gain.mean()), "lowest_gain": float(gain.min())}
         report = {
             "settings": {"layers": list(layers), "values": asdict(values), "merge_subjects": self.merge_subjects},
