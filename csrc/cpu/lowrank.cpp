@@ -79,7 +79,7 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
 
   const int64_t panels = (columns + kUpdateWidth - 1) / kUpdateWidth, blocks = (rows + kBlock - 1) / kBlock;
   std::vector<float> right(panels * rank * kUpdateWidth);
-  std::vector<double> partial(blocks * kSums, 0.0);
+  std::vector<double> partial(blocks * kSums * kSumLanes, 0.0);
   const float *pu = static_cast<const float*>(u.const_data_ptr()), *pv = static_cast<const float*>(v.const_data_ptr());
   const UpdateKernel kernel = kernels(isa)[static_cast<int>(type)];
   // One item at a time, so that nobody waits for a slow core; a little work is not worth waking the others for.
@@ -118,7 +118,7 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
             w.stride(0) * size, base.stride(0) * size, plane ? plane->stride(0) * 2 : 0,
             std::min(kStrip, last - r), width, r, column, static_cast<Rounding>(rounding), write,
             static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), probe ? e : nullptr};
-        kernel(strip, &partial[block * kSums]);
+        kernel(strip, &partial[block * kSums * kSumLanes]);
         if (probe)
           see(e, strip.rows, width, static_cast<const float*>(probe->const_data_ptr()) + column * keys, keys,
               static_cast<float*>(error->mutable_data_ptr()) + r * keys);
@@ -127,7 +127,8 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   });
   double* total = static_cast<double*>(sums.mutable_data_ptr());
   std::fill_n(total, kSums, 0.0);
-  for (int64_t i = 0; i < blocks * kSums; ++i) total[i % kSums] += partial[i];  // in order: the same bits every time
+  // in order: the same bits every time
+  for (size_t i = 0; i < partial.size(); ++i) total[i / kSumLanes % kSums] += partial[i];
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace knowedit {
 constexpr int64_t kStrip = 6;        // rows of W a kernel call updates
 constexpr int64_t kUpdateWidth = 64; // columns of W a kernel call updates: four vectors of sixteen
 constexpr int64_t kSums = 5;         // ideal^2, applied^2, (applied - ideal)^2, changed, not finite
+constexpr int64_t kSumLanes = 16;    // columns apart by this many share a partial sum
 
 enum class Rounding : int { kNearest, kStochastic, kCompensated };
 enum class WeightType : int { kBF16, kF16, kF32 };
@@ -28,7 +29,7 @@ struct UpdateStrip {
   float* error;  // [kStrip, kUpdateWidth] receives applied - ideal, or null
 };
 
-// Updates one strip and adds to sums[kSums]; indexed by WeightType.
+// Updates one strip and adds to sums[kSums][kSumLanes]; indexed by WeightType.
 using UpdateKernel = void (*)(const UpdateStrip&, double* sums);
 
 extern const UpdateKernel kUpdateGeneric[3];

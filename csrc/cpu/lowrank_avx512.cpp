@@ -1,10 +1,13 @@
 // x86 with AVX-512: 6 x 64 outputs in 24 registers.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cstring>
 
 #include "isa.h"
 #include "lowrank.h"
 
+#define KNOWEDIT_AVX512
 KNOWEDIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
 namespace knowedit {
 namespace {

@@ -7,13 +7,22 @@ typedef uint32_t U32 __attribute__((vector_size(64)));
 typedef uint16_t U16 __attribute__((vector_size(32)));
 typedef uint32_t Half __attribute__((vector_size(32)));
 typedef uint64_t U64 __attribute__((vector_size(64)));
+typedef double F64 __attribute__((vector_size(128)));
 constexpr int64_t kLanes = 16, kVectors = kUpdateWidth / kLanes;
 
 #define KNOWEDIT_INLINE static inline __attribute__((always_inline))
 
 KNOWEDIT_INLINE U32 bits_of(F32 x) { return (U32)x; }
+// plus: one more in every lane whose condition (-1 or 0) holds
+#ifdef KNOWEDIT_AVX512  // left to the compiler, each takes three or four instructions
+KNOWEDIT_INLINE I32 plus(I32 count, I32 condition) { return condition ? count + 1 : count; }
+KNOWEDIT_INLINE U32 wide(U16 x) { return (U32)_mm512_cvtepu16_epi32((__m256i)x); }
+KNOWEDIT_INLINE U16 narrow(U32 x) { return (U16)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+KNOWEDIT_INLINE I32 plus(I32 count, I32 condition) { return count - condition; }
 KNOWEDIT_INLINE U32 wide(U16 x) { return __builtin_convertvector(x, U32); }
 KNOWEDIT_INLINE U16 narrow(U32 x) { return __builtin_convertvector(x, U16); }
+#endif
 KNOWEDIT_INLINE I32 finite(F32 x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
 template <class V>
@@ -109,39 +118,62 @@ struct Tally {
   I32 changed = {}, broken = {};
 };
 
-template <class T>
-KNOWEDIT_INLINE void finish(const UpdateStrip& s, int64_t r, int64_t v, F32 ideal, const uint16_t* random, Tally& t) {
-  const int64_t at = v * kLanes, count = s.columns - at;
-  if (count <= 0) return;
+// sums[lane] += x[lane] in float64
+KNOWEDIT_INLINE void add_lanes(F32 x, double* sums) {
+  F64 total;
+  std::memcpy(&total, sums, sizeof(total));
+  total += __builtin_convertvector(x, F64);
+  std::memcpy(sums, &total, sizeof(total));
+}
+
+// Adds the product to a strip, rounds, stores and measures. R is s.rounding, FULL that no column is missing: known when
+// compiled, they leave a short loop.
+template <class T, Rounding R, bool FULL>
+KNOWEDIT_INLINE void finish_strip(const UpdateStrip& s, const float* product, double* sums) {
   using Raw = typename T::Raw;
   constexpr int64_t size = sizeof(Raw) / kLanes;
-  const F32 old = T::widen(load<Raw>(s.base + r * s.base_stride + at * size, count));
-  F32 exact = old + ideal;
-  char* plane = s.plane + r * s.plane_stride + at * 2;
-  if (s.rounding == Rounding::kCompensated) exact += BF16::widen(load<U16>(plane, count));
-  const bool stochastic = s.rounding == Rounding::kStochastic;
-  const Raw raw = stochastic ? T::stochastic(exact, load<U16>(random + at, kLanes)) : T::nearest(exact);
-  const F32 fresh = T::widen(raw), applied = fresh - old, error = applied - ideal;
-  if (s.write) {
-    store(s.w + r * s.w_stride + at * size, raw, count);
-    if (s.rounding == Rounding::kCompensated) store(plane, BF16::nearest(exact - fresh), count);
+  alignas(64) uint16_t random[kUpdateWidth];
+  Tally t;
+  for (int64_t r = 0; r < s.rows; ++r) {
+    if (R == Rounding::kStochastic)
+      philox(s.seed, s.column / 8, s.row + r, s.stream, reinterpret_cast<uint32_t*>(random));
+    for (int64_t at = 0; at < (FULL ? kUpdateWidth : s.columns); at += kLanes) {
+      const int64_t count = FULL ? kLanes : s.columns - at;
+      const F32 ideal = load<F32>(product + r * kUpdateWidth + at, kLanes);
+      const F32 old = T::widen(load<Raw>(s.base + r * s.base_stride + at * size, count));
+      F32 exact = old + ideal;
+      char* plane = s.plane + r * s.plane_stride + at * 2;
+      if (R == Rounding::kCompensated) exact += BF16::widen(load<U16>(plane, count));
+      const Raw raw = R == Rounding::kStochastic ? T::stochastic(exact, load<U16>(random + at, kLanes)) : T::nearest(exact);
+      const F32 fresh = T::widen(raw), applied = fresh - old, error = applied - ideal;
+      if (s.write) {
+        store(s.w + r * s.w_stride + at * size, raw, count);
+        if (R == Rounding::kCompensated) store(plane, BF16::nearest(exact - fresh), count);
+      }
+      if (s.error) store(s.error + r * kUpdateWidth + at, error, kLanes);
+      t.ideal2 += ideal * ideal;
+      t.applied2 += applied * applied;
+      t.error2 += error * error;
+      t.changed = plus(t.changed, applied != 0.0f);
+      t.broken = plus(t.broken, finite(applied) == 0);
+    }
   }
-  if (s.error) store(s.error + r * kUpdateWidth + at, error, kLanes);
-  t.ideal2 += ideal * ideal;
-  t.applied2 += applied * applied;
-  t.error2 += error * error;
-  t.changed -= (I32)(applied != 0.0f);
-  t.broken -= (I32)(finite(applied) == 0);
+  const F32 parts[kSums] = {t.ideal2, t.applied2, t.error2, __builtin_convertvector(t.changed, F32),
+                            __builtin_convertvector(t.broken, F32)};  // counts this small are exact
+  for (int64_t i = 0; i < kSums; ++i) add_lanes(parts[i], sums + i * kLanes);
+}
+
+template <class T, Rounding R>
+KNOWEDIT_INLINE void finish(const UpdateStrip& s, const float* product, double* sums) {
+  if (s.columns == kUpdateWidth) finish_strip<T, R, true>(s, product, sums);
+  else finish_strip<T, R, false>(s, product, sums);
 }
 
 // NV vectors at a time: as many rows of accumulators as the registers hold.
 template <class T, int NV>
-void update_strip(const UpdateStrip& s, double* sums) {
-  alignas(64) uint16_t random[kStrip * kUpdateWidth];
-  if (s.rounding == Rounding::kStochastic)
-    for (int64_t r = 0; r < s.rows; ++r)
-      philox(s.seed, s.column / 8, s.row + r, s.stream, reinterpret_cast<uint32_t*>(random + r * kUpdateWidth));
-  Tally tally;
+void update_strip(const UpdateStrip& strip, double* sums) {
+  alignas(64) float product[kStrip * kUpdateWidth];
+  const UpdateStrip s = strip;  // a copy of its own, which stores to W cannot alias
   for (int64_t v0 = 0; v0 < kVectors; v0 += NV) {
     F32 acc[kStrip][NV] = {};
     const float *a = s.a, *b = s.b + v0 * kLanes;
@@ -155,17 +187,14 @@ void update_strip(const UpdateStrip& s, double* sums) {
         for (int v = 0; v < NV; ++v) acc[r][v] += a[r] * right[v];
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r) {
-      if (r >= s.rows) break;
+    for (int r = 0; r < kStrip; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) finish<T>(s, r, v0 + v, acc[r][v], random + r * kUpdateWidth, tally);
-    }
+      for (int v = 0; v < NV; ++v) store(product + r * kUpdateWidth + (v0 + v) * kLanes, acc[r][v], kLanes);
   }
-  for (int64_t l = 0; l < kLanes; ++l) {
-    sums[0] += tally.ideal2[l];
-    sums[1] += tally.applied2[l];
-    sums[2] += tally.error2[l];
-    sums[3] += tally.changed[l];
-    sums[4] += tally.broken[l];
+  // Through memory: unrolled around the accumulators, finishing took 40 KB of code and spilled.
+  switch (s.rounding) {
+    case Rounding::kNearest: return finish<T, Rounding::kNearest>(s, product, sums);
+    case Rounding::kStochastic: return finish<T, Rounding::kStochastic>(s, product, sums);
+    case Rounding::kCompensated: return finish<T, Rounding::kCompensated>(s, product, sums);
   }
 }
