@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -170,7 +171,7 @@ def _scaled(U: Tensor, alpha: float) -> Tensor:
 
 def _finite(x: Tensor) -> bool:
     flat = x.view(-1)  # one serial dot product; only when that overflows, the thorough look
-    return bool(torch.isfinite(torch.dot(flat, flat))) or bool(torch.isfinite(x).all())
+    return math.isfinite(torch.dot(flat, flat)) or bool(torch.isfinite(x).all())
 
 
 def _working(W: Tensor) -> torch.dtype:
