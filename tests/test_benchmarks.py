@@ -1,5 +1,6 @@
 """The benchmarks run, refuse a speed-up without accuracy, and their table goes where it should; tiny sizes throughout."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -210,6 +211,12 @@ def test_every_gate_is_heard(gpu_like, cuda_verdict, proven, monkeypatch):
     assert verdicts == {"moments.triton": False, "lowrank.triton": True, "target_loss.triton": True, "moments.cuda": not proven}
     assert gpu_like.cuda_proven is proven and gpu_like.report.failed
     assert any(way.variant == "cuda" for way in gpu_like.ways()) is proven
+
+
+@pytest.mark.parametrize("variant", tuned.VARIANTS)
+def test_the_profiled_program_runs_dry_whichever_way_was_fastest(variant):
+    config = dataclasses.asdict(gpu_lab.schedule.config(torch.bfloat16, "exact", 90, gpu_lab.LAUNCH))
+    gpu_experiments.profile(16, variant, config, tokens=64, device="cpu")
 
 
 def test_predictions_are_those_of_the_device(gpu_like):
