@@ -77,6 +77,33 @@ def test_null_space_agrees_with_alphaedit(rank, history):
         assert float(alone.gain[0]) == pytest.approx(float(pk @ pk / (beta + pk @ pk)), rel=1e-12)
 
 
+@pytest.mark.parametrize("rank", [6, 14])  # thin, complement
+def test_edits_spare_the_protected_space_when_their_keys_lie_almost_wholly_in_it(rank):
+    vectors = torch.linalg.eigh(C)[1]
+    protected = vectors[:, rank:]
+    metric = S.NullSpace(C, 0.01, rank=rank).with_history(KP + 1e3 * protected @ (protected.mT @ KP))
+    Delta = S.EditSolver(metric, K + 1e3 * protected @ (protected.mT @ K)).delta(R)
+    assert float((Delta @ protected).norm()) < 1e-14 * float(Delta.norm())  # one projection alone would leak 1e-12
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("name", ["covariance", "identity", "null space"])
+def test_a_chain_of_batches_agrees_with_the_dense_formulas(name, parallel):
+    metric = S.NullSpace(C, 1.3, rank=14) if name == "null space" else METRICS[name][0]
+    vectors = torch.linalg.eigh(C)[1][:, :14]
+    keys = rand(M, 10 * N, seed=17)
+    if parallel:  # every batch nearly repeats the first: each root shrinks what the ones before it have shrunk
+        keys = keys[:, :N].repeat(1, 10) + 0.1 * keys
+    for step in range(10):
+        Kp, now = keys[:, : step * N], keys[:, step * N : (step + 1) * N]
+        if name == "null space":
+            expected = dense_null_space(R, now, Kp, vectors @ vectors.mT, 1.3)
+        else:
+            expected = dense_delta(R, now, METRICS[name][1] + Kp @ Kp.mT)
+        assert rel(S.EditSolver(metric, now).delta(R), expected) < 1e-12
+        metric = metric.with_history(now)
+
+
 @each_metric
 def test_identities(metric, dense):
     edit = S.EditSolver(metric, K)
