@@ -83,7 +83,7 @@ def test_edits_spare_the_protected_space_when_their_keys_lie_almost_wholly_in_it
     protected = vectors[:, rank:]
     metric = S.NullSpace(C, 0.01, rank=rank).with_history(KP + 1e3 * protected @ (protected.mT @ KP))
     Delta = S.EditSolver(metric, K + 1e3 * protected @ (protected.mT @ K)).delta(R)
-    assert float((Delta @ protected).norm()) < 1e-14 * float(Delta.norm())  # one projection alone would leak 1e-12
+    assert float((Delta @ protected).norm()) < 1e-14 * float(Delta.norm())  # one projection alone would leak 2e-11
 
 
 @pytest.mark.parametrize("parallel", [False, True])
