@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock
 
 from knowedit import statistics, store
+from knowedit.datasets import load
 from knowedit.errors import ModelError, StatisticsError
 from knowedit.statistics import KeyStatistics, key_statistics
 from knowedit.text import CorpusError, documents
@@ -157,7 +158,9 @@ def test_an_edited_model_is_refused(tiny_llama, corpus, tmp_path):
 
 def test_sinks_are_found(smollm, tmp_path):
     """Layer 11 of SmolLM2 is known to carry the attention sink, layer 5 not."""
-    found = key_statistics(smollm, [5, 11], "self", 2000, directory=tmp_path / "s", progress=False)
+    facts = tmp_path / "facts.txt"
+    facts.write_text("\n\n".join(f"{fact.text} {fact.true}. {'. '.join(fact.paraphrases)}" for fact in load("embedded")))
+    found = key_statistics(smollm, [5, 11], facts, 2000, directory=tmp_path / "s", progress=False)
     assert found.is_sink(11) and not found.is_sink(5)
     assert found.sink_ratio(11) > 100
 
