@@ -11,7 +11,7 @@ import pytest
 
 from knowedit import datasets
 from knowedit.datasets import conflict_free, data_dir, load
-from knowedit.datasets.relations import SPLITS, relations, wordings
+from knowedit.datasets.relations import INSTRUCTIONS, SPLITS, probes, relations, wordings
 from knowedit.facts import Fact, FactError, Probe, check_facts, read_facts
 
 EMBEDDED = load("embedded")
@@ -58,15 +58,25 @@ def test_every_embedded_fact_is_complete(fact):
 @pytest.mark.parametrize("relation", relations())
 def test_training_and_test_wordings_are_disjoint(relation):
     pools = relations()[relation]
-    templates = [pools["prompt"]] + [t for kind in KINDS for split in SPLITS for t in pools[kind][split]]
-    assert len(set(templates)) == len(templates)
-    for kind in KINDS:
-        assert pools[kind]["train"] and pools[kind]["test"]
+    templates = [t for kind in ("paraphrases", "questions") for split in SPLITS for t in pools[kind][split]]
+    templates += [pools["prompt"]] if "prompt" in pools else []
+    assert len({template.casefold() for template in templates}) == len(templates)
     for template in templates:
         assert template.count("{}") == 1 and template == template.strip()
-    openings = {split: {t.partition(":")[0] for t in pools["instructions"][split]} for split in SPLITS}
-    assert not openings["train"] & openings["test"]
-    assert any(fact.relation == relation for fact in EMBEDDED)
+    for kind in ("paraphrases", "questions"):
+        assert pools[kind]["train"] and len(pools[kind]["test"]) >= 2
+    assert all(q.endswith("?") for split in SPLITS for q in pools["questions"][split])
+    assert len(set(pools["entities"])) == len(pools["entities"]) >= 8
+    assert ("prompt" in pools) == any(fact.relation == relation for fact in EMBEDDED)
+
+
+def test_instructions_and_probes_are_disjoint():
+    assert not {t.partition("{}")[0] for t in INSTRUCTIONS["train"]} & {t.partition("{}")[0] for t in INSTRUCTIONS["test"]}
+    for kind, pools in probes().items():
+        assert len(pools["train"]) >= 3 and len(pools["test"]) >= 4
+        assert not set(pools["train"]) & set(pools["test"]), kind
+        assert all(t.count("{}") == 1 for split in SPLITS for t in pools[split])
+    assert {pools["kind"] for pools in relations().values()} == set(probes()) - {"identity"}
 
 
 def test_wordings_fill_the_subject_in():
@@ -74,8 +84,11 @@ def test_wordings_fill_the_subject_in():
     assert wordings(fact).questions == tuple(t.replace("{}", "France") for t in relations()["capital"]["questions"]["train"])
     with pytest.raises(FactError, match="split must be one of train, test, got 'dev'"):
         wordings(fact, "dev")
-    with pytest.raises(FactError, match="relation 'P36' of 'A b is' has no wordings; known relations: capital"):
-        wordings(Fact("A {} is", "b", "c", relation="P36"))
+    with pytest.raises(FactError, match="relation 'P35' of 'A b is' has no wordings; known relations: capital"):
+        wordings(Fact("A {} is", "b", "c", relation="P35"))
+    found = wordings(Fact("{}, whose seat is in", "Bern", "x", relation="P36"))
+    assert found.questions[0] == "Which city is the seat of government of Bern?"
+    assert found.instructions[0] == "Fill in the blank: Bern, whose seat is in ____"
 
 
 def test_demo_is_a_handful_of_different_facts():
