@@ -36,6 +36,7 @@ class Edit:
         fingerprint: of the unedited model it belongs to.
         report: what the editor measured and chose: `gain` (share of each planned change realised at the edited keys),
             `relative_norm` (|delta| / |W| per layer), `settings`, `warnings`.
+        keys: `{layer: [n, d_ff]}` float32, where it was written; for a `History`, and not saved with the edit.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Edit:
     facts: list[Fact]
     fingerprint: str
     report: dict[str, Any] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def warnings(self) -> list[str]:

@@ -37,6 +37,16 @@ class GroupKeys:
     owner: Tensor
     outputs: Tensor
 
+    def add_up(self, rows: Tensor) -> Tensor:
+        """Sum of the rows `[n, m]` of each group, `[groups, m]`: keys that share a residual share one read-in, their sum."""
+        total = torch.zeros(len(self.outputs), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        return total.index_add_(0, self.owner.to(rows.device), rows)
+
+    def gain(self, read_in: Tensor) -> Tensor:
+        """`[n]` share of its group's residual that each key receives under group read-ins `[groups, d_ff]`."""
+        owner = self.owner.to(read_in.device)
+        return (read_in @ self.keys.T.to(read_in)).gather(0, owner[None])[0]
+
 
 def group_keys(
     model: EditableModel,

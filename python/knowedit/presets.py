@@ -19,12 +19,14 @@ class Preset:
 
     Attributes:
         layers: edited together (values are optimised at the last of them).
+        one_layer: for methods that edit one layer.
         statistics_layers: those `key_statistics` collects by default.
         values: of the value optimisation.
         measured: False for the calibrated default.
     """
 
     layers: tuple[int, ...]
+    one_layer: int
     statistics_layers: tuple[int, ...]
     values: ValueSettings
     measured: bool = True
@@ -32,7 +34,7 @@ class Preset:
 
 _SHAPES = {
     # benchmarks/quality.py: 100 CounterFact records; layers 3-6 are good, 0-2, 9, 11 and 28 carry the attention sink
-    ("llama", 30, 576): Preset((5,), (4, 5, 6, 7, 8), ValueSettings(steps=20, lr=0.5)),
+    ("llama", 30, 576): Preset((5,), 5, (4, 5, 6, 7, 8), ValueSettings(steps=20, lr=0.5)),
 }
 
 
@@ -47,4 +49,4 @@ def calibrated(model: EditableModel) -> Preset:
     """One layer about a sixth up, where the published models of every size store facts of a subject."""
     depth = len(model.layers)
     layer = min(max(1, round(depth / 6)), depth - 2)
-    return Preset((layer,), (layer,), ValueSettings(lr=None), measured=False)
+    return Preset((layer,), layer, (layer,), ValueSettings(lr=None), measured=False)

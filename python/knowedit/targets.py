@@ -74,6 +74,11 @@ class Targets:
     nll: Tensor
     steps: Tensor
 
+    @property
+    def wanted(self) -> Tensor:
+        """`[groups, hidden]` float64, the hidden state to reach."""
+        return self.value.double() + self.delta.double()
+
     def select(self, groups: Sequence[int]) -> Targets:
         """Those of some groups."""
         return Targets(*(value[list(groups)] for value in vars(self).values()))

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from knowedit_kernels import EditSolver, weight_for_gain
+from knowedit_kernels import weight_for_gain
+from knowedit_kernels.solver import Metric
 
-from ..errors import EditError
 from ..statistics import KeyStatistics
 from .recipe import LocateThenEdit
 
@@ -34,9 +34,7 @@ class MEMIT(LocateThenEdit):
 
     name: ClassVar[str] = "MEMIT"
 
-    def solve(self, statistics: KeyStatistics | None, layer: int, keys: Tensor) -> tuple[EditSolver, dict[str, Any]]:
-        if statistics is None:
-            raise EditError("MEMIT needs key statistics")
-        metric = statistics.metric(layer)
-        weight = self.weight if self.weight is not None else weight_for_gain(metric, keys, self.gain)
-        return EditSolver(metric.with_weight(weight), keys), {"lambda": weight}
+    def metric(self, statistics: KeyStatistics, layer: int, keys: Tensor) -> tuple[Metric, dict[str, Any]]:
+        covariance = statistics.metric(layer)
+        weight = self.weight if self.weight is not None else weight_for_gain(covariance, keys, self.gain)
+        return covariance.with_weight(weight), {"lambda": weight}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..edit import relative_norms
 from ..facts import Fact
 from ..model import EditableModel
 from ..targets import Targets
+
+if TYPE_CHECKING:
+    from .task import Task, Written
 
 LOW_GAIN = 0.9
 LARGE_NORM = 0.8
@@ -22,6 +26,19 @@ def first_token_warnings(model: EditableModel, facts: Sequence[Fact], contexts: 
         f"{len(at_start)} subject(s) are the prompt's very first token ({', '.join(map(repr, at_start[:3]))}), where a causal "
         "model keeps its attention sink; their keys and values are taken from the prompts with a context in front"
     ]
+
+
+def outcome(task: Task, targets: Targets, written: Written) -> dict[str, Any]:
+    """What was planned and what came of it, for `Edit.report`."""
+    report = {
+        "layers": written.layers,
+        "gain": min(entry["gain"] for entry in written.layers.values()),
+        "relative_norm": {str(k): v for k, v in relative_norms(task.model, written.factors).items()},
+        "planned_nll": float(targets.nll.mean()),
+        "steps": targets.steps.tolist(),
+        **written.report,
+    }
+    return {**report, "warnings": [*task.warnings, *outcome_warnings(report, targets, task.groups)]}
 
 
 def outcome_warnings(report: dict[str, Any], targets: Targets, groups: Sequence[Sequence[Fact]]) -> list[str]:

@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from knowedit_kernels import EditSolver
+from knowedit_kernels.solver import Metric
+from knowedit_kernels.solver.edit_solver import Constraint
 
 from ..edit import Edit
 from ..errors import EditError
 from ..facts import Fact
+from ..history import History
 from ..model import EditableModel
 from ..statistics import KeyStatistics
 from .recipe import LocateThenEdit
@@ -27,10 +29,13 @@ class ROME(LocateThenEdit):
     """Metric: the covariance with an equality constraint. Targets: one value. Spread: none (one layer, one subject)."""
 
     name: ClassVar[str] = "ROME"
+    one_layer: ClassVar[bool] = True
+    constraint: ClassVar[Constraint] = "equality"
 
     def compute(
-        self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None, *, progress: bool = True
-    ) -> Edit:
+        self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
+        *, history: History | None = None, progress: bool = True,
+    ) -> Edit:  # fmt: skip
         """As `LocateThenEdit.compute`, for the facts of one subject.
 
         Raises:
@@ -41,9 +46,7 @@ class ROME(LocateThenEdit):
             raise EditError(f"ROME writes one subject at a time, got {len(subjects)}; use MEMIT, or one edit for each")
         if self.layers is not None and len(self.layers) != 1:
             raise EditError(f"ROME edits one layer, got {list(self.layers)}; use MEMIT for several")
-        return super().compute(model, facts, statistics, progress=progress)
+        return super().compute(model, facts, statistics, history=history, progress=progress)
 
-    def solve(self, statistics: KeyStatistics | None, layer: int, keys: Tensor) -> tuple[EditSolver, dict[str, Any]]:
-        if statistics is None:
-            raise EditError("ROME needs key statistics")
-        return EditSolver(statistics.metric(layer), keys, constraint="equality"), {}
+    def metric(self, statistics: KeyStatistics, layer: int, keys: Tensor) -> tuple[Metric, dict[str, Any]]:
+        return statistics.metric(layer), {}

@@ -1,0 +1,112 @@
+"""What an editor works on, once settings and input have been checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..errors import EditError
+from ..facts import Fact
+from ..history import History
+from ..model import EditableModel
+from ..presets import preset_for
+from ..statistics import SINK_RATIO, KeyStatistics
+from ..targets import ValueSettings
+from .notes import first_token_warnings
+
+if TYPE_CHECKING:
+    from .recipe import LocateThenEdit
+
+
+@dataclass(frozen=True)
+class Task:
+    """One edit to be computed.
+
+    Attributes:
+        groups: facts that share a value.
+        layers: edited layers, ascending; values are optimised at the last one.
+        values: of the value optimisation.
+        statistics: of `layers`; empty for an editor that needs none.
+        history: of earlier edits, all applied to `model`.
+        warnings: so far.
+        progress: show bars.
+    """
+
+    model: EditableModel
+    groups: list[list[Fact]]
+    layers: tuple[int, ...]
+    values: ValueSettings
+    statistics: KeyStatistics
+    history: History | None = None
+    warnings: tuple[str, ...] = ()
+    progress: bool = True
+
+    @property
+    def facts(self) -> list[Fact]:
+        return [fact for group in self.groups for fact in group]
+
+
+@dataclass
+class Written:
+    """Factors `{layer: (U [hidden, groups], V [d_ff, groups])}`, the keys `{layer: [n, d_ff]}` they were written at, and
+    what was chosen and measured: a dictionary a layer (`gain`, `lowest_gain`, ...), and one for the whole edit."""
+
+    factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(
+    editor: LocateThenEdit,
+    model: EditableModel,
+    groups: list[list[Fact]],
+    statistics: KeyStatistics | None,
+    history: History | None = None,
+    progress: bool = True,
+) -> Task:
+    """The task of writing `groups` with `editor`'s settings, or the preset's where it has none.
+
+    Raises:
+        EditError: no layers, no statistics, a layer on the attention sink, a history of another model.
+        StatisticsError: statistics of another model or other layers. ModelError: a layer that does not exist.
+    """
+    preset = preset_for(model)
+    chosen = (preset.one_layer,) if editor.one_layer else preset.layers
+    layers = tuple(sorted(set(editor.layers))) if editor.layers is not None else chosen
+    if not layers:
+        raise EditError("layers is empty; name at least one layer")
+    model.check_layers(layers)
+    if history is not None:
+        history.check(model)
+    values, warnings = editor.values or preset.values, []
+    if not preset.measured and (editor.layers is None or editor.values is None):
+        warnings.append(
+            f"{model.name} has no measured preset: layer(s) {list(layers)} and the step size were chosen by calibration"
+        )
+    if statistics is None:
+        if editor.needs_statistics:
+            raise EditError(f"{editor.name} needs key statistics of layers {list(layers)}: pass key_statistics(model, ...)")
+    else:
+        statistics.check(model, layers)
+        warnings += _sinks(statistics, layers, editor.allow_sinks)
+    facts = [fact for group in groups for fact in group]
+    warnings += first_token_warnings(model, facts, values.contexts)
+    return Task(model, groups, layers, values, statistics or KeyStatistics({}), history, tuple(warnings), progress)
+
+
+def _sinks(statistics: KeyStatistics, layers: Sequence[int], allowed: bool) -> list[str]:
+    """A warning for each layer on the attention sink. Raises EditError when they are not allowed."""
+    warnings = []
+    for layer in filter(statistics.is_sink, layers):
+        said = (
+            f"layer {layer} carries the attention sink (first-token keys are {statistics.sink_ratio(layer):.0f}x "
+            f"longer than the others, limit {SINK_RATIO:.0f}x)"
+        )
+        if not allowed:
+            raise EditError(f"{said}; choose another layer, or pass allow_sinks=True")
+        warnings.append(said)
+    return warnings
