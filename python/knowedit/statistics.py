@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from knowedit_kernels import Covariance, SecondMoment
+from knowedit_kernels import Covariance, NullSpace, SecondMoment
 
 from . import store
 from .errors import StatisticsError
@@ -45,6 +45,7 @@ class KeyStatistics:
     def __init__(self, layers: dict[int, LayerStatistics]) -> None:
         self._layers = layers
         self._metrics: dict[int, Covariance] = {}
+        self._null_spaces: dict[tuple[int, float], NullSpace] = {}
 
     @property
     def layers(self) -> list[int]:
@@ -66,17 +67,34 @@ class KeyStatistics:
             StatisticsError: too few tokens for a full-rank C.
         """
         if layer not in self._metrics:
-            found = self[layer]
-            if found.count < 2 * found.total.shape[0]:
-                raise StatisticsError(
-                    f"layer {layer}: {found.count} tokens are too few for a covariance of size {found.total.shape[0]}; "
-                    f"collect at least {2 * found.total.shape[0]} (10 x {found.total.shape[0]} or more is better)"
-                )
+            self._check_count(layer)
             try:
                 self._metrics[layer] = Covariance(self.moment(layer))
             except ValueError as error:
                 raise StatisticsError(f"layer {layer}: {error}") from error
         return self._metrics[layer]
+
+    def null_space(self, layer: int, threshold: float) -> NullSpace:
+        """The eigenspace of C with eigenvalues below `threshold`, as a solver metric of weight 1, decomposed once.
+
+        Raises:
+            StatisticsError: too few tokens, which would invent null directions; no eigenvalue below `threshold`.
+        """
+        if (layer, threshold) not in self._null_spaces:
+            self._check_count(layer)
+            try:
+                self._null_spaces[layer, threshold] = NullSpace(self.moment(layer), threshold=threshold)
+            except ValueError as error:
+                raise StatisticsError(f"layer {layer}: {error}") from error
+        return self._null_spaces[layer, threshold]
+
+    def _check_count(self, layer: int) -> None:
+        count, size = self[layer].count, self[layer].total.shape[0]
+        if count < 2 * size:
+            raise StatisticsError(
+                f"layer {layer}: {count} tokens are too few for a covariance of size {size}; "
+                f"collect at least {2 * size} (10 x {size} or more is better)"
+            )
 
     def sink_ratio(self, layer: int) -> float:
         """Norm of first-token keys over that of the others; above `SINK_RATIO` the layer carries an attention sink."""
