@@ -3,6 +3,7 @@ layer outputs at chosen tokens, log-probabilities of answers, and edits that can
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -150,6 +151,16 @@ class EditableModel:
                 raise EditError("the model's fingerprint was never taken before an edit was applied; undo the edit first")
             self._fingerprint = weights_fingerprint(self.hf)
         return self._fingerprint
+
+    def draft(self) -> EditableModel:
+        """A bfloat16 copy to optimise targets on: a third of the time on CPUs with bfloat16 units.
+
+        Attention is the plain one on a CPU: torch's fused backward is slow there on short rows.
+        """
+        copied = copy.deepcopy(self.hf).to(torch.bfloat16)
+        if self.device.type == "cpu":
+            copied.set_attn_implementation("eager")
+        return EditableModel(copied, self.tokenizer, name=self.name)
 
     # -- text to tokens -----------------------------------------------------------------------------------------
 

@@ -11,11 +11,13 @@ from .errors import EditError
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised text: `ids`, the index of the subject's last token, and where the answer's tokens begin."""
+    """One tokenised text: `ids`, the index of the subject's last token, where the answer's tokens begin, and the index
+    of the subject's first token."""
 
     ids: list[int]
     subject: int | None = None
     answer: int | None = None
+    start: int | None = None
 
 
 def tokenise(
@@ -33,7 +35,7 @@ def tokenise(
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     if len(ids) > longest:
         raise EditError(f"{text[:60]!r}...: {len(ids)} tokens are more than the model's context of {longest}")
-    where = None
+    where = start = None
     if subject is not None:
         at = prompt.rfind(subject)
         if at < 0:
@@ -42,6 +44,7 @@ def tokenise(
         where = next((i for i in reversed(range(len(ids))) if offsets[i][0] < end <= offsets[i][1]), None)
         if where is None:
             raise EditError(f"the tokenizer gives subject {subject!r} no token in {prompt!r}")
+        start = next(i for i in range(len(ids)) if offsets[i][1] > at)
         rest = text[end : offsets[where][1]]
         if rest.strip():
             raise EditError(
@@ -55,7 +58,7 @@ def tokenise(
             raise EditError(f"the answer {answer!r} to {prompt!r} has no tokens")
         if first == 0:
             raise EditError(f"the answer {answer!r} has no prompt before it")
-    return Row(ids, where, first)
+    return Row(ids, where, first, start)
 
 
 def join(prompt: str, answer: str) -> str:
