@@ -20,7 +20,7 @@ from knowedit_kernels.solver import Metric
 
 from .edit import Edit, read_file
 from .errors import EditError
-from .facts import Fact
+from .facts import Fact, check_facts
 from .files import atomic_file
 from .model import EditableModel
 
@@ -94,6 +94,17 @@ class History:
                 f"{absent} of the history's {len(self)} edits are not applied to {model.name}: apply them "
                 "(history.replay(model)), or remove them from the history"
             )
+
+    def check_new(self, facts: Sequence[Fact]) -> list[Fact]:
+        """`facts`, when they can be written after those written so far.
+
+        Raises:
+            FactError: one repeats or contradicts another, or one written before; undo the edit that has it first.
+        """
+        places = [f"history, edit {i}" for i, edit in enumerate(self.edits) for _ in edit.facts]
+        places += [f"facts[{i}]" for i in range(len(facts))]
+        check_facts([*self.facts, *facts], places=places)
+        return list(facts)
 
     def replay(self, model: EditableModel) -> None:
         """Apply the edits that are not applied to `model` yet. Raises EditError when they are of another model."""

@@ -1,7 +1,12 @@
 """One short file per method; `EDITORS` maps the names of the command line to them."""
 
+from .alphaedit import AlphaEdit as AlphaEdit
+from .emmet import EMMET as EMMET
 from .memit import MEMIT as MEMIT
+from .memit_merge import MEMITMerge as MEMITMerge
 from .recipe import LocateThenEdit as LocateThenEdit
 from .rome import ROME as ROME
 
-EDITORS: dict[str, type[LocateThenEdit]] = {"memit": MEMIT, "rome": ROME}
+EDITORS: dict[str, type[LocateThenEdit]] = {
+    editor.name.lower(): editor for editor in (MEMIT, ROME, EMMET, MEMITMerge, AlphaEdit)
+}

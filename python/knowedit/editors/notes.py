@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..edit import relative_norms
@@ -11,6 +12,7 @@ from ..model import EditableModel
 from ..targets import Targets
 
 if TYPE_CHECKING:
+    from .recipe import LocateThenEdit
     from .task import Task, Written
 
 LOW_GAIN = 0.9
@@ -28,9 +30,11 @@ def first_token_warnings(model: EditableModel, facts: Sequence[Fact], contexts: 
     ]
 
 
-def outcome(task: Task, targets: Targets, written: Written) -> dict[str, Any]:
+def outcome(editor: LocateThenEdit, task: Task, targets: Targets, written: Written) -> dict[str, Any]:
     """What was planned and what came of it, for `Edit.report`."""
+    settings = {"layers": list(task.layers), "values": asdict(task.values), "merge_subjects": editor.merge_subjects}
     report = {
+        "settings": settings,
         "layers": written.layers,
         "gain": min(entry["gain"] for entry in written.layers.values()),
         "relative_norm": {str(k): v for k, v in relative_norms(task.model, written.factors).items()},

@@ -1,7 +1,6 @@
 """Locate-then-edit as one recipe of three parts: a metric, a target optimiser, a spread over layers.
 
     facts -> groups -> targets (values to write) -> for each layer: keys K, residual R -> solver: R A -> Edit
-
 A method is a subclass that fills in the parts; see `memit.py` for the shortest.
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from knowedit_kernels.solver.edit_solver import Constraint
 
 from ..edit import Edit
 from ..facts import Fact, check_facts
-from ..groups import group_by_subject, group_keys
+from ..groups import GroupKeys, group_by_subject, group_keys
 from ..history import History
 from ..model import EditableModel
 from ..progress import bar
@@ -53,8 +52,6 @@ class LocateThenEdit(ABC):
     one_layer: ClassVar[bool] = False
     constraint: ClassVar[Constraint] = "soft"
 
-    # -- the three parts ----------------------------------------------------------------------------------------
-
     @abstractmethod
     def metric(self, statistics: KeyStatistics, layer: int, keys: Tensor) -> tuple[Metric, dict[str, Any]]:
         """What to preserve at `layer`, weighed for `keys` `[d_ff, n]`; and what was chosen, for the report."""
@@ -64,11 +61,13 @@ class LocateThenEdit(ABC):
         with bar(f"{self.name}: optimising values", len(task.groups), "values", show=task.progress) as advance:
             return optimise_values(task.model, task.groups, task.layers[-1], task.values, progress=advance)
 
+    def keys(self, task: Task, layer: int) -> GroupKeys:
+        """The keys to write at."""
+        return group_keys(task.model, task.groups, layer, task.layers[-1], task.values.contexts, mean=self.mean_keys)
+
     def spread(self, residual: Tensor, remaining: int) -> Tensor:
         """The share of the residual this layer writes when `remaining` layers, this one included, are left."""
         return residual / remaining
-
-    # -- what is made of them -----------------------------------------------------------------------------------
 
     def compute(
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
@@ -81,13 +80,11 @@ class LocateThenEdit(ABC):
             history: earlier edits, applied to the model, whose keys are to be left alone.
 
         Raises:
-            FactError: repeated or contradictory facts, earlier ones included. EditError, StatisticsError: from `prepare`,
-            or a subject the tokenizer splits oddly.
+            FactError: repeated or contradictory facts, earlier ones included. EditError, StatisticsError: see `prepare`.
         """
-        facts = check_facts(list(facts))
-        check_facts([*(history.facts if history is not None else []), *facts], "history and facts")
+        facts = history.check_new(facts) if history else check_facts(list(facts))
         task = prepare(self, model, group_by_subject(facts, self.merge_subjects), statistics, history, progress)
-        return self._edit(task, self.targets(task))
+        return self.finish(task, self.targets(task))
 
     def compute_each(
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None, *, progress: bool = True
@@ -96,21 +93,17 @@ class LocateThenEdit(ABC):
         whole = prepare(self, model, [check_facts([fact]) for fact in facts], statistics, progress=progress)
         targets = self.targets(whole)
         tasks = (prepare(self, model, [group], statistics, progress=progress) for group in whole.groups)
-        return [self._edit(task, targets.select([i])) for i, task in enumerate(tasks)]
+        return [self.finish(task, targets.select([i])) for i, task in enumerate(tasks)]
 
     def write(self, task: Task, targets: Targets) -> Written:
         """From values to factors, layer by layer; each layer sees what those below it have written."""
         written = Written()
         for i, layer in enumerate(task.layers):
             with task.model.virtual(written.factors):
-                found = group_keys(task.model, task.groups, layer, task.layers[-1], task.values.contexts, mean=self.mean_keys)
+                found = self.keys(task, layer)
             residual = self.spread(targets.wanted.to(found.outputs.device) - found.outputs, len(task.layers) - i)
             solver, chosen = self.solve(task.statistics, layer, found.keys.T, task.history)
-            read_in = found.add_up(solver.A)
-            gain = found.gain(read_in)
-            written.factors[layer] = residual.T.to(read_in).float(), read_in.T.contiguous().float()
-            written.keys[layer] = found.keys.float()
-            written.layers[str(layer)] = {**chosen, "gain": float(gain.mean()), "lowest_gain": float(gain.min())}
+            written.add(layer, residual, solver, found, chosen)
         return written
 
     def solve(
@@ -120,8 +113,8 @@ class LocateThenEdit(ABC):
         metric, chosen = self.metric(statistics, layer, keys)
         return EditSolver(history.extend(metric, layer) if history else metric, keys, self.constraint), chosen
 
-    def _edit(self, task: Task, targets: Targets) -> Edit:
+    def finish(self, task: Task, targets: Targets) -> Edit:
+        """Write the values and report."""
         written = self.write(task, targets)
-        settings = {"layers": list(task.layers), "values": asdict(task.values), "merge_subjects": self.merge_subjects}
-        report = {"settings": settings, **outcome(task, targets, written)}
+        report = outcome(self, task, targets, written)
         return Edit(self.name, written.factors, task.facts, task.model.fingerprint, report, written.keys)

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from knowedit_kernels import EditSolver
+
 from ..errors import EditError
 from ..facts import Fact
+from ..groups import GroupKeys
 from ..history import History
 from ..model import EditableModel
 from ..presets import preset_for
@@ -52,12 +55,22 @@ class Task:
 @dataclass
 class Written:
     """Factors `{layer: (U [hidden, groups], V [d_ff, groups])}`, the keys `{layer: [n, d_ff]}` they were written at, and
-    what was chosen and measured: a dictionary a layer (`gain`, `lowest_gain`, ...), and one for the whole edit."""
+    what was chosen and measured: a dictionary a layer (`gain`, `lowest_gain`, ...), and one for the whole edit. The
+    layers' solvers and group keys (`solved`) are for editors that go on from a stock write."""
 
     factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    solved: dict[int, tuple[EditSolver, GroupKeys]] = field(default_factory=dict)
+
+    def add(self, layer: int, residual: Tensor, solver: EditSolver, found: GroupKeys, chosen: dict[str, Any]) -> None:
+        """One layer, `residual` `[groups, hidden]`: keys of a group share it, so the rank is the number of groups."""
+        read_in = found.add_up(solver.A)
+        gain = found.gain(read_in)
+        self.factors[layer] = residual.T.to(read_in).float(), read_in.T.contiguous().float()
+        self.keys[layer], self.solved[layer] = found.keys.float(), (solver, found)
+        self.layers[str(layer)] = {**chosen, "gain": float(gain.mean()), "lowest_gain": float(gain.min())}
 
 
 def prepare(
