@@ -218,6 +218,6 @@ def test_halves_share_no_subject_and_are_alike_in_size():
 def test_the_public_groups(data):
     found = groups(load("same-subject"), least=3, pool=load("counterfact-flat"))
     assert len(found) == 19 and sum(map(len, found)) == 60
-    assert sum(len(fact.neighbours) >= 1 for group in found for fact in group) >= 55
+    assert sum(len(fact.neighbours) >= 1 for group in found for fact in group) >= 50
     subjects = tuple(group[0].subject + " " for group in found)
     assert not any(p.prompt.startswith(subjects) for g in found for f in g for p in f.neighbours)
