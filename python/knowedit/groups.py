@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class GroupKeys:
 
     Attributes:
         keys: `[n, d_ff]` float64; `owner`: `[n]` the group of each.
-        outputs: `[groups, hidden]` float32, the last edited layer's output at the bare prompts, mean over the facts.
+        outputs: `[groups, hidden]` float32, what is written to (the last edited layer's output, or its MLP's) at the bare
+            prompts, mean over the facts.
     """
 
     keys: Tensor
@@ -56,28 +58,35 @@ def group_keys(
     contexts: Sequence[str],
     *,
     mean: bool = True,
+    of_mlp: bool = False,
 ) -> GroupKeys:
     """The keys of each group at `layer` over its facts and contexts, and the outputs of layer `last`, in one pass.
 
     Args:
         mean: one mean key a group (the published ROME and MEMIT); else every fact's and context's own key.
+        of_mlp: the outputs are those of the last layer's MLP, not of the layer.
     """
-    rows: list[Row] = []
-    owners: list[int] = []
-    bare: list[int] = []
-    for g, group in enumerate(groups):
-        for fact in group:
-            found = prompt_rows(model, fact, contexts)
-            bare.append(len(rows))
-            rows += found
-            owners += [g] * len(found)
-    keys, outputs = model.keys(rows, sorted({layer, last}), outputs=True)
-    assert outputs is not None
+    rows = [[prompt_rows(model, fact, contexts) for fact in group] for group in groups]
+    return keys_at(model, rows, layer, last, mean=mean, of_mlp=of_mlp)
+
+
+def keys_at(
+    model: EditableModel, rows: Sequence[Sequence[Sequence[Row]]], layer: int, last: int,
+    *, mean: bool = True, of_mlp: bool = False,
+) -> GroupKeys:  # fmt: skip
+    """As `group_keys`, for the rows of each fact of each group; a fact's first row is its bare prompt."""
+    flat = [row for group in rows for fact in group for row in fact]
+    owners = [g for g, group in enumerate(rows) for fact in group for _ in fact]
+    starts = accumulate((len(fact) for group in rows for fact in group), initial=0)
+    keys, outputs = model.keys(flat, sorted({layer, last}), outputs=not of_mlp)
+    if outputs is None:
+        with torch.no_grad():
+            outputs = model.projection(last)(keys[last].to(model.weight(last)))
     own, owner = keys[layer].double(), torch.tensor(owners, device=keys[layer].device)
-    at = torch.tensor(bare, device=outputs.device)
-    now = _mean(outputs[at].double(), owner.to(at)[at], len(groups)).float()
+    at = torch.tensor(list(starts)[:-1], device=outputs.device)
+    now = _mean(outputs[at].double(), owner.to(at)[at], len(rows)).float()
     if mean:
-        return GroupKeys(_mean(own, owner, len(groups)), torch.arange(len(groups), device=own.device), now)
+        return GroupKeys(_mean(own, owner, len(rows)), torch.arange(len(rows), device=own.device), now)
     return GroupKeys(own, owner, now)
 
 

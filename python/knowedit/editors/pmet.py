@@ -1,0 +1,110 @@
+"""PMET (Li et al., 2024): deltas of the attention's and of the MLP's output are optimised together, the MLP's is written.
+
+The attention's delta takes up what does not belong into the MLP; it is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..groups import GroupKeys, group_keys
+from ..model import EditableModel
+from ..progress import bar
+from ..replay import Suffix
+from ..targets import Problem, Targets, optimise_values
+from .memit import MEMIT
+from .task import Task
+
+_ATTENTION = ("self_attn", "attn", "attention")
+
+
+@dataclass(frozen=True)
+class PMET(MEMIT):
+    """Metric: the covariance. Targets: one value of the MLP's output per subject, beside one of the attention's.
+    Spread: residual / square root of the remaining layers.
+
+    Both deltas obey the clamp of `values`, each relative to its own clean output, which is much shorter than the hidden
+    state that other methods change.
+    """
+
+    mean_keys: bool = True
+    gain: float = 0.98
+
+    name: ClassVar[str] = "PMET"
+
+    def targets(self, task: Task) -> Targets:
+        with bar(f"{self.name}: optimising values", len(task.groups), "values", show=task.progress) as advance:
+            return optimise_values(
+                task.model, task.groups, task.layers[-1], task.values, problem=AttentionAndMLP, progress=advance
+            )
+
+    def keys(self, task: Task, layer: int) -> GroupKeys:
+        contexts = task.values.contexts
+        return group_keys(task.model, task.groups, layer, task.layers[-1], contexts, mean=self.mean_keys, of_mlp=True)
+
+    def spread(self, residual: Tensor, remaining: int) -> Tensor:
+        return residual / remaining**0.5
+
+
+class AttentionAndMLP(Problem):
+    """Two deltas a group, `[groups, 2, hidden]`: of the attention's and the MLP's output of the layer."""
+
+    @classmethod
+    def at(cls, layer: int, model: EditableModel, plans: Sequence[Any]) -> Problem:
+        return cls(plans, Suffix(model, [row for plan in plans for row in plan.inputs], layer - 1))
+
+    def states(self, rows: Tensor) -> Tensor:
+        seen: dict[int, Tensor] = {}
+        alone = self.suffix.select(rows)
+
+        def see(part: int, output: Tensor) -> Tensor:
+            seen[part] = output[:, 0]
+            return output
+
+        with torch.no_grad(), self._hooked(see):
+            alone.run(alone.hidden)
+        return torch.stack([seen[0], seen[1]], 1)
+
+    def run(self, delta: Tensor) -> Tensor:
+        each = delta[self.of_row]
+
+        def add(part: int, output: Tensor) -> Tensor:
+            return torch.cat([output[:, :1] + each[:, part : part + 1].to(output), output[:, 1:]], 1)
+
+        with self._hooked(add):
+            return self.suffix.run(self.suffix.hidden)
+
+    @contextmanager
+    def _hooked(self, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+        """Pass the outputs of the attention (part 0) and the MLP's projection (part 1) through `change`."""
+        layer = self.suffix.layer + 1
+
+        def hook(part: int) -> Callable[..., Any]:
+            def changed(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+                return (change(part, output[0]), *output[1:]) if isinstance(output, tuple) else change(part, output)
+
+            return changed
+
+        modules = attention(self.model, layer), self.model.projection(layer)
+        handles = [module.register_forward_hook(hook(part)) for part, module in enumerate(modules)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def attention(model: EditableModel, layer: int) -> nn.Module:
+    """The attention module of `layer`. Raises ModelError when it is not found."""
+    block = model.layers[layer]
+    found = next((module for name in _ATTENTION if isinstance(module := getattr(block, name, None), nn.Module)), None)
+    if found is None:
+        raise ModelError(f"{model.name}: no {' or '.join(_ATTENTION)} in a layer; PMET does not know this architecture")
+    return found
