@@ -111,6 +111,14 @@ class SecondMoment:
         return None if self._buffer is None or self._filled == 0 else self._buffer[: self._filled]
 
     @torch.no_grad()
+    def flush(self) -> SecondMoment:
+        """Accumulates the buffered rows now. What came before then rounds independently of what comes after, so parts
+        that were flushed alike sum to the same matrix in any order and on any number of ranks, to float64 rounding."""
+        for block in self._take_pending():
+            torch.ops.knowedit.second_moment_([self._lower], [block], self.precision)
+        return self
+
+    @torch.no_grad()
     def sum(self) -> torch.Tensor:
         """sum of k k^T so far: a new, exactly symmetric float64 tensor [dim, dim]; the state is not disturbed."""
         total = self._lower.clone()

@@ -15,3 +15,7 @@ class StatisticsError(KnowEditError):
 
 class EditError(KnowEditError):
     """An edit that cannot be computed, loaded or applied."""
+
+
+class CorpusError(KnowEditError):
+    """A corpus that is missing, empty or unreadable; the message says where, why and what to do."""

@@ -196,6 +196,7 @@ class EditableModel:
         on_key: Callable[[int, Tensor], None],
         layers: Sequence[int] = (),
         on_output: Callable[[int, Tensor], None] | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         """One partial forward pass, stopped before `layer`'s projection (or after `layer` when outputs are asked for).
 
@@ -204,6 +205,7 @@ class EditableModel:
             ids: `[B, T]`, right-padded: causal attention never looks at the padding, so no mask is needed.
             on_key: called with (layer, keys `[B, T, d_ff]`) for each of `layers` (default: `layer`).
             on_output: called with (layer, layer output `[B, T, hidden]`) for `layer`; the pass then ends after it.
+            positions: `[B, T]`, where several texts stand behind each other in a row: each begins again at 0.
         """
         wanted = set(layers or [layer])
         handles = []
@@ -227,7 +229,8 @@ class EditableModel:
             handles.append(self.layers[layer].register_forward_hook(output_hook))
         try:
             with torch.no_grad():
-                self.hf.base_model(input_ids=ids, use_cache=False)
+                more = {} if positions is None else {"position_ids": positions}
+                self.hf.base_model(input_ids=ids, use_cache=False, **more)
         except _Stop:
             return
         finally:

@@ -31,6 +31,8 @@ class Recipe:
         skip_first: the first token of a piece is left out (it is the model's attention sink).
         seed: of the corpus' order, or of the model's own samples.
         precision: of the accumulation (`knowedit_kernels.SecondMoment`).
+        until: "tokens": exactly so many; "solve", "converged": that many at most (see `convergence`).
+        tolerance: relative error at which to stop, or None.
     """
 
     fingerprint: str
@@ -40,6 +42,8 @@ class Recipe:
     skip_first: bool
     seed: int
     precision: str = "exact"
+    until: str = "tokens"
+    tolerance: float | None = None
 
     @property
     def slug(self) -> str:

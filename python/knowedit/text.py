@@ -7,26 +7,27 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .errors import KnowEditError
+from .errors import CorpusError as CorpusError
+from .hub import HubSource, hub_source
 from .lines import kind, read_lines
 
-Corpus = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+logger = logging.getLogger(__name__)
+
+Part = str | os.PathLike[str]
+Corpus = Part | Sequence[Part]
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 HEADING = re.compile(r"\s*=.*=\s*")  # as WikiText and WikiExtractor write them
 LONGEST = 1 << 18  # characters; a text without blank lines is cut at the line end after this
-SHUFFLE_BUFFER = 1000  # documents held while shuffling a stream; its shards are shuffled too
-
-
-class CorpusError(KnowEditError):
-    """A corpus that is missing, empty or unreadable; the message says where, why and what to do."""
+HUB_LANES = 8  # parts of a hub data set that are read side by side, so that each rank downloads its own
 
 
 def documents(
@@ -36,6 +37,8 @@ def documents(
     seed: int = 0,
     split: str = "train",
     start: int = 0,
+    lane: int = 0,
+    lanes: int = 1,
 ) -> Iterator[str]:
     """Yield the non-empty documents of `corpus` from number `start` on: the same ones in the same order every time.
 
@@ -48,10 +51,14 @@ def documents(
             * ``"wikipedia"`` (English, November 2023) or ``"hf:owner/name[@revision][:config[:column]]"``: streamed
               from the hub, shuffled by `seed` (shards, then a buffer of 1,000 documents).
             * ``"self"``: ``model(seed=seed, start=start)``, the model's own samples.
+            * a list of paths and data sets: one after another; with weights (``["wiki.txt*3", "code.jsonl*1"]``, 1 where
+              none is given) mixed document by document, so that their characters are in that proportion from the start
+              on. One that runs dry is named in a warning, and the others go on.
         model: what ``"self"`` calls; it yields texts.
         seed: order of a stream, or which samples.
         split: of a hub data set.
         start: documents to skip, to go on where an earlier run stopped.
+        lane: which of `lanes` disjoint parts (hub: whole files where there are enough of them; local: every so-manieth).
 
     Raises:
         CorpusError: nothing there, no documents, a byte that is not UTF-8 (with file and line), a missing field, a hub
@@ -63,9 +70,20 @@ def documents(
         if model is None:
             raise CorpusError("corpus 'self' needs a model to sample from; pass model=, or give a text file")
         return iter(model(seed=seed, start=start))
-    source = _hub_source(corpus)
-    found = source.stream(split, seed) if source else itertools.chain.from_iterable(map(_read, _files(corpus)))
-    return _skip(found, start, corpus)
+    parts = _parts(corpus)
+    opened = [_texts(part, split, seed, lane, lanes) for part, _ in parts]
+    weights = [weight for _, weight in parts]
+    if all(weight is None for weight in weights):
+        return _skip(itertools.chain.from_iterable(opened), start, corpus, lane)
+    names = [str(part) for part, _ in parts]
+    return _skip(_mixed(opened, [1.0 if w is None else w for w in weights], names), start, corpus, lane)
+
+
+def lanes_of(corpus: Corpus) -> int:
+    """In how many lanes to read `corpus`: several only where reading all of it on every rank would be a waste."""
+    if corpus == "self":
+        return 1
+    return HUB_LANES if any(hub_source(part) for part, _ in _parts(corpus)) else 1
 
 
 def corpus_fingerprint(corpus: Corpus) -> dict[str, Any]:
@@ -73,37 +91,82 @@ def corpus_fingerprint(corpus: Corpus) -> dict[str, Any]:
 
     ``{"name": ...}`` with, for local files, ``files`` (name and the first 16 hex digits of each file's sha256) and, for
     a hub data set, ``config``, ``column`` and ``revision`` as asked for: the hub itself is not asked, so that cached
-    statistics are found without it. Raises `CorpusError` for files that are not there.
+    statistics are found without it; for a mixture its ``parts`` and their weights.
+    Raises `CorpusError` for files that are not there.
     """
     if corpus == "self":
         return {"name": "self"}
-    if source := _hub_source(corpus):
+    if source := hub_source(corpus):
         return asdict(source)
-    files = [{"name": path.name, "sha256": _sha256(path)[:16]} for path in _files(corpus)]
-    return {"name": ", ".join(Path(p).name for p in _paths(corpus)), "files": files}
+    parts = _parts(corpus)
+    if all(weight is None and not hub_source(part) for part, weight in parts):
+        paths = [Path(part) for part, _ in parts]
+        files = [{"name": path.name, "sha256": _sha256(path)[:16]} for path in _files(paths)]
+        return {"name": ", ".join(path.name for path in paths), "files": files}
+    found = [{"weight": weight, **corpus_fingerprint(part)} for part, weight in parts]
+    return {"name": ", ".join(f["name"] + (f"*{f['weight']:g}" if f["weight"] else "") for f in found), "parts": found}
 
 
-def _skip(found: Iterator[str], start: int, corpus: Corpus) -> Iterator[str]:
+def _parts(corpus: Corpus) -> list[tuple[Part, float | None]]:
+    """What a corpus is made of, and the weight of each part (None where the user gave none)."""
+    parts = [corpus] if isinstance(corpus, (str, os.PathLike)) else list(corpus)
+    if not parts:
+        raise CorpusError("corpus is an empty list; give at least one file, or corpus='self'")
+    found: list[tuple[Part, float | None]] = []
+    for part in parts:
+        weighted = re.fullmatch(r"(.+)\*(\d+(?:\.\d+)?)", part) if isinstance(part, str) else None
+        if weighted and not Path(str(part)).exists():
+            if float(weighted[2]) == 0:
+                raise CorpusError(f"corpus {part!r} has weight 0; leave it out")
+            found.append((weighted[1], float(weighted[2])))
+        else:
+            found.append((part, None))
+    if len(found) > 1 and any(part == "self" for part, _ in found):
+        raise CorpusError("corpus 'self' stands alone: the model's samples cannot be mixed with texts")
+    return found
+
+
+def _texts(part: Part, split: str, seed: int, lane: int, lanes: int) -> Iterator[str]:
+    """The non-empty texts of one part's lane."""
+    source = hub_source(part)
+    if isinstance(source, HubSource):
+        return (text for text in source.stream(split, seed, lane, lanes) if text.strip())
+    texts = itertools.chain.from_iterable(map(_read, _files([Path(part)])))
+    return itertools.islice((text for text in texts if text.strip()), lane, None, lanes)
+
+
+def _mixed(streams: Sequence[Iterator[str]], weights: Sequence[float], names: Sequence[str]) -> Iterator[str]:
+    """The next document always comes from the stream that is furthest behind its share of the characters."""
+    taken = dict.fromkeys(range(len(streams)), 0.0)
+    while taken:
+        behind = min(taken, key=lambda i: (taken[i], i))
+        text = next(streams[behind], None)
+        if text is None:
+            del taken[behind]
+            if taken:
+                logger.warning("corpus %s has run dry; the others go on without it", names[behind])
+            continue
+        taken[behind] += len(text) / weights[behind]
+        yield text
+
+
+def _skip(found: Iterator[str], start: int, corpus: Corpus, lane: int) -> Iterator[str]:
     number = 0
-    for number, text in enumerate((text for text in found if text.strip()), 1):
+    for number, text in enumerate(found, 1):
         if number > start:
             yield text
-    if not number:
+    if not number and lane == 0:
         raise CorpusError(f"corpus {corpus!r} holds no text; give one with documents, or corpus='self'")
 
 
 # -- local files ------------------------------------------------------------------------------------------------------
 
 
-def _paths(corpus: Corpus) -> list[Path]:
-    return [Path(corpus)] if isinstance(corpus, (str, os.PathLike)) else [Path(path) for path in corpus]
-
-
-def _files(corpus: Corpus) -> list[Path]:
+def _files(paths: Sequence[Path]) -> list[Path]:
     """The files behind paths and folders, each known to be there and of a kind that can be read."""
     files: list[Path] = []
     kinds = f"{', '.join(SUFFIXES)} (also .gz)"
-    for path in _paths(corpus):
+    for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if kind(p) in SUFFIXES and p.is_file())
             if not inside:
@@ -117,8 +180,6 @@ def _files(corpus: Corpus) -> list[Path]:
             raise CorpusError(f"{path}: unknown kind of file; known kinds: {kinds}")
         else:
             files.append(path)
-    if not files:
-        raise CorpusError("corpus is an empty list; give at least one file, or corpus='self'")
     return files
 
 
@@ -179,47 +240,3 @@ def _sha256(path: Path) -> str:
     except OSError as e:
         raise CorpusError(f"{path}: cannot be read ({e.strerror or e})") from e
     return digest.hexdigest()
-
-
-# -- the hub ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _HubSource:
-    name: str
-    revision: str | None
-    config: str | None
-    column: str
-
-    def stream(self, split: str, seed: int) -> Iterator[str]:
-        import datasets
-        from huggingface_hub import HfApi
-
-        try:
-            HfApi().dataset_info(self.name, revision=self.revision, timeout=8)  # fails at once; streaming retries long
-            rows = datasets.load_dataset(self.name, self.config, split=split, revision=self.revision, streaming=True)
-            for row in rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
-                if not isinstance(row.get(self.column), str):
-                    raise CorpusError(f"{self.name}: no text in column {self.column!r}; columns: {', '.join(row)}")
-                yield row[self.column]
-        except CorpusError:
-            raise
-        except Exception as e:  # the hub client raises its own, the http library's, pyarrow's and the system's errors
-            raise CorpusError(
-                f"data set {self.name!r} cannot be streamed from the hub ({type(e).__name__}: {str(e)[:300]}); "
-                "give a local .txt, .jsonl or .parquet file, or corpus='self' to use the model's own samples"
-            ) from e
-
-
-def _hub_source(corpus: Corpus) -> _HubSource | None:
-    """The hub data set that `corpus` names, or None when it names files."""
-    if corpus == "wikipedia":
-        return _HubSource("wikimedia/wikipedia", None, "20231101.en", "text")
-    if not isinstance(corpus, str) or not corpus.startswith("hf:"):
-        return None
-    place, *rest = corpus[3:].split(":")
-    name, _, revision = place.partition("@")
-    if name.count("/") != 1 or not all(name.split("/")) or len(rest) > 2:
-        raise CorpusError(f"corpus {corpus!r} must read 'hf:owner/name', 'hf:owner/name@revision:config:column'")
-    config, column = (rest + ["", ""])[:2]
-    return _HubSource(name, revision or None, config or None, column or "text")

@@ -1,0 +1,243 @@
+"""One collection: windows of a corpus through the model, keys into second moments, on one process or many.
+
+    round:  every rank takes its next window -> all hear how many keys each has -> each trims its own, so that exactly the
+            tokens asked for count, and runs it -> now and then: a checkpoint, a look at the convergence
+
+The keys, the batches and the blocks that are summed depend on the window alone, so any number of ranks gives the same
+sums up to the order of float64 additions; with the same number they have the same bits, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from torch import Tensor
+
+from . import convergence, store
+from .batching import trim
+from .errors import KnowEditError, StatisticsError
+from .meter import Meter, metered
+from .model import EditableModel
+from .ranks import Ranks
+from .resume import Checkpoints, Place
+from .store import LayerStatistics, Recipe
+from .sums import Seen, Sums
+from .text import Corpus, lanes_of
+from .windows import WORTH_A_WORKER, Reader, Window, ahead, token_cache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to collect; none of it changes what is collected.
+
+    Attributes:
+        budget: tokens a batch; None: from the memory that is free. Halved whenever it turns out too large.
+        packed: several texts a row; None: on a GPU. Only where the model is seen to keep them apart.
+        halves: keep two halves apart, to estimate the error (twice the memory of the sums).
+        checkpoint_every: seconds.
+        worker: a process that tokenises ahead, and a cache of tokens; None: when there are many tokens.
+        progress, as_json: see `meter`.
+    """
+
+    budget: int | None = None
+    packed: bool | None = None
+    halves: bool = True
+    checkpoint_every: float = 120.0
+    worker: bool | None = None
+    progress: bool = True
+    as_json: bool = False
+
+
+class Collection:
+    """Sums of the keys of some layers of one model, and where they stand in the corpus."""
+
+    def __init__(
+        self, model: EditableModel, layers: Sequence[int], recipe: Recipe, where: Path, corpus: Corpus,
+        settings: Settings, ranks: Ranks,
+    ) -> None:  # fmt: skip
+        self.model, self.layers, self.recipe, self.corpus = model, list(layers), recipe, corpus
+        self.where, self.settings, self.ranks = where, settings, ranks
+        self.place = Place(0, [0] * lanes_of(corpus), [0, 0])
+        self.sums = Sums(model, layers, recipe.precision, settings.budget, settings.packed)
+        self.checkpoints = Checkpoints(where, self.layers, recipe, ranks)
+        self._probes: dict[int, Tensor] = {}
+        self._dry: set[int] = set()  # lanes of the corpus that have ended
+        self._saved, self._spent = time.monotonic(), 0.0
+
+    # -- the main path --------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Collect until the tokens asked for are counted, or the estimate has converged.
+
+        Raises:
+            StatisticsError: the corpus is too short, NaN in a layer, one piece alone does not fit into memory, another
+                rank died.
+            CorpusError: the corpus cannot be read (on); what was counted until then is in a checkpoint.
+        """
+        self._resume()
+        title = f"key statistics, layers {', '.join(map(str, self.layers))}"
+        show = self.settings.progress and self.ranks.rank == 0
+        worker = self.recipe.tokens >= WORTH_A_WORKER if self.settings.worker is None else self.settings.worker
+        place = self.place
+        with (
+            ahead(self._reader(worker), place.windows, place.taken, worker=worker) as source,
+            metered(title, self.recipe.tokens, show=show, as_json=self.settings.as_json) as meter,
+        ):
+            meter.resumed(place.count)
+            while place.count < self.recipe.tokens and not place.converged and len(self._dry) < len(place.taken):
+                self._round(source, min(place.windows + self.ranks.size, self._next_look()), meter)
+            if self.settings.halves and not place.converged and not self._looked():
+                self._look(meter)
+            meter.say("done")
+        self._check_end()
+
+    def _round(self, source: Iterator[Window], end: int, meter: Meter) -> None:
+        """The windows up to number `end`, at most one for each rank."""
+        place, size = self.place, self.ranks.size
+        number = place.windows + (self.ranks.rank - place.windows) % size
+        window, problem = None, None
+        if number < end:
+            try:
+                window = next(source)
+            except KnowEditError as error:
+                problem = error
+        due = time.monotonic() - self._saved > max(self.settings.checkpoint_every, 20 * self._spent)
+        said = self.ranks.gather((window and (window.count, window.documents), problem, due))
+        problems = [problem for _, problem, _ in said if problem is not None]
+        if place.windows and (problems or said[0][2]):  # rank 0's clock counts
+            self._save()
+        if problems:
+            raise problems[0]
+        for n in range(place.windows, end):
+            count, documents = said[n % size][0] or (0, 0)
+            used = min(count, self.recipe.tokens - place.count)
+            half = n % 2 if self.settings.halves else 0
+            if window is not None and n == number and used:
+                self.sums.add(half, trim(window.pieces, used))
+            place.counts[half] += used
+            place.taken[n % len(place.taken)] += documents
+            if not documents:
+                self._dry.add(n % len(place.taken))
+            meter.counted(used)
+        place.windows = end
+        if self.settings.halves and end in self._looks(end):
+            self._look(meter)
+
+    def _check_end(self) -> None:
+        """Say so, or fail, when there is less than was asked for."""
+        place, recipe = self.place, self.recipe
+        if recipe.until == "tokens":
+            if place.count < recipe.tokens:
+                raise StatisticsError(
+                    f"the corpus has only {place.count} tokens to count, {recipe.tokens} were asked for; "
+                    "add text, or ask for fewer tokens"
+                )
+        elif not place.converged and self.ranks.rank == 0:
+            logger.warning(
+                "not converged to %g after %d tokens; more text is needed, or more --tokens", recipe.tolerance, place.count
+            )
+
+    def _reader(self, cache: bool) -> Reader:
+        recipe = self.recipe
+        reader = Reader(
+            self.corpus, recipe.seed, self.model.tokenizer, recipe.max_length, recipe.skip_first,
+            self.ranks.rank, self.ranks.size, self.model.samples if self.corpus == "self" else None,
+        )  # fmt: skip
+        if cache and self.corpus != "self":
+            reader.cache = token_cache(self.model, reader)
+        return reader
+
+    # -- convergence ------------------------------------------------------------------------------------------------
+
+    def _looks(self, until: int) -> list[int]:
+        """The numbers of windows after which to look, up to the first beyond `until`."""
+        often = self.recipe.until != "tokens"
+        looks = [2 if often else 8]
+        while looks[-1] <= until:
+            looks.append(max(looks[-1] + 1, int(looks[-1] * convergence.GROWTH)) if often else 2 * looks[-1])
+        return looks
+
+    def _next_look(self) -> int:
+        return self._looks(self.place.windows)[-1]
+
+    def _looked(self) -> bool:
+        """Whether the last look was at all tokens that are here, or there are too few for one."""
+        looks = next(iter(self.place.looks.values()), [])
+        return bool(looks and looks[-1]["tokens"] == self.place.count)
+
+    def _look(self, meter: Meter) -> None:
+        """Estimate the error of each layer, each on another rank."""
+        place, recipe = self.place, self.recipe
+        if not convergence.enough(place.counts, self.model.d_ff):
+            return
+        self._probes = self._probes or convergence.probe_keys(self.model, self.layers)
+        mine: dict[int, dict[str, convergence.Error]] = {}
+        for number, layer in enumerate(self.layers):
+            owner = number % self.ranks.size
+            sums = [self.ranks.add(self.sums.moment(half, layer).sum(), owner) for half in (0, 1)]
+            if self.ranks.rank == owner:
+                try:
+                    wide = recipe.until == "converged"
+                    mine[layer] = convergence.compare(sums, place.counts, self._probes[layer], null_space=wide)
+                except StatisticsError as error:
+                    logger.info("layer %d: no estimate yet: %s", layer, error)
+        found = {layer: errors for part in self.ranks.gather(mine) for layer, errors in part.items()}
+        for layer in found:
+            place.looks.setdefault(str(layer), []).append(convergence.record(place.count, found, layer))
+        measures = {"tokens": (), "solve": ("solve",), "converged": ("solve", "null_space")}[recipe.until]
+        if recipe.tolerance is not None and len(found) == len(self.layers):
+            place.converged = all(convergence.worst(found, measure) <= recipe.tolerance for measure in measures)
+        shown = ("solve", "null_space") if recipe.until == "converged" else ("solve",)
+        meter.looked({measure: convergence.worst(found, measure) for measure in shown} if found else {})
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        start = time.monotonic()
+        self.checkpoints.save(self.place, self.sums.seen, self.sums.moments)
+        self._saved = time.monotonic()
+        self._spent = self._saved - start
+
+    def _resume(self) -> None:
+        if (found := self.checkpoints.load()) is None:
+            return
+        self.place, seen, states = found
+        self.sums.seen = seen or self.sums.seen
+        for (half, layer), state in states.items():
+            self.sums.moment(half, layer).load_state_dict(state)
+
+    def finish(self) -> dict[int, LayerStatistics]:
+        """Add up halves and ranks, write each layer's file (rank 0), then drop the checkpoints."""
+        seen = Seen.nothing(self.layers)
+        for part in self.ranks.gather(self.sums.seen):
+            seen.add(part)
+        result = {}
+        for layer in self.layers:
+            moment = self.sums.moment(0, layer)
+            if (1, layer) in self.sums.moments:
+                moment.merge(self.sums.moments.pop((1, layer)))
+            if self.ranks.size > 1:
+                moment.all_reduce()
+            first, firsts, other, others = seen.norms[str(layer)]
+            result[layer] = LayerStatistics(
+                layer=layer, module=self.model.layout.projection.format(layer), model=self.model.name, recipe=self.recipe,
+                count=moment.count, total=moment.sum().cpu(), first_norm=first / max(firsts, 1),
+                other_norm=other / max(others, 1),
+                extra={
+                    "audit": asdict(moment.audit()), "padding": 1 - seen.text / max(seen.padded, 1),
+                    "batches": "packed" if self.sums.packed else "by length", "ranks": self.ranks.size,
+                    "convergence": self.place.looks.get(str(layer), []), "version": metadata.version("knowedit-kernels"),
+                },
+            )  # fmt: skip
+            self.ranks.first(partial(result[layer].save, store.layer_file(self.where, layer)))
+            del self.sums.moments[0, layer]
+        self.checkpoints.drop()
+        return result

@@ -1,0 +1,70 @@
+"""How many tokens fit into a batch, what running out of memory looks like, and whether rows can be packed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .batching import Piece, batches
+from .model import EditableModel
+
+logger = logging.getLogger(__name__)
+
+ON_A_CPU = 4096  # tokens: more are no faster there
+PACKED_ERROR = {torch.float32: 1e-4}  # keys of packed texts against the same texts alone, relative
+PACKED_ERROR_HALF = 5e-2  # bfloat16 and float16: other kernels round otherwise
+
+
+def token_budget(model: EditableModel, layers: Sequence[int]) -> int:
+    """Tokens a batch, from the memory that is free on the GPUs; `ON_A_CPU` on a CPU.
+
+    A token takes its keys of all `layers` (they are kept until the pass is over), three more vectors of the MLP, and
+    about twelve of the hidden size (normed states, queries, keys, values, residuals); half of what is free is used.
+    """
+    devices = {model.weight(layer).device for layer in layers}
+    if any(device.type != "cuda" for device in devices):
+        return ON_A_CPU
+    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    a_token = model.dtype.itemsize * ((len(layers) + 3) * model.d_ff + 12 * model.hidden)
+    return max(int(free / 2 / a_token), 256)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short: torch's own on a GPU, a plain RuntimeError on a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def packs(model: EditableModel, layer: int) -> bool:
+    """Whether texts that stand behind each other in a row have the keys they have alone: tried with three short ones."""
+    size = len(model.tokenizer)
+    texts = [[(7 * i * (j + 1) + 3 * j) % (size - 2) for i in range(1, n)] for j, n in enumerate((23, 12, 9))]
+    pieces = [Piece(ids, 0) for ids in texts]
+    try:
+        alone = torch.cat([_keys(model, layer, [piece], False) for piece in pieces])
+        packed = _keys(model, layer, pieces, True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        logger.warning("texts are not packed: the model does not take their positions (%s)", str(error).splitlines()[0])
+        return False
+    off = float((alone - packed).norm() / alone.norm())
+    if not off <= PACKED_ERROR.get(model.dtype, PACKED_ERROR_HALF):
+        logger.warning("texts are not packed: the model's attention does not keep them apart (keys differ by %.1e)", off)
+        return False
+    return True
+
+
+def _keys(model: EditableModel, layer: int, pieces: Sequence[Piece], packed: bool) -> Tensor:
+    """The keys of all pieces, longest piece first, `[tokens, d_ff]` float64."""
+    found: list[Tensor] = []
+    for batch in batches(pieces, 1 << 20, packed=packed):
+        positions = None if batch.positions is None else batch.positions.to(model.device)
+
+        def take(_layer: int, key: Tensor, keep: Tensor = batch.keep) -> None:
+            found.append(key[keep.to(key.device)].double())
+
+        model.forward_to(layer, batch.ids.to(model.device), take, positions=positions)
+    return torch.cat(found)
