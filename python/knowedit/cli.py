@@ -25,7 +25,7 @@ Corpus = Annotated[
 Tokens = Annotated[int, typer.Option(help="Keys to sum for the statistics.")]
 Layers = Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the model's preset.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
-Method = Annotated[str, typer.Option(help="memit or rome; several separated by commas where that makes sense.")]
+Method = Annotated[str, typer.Option(help="memit, rome, alphaedit, ...; several separated by commas where that makes sense.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
@@ -111,19 +111,28 @@ def edit(
     gain: Annotated[float | None, typer.Option(help="Share of each planned change to realise (MEMIT).")] = None,
     weight: Annotated[float | None, typer.Option(help="lambda itself instead of the gain (MEMIT).")] = None,
     merge: Annotated[bool, typer.Option(help="One value for all facts of a subject.")] = True,
+    history: Annotated[
+        Path | None, typer.Option(help="Earlier edits of this model, to write after and to spare; grows with every edit.")
+    ] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Compute an edit and save it; no model is changed."""
     from .datasets import load
+    from .editors.task import layers_of
+    from .history import History
     from .model import load_model
+    from .sequential import Session
     from .statistics import key_statistics
 
     wanted = load(facts)
     editor = make_editor(method, layers=parse_layers(layers), gain=gain, weight=weight, merge_subjects=merge)
     editable = load_model(model, dtype=dtype, say=_say)
-    statistics = key_statistics(editable, _needed(editor, editable), _one(corpus), tokens)
-    made = editor.compute(editable, wanted, statistics)
+    statistics = key_statistics(editable, layers_of(editor, editable), _one(corpus), tokens)
+    earlier = History.load(history) if history and history.exists() else History(editable.fingerprint)
+    made = Session(editor, editable, statistics, earlier).write(wanted)
     made.save(output)
+    if history:
+        earlier.save(history)
     _print_edit(made)
     print(f"saved to {output}; apply it with: knowedit apply {model} {output} -o FOLDER")
 
@@ -175,7 +184,10 @@ def evaluate(
     dataset: Annotated[str, typer.Option(help="A data set's name or a file of facts.")] = "embedded",
     method: Method = "memit",
     edits: Annotated[int | None, typer.Option(help="Use the first so many facts.")] = None,
-    protocol: Annotated[str, typer.Option(help="batch: all facts at once; single: each fact alone.")] = "batch",
+    protocol: Annotated[str, typer.Option(help="batch: all facts at once; single: each alone; sequential.")] = "batch",
+    batch: Annotated[int, typer.Option(help="Facts an edit (sequential).")] = 50,
+    every: Annotated[int, typer.Option(help="Facts between two measurements (sequential).")] = 100,
+    text: Annotated[str | None, typer.Option(help="Held-out text for the perplexity, as --corpus (sequential).")] = None,
     corpus: Corpus = ["wikipedia"],  # noqa: B006
     tokens: Tokens = 100_000,
     layers: Layers = None,
@@ -187,8 +199,9 @@ def evaluate(
     from .evaluation.protocols import measure, write_run
 
     results = measure(
-        model, dataset, method.split(","), edits, protocol, _one(corpus), tokens, parse_layers(layers), dtype, say=_say
-    )
+        model, dataset, method.split(","), edits, protocol, _one(corpus), tokens, parse_layers(layers), dtype,
+        batch=batch, every=every, text=text, say=_say,
+    )  # fmt: skip
     if output:
         write_run(output, results)
     if as_json:
@@ -248,12 +261,6 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         raise KnowEditError(f"--layers {text!r}: give numbers like 5, 4-8 or 4,6") from None
     return tuple(sorted(set(layers)))
-
-
-def _needed(editor: Any, model: Any) -> tuple[int, ...]:
-    from .presets import preset_for
-
-    return editor.layers or preset_for(model).layers
 
 
 def _one(corpus: list[str]) -> Any:

@@ -11,7 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from knowedit.cli import main, make_editor, parse_layers
+from knowedit.edit import Edit
 from knowedit.errors import KnowEditError
+from knowedit.history import History
 
 FACTS = [
     {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon", "true": "Paris"},
@@ -75,6 +77,20 @@ def test_edit_inspect_apply_undo(place, knowedit):
     assert (place / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_edits_in_sequence_share_a_history(place, knowedit):
+    for number, fact in enumerate(FACTS):
+        (place / f"{number}.jsonl").write_text(json.dumps(fact))
+        knowedit("edit", "model", f"{number}.jsonl", "-o", f"{number}.safetensors", "--history", "seen.safetensors", *CORPUS)
+    assert "repeats history, edit 1" in knowedit(
+        "edit", "model", "1.jsonl", "-o", "x", "--history", "seen.safetensors", *CORPUS, code=1
+    )
+    history = History.load(place / "seen.safetensors")
+    assert [fact.subject for fact in history.facts] == ["France", "Brazil"]
+    assert history.edits[1].key == Edit.load(place / "1.safetensors").key
+    knowedit("edit", "model", "1.jsonl", "-o", "alone.safetensors", *CORPUS)
+    assert history.edits[1].key != Edit.load(place / "alone.safetensors").key
+
+
 def test_stats_eval_doctor(place, knowedit):
     rows = json.loads(knowedit("stats", "model", *CORPUS[:4], "--layers", "0-1", "--json"))
     assert [(r["layer"], r["tokens"]) for r in rows] == [(0, 500), (1, 500)] and not rows[0]["sink"]
@@ -86,6 +102,9 @@ def test_stats_eval_doctor(place, knowedit):
     assert len((place / "run" / "prompts.jsonl").read_text().splitlines()) == 2
     single = knowedit("eval", "model", "--dataset", "facts.jsonl", "--method", "rome", "--protocol", "single", *CORPUS)
     assert "ROME, single of 2 facts" in single and "efficacy" in single
+    common = ("--dataset", "facts.jsonl", "--method", "alphaedit", "--protocol", "sequential")
+    course = knowedit("eval", "model", *common, "--batch", "1", "--every", "1", "--text", "corpus.txt", *CORPUS)
+    assert "AlphaEdit, sequential of 2 facts" in course and "perplexity" in course
     report = json.loads(knowedit("doctor", "model", "--json"))
     assert report["model"]["preset"].endswith("not measured on it") and report["versions"]["torch"]
 

@@ -7,8 +7,11 @@ import torch
 
 from knowedit.editors import MEMIT, AlphaEdit
 from knowedit.editors.task import prepare
-from knowedit.errors import EditError
-from knowedit.facts import Fact, FactError
+from knowedit.errors import EditError, KnowEditError
+from knowedit.evaluation import evaluate
+from knowedit.evaluation.perplexity import perplexity
+from knowedit.evaluation.sequential import Watch, course_table, write_in_sequence
+from knowedit.facts import Fact, FactError, Probe
 from knowedit.fingerprint import weights_fingerprint
 from knowedit.groups import group_by_subject
 from knowedit.history import History
@@ -144,3 +147,53 @@ class TestHistory:
         an_edit(tiny_llama).save(tmp_path / "edit.safetensors")
         with pytest.raises(EditError, match="is not a history of this version"):
             History.load(tmp_path / "edit.safetensors")
+
+
+MEASURED = [
+    replace(fact, true="old", paraphrases=(f"Now {fact.text}",), neighbours=(Probe("The sea is", "wet"),)) for fact in FACTS
+]
+
+
+class TestTheProtocol:
+    def test_points_are_the_model_on_its_way(self, tiny_llama):
+        statistics, before = statistics_of(tiny_llama, [1]), weights_fingerprint(tiny_llama.hf)
+        texts = ["The moon goes around the earth, and a triangle has three sides."]
+        watch = Watch(tiny_llama, MEASURED, texts, progress=False)
+        seen = []
+        with Session(MEMIT(layers=(1,), values=VALUES), tiny_llama, statistics) as session:
+            for point in write_in_sequence(session, watch, 2, 4, progress=False):
+                found = evaluate(tiny_llama, None, MEASURED[: point.edits] or MEASURED, progress=False)
+                assert point.measures["efficacy"]["magnitude"].mean == pytest.approx(found.after["efficacy"]["magnitude"].mean)
+                delta = sum((edit.delta(1) for edit in session.history.edits), torch.zeros(32, 48))
+                clean = tiny_llama.weight(1) - delta
+                assert point.norm == pytest.approx(float(delta.norm() / clean.norm()), rel=1e-4)
+                seen.append(point)
+            whole = watch.evaluation(progress=False)
+        assert [point.edits for point in seen] == [0, 4, 6]
+        assert seen[0].drift.kl == 0 and seen[0].norm == 0 and seen[-1].drift.kl > 0 and seen[-1].seconds > 0
+        assert seen[0].perplexity == pytest.approx(perplexity(tiny_llama, texts)) != seen[-1].perplexity
+        for kind, measures in whole.after.items():
+            assert {m: e.mean for m, e in measures.items()} == {m: e.mean for m, e in seen[-1].measures[kind].items()}
+        assert "unchanged" in whole.after["neighbourhood"]
+        assert weights_fingerprint(tiny_llama.hf) == before
+        assert len(course_table(seen)) == 4 and seen[0].to_dict()["drift"]["same"] == 1.0
+
+    def test_a_sample_is_spread_over_what_was_written(self, tiny_llama):
+        watch = Watch(tiny_llama, MEASURED, sample=2, progress=False)
+        assert watch.look([], 0, progress=False).measures["efficacy"]["success"].records == 2
+        with pytest.raises(KnowEditError, match="must be positive"):
+            next(write_in_sequence(Session(MEMIT(), tiny_llama), watch, 0, 1))
+        with an_edit(tiny_llama).applied_to(tiny_llama), pytest.raises(KnowEditError, match="undo the active edits"):
+            Watch(tiny_llama, MEASURED)
+
+
+def test_perplexity_is_the_definition(tiny_llama):
+    text = "Water boils at a temperature of one hundred degrees."
+    ids = torch.tensor([tiny_llama.tokenizer(text)["input_ids"]])
+    logits = tiny_llama.hf(input_ids=ids).logits[0, :-1]
+    wanted = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).exp()
+    assert perplexity(tiny_llama, [text]) == pytest.approx(float(wanted), rel=1e-5)
+    first = torch.nn.functional.cross_entropy(logits[:5], ids[0, 1:6]).exp()
+    assert perplexity(tiny_llama, [text], tokens=5) == pytest.approx(float(first), rel=1e-5)
+    with pytest.raises(KnowEditError, match="two tokens"):
+        perplexity(tiny_llama, ["a"])

@@ -87,12 +87,7 @@ def prepare(
         EditError: no layers, no statistics, a layer on the attention sink, a history of another model.
         StatisticsError: statistics of another model or other layers. ModelError: a layer that does not exist.
     """
-    preset = preset_for(model)
-    chosen = (preset.one_layer,) if editor.one_layer else preset.layers
-    layers = tuple(sorted(set(editor.layers))) if editor.layers is not None else chosen
-    if not layers:
-        raise EditError("layers is empty; name at least one layer")
-    model.check_layers(layers)
+    preset, layers = preset_for(model), layers_of(editor, model)
     if history is not None:
         history.check(model)
     values, warnings = editor.values or preset.values, []
@@ -109,6 +104,17 @@ def prepare(
     facts = [fact for group in groups for fact in group]
     warnings += first_token_warnings(model, facts, values.contexts)
     return Task(model, groups, layers, values, statistics or KeyStatistics({}), history, tuple(warnings), progress)
+
+
+def layers_of(editor: LocateThenEdit, model: EditableModel) -> tuple[int, ...]:
+    """The layers that `editor` edits in `model`, ascending. Raises EditError for none, ModelError for one that is not there."""
+    preset = preset_for(model)
+    chosen = (preset.one_layer,) if editor.one_layer else preset.layers
+    layers = tuple(sorted(set(editor.layers))) if editor.layers is not None else chosen
+    if not layers:
+        raise EditError("layers is empty; name at least one layer")
+    model.check_layers(layers)
+    return layers
 
 
 def _sinks(statistics: KeyStatistics, layers: Sequence[int], allowed: bool) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..edit import Edit
 from ..model import EditableModel
 
@@ -47,6 +49,11 @@ def drift(model: EditableModel, edit: Edit, prompts: Sequence[str] = ORDINARY) -
     before = model.next_logprobs(prompts)
     with edit.applied_to(model):
         after = model.next_logprobs(prompts)
+    return compare(before, after, prompts)
+
+
+def compare(before: Tensor, after: Tensor, prompts: Sequence[str]) -> Drift:
+    """The drift between log-probabilities `[prompts, vocab]` of the next token."""
     kl = (before.exp() * (before - after)).sum(-1)
     worst = int(kl.argmax())
     same = (before.argmax(-1) == after.argmax(-1)).double().mean()

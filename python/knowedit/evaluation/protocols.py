@@ -1,26 +1,33 @@
-"""Measuring whole methods: all facts in one edit (`batch`), or each fact in an edit of its own (`single`)."""
+"""Measuring whole methods: all facts in one edit (`batch`), each fact in an edit of its own (`single`), or batch after
+batch into the same model (`sequential`)."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..datasets import conflict_free, load
 from ..editors import EDITORS
+from ..editors.task import layers_of
 from ..errors import KnowEditError
 from ..facts import Fact
 from ..files import atomic_file
 from ..model import EditableModel, load_model
-from ..presets import preset_for
+from ..sequential import Session
 from ..statistics import KeyStatistics, key_statistics
+from ..text import documents
 from .drift import Drift, drift
 from .metrics import Evaluation, evaluate, evaluate_each
+from .sequential import Point, Watch, course_table, write_in_sequence
 
-PROTOCOLS = ("batch", "single")
+PROTOCOLS = ("batch", "single", "sequential")
+SAMPLE = 200  # facts measured on the way of a sequence
+HELD_OUT = 400  # documents for its perplexity
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,9 @@ class Result:
 
     Attributes:
         seconds: computing the edits, a fact (without loading, statistics and evaluation).
-        drift: on ordinary text; only for a batch.
-        report: of the edit (of the first one for `single`).
+        drift: on ordinary text; not for `single`.
+        report: of the edit (of the first one for `single` and `sequential`).
+        course: for `sequential`, the model on its way.
     """
 
     model: str
@@ -42,26 +50,34 @@ class Result:
     drift: Drift | None
     seconds: float
     report: dict[str, Any]
+    course: list[Point] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary."""
         plain = {name: getattr(self, name) for name in ("model", "dataset", "method", "protocol", "facts", "seconds")}
         moved = None if self.drift is None else {"kl": self.drift.kl, "same": self.drift.same, "worst": self.drift.worst}
-        return {**plain, "evaluation": self.evaluation.to_dict(), "drift": moved, "report": self.report}
+        whole = {**plain, "evaluation": self.evaluation.to_dict(), "drift": moved, "report": self.report}
+        return {**whole, "course": [point.to_dict() for point in self.course]} if self.course else whole
 
     def __str__(self) -> str:
         head = f"{self.method}, {self.protocol} of {self.facts} facts from {self.dataset}, {self.seconds:.2f} s a fact"
         lines = [head, str(self.evaluation)]
         if self.drift is not None:
             lines.append(f"ordinary text: same next word {self.drift.same:.0%}, KL {self.drift.kl:.4f} nats")
+        lines += course_table(self.course) if self.course else []
         return "\n".join(lines + [f"note: {warning}" for warning in self.report.get("warnings", [])])
 
 
 def measure(
     name: str, dataset: str, methods: Sequence[str], limit: int | None, protocol: str, corpus: Any, tokens: int,
-    layers: tuple[int, ...] | None, dtype: str = "auto", *, say: Callable[[str], None] = print,
+    layers: tuple[int, ...] | None, dtype: str = "auto", *, batch: int = 50, every: int = 100, text: Any = None,
+    say: Callable[[str], None] = print,
 ) -> list[Result]:  # fmt: skip
     """Load everything and measure each method; what `knowedit eval` calls.
+
+    Args:
+        batch, every: of `sequential`: facts an edit, and facts between two looks.
+        text: of `sequential`: held-out text for the perplexity (as `corpus`).
 
     Raises:
         KnowEditError: an unknown method, protocol or data set, or what the parts raise.
@@ -73,19 +89,31 @@ def measure(
         raise KnowEditError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, say=say)
-    needed = layers or preset_for(model).layers
+    needed = sorted({layer for method in methods for layer in layers_of(EDITORS[method](layers=layers), model)})
     statistics = key_statistics(model, needed, corpus, tokens)
-    return [run(model, facts, statistics, method, protocol, layers, dataset) for method in methods]
+    texts = list(islice(documents(text), HELD_OUT)) if text else []
+    return [
+        run(model, facts, statistics, method, protocol, layers, dataset, batch=batch, every=every, texts=texts)
+        for method in methods
+    ]
 
 
 def run(
     model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics, method: str, protocol: str = "batch",
-    layers: tuple[int, ...] | None = None, dataset: str = "", *, progress: bool = True,
+    layers: tuple[int, ...] | None = None, dataset: str = "",
+    *, batch: int = 50, every: int = 100, texts: Sequence[str] = (), progress: bool = True,
 ) -> Result:  # fmt: skip
     """Compute and measure one method; the model is left as it was found."""
     editor = EDITORS[method](layers=layers)
+    course: list[Point] = []
     start = time.perf_counter()
-    if protocol == "single":
+    if protocol == "sequential":
+        watch = Watch(model, facts, texts, sample=SAMPLE, progress=progress)
+        with Session(editor, model, statistics) as session:
+            course += write_in_sequence(session, watch, batch, every, progress=progress)
+            evaluation, report = watch.evaluation(progress=progress), session.history.edits[0].report
+        moved, seconds = course[-1].drift, course[-1].seconds
+    elif protocol == "single":
         edits = editor.compute_each(model, facts, statistics, progress=progress)
         seconds, moved, report = time.perf_counter() - start, None, edits[0].report
         evaluation = evaluate_each(model, edits, facts, progress=progress)
@@ -93,7 +121,8 @@ def run(
         edit = editor.compute(model, facts, statistics, progress=progress)
         seconds, moved, report = time.perf_counter() - start, drift(model, edit), edit.report
         evaluation = evaluate(model, edit, facts, progress=progress)
-    return Result(model.name, dataset, editor.name, protocol, len(facts), evaluation, moved, seconds / len(facts), report)
+    seconds /= len(facts)
+    return Result(model.name, dataset, editor.name, protocol, len(facts), evaluation, moved, seconds, report, course)
 
 
 def write_run(folder: Path, results: Sequence[Result]) -> None:

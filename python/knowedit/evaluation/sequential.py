@@ -1,0 +1,151 @@
+"""Sequential editing, measured as it goes: batch after batch into one model, compared with the unedited one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..edit import Edit
+from ..errors import KnowEditError
+from ..facts import Fact
+from ..model import EditableModel
+from ..progress import bar
+from ..sequential import Session
+from .drift import ORDINARY, Drift, compare
+from .metrics import Estimate, Evaluation, ask, questions, summarise
+from .perplexity import perplexity
+
+
+@dataclass(frozen=True)
+class Point:
+    """The model after a number of facts.
+
+    Attributes:
+        edits: facts written so far.
+        measures: `{kind: {measure: Estimate}}` of facts written so far, as in `Evaluation`.
+        drift: of the next-word distribution after ordinary prompts, against the unedited model.
+        perplexity: on held-out text; None without text.
+        norm: largest |sum of the updates| / |W| over the layers.
+        gain: lowest gain of any batch so far.
+        seconds: spent on computing and applying edits so far.
+    """
+
+    edits: int
+    measures: dict[str, dict[str, Estimate]]
+    drift: Drift
+    perplexity: float | None
+    norm: float
+    gain: float
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+class Watch:
+    """What the unedited model says, and comparisons with it.
+
+    Args:
+        model: still unedited.
+        facts: all that will be written, in order.
+        texts: held-out documents for the perplexity.
+        sample: facts that are measured at a point, spread evenly over those written so far; None: all.
+
+    Raises:
+        KnowEditError: the model has active edits.
+    """
+
+    def __init__(
+        self, model: EditableModel, facts: Sequence[Fact], texts: Sequence[str] = (), *, sample: int | None = None,
+        tokens: int = 2048, seed: int = 0, progress: bool = True,
+    ) -> None:  # fmt: skip
+        if model.ledger.active:
+            raise KnowEditError("the watch starts from the unedited model; undo the active edits first")
+        self.model, self.facts, self.texts, self.sample = model, list(facts), texts, sample
+        self.tokens, self.seed = tokens, seed
+        self.asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
+        self.before = ask(model, self.asked, title="before", progress=progress)
+        self.ordinary = model.next_logprobs(ORDINARY)
+
+    def look(self, edits: Sequence[Edit], written: int, *, progress: bool = True) -> Point:
+        """The model as it is, after `edits` wrote the first `written` facts (none: what the unedited one says of them all)."""
+        among = written or len(self.facts)
+        chosen = set(np.linspace(0, among - 1, min(self.sample or among, among)).round().astype(int).tolist())
+        mine = [i for i, q in enumerate(self.asked) if q.record in chosen]
+        asked, before = [self.asked[i] for i in mine], [self.before[i] for i in mine]
+        answers = ask(self.model, asked, title=f"after {written}", progress=progress) if edits else before
+        return Point(
+            written,
+            summarise(asked, answers, len(self.facts), np.random.default_rng(self.seed), before),
+            compare(self.ordinary, self.model.next_logprobs(ORDINARY), ORDINARY),
+            perplexity(self.model, self.texts, tokens=self.tokens) if self.texts else None,
+            max(total_norms(self.model, edits).values(), default=0.0),
+            min((edit.report["gain"] for edit in edits), default=1.0),
+        )
+
+    def evaluation(self, *, progress: bool = True) -> Evaluation:
+        """All facts, before and as the model is now."""
+        rng = np.random.default_rng(self.seed)
+        after = ask(self.model, self.asked, title="after", progress=progress)
+        was = summarise(self.asked, self.before, len(self.facts), rng)
+        now = summarise(self.asked, after, len(self.facts), rng, self.before)
+        return Evaluation(was, now, self.asked, self.before, after)
+
+
+def write_in_sequence(session: Session, watch: Watch, batch: int, every: int, *, progress: bool = True) -> Iterator[Point]:
+    """Write the watch's facts in batches of `batch`; a point at the start, after every `every` facts, and at the end.
+
+    Raises:
+        KnowEditError: `batch` or `every` is not positive.
+    """
+    if batch < 1 or every < 1:
+        raise KnowEditError(f"batch and every must be positive, got {batch} and {every}")
+    facts, due, seconds = watch.facts, every, 0.0
+    edits: list[Edit] = []
+    yield watch.look(edits, 0, progress=False)
+    with bar(f"{session.editor.name}: in sequence", len(facts), "facts", show=progress) as advance:
+        for start in range(0, len(facts), batch):
+            begun = time.perf_counter()
+            edits.append(session.write(facts[start : start + batch], progress=False))
+            seconds += time.perf_counter() - begun
+            written = min(start + batch, len(facts))
+            advance(written - start)
+            if written >= due or written == len(facts):
+                yield replace(watch.look(edits, written, progress=False), seconds=seconds)
+                due = written - written % every + every
+
+
+def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[int, float]:
+    """`|sum of the updates|_F / |W|_F` per layer, W without them; without forming the products."""
+    norms = {}
+    for layer in sorted({layer for edit in edits for layer in edit.factors}):
+        pairs = [edit.factors[layer] for edit in edits if layer in edit.factors]
+        left, right = (torch.cat([pair[i] for pair in pairs], 1).double() for i in range(2))
+        square = float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0))
+        weight = model.weight(layer)
+        weight = (weight.T if model.layout.transposed else weight).double()
+        # |W - D|^2 = |W|^2 - 2 <W, D> + |D|^2 with W the edited weight
+        clean = float(weight.square().sum() - 2 * ((weight @ right.to(weight)) * left.to(weight)).sum()) + square
+        norms[layer] = (square / max(clean, 1e-300)) ** 0.5
+    return norms
+
+
+def course_table(course: Sequence[Point]) -> list[str]:
+    """A line a point."""
+    columns = {
+        "efficacy": ("efficacy", "success"), "exact": ("efficacy", "exact"), "paraphrase": ("paraphrase", "success"),
+        "neighbourh.": ("neighbourhood", "success"), "unchanged": ("neighbourhood", "unchanged"),
+    }  # fmt: skip
+    lines = ["edits " + " ".join(f"{name:>11}" for name in (*columns, "perplexity", "KL", "|D|/|W|", "gain"))]
+    for point in course:
+        found = [point.measures.get(kind, {}).get(measure) for kind, measure in columns.values()]
+        values = [None if estimate is None else estimate.mean for estimate in found]
+        values += [point.perplexity, point.drift.kl, point.norm, point.gain]
+        lines.append(f"{point.edits:>5} " + " ".join(f"{'' if v is None else f'{v:.3f}':>11}" for v in values))
+    return lines
