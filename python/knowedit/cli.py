@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import cli_stats
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
 
@@ -17,6 +18,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Change single facts inside a language model, see what moved, and take it back bit for bit.",
 )  # fmt: skip
+
+app.add_typer(cli_stats.app, name="stats")
 
 Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
 Corpus = Annotated[
@@ -57,46 +60,6 @@ def demo(
     from .demo import run
 
     run(model, _one(corpus), tokens, output)
-
-
-@app.command()
-def stats(
-    model: Model,
-    corpus: Corpus = ["wikipedia"],  # noqa: B006
-    tokens: Tokens = 100_000,
-    layers: Layers = None,
-    max_length: Annotated[int, typer.Option(help="Longer documents are cut into pieces of this many tokens.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the corpus' order or the model's samples.")] = 0,
-    dtype: Dtype = "auto",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: the cache).")] = None,
-    as_json: Json = False,
-) -> None:
-    """Collect key statistics: all layers in one partial pass, checkpointed; run again to go on after an interruption."""
-    from .model import load_model
-    from .statistics import key_statistics
-
-    editable = load_model(model, dtype=dtype, say=_say)
-    found = key_statistics(
-        editable, parse_layers(layers), _one(corpus), tokens, max_length=max_length, seed=seed, directory=output
-    )
-    rows = [
-        {
-            "layer": layer, "module": found[layer].module, "tokens": found[layer].count,
-            "trace": float(found.moment(layer).trace()), "first_token_ratio": found.sink_ratio(layer),
-            "sink": found.is_sink(layer), **found[layer].extra,
-        }
-        for layer in found.layers
-    ]  # fmt: skip
-    if as_json:
-        print(json.dumps(rows))
-        return
-    print(f"{'layer':>5} {'tokens':>9} {'tr C':>12} {'first/other':>12} {'error':>9}  padding")
-    for row in rows:
-        note = "  attention sink: refused by the editors" if row["sink"] else ""
-        print(
-            f"{row['layer']:>5} {row['tokens']:>9,} {row['trace']:>12.4g} {row['first_token_ratio']:>12.2f} "
-            f"{row['audit']['normwise']:>9.1e}  {row['padding']:.1%}{note}"
-        )
 
 
 @app.command()

@@ -41,6 +41,11 @@ class Ranks:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
+    @property
+    def device(self) -> dict[str, int] | None:
+        """The `device_map` that puts a whole model on this process' own GPU; None without GPUs or with one process."""
+        return {"": torch.cuda.current_device()} if self.size > 1 and torch.cuda.is_available() else None
+
     def gather(self, item: T) -> list[T]:
         """Everyone's `item`, by rank, on every rank."""
         if self.size == 1:
@@ -63,10 +68,10 @@ class Ranks:
         if self.rank == 0:
             try:
                 found = (action(), None)
-            except KnowEditError as error:
+            except KnowEditError as problem:
                 if self.size == 1:
                     raise
-                found = (None, error)
+                found = (None, problem)
         result, error = self.gather(found)[0]
         if error is not None:
             raise error

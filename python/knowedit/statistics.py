@@ -47,6 +47,21 @@ class KeyStatistics:
         self._metrics: dict[int, Covariance] = {}
         self._null_spaces: dict[tuple[int, float], NullSpace] = {}
 
+    @classmethod
+    def load(cls, where: str | Path) -> KeyStatistics:
+        """All layers in a folder, or the one in a file: collected or imported; `check` says whether a model may use them.
+
+        Raises:
+            StatisticsError: none there, or damaged.
+        """
+        files = store.files(Path(where))
+        if not files:
+            raise StatisticsError(f"{where}: no statistics files here; collect them with `knowedit stats`")
+        found = [LayerStatistics.load(path) for path in files]
+        if len({layer.layer for layer in found}) < len(found):
+            raise StatisticsError(f"{where} holds several collections; name one of the folders in it")
+        return cls({layer.layer: layer for layer in found})
+
     @property
     def layers(self) -> list[int]:
         return sorted(self._layers)

@@ -108,6 +108,11 @@ def folder(model_name: str, recipe: Recipe) -> Path:
     return cache_dir("statistics", f"{name}-{recipe.fingerprint[:12]}", recipe.slug)
 
 
+def files(where: Path) -> list[Path]:
+    """All statistics files in a folder and those below it, or the file itself."""
+    return [where] if where.is_file() else sorted(where.rglob("layer-*.safetensors"))
+
+
 def layer_file(directory: Path, layer: int) -> Path:
     return directory / f"layer-{layer:03d}.safetensors"
 
@@ -134,6 +139,18 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise StatisticsError(f"{path} is truncated or damaged ({error}); delete it and collect again") from error
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header alone, without reading the sums. Raises StatisticsError when the file is damaged or no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {}).get("knowedit", "{}"))
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise StatisticsError(f"{path} is truncated or damaged ({error}); delete it and collect again") from error
+    if found.get("format") != FORMAT:
+        raise StatisticsError(f"{path} is not a statistics file of this version (format {found.get('format')!r})")
+    return found
 
 
 def asdict_shallow(item: Any) -> dict[str, Any]:

@@ -1,0 +1,148 @@
+"""Several processes, really started by torchrun: the sums of one process, and what happens when one dies."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from knowedit import windows
+from knowedit.errors import StatisticsError
+from knowedit.ranks import Ranks
+from knowedit.statistics import KeyStatistics, key_statistics
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix strange potions".split()
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+PROGRAM = """
+import sys, time
+from knowedit import collect, windows
+from knowedit.model import load_model
+from knowedit.ranks import started
+from knowedit.statistics import key_statistics
+windows.SIZE = 200
+model, corpus, folder, pause = sys.argv[1:]
+run = collect.Collection._round
+def slow(*arguments):
+    time.sleep(float(pause))
+    run(*arguments)
+collect.Collection._round = slow
+with started() as ranks:
+    if float(pause):
+        print(f"rank {ranks.rank} is {__import__('os').getpid()}", flush=True)
+    key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder, checkpoint_every=0)
+"""
+
+
+@pytest.fixture
+def place(tiny_llama, tmp_path):
+    """A folder with a model, a corpus and a program that collects slowly."""
+    tiny_llama.hf.save_pretrained(tmp_path / "model")
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
+    texts = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(3 + (i * 7) % 29)) for i in range(1, 61)]
+    (tmp_path / "corpus.txt").write_text("\n\n".join(texts))
+    (tmp_path / "run.py").write_text(PROGRAM)
+    return tmp_path
+
+
+def start(place, ranks, *command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KNOWEDIT_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
+    launcher = (*TORCHRUN, str(ranks)) if ranks > 1 else (sys.executable,)
+    return subprocess.Popen(
+        [*launcher, *command], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def collect(place, ranks, folder, pause="0"):
+    process = start(place, ranks, "run.py", "model", "corpus.txt", folder, pause)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return KeyStatistics.load(place / folder)
+
+
+def differ(one, other):
+    return max(float((one[i].total - other[i].total).norm() / other[i].total.norm()) for i in (1, 2))
+
+
+def test_two_ranks_write_what_one_process_writes(place):
+    long = " ".join(WORDS) + ". "
+    (place / "long.txt").write_text("\n\n".join(long * (1 + i % 5) for i in range(700)))  # about six windows
+    arguments = ("-m", "knowedit", "stats", "model", "--corpus", "long.txt", "--tokens", "150001", "--layers", "1-2", "--json")
+    processes = [start(place, ranks, *arguments, "-o", f"by{ranks}") for ranks in (1, 2)]
+    said = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    rows = [json.loads(out) for out, _ in said]  # one rank speaks
+    assert [row["ranks"] for row in rows[0] + rows[1]] == [1, 1, 2, 2]
+    one, two = (KeyStatistics.load(place / f"by{ranks}") for ranks in (1, 2))
+    assert one[1].count == two[1].count == 150_001 and one[1].recipe == two[1].recipe
+    assert differ(two, one) <= 1e-12
+    assert two[2].first_norm == pytest.approx(one[2].first_norm, rel=1e-12)
+    assert two[1].extra["padding"] == one[1].extra["padding"] <= 0.05
+    ours, theirs = (found[2].extra["convergence"] for found in (one, two))
+    assert len(ours) == len(theirs) > 0 and theirs[-1]["solve"] == pytest.approx(ours[-1]["solve"], rel=1e-6)
+    events = [json.loads(line) for line in said[1][1].splitlines() if line.startswith("{")]
+    assert events[-1]["event"] == "done" and events[-1]["tokens"] == 150_001 and events[-1]["tokens_per_second"] > 0
+    assert not list(place.glob("by*/checkpoint*"))
+
+
+def test_a_dead_rank_ends_the_job_and_any_number_go_on(place):
+    whole = collect(place, 2, "whole")
+    process = start(place, 2, "run.py", "model", "corpus.txt", "cut", "0.2")
+    workers = {}
+    for line in process.stdout:
+        if found := re.match(r"rank (\d) is (\d+)", line):
+            workers[int(found[1])] = int(found[2])
+            if len(workers) == 2:
+                break
+    deadline = time.monotonic() + 120
+    while not list((place / "cut").glob("checkpoint*.1-of-2.*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(workers[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "another rank ended" in errors
+    for worker in workers.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    assert list((place / "cut").glob("checkpoint*.0-of-2.*")) and not list((place / "cut").glob("layer*"))
+    shutil.copytree(place / "cut", place / "cut-one")
+    again, alone = collect(place, 2, "cut"), collect(place, 1, "cut-one")
+    assert all(torch.equal(again[i].total, whole[i].total) for i in (1, 2))  # the same ranks: the same bits
+    assert differ(alone, whole) <= 1e-12 and alone[1].count == 2500
+    assert not list(place.glob("cut*/checkpoint*"))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 16])
+def test_windows_are_dealt_out_to_any_number_of_ranks(tiny_llama, place, monkeypatch, ranks):
+    """Every window goes to one rank, and is the one that a single process makes; also from the middle on."""
+    monkeypatch.setattr(windows, "SIZE", 200)
+    monkeypatch.setattr("knowedit.windows.lanes_of", lambda _: 4)
+
+    def read(rank, size, start=0, taken=()):
+        reader = windows.Reader(place / "corpus.txt", 0, tiny_llama.tokenizer, 64, True, rank, size)
+        found = []
+        for window in reader.windows(start, taken):
+            if window.number >= 40:
+                return found
+            found.append(window)
+
+    whole = read(0, 1)
+    assert sum(window.documents for window in whole) == 60 and [window.number for window in whole] == list(range(40))
+    parts = sorted((window for rank in range(ranks) for window in read(rank, ranks)), key=lambda window: window.number)
+    assert parts == whole
+    taken = [sum(window.documents for window in whole[:10] if window.number % 4 == lane) for lane in range(4)]
+    later = [window for rank in range(ranks) for window in read(rank, ranks, 10, taken)]
+    assert sorted(later, key=lambda window: window.number) == whole[10:]
+
+
+def test_ranks_must_agree(tiny_llama, place, monkeypatch):
+    real = Ranks.gather
+    monkeypatch.setattr(Ranks, "gather", lambda self, item: [*real(self, item), None])
+    with pytest.raises(StatisticsError, match="ranks were given different models"):
+        key_statistics(tiny_llama, [1], place / "corpus.txt", 100, directory=place / "s")
