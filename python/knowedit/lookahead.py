@@ -22,13 +22,15 @@ from knowedit_kernels import EditSolver
 from knowedit_kernels.target_loss import target_loss
 
 from .errors import EditError
+from .facts import Fact
 from .groups import GroupKeys
 from .model import EditableModel
 from .replay import Suffix
 from .tokens import Row, batches
 
-#: What a step sees: the edited weights at every token; the realised shift `R G` at the lookup token; the planned shift `R`.
-Through = Literal["edit", "proxy", "plan"]
+#: What a step sees: the planned shift `R` at the lookup token; the realised one, `R G`; the edited weights at every token.
+Through = Literal["plan", "proxy", "edit"]
+THROUGH: tuple[Through, ...] = ("plan", "proxy", "edit")
 #: A layer's write-outs `[groups, hidden]`.
 WriteOuts = dict[int, Tensor]
 
@@ -138,10 +140,10 @@ class Lines:
         for batch in batches(lengths, budget):
             self.chunks.append(_Chunk(model, [lines[i] for i in batch], [starts[i] for i in batch], first - 1))
 
-    def losses(self, shifts: _Shifts) -> Iterator[Tensor]:
+    def losses(self, layers: Mapping[int, FrozenLayer], out: WriteOuts, through: Through = "edit") -> Iterator[Tensor]:
         """`[2, groups]` of each chunk: the answers' NLL and the KL, weighted; differentiable."""
         for chunk in self.chunks:
-            yield chunk.loss(shifts, self.groups)
+            yield chunk.loss(_Shifts(layers, out, through), self.groups)
 
 
 class _Chunk:
@@ -232,7 +234,7 @@ class _Shifts:
 def look_ahead(
     layers: Mapping[int, FrozenLayer],
     start: WriteOuts,
-    plan: Callable[[int], Sequence[Lines]],
+    plan: Callable[[int], Sequence[tuple[Lines, float]]],
     settings: Settings,
     *,
     progress: Callable[[float], None] = lambda steps: None,
@@ -240,7 +242,7 @@ def look_ahead(
     """Train the write-outs from `start`, all groups and layers together.
 
     Args:
-        plan: the texts of step 0, 1, ...; each step may bring others.
+        plan: the texts of step 0, 1, ... and the factors of their losses; each step may bring others.
 
     Returns:
         `{layer: R [groups, hidden]}` float32.
@@ -254,9 +256,9 @@ def look_ahead(
     groups = len(next(iter(start.values())))
     for step in range(settings.steps):
         optimiser.zero_grad()
-        for lines in plan(step):
-            for part in lines.losses(_Shifts(layers, out, settings.through)):
-                part.sum().backward()
+        for lines, factor in plan(step):
+            for part in lines.losses(layers, out, settings.through):
+                (factor * part.sum()).backward()
         penalty = torch.zeros(())
         for layer, value in out.items():
             if settings.price and paid > 0:
@@ -297,11 +299,23 @@ class Disconnect:
 def disconnect(layers: Mapping[int, FrozenLayer], out: WriteOuts, lines: Lines) -> Disconnect:
     """Measure it on `lines`, whose weights should add up to 1 a group."""
     found = []
-    for through in ("plan", "proxy", "edit"):
-        total = sum(lines.losses(_Shifts(layers, out, through)), torch.zeros(2, lines.groups))
-        found.append(float(total[0].mean()))
+    for through in THROUGH:
+        found.append(float(sum(part[0].sum() for part in lines.losses(layers, out, through))) / lines.groups)
     return Disconnect(*found)
 
 
 def _price(frozen: FrozenLayer, out: Tensor) -> Tensor:
     return (out * (frozen.price @ out)).sum()
+
+
+def state_norms(model: EditableModel, groups: Sequence[Sequence[Fact]], layers: Sequence[int]) -> dict[int, Tensor]:
+    """`{layer: [groups]}` length of the clean hidden state at the lookup tokens of the bare prompts, mean over a group."""
+    rows = [model.row(fact.text, fact.subject) for group in groups for fact in group]
+    owner = torch.tensor([number for number, group in enumerate(groups) for _ in group])
+    norms = {}
+    for layer in layers:
+        outputs = model.keys(rows, [layer], outputs=True)[1]
+        assert outputs is not None
+        total = torch.zeros(len(groups)).index_add(0, owner, outputs.norm(dim=1).float().cpu())
+        norms[layer] = total / torch.bincount(owner, minlength=len(groups))
+    return norms

@@ -123,20 +123,6 @@ def optimise_values(
     return result
 
 
-def nll_gradients(
-    model: EditableModel, groups: Sequence[Sequence[Fact]], layer: int, delta: Tensor, settings: ValueSettings
-) -> Tensor:
-    """Gradient `[groups, hidden]` of each group's NLL with respect to its value, at `delta` `[groups, hidden]`."""
-    plans = [_Plan(model, group, settings) for group in groups]
-    found = torch.zeros_like(delta)
-    for batch in _chunks(plans, settings.budget, settings.budget):
-        problem = Problem.at(layer, model, [plans[i] for i in batch])
-        variable = delta[batch].to(model.device).requires_grad_()
-        (gradient,) = torch.autograd.grad(problem.evaluate(variable[:, None])[0].sum(), variable)
-        found[batch] = gradient.to(found)
-    return found
-
-
 class _Plan:
     """A group's rows: for each fact its contexts with the answer, then the essence row."""
 

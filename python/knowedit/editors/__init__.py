@@ -4,10 +4,12 @@ from .alphaedit import AlphaEdit as AlphaEdit
 from .emmet import EMMET as EMMET
 from .memit import MEMIT as MEMIT
 from .memit_merge import MEMITMerge as MEMITMerge
+from .metake import MetaKE as MetaKE
 from .pmet import PMET as PMET
 from .recipe import LocateThenEdit as LocateThenEdit
 from .rome import ROME as ROME
+from .rose import RoSE as RoSE
 
 EDITORS: dict[str, type[LocateThenEdit]] = {
-    editor.name.lower(): editor for editor in (MEMIT, ROME, EMMET, PMET, MEMITMerge, AlphaEdit)
+    editor.name.lower(): editor for editor in (MEMIT, ROME, EMMET, PMET, MEMITMerge, AlphaEdit, RoSE, MetaKE)
 }

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..edit import relative_norms
+from ..errors import EditError
 from ..facts import Fact
 from ..model import EditableModel
-from ..targets import Targets
+from ..targets import Targets, prompt_rows
 
 if TYPE_CHECKING:
     from .recipe import LocateThenEdit
@@ -19,11 +20,21 @@ LOW_GAIN = 0.9
 LARGE_NORM = 0.8
 
 
-def first_token_warnings(model: EditableModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[str]:
-    """Facts whose bare prompt has its subject at position 0, where the attention sink sits."""
+def first_token_warnings(model: EditableModel, facts: Sequence[Fact], contexts: Sequence[str], allowed: bool) -> list[str]:
+    """Facts whose bare prompt has its subject at position 0, where the attention sink sits.
+
+    Raises:
+        EditError: no context puts anything in front of such a subject, and this is not allowed.
+    """
     at_start = [fact.subject for fact in facts if model.row(fact.text, fact.subject).subject == 0]
     if not at_start:
         return []
+    lone = [f.subject for f in facts if f.subject in at_start and prompt_rows(model, f, contexts)[0].subject == 0]
+    if lone and not allowed:
+        raise EditError(
+            f"subject {lone[0]!r} is the very first token, where a causal model keeps its attention sink, in every context: "
+            "add one with words in front to ValueSettings.contexts, or pass allow_sinks=True"
+        )
     return [
         f"{len(at_start)} subject(s) are the prompt's very first token ({', '.join(map(repr, at_start[:3]))}), where a causal "
         "model keeps its attention sink; their keys and values are taken from the prompts with a context in front"
@@ -51,7 +62,13 @@ def outcome_warnings(report: dict[str, Any], targets: Targets, groups: Sequence[
     merged = [group[0].subject for group in groups if len(group) > 1]
     if merged:
         warnings.append(f"{len(merged)} subject(s) with several facts share one value each ({', '.join(merged[:3])}, ...)")
-    if report["gain"] < LOW_GAIN:
+    ahead = report.get("look_ahead", {})
+    if ahead.get("used"):  # the training makes up for a small gain
+        if ahead["after"]["realised"] > 1.0:
+            warnings.append(
+                f"the answers end at an NLL of {ahead['after']['realised']:.1f}; more steps or a larger clamp may help"
+            )
+    elif report["gain"] < LOW_GAIN:
         warnings.append(f"only {report['gain']:.0%} of the planned change is realised; lower the weight, or raise the gain")
     for layer, norm in report["relative_norm"].items():
         if norm > LARGE_NORM:

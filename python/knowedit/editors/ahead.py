@@ -1,0 +1,76 @@
+"""From a stock write to the look-ahead and back: what `rose.py` and `metake.py` share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..edit import relative_norms
+from ..facts import Fact
+from ..lookahead import FrozenLayer, Line, Lines, Settings, WriteOuts, disconnect, state_norms
+from ..model import EditableModel
+from ..targets import prompt_rows
+from .task import Task, Written
+
+CLOSE = 0.5  # whitened cosine of two keys from which one edit disturbs the other
+CROWDED = 0.8  # relative norm from which edits disturb each other at other tokens
+
+
+def frozen_layers(task: Task, written: Written) -> tuple[dict[int, FrozenLayer], WriteOuts]:
+    """What the solvers of a stock write fix at each layer, and its write-outs to start from."""
+    norms = state_norms(task.model, task.groups, task.layers)
+    layers = {layer: FrozenLayer.of(*solved, norms[layer]) for layer, solved in written.solved.items()}
+    return layers, {layer: left.T.contiguous() for layer, (left, _) in written.factors.items()}
+
+
+def adopt(written: Written, out: WriteOuts) -> None:
+    """Put trained write-outs in the place of the stock ones."""
+    written.factors = {layer: (out[layer].T.contiguous(), right) for layer, (_, right) in written.factors.items()}
+
+
+def told(settings: Settings, layers: dict[int, FrozenLayer], start: WriteOuts, found: WriteOuts, bare: Lines) -> dict[str, Any]:
+    """The look-ahead's part of the report: the disconnect before and after it."""
+    before, after = (asdict(disconnect(layers, out, bare)) for out in (start, found))
+    return {"used": True, "settings": asdict(settings), "before": before, "after": after}
+
+
+def answer_lines(
+    model: EditableModel, groups: Sequence[Sequence[Fact]], first: int, contexts: Sequence[str], budget: int
+) -> Lines:
+    """Every fact's answer after its prompt in each context; the weights of a group add up to 1."""
+    lines = []
+    for number, group in enumerate(groups):
+        for fact in group:
+            rows = prompt_rows(model, fact, contexts, fact.target)
+            lines += [Line(row, number, 1 / (len(group) * len(rows))) for row in rows]
+    return Lines(model, lines, first, len(groups), budget=budget)
+
+
+def effective_gain(gains: Sequence[Tensor]) -> Tensor:
+    """`I - prod_i (I - G_i / (L - i))`, what a write spread over L layers realises (METHODS 3.4, states passed on as they
+    are); `gains`: `[groups, groups]` each, lowest layer first."""
+    left = eye = torch.eye(len(gains[0]), dtype=gains[0].dtype, device=gains[0].device)
+    for i, gain in enumerate(gains):
+        left = left @ (eye - gain / (len(gains) - i))
+    return eye - left
+
+
+def reasons(task: Task, written: Written) -> list[str]:
+    """Why to look ahead; empty where the stock targets do as well."""
+    found = ["earlier edits to leave alone"] if task.history is not None and len(task.history) else []
+    cosine = 0.0
+    for solver, keys in written.solved.values():
+        length = solver.S.diagonal().clamp(min=1e-30).sqrt()
+        other = (keys.owner[:, None] != keys.owner[None]).to(solver.S.device)
+        if bool(other.any()):
+            cosine = max(cosine, float((solver.S / length.outer(length))[other].max()))
+    norm = max(relative_norms(task.model, written.factors).values())
+    if cosine > CLOSE:
+        found.append(f"keys of different groups are close (whitened cosine {cosine:.2f})")
+    if norm > CROWDED:
+        found.append(f"a crowded edit (|delta| / |W| {norm:.2f})")
+    return found

@@ -1,0 +1,93 @@
+"""MetaKE: targets that know what the solver can execute.
+
+Our implementation of the idea, derived from the public abstract (arXiv 2603.12677; its body was not available): bi-level
+optimisation whose lower level is the solver of MEMIT or AlphaEdit and whose upper level trains the target through it. As
+`Delta = R A` is linear in the target, the hyper-gradient has a closed form, the structural gradient proxy (METHODS 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from knowedit_kernels.solver import Metric
+
+from ..lookahead import Settings, look_ahead
+from ..progress import bar
+from ..statistics import KeyStatistics
+from ..targets import Targets
+from .ahead import adopt, answer_lines, effective_gain, frozen_layers, reasons, told
+from .alphaedit import AlphaEdit
+from .memit import MEMIT
+from .recipe import LocateThenEdit
+from .task import Task, Written
+
+
+@dataclass(frozen=True)
+class MetaKE(LocateThenEdit):
+    """Metric: the lower-level editor's, plus history. Targets: trained through the solver. Spread: as MEMIT.
+
+    Attributes:
+        lower: the editor that executes the targets; with its own gain where the look-ahead stays off.
+        gain: of `lower` under the look-ahead. Small on purpose: it keeps the drift down, the training makes up for it
+            where that is needed.
+        ahead: of the training. `through="edit"` trains every layer's write-out through the edited weights at all tokens;
+            "proxy" trains one target a group through `R G` (several layers: `R G_eff`), which `lower` then writes;
+            "plan" is the control without a solver: as many steps with G = I.
+        diagonal: ablation of the proxy: every group sees its own gain only.
+        when: "auto" looks ahead only where it pays: keys that are close to each other, a crowded edit, or a history.
+        contexts: from half of the steps on, these texts around the prompt take half of the loss.
+    """
+
+    merge_subjects: bool = False
+    lower: MEMIT | AlphaEdit = field(default_factory=lambda: MEMIT(mean_keys=True, gain=0.98))
+    gain: float = 0.7
+    ahead: Settings = field(default_factory=Settings)
+    diagonal: bool = False
+    when: Literal["auto", "always", "never"] = "auto"
+    contexts: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "MetaKE"
+
+    def metric(self, statistics: KeyStatistics, layer: int, keys: Tensor) -> tuple[Metric, dict[str, Any]]:
+        return self.lower.metric(statistics, layer, keys)
+
+    def write(self, task: Task, targets: Targets) -> Written:
+        stock = super().write(task, targets)
+        why = reasons(task, stock)
+        if self.when == "never" or (self.when == "auto" and not why):
+            stock.report["look_ahead"] = {"used": False, "reasons": why}
+            return stock
+        through, last = self.ahead.through, task.layers[-1]
+        # the same recipe, with the gain of the look-ahead
+        editor = self if through == "plan" else replace(self, lower=replace(self.lower, gain=self.gain))
+        written = stock if through == "plan" else LocateThenEdit.write(editor, task, targets)
+        layers, start = frozen_layers(task, written)
+        if through != "edit":
+            gains = [layers[layer].gain for layer in task.layers]
+            gain = torch.eye(len(task.groups)) if through == "plan" else effective_gain(gains)
+            layers, start = {last: replace(layers[last], gain=gain)}, {last: targets.delta}
+        if self.diagonal:
+            layers = {layer: frozen.diagonal() for layer, frozen in layers.items()}
+        draft, first = task.model.draft(), min(layers)
+        bare = answer_lines(draft, task.groups, first, ("{}",), self.ahead.budget)
+        wrapped = answer_lines(draft, task.groups, first, self.contexts, self.ahead.budget) if self.contexts else None
+        late = [(bare, 0.5), (wrapped, 0.5)] if wrapped else [(bare, 1.0)]
+        with bar(f"{self.name}: looking ahead", self.ahead.steps, "steps", show=task.progress) as advance:
+            found = look_ahead(
+                layers,
+                start,
+                lambda step: late if 2 * step >= self.ahead.steps else [(bare, 1.0)],
+                self.ahead,
+                progress=advance,
+            )
+        report = {**told(self.ahead, layers, start, found, bare), "reasons": why}
+        if through == "edit":
+            adopt(written, found)
+        else:
+            written = LocateThenEdit.write(editor, task, replace(targets, delta=found[last]))
+        written.report["look_ahead"] = report
+        return written

@@ -1,0 +1,140 @@
+"""RoSE: several facts of one subject that survive rephrasing and instructions.
+
+Our implementation of the idea, derived from the public abstract (arXiv 2603.15518; its body was not available): isotropic
+geometric alignment is the isotropic part of the metric, hierarchical knowledge integration goes from a value for each fact
+over their minimum-norm merge to a refinement through the edited model (METHODS 1.3 and 1.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from knowedit_kernels import weight_for_gain
+from knowedit_kernels.solver import Identity, Metric, combined
+
+from ..datasets.forms import Form, training_forms
+from ..entities import entity_moments
+from ..facts import Fact
+from ..groups import GroupKeys, keys_at
+from ..lookahead import Settings, look_ahead
+from ..model import EditableModel
+from ..progress import bar
+from ..statistics import KeyStatistics
+from ..targets import Targets, optimise_values
+from .ahead import adopt, frozen_layers, told
+from .recipe import LocateThenEdit
+from .rose_objective import Objective, Weights
+from .task import Task, Written
+
+
+@dataclass(frozen=True)
+class RoSE(LocateThenEdit):
+    """Metric: covariance + entities + identity. Targets: hierarchical, one a subject. Spread: layers share the norm.
+
+    Attributes:
+        shares: of the covariance, the entities' moment and the identity in the metric, each of unit trace. (1, 0, 0) is
+            MEMIT's, (0, 0, 1) the pure identity (IGA), (1 - g, 0, g) their interpolation.
+        gain: the metric's weight is set so that an edit alone would realise this share of its planned change.
+        entities: `{layer: [d_ff, d_ff]}` the entities' moments; None: of the shipped ones.
+        integration: "tree" merges a value for each fact, "joint" optimises one value for all of them (MEMIT-Merge).
+        refine: the look-ahead over forms; None leaves it out.
+        weights: of the refinement's objective.
+        questions: question wordings by fact id, prompt or relation, with "{}" for the subject; shipped ones else, and
+            generic forms for unknown relations.
+        neighbours: other facts of the same relations whose answers should stay; besides the shipped entities.
+        seed: of the choice of neighbours.
+    """
+
+    layers: tuple[int, ...] | None = None
+    shares: tuple[float, float, float] = (0.16, 0.45, 0.39)
+    gain: float = 0.88
+    entities: Mapping[int, Tensor] | None = field(default=None, repr=False)
+    integration: Literal["tree", "joint"] = "tree"
+    refine: Settings | None = field(
+        default_factory=lambda: Settings(
+            steps=40, betas=(0.9, 0.98), decay=0.2, clamp=0.8, clamp_realised=False, price=0, norm=0.2
+        )
+    )
+    weights: Weights = field(default_factory=Weights)
+    questions: Mapping[str, Sequence[str]] | None = None
+    neighbours: tuple[Fact, ...] = ()
+    seed: int = 0
+
+    name: ClassVar[str] = "RoSE"
+    key_forms: ClassVar[tuple[str, ...]] = ("bare", "pre1", "ch1", "gc")
+
+    @property
+    def needs_statistics(self) -> bool:  # type: ignore[override]
+        """The pure identity needs none."""
+        return bool(self.shares[0])
+
+    def metric(self, statistics: KeyStatistics, layer: int, keys: Tensor) -> tuple[Metric, dict[str, Any]]:
+        covariance, entities, identity = self.shares
+        terms = [(covariance, statistics.moment(layer))] if covariance else []
+        terms += [(entities, self.entities[layer])] if entities and self.entities else []
+        scaled = [(share / float(part.trace()), part) for share, part in terms]
+        metric = combined(scaled, identity / len(keys)) if scaled else Identity(len(keys))
+        weight = weight_for_gain(metric, keys, self.gain)
+        return metric.with_weight(weight), {"weight": weight}
+
+    def targets(self, task: Task) -> Targets:
+        if self.integration == "joint" or all(len(group) == 1 for group in task.groups):
+            return super().targets(task)
+        leaves = [[fact] for fact in task.facts]
+        with bar(f"{self.name}: a value for each fact", len(leaves), "facts", show=task.progress) as advance:
+            found = optimise_values(task.model, leaves, task.layers[-1], task.values, progress=advance)
+        return merge(found, task)
+
+    def keys(self, task: Task, layer: int) -> GroupKeys:
+        rows = [
+            [[f.row(task.model) for f in self.forms(task.model, fact) if f.name in self.key_forms] for fact in group]
+            for group in task.groups
+        ]
+        return keys_at(task.model, rows, layer, task.layers[-1], mean=self.mean_keys)
+
+    def forms(self, model: EditableModel, fact: Fact) -> list[Form]:
+        """What a fact is trained on, the bare prompt first; no chats for a model without a chat template."""
+        given, names = self.questions or {}, (fact.id, fact.prompt, fact.relation)
+        found = training_forms(fact, next((given[name] for name in names if name and name in given), ()))
+        return [form for form in found if model.tokenizer.chat_template or not form.chat]
+
+    def write(self, task: Task, targets: Targets) -> Written:
+        if self.shares[1] and self.entities is None:
+            subjects = [group[0].subject for group in task.groups]
+            return replace(self, entities=entity_moments(task.model, task.layers, subjects)).write(task, targets)
+        written = super().write(task, targets)
+        if self.refine is None:
+            return written
+        layers, start = frozen_layers(task, written)
+        with bar(f"{self.name}: refining over forms", self.refine.steps, "steps", show=task.progress) as advance:
+            objective = Objective(self, task, self.weights, self.refine.budget)
+            found = look_ahead(layers, start, objective.plan, self.refine, progress=advance)
+        report = told(self.refine, layers, start, found, objective.bare)
+        written.report["look_ahead"] = report | {"weights": asdict(self.weights)}
+        adopt(written, found)
+        return written
+
+
+def merge(leaves: Targets, task: Task) -> Targets:
+    """The smallest delta a subject that reaches as far as each fact's own in its direction, `delta . d_t = |d_t|^2`, then
+    within the clamp. (METHODS 1.4 constrains the facts' gains instead; at optimised values their gradients are noise.)"""
+    owner = torch.tensor([number for number, group in enumerate(task.groups) for _ in group])
+    parts = []
+    for number in range(len(task.groups)):
+        rows = leaves.delta[owner == number].double()
+        length = rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        unit = rows / length
+        gram = unit @ unit.T + 1e-3 * torch.eye(len(unit), dtype=unit.dtype)
+        parts.append((unit.T @ torch.linalg.solve(gram, length))[:, 0])
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.stack([x[owner == number].float().mean(0) for number in range(len(task.groups))])
+
+    value, delta = mean(leaves.value), torch.stack(parts).float()
+    delta = delta * (task.values.clamp * value.norm(dim=1) / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1)[:, None]
+    return Targets(delta, value, mean(leaves.loss), mean(leaves.nll), mean(leaves.steps))
