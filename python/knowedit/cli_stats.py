@@ -110,8 +110,6 @@ def ls(
     from .files import cache_dir
 
     folder = where or cache_dir("statistics")
-    if not folder.exists():
-        raise StatisticsError(f"{folder}: there is no such folder")
     groups: dict[Path, list[dict[str, Any]]] = {}
     for path in store.files(folder):
         groups.setdefault(path.parent, []).append({**store.header(path), "bytes": path.stat().st_size})
@@ -241,8 +239,6 @@ def take(
 def _files(where: Path) -> list[Path]:
     from . import store
 
-    if not where.exists():
-        raise StatisticsError(f"{where}: there is no such file or folder")
     if not (found := store.files(where)):
         raise StatisticsError(f"{where}: no statistics files here; collect them with `knowedit stats`")
     return found

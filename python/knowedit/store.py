@@ -109,7 +109,9 @@ def folder(model_name: str, recipe: Recipe) -> Path:
 
 
 def files(where: Path) -> list[Path]:
-    """All statistics files in a folder and those below it, or the file itself."""
+    """All statistics files in a folder and those below it, or the file itself. Raises StatisticsError: no such place."""
+    if not where.exists():
+        raise StatisticsError(f"{where}: there is no such file or folder")
     return [where] if where.is_file() else sorted(where.rglob("layer-*.safetensors"))
 
 
