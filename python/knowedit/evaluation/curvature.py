@@ -1,12 +1,16 @@
 """The loss around an optimised value: how far it may be pushed, how sharply it rises, which way each fact pulls.
 
 RoSE's diagnosis (arXiv 2603.15518, abstract): facts of one subject have near-orthogonal gradients, their joint value ends
-in a sharp minimum, and prompts then push it further than it tolerates. The measures below are our definitions.
+in a sharp minimum, and prompts then push it further than it tolerates. The measures below are our definitions;
+`landscape` takes all of them at one layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -15,8 +19,74 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..facts import Fact
 from ..model import EditableModel
 from ..replay import Suffix
+from ..targets import ValueSettings, optimise_values
 
 Loss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """The optimised values of some subjects' facts at one layer; `joint`: one value a subject, `alone`: one a fact.
+
+    Attributes:
+        delta: `[subjects, hidden]` float32, the joint shifts; room: `[facts]`, tolerance times ``|v*|`` of the joint values.
+        gradient_cosine: of the facts' losses pairwise within subjects, at the clean and at the joint values.
+        delta_cosine: of the shifts optimised alone, likewise. Both are NaN when every subject has one fact.
+        shift: mean ``|delta| / |h|``; nll: mean loss at the values, nats a token.
+        tolerance: mean radius (`tolerance`), in ``|v*|``; weakest: mean over subjects of the least of its facts.
+        sharpness: mean top Hessian eigenvalue times ``|v*|^2``; roughness: mean of all eigenvalues times ``|v*|^2``.
+    """
+
+    delta: Tensor
+    room: Tensor
+    gradient_cosine: dict[str, float]
+    delta_cosine: float
+    shift: dict[str, float]
+    nll: dict[str, float]
+    tolerance: dict[str, float]
+    weakest: dict[str, float]
+    sharpness: dict[str, float]
+    roughness: dict[str, float]
+
+
+def landscape(
+    model: EditableModel, groups: Sequence[Sequence[Fact]], layer: int, values: ValueSettings | None = None, *, seed: int = 0
+) -> Landscape:
+    """Optimise the values of `groups` (the facts of one subject each) together and alone, and look around them."""
+    facts = [fact for group in groups for fact in group]
+    recall = Recall(model, facts, layer)
+    clean = recall.clean
+    owner = torch.tensor([g for g, group in enumerate(groups) for _ in group], device=clean.device)
+    pairs = [(i, j) for i, j in combinations(range(len(facts)), 2) if owner[i] == owner[j]]
+    alone, joint = optimise_values(model, [[f] for f in facts], layer, values), optimise_values(model, groups, layer, values)
+    base, delta = joint.value.to(clean), joint.delta.to(clean)
+    points = {"alone": clean + alone.delta.to(clean), "joint": clean + delta[owner]}
+
+    def loss(states: Tensor) -> Tensor:
+        return recall(states)[0]
+
+    def together(states: Tensor) -> Tensor:  # by subject: its facts' mean loss as a function of its value
+        nll = loss(clean + (states - base)[owner])
+        return torch.zeros(len(states), device=nll.device).index_add(0, owner, nll) / torch.bincount(owner)
+
+    with torch.no_grad():
+        radius = {name: tolerance(lambda s, rows: recall(s, rows)[1], point, seed=seed) for name, point in points.items()}
+        nll = {name: float(loss(point).mean()) for name, point in points.items()}
+    minima = {"alone": (loss, points["alone"]), "joint": (together, base + delta)}
+    square = {name: at.norm(dim=1).square() for name, (_, at) in minima.items()}
+    weakest = {n: [float(r[owner.cpu() == g].min()) for g in range(len(groups))] for n, r in radius.items()}
+    return Landscape(
+        delta=delta.cpu(),
+        room=radius["joint"] * points["joint"].norm(dim=1).cpu(),
+        gradient_cosine={n: _cosine(gradients(loss, at), pairs) for n, at in (("clean", clean), ("joint", points["joint"]))},
+        delta_cosine=_cosine(alone.delta, pairs),
+        shift={n: float(((point - clean).norm(dim=1) / clean.norm(dim=1)).mean()) for n, point in points.items()},
+        nll=nll,
+        tolerance={n: float(r.mean()) for n, r in radius.items()},
+        weakest={n: sum(least) / len(least) for n, least in weakest.items()},
+        sharpness={n: float((top_curvature(f, at, seed=seed) * square[n]).mean()) for n, (f, at) in minima.items()},
+        roughness={n: float((mean_curvature(f, at, seed=seed) * square[n]).mean()) for n, (f, at) in minima.items()},
+    )
 
 
 class Recall:
@@ -29,7 +99,7 @@ class Recall:
     def __init__(self, model: EditableModel, facts: Sequence[Fact], layer: int) -> None:
         rows = [model.row(fact.text, fact.subject, fact.target) for fact in facts]
         self.model = model
-        self.suffix = Suffix(model, [type(r)(r.ids[:-1], r.subject, r.answer) for r in rows], layer)
+        self.suffix = Suffix(model, [replace(r, ids=r.ids[:-1]) for r in rows], layer)
         self.clean = self.suffix.hidden[:, 0].float()
         self.spans = [
             [(i - 1 - (r.subject or 0), r.ids[i]) for i in range(r.answer or 0, len(r.ids))] for r in rows
@@ -59,9 +129,9 @@ def tolerance(
     values: Tensor,
     *,
     share: float = 0.9,
-    directions: int = 32,
-    largest: float = 2.0,
-    steps: int = 7,
+    directions: int = 16,
+    largest: float = 1.0,
+    steps: int = 6,
     seed: int = 0,
 ) -> Tensor:
     """The largest radius, as a fraction of `|value|`, at which `share` of random directions leave a fact recalled.
@@ -100,10 +170,10 @@ def gradients(loss: Loss, at: Tensor) -> Tensor:
     return torch.autograd.grad(loss(variable).sum(), variable)[0]
 
 
-def top_curvature(loss: Loss, at: Tensor, *, steps: int = 12, seed: int = 0) -> Tensor:
+def top_curvature(loss: Loss, at: Tensor, *, steps: int = 8, seed: int = 0) -> Tensor:
     """`[n]` Hessian eigenvalue of largest size of each row's loss at `at`, by power iteration (a Rayleigh quotient)."""
     direction = torch.randn(at.shape, generator=torch.Generator().manual_seed(seed)).to(at)
-    value = torch.zeros(len(at))
+    value = torch.zeros(len(at), device=at.device)
     with _products(loss, at) as product:
         for _ in range(steps):
             direction = direction / direction.norm(dim=1, keepdim=True)
@@ -112,7 +182,7 @@ def top_curvature(loss: Loss, at: Tensor, *, steps: int = 12, seed: int = 0) -> 
     return value
 
 
-def mean_curvature(loss: Loss, at: Tensor, *, probes: int = 8, seed: int = 0) -> Tensor:
+def mean_curvature(loss: Loss, at: Tensor, *, probes: int = 4, seed: int = 0) -> Tensor:
     """`[n]` trace of the Hessian over its size: Hutchinson's estimate from `probes` random sign vectors."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(at), device=at.device)
@@ -123,16 +193,16 @@ def mean_curvature(loss: Loss, at: Tensor, *, probes: int = 8, seed: int = 0) ->
     return total / (probes * at.shape[1])
 
 
-class _products:
+@contextmanager
+def _products(loss: Loss, at: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
     """Hessian-vector products at one point; the first gradient is shared. Fused attention has no second derivative."""
+    variable = at.detach().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        (first,) = torch.autograd.grad(loss(variable).sum(), variable, create_graph=True)
+        yield lambda direction: torch.autograd.grad(first, variable, direction, retain_graph=True)[0]
 
-    def __init__(self, loss: Loss, at: Tensor) -> None:
-        self.loss, self.at, self.kernel = loss, at.detach().requires_grad_(), sdpa_kernel(SDPBackend.MATH)
 
-    def __enter__(self) -> Callable[[Tensor], Tensor]:
-        self.kernel.__enter__()
-        (first,) = torch.autograd.grad(self.loss(self.at).sum(), self.at, create_graph=True)
-        return lambda direction: torch.autograd.grad(first, self.at, direction, retain_graph=True)[0]
-
-    def __exit__(self, *error: object) -> None:
-        self.kernel.__exit__(*error)
+def _cosine(vectors: Tensor, pairs: Sequence[tuple[int, int]]) -> float:
+    """Mean cosine over pairs of rows; NaN without pairs."""
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
+    return sum(float(unit[i] @ unit[j]) for i, j in pairs) / len(pairs) if pairs else float("nan")
