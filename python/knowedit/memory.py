@@ -59,12 +59,12 @@ def packs(model: EditableModel, layer: int) -> bool:
 
 def _keys(model: EditableModel, layer: int, pieces: Sequence[Piece], packed: bool) -> Tensor:
     """The keys of all pieces, longest piece first, `[tokens, d_ff]` float64."""
-    found: list[Tensor] = []
+    found: dict[int, Tensor] = {}
     for batch in batches(pieces, 1 << 20, packed=packed):
+        keys: dict[int, Tensor] = {}
         positions = None if batch.positions is None else batch.positions.to(model.device)
-
-        def take(_layer: int, key: Tensor, keep: Tensor = batch.keep) -> None:
-            found.append(key[keep.to(key.device)].double())
-
-        model.forward_to(layer, batch.ids.to(model.device), take, positions=positions)
-    return torch.cat(found)
+        model.forward_to(layer, batch.ids.to(model.device), keys.__setitem__, positions=positions)
+        for row, column in batch.first.nonzero().tolist():
+            size = len(batch.piece_at(row, column).ids)
+            found[size] = keys[layer][row, column : column + size].double()
+    return torch.cat([found[size] for size in sorted(found, reverse=True)])
