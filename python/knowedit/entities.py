@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 from torch import Tensor
 
+from .datasets.forms import occurs
 from .datasets.relations import INSTRUCTIONS, relations
+from .facts import Fact
 from .model import EditableModel
 
 _CLOZE = "Some facts about {}"
 
 
-def entity_moments(model: EditableModel, layers: Sequence[int], leave_out: Sequence[str] = ()) -> dict[int, Tensor]:
-    """`{layer: E[k kᵀ] [d_ff, d_ff]}` float64 of the keys at the last token of the shipped entities, each once in a plain
-    sentence of its relation and once in an instruction (where the model has a chat template).
+def entity_moments(
+    model: EditableModel,
+    layers: Sequence[int],
+    leave_out: str = "",
+    pool: Sequence[Fact] = (),
+    *,
+    most: int = 900,
+    seed: int = 0,
+) -> dict[int, Tensor]:
+    """`{layer: E[k kᵀ] [d_ff, d_ff]}` float64 of the keys at entities' last tokens, in a plain sentence and (where the
+    model has a chat template) in an instruction.
 
     Args:
-        leave_out: subjects that are not to be protected: those being edited.
+        leave_out: entities that occur in this text are not protected: those being edited, and those an edit is trained or
+            tested on (protecting these in the metric would blind the training, and flatter the test).
+        pool: facts whose subjects are taken besides the shipped entities.
+        most: entities; more are sampled by `seed`.
     """
-    left, rows = {name.casefold() for name in leave_out}, []
-    chat = bool(getattr(model.tokenizer, "chat_template", None))
+    found = {fact.subject: fact.text for fact in pool}
     for pools in relations().values():
         wordings = pools["paraphrases"]["train"] or [_CLOZE]
         for number, name in enumerate(pools["entities"]):
-            if name.casefold() in left:
-                continue
-            text = wordings[number % len(wordings)].replace("{}", name)
-            rows.append(model.row(text, name))
-            if chat:
-                rows.append(model.row(model.chat(INSTRUCTIONS["train"][0].replace("{}", text)), name))
-    found = model.keys([row for row in rows if row.subject], layers)[0]
-    return {layer: keys.double().T @ keys.double() / len(keys) for layer, keys in found.items()}
+            found.setdefault(name, wordings[number % len(wordings)].replace("{}", name))
+    left = leave_out.casefold()
+    names = sorted(name for name in found if not occurs(name.casefold(), left))
+    rows, chat = [], bool(model.tokenizer.chat_template)
+    for name in random.Random(seed).sample(names, min(most, len(names))):
+        rows.append(model.row(found[name], name))
+        if chat:
+            rows.append(model.row(model.chat(INSTRUCTIONS["train"][0].replace("{}", found[name])), name))
+    keys = model.keys([row for row in rows if row.subject], layers)[0]
+    return {layer: k.double().T @ k.double() / len(k) for layer, k in keys.items()}

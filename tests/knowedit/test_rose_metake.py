@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from knowedit.datasets import load
+from knowedit.datasets.forms import training_neighbours
 from knowedit.datasets.relations import relations
 from knowedit.editors import MEMIT, AlphaEdit, MetaKE, RoSE
 from knowedit.editors.ahead import effective_gain
@@ -162,9 +163,9 @@ def test_refinement_lowers_the_nll_of_the_facts(tiny_llama, integration):
 
 def test_the_plan_turns_over_forms_identity_and_neighbours(tiny_llama):
     facts = [fact for fact in load("embedded") if fact.relation in ("capital", "language")][:3]
-    editor = RoSE(layers=(2,), values=VALUES)
+    editor = RoSE(layers=(2,), values=VALUES, weights=Weights(forms=1.0, identity=2.0, neighbours=4.0, pools=2))
     task = prepare(editor, tiny_llama, group_by_subject(facts, True), statistics_of(tiny_llama, [2]))
-    objective = Objective(editor, task, Weights(forms=1.0, identity=2.0, neighbours=4.0, pools=2), 2048)
+    objective = Objective(editor, task, training_neighbours(facts, count=2), 2048)
     assert len(objective.pools) == 2 and objective.forms
     seen = {id(lines) for step in range(12) for lines, _ in objective.plan(step)}
     everything = [objective.bare, objective.identity, *objective.pools, *(lines for lines, _ in objective.forms)]
@@ -194,5 +195,7 @@ def test_entity_moments_leave_the_edited_out(tiny_llama):
     for moment in moments.values():
         assert moment.shape == (tiny_llama.d_ff, tiny_llama.d_ff) and torch.equal(moment, moment.T)
         assert float(torch.linalg.eigvalsh(moment)[0]) > -1e-12 * float(moment.trace())
-    without = entity_moments(tiny_llama, [1], [relations()["capital"]["entities"][0].upper()])[1]
+    without = entity_moments(tiny_llama, [1], f"and {relations()['capital']['entities'][0].upper()} too")[1]
     assert not torch.equal(without, moments[1])
+    assert torch.equal(entity_moments(tiny_llama, [1], "nobody")[1], moments[1])
+    assert not torch.equal(entity_moments(tiny_llama, [1], pool=FACTS)[1], moments[1])

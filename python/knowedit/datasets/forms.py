@@ -109,10 +109,10 @@ def training_neighbours(
         others = {other.subject: other.text for other in pool if other.relation == fact.relation and fact.relation}
         entities = relations().get(fact.relation or "", {}).get("entities", ())
         others = {name: fact.prompt.replace("{}", name) for name in entities} | others
-        names = sorted(n for n in others if n.casefold() not in edited and not _occurs(n.casefold(), testing))
+        names = sorted(n for n in others if n.casefold() not in edited and not occurs(n.casefold(), testing))
         found.append([others[n] for n in rng.sample(names, min(count, len(names)))])
     return found
 
 
-def _occurs(name: str, text: str) -> bool:
+def occurs(name: str, text: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None

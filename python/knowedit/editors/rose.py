@@ -17,7 +17,7 @@ from torch import Tensor
 from knowedit_kernels import weight_for_gain
 from knowedit_kernels.solver import Identity, Metric, combined
 
-from ..datasets.forms import Form, training_forms
+from ..datasets.forms import Form, training_forms, training_neighbours
 from ..entities import entity_moments
 from ..facts import Fact
 from ..groups import GroupKeys, keys_at
@@ -46,8 +46,9 @@ class RoSE(LocateThenEdit):
         weights: of the refinement's objective.
         questions: question wordings by fact id, prompt or relation, with "{}" for the subject; shipped ones else, and
             generic forms for unknown relations.
-        neighbours: other facts of the same relations whose answers should stay; besides the shipped entities.
-        seed: of the choice of neighbours.
+        neighbours: other facts that should stay, besides the shipped entities: those of the same relations in the
+            refinement's objective, the rest in the metric; what `Fact.neighbours` tests is in neither.
+        seed: of the choice among them.
     """
 
     layers: tuple[int, ...] | None = None
@@ -104,15 +105,19 @@ class RoSE(LocateThenEdit):
         return [form for form in found if model.tokenizer.chat_template or not form.chat]
 
     def write(self, task: Task, targets: Targets) -> Written:
+        others = training_neighbours(task.facts, self.neighbours, count=self.weights.pools, seed=self.seed)
         if self.shares[1] and self.entities is None:
-            subjects = [group[0].subject for group in task.groups]
-            return replace(self, entities=entity_moments(task.model, task.layers, subjects)).write(task, targets)
+            used = [text for texts in others for text in texts]
+            tested = [probe.prompt for fact in task.facts for probe in (*fact.neighbours, *fact.portability)]
+            leave_out = "\n".join([fact.subject for fact in task.facts] + used + tested)
+            entities = entity_moments(task.model, task.layers, leave_out, self.neighbours, seed=self.seed)
+            return replace(self, entities=entities).write(task, targets)
         written = super().write(task, targets)
         if self.refine is None:
             return written
         layers, start = frozen_layers(task, written)
         with bar(f"{self.name}: refining over forms", self.refine.steps, "steps", show=task.progress) as advance:
-            objective = Objective(self, task, self.weights, self.refine.budget)
+            objective = Objective(self, task, others, self.refine.budget)
             found = look_ahead(layers, start, objective.plan, self.refine, progress=advance)
         report = told(self.refine, layers, start, found, objective.bare)
         written.report["look_ahead"] = report | {"weights": asdict(self.weights)}

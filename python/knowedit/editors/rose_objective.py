@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..datasets.forms import training_neighbours
 from ..datasets.relations import identity_prompts, unrelated_prompts
 from ..lookahead import Line, Lines
 from ..targets import ESSENCE
@@ -39,10 +38,10 @@ class Weights:
 
 class Objective:
     """All texts of one edit; `plan` says which of them a step sees: the bare prompts and one other form, in turn, and
-    either what the subject is or what the neighbours are, so a step costs about three texts a fact."""
+    either what the subject is or what the neighbours (`others`, prompts for each fact) are: some three texts a fact."""
 
-    def __init__(self, editor: RoSE, task: Task, weights: Weights, budget: int) -> None:
-        self.weights, groups, draft = weights, task.groups, task.model.draft()
+    def __init__(self, editor: RoSE, task: Task, others: Sequence[Sequence[str]], budget: int) -> None:
+        self.weights, groups, draft = editor.weights, task.groups, task.model.draft()
         found: dict[str, list[Line]] = {}
         for number, group in enumerate(groups):
             for fact in group:
@@ -57,12 +56,11 @@ class Objective:
         self.bare = lines(found.pop("bare"))
         self.forms = [(lines(which), FORMS[name]) for name, which in found.items()]
         self.identity = lines([line for number, group in enumerate(groups) for line in self._about(draft, number, group)])
-        others = training_neighbours(task.facts, editor.neighbours, count=weights.pools, seed=editor.seed)
         owner = [number for number, group in enumerate(groups) for _ in group]
         share = [1 / len(group) for group in groups for _ in group]
         pools = [
             [Line(draft.row(texts[p]), owner[i], share[i]) for i, texts in enumerate(others) if p < len(texts)]
-            for p in range(weights.pools)
+            for p in range(self.weights.pools)
         ]
         self.pools = [lines(pool) for pool in pools if pool]
 
