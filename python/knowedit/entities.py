@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
 from .datasets.forms import occurs
 from .datasets.relations import INSTRUCTIONS, relations
+from .errors import EditError
 from .facts import Fact
 from .model import EditableModel
 
@@ -42,8 +44,8 @@ def entity_moments(
     names = sorted(name for name in found if not occurs(name.casefold(), left))
     rows, chat = [], bool(model.tokenizer.chat_template)
     for name in random.Random(seed).sample(names, min(most, len(names))):
-        rows.append(model.row(found[name], name))
-        if chat:
-            rows.append(model.row(model.chat(INSTRUCTIONS["train"][0].replace("{}", found[name])), name))
+        texts = [found[name], model.chat(INSTRUCTIONS["train"][0].replace("{}", found[name]))] if chat else [found[name]]
+        with suppress(EditError):  # a name that ends inside a token is not protected
+            rows += [model.row(text, name) for text in texts]
     keys = model.keys([row for row in rows if row.subject], layers)[0]
     return {layer: k.double().T @ k.double() / len(k) for layer, k in keys.items()}
