@@ -11,7 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from knowedit.text import LONGEST, CorpusError, corpus_fingerprint, documents
+from knowedit import hub
+from knowedit.text import LONGEST, CorpusError, corpus_fingerprint, documents, lanes_of
 
 
 def write(path, data: str | bytes):
@@ -171,6 +172,109 @@ def test_an_unreachable_hub_names_both_remedies(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     with pytest.raises(CorpusError, match=r"wikimedia/wikipedia.*no route.*local \.txt.*corpus='self'"):
         next(documents("wikipedia"))
+
+
+class Flaky:
+    """A hub that goes away after every `lasts` texts, and is back `comes_back` tries later."""
+
+    def __init__(self, monkeypatch, count, lasts, comes_back=1):
+        self.slept, self.tries = [], 0
+        monkeypatch.setattr(hub.time, "sleep", self.slept.append)
+
+        def opened(_source, split, seed, lane, lanes):
+            self.tries += 1
+            if self.tries > 1 and (self.tries - 1) % (comes_back + 1):
+                raise ConnectionError("no route")
+            ends = lasts * (1 + self.tries // (comes_back + 1))
+            for n in range(count):
+                if n >= ends:
+                    raise TimeoutError("read timed out")
+                yield f"{seed}-{n}"
+
+        monkeypatch.setattr(hub.HubSource, "_open", opened)
+
+
+def test_a_hub_that_goes_away_is_waited_for(monkeypatch, caplog):
+    flaky = Flaky(monkeypatch, 20, lasts=6)
+    assert list(documents("wikipedia", seed=4)) == [f"4-{n}" for n in range(20)]
+    assert (
+        flaky.slept == [2, 4] * 3 and "wikimedia/wikipedia stopped after 6 texts (TimeoutError: read timed out)" in caplog.text
+    )
+
+
+def test_a_hub_that_stays_away_is_an_error(monkeypatch):
+    flaky = Flaky(monkeypatch, 20, lasts=6, comes_back=99)
+    found = documents("wikipedia")
+    assert len(list(itertools.islice(found, 6))) == 6
+    with pytest.raises(CorpusError, match=r"cannot be streamed from the hub \(ConnectionError: no route\)"):
+        next(found)
+    assert flaky.slept == [2, 4, 8, 16, 32, 64, 64, 64]
+
+
+@pytest.mark.parametrize("shards", [1, 6])
+def test_lanes_part_a_stream_and_the_same_seed_gives_the_same(monkeypatch, shards):
+    import datasets
+
+    files = [list(range(10 * n, 10 * n + 10)) for n in range(shards)]
+    made = datasets.IterableDataset.from_generator(
+        lambda files: ({"text": str(n)} for file in files for n in file), gen_kwargs={"files": files}
+    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: made)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    lanes = [list(documents("wikipedia", seed=1, lane=lane, lanes=3)) for lane in range(3)]
+    assert sorted(itertools.chain(*lanes), key=int) == [str(n) for n in range(10 * shards)]
+    assert lanes == [list(documents("wikipedia", seed=1, lane=lane, lanes=3)) for lane in range(3)]
+    assert lanes != [list(documents("wikipedia", seed=2, lane=lane, lanes=3)) for lane in range(3)]
+    if shards == 6:  # whole files
+        assert all(len({int(n) // 10 for n in lane}) == 2 for lane in lanes)
+
+
+def test_lanes_of_local_files_are_every_so_manieth_document(tmp_path):
+    path = write(tmp_path / "a.txt", "\n\n".join(map(str, range(10))))
+    assert [list(documents(path, lane=lane, lanes=4)) for lane in range(4)] == [
+        ["0", "4", "8"], ["1", "5", "9"], ["2", "6"], ["3", "7"]
+    ]  # fmt: skip
+    assert list(documents(path, lane=11, lanes=12)) == []
+    assert (lanes_of(path), lanes_of("self"), lanes_of("wikipedia"), lanes_of([str(path), "hf:a/b*2"])) == (1, 1, 8, 8)
+
+
+def test_weights_mix_by_characters(tmp_path, caplog):
+    a = write(tmp_path / "a.txt", "\n\n".join("a" * 10 for _ in range(30)))
+    b = write(tmp_path / "b.txt", "\n\n".join("b" * 20 for _ in range(90)))
+    found = list(documents([f"{a}*3", str(b)]))
+    assert len(found) == 120 and found == list(documents([f"{a}*3", f"{b}*1"]))
+    early = "".join(found[:24])
+    assert early.count("a") / early.count("b") == pytest.approx(3, rel=0.2)
+    assert "a.txt has run dry; the others go on without it" in caplog.text and set(found[60:]) == {"b" * 20}
+    assert list(documents([f"{a}*3", str(b)], start=50)) == found[50:]
+    odd = write(tmp_path / "c.txt*2", "")
+    with pytest.raises(CorpusError, match=r"c\.txt\*2: unknown kind of file"):  # a file of that name is that file
+        documents(str(odd))
+    with pytest.raises(CorpusError, match="weight 0; leave it out"):
+        documents([f"{a}*0"])
+    with pytest.raises(CorpusError, match="'self' stands alone"):
+        documents([str(a), "self"], model=lambda **_: [])
+
+
+def test_files_and_the_hub_go_together(tmp_path, monkeypatch):
+    Hub(monkeypatch, [{"text": f"hub {n}"} for n in range(4)])
+    path = write(tmp_path / "a.txt", "one\n\ntwo")
+    assert sorted(documents([path, "wikipedia"])) == ["hub 0", "hub 1", "hub 2", "hub 3", "one", "two"]
+    known = corpus_fingerprint([f"{path}*2", "wikipedia"])
+    assert known["name"] == "a.txt*2, wikimedia/wikipedia" and [part["weight"] for part in known["parts"]] == [2.0, None]
+    assert known["parts"][0]["files"][0]["name"] == "a.txt" and known["parts"][1]["config"] == "20231101.en"
+    assert known != corpus_fingerprint([f"{path}*3", "wikipedia"])
+
+
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", "text")
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("knowedit.lines.open_bytes", denied)
+    with pytest.raises(CorpusError, match=r"a\.txt: cannot be read \(Permission denied\)"):
+        list(documents(path))
 
 
 def test_fingerprints_know_contents_and_nothing_else(tmp_path):
