@@ -1,6 +1,12 @@
 """Fused kernels for the hot paths of knowledge editing, behind plain functions on tensors."""
 
 from knowedit_kernels._dispatch import explain as explain
+from knowedit_kernels.jvp import attention_jvp as attention_jvp
+from knowedit_kernels.jvp import edit_jvp as edit_jvp
+from knowedit_kernels.jvp import edit_vjp as edit_vjp
+from knowedit_kernels.jvp import effective_gain as effective_gain
+from knowedit_kernels.jvp import rms_norm_jvp as rms_norm_jvp
+from knowedit_kernels.jvp import swiglu_jvp as swiglu_jvp
 from knowedit_kernels.lowrank import UpdateReport as UpdateReport
 from knowedit_kernels.lowrank import WeightLedger as WeightLedger
 from knowedit_kernels.lowrank import low_rank_update_ as low_rank_update_

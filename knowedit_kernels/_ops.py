@@ -76,3 +76,30 @@ _define(
     "float scale, float softcap, bool reverse, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     _target_losses,
 )
+
+
+def _with_tangents(primal: torch.Tensor, tangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return primal.new_empty(primal.shape), tangents.new_empty(tangents.shape)
+
+
+def _attention(q: torch.Tensor, k: Any, v: Any, *tangents: torch.Tensor | None, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    count = next((len(t) for t in tangents[:3] if t is not None), 0)
+    return q.new_empty(q.shape), q.new_empty(count, *q.shape)
+
+
+# jvp: a layer and its tangents in T directions. x, gate, up [rows, d]; weight [d]; tangents [T, rows, d]
+_define(
+    "rms_norm_jvp(Tensor x, Tensor weight, Tensor tangents, float eps) -> (Tensor, Tensor)",
+    lambda x, weight, tangents, eps: _with_tangents(x, tangents),
+)
+_define(
+    "swiglu_jvp(Tensor gate, Tensor up, Tensor gate_tangents, Tensor up_tangents) -> (Tensor, Tensor)",
+    lambda gate, up, gate_tangents, up_tangents: _with_tangents(gate, gate_tangents),
+)
+# q [B, heads, queries, d]; k, v [B, shared heads, keys, d]; tq [T, *q]; tk, tv [T, B, shared heads, t, d] of the last t keys
+# (None: zero); spans [B, 2]: a row's keys are first <= j < end. Queries are the last positions where causal.
+_define(
+    "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? spans, bool causal, "
+    "float scale) -> (Tensor, Tensor)",
+    _attention,
+)

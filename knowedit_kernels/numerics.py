@@ -76,3 +76,12 @@ GRADIENT_ERROR = 1e-4
 
 # Editing solve: normwise relative error of Delta against the dense float64 formula (well-conditioned metrics).
 SOLVE_ERROR = 1e-12
+
+# Layers and their tangents (`jvp`): normwise relative error in units of the dtype's roundoff, (16-bit, wider). Rounding
+# the result alone costs 0.4 to 0.5; tensor cores also multiply rounded weights of attention, and float32 in three passes.
+TANGENT_ERROR = {"rms_norm": (0.6, 4.0), "swiglu": (0.6, 4.0), "attention": (2.0, 64.0)}
+
+
+def tangent_error(op: str, dtype: torch.dtype) -> float:
+    """The budget of a layer of `jvp` ("rms_norm", "swiglu", "attention") and of its tangents in `dtype`."""
+    return TANGENT_ERROR[op][dtype.itemsize > 2] * UNIT_ROUNDOFF[dtype]

@@ -1,0 +1,204 @@
+"""The layers as torch.autograd functions: forward mode is the fused operation, everything else torch's own derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from knowedit_kernels import _ops as _ops  # defines the ops
+from knowedit_kernels.jvp import reference
+from knowedit_kernels.jvp.batched import working
+
+Tensors = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    eps: float
+
+    def plain(self, x: Tensor, weight: Tensor) -> Tensor:
+        return reference.rms_norm(x, weight, self.eps)
+
+    def fused(self, primals: Tensors, tangents: Tensors) -> tuple[Tensor, Tensor]:
+        (x, weight), (tx, t_weight) = primals, tangents
+        assert x is not None and weight is not None
+        if tx is None:
+            tx = x.new_zeros(0 if t_weight is None else len(t_weight), *x.shape)
+        y, dy = torch.ops.knowedit.rms_norm_jvp(x, weight, tx, self.eps)
+        if t_weight is not None:  # linear in the weight
+            dy = dy + self.plain(x.to(working(x)), t_weight[:, None].to(working(x))).to(x.dtype)
+        return y, dy
+
+    def repeated(self, times: int) -> RMSNorm:
+        return self
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    def plain(self, gate: Tensor, up: Tensor) -> Tensor:
+        return reference.swiglu(gate, up)
+
+    def fused(self, primals: Tensors, tangents: Tensors) -> tuple[Tensor, Tensor]:
+        gate, up = primals
+        assert gate is not None and up is not None
+        count = next((len(t) for t in tangents if t is not None), 0)
+        moved = [gate.new_zeros(count, *gate.shape) if t is None else t for t in tangents]
+        return torch.ops.knowedit.swiglu_jvp(gate, up, *moved)
+
+    def repeated(self, times: int) -> SwiGLU:
+        return self
+
+
+@dataclass(frozen=True)
+class Attention:
+    causal: bool
+    scale: float
+    spans: Tensor | None
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.attention(q, k, v, self.causal, self.scale, self.spans)
+
+    def fused(self, primals: Tensors, tangents: Tensors) -> tuple[Tensor, Tensor]:
+        return torch.ops.knowedit.attention_jvp(*primals, *tangents, self.spans, self.causal, self.scale)
+
+    def repeated(self, times: int) -> Attention:
+        return self if self.spans is None else replace(self, spans=self.spans.repeat(times, 1))
+
+
+Layer = RMSNorm | SwiGLU | Attention
+
+
+def _plain(layer: Layer, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The layer in torch's operations, in float32 or float64 inside: what derivatives beyond the fused ones use."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return lambda *primals: layer.plain(*(x.to(wide) for x in primals)).to(dtype)
+
+
+def _pushed(layer: Layer, primals: Sequence[Tensor], tangents: Tensors) -> tuple[Tensor, Tensor]:
+    """As `layer.fused`, in torch's operations."""
+    function, count = _plain(layer, primals[0].dtype), next((len(t) for t in tangents if t is not None), 0)
+    y = function(*primals)
+    if count == 0:
+        return y, y.new_zeros(0, *y.shape)
+    whole = [
+        x.new_zeros(count, *x.shape) if t is None else F.pad(t, (0, 0, x.shape[-2] - t.shape[-2], 0)) if x.ndim > 1 else t
+        for x, t in zip(primals, tangents)
+    ]
+    return y, torch.func.vmap(lambda *one: torch.func.jvp(function, tuple(primals), one)[1])(*whole)
+
+
+class Primal(torch.autograd.Function):
+    """(layer, *primals) -> output. Forward mode is `Tangent`, reverse mode torch's own of the plain formula."""
+
+    @staticmethod
+    def forward(layer: Layer, *primals: Tensor) -> Tensor:
+        return layer.fused(primals, [None] * len(primals))[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.layer = inputs[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        primals = ctx.saved_tensors
+        if grad is None:
+            return (None,) * (1 + len(primals))
+        return None, *torch.func.vjp(_plain(ctx.layer, primals[0].dtype), *primals)[1](grad)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor | None:
+        if all(t is None for t in tangents):
+            return None
+        one = [None if t is None else t[None] for t in tangents]
+        return Tangent.apply(ctx.layer, *ctx.saved_tensors, *one)[1][0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], layer: Layer, *primals: Tensor) -> tuple[Tensor, int]:
+        dims, count = in_dims[1:], info.batch_size
+        if _per_example(primals, dims):
+            return torch.stack([Primal.apply(layer, *one) for one in _examples(primals, dims, count)]), 0
+        folded = [_fold(x, dim, count) for x, dim in zip(primals, dims)]
+        y = Primal.apply(layer.repeated(count), *folded)
+        return y.view(count, -1, *y.shape[1:]) if y.numel() else y.view(count, len(y) // count, *y.shape[1:]), 0
+
+
+class Tangent(torch.autograd.Function):
+    """(layer, *primals, *tangents [T, ...] or None) -> (output, its tangents [T, ...])."""
+
+    @staticmethod
+    def forward(layer: Layer, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        half = len(inputs) // 2
+        return layer.fused(inputs[:half], inputs[half:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.layer = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        function, given, places = _of_given(ctx.layer, ctx.saved_tensors)
+        found = dict(zip(places, torch.func.vjp(function, *given)[1](grads)))
+        return None, *(found.get(place) for place in range(len(ctx.saved_tensors)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *moving: Tensor | None) -> tuple[Tensor, Tensor]:
+        function, given, places = _of_given(ctx.layer, ctx.saved_tensors)
+        along = tuple(torch.zeros_like(x) if (t := moving[place]) is None else t for x, place in zip(given, places))
+        return torch.func.jvp(function, given, along)[1]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], layer: Layer, *inputs: Tensor | None) -> Any:
+        dims, count, half = in_dims[1:], info.batch_size, len(inputs) // 2
+        primals, tangents = inputs[:half], inputs[half:]
+        if all(dim is None for dim in dims[:half]):  # more directions of the same layer
+            more = [_fold(t, dim, count) for t, dim in zip(tangents, dims[half:])]
+            y, dy = Tangent.apply(layer, *primals, *more)
+            return (y, dy.view(count, len(dy) // count, *dy.shape[1:])), (None, 0)
+        if _per_example(inputs, dims):
+            results = [Tangent.apply(layer, *one) for one in _examples(inputs, dims, count)]
+            return tuple(torch.stack(parts) for parts in zip(*results)), (0, 0)
+        shared = [x is not None and x.ndim == 1 for x in primals]
+        moved = [t if same else _fold(t, dim, count, 1) for same, t, dim in zip(shared, tangents, dims[half:])]
+        y, dy = Tangent.apply(layer.repeated(count), *(_fold(x, dim, count) for x, dim in zip(primals, dims)), *moved)
+        rows = len(y) // count
+        return (y.view(count, rows, *y.shape[1:]), dy.view(len(dy), count, rows, *dy.shape[2:])), (0, 1)
+
+
+def _of_given(layer: Layer, saved: Tensors) -> tuple[Callable[..., Any], tuple[Tensor, ...], list[int]]:
+    """`_pushed` as a function of those inputs that are not None, these, and their places among all."""
+    half, places = len(saved) // 2, [place for place, x in enumerate(saved) if x is not None]
+
+    def function(*given: Tensor) -> tuple[Tensor, Tensor]:
+        found = dict(zip(places, given))
+        inputs = [found.get(place) for place in range(len(saved))]
+        return _pushed(layer, inputs[:half], inputs[half:])  # type: ignore[arg-type]
+
+    return function, tuple(x for x in saved if x is not None), places
+
+
+def _per_example(inputs: Tensors, dims: Sequence[int | None]) -> bool:
+    """Whether what all rows share (a weight, or its tangents beside other rows) differs between examples."""
+    half = len(inputs) // 2 if len(inputs) == 4 else len(inputs)
+    return any(dim is not None and x is not None and x.ndim == 2 for x, dim in zip(inputs[:half], dims))
+
+
+def _examples(inputs: Tensors, dims: Sequence[int | None], count: int) -> list[list[Tensor | None]]:
+    return [[x if dim is None or x is None else x.select(dim, i) for x, dim in zip(inputs, dims)] for i in range(count)]
+
+
+def _fold(x: Tensor | None, dim: int | None, count: int, into: int = 0) -> Tensor | None:
+    """A vmapped dimension (or a repetition) of size `count` as the outer part of dimension `into`."""
+    if x is None or x.ndim == 1:
+        return x
+    x = x.unsqueeze(into).expand(*x.shape[:into], count, *x.shape[into:]) if dim is None else x.movedim(dim, into)
+    return x.flatten(into, into + 1)
