@@ -111,7 +111,7 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
         report["model"] = {
             "name": loaded.name, "layers": len(loaded.layers), "d_ff": loaded.d_ff, "dtype": str(loaded.dtype)[6:],
             "edited weight": loaded.layout.projection, "fingerprint": loaded.fingerprint,
-            "preset": f"layers {list(preset.layers)}" + ("" if preset.measured else ", calibrated: not measured on it"),
+            "preset": f"layers {list(preset.layers)}" + ("" if preset.measured else f", {preset.origin}: not measured on it"),
         }  # fmt: skip
     return report
 

@@ -1,11 +1,12 @@
 """ROME and MEMIT against the published formulas written densely in float64, and what they refuse."""
 
-import dataclasses
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from knowedit.editors import EDITORS, MEMIT, ROME
+from knowedit.editors import EDITORS, EMMET, MEMIT, ROME
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts import Fact, FactError
 from knowedit.groups import group_keys
@@ -180,7 +181,7 @@ class TestRefusals:
             ROME(layers=(1, 2)).compute(tiny_llama, FACTS[:1], statistics)
 
     def test_contradictions(self, tiny_llama):
-        facts = [FACTS[0], dataclasses.replace(FACTS[0], target="Nice")]
+        facts = [FACTS[0], replace(FACTS[0], target="Nice")]
         with pytest.raises(FactError, match="contradicts"):
             MEMIT(layers=(1,)).compute(tiny_llama, facts, statistics_of(tiny_llama, [1]))
 
@@ -190,6 +191,34 @@ def test_an_unknown_model_is_told_so(tiny_llama):
     layer = preset_for(tiny_llama).layers[0]
     made = MEMIT().compute(tiny_llama, FACTS, statistics_of(tiny_llama, [layer]))
     assert any("no measured preset" in warning for warning in made.warnings)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers", "one", "lr", "clamp"),
+    [
+        (("gpt2", 48, 1600, 6400), range(13, 18), 17, 0.5, 0.75),
+        (("gptj", 28, 4096, 16384), range(3, 9), 5, 0.5, 0.75),
+        (("llama", 32, 4096, 14336), range(4, 9), 5, 0.1, 0.75),
+        (("llama", 32, 4096, 11008), range(4, 9), 5, 0.5, 4),
+        (("qwen2", 28, 3584, 18944), range(4, 9), 5, 0.5, 4),
+    ],
+)
+def test_published_presets_go_by_the_shape(shape, layers, one, lr, clamp):
+    kind, depth, hidden, d_ff = shape
+    config = SimpleNamespace(config=SimpleNamespace(model_type=kind))
+    preset = preset_for(SimpleNamespace(hf=config, layers=range(depth), hidden=hidden, d_ff=d_ff))
+    assert preset.layers == tuple(layers) and preset.one_layer == one and preset.origin == "published" and not preset.measured
+    assert (preset.values.lr, preset.values.clamp) == (lr, clamp) and set(preset.layers) <= set(preset.statistics_layers)
+
+
+def test_methods_of_one_layer_take_the_presets(tiny_llama, monkeypatch):
+    both = replace(calibrated(tiny_llama), layers=(1, 2), one_layer=1, values=VALUES, origin="published")
+    monkeypatch.setattr("knowedit.editors.task.preset_for", lambda model: both)
+    statistics = statistics_of(tiny_llama, [1, 2])
+    for editor, layers in ((ROME(), {1}), (EMMET(), {1}), (MEMIT(), {1, 2})):
+        made = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
+        assert set(made.factors) == layers
+        assert any("as published for this shape" in warning for warning in made.warnings)
 
 
 def test_the_default_model_has_a_measured_preset(smollm):

@@ -92,9 +92,8 @@ def prepare(
         history.check(model)
     values, warnings = editor.values or preset.values, []
     if not preset.measured and (editor.layers is None or editor.values is None):
-        warnings.append(
-            f"{model.name} has no measured preset: layer(s) {list(layers)} and the step size were chosen by calibration"
-        )
+        chosen = "by calibration" if preset.origin == "calibrated" else "as published for this shape"
+        warnings.append(f"{model.name} has no measured preset: layer(s) {list(layers)} and value settings are chosen {chosen}")
     if statistics is None:
         if editor.needs_statistics:
             raise EditError(f"{editor.name} needs key statistics of layers {list(layers)}: pass key_statistics(model, ...)")
@@ -102,14 +101,14 @@ def prepare(
         statistics.check(model, layers)
         warnings += _sinks(statistics, layers, editor.allow_sinks)
     facts = [fact for group in groups for fact in group]
-    warnings += first_token_warnings(model, facts, values.contexts)
+    warnings += first_token_warnings(model, facts, values.contexts, editor.allow_sinks)
     return Task(model, groups, layers, values, statistics or KeyStatistics({}), history, tuple(warnings), progress)
 
 
 def layers_of(editor: LocateThenEdit, model: EditableModel) -> tuple[int, ...]:
     """The layers that `editor` edits in `model`, ascending. Raises EditError for none, ModelError for one that is not there."""
     preset = preset_for(model)
-    chosen = (preset.one_layer,) if editor.one_layer else preset.layers
+    chosen = (preset.one_layer,) if editor.one_layer else preset.shared_layers if editor.shared_layers else preset.layers
     layers = tuple(sorted(set(editor.layers))) if editor.layers is not None else chosen
     if not layers:
         raise EditError("layers is empty; name at least one layer")
