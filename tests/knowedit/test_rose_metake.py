@@ -187,6 +187,7 @@ def test_questions_by_fact_by_relation_or_shipped(tiny_llama):
     assert filled in messages(RoSE(questions={"capital": [asked]}), capital)
     assert filled in messages(RoSE(questions={capital.prompt: [asked]}), capital)
     assert filled not in messages(RoSE(), capital)
+    assert "what?" in messages(RoSE(questions="generic"), capital)
     assert "what?" in messages(RoSE(), unknown) and "what?" not in messages(RoSE(), capital)
 
 

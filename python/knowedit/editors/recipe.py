@@ -50,6 +50,7 @@ class LocateThenEdit(ABC):
     name: ClassVar[str]
     needs_statistics: ClassVar[bool] = True
     one_layer: ClassVar[bool] = False
+    shared_layers: ClassVar[bool] = False
     constraint: ClassVar[Constraint] = "soft"
 
     @abstractmethod

@@ -45,28 +45,28 @@ class RoSE(LocateThenEdit):
         refine: the look-ahead over forms; None leaves it out.
         weights: of the refinement's objective.
         questions: question wordings by fact id, prompt or relation, with "{}" for the subject; shipped ones else, and
-            generic forms for unknown relations.
+            generic forms for unknown relations ("generic": for all, which recall less in questions).
         neighbours: other facts that should stay, besides the shipped entities: those of the same relations in the
             refinement's objective, the rest in the metric; what `Fact.neighbours` tests is in neither.
         seed: of the choice among them.
     """
 
-    layers: tuple[int, ...] | None = None
     shares: tuple[float, float, float] = (0.16, 0.45, 0.39)
     gain: float = 0.88
     entities: Mapping[int, Tensor] | None = field(default=None, repr=False)
     integration: Literal["tree", "joint"] = "tree"
     refine: Settings | None = field(
         default_factory=lambda: Settings(
-            steps=40, betas=(0.9, 0.98), decay=0.2, clamp=0.8, clamp_realised=False, price=0, norm=0.2
+            steps=36, betas=(0.9, 0.98), decay=0.2, clamp=0.7, clamp_realised=False, price=0, norm=0.2
         )
     )
     weights: Weights = field(default_factory=Weights)
-    questions: Mapping[str, Sequence[str]] | None = None
+    questions: Mapping[str, Sequence[str]] | Literal["generic"] | None = None
     neighbours: tuple[Fact, ...] = ()
     seed: int = 0
 
     name: ClassVar[str] = "RoSE"
+    shared_layers: ClassVar[bool] = True
     key_forms: ClassVar[tuple[str, ...]] = ("bare", "pre1", "ch1", "gc")
 
     @property
@@ -100,8 +100,11 @@ class RoSE(LocateThenEdit):
 
     def forms(self, model: EditableModel, fact: Fact) -> list[Form]:
         """What a fact is trained on, the bare prompt first; no chats for a model without a chat template."""
-        given, names = self.questions or {}, (fact.id, fact.prompt, fact.relation)
-        found = training_forms(fact, next((given[name] for name in names if name and name in given), ()))
+        if self.questions == "generic":
+            found = training_forms(replace(fact, relation=None))
+        else:
+            given, names = self.questions or {}, (fact.id, fact.prompt, fact.relation)
+            found = training_forms(fact, next((given[name] for name in names if name and name in given), ()))
         return [form for form in found if model.tokenizer.chat_template or not form.chat]
 
     def write(self, task: Task, targets: Targets) -> Written:

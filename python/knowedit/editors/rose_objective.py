@@ -32,8 +32,8 @@ class Weights:
     forms: float = 1.0
     identity: float = 2.0
     last: float = 0.6
-    neighbours: float = 4.0
-    pools: int = 5
+    neighbours: float = 8.0
+    pools: int = 10
 
 
 class Objective:

@@ -1,0 +1,208 @@
+"""Edit quality against the tokens of the statistics: how many are enough for MEMIT, and how many for AlphaEdit?
+
+The statistics of a few tokens are the first part of those of many, so one pass is stored at every count. Values do not
+depend on statistics and are optimised once; then each count gives a batch edit of the same facts by each method, measured
+on all their prompts. Beside it stand the estimated errors of C^-1 k and of the null space (`knowedit.convergence`), and
+the price of the edit under the statistics of the most tokens: the mean square of what it adds to ordinary keys.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from knowedit import convergence
+from knowedit.batching import Piece
+from knowedit.datasets import data_dir, load
+from knowedit.editors import EDITORS
+from knowedit.editors.task import prepare
+from knowedit.errors import KnowEditError
+from knowedit.evaluation.metrics import ask, questions, summarise
+from knowedit.groups import group_by_subject
+from knowedit.model import EditableModel, load_model
+from knowedit.statistics import KeyStatistics
+from knowedit.store import LayerStatistics, Recipe
+from knowedit.sums import Sums
+from knowedit.text import corpus_fingerprint
+from knowedit.windows import Reader, ahead
+
+from . import common
+from .statistics import CORPUS
+
+COUNTS = (1_536, 3_072, 6_144, 12_288, 24_576, 49_152, 98_304, 196_608, 393_216, 500_000)
+METHODS = ("memit", "alphaedit")
+KEPT = (("efficacy", "success"), ("efficacy", "exact"), ("paraphrase", "success"), ("neighbourhood", "success"),
+        ("neighbourhood", "unchanged"))  # fmt: skip
+
+
+def prefixes(
+    model: EditableModel, corpus: Path, layers: Sequence[int], counts: Sequence[int]
+) -> Iterator[tuple[int, KeyStatistics]]:
+    """Statistics of the first tokens of a corpus, for each of the ascending `counts`, in one pass.
+
+    Both halves of each count are estimated: `extra["convergence"]` holds one look, null space included.
+    """
+    sums = Sums(model, layers, "exact")
+    probes = convergence.probe_keys(model, layers)
+    halves, done, left = [0, 0], 0, list(counts)
+    with ahead(Reader(corpus, 0, model.tokenizer, 512, True), 0, (), worker=False) as source:
+        for window in source:
+            pieces = window.pieces
+            while left and done + sum(piece.count for piece in pieces) >= left[0]:
+                now, pieces = _split(pieces, left[0] - done)
+                sums.add(window.number % 2, now)
+                halves[window.number % 2] += left[0] - done
+                done = left.pop(0)
+                yield done, _statistics(model, corpus, sums, halves, probes)
+            sums.add(window.number % 2, pieces)
+            halves[window.number % 2] += sum(piece.count for piece in pieces)
+            done += sum(piece.count for piece in pieces)
+            if not left or not window.documents:
+                return
+
+
+def _split(pieces: Sequence[Piece], count: int) -> tuple[list[Piece], list[Piece]]:
+    """Pieces with the first `count` keys, and pieces with the others (a cut one is run again for the rest of it)."""
+    first: list[Piece] = []
+    for i, piece in enumerate(pieces):
+        if count < piece.count:
+            first += [Piece(piece.ids[: piece.skip + count], piece.skip)] if count else []
+            return first, [Piece(piece.ids, piece.skip + count), *pieces[i + 1 :]]
+        first.append(piece)
+        count -= piece.count
+    return first, []
+
+
+def _statistics(model: EditableModel, corpus: Path, sums: Sums, halves: Sequence[int], probes: Any) -> KeyStatistics:
+    found, count = {}, sum(halves)
+    for layer in sums.layers:
+        parts = [sums.moment(half, layer).sum() for half in (0, 1)]
+        looks = []
+        if convergence.enough(halves, model.d_ff):
+            errors = convergence.compare(parts, halves, probes[layer], null_space=True)
+            looks = [convergence.record(count, {layer: errors}, layer)]
+        recipe = Recipe(model.fingerprint, corpus_fingerprint(corpus), count, 512, True, 0)
+        norms = sums.seen.norms[str(layer)]
+        found[layer] = LayerStatistics(
+            layer, model.layout.projection.format(layer), model.name, recipe, count, parts[0] + parts[1],
+            norms[0] / max(norms[1], 1), norms[2] / max(norms[3], 1), {"convergence": looks},
+        )  # fmt: skip
+    return KeyStatistics(found)
+
+
+def run(
+    report: common.Report, model: EditableModel, corpus: Path, facts: Sequence[Any], counts: Sequence[int],
+    methods: Sequence[str] = METHODS,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for every method and count; returns them."""
+    editors = {method: EDITORS[method]() for method in methods}
+    groups = group_by_subject(list(facts), True)
+    asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
+    before, rng = ask(model, asked, progress=False), np.random.default_rng(0)
+    layers = next(iter(editors.values())).layers or _layers(model)
+    stored = dict(prefixes(model, corpus, layers, counts))
+    most = stored[max(stored)]
+    rows, targets = [], {}
+    for method, editor in editors.items():
+        task = prepare(editor, model, groups, most, progress=False)
+        targets[method] = editor.targets(task)
+        for count in counts:
+            row: dict[str, Any] = {"case": editor.name, "tokens": count}
+            look = next(iter(stored[count][layers[0]].extra["convergence"]), {}) if count in stored else {}
+            row |= {name: look[name][0] for name in ("solve", "null_space") if name in look}
+            try:
+                edit = editor.finish(prepare(editor, model, groups, stored[count], progress=False), targets[method])
+            except (KnowEditError, KeyError) as error:
+                report.note(f"{editor.name:10} {count:>9,} tokens  refused: {error}", refused=str(error), **row)
+                continue
+            with edit.applied_to(model):
+                after = summarise(asked, ask(model, asked, progress=False), len(facts), rng, before)
+            row |= {f"{kind} {measure}": after[kind][measure].mean for kind, measure in KEPT if kind in after}
+            row["price"] = sum(
+                float(((v.T.double() @ most.moment(layer)) * (v.T.double())).sum(1) @ u.double().square().sum(0))
+                for layer, (u, v) in edit.factors.items()
+            )
+            figures = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
+            report.note(f"{editor.name:10} {count:>9,} tokens  {figures}", **row)
+            rows.append(row)
+    return rows
+
+
+def _layers(model: EditableModel) -> tuple[int, ...]:
+    from knowedit.presets import preset_for
+
+    return preset_for(model).layers
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown."""
+    names = [f"{kind} {measure}" for kind, measure in KEPT]
+    lines = ["| method | tokens | " + " | ".join(names) + " | price | C⁻¹k ± | null space ± |", "|---" * (len(names) + 5) + "|"]
+    for row in rows:
+        cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
+        errors = [f"{row[name]:.1%}" if name in row else "-" for name in ("solve", "null_space")]
+        lines.append(f"| {row['case']} | {row['tokens']:,} | {' | '.join(cells)} | {row['price']:.3g} | {' | '.join(errors)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Quality and estimated errors against tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
+        mine = [row for row in rows if row["case"] == case]
+        for (kind, measure), style in zip(KEPT, ("-", ":", "--", "-.", (0, (1, 3)))):
+            points = [(row["tokens"], row[name]) for row in mine if (name := f"{kind} {measure}") in row]
+            if points:
+                left.plot(*zip(*points), linestyle=style, marker=".", color=f"C{number}", label=f"{case}: {kind} {measure}")
+        right.plot([r["tokens"] for r in mine], [r["price"] / mine[-1]["price"] for r in mine], ".-", color=f"C{number}",
+                   label=f"{case}: price over that at the most tokens")  # fmt: skip
+    for name, style in (("solve", "k-"), ("null_space", "k--")):
+        points = sorted({(row["tokens"], row[name]) for row in rows if name in row})
+        if points:
+            right.plot(*zip(*points), style, marker=".", label=f"estimated error, {name.replace('_', ' ')}")
+    left.set(xscale="log", xlabel="tokens", ylabel="share of prompts")
+    right.set(xscale="log", yscale="log", xlabel="tokens")
+    left.legend(fontsize="x-small")
+    right.legend(fontsize="x-small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.parser("tokens", __doc__, 1, timed=False)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--facts", type=int, default=48, help="of CounterFact's held-out records, in one batch")
+    parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
+    parser.add_argument("--picture", type=Path, default=common.HERE.parent / "docs" / "tokens.png")
+    parser.add_argument("--draw", action="store_true", help="only draw, and print the table, from the results file")
+    arguments = parser.parse_args(argv)
+    if arguments.draw:
+        source = arguments.output or common.RESULTS / "tokens.jsonl"
+        rows = [row for row in map(json.loads, source.read_text().splitlines()) if "price" in row]
+        draw(rows, arguments.picture)
+        print(table(rows))
+        return 0
+    facts, counts = load("counterfact")[-100:][: arguments.facts], COUNTS
+    if arguments.quick:
+        facts, counts = facts[:3], COUNTS[:3]
+    corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
+    model = load_model(arguments.model, dtype=torch.float32)
+    report = common.report("tokens", arguments, model=model.name, corpus=corpus.name, facts=len(facts))
+    rows = run(report, model, corpus, facts, counts)
+    print(table(rows))
+    if not arguments.quick:
+        draw(rows, arguments.picture)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
