@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class Reader:
                 ends = np.cumsum(found["lengths"])
                 encoded = [ids.tolist() for ids in np.split(found["ids"], ends)[:-1]]
                 return Window(number, int(found["documents"]), self._pieces(encoded))
-        except (OSError, ValueError, KeyError, EOFError):  # absent, or damaged: it is made again
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # absent, or damaged: it is made again
             return None
 
     def _kept(self, window: Window) -> Window:

@@ -128,13 +128,13 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tiny_llama, corpus
 
     def sometimes_full(tensors, path, **named):
         calls.append(path)
-        if len(calls) in (2, 3):
+        if "checkpoint" in str(path) and len(calls) < 3:
             raise OSError(28, "No space left on device")
         real(tensors, path, **named)
 
     monkeypatch.setattr(store, "save_file", sometimes_full)
     found = key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "s", checkpoint_every=0)
-    assert found[1].count == 9000 and len(calls) >= 4 and caplog.text.count("no checkpoint: ") == 2
+    assert found[1].count == 9000 and caplog.text.count("no checkpoint: ") == 2
 
     def full_at_the_end(tensors, path, **named):
         if "layer" in str(path):
