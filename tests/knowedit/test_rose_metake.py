@@ -74,10 +74,10 @@ def test_automatic_looks_ahead_for_close_keys_crowds_and_histories_only(tiny_lla
     alone = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
     assert alone.report["look_ahead"] == {"used": False, "reasons": []}
     close = editor.compute(tiny_llama, CLOSE, statistics, progress=False).report["look_ahead"]
-    assert close["used"] and any("close" in why for why in close["reasons"])
+    assert close["used"] and any("close" in why for why in close["reasons"]) and close["gain"] == 0.9
     crowd = replace(editor, values=replace(VALUES, clamp=50.0, lr=40.0))
     told = crowd.compute(tiny_llama, FACTS[:1], statistics, progress=False).report["look_ahead"]
-    assert any("crowded" in why for why in told["reasons"])
+    assert any("crowded" in why for why in told["reasons"]) and told["gain"] == 0.7
     session = Session(editor, tiny_llama, statistics)
     session.write(FACTS[:1], progress=False)
     later = session.write(FACTS[2:], progress=False)

@@ -59,18 +59,25 @@ def effective_gain(gains: Sequence[Tensor]) -> Tensor:
     return eye - left
 
 
-def reasons(task: Task, written: Written) -> list[str]:
-    """Why to look ahead; empty where the stock targets do as well."""
-    found = ["earlier edits to leave alone"] if task.history is not None and len(task.history) else []
-    cosine = 0.0
+def closeness(written: Written) -> tuple[float, float]:
+    """Whitened cosine of each key with the closest key of another group: the largest, and the mean (0 for one group)."""
+    largest, mean = 0.0, 0.0
     for solver, keys in written.solved.values():
         length = solver.S.diagonal().clamp(min=1e-30).sqrt()
         other = (keys.owner[:, None] != keys.owner[None]).to(solver.S.device)
         if bool(other.any()):
-            cosine = max(cosine, float((solver.S / length.outer(length))[other].max()))
-    norm = max(relative_norms(task.model, written.factors).values())
+            closest = (solver.S / length.outer(length)).masked_fill(~other, -1).amax(1)
+            largest, mean = max(largest, float(closest.max())), max(mean, float(closest.mean()))
+    return largest, mean
+
+
+def reasons(task: Task, written: Written) -> list[str]:
+    """Why to look ahead; empty where the stock targets do as well."""
+    found = ["earlier edits to leave alone"] if task.history is not None and len(task.history) else []
+    cosine = closeness(written)[0]
     if cosine > CLOSE:
         found.append(f"keys of different groups are close (whitened cosine {cosine:.2f})")
+    norm = max(relative_norms(task.model, written.factors).values())
     if norm > CROWDED:
         found.append(f"a crowded edit (|delta| / |W| {norm:.2f})")
     return found

@@ -19,7 +19,7 @@ from ..lookahead import Settings, look_ahead
 from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets
-from .ahead import adopt, answer_lines, effective_gain, frozen_layers, reasons, told
+from .ahead import CLOSE, adopt, answer_lines, closeness, effective_gain, frozen_layers, reasons, told
 from .alphaedit import AlphaEdit
 from .memit import MEMIT
 from .recipe import LocateThenEdit
@@ -32,8 +32,8 @@ class MetaKE(LocateThenEdit):
 
     Attributes:
         lower: the editor that executes the targets; with its own gain where the look-ahead stays off.
-        gain: of `lower` under the look-ahead. Small on purpose: it keeps the drift down, the training makes up for it
-            where that is needed.
+        gain: of `lower` under the look-ahead. None: 0.7, small on purpose, as it keeps the drift down and the training
+            makes up for it; 0.9 where most keys are close to another group's and must be told apart.
         ahead: of the training. `through="edit"` trains every layer's write-out through the edited weights at all tokens;
             "proxy" trains one target a group through `R G` (several layers: `R G_eff`), which `lower` then writes;
             "plan" is the control without a solver: as many steps with G = I.
@@ -44,7 +44,7 @@ class MetaKE(LocateThenEdit):
 
     merge_subjects: bool = False
     lower: MEMIT | AlphaEdit = field(default_factory=lambda: MEMIT(mean_keys=True, gain=0.98))
-    gain: float = 0.7
+    gain: float | None = None
     ahead: Settings = field(default_factory=Settings)
     diagonal: bool = False
     when: Literal["auto", "always", "never"] = "auto"
@@ -63,13 +63,14 @@ class MetaKE(LocateThenEdit):
             return stock
         through, last = self.ahead.through, task.layers[-1]
         # the same recipe, with the gain of the look-ahead
-        editor = self if through == "plan" else replace(self, lower=replace(self.lower, gain=self.gain))
+        gain = self.gain or (0.9 if closeness(stock)[1] > CLOSE else 0.7)
+        editor = self if through == "plan" else replace(self, lower=replace(self.lower, gain=gain))
         written = stock if through == "plan" else LocateThenEdit.write(editor, task, targets)
         layers, start = frozen_layers(task, written)
         if through != "edit":
             gains = [layers[layer].gain for layer in task.layers]
-            gain = torch.eye(len(task.groups)) if through == "plan" else effective_gain(gains)
-            layers, start = {last: replace(layers[last], gain=gain)}, {last: targets.delta}
+            realised = torch.eye(len(task.groups)) if through == "plan" else effective_gain(gains)
+            layers, start = {last: replace(layers[last], gain=realised)}, {last: targets.delta}
         if self.diagonal:
             layers = {layer: frozen.diagonal() for layer, frozen in layers.items()}
         draft, first = task.model.draft(), min(layers)
@@ -84,7 +85,7 @@ class MetaKE(LocateThenEdit):
                 self.ahead,
                 progress=advance,
             )
-        report = {**told(self.ahead, layers, start, found, bare), "reasons": why}
+        report = {**told(self.ahead, layers, start, found, bare), "reasons": why, "gain": gain}
         if through == "edit":
             adopt(written, found)
         else:

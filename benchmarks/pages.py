@@ -1,0 +1,178 @@
+"""The tables and pictures of docs/rose.md and docs/metake.md, made from results/*.jsonl (`--write`; `--check` verifies)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from .common import HERE, RESULTS
+
+DOCS = HERE.parent / "docs"
+ROSE = {
+    "cloze": "cloze success", "exact": "cloze exact", "paraphrase": "paraphrase success", "question": "question success",
+    "chat question": "chat_question success", "exact ": "chat_question exact", "chat completion": "chat_completion success",
+    "greedy": "greedy contains", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
+    "identity KL": "identity kl", "kept": "identity kept", "unrelated kept": "unrelated kept",
+}  # fmt: skip
+METAKE = {
+    "exact": "efficacy exact", "success": "efficacy success", "paraphrase": "paraphrase success",
+    "paraphrase exact": "paraphrase exact", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
+}  # fmt: skip
+
+
+def rows_of(name: str, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows of a results file."""
+    header, *rows = map(json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    return header, rows
+
+
+def rose(folder: Path) -> str:
+    """One line a method, over all draws, and where RoSE's difference is beyond chance."""
+    header, rows = rows_of("rose", folder)
+    lines = [f"| method | {' | '.join(ROSE)} |", "|---" * (len(ROSE) + 1) + "|"]
+    for row in [r for r in rows if "pooled" in r]:
+        cells = []
+        for label, key in ROSE.items():
+            value = row["pooled"][key]["mean"]
+            gap = (row.get("rose_minus_this") or {}).get(key)
+            mark = "" if gap is None or gap["low"] <= 0 <= gap["high"] else ("-" if gap["mean"] > 0 else "+")
+            cells.append(f"{value:.2f}{mark}" if "KL" in label else f"{100 * value:.0f}{mark}")
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    facts = sorted({r["facts"] for r in rows if "facts" in r})
+    seconds = {r["method"]: r["seconds"] / r["facts"] for r in rows if "seconds" in r}
+    note = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    return "\n".join([*lines, "", f"Facts a draw: {facts}. Seconds a fact (one shared core): {note}.", "", _about(header)])
+
+
+def metake(folder: Path) -> str:
+    """One line a method and size, over all draws; differences to MetaKE fact by fact."""
+    header, rows = rows_of("metake", folder)
+    parts = []
+    for part, size in dict.fromkeys((r["part"], r["size"]) for r in rows):
+        found = [r for r in rows if (r["part"], r["size"]) == (part, size)]
+        columns = {k: v for k, v in METAKE.items() if v in found[0]["after"]}
+        heads = [*columns, "KL on text", "perplexity", "norm", "MetaKE exact minus this [95 %]"]
+        seeds = len({r["seed"] for r in found})
+        parts += [f"**{part}, {size} {'facts' if part == 'crowded' else 'subjects'}, {seeds} draw(s)**", ""]
+        parts += [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        first = found[0]
+        clean = [f"{100 * np.mean([r['unedited'].get(k, np.nan) for r in found]):.0f}" for k in columns.values()]
+        parts.append(f"| unedited | {' | '.join(clean)} | 0 | {first['clean_perplexity']:.1f} | 0 | |".replace("nan", "100"))
+        for method in dict.fromkeys(r["method"] for r in found):
+            mine = [r for r in found if r["method"] == method]
+            cells = [f"{100 * np.mean([r['after'][k]['mean'] for r in mine]):.0f}" for k in columns.values()]
+            cells += [
+                f"{np.mean([r[k] for r in mine]):.{digits}f}" for k, digits in (("kl", 3), ("perplexity", 1), ("norm", 2))
+            ]
+            gaps = np.array([gap for r in mine if r["metake_minus_this"] for gap in r["metake_minus_this"]["efficacy exact"]])
+            if len(gaps):
+                drawn = gaps[np.random.default_rng(0).integers(len(gaps), size=(2000, len(gaps)))].mean(1)
+                low, high = 100 * np.quantile(drawn, (0.025, 0.975))
+                cells.append(f"{100 * gaps.mean():+.0f} [{low:+.0f}, {high:+.0f}]")
+            else:
+                cells.append("")
+            parts.append(f"| {method} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join([*parts, _about(header)])
+
+
+def rose_picture(folder: Path, path: Path) -> None:
+    """What each method recalls, against what it leaves alone."""
+    rows = [r for r in rows_of("rose", folder)[1] if "pooled" in r]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    forms = ["cloze success", "question success", "chat_question success", "chat_completion success", "greedy contains"]
+    for number, row in enumerate(rows):
+        means = [100 * row["pooled"][form]["mean"] for form in forms]
+        axes[0].plot(means, np.arange(len(forms)) + 0.06 * (number - len(rows) / 2), "o", label=row["method"], ms=5)
+        greedy, kept = row["pooled"]["greedy contains"], row["pooled"]["neighbourhood unchanged"]
+        axes[1].plot(100 * kept["mean"], 100 * greedy["mean"], "o", ms=6)
+        axes[1].annotate(
+            row["method"], (100 * kept["mean"], 100 * greedy["mean"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+        )
+    axes[0].set_yticks(range(len(forms)), [form.split()[0].replace("_", " ") for form in forms])
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("new object preferred, or said (%)")
+    axes[0].legend(fontsize=7, frameon=False)
+    axes[1].set_xlabel("neighbours' decisions unchanged (%)")
+    axes[1].set_ylabel("greedy answer holds the new object (%)")
+    _save(figure, path)
+
+
+def metake_picture(folder: Path, path: Path) -> None:
+    """Exactness against drift, one point a method."""
+    rows = rows_of("metake", folder)[1]
+    cases = list(dict.fromkeys((r["part"], r["size"]) for r in rows))
+    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4.2), layout="constrained", squeeze=False)
+    for room, case in zip(axes[0], cases):
+        found = [r for r in rows if (r["part"], r["size"]) == case]
+        for method in dict.fromkeys(r["method"] for r in found):
+            mine = [r for r in found if r["method"] == method]
+            x, y = np.mean([r["kl"] for r in mine]), 100 * np.mean([r["after"]["efficacy exact"]["mean"] for r in mine])
+            room.plot(
+                x, y, "s" if method.startswith("MetaKE") else "o", ms=6, color="C1" if method.startswith("MetaKE") else "C0"
+            )
+            room.annotate(method, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        room.set(title=f"{case[0]}, {case[1]}", xlabel="KL on ordinary text (nats a token)", ylabel="exact answers (%)")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _about(header: dict[str, Any]) -> str:
+    machine = header["environment"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date'][:10]}"
+    return f"`python -m benchmarks.{header['benchmark']}`: {where}."
+
+
+PAGES = {"rose": (rose, rose_picture), "metake": (metake, metake_picture)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--write", action="store_true", help="put tables and pictures into the pages")
+    mode.add_argument("--check", action="store_true", help="exit 1 when a page's table is out of date")
+    arguments = parser.parse_args(argv)
+    stale = []
+    for name, (table, picture) in PAGES.items():
+        page, start, end = arguments.docs / f"{name}.md", f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if not (arguments.results / f"{name}.jsonl").is_file():
+            continue
+        text = page.read_text(encoding="utf-8")
+        head, _, rest = text.partition(start)
+        old, found, tail = rest.partition(end)
+        if not found:
+            print(f"{page}: no {start} ... {end} to hold the table; add the two comments")
+            return 2
+        new = table(arguments.results)
+        if old.strip() != new.strip():
+            stale.append(page)
+        if arguments.write:
+            page.write_text(f"{head}{start}\n{new}\n{end}{tail}", encoding="utf-8")
+            picture(arguments.results, arguments.docs / "pictures" / f"{name}.png")
+    if arguments.check and stale:
+        print(f"out of date: {', '.join(map(str, stale))}; run `python -m benchmarks.pages --write`")
+    return int(bool(arguments.check and stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
