@@ -33,8 +33,9 @@ from knowedit.editors.task import Task, prepare
 from knowedit.evaluation.metrics import Evaluation, Question, ask, questions, summarise
 from knowedit.facts import Fact
 from knowedit.groups import group_by_subject
-from knowedit.lookahead import FrozenLayer, Settings, look_ahead
+from knowedit.lookahead import Settings, look_ahead
 from knowedit.model import EditableModel, load_model
+from knowedit.objective import FrozenLayer
 from knowedit.statistics import key_statistics
 from knowedit.targets import Targets, ValueSettings, optimise_values
 from knowedit.text import documents

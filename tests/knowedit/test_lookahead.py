@@ -7,7 +7,8 @@ from knowedit.edit import Edit
 from knowedit.errors import EditError
 from knowedit.facts import Fact
 from knowedit.groups import group_keys
-from knowedit.lookahead import FrozenLayer, Line, Lines, Settings, disconnect, look_ahead, state_norms
+from knowedit.lookahead import Settings, disconnect, look_ahead, state_norms
+from knowedit.objective import FrozenLayer, Line, Lines
 from knowedit_kernels import Covariance, EditSolver, weight_for_gain
 
 FACTS = [

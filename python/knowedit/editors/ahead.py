@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..edit import relative_norms
 from ..facts import Fact
-from ..lookahead import FrozenLayer, Line, Lines, Settings, WriteOuts, disconnect, state_norms
+from ..lookahead import Settings, disconnect, state_norms
 from ..model import EditableModel
+from ..objective import FrozenLayer, Line, Lines, WriteOuts
 from ..targets import prompt_rows
 from .task import Task, Written
 

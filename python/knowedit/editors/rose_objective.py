@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..datasets.relations import identity_prompts, unrelated_prompts
-from ..lookahead import Line, Lines
+from ..objective import Line, Lines
 from ..targets import ESSENCE
 
 if TYPE_CHECKING:
