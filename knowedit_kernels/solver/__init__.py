@@ -7,7 +7,7 @@ from .edit_solver import read_in as read_in
 from .metrics import Covariance as Covariance
 from .metrics import Identity as Identity
 from .metrics import Metric as Metric
-from .metrics import NullSpace as NullSpace
 from .metrics import ShrunkCovariance as ShrunkCovariance
 from .metrics import combined as combined
 from .metrics import weight_for_gain as weight_for_gain
+from .null_space import NullSpace as NullSpace
