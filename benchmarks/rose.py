@@ -69,7 +69,8 @@ def methods(others: tuple[Fact, ...], seed: int) -> Iterator[tuple[str, LocateTh
     )
     yield "IGA only", replace(ours, layers=ONE, shares=(0.0, 0.0, 1.0), values=STOCK, refine=None, integration="joint")
     if seed == 0:
-        yield "HKI only (metric: covariance)", replace(ours, shares=(1.0, 0.0, 0.0))
+        yield "RoSE, from a tree of values", replace(ours, integration="tree")
+        yield "RoSE, metric: covariance only", replace(ours, shares=(1.0, 0.0, 0.0))
         yield "RoSE, generic questions", replace(ours, questions="generic")
 
 

@@ -41,7 +41,8 @@ class RoSE(LocateThenEdit):
             MEMIT's, (0, 0, 1) the pure identity (IGA), (1 - g, 0, g) their interpolation.
         gain: the metric's weight is set so that an edit alone would realise this share of its planned change.
         entities: `{layer: [d_ff, d_ff]}` the entities' moments; None: of the shipped ones.
-        integration: "tree" merges a value for each fact, "joint" optimises one value for all of them (MEMIT-Merge).
+        integration: what the refinement starts from. "tree" merges a value for each fact, "joint" optimises one for all of
+            them (MEMIT-Merge); after the refinement they were equal on SmolLM2, within the noise.
         refine: the look-ahead over forms; None leaves it out.
         weights: of the refinement's objective.
         questions: question wordings by fact id, prompt or relation, with "{}" for the subject; shipped ones else, and
@@ -54,7 +55,7 @@ class RoSE(LocateThenEdit):
     shares: tuple[float, float, float] = (0.16, 0.45, 0.39)
     gain: float = 0.88
     entities: Mapping[int, Tensor] | None = field(default=None, repr=False)
-    integration: Literal["tree", "joint"] = "tree"
+    integration: Literal["tree", "joint"] = "joint"
     refine: Settings | None = field(
         default_factory=lambda: Settings(
             steps=36, betas=(0.9, 0.98), decay=0.2, clamp=0.7, clamp_realised=False, price=0, norm=0.2
