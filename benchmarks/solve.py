@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from knowedit_kernels import low_rank_update_
 from knowedit_kernels.solver import Covariance, EditSolver, Metric, NullSpace, weight_for_gain
 
 from . import common, peers
@@ -77,7 +78,8 @@ def rome(report: common.Report, d: int, repeats: int) -> None:
 
 
 def alphaedit(report: common.Report, d: int, d_out: int, repeats: int) -> None:
-    """Ten batches of eight edits in sequence, each protecting the earlier ones; then the projector itself."""
+    """Ten batches of eight edits in sequence, each protecting the earlier ones and written into a float32 weight before the
+    next (ours as factors, theirs as a dense update); then the projector itself."""
     C, keys, residuals = problem(d, d_out, HISTORY * BATCH)
     threshold = float(torch.linalg.eigvalsh(C.double())[int(0.7 * d) :][:2].mean())  # between two eigenvalues
     space = NullSpace(C, beta=BETA, threshold=threshold)
@@ -85,22 +87,29 @@ def alphaedit(report: common.Report, d: int, d_out: int, repeats: int) -> None:
     pairs = list(zip(keys.split(BATCH, 1), residuals.split(BATCH, 1)))
     narrow = [(K.float(), R.float()) for K, R in pairs]
 
-    def dense(P: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        cache = torch.zeros_like(P)
-        return torch.stack([peers.alphaedit_update(P, cache, BETA, K, R) for K, R in pairs])
+    weight = torch.zeros(d_out, d)
 
-    def ours() -> Tensor:
+    def dense(P: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        cache, updates = torch.zeros_like(P), []
+        for K, R in pairs:
+            updates.append(peers.alphaedit_update(P, cache, BETA, K, R))
+            weight.add_(updates[-1])
+        return updates
+
+    def ours() -> list[tuple[Tensor, Tensor]]:
         metric: Metric = space
         updates = []
         for K, R in pairs:
-            updates.append(EditSolver(metric, K).delta(R))
+            updates.append(EditSolver(metric, K).apply(R))
+            left, right = (factor.float() for factor in updates[-1])
+            low_rank_update_(weight, left, right.mT.contiguous())
             metric = metric.with_history(K)
-        return torch.stack(updates)
+        return updates
 
     seconds = common.interleave({"dense": lambda: dense(exact_P.float(), narrow), "ours": ours}, repeats)
-    exact = dense(exact_P, pairs)
-    error = Check("of dense fp64", relative_error(ours(), exact), EXACT)
-    theirs = relative_error(dense(exact_P.float(), narrow), exact)
+    exact = torch.stack(dense(exact_P, pairs))
+    error = Check("of dense fp64", relative_error(torch.stack([R @ A for R, A in ours()]), exact), EXACT)
+    theirs = relative_error(torch.stack(dense(exact_P.float(), narrow)), exact)
     name = f"AlphaEdit, {HISTORY} batches of {BATCH}, d = {d}"
     report.compare(name, seconds, "dense", [error], target=30.0, d=d, baseline_error=theirs, rank=space.rank)
     seconds = common.interleave(
