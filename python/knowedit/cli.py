@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_stats
+from . import cli_measure, cli_stats
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(cli_stats.app, name="stats")
+app.add_typer(cli_measure.app)
 
 Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
 Corpus = Annotated[

@@ -95,7 +95,7 @@ class LayerGeometry:
     kappa: dict[str, tuple[float, float]]
     null: tuple[float, float]
     forms: list[FormDrift]
-    values: Landscape
+    values: Landscape | None
     recall: dict[str, dict[str, dict[str, float]]]
     points: list[tuple[float, float, bool, str]]
 
@@ -107,10 +107,19 @@ class LayerGeometry:
         return {name: float(np.mean(part)) if part else float("nan") for name, part in parts.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready (NaN where a measure is undefined)."""
-        values = {name: value for name, value in vars(self.values).items() if not isinstance(value, Tensor)}
+        """JSON-ready; None where a measure is undefined."""
+        values = {} if self.values is None else {n: v for n, v in vars(self.values).items() if not isinstance(v, Tensor)}
         plain = {name: value for name, value in vars(self).items() if name not in ("forms", "values")}
-        return {**plain, "forms": [asdict(form) for form in self.forms], "values": values, "within": self.within()}
+        whole = {**plain, "forms": [asdict(form) for form in self.forms], "values": values, "within": self.within()}
+        return _without_nan(whole)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(part) for part in value]
+    return None if value != value else value
 
 
 def geometry(
@@ -127,9 +136,9 @@ def geometry(
 ) -> list[LayerGeometry]:
     """Measure each of `layers` on `groups` (the facts of one subject each); the model is not touched.
 
-    The keys of all groups are read in one pass; the values of the first `edited` groups (default: all) are optimised,
-    written together by each metric, and asked for in one wording a form, layer by layer. Facts whose subject is the very
-    first token are left out: the key there is the attention sink's.
+    The keys of all groups are read in one pass; the values of the first `edited` groups (default: all; 0: of none, which
+    is fast) are optimised, written together by each metric, and asked for in one wording a form, layer by layer. Facts
+    whose subject is the very first token are left out: the key there is the attention sink's.
 
     Raises:
         EditError: fewer than two usable subjects. StatisticsError: missing layers, or of another model.
@@ -138,24 +147,25 @@ def geometry(
     usable = [[f for f in g if model.row(f.text, f.subject).subject != 0] for g in groups]
     usable = [group for group in usable if group]
     some = usable[:edited]
-    if len(some) < 2:
+    if len(usable) < 2 or len(some) == 1:
         raise EditError("the geometry needs facts of at least two subjects that do not begin their prompt")
     every, asked = _Texts(model, usable, other=True), _Texts(model, some, wordings=1)
+    n = len(asked.facts)  # the edited groups come first in `every` too
     keys, others = (model.keys(rows, layers)[0] for rows in (every.bare, every.rows))
-    unedited = _recalled(model, asked)
+    unedited = _recalled(model, asked) if some else {}
     found = []
     for layer in layers:
         null, moment = statistics.null_space(layer, threshold), statistics.moment(layer)
         metrics: dict[str, Metric] = {"C": statistics.metric(layer), "P": null, "I": Identity(model.d_ff)}
         at, away = (k[layer].double().cpu().T for k in (keys, others))
         kappa = {name: amplification(metric, at) for name, metric in metrics.items()}
-        landed = landscape(model, some, layer, values or preset_for(model).values, seed=seed)
-        n = len(asked.facts)  # the edited groups come first in `every` too
-        recall, points = _written(model, asked, layer, metrics, at[:, :n], landed, unedited)
+        landed = landscape(model, some, layer, values or preset_for(model).values, seed=seed) if some else None
+        recall, points = _written(model, asked, layer, metrics, at[:, :n], landed, unedited) if landed else ({}, [])
         ends = {name: (float(k.mean()), float(k.max())) for name, k in kappa.items()}
         inside = float(null.inverse(moment).trace() / moment.trace()), null.rank / null.dim
         drifts, sizes = _drifts(every, metrics, at, away, seed), (n, len(some))
-        found.append(LayerGeometry(layer, len(every.facts), len(usable), sizes, ends, inside, drifts, landed, recall, points))
+        one = LayerGeometry(layer, len(every.facts), len(usable), sizes, ends, inside, drifts, landed, recall, points)
+        found.append(one)
         say(f"layer {layer} measured")
     return found
 

@@ -1,0 +1,118 @@
+"""`knowedit same-subject`, `knowedit geometry` and `knowedit report`: measuring in depth, and reading what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer()
+
+Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
+Dataset = Annotated[str, typer.Option(help="'same-subject', 'embedded', another set's name or a file of facts.")]
+Corpus = Annotated[
+    list[str], typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable.")
+]
+Tokens = Annotated[int, typer.Option(help="Keys to sum for the statistics.")]
+Layers = Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the preset's.")]
+Least = Annotated[int, typer.Option(help="Leave out subjects with fewer facts.")]
+Subjects = Annotated[int | None, typer.Option(help="Use the first so many subjects.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the results, read by `knowedit report`.")]
+
+
+@app.command("same-subject")
+def same_subject(
+    model: Model,
+    dataset: Dataset = "same-subject",
+    method: Annotated[
+        str, typer.Option(help="One or more, separated by commas; the last is compared with the others.")
+    ] = "memit",
+    least: Least = 2,
+    most: Annotated[int | None, typer.Option(help="Use the first so many facts of a subject.")] = None,
+    half: Annotated[str, typer.Option(help="all; tune or report: halves without a common subject.")] = "all",
+    subjects: Subjects = None,
+    wordings: Annotated[int | None, typer.Option(help="Ask at most so many wordings of each form.")] = None,
+    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    tokens: Tokens = 100_000,
+    layers: Layers = None,
+    output: Folder = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Several facts of each subject, asked for as a user would: six forms, greedy answers, neighbours, identity."""
+    from .cli import parse_layers
+    from .evaluation.subjects import differences, measure_subjects, write_subjects
+
+    results = measure_subjects(
+        model, dataset, method.split(","), _one(corpus), tokens, parse_layers(layers), least=least, most=most, half=half,
+        subjects=subjects, wordings=wordings, dtype=dtype, say=_say,
+    )  # fmt: skip
+    if output:
+        write_subjects(output, results)
+    if as_json:
+        print(json.dumps([result.to_dict() for result in results]))
+    else:
+        print("\n\n".join(map(str, results)), *differences(results), sep="\n")
+
+
+@app.command()
+def geometry(
+    model: Model,
+    dataset: Dataset = "same-subject",
+    least: Least = 2,
+    subjects: Subjects = 24,
+    edited: Annotated[int, typer.Option(help="Of so many subjects optimise and write values; slow, 0 leaves it out.")] = 6,
+    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    tokens: Tokens = 100_000,
+    layers: Layers = None,
+    seed: Annotated[int, typer.Option(help="Of the random directions and of the intervals.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for geometry.json and geometry.png.")] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Is the covariance trap real for this model? Drift of keys, amplification, rho, tolerance, sharpness, by layer."""
+    from .cli import parse_layers
+    from .evaluation.geometry import geometry as measure
+    from .evaluation.subjects import choose
+    from .files import atomic_file
+    from .model import load_model
+    from .presets import preset_for
+    from .report import plots
+    from .report.run import geometry_table
+    from .statistics import key_statistics
+
+    chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
+    editable = load_model(model, dtype=dtype, say=_say)
+    wanted = parse_layers(layers) or preset_for(editable).statistics_layers
+    statistics = key_statistics(editable, wanted, _one(corpus), tokens)
+    found = [one.to_dict() for one in measure(editable, chosen, statistics, wanted, edited=edited, seed=seed, say=_say)]
+    if output:
+        with atomic_file(output / "geometry.json") as path:
+            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        plots.save(plots.geometry(found), output / "geometry.png")
+    print(json.dumps(found) if as_json else geometry_table(found))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A folder written by eval, same-subject or geometry with -o.")],
+) -> None:
+    """Tables and pictures of a folder of results, printed and as one self-contained page report.html in it."""
+    from .report.run import PAGE
+    from .report.run import report as write
+
+    print(write(run))
+    print(f"\nwrote {run / PAGE}")
+
+
+def _one(corpus: list[str]) -> Any:
+    return corpus[0] if len(corpus) == 1 else corpus
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

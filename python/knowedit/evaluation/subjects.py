@@ -1,0 +1,122 @@
+"""Running the same-subject evaluation: several methods on the same subjects, and their paired differences."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..datasets import load
+from ..datasets.same_subject import groups, halves
+from ..editors import EDITORS
+from ..editors.task import layers_of
+from ..errors import KnowEditError
+from ..facts import Fact
+from ..files import atomic_file
+from ..model import EditableModel, load_model
+from ..statistics import KeyStatistics, key_statistics
+from .drift import Drift, drift
+from .same_subject import SameSubjectEvaluation, compare, judge, observe, prepare
+
+HALVES = ("all", "tune", "report")
+FILE = "same_subject.json"
+
+
+@dataclass(frozen=True)
+class SubjectsResult:
+    """One method on the facts of some subjects, all written in one edit; `seconds`: computing it, a fact."""
+
+    model: str
+    dataset: str
+    method: str
+    evaluation: SameSubjectEvaluation
+    drift: Drift
+    seconds: float
+    report: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        plain = {name: getattr(self, name) for name in ("model", "dataset", "method", "seconds", "report")}
+        return {**plain, "drift": asdict(self.drift), "evaluation": self.evaluation.to_dict()}
+
+    def __str__(self) -> str:
+        sizes = self.evaluation.sizes
+        head = f"{self.method}: {sum(sizes.values())} facts of {len(sizes)} subjects, {self.seconds:.2f} s a fact"
+        moved = f"ordinary text: same next word {self.drift.same:.0%}, KL {self.drift.kl:.4f} nats"
+        return "\n".join([head, str(self.evaluation), moved, *(f"note: {w}" for w in self.report.get("warnings", []))])
+
+
+def choose(dataset: str, least: int, most: int | None, half: str, subjects: int | None) -> list[list[Fact]]:
+    """The groups of a data set: with at least `least` facts, cut to `most`, of one half, the first `subjects`.
+
+    Raises:
+        KnowEditError: an unknown half, or no such subject.
+    """
+    if half not in HALVES:
+        raise KnowEditError(f"unknown half {half!r}; known: {', '.join(HALVES)}")
+    pool = load("counterfact-flat") if dataset == "same-subject" else []
+    grouped = groups(load(dataset), least=least, most=most, pool=pool)
+    if half != "all":
+        grouped = halves(grouped)[HALVES.index(half) - 1]
+    if not grouped[:subjects]:
+        raise KnowEditError(f"{dataset} has no subject with {least} or more facts; lower --least")
+    return grouped[:subjects]
+
+
+def measure_subjects(
+    name: str, dataset: str, methods: Sequence[str], corpus: Any, tokens: int, layers: tuple[int, ...] | None = None,
+    *, least: int = 2, most: int | None = None, half: str = "all", subjects: int | None = None, wordings: int | None = None,
+    dtype: str = "auto", say: Callable[[str], None] = print,
+) -> list[SubjectsResult]:  # fmt: skip
+    """Load everything and measure each method; what `knowedit same-subject` calls.
+
+    Raises:
+        KnowEditError: an unknown method or half, no subjects, or what the parts raise.
+    """
+    for method in methods:
+        if method not in EDITORS:
+            raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
+    chosen = choose(dataset, least, most, half, subjects)
+    model = load_model(name, dtype=dtype, say=say)
+    needed = sorted({layer for method in methods for layer in layers_of(EDITORS[method](layers=layers), model)})
+    return run_subjects(
+        model, chosen, key_statistics(model, needed, corpus, tokens), methods, layers, dataset, wordings=wordings
+    )
+
+
+def run_subjects(
+    model: EditableModel, chosen: Sequence[Sequence[Fact]], statistics: KeyStatistics, methods: Sequence[str],
+    layers: tuple[int, ...] | None = None, dataset: str = "", *, wordings: int | None = None, progress: bool = True,
+) -> list[SubjectsResult]:  # fmt: skip
+    """Compute and measure each method on the same subjects; the model is left as it was found."""
+    probes, facts = prepare(model, chosen, wordings), [fact for group in chosen for fact in group]
+    before = observe(model, probes, title="before", progress=progress)
+    results = []
+    for method in methods:
+        editor, start = EDITORS[method](layers=layers), time.perf_counter()
+        edit = editor.compute(model, facts, statistics, progress=progress)
+        seconds, moved = (time.perf_counter() - start) / len(facts), drift(model, edit)
+        with edit.applied_to(model):
+            found = judge(probes, before, observe(model, probes, title=editor.name, progress=progress))
+        results.append(SubjectsResult(model.name, dataset, editor.name, found, moved, seconds, edit.report))
+    return results
+
+
+def differences(results: Sequence[SubjectsResult]) -> list[str]:
+    """Lines: what the last method does differently from each other one, pair by pair, where the interval excludes 0."""
+    lines = []
+    for other in results[:-1]:
+        lines.append(f"{results[-1].method} - {other.method}, paired on the same facts, where the interval excludes 0:")
+        for kind, row in compare(results[-1].evaluation, other.evaluation).items():
+            lines += [f"  {kind:16} {m:10} {e}" for m, e in row.items() if e.low > 0 or e.high < 0]
+    return lines
+
+
+def write_subjects(folder: Path, results: Sequence[SubjectsResult]) -> None:
+    """`same_subject.json` with every method and every single value, written whole."""
+    with atomic_file(folder / FILE) as path:
+        text = json.dumps([result.to_dict() for result in results], ensure_ascii=False, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
