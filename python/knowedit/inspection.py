@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from . import checkpoint, edit, store
 from .errors import KnowEditError
@@ -83,8 +85,6 @@ def _statistics(found: store.LayerStatistics) -> str:
 
 def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
     """Hardware, versions, the implementation each kernel would use here, and what is known of `model`."""
-    from knowedit_kernels import SecondMoment, explain
-
     names = ("torch", "triton", "transformers", "knowedit-kernels")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report: dict[str, dict[str, Any]] = {
@@ -95,13 +95,7 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in names}},
     }  # fmt: skip
-    kernels: dict[str, Any] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        moment = SecondMoment(256, device=device)
-        moment.update(torch.randn(64, 256, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype))
-        moment.sum()
-        kernels[f"second moment {str(dtype)[6:]}"] = str(explain("second_moment_"))
-    report["kernels"] = kernels
+    report["kernels"] = _kernels(device)
     if model is not None:
         from .model import load_model
         from .presets import preset_for
@@ -114,6 +108,37 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
             "preset": f"layers {list(preset.layers)}" + ("" if preset.measured else f", {preset.origin}: not measured on it"),
         }  # fmt: skip
     return report
+
+
+def _kernels(device: str) -> dict[str, str]:
+    """Which implementation each op has run here just now, on small inputs, and why the better ones did not."""
+    from knowedit_kernels import SecondMoment, explain, low_rank_update_
+    from knowedit_kernels.jvp import attention_jvp, rms_norm_jvp, swiglu_jvp
+    from knowedit_kernels.target_loss import target_loss
+
+    def moment(x: Tensor) -> None:
+        sums = SecondMoment(x.shape[1], device=device)
+        sums.update(x)
+        sums.sum()
+
+    def attention(x: Tensor) -> None:
+        heads = x[:, :128].reshape(1, 2, 64, 64)
+        attention_jvp(heads, heads, heads, heads[None], heads[None], heads[None])
+
+    probes: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+        "second moment": ("second_moment_", moment),
+        "low-rank update": ("low_rank_update_", lambda x: low_rank_update_(x.clone(), x[:, :4], x.mT[:, :4].contiguous())),
+        "target loss": ("target_losses", lambda x: target_loss(x, x, torch.arange(64, device=device))),
+        "RMSNorm tangents": ("rms_norm_jvp", lambda x: rms_norm_jvp(x, x[0], x[None])),
+        "SwiGLU tangents": ("swiglu_jvp", lambda x: swiglu_jvp(x, x, x[None], x[None])),
+        "attention tangents": ("attention_jvp", attention),
+    }
+    kernels = {}
+    for name, (op, run) in probes.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            run(torch.randn(64, 256, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype))
+            kernels[f"{name} {str(dtype)[6:]}"] = str(explain(op))
+    return kernels
 
 
 def _version(name: str) -> str:

@@ -106,6 +106,8 @@ def test_stats_eval_doctor(place, knowedit):
     course = knowedit("eval", "model", *common, "--batch", "1", "--every", "1", "--text", "corpus.txt", *CORPUS)
     assert "AlphaEdit, sequential of 2 facts" in course and "perplexity" in course
     report = json.loads(knowedit("doctor", "model", "--json"))
+    ran = {name.rsplit(" ", 1)[0] for name, said in report["kernels"].items() if "refused" in said or "not needed" in said}
+    assert ran == {"second moment", "low-rank update", "target loss", "RMSNorm tangents", "SwiGLU tangents", "attention tangents"}
     assert report["model"]["preset"].endswith("not measured on it") and report["versions"]["torch"]
 
 
@@ -167,3 +169,19 @@ def test_make_editor_passes_only_what_is_known():
     assert make_editor("memit", gain=0.5, layers=None).gain == 0.5
     with pytest.raises(KnowEditError, match="no setting gain"):
         make_editor("rome", gain=0.5)
+
+
+def test_measuring_in_depth(knowedit, place):
+    """same-subject and geometry write results, report reads them."""
+    facts = [*FACTS, FACTS[0] | {"prompt": "People of {} speak", "target": "Norse", "true": "French"}]
+    (place / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    chosen = ("--dataset", "facts.jsonl", "--least", "1", *CORPUS, "-o", "run")
+    said = knowedit("same-subject", "model", "--method", "memit,emmet", "--wordings", "1", *chosen)
+    assert "EMMET - MEMIT, paired" in said and "3 facts of 2 subjects" in said
+    rows = json.loads(knowedit("geometry", "model", "--edited", "0", "--threshold", "1e9", *chosen, "--json"))
+    assert rows[0]["layer"] == 1 and (place / "run/geometry.png").stat().st_size > 1000
+    said = knowedit("report", "run")
+    assert "kappa covariance" in said and "subjects with 2 facts (1)" in said
+    assert (place / "run/report.html").read_text().count("<svg") == 2
+    assert "unknown half" in knowedit("same-subject", "model", "--half", "third", *chosen, code=1)
+    assert "holds no results" in knowedit("report", "model", code=1)

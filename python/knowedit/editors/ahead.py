@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knowedit_kernels.jvp import spread_shares
+
 from ..edit import relative_norms
 from ..facts import Fact
 from ..lookahead import Settings, disconnect, state_norms
@@ -53,10 +55,10 @@ def answer_lines(
 
 def effective_gain(gains: Sequence[Tensor]) -> Tensor:
     """`I - prod_i (I - G_i / (L - i))`, what a write spread over L layers realises (METHODS 3.4, states passed on as they
-    are); `gains`: `[groups, groups]` each, lowest layer first."""
+    are); `gains`: `[groups, groups]` each, lowest layer first. (`knowedit_kernels.jvp.effective_gain`, a group a column.)"""
     left = eye = torch.eye(len(gains[0]), dtype=gains[0].dtype, device=gains[0].device)
-    for i, gain in enumerate(gains):
-        left = left @ (eye - gain / (len(gains) - i))
+    for share, gain in zip(spread_shares(len(gains)), gains):
+        left = left @ (eye - share * gain)
     return eye - left
 
 
