@@ -2,8 +2,14 @@
 what it changed."""
 
 from .edit import Edit as Edit
+from .editors import EMMET as EMMET
 from .editors import MEMIT as MEMIT
+from .editors import PMET as PMET
 from .editors import ROME as ROME
+from .editors import AlphaEdit as AlphaEdit
+from .editors import MEMITMerge as MEMITMerge
+from .editors import MetaKE as MetaKE
+from .editors import RoSE as RoSE
 from .errors import EditError as EditError
 from .errors import KnowEditError as KnowEditError
 from .errors import ModelError as ModelError
@@ -13,8 +19,10 @@ from .facts import Fact as Fact
 from .facts import FactError as FactError
 from .facts import Probe as Probe
 from .facts import read_facts as read_facts
+from .history import History as History
 from .model import EditableModel as EditableModel
 from .model import load_model as load_model
+from .sequential import Session as Session
 from .statistics import KeyStatistics as KeyStatistics
 from .statistics import key_statistics as key_statistics
 from .targets import ValueSettings as ValueSettings
