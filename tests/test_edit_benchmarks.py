@@ -1,0 +1,112 @@
+"""The benchmarks of RoSE and MetaKE: what they draw, how they pool, what their pages say."""
+
+import json
+
+import pytest
+
+from benchmarks import metake, pages, rose
+from knowedit.datasets import load
+from knowedit.datasets.same_subject import groups, halves
+from knowedit.evaluation.metrics import Answer, Evaluation, Question
+from knowedit.evaluation.same_subject import SameSubjectEvaluation, Value
+from knowedit.scoring import Score
+
+
+@pytest.mark.data
+def test_rose_judges_subjects_that_nothing_was_tuned_on(data):
+    tuned = {group[0].subject for group in halves(groups(load("same-subject"), least=3, most=4))[0]}
+    for seed in range(3):
+        chosen, others = rose.draw(seed, quick=False)
+        subjects = [group[0].subject for group in chosen]
+        assert not tuned & set(subjects) and len(set(subjects)) == len(subjects)
+        assert {len(group) for group in chosen} == {1, 2, 3, 4}
+        assert not {fact.subject for fact in others} & set(subjects)
+    assert [g[0].subject for g in rose.draw(0, False)[0]] != [g[0].subject for g in rose.draw(1, False)[0]]
+
+
+@pytest.mark.data
+def test_metake_draws_distinct_subjects_and_measures_some_of_them(data):
+    facts, measured = metake.draw("crowded", 60, 0)
+    assert len(facts) == 60 and len({fact.subject for fact in facts}) == 60
+    assert set(measured) <= set(facts) and all(fact.paraphrases for fact in measured)
+    facts, measured = metake.draw("same-subject", 6, 0)
+    assert facts == measured and len({fact.subject for fact in facts}) == 6 and len(facts) > 12
+
+
+def test_every_method_has_a_name_of_its_own():
+    for part in ("crowded", "same-subject"):
+        names = [name for name, _, _ in metake.methods(part)]
+        assert names[0] == metake.KNOWN and len(set(names)) == len(names)
+    names = [name for name, _ in rose.methods((), 0)]
+    assert names[0] == rose.OURS and len(set(names)) == len(names) > len(list(rose.methods((), 1)))
+
+
+def evaluation(exact):
+    """Two facts; efficacy of the first and paraphrases of both."""
+    asked = [
+        Question(0, "efficacy", "p", "a", "b"),
+        Question(0, "paraphrase", "q", "a", "b"),
+        Question(1, "paraphrase", "r", "a", "b"),
+    ]
+    answers = [Answer(Score(-1.0, e), Score(-2.0, False)) for e in exact]
+    return Evaluation({}, {}, asked, answers, answers)
+
+
+def test_gaps_are_fact_by_fact():
+    found = metake.gaps(evaluation([True, True, False]), evaluation([False, True, True]))
+    assert (
+        found["efficacy exact"] == [1.0]
+        and found["paraphrase exact"] == [0.0, -1.0]
+        and found["paraphrase success"] == [0.0, 0.0]
+    )
+
+
+def test_a_subject_in_several_draws_counts_once():
+    def measured(values):
+        return SameSubjectEvaluation([Value("cloze", "exact", s, f, 0.0, v) for (s, f), v in values.items()], {}, [])
+
+    seeds = [measured({("A", "f"): 1.0, ("B", "g"): 0.0}), measured({("A", "f"): 0.0, ("C", "h"): 1.0})]
+    over = rose.pooled([{key: value[1] for key, value in rose.values_of(seed).items()} for seed in seeds])
+    assert over["cloze"]["exact"].mean == pytest.approx(0.5) and over["cloze"]["exact"].records == 3
+
+
+def results(folder):
+    machine = {"cpu": "a processor", "cores": 2, "torch": "2", "date": "2026-11-20"}
+    measures = {key: {"mean": 0.5, "low": 0.4, "high": 0.6, "records": 3} for key in pages.ROSE.values()}
+    better = {key: {"mean": 0.2, "low": 0.1, "high": 0.3, "records": 3} for key in pages.ROSE.values()}
+    rows = [
+        {"benchmark": "rose", "environment": machine},
+        {"method": "RoSE", "seed": 0, "facts": 10, "seconds": 50.0},
+        {"method": "RoSE", "pooled": measures, "rose_minus_this": None},
+        {"method": "MEMIT", "pooled": measures, "rose_minus_this": better},
+    ]
+    (folder / "rose.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    after = {key: {"mean": 0.5} for key in pages.METAKE.values()}
+    row = {
+        "part": "crowded", "size": 200, "seed": 0, "after": after, "unedited": dict.fromkeys(after, 0.1), "kl": 0.1,
+        "perplexity": 20.0, "clean_perplexity": 19.0, "norm": 0.9,
+    }  # fmt: skip
+    gap = {"efficacy exact": [1.0, 1.0, 0.0, 1.0]}
+    rows = [
+        {"benchmark": "metake", "environment": machine},
+        {**row, "method": "MetaKE", "metake_minus_this": None},
+        {**row, "method": "MEMIT 0.98", "metake_minus_this": gap},
+    ]
+    (folder / "metake.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_pages_have_tables_marks_and_pictures(tmp_path):
+    results(tmp_path)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name in pages.PAGES:
+        (docs / f"{name}.md").write_text(f"# Title\n<!-- {name}:start -->\nold\n<!-- {name}:end -->\nrest\n")
+    where = ["--results", str(tmp_path), "--docs", str(docs)]
+    assert pages.main([*where, "--check"]) == 1
+    assert pages.main([*where, "--write"]) == 0 and pages.main([*where, "--check"]) == 0
+    text = (docs / "rose.md").read_text()
+    assert "| RoSE | 50 |" in text and "| MEMIT | 50- |" in text and "Seconds a fact" in text and text.endswith("rest\n")
+    assert "| +75 [" in (docs / "metake.md").read_text().replace("0.90 | +75", "| +75")
+    assert all((docs / "pictures" / f"{name}.png").stat().st_size > 5000 for name in pages.PAGES)
+    (docs / "rose.md").write_text("no markers")
+    assert pages.main([*where, "--write"]) == 2
