@@ -12,7 +12,7 @@ from typing import Any
 from .common import HERE, RESULTS
 
 START, END = "<!-- numbers:start -->", "<!-- numbers:end -->"
-FILES = ("statistics", "values", "solve", "moments", "quality", "gpu_suite")
+FILES = ("statistics", "scaling", "values", "solve", "jvp", "moments", "quality", "gpu_suite")
 
 
 def read(folder: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

@@ -108,16 +108,16 @@ def run(
     layers = next(iter(editors.values())).layers or _layers(model)
     stored = dict(prefixes(model, corpus, layers, counts))
     most = stored[max(stored)]
-    rows, targets = [], {}
-    for method, editor in editors.items():
-        task = prepare(editor, model, groups, most, progress=False)
-        targets[method] = editor.targets(task)
+    rows = []
+    first = editors[methods[0]]
+    targets = first.targets(prepare(first, model, groups, most, progress=False))
+    for editor in editors.values():
         for count in counts:
             row: dict[str, Any] = {"case": editor.name, "tokens": count}
             look = next(iter(stored[count][layers[0]].extra["convergence"]), {}) if count in stored else {}
             row |= {name: look[name][0] for name in ("solve", "null_space") if name in look}
             try:
-                edit = editor.finish(prepare(editor, model, groups, stored[count], progress=False), targets[method])
+                edit = editor.finish(prepare(editor, model, groups, stored[count], progress=False), targets)
             except (KnowEditError, KeyError) as error:
                 report.note(f"{editor.name:10} {count:>9,} tokens  refused: {error}", refused=str(error), **row)
                 continue
@@ -125,7 +125,7 @@ def run(
                 after = summarise(asked, ask(model, asked, progress=False), len(facts), rng, before)
             row |= {f"{kind} {measure}": after[kind][measure].mean for kind, measure in KEPT if kind in after}
             row["price"] = sum(
-                float(((v.T.double() @ most.moment(layer)) * (v.T.double())).sum(1) @ u.double().square().sum(0))
+                float(((v.T.double() @ most.moment(layer) @ v.double()) * (u.T.double() @ u.double())).sum())
                 for layer, (u, v) in edit.factors.items()
             )
             figures = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))

@@ -84,9 +84,8 @@ def test_kernel_scripts(script, tmp_path):
 
 
 def test_statistics_equal_the_peer(tiny_llama, report):
-    budgets = [("small", 40), ("large", 200)]
-    count = sum(len(piece) - 1 for piece in statistics.pieces_of(tiny_llama, TEXTS))
-    statistics.measure(report, tiny_llama, None, TEXTS, count, [1, 2], budgets, 1)
+    for peer in (statistics.Peer("small", 40), statistics.Peer("large, short pieces", 200, 30)):
+        statistics.measure(report, tiny_llama, None, TEXTS, [1, 2], peer, 1)
     assert [row["accurate"] for row in report.rows[1:]] == [True, True]
 
 
