@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from knowedit_kernels import _gate
-from knowedit_kernels.bench import lowrank, machine, moments, results, roofline, runner, solver, target_loss
+from knowedit_kernels.bench import jvp, lowrank, machine, moments, results, roofline, runner, solver, target_loss
 from knowedit_kernels.bench.problem import DTYPES, Operation
 
 OPERATIONS: dict[str, Operation] = {
@@ -20,6 +20,7 @@ OPERATIONS: dict[str, Operation] = {
     "lowrank": lowrank.OPERATION,
     "solver": solver.OPERATION,
     "target_loss": target_loss.OPERATION,
+    "jvp": jvp.OPERATION,
 }
 
 

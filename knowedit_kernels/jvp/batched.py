@@ -12,8 +12,8 @@ from torch import Tensor
 
 from knowedit_kernels._dispatch import Candidate
 
-ELEMENTS = 1 << 16  # of one tensor held at a time by the elementwise operations: a piece stays in L2
-SCORES = 1 << 22  # attention weights and their tangents held at a time
+ELEMENTS = 1 << 18  # of one tensor held at a time by the elementwise operations: what stays in cache
+SCORES = 1 << 20  # attention weights and their tangents held at a time
 
 
 def working(x: Tensor) -> torch.dtype:
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, tangents: Tensor, eps: float) -> tuple[T
         r = torch.rsqrt(unit.square().mean(-1, keepdim=True) + eps)
         unit = unit * r
         y[part] = unit * scale
-        along = torch.linalg.vecdot(t, unit)[..., None] / d
+        along = (t * unit).sum(-1, keepdim=True).div_(d)
         dy[:, part] = torch.addcmul(t, unit, along, value=-1).mul_(r * scale)
     return y, dy
 
@@ -136,7 +136,7 @@ def _attend(
     by_head.copy_(by_head.softmax(-1))
     if seen is not None:
         by_head.masked_fill_(~seen, 0)  # also the NaN of a query that sees nothing
-    change.sub_(torch.linalg.vecdot(change, p)[..., None]).mul_(p)
+    change.sub_((change * p).sum(-1, keepdim=True)).mul_(p)
     weights = torch.cat([p, change], 2) if tq is None else scores
     out = (weights.flatten(2, 3) @ v).unflatten(2, (-1, inner.shape[3]))
     if tv is not None and tv.shape[3]:

@@ -105,7 +105,7 @@ def attention(
     (batch, heads, queries, d), (shared, keys) = q.shape, k.shape[1:3]
     count = next((len(t) for t in (tq, tk, tv) if t is not None), 0)
     tile, one_pass = attention_tile(q.dtype, d)
-    two_passes = count > 1 or count == 1 and not one_pass
+    two_passes = count > (1 if one_pass else 0)
     # the second pass multiplies what it reads of o by the mean of s', and must not see it rounded
     o = torch.empty(q.shape, dtype=torch.float32 if two_passes else q.dtype, device=q.device)
     do = torch.empty(count, *q.shape, dtype=q.dtype, device=q.device)

@@ -67,10 +67,10 @@ def expected(primals, tangents, causal, scale, spans=None):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("queries, keys, d, causal", [(1, 1, 1, True), (5, 40, 24, False), (40, 40, 64, True), (3, 65, 70, True)])
+@pytest.mark.parametrize("queries, keys, d, causal", [(1, 1, 1, 1), (5, 40, 24, 0), (40, 40, 64, 1), (3, 65, 70, 1)])
 def test_ragged_sizes(queries, keys, d, causal, count):
     primals, tangents = problem(queries, keys, d, count, torch.bfloat16)
-    check("attention", gpu.attention, (*primals, *tangents, None, causal, 0.3), expected(primals, tangents, causal, 0.3))
+    check("attention", gpu.attention, (*primals, *tangents, None, bool(causal), 0.3), expected(primals, tangents, causal, 0.3))
 
 
 @pytest.mark.parametrize("last", [0, 1, 33, 50])

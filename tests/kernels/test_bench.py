@@ -18,6 +18,7 @@ SMALL = {
     "lowrank": ["--rows", "24", "--d", "40", "--rank", "3"],
     "solver": ["--d", "48", "--edits", "2,5"],
     "target_loss": ["--rows", "5", "--d", "16", "--vocabulary", "300"],
+    "jvp": ["--tokens", "9", "--d", "128", "--tangents", "3"],
 }
 
 

@@ -74,7 +74,11 @@ def test_wrong_attention_is_rejected(flaw, monkeypatch):
 
 
 def test_heads_in_another_order_are_rejected(monkeypatch):
-    monkeypatch.setattr(gpu, "attention", lambda q, *rest: (lambda o, do: (o.flip(1), do.flip(2)))(*batched.attention(q, *rest)))
+    def flipped(*args):
+        o, do = batched.attention(*args)
+        return o.flip(1), do.flip(2)
+
+    monkeypatch.setattr(gpu, "attention", flipped)
     assert "attention off by" in (gpu.attention_gate(CPU) or "")
 
 
