@@ -70,6 +70,7 @@ def geometry(
     corpus: Corpus = ["wikipedia"],  # noqa: B006
     tokens: Tokens = 100_000,
     layers: Layers = None,
+    threshold: Annotated[float, typer.Option(help="Eigenvalues below it span AlphaEdit's null space.")] = 2e-2,
     seed: Annotated[int, typer.Option(help="Of the random directions and of the intervals.")] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for geometry.json and geometry.png.")] = None,
     dtype: Dtype = "auto",
@@ -90,7 +91,8 @@ def geometry(
     editable = load_model(model, dtype=dtype, say=_say)
     wanted = parse_layers(layers) or preset_for(editable).statistics_layers
     statistics = key_statistics(editable, wanted, _one(corpus), tokens)
-    found = [one.to_dict() for one in measure(editable, chosen, statistics, wanted, edited=edited, seed=seed, say=_say)]
+    layered = measure(editable, chosen, statistics, wanted, edited=edited, threshold=threshold, seed=seed, say=_say)
+    found = [one.to_dict() for one in layered]
     if output:
         with atomic_file(output / "geometry.json") as path:
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
