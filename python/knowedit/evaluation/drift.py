@@ -1,4 +1,7 @@
-"""What moved elsewhere: how an edit changes the model's next-word distribution on texts it was not about."""
+"""What moved elsewhere: how an edit changes the model's next-word distribution on texts it was not about.
+
+The drift of keys and states under rephrasing is in `geometry.py`.
+"""
 
 from __future__ import annotations
 
