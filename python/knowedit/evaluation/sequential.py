@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -55,28 +55,32 @@ class Watch:
         model: still unedited.
         facts: all that will be written, in order.
         texts: held-out documents for the perplexity.
-        sample: facts that are measured at a point, spread evenly over those written so far; None: all.
+        measured: indices of the facts that are measured; None: all of them.
+        sample: so many of them at a point, spread evenly over those written so far; None: all.
 
     Raises:
         KnowEditError: the model has active edits.
     """
 
     def __init__(
-        self, model: EditableModel, facts: Sequence[Fact], texts: Sequence[str] = (), *, sample: int | None = None,
-        tokens: int = 2048, seed: int = 0, progress: bool = True,
+        self, model: EditableModel, facts: Sequence[Fact], texts: Sequence[str] = (), *,
+        measured: Iterable[int] | None = None, sample: int | None = None, tokens: int = 2048, seed: int = 0,
+        progress: bool = True,
     ) -> None:  # fmt: skip
         if model.ledger.active:
             raise KnowEditError("the watch starts from the unedited model; undo the active edits first")
         self.model, self.facts, self.texts, self.sample = model, list(facts), texts, sample
         self.tokens, self.seed = tokens, seed
-        self.asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
+        self.measured = sorted(set(measured if measured is not None else range(len(facts))))
+        self.asked = [q for record in self.measured for q in questions(record, facts[record])]
         self.before = ask(model, self.asked, title="before", progress=progress)
         self.ordinary = model.next_logprobs(ORDINARY)
 
     def look(self, edits: Sequence[Edit], written: int, *, progress: bool = True) -> Point:
         """The model as it is, after `edits` wrote the first `written` facts (none: what the unedited one says of them all)."""
-        among = written or len(self.facts)
-        chosen = set(np.linspace(0, among - 1, min(self.sample or among, among)).round().astype(int).tolist())
+        among = [record for record in self.measured if record < (written or len(self.facts))]
+        places = np.linspace(0, len(among) - 1, min(self.sample or len(among), len(among))).round().astype(int)
+        chosen = {among[place] for place in places}
         mine = [i for i, q in enumerate(self.asked) if q.record in chosen]
         asked, before = [self.asked[i] for i in mine], [self.before[i] for i in mine]
         answers = ask(self.model, asked, title=f"after {written}", progress=progress) if edits else before
@@ -90,7 +94,7 @@ class Watch:
         )
 
     def evaluation(self, *, progress: bool = True) -> Evaluation:
-        """All facts, before and as the model is now."""
+        """All measured facts, before and as the model is now."""
         rng = np.random.default_rng(self.seed)
         after = ask(self.model, self.asked, title="after", progress=progress)
         was = summarise(self.asked, self.before, len(self.facts), rng)
@@ -101,16 +105,23 @@ class Watch:
 def write_in_sequence(session: Session, watch: Watch, batch: int, every: int, *, progress: bool = True) -> Iterator[Point]:
     """Write the watch's facts in batches of `batch`; a point at the start, after every `every` facts, and at the end.
 
+    A session whose history has the first of the facts goes on after them, without a point at the start.
+
     Raises:
-        KnowEditError: `batch` or `every` is not positive.
+        KnowEditError: `batch` or `every` is not positive, or the history holds other facts.
     """
     if batch < 1 or every < 1:
         raise KnowEditError(f"batch and every must be positive, got {batch} and {every}")
-    facts, due, seconds = watch.facts, every, 0.0
-    edits: list[Edit] = []
-    yield watch.look(edits, 0, progress=False)
+    facts, seconds, edits = watch.facts, 0.0, list(session.history.edits)
+    begin = len(session.history.facts)
+    if session.history.facts != facts[:begin]:
+        raise KnowEditError("the session's history holds other facts than those to be written; start with a new history")
+    if not begin:
+        yield watch.look(edits, 0, progress=False)
+    due = begin - begin % every + every
     with bar(f"{session.editor.name}: in sequence", len(facts), "facts", show=progress) as advance:
-        for start in range(0, len(facts), batch):
+        advance(begin)
+        for start in range(begin, len(facts), batch):
             begun = time.perf_counter()
             edits.append(session.write(facts[start : start + batch], progress=False))
             seconds += time.perf_counter() - begun

@@ -1,0 +1,155 @@
+"""Sequential editing: a thousand facts written into one model, batch after batch; what is left of them, and of the model?
+
+CounterFact records of different subjects, batches of 50, over several layers. After every 100 facts: efficacy, exact
+answers, paraphrases and neighbours of a sample of all facts written so far that have a paraphrase, perplexity and drift on
+text that no statistics and no value saw. A name with `-free` has no history: later edits may overwrite earlier keys.
+
+A point is on disk before the next batch starts, with the edits so far, and an interrupted run goes on from there; what is
+complete is not computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knowedit.cli import parse_layers
+from knowedit.datasets import conflict_free, data_dir, load
+from knowedit.editors import EDITORS, LocateThenEdit
+from knowedit.editors.task import layers_of
+from knowedit.errors import KnowEditError
+from knowedit.evaluation.sequential import Watch, course_table, write_in_sequence
+from knowedit.facts import Fact
+from knowedit.files import cache_dir
+from knowedit.history import History
+from knowedit.model import EditableModel, load_model
+from knowedit.presets import preset_for
+from knowedit.report.plots import course, save
+from knowedit.sequential import Session
+from knowedit.statistics import KeyStatistics, key_statistics
+from knowedit.text import documents
+
+from . import common
+
+CORPUS = "enwiki_2021_sample_3MB.txt.gz"
+TEXT = "wikitext2_raw_valid.txt.gz"
+FREE = "-free"
+
+
+def editor_for(name: str, model: EditableModel, layers: Sequence[int], steps: int, draft: bool) -> LocateThenEdit:
+    """The editor called `name` (with or without `-free`), with its own defaults but for layers, steps and precision."""
+    known = name.removesuffix(FREE)
+    if known not in EDITORS:
+        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(EDITORS)}, each also with {FREE}")
+    values = replace(preset_for(model).values, steps=steps, draft=draft)
+    return EDITORS[known](layers=tuple(layers), values=values)
+
+
+def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
+    """`count` facts of different subjects in random order; a third of them, where there are so many, have a paraphrase (in
+    the flat form of CounterFact few do), so that some of every batch can be measured."""
+    rng, pool = random.Random(seed), list({fact.subject: fact for fact in conflict_free(pool)}.values())
+    told, rest = ([fact for fact in pool if bool(fact.paraphrases) == has] for has in (True, False))
+    if len(pool) < count:
+        raise KnowEditError(f"there are only {len(pool)} facts of different subjects, {count} were asked for")
+    told = rng.sample(told, min(len(told), max(count // 3, count - len(rest))))
+    chosen = told + rng.sample(rest, count - len(told))
+    return rng.sample(chosen, len(chosen))
+
+
+def run(
+    report: common.Report, name: str, editor: LocateThenEdit, watch: Watch, statistics: KeyStatistics, batch: int, every: int,
+    file: Path,
+) -> None:  # fmt: skip
+    """One method, from where `file` and the report's rows say; the model is left as it was found."""
+    model = watch.model
+    history = History.load(file) if file.exists() else History(model.fingerprint)
+    written = len(history.facts)
+    kept = [row for row in report.rows[1:] if row["case"] == name and row["edits"] <= written]
+    if not kept or kept[-1]["edits"] != written or not written:  # a row is written before the history that goes with it
+        history, kept = History(model.fingerprint), []
+    report.rows = [row for row in report.rows if row.get("case") != name or row in kept]
+    spent = kept[-1]["seconds"] if kept else 0.0
+    session = Session(editor, model, statistics, history, protect=not name.endswith(FREE))
+    try:
+        for point in write_in_sequence(session, watch, batch, every):
+            row = replace(point, seconds=point.seconds + spent)
+            lines = course_table([row])[1 if point.edits else 0 :]  # its head once
+            settings = history.edits[0].report["settings"] if history else {}
+            report.note("\n".join(f"{name:16} {line}" for line in lines), case=name, settings=settings, **row.to_dict())
+            history.save(file)
+    finally:
+        while history:
+            session.undo()
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The courses of all methods in one picture."""
+    courses: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        courses.setdefault(row["case"], []).append(row)
+    save(course(courses), path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.parser("sequential", __doc__, 1, timed=False)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--methods", nargs="+", default=["memit", "memit-free", "alphaedit", "metake"])
+    parser.add_argument("--layers", default="4-6", help="edited together (default: 4-6)")
+    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--every", type=int, default=100, help="facts between two points")
+    parser.add_argument("--sample", type=int, default=100, help="facts measured at a point")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of facts")
+    parser.add_argument("--steps", type=int, default=20, help="of the value optimisation")
+    parser.add_argument("--exact-values", action="store_true", help="optimise values in float32, not on a bfloat16 copy")
+    parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
+    parser.add_argument("--corpus", type=Path, help=f"text for the statistics (default: {CORPUS} in KNOWEDIT_DATA)")
+    parser.add_argument("--text", type=Path, help=f"held-out text (default: {TEXT} in KNOWEDIT_DATA)")
+    parser.add_argument("--state", type=Path, help="folder for the edits so far (default: the cache)")
+    parser.add_argument("--picture", type=Path, default=common.HERE.parent / "docs" / "pictures" / "sequential.png")
+    parser.add_argument("--draw", action="store_true", help="only draw the results file")
+    arguments = parser.parse_args(argv)
+    source = arguments.output or common.RESULTS / "sequential.jsonl"
+    old = [json.loads(line) for line in source.read_text().splitlines()] if source.exists() and not arguments.quick else []
+    if arguments.draw:
+        draw(old[1:], arguments.picture)
+        return 0
+    if arguments.quick:
+        arguments.edits, arguments.batch, arguments.every, arguments.sample, arguments.steps = 8, 2, 4, 4, 3
+        arguments.tokens, arguments.methods = 4096, arguments.methods[:2]
+    data = data_dir() or Path("KNOWEDIT_DATA")
+    facts = draw_facts(load("counterfact-flat"), arguments.edits, arguments.seed)
+    model = load_model(arguments.model, dtype=torch.float32)
+    layers = parse_layers(arguments.layers) or ()
+    editors = {name: editor_for(name, model, layers, arguments.steps, not arguments.exact_values) for name in arguments.methods}
+    needed = sorted({layer for editor in editors.values() for layer in layers_of(editor, model)})
+    statistics = key_statistics(model, needed, arguments.corpus or data / CORPUS, arguments.tokens)
+    setting = {
+        name: getattr(arguments, name) for name in ("edits", "batch", "every", "sample", "seed", "steps", "layers", "tokens")
+    }
+    if old and old[0].get("setting") != setting:
+        raise KnowEditError(f"{source} holds a run with {old[0].get('setting')}, not {setting}; give another --output")
+    report = common.report("sequential", arguments, model=model.name, setting=setting)
+    report.rows += old[1:]
+    told = [i for i, fact in enumerate(facts) if fact.paraphrases]
+    watch = Watch(model, facts, list(documents(arguments.text or data / TEXT)), measured=told, sample=arguments.sample)
+    digest = hashlib.blake2b(json.dumps(setting).encode(), digest_size=6).hexdigest()
+    state = arguments.state or cache_dir("sequential", f"{model.fingerprint[:12]}-{digest}")
+    for name, editor in editors.items():
+        run(report, name, editor, watch, statistics, arguments.batch, arguments.every, state / f"{name}.safetensors")
+    if not arguments.quick:
+        draw(report.rows[1:], arguments.picture)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
