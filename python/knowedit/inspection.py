@@ -78,7 +78,13 @@ def _statistics(found: store.LayerStatistics) -> str:
             f"  trace of C         {float(found.total.trace()) / found.count:.6g}",
             f"  first/other norm   {found.first_norm / max(found.other_norm, 1e-30):.2f}"
             + ("" if recipe.skip_first else " (first tokens included)"),
-            *(f"  {name:18} {value}" for name, value in found.extra.items()),
+            *(f"  {name:18} {value}" for name, value in found.extra.items() if name != "convergence"),
+            *(
+                f"  {'error of ' + name:18} ±{look[name][0]:.1%} (quartiles {look[name][1]:.1%} to {look[name][2]:.1%})"
+                for look in found.extra.get("convergence", [])[-1:]
+                for name in ("solve", "null_space")
+                if name in look
+            ),
         ]
     )
 

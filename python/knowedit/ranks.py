@@ -43,8 +43,8 @@ class Ranks:
 
     @property
     def device(self) -> dict[str, int] | None:
-        """The `device_map` that puts a whole model on this process' own GPU; None without GPUs or with one process."""
-        return {"": torch.cuda.current_device()} if self.size > 1 and torch.cuda.is_available() else None
+        """The `device_map` that puts a whole model on this process' own GPU; None without GPUs."""
+        return {"": torch.cuda.current_device()} if torch.cuda.is_available() else None
 
     def gather(self, item: T) -> list[T]:
         """Everyone's `item`, by rank, on every rank."""

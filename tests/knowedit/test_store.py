@@ -167,6 +167,7 @@ def test_ls_show_verify(knowedit, tmp_path):
     assert "no statistics in" in knowedit("ls")
     said = knowedit("show", "ours", "--plot", "picture.png")
     assert said.count("key statistics of") == 2 and "drawn into picture.png" in said
+    assert "error of solve" not in said  # all of it is in one window: no halves to compare
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads(knowedit("show", "ours/layer-002.safetensors", "--json"))[0]["module"] == "model.layers.2.mlp.down_proj"
     assert "ends in .png" in knowedit("show", "ours", "--plot", "picture.txt", code=1)
@@ -191,3 +192,16 @@ def test_export_import_and_a_foreign_file(knowedit, tmp_path, tiny_gpt2, corpus)
     assert "is refused (keys alike" in knowedit("import", "model", str(foreign), "-o", "no", code=1)
     assert not (tmp_path / "no").exists()
     assert "format 'pickle' is not known" in knowedit("export", "ours", "-o", "x", "--format", "pickle", code=1)
+
+
+def test_collecting_from_the_command_line(knowedit, tmp_path):
+    (tmp_path / "more.txt").write_text("\n\n".join(f"Line {i} of the other text, which is about bread." for i in range(3000)))
+    options = ("--corpus", "corpus.txt*1", "--corpus", "more.txt*2", "--layers", "1", "--max-length", "64", "-o", "mixed")
+    said = knowedit("model", *options, "--tokens", "90000", "--until", "solve", "--tolerance", "0.3", "--first-tokens")
+    line = said.splitlines()[1].split()
+    assert line[0] == "1" and line[-1].startswith("±") and float(line[-1][1:-1]) <= 30
+    found = KeyStatistics.load(tmp_path / "mixed")[1]
+    assert found.recipe.corpus["name"] == "corpus.txt*1, more.txt*2" and not found.recipe.skip_first
+    assert found.recipe.until == "solve" and 30_000 < found.count < 90_000
+    assert "error of solve     ±" in knowedit("show", "mixed")
+    assert "must be one of tokens, solve" in knowedit("model", *options, "--until", "soon", code=1)
