@@ -57,7 +57,7 @@ def test_sizes_that_the_compiler_specialises():
     attention(90, torch.bfloat16, 64, True, sizes=(16, 16, 16, 16, 16), strides=(16, 16, 16, 16)).check()
 
 
-@pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_elementwise(architecture, dtype):
     x, rows = meta(dtype), 1024
