@@ -132,6 +132,7 @@ def tolerance(
     directions: int = 16,
     largest: float = 1.0,
     steps: int = 6,
+    budget: int = 256,
     seed: int = 0,
 ) -> Tensor:
     """The largest radius, as a fraction of `|value|`, at which `share` of random directions leave a fact recalled.
@@ -139,6 +140,7 @@ def tolerance(
     Args:
         recalled: (states `[n, hidden]`, fact of each) -> `[n]` bool.
         values: `[facts, hidden]` the optimised values v*.
+        budget: states asked for at once (memory).
 
     Returns:
         `[facts]` float32 in 0..`largest`, by bisection to `largest / 2**steps`; 0 where v* itself is not recalled.
@@ -146,22 +148,19 @@ def tolerance(
     generator = torch.Generator().manual_seed(seed)
     rays = torch.randn(directions, values.shape[1], generator=generator).to(values)
     rays = rays / rays.norm(dim=1, keepdim=True)
-    result = torch.zeros(len(values))
-    for fact, value in enumerate(values):
-        if not bool(recalled(value[None], [fact])[0]):
-            continue
-        low, high = 0.0, largest
+    result = torch.zeros(len(values), device=values.device)
+    live = recalled(values, list(range(len(values)))).nonzero()[:, 0]
+    for part in live.split(max(1, budget // directions)) if len(live) else ():
+        facts = part.repeat_interleave(directions).tolist()
+        at, scale = values[part, None], values[part].norm(dim=1)
+        low, high = torch.zeros_like(scale), torch.full_like(scale, largest)
         for step in range(steps + 1):
-            radius = largest if step == 0 else (low + high) / 2
-            held = recalled(value + radius * value.norm() * rays, [fact] * directions)
-            if float(held.float().mean()) >= share:
-                low = radius
-                if step == 0:
-                    break
-            else:
-                high = radius
-        result[fact] = low
-    return result
+            radius = high if step == 0 else (low + high) / 2
+            pushed = at + (radius * scale)[:, None, None] * rays
+            held = recalled(pushed.flatten(0, 1), facts).view(len(part), directions).float().mean(1) >= share
+            low, high = torch.where(held, radius, low), torch.where(held, high, radius)
+        result[part] = low
+    return result.cpu()
 
 
 def gradients(loss: Loss, at: Tensor) -> Tensor:
