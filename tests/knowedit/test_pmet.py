@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from knowedit.editors import PMET
 from knowedit.editors.pmet import AttentionAndMLP, attention
+from knowedit.editors.task import prepare
 from knowedit.errors import ModelError
 from knowedit.targets import ESSENCE, optimise_values, prompt_rows
 
@@ -78,6 +79,7 @@ def test_the_mlps_residual_is_spread_by_the_square_root(request, tiny):
     model = request.getfixturevalue(tiny)
     statistics, editor = statistics_of(model, (1, 2)), PMET(layers=(1, 2), values=VALUES, weight=7.0)
     made = editor.compute(model, FACTS, statistics, progress=False)
+    assert made.report["settings"]["values"]["clamp"] == editor.clamp == VALUES.clamp
     wanted = optimise_values(model, [[fact] for fact in FACTS], 2, VALUES, problem=AttentionAndMLP).wanted
     rows = [prompt_rows(model, fact, VALUES.contexts) for fact in FACTS]
     for layer, left in ((1, 2), (2, 1)):
@@ -88,6 +90,13 @@ def test_the_mlps_residual_is_spread_by_the_square_root(request, tiny):
         C = statistics.moment(layer)
         update = ((wanted - now).T / left**0.5) @ torch.linalg.solve(7.0 * C + K @ K.T, K).T
         assert (made.delta(layer) - update).norm() <= 1e-6 * update.norm()
+
+
+def test_the_clamp_is_relative_to_the_mlps_output(tiny_llama):
+    for clamp, limit in ((0.1, 0.1), (None, VALUES.clamp)):
+        editor = PMET(layers=(1,), values=replace(VALUES, lr=50.0, steps=3), clamp=clamp)
+        found = editor.targets(prepare(editor, tiny_llama, [FACTS[:1]], statistics_of(tiny_llama, (1,)), progress=False))
+        assert float(found.delta.norm() / found.value.norm()) == pytest.approx(limit, rel=1e-4)
 
 
 def test_no_hook_is_left(tiny_llama):

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..edit import Edit
 from ..errors import ModelError
 from ..groups import GroupKeys, group_keys
 from ..model import EditableModel
 from ..progress import bar
 from ..replay import Suffix
-from ..targets import Problem, Targets, optimise_values
+from ..targets import Problem, Targets, ValueSettings, optimise_values
 from .memit import MEMIT
 from .task import Task
 
@@ -30,20 +31,28 @@ class PMET(MEMIT):
     """Metric: the covariance. Targets: one value of the MLP's output per subject, beside one of the attention's.
     Spread: residual / square root of the remaining layers.
 
-    Both deltas obey the clamp of `values`, each relative to its own clean output, which is much shorter than the hidden
-    state that other methods change.
+    Attributes:
+        clamp: largest `|delta|` of either, relative to its own clean output; in place of that of `values`, which is meant
+            for the much longer hidden state: with 0.75 SmolLM2 says few of the new answers. None: that of `values`.
     """
 
     mean_keys: bool = True
     gain: float = 0.98
+    clamp: float | None = 4.0
 
     name: ClassVar[str] = "PMET"
 
     def targets(self, task: Task) -> Targets:
+        values = self.own_values(task)
         with bar(f"{self.name}: optimising values", len(task.groups), "values", show=task.progress) as advance:
-            return optimise_values(
-                task.model, task.groups, task.layers[-1], task.values, problem=AttentionAndMLP, progress=advance
-            )
+            return optimise_values(task.model, task.groups, task.layers[-1], values, problem=AttentionAndMLP, progress=advance)
+
+    def finish(self, task: Task, targets: Targets) -> Edit:
+        return super().finish(replace(task, values=self.own_values(task)), targets)
+
+    def own_values(self, task: Task) -> ValueSettings:
+        """The task's, with this method's clamp."""
+        return task.values if self.clamp is None else replace(task.values, clamp=self.clamp)
 
     def keys(self, task: Task, layer: int) -> GroupKeys:
         contexts = task.values.contexts

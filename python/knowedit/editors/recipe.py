@@ -1,7 +1,6 @@
 """Locate-then-edit as one recipe of three parts: a metric, a target optimiser, a spread over layers.
 
-    facts -> groups -> targets (values to write) -> for each layer: keys K, residual R -> solver: R A -> Edit
-A method is a subclass that fills in the parts; see `memit.py` for the shortest.
+facts -> groups -> targets (values to write) -> for each layer: keys K, residual R -> solver: R A -> Edit
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from .task import Task, Written, prepare
 
 @dataclass(frozen=True)
 class LocateThenEdit(ABC):
-    """Common settings. None means: from the model's preset, or calibrated (the choice is stored in `Edit.report`).
+    """A method is a subclass that fills in the parts; `memit.py` is a short one. Settings that are None come from the model's
+    preset, or are calibrated; `Edit.report` has the choice.
 
     Attributes:
         layers: edited layers; values are optimised at the last one.
@@ -46,7 +46,6 @@ class LocateThenEdit(ABC):
     merge_subjects: bool = True
     mean_keys: bool = True
     allow_sinks: bool = False
-
     name: ClassVar[str]
     needs_statistics: ClassVar[bool] = True
     one_layer: ClassVar[bool] = False
