@@ -183,6 +183,10 @@ class TestTheProtocol:
         assert watch.look([], 0, progress=False).measures["efficacy"]["success"].records == 2
         with pytest.raises(KnowEditError, match="must be positive"):
             next(write_in_sequence(Session(MEMIT(), tiny_llama), watch, 0, 1))
+        with Session(MEMIT(layers=(1,), values=VALUES), tiny_llama, statistics_of(tiny_llama, [1])) as session:
+            session.write(MEASURED[1:2], progress=False)
+            with pytest.raises(KnowEditError, match="holds other facts"):
+                next(write_in_sequence(session, watch, 2, 2))
         with an_edit(tiny_llama).applied_to(tiny_llama), pytest.raises(KnowEditError, match="undo the active edits"):
             Watch(tiny_llama, MEASURED)
 
