@@ -88,7 +88,7 @@ class Collection:
         worker = self.recipe.tokens >= WORTH_A_WORKER if self.settings.worker is None else self.settings.worker
         place = self.place
         with (
-            ahead(self._reader(worker), place.windows, place.taken, worker=worker) as source,
+            ahead(self._reader(worker), place.windows, tuple(place.taken), worker=worker) as source,
             metered(title, self.recipe.tokens, show=show, as_json=self.settings.as_json) as meter,
         ):
             meter.resumed(place.count)

@@ -50,6 +50,7 @@ class Meter:
         return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
 
     def say(self, event: str) -> None:
+        """One line now: "progress", "convergence" or "done"."""
         left = (self.total - self.done) / max(self.rate, 1e-9)
         if self._json:
             line = {
@@ -58,8 +59,8 @@ class Meter:
             }  # fmt: skip
             print(json.dumps(line), file=self._out, flush=True)
         elif self._lines:
-            note = self._note()
-            print(f"{self.done:,} of {self.total:,} tokens, {note}, {left / 60:.0f} min left", file=self._out, flush=True)
+            rest = f", {left / 60:.0f} min left" if event == "progress" else ""
+            print(f"{self.done:,} of {self.total:,} tokens, {self._note()}{rest}", file=self._out, flush=True)
 
     def _note(self) -> str:
         errors = "".join(f", {name.replace('_', ' ')} ±{error:.1%}" for name, error in self.convergence.items())

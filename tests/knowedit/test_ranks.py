@@ -1,5 +1,6 @@
 """Several processes, really started by torchrun: the sums of one process, and what happens when one dies."""
 
+import itertools
 import json
 import os
 import re
@@ -13,9 +14,12 @@ import pytest
 import torch
 
 from knowedit import windows
+from knowedit.collect import Collection, Settings
 from knowedit.errors import StatisticsError
 from knowedit.ranks import Ranks
+from knowedit.resume import Place
 from knowedit.statistics import KeyStatistics, key_statistics
+from knowedit.store import Recipe
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix strange potions".split()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -139,6 +143,29 @@ def test_windows_are_dealt_out_to_any_number_of_ranks(tiny_llama, place, monkeyp
     taken = [sum(window.documents for window in whole[:10] if window.number % 4 == lane) for lane in range(4)]
     later = [window for rank in range(ranks) for window in read(rank, ranks, 10, taken)]
     assert sorted(later, key=lambda window: window.number) == whole[10:]
+
+
+def test_a_rank_that_waits_starts_where_the_checkpoint_was(tiny_llama, place, monkeypatch):
+    """Reading begins at the first window that is asked for, when the place may have moved on."""
+    monkeypatch.setattr(windows, "SIZE", 200)
+    reader = windows.Reader(place / "corpus.txt", 0, tiny_llama.tokenizer, 64, True)
+    whole = list(itertools.islice(reader.windows(), 12))
+    taken = [sum(window.documents for window in whole[:5])]
+    ranks, layers = Ranks(), [1]
+    recipe = Recipe(tiny_llama.fingerprint, {"name": "c"}, 10**6, 64, True, 0)
+    made = Collection(tiny_llama, layers, recipe, place, place / "corpus.txt", Settings(progress=False), ranks)
+    monkeypatch.setattr(made, "_resume", lambda: setattr(made, "place", Place(5, taken, [0, 0])))
+    found = []
+
+    def moves_on_first(source, end, meter):
+        made.place.taken[0] += 3
+        found.extend(itertools.islice(source, 4))
+        made.place.converged = True
+
+    monkeypatch.setattr(made, "_round", moves_on_first)
+    with pytest.raises(StatisticsError, match="only 0 tokens"):
+        made.run()
+    assert found == whole[5:9]
 
 
 def test_ranks_must_agree(tiny_llama, place, monkeypatch):
