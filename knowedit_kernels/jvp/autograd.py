@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ Tensors = Sequence[Tensor | None]
 @dataclass(frozen=True)
 class RMSNorm:
     eps: float
+    shared: ClassVar[tuple[bool, ...]] = (False, True)  # primals that all rows share
 
     def plain(self, x: Tensor, weight: Tensor) -> Tensor:
         return reference.rms_norm(x, weight, self.eps)
@@ -40,6 +41,8 @@ class RMSNorm:
 
 @dataclass(frozen=True)
 class SwiGLU:
+    shared: ClassVar[tuple[bool, ...]] = (False, False)
+
     def plain(self, gate: Tensor, up: Tensor) -> Tensor:
         return reference.swiglu(gate, up)
 
@@ -59,6 +62,7 @@ class Attention:
     causal: bool
     scale: float
     spans: Tensor | None
+    shared: ClassVar[tuple[bool, ...]] = (False, False, False)
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.attention(q, k, v, self.causal, self.scale, self.spans)
@@ -123,11 +127,11 @@ class Primal(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], layer: Layer, *primals: Tensor) -> tuple[Tensor, int]:
         dims, count = in_dims[1:], info.batch_size
-        if _per_example(primals, dims):
+        if any(same and dim is not None for same, dim in zip(layer.shared, dims)):
             return torch.stack([Primal.apply(layer, *one) for one in _examples(primals, dims, count)]), 0
-        folded = [_fold(x, dim, count) for x, dim in zip(primals, dims)]
+        folded = [x if same else _fold(x, dim, count) for same, x, dim in zip(layer.shared, primals, dims)]
         y = Primal.apply(layer.repeated(count), *folded)
-        return y.view(count, -1, *y.shape[1:]) if y.numel() else y.view(count, len(y) // count, *y.shape[1:]), 0
+        return y.view(count, len(y) // count, *y.shape[1:]), 0
 
 
 class Tangent(torch.autograd.Function):
@@ -164,12 +168,13 @@ class Tangent(torch.autograd.Function):
             more = [_fold(t, dim, count) for t, dim in zip(tangents, dims[half:])]
             y, dy = Tangent.apply(layer, *primals, *more)
             return (y, dy.view(count, len(dy) // count, *dy.shape[1:])), (None, 0)
-        if _per_example(inputs, dims):
+        if any(same and dim is not None for same, dim in zip(layer.shared * 2, dims)):
             results = [Tangent.apply(layer, *one) for one in _examples(inputs, dims, count)]
             return tuple(torch.stack(parts) for parts in zip(*results)), (0, 0)
-        shared = [x is not None and x.ndim == 1 for x in primals]
-        moved = [t if same else _fold(t, dim, count, 1) for same, t, dim in zip(shared, tangents, dims[half:])]
-        y, dy = Tangent.apply(layer.repeated(count), *(_fold(x, dim, count) for x, dim in zip(primals, dims)), *moved)
+        axes = [0] * half + [1] * half  # of primals, and of tangents behind the direction
+        shared = zip(layer.shared * 2, inputs, dims, axes)
+        folded = [x if same else _fold(x, dim, count, axis) for same, x, dim, axis in shared]
+        y, dy = Tangent.apply(layer.repeated(count), *folded)
         rows = len(y) // count
         return (y.view(count, rows, *y.shape[1:]), dy.view(len(dy), count, rows, *dy.shape[2:])), (0, 1)
 
@@ -186,19 +191,13 @@ def _of_given(layer: Layer, saved: Tensors) -> tuple[Callable[..., Any], tuple[T
     return function, tuple(x for x in saved if x is not None), places
 
 
-def _per_example(inputs: Tensors, dims: Sequence[int | None]) -> bool:
-    """Whether what all rows share (a weight, or its tangents beside other rows) differs between examples."""
-    half = len(inputs) // 2 if len(inputs) == 4 else len(inputs)
-    return any(dim is not None and x is not None and x.ndim == 2 for x, dim in zip(inputs[:half], dims))
-
-
 def _examples(inputs: Tensors, dims: Sequence[int | None], count: int) -> list[list[Tensor | None]]:
     return [[x if dim is None or x is None else x.select(dim, i) for x, dim in zip(inputs, dims)] for i in range(count)]
 
 
 def _fold(x: Tensor | None, dim: int | None, count: int, into: int = 0) -> Tensor | None:
     """A vmapped dimension (or a repetition) of size `count` as the outer part of dimension `into`."""
-    if x is None or x.ndim == 1:
-        return x
+    if x is None:
+        return None
     x = x.unsqueeze(into).expand(*x.shape[:into], count, *x.shape[into:]) if dim is None else x.movedim(dim, into)
     return x.flatten(into, into + 1)

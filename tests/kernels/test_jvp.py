@@ -177,6 +177,22 @@ def test_torch_func_composes(mine, formula, args):
 
 
 @pytest.mark.parametrize("mine, formula, args", cases())
+def test_every_choice_of_what_is_mapped_over(mine, formula, args):
+    """Any subset of primals and of tangents may carry the mapped dimension."""
+    every = (*args, *draw(*(x.shape for x in args), seed=7))
+    mapped = (*draw(*((2, *x.shape) for x in args), seed=8), *draw(*((2, *x.shape) for x in args), seed=9))
+    for chosen in range(1, 1 << len(every)):
+        flags = [bool(chosen >> i & 1) for i in range(len(every))]
+        inputs = tuple(m if flag else x for flag, m, x in zip(flags, mapped, every))
+        dims = tuple(0 if flag else None for flag in flags)
+
+        def pushed(f, inputs=inputs, dims=dims):
+            return vmap(lambda *both: jvp(f, both[: len(args)], both[len(args) :]), in_dims=dims)(*inputs)
+
+        same(pushed, mine, formula)
+
+
+@pytest.mark.parametrize("mine, formula, args", cases())
 def test_gradcheck(mine, formula, args):
     leaves = tuple(x.clone().requires_grad_() for x in args)
     options = {"check_forward_ad": True, "check_batched_forward_grad": True, "check_batched_grad": True}
