@@ -79,8 +79,10 @@ def draw(seed: int, quick: bool) -> tuple[list[list[Fact]], tuple[Fact, ...]]:
     pool, found = load("counterfact-flat"), load("same-subject")
     many = halves(groups(found, least=3, most=4, pool=pool))[1]
     rest = [group for group in groups(found, least=2, pool=pool) if len(group) == 2]
-    drawn = random.Random(seed).sample(rest, 14)
-    chosen = [*many, *drawn[:10], *[group[:1] for group in drawn[10:]]]
+    drawn = random.Random(seed).sample(rest, 18)
+    # two relations may ask the same words for different objects: such facts contradict each other
+    drawn = [group for group in drawn if len({fact.text for fact in group}) == 2]
+    chosen = [*many, *drawn[:10], *[group[:1] for group in drawn[10:14]]]
     chosen = chosen[:2] if quick else chosen
     subjects = {group[0].subject for group in chosen}
     return chosen, tuple(fact for fact in pool if fact.subject not in subjects)
