@@ -191,4 +191,4 @@ def _metric_bars(axis: Axes, forms: Sequence[str], read: Callable[[str, str], fl
     for i, (metric, name) in enumerate(METRICS.items()):
         at = [n + (i - 1) * width for n in range(len(forms))]
         axis.bar(at, [read(form, metric) for form in forms], 0.92 * width, color=f"C{i}", label=name)
-    axis.set_xticks(range(len(forms)), [form.replace("_", "\n").replace(" ", "\n") for form in forms], fontsize="x-small")
+    axis.set_xticks(range(len(forms)), [form.replace("_", " ") for form in forms], rotation=25, ha="right", fontsize="x-small")

@@ -129,20 +129,22 @@ def _geometry(layers: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 def geometry_table(layers: Sequence[Mapping[str, Any]]) -> str:
     """`LayerGeometry.to_dict` of several layers as text."""
-    facts = f"{layers[0]['facts']} facts of {layers[0]['subjects']} subjects; values of {layers[0]['edited'][0]} facts"
+    facts = (
+        f"{layers[0]['facts']} facts of {layers[0]['subjects']} subjects; values of {max(g['edited'][0] for g in layers)} facts"
+    )
     rows: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
         "kappa covariance": lambda g: g["kappa"]["C"][0], "  largest": lambda g: g["kappa"]["C"][1],
         "kappa null space": lambda g: g["kappa"]["P"][0], "null space: share of energy": lambda g: g["null"][0],
         "  of directions": lambda g: g["null"][1],
     }  # fmt: skip
-    if all(g["values"] for g in layers):
+    if any(g["values"] for g in layers):
         rows |= {
-            "cosine of gradients, clean": lambda g: g["values"]["gradient_cosine"]["clean"],
-            "  at the joint value": lambda g: g["values"]["gradient_cosine"]["joint"],
-            "cosine of single shifts": lambda g: g["values"]["delta_cosine"],
+            "cosine of gradients, clean": lambda g: _of(g["values"], "gradient_cosine", "clean"),
+            "  at the joint value": lambda g: _of(g["values"], "gradient_cosine", "joint"),
+            "cosine of single shifts": lambda g: _of(g["values"], "delta_cosine"),
         }
         for name, way in product(("nll", "shift", "tolerance", "weakest", "sharpness", "roughness"), ("alone", "joint")):
-            rows[f"{name}, {way}"] = lambda g, name=name, way=way: g["values"][name][way]  # type: ignore[misc]
+            rows[f"{name}, {way}"] = lambda g, name=name, way=way: _of(g["values"], name, way)  # type: ignore[misc]
         rows |= {"recalled within the room": lambda g: g["within"]["in"], "  outside": lambda g: g["within"]["out"]}
     lines = [facts, f"{'':28}" + "".join(f"{'layer ' + str(g['layer']):>10}" for g in layers)]
     lines += [f"{name:28}" + "".join(f"{_number(read(g)):>10}" for g in layers) for name, read in rows.items()]
@@ -164,6 +166,13 @@ def geometry_table(layers: Sequence[Mapping[str, Any]]) -> str:
                 f"{form['form']:16} {form['moved']:>9.2f} {form['cosine']:>5.2f}  {gains:>20}  {span:>20}  {recall:>26}"
             )
     return "\n".join(lines)
+
+
+def _of(values: Any, *names: str) -> Any:
+    """A value by its path; None where the layer has none."""
+    for name in names:
+        values = values.get(name) if values else None
+    return values
 
 
 def _mean(estimate: Mapping[str, float] | None) -> float | None:
