@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from knowedit import convergence
 from knowedit.batching import Piece
@@ -106,7 +105,11 @@ def run(
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before, rng = ask(model, asked, progress=False), np.random.default_rng(0)
     layers = next(iter(editors.values())).layers or _layers(model)
-    stored = dict(prefixes(model, corpus, layers, counts))
+    stored = {}
+    for count, found in prefixes(model, corpus, layers, counts):
+        stored[count] = found
+        looks = {layer: found[layer].extra["convergence"] for layer in layers}
+        report.note(f"{count:>9,} tokens summed", case="statistics", tokens=count, convergence=looks)
     most = stored[max(stored)]
     rows = []
     first = editors[methods[0]]
@@ -182,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--facts", type=int, default=48, help="of CounterFact's held-out records, in one batch")
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
+    parser.add_argument("--dtype", default="float32", help="of the model")
     parser.add_argument("--picture", type=Path, default=common.HERE.parent / "docs" / "tokens.png")
     parser.add_argument("--draw", action="store_true", help="only draw, and print the table, from the results file")
     arguments = parser.parse_args(argv)
@@ -195,8 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         facts, counts = facts[:3], COUNTS[:3]
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
-    model = load_model(arguments.model, dtype=torch.float32)
-    report = common.report("tokens", arguments, model=model.name, corpus=corpus.name, facts=len(facts))
+    model = load_model(arguments.model, dtype=arguments.dtype)
+    report = common.report("tokens", arguments, model=model.name, dtype=arguments.dtype, corpus=corpus.name, facts=len(facts))
     rows = run(report, model, corpus, facts, counts)
     print(table(rows))
     if not arguments.quick:

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -161,8 +162,11 @@ def token_cache(model: EditableModel, reader: Reader) -> Path:
 
 @contextmanager
 def ahead(reader: Reader, start: int, taken: Sequence[int], *, worker: bool) -> Iterator[Iterator[Window]]:
-    """The reader's windows; with `worker` a process of their own reads and tokenises `AHEAD` of them in advance."""
-    if not worker or reader.corpus == "self":
+    """The reader's windows; with `worker` a process of their own reads and tokenises `AHEAD` of them in advance.
+
+    It is forked, so that it needs no importable main module; where that is not possible the windows are made in place.
+    """
+    if not worker or reader.corpus == "self" or "fork" not in multiprocessing.get_all_start_methods():
         yield reader.windows(start, taken)
         return
     before = os.environ.get("TOKENIZERS_PARALLELISM")

@@ -65,7 +65,7 @@ def start(place, ranks, *command):
 
 def collect(place, ranks, folder, pause="0"):
     process = start(place, ranks, "run.py", "model", "corpus.txt", folder, pause)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=540)
     assert process.returncode == 0, errors
     return KeyStatistics.load(place / folder)
 
@@ -79,7 +79,7 @@ def test_two_ranks_write_what_one_process_writes(place):
     (place / "long.txt").write_text("\n\n".join(long * (1 + i % 5) for i in range(700)))  # about six windows
     arguments = ("-m", "knowedit", "stats", "model", "--corpus", "long.txt", "--tokens", "150001", "--layers", "1-2", "--json")
     processes = [start(place, ranks, *arguments, "-o", f"by{ranks}") for ranks in (1, 2)]
-    said = [process.communicate(timeout=240) for process in processes]
+    said = [process.communicate(timeout=540) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     rows = [json.loads(out) for out, _ in said]  # one rank speaks
     assert [row["ranks"] for row in rows[0] + rows[1]] == [1, 1, 2, 2]
@@ -104,12 +104,12 @@ def test_a_dead_rank_ends_the_job_and_any_number_go_on(place):
             workers[int(found[1])] = int(found[2])
             if len(workers) == 2:
                 break
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list((place / "cut").glob("checkpoint*.1-of-2.*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.5)
     os.kill(workers[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and "another rank ended" in errors
     for worker in workers.values():
         with pytest.raises(ProcessLookupError):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -39,6 +40,17 @@ def test_a_worker_makes_the_same_windows(tiny_llama, corpus, small):
     here, there = first(reader, 12), first(reader, 12, worker=True)
     assert here == there and all(len(piece.ids) <= 50 for window in here for piece in window.pieces)
     assert max(len(piece.ids) for window in here for piece in window.pieces) == 50  # longer documents are cut
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_reads_parquet_though_this_process_did(tiny_llama, tmp_path, small):
+    """Arrow's threads do not survive a fork; a worker that waited for them would wait for ever."""
+    path = tmp_path / "corpus.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"Row {i} " * 20 for i in range(2000)]}), path)
+    reader = Reader(path, 0, tiny_llama.tokenizer, 50, True)
+    here = first(reader, 6)
+    assert pyarrow.parquet.read_table(path).num_rows == 2000  # with all threads
+    assert first(reader, 6, worker=True) == here
 
 
 def test_a_workers_error_is_the_readers_own(tiny_llama, tmp_path, small):
