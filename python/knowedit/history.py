@@ -8,7 +8,7 @@ beside the edits' own factors, and never a `d_ff x d_ff` matrix of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,5 +151,5 @@ class History:
         return history
 
 
-def _layers(names: Sequence[str] | dict[str, Tensor], number: int) -> list[int]:
+def _layers(names: Iterable[str], number: int) -> list[int]:
     return sorted({int(layer) for edit, layer, _ in (name.split(".") for name in names) if int(edit) == number})
