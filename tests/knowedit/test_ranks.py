@@ -23,6 +23,7 @@ from knowedit.store import Recipe
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix strange potions".split()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+STARTED: list[subprocess.Popen] = []
 
 PROGRAM = """
 import sys, time
@@ -44,6 +45,17 @@ with started() as ranks:
 """
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """Ends whatever a failed test leaves running (torchrun passes the signal on to its workers)."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+    STARTED.clear()
+
+
 @pytest.fixture
 def place(tiny_llama, tmp_path):
     """A folder with a model, a corpus and a program that collects slowly."""
@@ -58,9 +70,12 @@ def place(tiny_llama, tmp_path):
 def start(place, ranks, *command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KNOWEDIT_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
     launcher = (*TORCHRUN, str(ranks)) if ranks > 1 else (sys.executable,)
-    return subprocess.Popen(
-        [*launcher, *command], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    STARTED.append(
+        subprocess.Popen(
+            [*launcher, *command], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
     )
+    return STARTED[-1]
 
 
 def collect(place, ranks, folder, pause="0"):
