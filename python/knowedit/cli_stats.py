@@ -50,7 +50,7 @@ def collect(
         typer.Option(help="tokens; solve: until C^-1 k is known to the tolerance (ROME, MEMIT); converged: the null space "
                      "too (AlphaEdit)."),
     ] = "tokens",
-    tolerance: Annotated[float, typer.Option(help="Relative error at which --until stops.")] = 0.1,
+    tolerance: Annotated[float, typer.Option(help="Relative error at which --until stops.")] = 0.3,
     layers: Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the model's preset.")] = None,
     max_length: Annotated[int, typer.Option(help="Longer documents are cut into pieces of this many tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the corpus' order or the model's samples.")] = 0,

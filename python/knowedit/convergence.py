@@ -6,11 +6,12 @@ two estimates has half the variance of one. Measured are the two things that edi
 the package's own facts at their subjects' last tokens):
 
     solve       the read-in a = C^-1 k / (k' C^-1 k), which ROME writes with and MEMIT's tends to: the relative error of a
-                in the norm a' C a, the mean square of what the edit adds to ordinary tokens. About sqrt(d_ff / tokens).
+                in the norm a' C a, the mean square of what the edit adds to ordinary tokens. sqrt(d_ff / tokens) for
+                independent Gaussian keys; twice that on SmolLM2, whose keys are neither.
     null_space  the projection P k onto eigenvectors of C below the mean eigenvalue, which AlphaEdit writes with: the
                 relative error of P k in length.
 
-Each is the median over the keys, with quartiles. METHODS: the first needs some 10 x d_ff tokens, the second far more.
+Each is the median over the keys, with quartiles.
 """
 
 from __future__ import annotations
