@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, by_seed in everything.items():
         over = pooled([{key: value[1] for key, value in values_of(e).items()} for e in by_seed.values()])
         gaps = [
-            {key: value[1] - values_of(found[seed])[key][1] for key, value in values_of(everything[OURS][seed]).items()}
+            {key: value[1] - values_of(by_seed[seed])[key][1] for key, value in values_of(everything[OURS][seed]).items()}
             for seed in by_seed
         ]
         report.note(
