@@ -89,7 +89,7 @@ def metake(folder: Path) -> str:
 def rose_picture(folder: Path, path: Path) -> None:
     """What each method recalls, against what it leaves alone."""
     rows = [r for r in rows_of("rose", folder)[1] if "pooled" in r]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     forms = ["cloze success", "question success", "chat_question success", "chat_completion success", "greedy contains"]
     for number, row in enumerate(rows):
         means = [100 * row["pooled"][form]["mean"] for form in forms]
@@ -102,7 +102,7 @@ def rose_picture(folder: Path, path: Path) -> None:
     axes[0].set_yticks(range(len(forms)), [form.split()[0].replace("_", " ") for form in forms])
     axes[0].invert_yaxis()
     axes[0].set_xlabel("new object preferred, or said (%)")
-    axes[0].legend(fontsize=7, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     axes[1].set_xlabel("neighbours' decisions unchanged (%)")
     axes[1].set_ylabel("greedy answer holds the new object (%)")
     _save(figure, path)
