@@ -72,6 +72,25 @@ def tiny_gpt2(byte_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def compiled_kernels():
+    """The folder of kernels compiled on this machine: processes with a cache of their own need not compile them again."""
+    from knowedit_kernels import _native
+
+    folder = _native.cache_root() / "native"
+    _native.load()
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, compiled_kernels):
+    """`tmp_path/cache`, which has the compiled kernels."""
+    (tmp_path / "cache").mkdir()
+    if compiled_kernels.is_dir():
+        (tmp_path / "cache" / "native").symlink_to(compiled_kernels)
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
 def smollm_path():
     """The default model's folder; fetched once. Fails, and never skips, when it cannot be had."""
     from knowedit.download import DEFAULT_MODEL, resolve

@@ -22,7 +22,7 @@ FACTS = [
 
 
 @pytest.fixture
-def place(tiny_llama, tmp_path):
+def place(tiny_llama, tmp_path, own_cache):
     """A folder with a model, facts and a corpus."""
     tiny_llama.hf.save_pretrained(tmp_path / "model")
     tiny_llama.tokenizer.save_pretrained(tmp_path / "model")

@@ -57,7 +57,7 @@ def nothing_stays():
 
 
 @pytest.fixture
-def place(tiny_llama, tmp_path):
+def place(tiny_llama, tmp_path, own_cache):
     """A folder with a model, a corpus and a program that collects slowly."""
     tiny_llama.hf.save_pretrained(tmp_path / "model")
     tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
