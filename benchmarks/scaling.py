@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from knowedit.datasets import data_dir
+from knowedit.memory import keep_few_compiled_shapes
 from knowedit.model import load_model
 from knowedit.ranks import started
 from knowedit.statistics import key_statistics
@@ -38,6 +39,7 @@ SHARED = 1.8  # speed of two processes over that of one
 def worker(model: str, corpus: str, layers: Sequence[int], tokens: int, dtype: str) -> None:
     """Collect once and print what it took, as JSON; one or several ranks."""
     torch.set_num_threads(1)
+    keep_few_compiled_shapes()  # as the command does
     with started() as ranks, tempfile.TemporaryDirectory() as folder:
         shared = ranks.gather(folder)[0]
         loaded = load_model(model, dtype=dtype, say=lambda _: None)
@@ -80,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 40_000, 160_000, 640_000])
-    parser.add_argument("--shared", type=int, default=80_000, help="tokens for two processes against one")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of two processes against one (default: 3)")
+    parser.add_argument("--shared", type=int, default=240_000, help="tokens for two processes against one")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds of two processes against one (default: 2)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

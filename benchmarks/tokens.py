@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--facts", type=int, default=48, help="of CounterFact's held-out records, in one batch")
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="tokens, ascending")
     parser.add_argument("--dtype", default="float32", help="of the model")
     parser.add_argument("--picture", type=Path, default=common.HERE.parent / "docs" / "tokens.png")
     parser.add_argument("--draw", action="store_true", help="only draw, and print the table, from the results file")
@@ -195,9 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(rows, arguments.picture)
         print(table(rows))
         return 0
-    facts, counts = load("counterfact")[-100:][: arguments.facts], COUNTS
+    facts, counts = load("counterfact")[-100:][: arguments.facts], tuple(arguments.counts)
     if arguments.quick:
-        facts, counts = facts[:3], COUNTS[:3]
+        facts, counts = facts[:3], counts[:3]
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
     model = load_model(arguments.model, dtype=arguments.dtype)
     report = common.report("tokens", arguments, model=model.name, dtype=arguments.dtype, corpus=corpus.name, facts=len(facts))

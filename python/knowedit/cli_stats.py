@@ -67,10 +67,12 @@ def collect(
 ) -> None:  # fmt: skip
     """Collect: all layers in one partial pass, checkpointed; run again to go on after an interruption."""
     from .cli import _one, _say, parse_layers
+    from .memory import keep_few_compiled_shapes
     from .model import load_model
     from .ranks import started
     from .statistics import key_statistics
 
+    keep_few_compiled_shapes()
     with started() as ranks:
         place: Any = device_map or ranks.device
         editable = load_model(model, dtype=dtype, device_map=place, say=_say if ranks.rank == 0 else lambda _: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,15 @@ def token_budget(model: EditableModel, layers: Sequence[int]) -> int:
     free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
     a_token = model.dtype.itemsize * ((len(layers) + 3) * model.d_ff + 12 * model.hidden)
     return max(int(free / 2 / a_token), 256)
+
+
+def keep_few_compiled_shapes() -> None:
+    """Let oneDNN, which multiplies bfloat16 matrices on CPUs, keep 64 compiled shapes instead of 1,024.
+
+    Every batch has a shape of its own, so the kept ones are hardly ever used again, and at about a megabyte each they
+    grow a long collection by a gigabyte. For programs to call before their first model runs; a value that is set stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
