@@ -118,4 +118,4 @@ def test_progress_speaks_json(tiny_llama, corpus, tmp_path, monkeypatch, capsys)
     assert not said.out and [line["tokens"] for line in lines] == sorted(line["tokens"] for line in lines)
     assert {line["event"] for line in lines} == {"progress", "convergence", "done"}
     assert lines[-1]["tokens"] == lines[-1]["of"] == 9000 and lines[-1]["seconds_left"] == 0
-    assert 0 < lines[-1]["convergence"]["solve"] < 1 and lines[2]["seconds_left"] > 0
+    assert 0 < lines[-1]["convergence"]["solve"] < 1 and lines[2]["seconds_left"] >= 0  # rounded: 0 on a fast machine
