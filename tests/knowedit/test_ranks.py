@@ -125,7 +125,8 @@ def test_a_dead_rank_ends_the_job_and_any_number_go_on(place):
     time.sleep(0.5)
     os.kill(workers[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode != 0 and "another rank ended" in errors
+    # the other rank says so, unless torchrun, which reports the signal, has ended it before its next collective
+    assert process.returncode != 0 and ("another rank ended" in errors or "SIGKILL" in errors)
     for worker in workers.values():
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
