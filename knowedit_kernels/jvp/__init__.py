@@ -12,6 +12,7 @@ from knowedit_kernels.jvp.layers import swiglu_jvp as swiglu_jvp
 from knowedit_kernels.jvp.solver import EditCotangents as EditCotangents
 from knowedit_kernels.jvp.solver import Factors as Factors
 from knowedit_kernels.jvp.solver import SpreadTangents as SpreadTangents
+from knowedit_kernels.jvp.solver import compound_gain as compound_gain
 from knowedit_kernels.jvp.solver import edit_jvp as edit_jvp
 from knowedit_kernels.jvp.solver import edit_vjp as edit_vjp
 from knowedit_kernels.jvp.solver import effective_gain as effective_gain

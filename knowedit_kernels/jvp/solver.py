@@ -129,10 +129,14 @@ def effective_gain(solvers: Sequence[EditSolver], how: Spread = "linear") -> Ten
     Keys are those before the edit, and layers below the last pass a shift of the residual stream on unchanged.
     """
     _check_chain(solvers)
-    eye = torch.eye(solvers[0].edits, dtype=torch.float64, device=solvers[0].A.device)
-    missing = eye
-    for solver, share in zip(solvers, spread_shares(len(solvers), how)):
-        missing = missing - share * (missing @ solver.G)
+    return compound_gain([solver.G for solver in solvers], how)
+
+
+def compound_gain(gains: Sequence[Tensor], how: Spread = "linear") -> Tensor:
+    """`effective_gain` of gains [n, n] themselves, in the order in which the layers are written."""
+    missing = eye = torch.eye(len(gains[0]), dtype=gains[0].dtype, device=gains[0].device)
+    for gain, share in zip(gains, spread_shares(len(gains), how)):
+        missing = missing - share * (missing @ gain)
     return eye - missing
 
 

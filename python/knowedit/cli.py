@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_measure, cli_stats
+from .cli_options import Corpus, Dtype, Json, Layers, Model, Tokens, one, parse_layers, say
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
 
@@ -22,15 +23,7 @@ app = typer.Typer(
 app.add_typer(cli_stats.app, name="stats")
 app.add_typer(cli_measure.app)
 
-Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
-Corpus = Annotated[
-    list[str], typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable.")
-]
-Tokens = Annotated[int, typer.Option(help="Keys to sum for the statistics.")]
-Layers = Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the model's preset.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
 Method = Annotated[str, typer.Option(help="memit, rome, alphaedit, ...; several separated by commas where that makes sense.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 
@@ -60,7 +53,7 @@ def demo(
     """Edit six facts of a real language model, show what changed and what did not, and undo it bit for bit."""
     from .demo import run
 
-    run(model, _one(corpus), tokens, output)
+    run(model, one(corpus), tokens, output)
 
 
 @app.command()
@@ -90,8 +83,8 @@ def edit(
 
     wanted = load(facts)
     editor = make_editor(method, layers=parse_layers(layers), gain=gain, weight=weight, merge_subjects=merge)
-    editable = load_model(model, dtype=dtype, say=_say)
-    statistics = key_statistics(editable, layers_of(editor, editable), _one(corpus), tokens)
+    editable = load_model(model, dtype=dtype, say=say)
+    statistics = key_statistics(editable, layers_of(editor, editable), one(corpus), tokens)
     earlier = History.load(history) if history and history.exists() else History(editable.fingerprint)
     made = Session(editor, editable, statistics, earlier).write(wanted)
     made.save(output)
@@ -114,7 +107,7 @@ def apply(
     from .model import load_model
 
     loaded = [Edit.load(path) for path in edits]
-    save_edited(load_model(model, dtype=dtype, say=_say), loaded, output)
+    save_edited(load_model(model, dtype=dtype, say=say), loaded, output)
     print(f"wrote {output}; take it back with: knowedit undo {output}")
 
 
@@ -138,7 +131,7 @@ def export(
     from .model import load_model
 
     loaded = Edit.load(edit_file)
-    loaded.to_peft(output, load_model(model, dtype=dtype, say=_say))
+    loaded.to_peft(output, load_model(model, dtype=dtype, say=say))
     print(f"wrote {output}")
 
 
@@ -163,8 +156,8 @@ def evaluate(
     from .evaluation.protocols import measure, write_run
 
     results = measure(
-        model, dataset, method.split(","), edits, protocol, _one(corpus), tokens, parse_layers(layers), dtype,
-        batch=batch, every=every, text=text, say=_say,
+        model, dataset, method.split(","), edits, protocol, one(corpus), tokens, parse_layers(layers), dtype,
+        batch=batch, every=every, text=text, say=say,
     )  # fmt: skip
     if output:
         write_run(output, results)
@@ -208,31 +201,6 @@ def make_editor(method: str, **settings: Any) -> Any:
     if unknown:
         raise KnowEditError(f"{method} has no setting {', '.join(sorted(unknown))}")
     return EDITORS[method](**given)
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """'5', '4-8' or '4,6' as layer numbers; None stays None. Raises KnowEditError."""
-    if text is None:
-        return None
-    layers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            span = range(int(first), int(last if "-" in part else first) + 1)
-            if not span:
-                raise ValueError
-            layers += span
-    except ValueError:
-        raise KnowEditError(f"--layers {text!r}: give numbers like 5, 4-8 or 4,6") from None
-    return tuple(sorted(set(layers)))
-
-
-def _one(corpus: list[str]) -> Any:
-    return corpus[0] if len(corpus) == 1 else corpus
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _print_edit(made: Any) -> None:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from .cli_options import Corpus, Dtype, Json, Layers, Model, Tokens, one, parse_layers, say
+
 app = typer.Typer()
 
-Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
 Dataset = Annotated[str, typer.Option(help="'same-subject', 'embedded', another set's name or a file of facts.")]
-Corpus = Annotated[
-    list[str], typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable.")
-]
-Tokens = Annotated[int, typer.Option(help="Keys to sum for the statistics.")]
-Layers = Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the preset's.")]
 Least = Annotated[int, typer.Option(help="Leave out subjects with fewer facts.")]
 Subjects = Annotated[int | None, typer.Option(help="Use the first so many subjects.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the results, read by `knowedit report`.")]
 
 
@@ -45,12 +38,11 @@ def same_subject(
     as_json: Json = False,
 ) -> None:
     """Several facts of each subject, asked for as a user would: six forms, greedy answers, neighbours, identity."""
-    from .cli import parse_layers
     from .evaluation.subjects import differences, measure_subjects, write_subjects
 
     results = measure_subjects(
-        model, dataset, method.split(","), _one(corpus), tokens, parse_layers(layers), least=least, most=most, half=half,
-        subjects=subjects, wordings=wordings, dtype=dtype, say=_say,
+        model, dataset, method.split(","), one(corpus), tokens, parse_layers(layers), least=least, most=most, half=half,
+        subjects=subjects, wordings=wordings, dtype=dtype, say=say,
     )  # fmt: skip
     if output:
         write_subjects(output, results)
@@ -77,7 +69,6 @@ def geometry(
     as_json: Json = False,
 ) -> None:
     """Is the covariance trap real for this model? Drift of keys, amplification, rho, tolerance, sharpness, by layer."""
-    from .cli import parse_layers
     from .evaluation.geometry import geometry as measure
     from .evaluation.subjects import choose
     from .files import atomic_file
@@ -88,10 +79,10 @@ def geometry(
     from .statistics import key_statistics
 
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
-    editable = load_model(model, dtype=dtype, say=_say)
+    editable = load_model(model, dtype=dtype, say=say)
     wanted = parse_layers(layers) or preset_for(editable).statistics_layers
-    statistics = key_statistics(editable, wanted, _one(corpus), tokens)
-    layered = measure(editable, chosen, statistics, wanted, edited=edited, threshold=threshold, seed=seed, say=_say)
+    statistics = key_statistics(editable, wanted, one(corpus), tokens)
+    layered = measure(editable, chosen, statistics, wanted, edited=edited, threshold=threshold, seed=seed, say=say)
     found = [one.to_dict() for one in layered]
     if output:
         with atomic_file(output / "geometry.json") as path:
@@ -110,11 +101,3 @@ def report(
 
     print(write(run))
     print(f"\nwrote {run / PAGE}")
-
-
-def _one(corpus: list[str]) -> Any:
-    return corpus[0] if len(corpus) == 1 else corpus
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

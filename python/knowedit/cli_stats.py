@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .cli_options import Dtype, Json, Layers, Model, one, parse_layers, say
 from .errors import StatisticsError
 
 
@@ -31,9 +32,6 @@ app = typer.Typer(
 )  # fmt: skip
 
 Where = Annotated[Path, typer.Argument(help="A statistics file or a folder of them.")]
-Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @app.command()
@@ -51,7 +49,7 @@ def collect(
                      "too (AlphaEdit)."),
     ] = "tokens",
     tolerance: Annotated[float, typer.Option(help="Relative error at which --until stops.")] = 0.3,
-    layers: Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the model's preset.")] = None,
+    layers: Layers = None,
     max_length: Annotated[int, typer.Option(help="Longer documents are cut into pieces of this many tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the corpus' order or the model's samples.")] = 0,
     first_tokens: Annotated[bool, typer.Option(help="Count each piece's first token too (an outlier; not advised).")] = False,
@@ -66,7 +64,6 @@ def collect(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect: all layers in one partial pass, checkpointed; run again to go on after an interruption."""
-    from .cli import _one, _say, parse_layers
     from .memory import keep_few_compiled_shapes
     from .model import load_model
     from .ranks import started
@@ -75,9 +72,9 @@ def collect(
     keep_few_compiled_shapes()
     with started() as ranks:
         place: Any = device_map or ranks.device
-        editable = load_model(model, dtype=dtype, device_map=place, say=_say if ranks.rank == 0 else lambda _: None)
+        editable = load_model(model, dtype=dtype, device_map=place, say=say if ranks.rank == 0 else lambda _: None)
         found = key_statistics(
-            editable, parse_layers(layers), _one(corpus), tokens, until=until, tolerance=tolerance, max_length=max_length,
+            editable, parse_layers(layers), one(corpus), tokens, until=until, tolerance=tolerance, max_length=max_length,
             skip_first=not first_tokens, seed=seed, precision=precision, directory=output, budget=batch_tokens, packed=pack,
             halves=halves, checkpoint_every=checkpoint_every, as_json=as_json,
         )  # fmt: skip
@@ -169,11 +166,10 @@ def verify(
 ) -> None:
     """Check symmetry, positivity, counts and accumulation error, and with --model that the keys are that model's."""
     from . import npz, verify
-    from .cli import _say
     from .model import load_model
     from .store import LayerStatistics
 
-    editable = load_model(model, dtype=dtype, say=_say) if model else None
+    editable = load_model(model, dtype=dtype, say=say) if model else None
     report: dict[str, list[verify.Finding]] = {}
     for path in [where] if where.suffix == ".npz" else _files(where):
         if path.suffix == ".npz":
@@ -225,10 +221,9 @@ def take(
 ) -> None:
     """Take over .npz files of ROME, MEMIT, EasyEdit or AlphaEdit, if they are this model's."""
     from . import npz, store
-    from .cli import _say
     from .model import load_model
 
-    editable = load_model(model, dtype=dtype, say=_say)
+    editable = load_model(model, dtype=dtype, say=say)
     for path in files:
         made, _ = npz.take(path, editable, layer)
         target = store.layer_file(output or store.folder(editable.name, made.recipe), made.layer)

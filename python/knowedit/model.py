@@ -155,8 +155,11 @@ class EditableModel:
     def draft(self) -> EditableModel:
         """A bfloat16 copy to optimise targets on: a third of the time on CPUs with bfloat16 units.
 
-        Attention is the plain one on a CPU: torch's fused backward is slow there on short rows.
+        Attention is the plain one on a CPU: torch's fused backward is slow there on short rows. Elsewhere a bfloat16 model
+        is its own draft.
         """
+        if self.dtype == torch.bfloat16 and self.device.type != "cpu":
+            return self
         copied = copy.deepcopy(self.hf).to(torch.bfloat16)
         if self.device.type == "cpu":
             copied.set_attn_implementation("eager")

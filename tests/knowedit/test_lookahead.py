@@ -182,3 +182,12 @@ def test_replaying_from_the_subject_is_exact_when_it_comes_first(tiny_llama):
 def test_layer_0_is_refused(tiny_llama):
     with pytest.raises(EditError, match="layer 1"):
         lines_of(tiny_llama, [[FACTS[0]]], 0)
+
+
+def test_a_draft_is_a_copy_only_where_it_is_another_model(tiny_llama, monkeypatch):
+    draft = tiny_llama.draft()
+    assert draft.dtype == torch.bfloat16 and tiny_llama.dtype == torch.float32 and draft.hf is not tiny_llama.hf
+    tiny_llama.hf.to(torch.bfloat16)
+    assert tiny_llama.draft().hf is not tiny_llama.hf  # another attention, on a CPU
+    monkeypatch.setattr(type(tiny_llama), "device", torch.device("cuda"))
+    assert tiny_llama.draft() is tiny_llama

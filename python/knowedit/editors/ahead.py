@@ -6,11 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from knowedit_kernels.jvp import spread_shares
-
 from ..edit import relative_norms
 from ..facts import Fact
 from ..lookahead import Settings, disconnect, state_norms
@@ -51,15 +46,6 @@ def answer_lines(
             rows = prompt_rows(model, fact, contexts, fact.target)
             lines += [Line(row, number, 1 / (len(group) * len(rows))) for row in rows]
     return Lines(model, lines, first, len(groups), budget=budget)
-
-
-def effective_gain(gains: Sequence[Tensor]) -> Tensor:
-    """`I - prod_i (I - G_i / (L - i))`, what a write spread over L layers realises (METHODS 3.4, states passed on as they
-    are); `gains`: `[groups, groups]` each, lowest layer first. (`knowedit_kernels.jvp.effective_gain`, a group a column.)"""
-    left = eye = torch.eye(len(gains[0]), dtype=gains[0].dtype, device=gains[0].device)
-    for share, gain in zip(spread_shares(len(gains)), gains):
-        left = left @ (eye - share * gain)
-    return eye - left
 
 
 def closeness(written: Written) -> tuple[float, float]:

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from knowedit_kernels.jvp import compound_gain
 from knowedit_kernels.solver import Metric
 
 from ..lookahead import Settings, look_ahead
 from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets
-from .ahead import CLOSE, adopt, answer_lines, closeness, effective_gain, frozen_layers, reasons, told
+from .ahead import CLOSE, adopt, answer_lines, closeness, frozen_layers, reasons, told
 from .alphaedit import AlphaEdit
 from .memit import MEMIT
 from .recipe import LocateThenEdit
@@ -69,7 +70,7 @@ class MetaKE(LocateThenEdit):
         layers, start = frozen_layers(task, written)
         if through != "edit":
             gains = [layers[layer].gain for layer in task.layers]
-            realised = torch.eye(len(task.groups)) if through == "plan" else effective_gain(gains)
+            realised = torch.eye(len(task.groups)) if through == "plan" else compound_gain(gains)
             layers, start = {last: replace(layers[last], gain=realised)}, {last: targets.delta}
         if self.diagonal:
             layers = {layer: frozen.diagonal() for layer, frozen in layers.items()}

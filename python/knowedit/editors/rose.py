@@ -7,17 +7,16 @@ over their minimum-norm merge to a refinement through the edited model (METHODS 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from knowedit_kernels import weight_for_gain
 from knowedit_kernels.solver import Identity, Metric, combined
 
-from ..datasets.forms import Form, training_forms, training_neighbours
+from ..datasets.forms import Form, training_neighbours
 from ..entities import entity_moments
 from ..facts import Fact
 from ..groups import GroupKeys, keys_at
@@ -28,7 +27,7 @@ from ..statistics import KeyStatistics
 from ..targets import Targets, optimise_values
 from .ahead import adopt, frozen_layers, told
 from .recipe import LocateThenEdit
-from .rose_objective import Objective, Weights
+from .rose_objective import Objective, Questions, Weights, asked_forms, merge
 from .task import Task, Written
 
 
@@ -62,7 +61,7 @@ class RoSE(LocateThenEdit):
         )
     )
     weights: Weights = field(default_factory=Weights)
-    questions: Mapping[str, Sequence[str]] | Literal["generic"] | None = None
+    questions: Questions = None
     neighbours: tuple[Fact, ...] = ()
     seed: int = 0
 
@@ -100,13 +99,8 @@ class RoSE(LocateThenEdit):
         return keys_at(task.model, rows, layer, task.layers[-1], mean=self.mean_keys)
 
     def forms(self, model: EditableModel, fact: Fact) -> list[Form]:
-        """What a fact is trained on, the bare prompt first; no chats for a model without a chat template."""
-        if self.questions == "generic":
-            found = training_forms(replace(fact, relation=None))
-        else:
-            given, names = self.questions or {}, (fact.id, fact.prompt, fact.relation)
-            found = training_forms(fact, next((given[name] for name in names if name and name in given), ()))
-        return [form for form in found if model.tokenizer.chat_template or not form.chat]
+        """What a fact is trained on, the bare prompt first."""
+        return asked_forms(model, fact, self.questions)
 
     def write(self, task: Task, targets: Targets) -> Written:
         others = training_neighbours(task.facts, self.neighbours, count=self.weights.pools, seed=self.seed)
@@ -127,23 +121,3 @@ class RoSE(LocateThenEdit):
         written.report["look_ahead"] = report | {"weights": asdict(self.weights)}
         adopt(written, found)
         return written
-
-
-def merge(leaves: Targets, task: Task) -> Targets:
-    """The smallest delta a subject that reaches as far as each fact's own in its direction, `delta . d_t = |d_t|^2`, then
-    within the clamp. (METHODS 1.4 constrains the facts' gains instead; at optimised values their gradients are noise.)"""
-    owner = torch.tensor([number for number, group in enumerate(task.groups) for _ in group])
-    parts = []
-    for number in range(len(task.groups)):
-        rows = leaves.delta[owner == number].double()
-        length = rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        unit = rows / length
-        gram = unit @ unit.T + 1e-3 * torch.eye(len(unit), dtype=unit.dtype)
-        parts.append((unit.T @ torch.linalg.solve(gram, length))[:, 0])
-
-    def mean(x: Tensor) -> Tensor:
-        return torch.stack([x[owner == number].float().mean(0) for number in range(len(task.groups))])
-
-    value, delta = mean(leaves.value), torch.stack(parts).float()
-    delta = delta * (task.values.clamp * value.norm(dim=1) / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1)[:, None]
-    return Targets(delta, value, mean(leaves.loss), mean(leaves.nll), mean(leaves.steps))

@@ -1,14 +1,20 @@
-"""What RoSE's refinement is trained on: the facts in many forms, and what should stay."""
+"""RoSE's parts: the forms of a fact, the merge of its values, and what the refinement is trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
+import torch
+from torch import Tensor
+
+from ..datasets.forms import Form, training_forms
 from ..datasets.relations import identity_prompts, unrelated_prompts
+from ..facts import Fact
+from ..model import EditableModel
 from ..objective import Line, Lines
-from ..targets import ESSENCE
+from ..targets import ESSENCE, Targets
 
 if TYPE_CHECKING:
     from .rose import RoSE
@@ -16,6 +22,10 @@ if TYPE_CHECKING:
 
 #: Weights of the forms other than the bare prompt's 1, by name (`datasets.forms`).
 FORMS = {"pre1": 0.0, "qa2": 0.5, "gq": 0.5, "ch1": 0.6, "ch2": 0.5, "gc": 0.6, "sent": 0.4}
+
+
+#: Wordings by fact id, prompt or relation; or "generic"; None: the shipped ones.
+Questions = Mapping[str, Sequence[str]] | Literal["generic"] | None
 
 
 @dataclass(frozen=True)
@@ -80,3 +90,33 @@ class Objective:
         elif step % 2 and self.pools and self.weights.neighbours:
             parts.append((self.pools[step // 2 % len(self.pools)], 2 * self.weights.neighbours))
         return parts
+
+
+def asked_forms(model: EditableModel, fact: Fact, questions: Questions) -> list[Form]:
+    """A fact's training forms with the wordings asked for; no chats for a model without a chat template."""
+    if questions == "generic":
+        found = training_forms(replace(fact, relation=None))
+    else:
+        given, names = questions or {}, (fact.id, fact.prompt, fact.relation)
+        found = training_forms(fact, next((given[name] for name in names if name and name in given), ()))
+    return [form for form in found if model.tokenizer.chat_template or not form.chat]
+
+
+def merge(leaves: Targets, task: Task) -> Targets:
+    """The smallest delta a subject that reaches as far as each fact's own in its direction, `delta . d_t = |d_t|^2`, then
+    within the clamp. (METHODS 1.4 constrains the facts' gains instead; at optimised values their gradients are noise.)"""
+    owner = torch.tensor([number for number, group in enumerate(task.groups) for _ in group])
+    parts = []
+    for number in range(len(task.groups)):
+        rows = leaves.delta[owner == number].double()
+        length = rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        unit = rows / length
+        gram = unit @ unit.T + 1e-3 * torch.eye(len(unit), dtype=unit.dtype)
+        parts.append((unit.T @ torch.linalg.solve(gram, length))[:, 0])
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.stack([x[owner == number].float().mean(0) for number in range(len(task.groups))])
+
+    value, delta = mean(leaves.value), torch.stack(parts).float()
+    delta = delta * (task.values.clamp * value.norm(dim=1) / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1)[:, None]
+    return Targets(delta, value, mean(leaves.loss), mean(leaves.nll), mean(leaves.steps))

@@ -1,0 +1,44 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from .errors import KnowEditError
+
+Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
+Corpus = Annotated[
+    list[str], typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable.")
+]
+Tokens = Annotated[int, typer.Option(help="Keys to sum for the statistics.")]
+Layers = Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the model's preset.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """'5', '4-8' or '4,6' as layer numbers; None stays None. Raises KnowEditError."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            span = range(int(first), int(last if "-" in part else first) + 1)
+            if not span:
+                raise ValueError
+            layers += span
+    except ValueError:
+        raise KnowEditError(f"--layers {text!r}: give numbers like 5, 4-8 or 4,6") from None
+    return tuple(sorted(set(layers)))
+
+
+def one(corpus: list[str]) -> Any:
+    return corpus[0] if len(corpus) == 1 else corpus
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
