@@ -5,6 +5,7 @@ See README.md for the mathematics and the error budget. `WeightLedger` undoes an
 
 from knowedit_kernels._dispatch import register
 from knowedit_kernels.lowrank import blocked, cpu, gpu
+from knowedit_kernels.lowrank.ledger import Change as Change
 from knowedit_kernels.lowrank.ledger import LedgerError as LedgerError
 from knowedit_kernels.lowrank.ledger import WeightLedger as WeightLedger
 from knowedit_kernels.lowrank.update import ROUNDINGS as ROUNDINGS

@@ -1,7 +1,7 @@
 """Bit-exact undo of any edit, in any order: the weight is always round(W0 + sum of active edits), recomputed from W0.
 
 Subtracting an edit from a 16-bit weight does not give the old bits back, and repeated adding drifts. A ledger keeps the
-pristine weight and the small factors instead; the state is a function of the *set* of active edits.
+pristine weight and the edits (small factors, or dense deltas) instead; the state is a function of the *set* of active edits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels.lowrank.update import UpdateReport, check_update, low_rank_update_
+
+Change = tuple[Tensor, Tensor] | Tensor  #: of one weight: low-rank factors (U, V), or a dense delta of its shape
 
 _BLOCK = 1 << 20  # bytes hashed at a time
 
@@ -27,16 +29,16 @@ class _Entry:
     weight: Tensor
     transposed: bool
     pristine: Tensor | None = None  # W0, kept while edits are active
-    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
     fingerprint: int = 0
 
 
 class WeightLedger:
-    """Records low-rank edits of named weights by key and undoes any of them exactly.
+    """Records edits of named weights by key, low-rank or dense, and undoes any of them exactly.
 
     weights: name -> tensor, edited in place. transposed: names of weights stored [in, out] (GPT-2's Conv1D); factors
-    are U [out, r], V [in, r] all the same. rounding: "nearest" or "stochastic" (with ``seed``). offload: keep the
-    pristine copies in host memory.
+    are U [out, r], V [in, r] all the same, a dense delta has the weight's own shape. rounding: "nearest" or "stochastic"
+    (with ``seed``; low-rank edits only). offload: keep the pristine copies in host memory.
 
     With no active edit a weight has its original bits and no copy is kept. Before every change the ledger checks that
     nobody else wrote to the weight, and raises LedgerError if so. Not thread-safe.
@@ -61,17 +63,21 @@ class WeightLedger:
             self.register(name, weight, name in transposed)
 
     def register(self, name: str, weight: Tensor, transposed: bool = False) -> None:
-        """Makes ``weight`` known; raises ValueError for a name in use."""
+        """Makes ``weight`` known; raises ValueError for a name in use. One that is not 2-D takes dense deltas only."""
         if name in self._entries:
             raise ValueError(f"weight {name!r} is already registered")
-        if weight.ndim != 2:
-            raise ValueError(f"weight {name!r} must be 2-D, got shape {tuple(weight.shape)}")
+        if weight.ndim == 0 or not weight.is_floating_point():
+            raise ValueError(f"weight {name!r} must be a floating-point tensor, got {weight.dtype} {tuple(weight.shape)}")
         self._entries[name] = _Entry(name, weight, transposed)
 
     @property
     def active(self) -> tuple[str, ...]:
         """Keys of the edits in force, in the order they were added."""
-        return tuple(dict.fromkeys(key for entry in self._entries.values() for key in entry.factors))
+        return tuple(dict.fromkeys(key for entry in self._entries.values() for key in entry.changes))
+
+    def __contains__(self, name: str) -> bool:
+        """Is a weight of this name registered?"""
+        return name in self._entries
 
     def add(self, weight: str | Tensor, U: Tensor, V: Tensor, key: str, alpha: float = 1.0) -> UpdateReport:
         """Adds alpha U V^T to one weight (by name, or the tensor itself) under ``key``.
@@ -81,25 +87,27 @@ class WeightLedger:
         name = self._find(weight).name
         return self.add_many(key, {name: (U, V)}, alpha)[name]
 
-    def add_many(self, key: str, factors: Mapping[str, tuple[Tensor, Tensor]], alpha: float = 1.0) -> dict[str, UpdateReport]:
-        """Adds an edit of several weights, all or nothing: name -> (U [out, r], V [in, r])."""
-        entries = [self._find(name) for name in factors]
-        for entry, (U, V) in zip(entries, factors.values()):
-            if key in entry.factors:
+    def add_many(self, key: str, changes: Mapping[str, Change], alpha: float = 1.0) -> dict[str, UpdateReport]:
+        """Adds an edit of several weights, all or nothing: name -> (U [out, r], V [in, r]), or a dense delta."""
+        entries = [self._find(name) for name in changes]
+        for entry, change in zip(entries, changes.values()):
+            if key in entry.changes:
                 raise LedgerError(f"edit {key!r} is already active on {entry.name!r}: remove it first")
             try:
-                check_update(entry.weight.mT if entry.transposed else entry.weight, U, V)
+                self._check_change(entry, change)
             except ValueError as error:
                 raise ValueError(f"{entry.name!r}: {error}") from None
             self._check_untouched(entry)
         reports = {}
         try:
-            for entry, (U, V) in zip(entries, factors.values()):
+            for entry, change in zip(entries, changes.values()):
                 like = entry.weight.new_empty(0, dtype=torch.promote_types(entry.weight.dtype, torch.float32))
-                pair = (alpha * U.detach().to(like), V.detach().to(like, copy=True))
                 if entry.pristine is None:
                     entry.pristine = entry.weight.detach().to("cpu" if self._offload else like.device, copy=True)
-                entry.factors[key] = pair
+                if isinstance(change, Tensor):
+                    entry.changes[key] = alpha * change.detach().to(like)
+                else:
+                    entry.changes[key] = alpha * change[0].detach().to(like), change[1].detach().to(like, copy=True)
                 report = reports[entry.name] = self._write(entry, entry.pristine)
                 if report.nonfinite:
                     raise LedgerError(
@@ -114,7 +122,7 @@ class WeightLedger:
 
     def remove(self, key: str) -> None:
         """Undoes one edit on every weight it covers; raises LedgerError for an unknown key."""
-        entries = [entry for entry in self._entries.values() if key in entry.factors]
+        entries = [entry for entry in self._entries.values() if key in entry.changes]
         if not entries:
             raise LedgerError(f"edit {key!r} is not active; active: {', '.join(self.active) or 'none'}")
         for entry in entries:
@@ -126,7 +134,7 @@ class WeightLedger:
         """Restores every pristine weight and forgets all edits, whatever else was written to the weights since."""
         for entry in self._entries.values():
             self._check_layout(entry)
-            self._drop(entry, *entry.factors)
+            self._drop(entry, *entry.changes)
 
     def verify(self) -> None:
         """Raises LedgerError if a weight with active edits was changed by anyone else."""
@@ -141,21 +149,41 @@ class WeightLedger:
         raise LedgerError(f"unknown weight {what}: register it first; known: {', '.join(self._entries) or 'none'}")
 
     def _write(self, entry: _Entry, pristine: Tensor) -> UpdateReport:
-        pairs = [entry.factors[key] for key in sorted(entry.factors)]  # sorted: a function of the set alone
-        U, V = (torch.cat(parts, dim=1) for parts in zip(*pairs))
-        if entry.transposed:
-            U, V = V, U
+        changes = [entry.changes[key] for key in sorted(entry.changes)]  # sorted: a function of the set alone
+        pairs = [change for change in changes if not isinstance(change, Tensor)]
+        dense = [change for change in changes if isinstance(change, Tensor)]
         weight = entry.weight.detach()
         base = pristine.to(weight.device)
-        report = low_rank_update_(weight, U, V, rounding=self._rounding, seed=self._seed, base=base)
+        target = weight
+        if dense:  # summed in float32, rounded once at the end
+            target = base.to(dense[0].dtype, copy=True)
+            for change in dense:
+                target += change
+        if pairs:
+            U, V = (torch.cat(parts, dim=1) for parts in zip(*pairs))
+            if entry.transposed:
+                U, V = V, U
+            started = None if dense else base
+            report = low_rank_update_(target, U, V, rounding=self._rounding, seed=self._seed, base=started)
+        if dense:
+            weight.copy_(target)
+            report = _report(weight, base, target)
         entry.fingerprint = fingerprint(weight)
         return report
 
+    def _check_change(self, entry: _Entry, change: Change) -> None:
+        if not isinstance(change, Tensor):
+            check_update(entry.weight.mT if entry.transposed else entry.weight, *change)
+        elif change.shape != entry.weight.shape:
+            raise ValueError(f"a dense delta of shape {tuple(change.shape)} does not fit a weight {tuple(entry.weight.shape)}")
+        elif self._rounding == "stochastic":
+            raise ValueError("dense deltas are rounded to nearest; this ledger rounds stochastically")
+
     def _drop(self, entry: _Entry, *keys: str) -> None:
-        dropped = [entry.factors.pop(key) for key in keys if key in entry.factors]
+        dropped = [entry.changes.pop(key) for key in keys if key in entry.changes]
         if not dropped or entry.pristine is None:
             return
-        if entry.factors:
+        if entry.changes:
             self._write(entry, entry.pristine)
         else:
             entry.weight.detach().copy_(entry.pristine)
@@ -178,11 +206,20 @@ class WeightLedger:
             )
 
 
+def _report(weight: Tensor, base: Tensor, ideal: Tensor) -> UpdateReport:
+    """What dense deltas asked for and what the weight's dtype let through."""
+    planned, applied = ideal - base, weight.to(ideal.dtype) - base
+    norms = [x.square().sum(dtype=torch.float64) for x in (planned, applied, applied - planned)]
+    counts = [x.sum(dtype=torch.float64) for x in (weight != base, ~weight.isfinite())]
+    return UpdateReport(torch.stack(norms + counts), weight.numel(), None)
+
+
 def fingerprint(weight: Tensor) -> int:
-    """A 64-bit hash of the bits of a [rows, columns] tensor; the same on every device.
+    """A 64-bit hash of the bits of a [.., columns] tensor; the same on every device.
 
     sum_ij bits_ij a_i b_j mod 2^64 with fixed random odd a, b: one change is always seen, several but by chance.
     """
+    weight = weight.detach().reshape(-1, weight.shape[-1])
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(0x6B6E6F77)
     whole = columns * weight.element_size() % 8 == 0
@@ -196,6 +233,6 @@ def fingerprint(weight: Tensor) -> int:
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     step = max(1, _BLOCK // max(1, columns * weight.element_size()))
     for start in range(0, rows, step):
-        bits = weight.detach()[start : start + step].contiguous().view(unit)
+        bits = weight[start : start + step].contiguous().view(unit)
         total += ((bits * b).sum(1) * a[start : start + step]).sum()
     return int(total)

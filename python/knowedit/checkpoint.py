@@ -28,7 +28,7 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
     """
     if not edits:
         raise EditError("no edits to apply; name at least one edit file")
-    names = sorted({model.layout.weight_name(layer) for edit in edits for layer in edit.factors})
+    names = sorted({name for edit in edits for name in edit.changes(model)})
     parameters = dict(model.hf.named_parameters())
     originals = {name: parameters[name].detach().cpu().clone() for name in names}
     header = {

@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from knowedit_kernels.lowrank import LedgerError
+from knowedit_kernels.lowrank import Change, LedgerError
 
 from .errors import EditError
 from .facts import Fact
@@ -27,11 +28,13 @@ FORMAT = "knowedit-edit/1"
 
 @dataclass(eq=False)
 class Edit:
-    """A low-rank update `W_l += U_l V_lᵀ` of MLP output projections.
+    """An update of a model's weights: low-rank ones `W_l += U_l V_lᵀ` of MLP output projections, and any others.
 
     Attributes:
         method: name of the editor that made it.
         factors: `{layer: (U [hidden, r], V [d_ff, r])}`, float32; rank r is the number of written keys.
+        others: `{parameter: change}` of gradient methods: `(U [out, r], V [in, r])`, or a dense delta of the
+            parameter's shape, float32; parameters as in `model.hf.named_parameters()`.
         facts: what it writes.
         fingerprint: of the unedited model it belongs to.
         report: what the editor measured and chose: `gain` (share of each planned change realised at the edited keys),
@@ -45,6 +48,7 @@ class Edit:
     fingerprint: str
     report: dict[str, Any] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    others: dict[str, Change] = field(default_factory=dict, repr=False)
 
     @property
     def warnings(self) -> list[str]:
@@ -54,16 +58,20 @@ class Edit:
     def key(self) -> str:
         """A name made from the method and the factors' bits."""
         digest = hashlib.blake2b(digest_size=8)
-        for layer, pair in sorted(self.factors.items()):
-            digest.update(str(layer).encode())
-            for factor in pair:
-                digest.update(factor.contiguous().cpu().numpy().tobytes())
+        for name, change in [*sorted(self.factors.items()), *sorted(self.others.items())]:
+            digest.update(str(name).encode())
+            for part in [change] if isinstance(change, Tensor) else change:
+                digest.update(part.contiguous().cpu().numpy().tobytes())
         return f"{self.method}-{digest.hexdigest()}"
 
     def delta(self, layer: int) -> Tensor:
         """The dense update of `layer`, `[hidden, d_ff]` float32."""
         left, right = self.factors[layer]
         return left @ right.T
+
+    def changes(self, model: EditableModel) -> dict[str, Change]:
+        """Every changed weight by its parameter's name in `model.hf`."""
+        return {model.layout.weight_name(layer): pair for layer, pair in self.factors.items()} | self.others
 
     # -- on a model ---------------------------------------------------------------------------------------------
 
@@ -77,6 +85,9 @@ class Edit:
         for layer, (left, right) in self.factors.items():
             if left.shape[0] != model.hidden or right.shape[0] != model.d_ff:
                 raise EditError(f"layer {layer}: factors of shape {tuple(left.shape)}, {tuple(right.shape)} do not fit")
+        unknown = sorted(set(self.others) - {name for name, _ in model.hf.named_parameters()})
+        if unknown:
+            raise EditError(f"{model.name} has no parameter {', '.join(unknown)}")
 
     def apply(self, model: EditableModel) -> None:
         """Write it into the model's weights, rounded once to their dtype together with every other active edit.
@@ -87,9 +98,8 @@ class Edit:
         self.check(model)
         if self.key in model.ledger.active:
             raise EditError(f"this {self.method} edit is already applied to {model.name}; undo it first")
-        named = {model.layout.weight_name(layer): pair for layer, pair in self.factors.items()}
         try:
-            model.ledger.add_many(self.key, named)
+            model.ledger.add_many(self.key, model.register(self.changes(model)))
         except (LedgerError, ValueError) as error:
             raise EditError(f"the {self.method} edit could not be applied: {error}") from error
 
@@ -119,9 +129,10 @@ class Edit:
 
     def save(self, path: str | Path) -> Path:
         """Write the factors and a JSON header to one safetensors file, atomically."""
-        tensors = {}
-        for layer, (left, right) in self.factors.items():
-            tensors[f"{layer}.U"], tensors[f"{layer}.V"] = left.contiguous().cpu(), right.contiguous().cpu()
+        tensors: dict[str, Tensor] = {}
+        for name, change in [*self.factors.items(), *self.others.items()]:
+            parts = {"delta": change} if isinstance(change, Tensor) else {"U": change[0], "V": change[1]}
+            tensors |= {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
         header = {
             "format": FORMAT, "method": self.method, "fingerprint": self.fingerprint, "report": self.report,
             "facts": [fact.to_dict() for fact in self.facts],
@@ -138,10 +149,14 @@ class Edit:
             EditError: the file is missing, damaged or of another kind.
         """
         header, tensors = read_file(path, FORMAT, "an edit")
-        layers = sorted({int(name.split(".")[0]) for name in tensors})
+        changes: dict[str, Change] = {}
+        for name in sorted({full.rpartition(".")[0] for full in tensors}):
+            dense = tensors.get(f"{name}.delta")
+            changes[name] = (tensors[f"{name}.U"], tensors[f"{name}.V"]) if dense is None else dense
         return cls(
             method=header["method"],
-            factors={layer: (tensors[f"{layer}.U"], tensors[f"{layer}.V"]) for layer in layers},
+            factors={int(name): changes[name] for name in sorted(filter(str.isdecimal, changes), key=int)},  # type: ignore[misc]
+            others={name: change for name, change in changes.items() if not name.isdecimal()},
             facts=[Fact.from_dict(fact) for fact in header["facts"]],
             fingerprint=header["fingerprint"],
             report=header["report"],
@@ -151,22 +166,29 @@ class Edit:
         """Write the edit as a LoRA adapter (peft, vLLM): `lora_B @ lora_A` is the update, scale 1.
 
         Raises:
-            EditError: layers of different rank in one edit cannot share a LoRA configuration.
+            EditError: some of its changes are dense.
         """
         self.check(model)
-        ranks = {left.shape[1] for left, _ in self.factors.values()}
-        if len(ranks) != 1:
-            raise EditError(f"layers have different ranks {sorted(ranks)}; a LoRA adapter needs one")
-        rank = ranks.pop()
-        names = {layer: model.layout.projection.format(layer) for layer in self.factors}
+        changes = self.changes(model)
+        dense = sorted(name for name, change in changes.items() if isinstance(change, Tensor))
+        if dense:
+            raise EditError(
+                f"this {self.method} edit changes {len(dense)} parameters densely ({dense[0]}, ...), which no LoRA adapter "
+                "can hold; write it into a copy of the model instead (save_edited, `knowedit apply`)"
+            )
+        pairs = {name.removesuffix(".weight"): change for name, change in changes.items()}
+        ranks = {name: left.shape[1] for name, (left, _) in pairs.items()}
+        rank = max(ranks.values())
+        pattern = {name: other for name, other in ranks.items() if other != rank}
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.name, "r": rank,
             "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-            "fan_in_fan_out": model.layout.transposed, "target_modules": sorted(names.values()),
+            "fan_in_fan_out": model.layout.transposed, "target_modules": sorted(pairs),
+            "rank_pattern": pattern, "alpha_pattern": pattern,
         }  # fmt: skip
         tensors = {}
-        for layer, (left, right) in self.factors.items():
-            prefix = f"base_model.model.{names[layer]}"
+        for name, (left, right) in pairs.items():
+            prefix = f"base_model.model.{name}"
             tensors[f"{prefix}.lora_A.weight"] = right.T.contiguous().cpu()
             tensors[f"{prefix}.lora_B.weight"] = left.contiguous().cpu()
         with atomic_folder(folder) as temporary:
@@ -177,11 +199,17 @@ class Edit:
 
 def relative_norms(model: EditableModel, factors: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
     """`|U Vᵀ|_F / |W|_F` per layer, without forming the product."""
-    norms = {}
-    for layer, (left, right) in factors.items():
-        square = ((left.double().T @ left.double()) * (right.double().T @ right.double())).sum()
-        norms[layer] = float(square.clamp(min=0).sqrt() / model.weight(layer).double().norm().cpu())
-    return norms
+    return {layer: relative_norm(model.weight(layer), pair) for layer, pair in factors.items()}
+
+
+def relative_norm(weight: Tensor, change: Change) -> float:
+    """`|change|_F / |weight|_F`."""
+    if isinstance(change, Tensor):
+        size = change.norm(dtype=torch.float64)
+    else:
+        left, right = (factor.double() for factor in change)
+        size = ((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt()
+    return float(size.cpu() / weight.norm(dtype=torch.float64).cpu())
 
 
 def read_file(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -60,11 +60,15 @@ def _edit(made: edit.Edit) -> str:
         *(f"    {_fact(fact.to_dict())}" for fact in made.facts[:20]),
     ]
     for layer, (left, _) in made.factors.items():
-        solved = report["layers"][str(layer)]
+        solved = report.get("layers", {}).get(str(layer))
         lines.append(
-            f"  layer {layer:<3}          rank {left.shape[1]}, gain {solved['gain']:.3f}, "
-            f"|delta|/|W| {report['relative_norm'][str(layer)]:.3f}"
+            f"  layer {layer:<3}          rank {left.shape[1]}, "
+            + (f"gain {solved['gain']:.3f}, " if solved else "")
+            + f"|delta|/|W| {report['relative_norm'][str(layer)]:.3f}"
         )
+    for name, change in made.others.items():
+        shape = f"dense {list(change.shape)}" if isinstance(change, Tensor) else f"rank {change[0].shape[1]}"
+        lines.append(f"  {name}  {shape}")
     return "\n".join(lines + [f"  note: {warning}" for warning in made.warnings])
 
 

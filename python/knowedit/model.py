@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from knowedit_kernels import WeightLedger
+from knowedit_kernels.lowrank import Change
 
 from .architectures import Layout, detect
 from .download import resolve
@@ -132,6 +133,15 @@ class EditableModel:
     def weight(self, layer: int) -> Tensor:
         """The projection's weight as the model stores it (`[hidden, d_ff]`, or transposed for GPT-2)."""
         return self.projection(layer).weight  # type: ignore[return-value]
+
+    def register(self, changes: Mapping[str, Change]) -> Mapping[str, Change]:
+        """Make the ledger know the parameters of `changes`, which it gives back; those edited by layer it knows."""
+        new = set(changes) - {name for name in changes if name in self.ledger}
+        for name, parameter in self.hf.named_parameters() if new else ():
+            if name in new:
+                owner = self.hf.get_submodule(name.rpartition(".")[0])
+                self.ledger.register(name, parameter, transposed=type(owner).__name__ == "Conv1D" and parameter.ndim == 2)
+        return changes
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ModelError for a layer that does not exist."""

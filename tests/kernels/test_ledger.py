@@ -51,6 +51,40 @@ def test_undo_in_any_order_restores_every_bit(dtype, rounding):
     assert len({state.numpy().tobytes() for state in states.values()}) == 8
 
 
+@each_dtype
+def test_dense_and_low_rank_edits_undo_in_any_order(dtype):
+    W, bias = rand(37, 53).to(dtype), rand(53, seed=3).to(dtype)
+    pristine = bits(W), bits(bias)
+    edits = {"a": {"w": factors(37, 53, 5)}, "b": {"w": 0.01 * rand(37, 53, seed=8), "bias": 0.01 * rand(53, seed=9)}}
+    edits["c"] = {"w": 0.01 * rand(37, 53, seed=10)}
+    states: dict[frozenset, torch.Tensor] = {}
+    for order, removal in itertools.product(itertools.permutations("abc"), repeat=2):
+        ledger = WeightLedger({"w": W, "bias": bias})
+        for key in order:
+            report = ledger.add_many(key, edits[key])["w"]
+            assert torch.equal(states.setdefault(frozenset(ledger.active), bits(W)), bits(W))
+        U, V = edits["a"]["w"]
+        ideal = pristine[0].view(dtype).view(37, 53).double() + (U.double() @ V.double().T)
+        ideal += edits["b"]["w"].double() + edits["c"]["w"].double()
+        unit = {2: 2.0**-8, 4: 2.0**-22, 8: 2.0**-22}[dtype.itemsize]  # the deltas themselves are float32
+        assert (W.double() - ideal).abs().max() <= unit * ideal.abs().max()
+        assert report.applied_norm == pytest.approx(float((W.double() - pristine[0].view(dtype).double().view(37, 53)).norm()))
+        for key in removal:
+            ledger.remove(key)
+            assert torch.equal(states.setdefault(frozenset(ledger.active), bits(W)), bits(W))
+        assert torch.equal(bits(W), pristine[0]) and torch.equal(bits(bias), pristine[1])
+
+
+def test_a_dense_edit_that_overflows_changes_nothing():
+    W = rand(5, 7).to(torch.float16)
+    before, ledger = bits(W), WeightLedger({"w": W})
+    with pytest.raises(LedgerError, match="overflows"):
+        ledger.add_many("a", {"w": torch.full((5, 7), 1e6)})
+    assert torch.equal(bits(W), before) and not ledger.active
+    with pytest.raises(ValueError, match="rounded to nearest"):
+        WeightLedger({"w": W}, rounding="stochastic").add_many("a", {"w": torch.zeros(5, 7)})
+
+
 def test_many_edits_do_not_drift():
     W = rand(64, 48).bfloat16()
     exact, pristine = W.double(), bits(W)
@@ -141,7 +175,8 @@ def test_wrong_use():
         (lambda: ledger.add(rand(3, 4), rand(3, 1), rand(4, 1), "b"), LedgerError, "register it"),
         (lambda: ledger.remove("b"), LedgerError, "active: a"),
         (lambda: ledger.register("w", rand(3, 4)), ValueError, "already registered"),
-        (lambda: ledger.register("v", rand(3)), ValueError, "2-D"),
+        (lambda: ledger.register("v", torch.zeros(3, dtype=torch.int32)), ValueError, "floating-point"),
+        (lambda: ledger.add_many("b", {"w": rand(4, 3)}), ValueError, r"'w': a dense delta of shape \(4, 3\)"),
         (lambda: WeightLedger(transposed=["w"]), ValueError, "unknown"),
         (lambda: WeightLedger(rounding="corrected"), ValueError, "recomputable"),
     ):

@@ -33,6 +33,20 @@ def tiny(request):
     return request.getfixturevalue(request.param)
 
 
+def a_trained_edit(model, seed=0):
+    """An edit as gradient methods make them: low-rank changes anywhere, dense ones of any parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    edit = an_edit(model, seed)
+    conv = model.layout.transposed
+    attention = f"{model.layout.layers}.2." + ("attn.c_attn.weight" if conv else "self_attn.q_proj.weight")
+    shape = model.hf.get_parameter(attention).shape[:: -1 if conv else 1]
+    edit.others[attention] = tuple(0.3 * torch.randn(n, 3, generator=generator) for n in shape)
+    for name in (model.layout.weight_name(1), f"{model.layout.norm}.weight"):
+        edit.others[name] = 0.1 * torch.randn(model.hf.get_parameter(name).shape, generator=generator)
+    edit.factors = {2: edit.factors[1]}
+    return edit
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_undo_restores_every_bit_in_any_order(tiny, dtype, order):
@@ -53,6 +67,32 @@ def test_apply_writes_the_factors(tiny):
     edit.apply(tiny)
     change = tiny.weight(1) - weight
     torch.testing.assert_close(change.T if tiny.layout.transposed else change, edit.delta(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_parameter_can_be_changed_and_taken_back(tiny, dtype, tmp_path):
+    model = EditableModel(tiny.hf.to(dtype), tiny.tokenizer)
+    before = weights_fingerprint(model.hf)
+    trained = Edit.load(a_trained_edit(model).save(tmp_path / "a.edit"))
+    clean = {name: parameter.detach().clone() for name, parameter in model.hf.named_parameters()}
+    trained.apply(model)
+    for name, change in trained.changes(model).items():
+        dense = change if isinstance(change, torch.Tensor) else change[0] @ change[1].T
+        moved = model.hf.get_parameter(name).float() - clean[name].float()
+        moved = moved if isinstance(change, torch.Tensor) or not model.layout.transposed else moved.T
+        torch.testing.assert_close(moved, dense, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02)
+    both = an_edit(model, 3, (1, 2))
+    both.apply(model)
+    trained.undo(model)
+    both.undo(model)
+    assert weights_fingerprint(model.hf) == before
+
+
+def test_a_parameter_that_does_not_exist_is_refused(tiny_llama):
+    edit = an_edit(tiny_llama)
+    edit.others["model.nothing.weight"] = torch.zeros(2)
+    with pytest.raises(EditError, match=r"no parameter model\.nothing\.weight"):
+        edit.apply(tiny_llama)
 
 
 def test_applied_to_undoes_after_an_error(tiny_llama):
@@ -133,7 +173,10 @@ def test_a_failed_save_leaves_the_old_file(tiny_llama, tmp_path, monkeypatch):
 def test_to_peft_gives_the_same_model(tiny, tmp_path):
     from peft import PeftModel
 
-    edit = an_edit(tiny, layers=(1, 2))
+    edit = a_trained_edit(tiny)
+    with pytest.raises(EditError, match="2 parameters densely"):
+        edit.to_peft(tmp_path / "adapter", tiny)
+    edit.others = {name: change for name, change in edit.others.items() if isinstance(change, tuple)}
     folder = edit.to_peft(tmp_path / "adapter", tiny)
     ids = torch.tensor([[5, 6, 7, 8]])
     clean = tiny.hf(input_ids=ids).logits
@@ -159,7 +202,7 @@ class TestFolders:
         return load_model(str(tmp_path / "model"))
 
     def test_apply_and_undo_a_folder(self, saved, tmp_path):
-        edits = [an_edit(saved), an_edit(saved, 1, (1, 2))]
+        edits = [an_edit(saved), a_trained_edit(saved, 1)]
         before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
         folder = save_edited(saved, edits, tmp_path / "edited")
         assert weights_fingerprint(saved.hf) == saved.fingerprint
