@@ -1,6 +1,7 @@
 """One short file per method; `EDITORS` maps the names of the command line to them."""
 
 from .alphaedit import AlphaEdit as AlphaEdit
+from .editor import Editor as Editor
 from .emmet import EMMET as EMMET
 from .memit import MEMIT as MEMIT
 from .memit_merge import MEMITMerge as MEMITMerge

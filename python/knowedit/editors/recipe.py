@@ -5,7 +5,7 @@ facts -> groups -> targets (values to write) -> for each layer: keys K, residual
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,12 +24,13 @@ from ..model import EditableModel
 from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets, ValueSettings, optimise_values
+from .editor import Editor
 from .notes import outcome
-from .task import Task, Written, prepare
+from .task import Task, Written, layers_of, prepare
 
 
 @dataclass(frozen=True)
-class LocateThenEdit(ABC):
+class LocateThenEdit(Editor):
     """A method is a subclass that fills in the parts; `memit.py` is a short one. Settings that are None come from the model's
     preset, or are calibrated; `Edit.report` has the choice.
 
@@ -46,7 +47,6 @@ class LocateThenEdit(ABC):
     merge_subjects: bool = True
     mean_keys: bool = True
     allow_sinks: bool = False
-    name: ClassVar[str]
     needs_statistics: ClassVar[bool] = True
     one_layer: ClassVar[bool] = False
     shared_layers: ClassVar[bool] = False
@@ -61,6 +61,10 @@ class LocateThenEdit(ABC):
         with bar(f"{self.name}: optimising values", len(task.groups), "values", show=task.progress) as advance:
             return optimise_values(task.model, task.groups, task.layers[-1], task.values, progress=advance)
 
+    def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
+        """The layers that it edits. Raises EditError for none, ModelError for one that is not there."""
+        return layers_of(self, model)
+
     def keys(self, task: Task, layer: int) -> GroupKeys:
         """The keys to write at."""
         return group_keys(task.model, task.groups, layer, task.layers[-1], task.values.contexts, mean=self.mean_keys)
@@ -73,15 +77,7 @@ class LocateThenEdit(ABC):
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
         *, history: History | None = None, progress: bool = True,
     ) -> Edit:  # fmt: skip
-        """Compute the edit of the model as it is now; neither the model nor the history is touched.
-
-        Args:
-            statistics: key statistics of the edited layers (`key_statistics`), of the unedited model.
-            history: earlier edits, applied to the model, whose keys are to be left alone.
-
-        Raises:
-            FactError: repeated or contradictory facts, earlier ones included. EditError, StatisticsError: see `prepare`.
-        """
+        """As `Editor.compute`, for `statistics` of the edited layers. Raises also EditError, StatisticsError: see `prepare`."""
         facts = history.check_new(facts) if history else check_facts(list(facts))
         task = prepare(self, model, group_by_subject(facts, self.merge_subjects), statistics, history, progress)
         return self.finish(task, self.targets(task))

@@ -1,0 +1,55 @@
+"""What every method has in common: facts go in, an `Edit` comes out, and the model is as it was."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from ..edit import Edit
+from ..facts import Fact
+from ..history import History
+from ..model import EditableModel
+from ..progress import bar
+from ..statistics import KeyStatistics
+
+
+class Editor(ABC):
+    """A method: a frozen dataclass whose fields are its settings.
+
+    Attributes:
+        name: as the reports and, in lower case, the command line say it.
+        needs_statistics: whether `compute` must be given key statistics, of `statistics_layers(model)`.
+    """
+
+    name: ClassVar[str]
+    needs_statistics: ClassVar[bool] = False
+
+    @abstractmethod
+    def compute(
+        self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
+        *, history: History | None = None, progress: bool = True,
+    ) -> Edit:  # fmt: skip
+        """Compute the edit of the model as it is now; neither the model nor the history is touched.
+
+        Args:
+            statistics: key statistics of `statistics_layers(model)`, of the unedited model.
+            history: earlier edits, applied to the model. Methods that write keys leave those of the history alone.
+
+        Raises:
+            FactError: repeated or contradictory facts, earlier ones included. EditError: settings, or a model, with which
+            the method cannot work.
+        """
+
+    def compute_each(
+        self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None, *, progress: bool = True
+    ) -> Iterable[Edit]:
+        """One independent edit a fact, each computed when it is asked for."""
+        with bar(f"{self.name}: one edit a fact", len(facts), "facts", show=progress) as advance:
+            for fact in facts:
+                yield self.compute(model, [fact], statistics, progress=False)
+                advance(1)
+
+    def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
+        """The layers whose key statistics it uses; none for a method without statistics."""
+        return ()
