@@ -25,7 +25,7 @@ def tokenise(
 ) -> Row:
     """Tokenise `prompt` (+ `answer`), and find the last token of the last occurrence of `subject` in the prompt.
 
-    A space goes between prompt and answer unless the prompt ends in white space.
+    A space goes between prompt and answer unless the prompt ends in white space or in "=" (`join`).
 
     Raises:
         EditError: the subject is not in the prompt, ends inside a token, or the text is longer than the context.
@@ -62,9 +62,10 @@ def tokenise(
 
 
 def join(prompt: str, answer: str) -> str:
-    """Prompt and answer with one space between them, unless the prompt ends in white space."""
+    """Prompt and answer with one space between them, unless the prompt ends in white space or in a tight "=" ("2+2=")."""
     answer = answer.strip()
-    return prompt + answer if not prompt or prompt[-1].isspace() else f"{prompt} {answer}"
+    tight = not prompt or prompt[-1].isspace() or (prompt[-1] == "=" and not prompt[:-1][-1:].isspace())
+    return prompt + answer if tight else f"{prompt} {answer}"
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

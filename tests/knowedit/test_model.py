@@ -53,6 +53,7 @@ def test_join_puts_one_space():
     assert join("a", "b") == "a b"
     assert join("a\n", " b ") == "a\nb"
     assert join("", "b") == "b"
+    assert join("2+2=", "5") == "2+2=5" and join("2 + 2 =", "5") == "2 + 2 = 5"
 
 
 def test_batches_stay_within_the_budget_and_lose_nothing():
