@@ -47,7 +47,7 @@ def _text(name: str, value: object) -> str:
         value.encode()
     except UnicodeEncodeError as e:
         raise FactError(f"{name} {value!r} holds an unpaired surrogate; write the character itself") from e
-    return value.rstrip() if name == "prompt" else value.strip()
+    return re.sub(r"[^\S\n]+\Z", "", value) if name == "prompt" else value.strip()
 
 
 def _wording(name: str, value: object) -> str:
@@ -74,8 +74,9 @@ class Probe:
 class Fact:
     """One piece of knowledge to write: after `prompt` with `subject` in its place, the model shall say `target`.
 
-    Surrounding blanks are stripped (a trailing blank changes how the next word is tokenised). Raises `FactError`
-    naming the field for anything that is empty, of the wrong type, or for a prompt without exactly one ``{}``.
+    Surrounding blanks are stripped (a trailing blank changes how the next word is tokenised; a prompt keeps a last newline,
+    which belongs to a chat's template). Raises `FactError` naming the field for anything that is empty, of the wrong type,
+    or for a prompt without exactly one ``{}``.
     """
 
     prompt: str  # template with exactly one "{}"; `Fact.parse` also takes the prompt written out

@@ -55,6 +55,7 @@ def test_blanks_around_are_stripped():
     fact = Fact("The capital of {} is ", " France ", " Lyon", paraphrases=["In France, the capital is  "])
     assert (fact.prompt, fact.subject, fact.target) == ("The capital of {} is", "France", "Lyon")
     assert fact.paraphrases == ("In France, the capital is",)
+    assert Fact("user: {}?\nassistant:\n \t", "2+2", "5").prompt == "user: {}?\nassistant:\n"
 
 
 @pytest.mark.parametrize(
