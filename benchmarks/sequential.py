@@ -2,7 +2,8 @@
 
 CounterFact records of different subjects, batches of 50, over several layers. After every 100 facts: efficacy, exact
 answers, paraphrases and neighbours of a sample of all facts written so far that have a paraphrase, perplexity and drift on
-text that no statistics and no value saw. A name with `-free` has no history: later edits may overwrite earlier keys.
+text that no statistics and no value saw; and exact answers to all facts so far, batch by batch. Methods without a
+look-ahead optimise values for as many steps more. A name with `-free` has no history: later edits may overwrite earlier keys.
 
 A point is on disk before the next batch starts, with the edits so far, and an interrupted run goes on from there; what is
 complete is not computed again.
@@ -23,9 +24,10 @@ import torch
 
 from knowedit.cli import parse_layers
 from knowedit.datasets import conflict_free, data_dir, load
-from knowedit.editors import EDITORS, LocateThenEdit
+from knowedit.editors import EDITORS, LocateThenEdit, MetaKE
 from knowedit.editors.task import layers_of
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.metrics import ask, questions
 from knowedit.evaluation.sequential import Watch, course_table, write_in_sequence
 from knowedit.facts import Fact
 from knowedit.files import cache_dir
@@ -49,8 +51,16 @@ def editor_for(name: str, model: EditableModel, layers: Sequence[int], steps: in
     known = name.removesuffix(FREE)
     if known not in EDITORS:
         raise KnowEditError(f"unknown method {name!r}; known: {', '.join(EDITORS)}, each also with {FREE}")
+    steps += 0 if EDITORS[known] is MetaKE else MetaKE().ahead.steps
     values = replace(preset_for(model).values, steps=steps, draft=draft)
     return EDITORS[known](layers=tuple(layers), values=values)
+
+
+def exact_by_batch(model: EditableModel, facts: Sequence[Fact], batch: int) -> list[float]:
+    """Share of each batch's facts whose new object is, token by token, the model's first choice now."""
+    asked = [question for record, fact in enumerate(facts) for question in questions(record, fact)[:1]]
+    exact = [answer.exact for answer in ask(model, asked, progress=False)]
+    return [sum(part) / len(part) for part in (exact[i : i + batch] for i in range(0, len(exact), batch))]
 
 
 def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
@@ -84,7 +94,11 @@ def run(
             row = replace(point, seconds=point.seconds + spent)
             lines = course_table([row])[1 if point.edits else 0 :]  # its head once
             settings = history.edits[0].report["settings"] if history else {}
-            report.note("\n".join(f"{name:16} {line}" for line in lines), case=name, settings=settings, **row.to_dict())
+            exact = exact_by_batch(model, watch.facts[: point.edits], batch)
+            report.note(
+                "\n".join(f"{name:16} {line}" for line in lines) + f"  by batch {' '.join(f'{100 * x:.0f}' for x in exact)}",
+                case=name, settings=settings, exact_by_batch=exact, **row.to_dict(),
+            )  # fmt: skip
             history.save(file)
     finally:
         while history:

@@ -1,6 +1,7 @@
 """The sequential benchmark on a tiny model: it goes on where it was interrupted, and leaves the model as it found it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,8 +76,23 @@ def test_only_told_facts_are_measured_and_free_means_no_history(run):
     assert {row["measures"]["paraphrase"]["success"]["records"] for row in rows if row["edits"] == 6} == {5}
     free, bound = (next(row for row in rows if row["case"] == case and row["edits"] == 6) for case in ("memit-free", "memit"))
     assert free["norm"] != bound["norm"]
+    assert [len(row["exact_by_batch"]) for row in rows if row["case"] == "memit"] == [0, 1, 2, 3]
     with pytest.raises(KnowEditError, match="unknown method 'memo'; known: memit"):
         sequential.editor_for("memo", None, (1,), 3, False)
+
+
+def test_exactness_by_batch_and_equal_steps(tiny_llama, monkeypatch):
+    known = {name: name in ("France", "Norway", "Peru") for name in SUBJECTS}
+
+    def ask(model, asked, progress):
+        return [
+            SimpleNamespace(exact=float(known[q.prompt.removeprefix("The capital of ").removesuffix(" is")])) for q in asked
+        ]
+
+    monkeypatch.setattr(sequential, "ask", ask)
+    assert sequential.exact_by_batch(tiny_llama, FACTS[:5], 2) == [0.5, 1.0, 0.0]
+    stock, ours = (sequential.editor_for(name, tiny_llama, (1,), 3, False) for name in ("memit-free", "metake"))
+    assert stock.values.steps == ours.values.steps + ours.ahead.steps
 
 
 def test_facts_are_drawn_by_seed():
