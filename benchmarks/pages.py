@@ -1,11 +1,11 @@
-"""The tables and pictures of docs/rose.md and docs/metake.md, made from results/*.jsonl (`--write`; `--check` verifies)."""
+"""The tables and pictures of the pages in docs, made from results/*.jsonl (`--write`; `--check` verifies)."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from . import sequential as in_sequence
+from . import tokens as by_tokens
 from .common import HERE, RESULTS
 
 DOCS = HERE.parent / "docs"
@@ -28,6 +30,10 @@ METAKE = {
     "exact": "efficacy exact", "success": "efficacy success", "paraphrase": "paraphrase success",
     "paraphrase exact": "paraphrase exact", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
 }  # fmt: skip
+SEQUENTIAL = {
+    "success": "efficacy success", "paraphrase": "paraphrase success", "neighbours": "neighbourhood success",
+    "unchanged": "neighbourhood unchanged",
+}  # fmt: skip
 
 
 def rows_of(name: str, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -40,6 +46,7 @@ def rose(folder: Path) -> str:
     """One line a method, over all draws, and where RoSE's difference is beyond chance."""
     header, rows = rows_of("rose", folder)
     lines = [f"| method | {' | '.join(ROSE)} |", "|---" * (len(ROSE) + 1) + "|"]
+    draws = len({r["seed"] for r in rows if "seed" in r})
     for row in [r for r in rows if "pooled" in r]:
         cells = []
         for label, key in ROSE.items():
@@ -47,11 +54,13 @@ def rose(folder: Path) -> str:
             gap = (row.get("rose_minus_this") or {}).get(key)
             mark = "" if gap is None or gap["low"] <= 0 <= gap["high"] else ("-" if gap["mean"] > 0 else "+")
             cells.append(f"{value:.2f}{mark}" if "KL" in label else f"{100 * value:.0f}{mark}")
-        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+        fewer = f" ({len(row['seeds'])} of {draws} draws)" if len(row.get("seeds", ())) not in (0, draws) else ""
+        lines.append(f"| {row['method']}{fewer} | {' | '.join(cells)} |")
     facts = sorted({r["facts"] for r in rows if "facts" in r})
     seconds = {r["method"]: r["seconds"] / r["facts"] for r in rows if "seconds" in r}
     note = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
-    return "\n".join([*lines, "", f"Facts a draw: {facts}. Seconds a fact (one shared core): {note}.", "", _about(header)])
+    about = f"{draws} draw(s) of {', '.join(map(str, facts))} facts. Seconds a fact (one shared core): {note}."
+    return "\n".join([*lines, "", about, "", _about(header)])
 
 
 def metake(folder: Path) -> str:
@@ -84,6 +93,36 @@ def metake(folder: Path) -> str:
             parts.append(f"| {method} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join([*parts, _about(header)])
+
+
+def sequential(folder: Path) -> str:
+    """Each method after 400 facts and at the end; the worst batch's exactness beside the mean of all batches."""
+    header, rows = rows_of("sequential", folder)
+    heads = ["exact, all facts", "worst batch", *SEQUENTIAL, "perplexity", "drift", "norm"]
+    lines = [f"| facts | method | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    for edits in sorted({0, min(400, rows[-1]["edits"]), rows[-1]["edits"]}):
+        for row in [r for r in rows if r["edits"] == edits][: None if edits else 1]:
+            exact, measures = row["exact_by_batch"], row["measures"]
+            found = [measures.get(kind, {}).get(measure) for kind, measure in map(str.split, SEQUENTIAL.values())]
+            cells = [f"{100 * np.mean(exact):.0f}", f"{100 * min(exact):.0f}"] if exact else ["", ""]
+            cells += ["" if value is None else f"{100 * value['mean']:.0f}" for value in found]
+            cells += [f"{row['perplexity']:.1f}", f"{row['drift']['kl']:.3f}", f"{row['norm']:.2f}"]
+            lines.append(f"| {edits} | {row['case'] if edits else 'unedited'} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _about(header)])
+
+
+def tokens(folder: Path) -> str:
+    """Quality against the tokens of the statistics."""
+    header, rows = rows_of("tokens", folder)
+    return "\n".join([by_tokens.table([row for row in rows if "price" in row]), "", _about(header)])
+
+
+def tokens_picture(folder: Path, path: Path) -> None:
+    by_tokens.draw([row for row in rows_of("tokens", folder)[1] if "price" in row], path)
+
+
+def sequential_picture(folder: Path, path: Path) -> None:
+    in_sequence.draw(rows_of("sequential", folder)[1], path)
 
 
 def rose_picture(folder: Path, path: Path) -> None:
@@ -141,7 +180,12 @@ def _about(header: dict[str, Any]) -> str:
     return f"`python -m benchmarks.{header['benchmark']}`: {where}."
 
 
-PAGES = {"rose": (rose, rose_picture), "metake": (metake, metake_picture)}
+PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]] = {
+    "rose": ("rose.md", rose, rose_picture),
+    "metake": ("metake.md", metake, metake_picture),
+    "sequential": ("sequential.md", sequential, sequential_picture),
+    "tokens": ("statistics.md", tokens, tokens_picture),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode.add_argument("--check", action="store_true", help="exit 1 when a page's table is out of date")
     arguments = parser.parse_args(argv)
     stale = []
-    for name, (table, picture) in PAGES.items():
-        page, start, end = arguments.docs / f"{name}.md", f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    for name, (file, table, picture) in PAGES.items():
+        page, start, end = arguments.docs / file, f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if not (arguments.results / f"{name}.jsonl").is_file():
             continue
         text = page.read_text(encoding="utf-8")

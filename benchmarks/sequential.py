@@ -48,12 +48,13 @@ FREE = "-free"
 
 def editor_for(name: str, model: EditableModel, layers: Sequence[int], steps: int, draft: bool) -> LocateThenEdit:
     """The editor called `name` (with or without `-free`), with its own defaults but for layers, steps and precision."""
+    methods = {method: editor for method, editor in EDITORS.items() if issubclass(editor, LocateThenEdit)}
     known = name.removesuffix(FREE)
-    if known not in EDITORS:
-        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(EDITORS)}, each also with {FREE}")
-    steps += 0 if EDITORS[known] is MetaKE else MetaKE().ahead.steps
+    if known not in methods:
+        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(methods)}, each also with {FREE}")
+    steps += 0 if known == "metake" else MetaKE().ahead.steps
     values = replace(preset_for(model).values, steps=steps, draft=draft)
-    return EDITORS[known](layers=tuple(layers), values=values)
+    return methods[known](layers=tuple(layers), values=values)
 
 
 def exact_by_batch(model: EditableModel, facts: Sequence[Fact], batch: int) -> list[float]:

@@ -19,7 +19,7 @@ import numpy as np
 from knowedit import convergence
 from knowedit.batching import Piece
 from knowedit.datasets import data_dir, load
-from knowedit.editors import EDITORS
+from knowedit.editors import MEMIT, AlphaEdit, LocateThenEdit
 from knowedit.editors.task import prepare
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.metrics import ask, questions, summarise
@@ -35,7 +35,7 @@ from . import common
 from .statistics import CORPUS
 
 COUNTS = (1_536, 3_072, 6_144, 12_288, 24_576, 49_152, 98_304, 196_608, 393_216, 500_000)
-METHODS = ("memit", "alphaedit")
+METHODS: tuple[type[LocateThenEdit], ...] = (MEMIT, AlphaEdit)
 KEPT = (("efficacy", "success"), ("efficacy", "exact"), ("paraphrase", "success"), ("neighbourhood", "success"),
         ("neighbourhood", "unchanged"))  # fmt: skip
 
@@ -97,14 +97,14 @@ def _statistics(model: EditableModel, corpus: Path, sums: Sums, halves: Sequence
 
 def run(
     report: common.Report, model: EditableModel, corpus: Path, facts: Sequence[Any], counts: Sequence[int],
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[type[LocateThenEdit]] = METHODS,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for every method and count; returns them."""
-    editors = {method: EDITORS[method]() for method in methods}
+    editors = [method() for method in methods]
     groups = group_by_subject(list(facts), True)
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before, rng = ask(model, asked, progress=False), np.random.default_rng(0)
-    layers = next(iter(editors.values())).layers or _layers(model)
+    layers = editors[0].layers or _layers(model)
     stored = {}
     for count, found in prefixes(model, corpus, layers, counts):
         stored[count] = found
@@ -112,12 +112,11 @@ def run(
         report.note(f"{count:>9,} tokens summed", case="statistics", tokens=count, convergence=looks)
     most = stored[max(stored)]
     rows = []
-    first = editors[methods[0]]
-    targets = first.targets(prepare(first, model, groups, most, progress=False))
-    for editor in editors.values():
+    targets = editors[0].targets(prepare(editors[0], model, groups, most, progress=False))
+    for editor in editors:
         for count in counts:
             row: dict[str, Any] = {"case": editor.name, "tokens": count}
-            look = next(iter(stored[count][layers[0]].extra["convergence"]), {}) if count in stored else {}
+            look: dict[str, Any] = next(iter(stored[count][layers[0]].extra["convergence"]), {}) if count in stored else {}
             row |= {name: look[name][0] for name in ("solve", "null_space") if name in look}
             try:
                 edit = editor.finish(prepare(editor, model, groups, stored[count], progress=False), targets)
@@ -187,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="tokens, ascending")
     parser.add_argument("--dtype", default="float32", help="of the model")
-    parser.add_argument("--picture", type=Path, default=common.HERE.parent / "docs" / "tokens.png")
+    parser.add_argument("--picture", type=Path, default=common.HERE.parent / "docs" / "pictures" / "tokens.png")
     parser.add_argument("--draw", action="store_true", help="only draw, and print the table, from the results file")
     arguments = parser.parse_args(argv)
     if arguments.draw:

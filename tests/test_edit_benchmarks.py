@@ -77,8 +77,9 @@ def results(folder):
     rows = [
         {"benchmark": "rose", "environment": machine},
         {"method": "RoSE", "seed": 0, "facts": 10, "seconds": 50.0},
-        {"method": "RoSE", "pooled": measures, "rose_minus_this": None},
-        {"method": "MEMIT", "pooled": measures, "rose_minus_this": better},
+        {"method": "RoSE", "seed": 1, "facts": 12, "seconds": 60.0},
+        {"method": "RoSE", "seeds": [0, 1], "pooled": measures, "rose_minus_this": None},
+        {"method": "MEMIT", "seeds": [0], "pooled": measures, "rose_minus_this": better},
     ]
     (folder / "rose.jsonl").write_text("\n".join(map(json.dumps, rows)))
     after = {key: {"mean": 0.5} for key in pages.METAKE.values()}
@@ -93,20 +94,43 @@ def results(folder):
         {**row, "method": "MEMIT 0.98", "metake_minus_this": gap},
     ]
     (folder / "metake.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    point = {
+        "measures": {
+            kind: {"success": measures["cloze success"], "exact": measures["cloze exact"], "unchanged": better["cloze exact"]}
+            for kind in ("efficacy", "paraphrase", "neighbourhood")
+        },
+        "perplexity": 40.0, "drift": {"kl": 0.25}, "norm": 1.5,
+    }  # fmt: skip
+    rows = [
+        {"benchmark": "sequential", "environment": machine},
+        *({**point, "case": "memit", "edits": n, "exact_by_batch": [0.8, 0.9, 1.0, 0.7][: n // 100]} for n in (0, 200, 400)),
+    ]
+    (folder / "sequential.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    row = {"case": "MEMIT", "tokens": 1536, "efficacy success": 0.9, "price": 2.0, "solve": 0.5}
+    rows = [{"benchmark": "tokens", "environment": machine}, {"case": "statistics", "tokens": 1536}, row]
+    (folder / "tokens.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def test_pages_have_tables_marks_and_pictures(tmp_path):
     results(tmp_path)
     docs = tmp_path / "docs"
     docs.mkdir()
-    for name in pages.PAGES:
-        (docs / f"{name}.md").write_text(f"# Title\n<!-- {name}:start -->\nold\n<!-- {name}:end -->\nrest\n")
+    for name, (file, _, _) in pages.PAGES.items():
+        (docs / file).write_text(f"# Title\n<!-- {name}:start -->\nold\n<!-- {name}:end -->\nrest\n")
     where = ["--results", str(tmp_path), "--docs", str(docs)]
     assert pages.main([*where, "--check"]) == 1
     assert pages.main([*where, "--write"]) == 0 and pages.main([*where, "--check"]) == 0
     text = (docs / "rose.md").read_text()
-    assert "| RoSE | 50 |" in text and "| MEMIT | 50- |" in text and "Seconds a fact" in text and text.endswith("rest\n")
+    assert (
+        "| RoSE | 50 |" in text
+        and "| MEMIT (1 of 2 draws) | 50- |" in text
+        and "Seconds a fact" in text
+        and text.endswith("rest\n")
+    )
     assert "| +75 [" in (docs / "metake.md").read_text().replace("0.90 | +75", "| +75")
+    course = (docs / "sequential.md").read_text()
+    assert "| 400 | memit | 85 | 70 | 50 | 50 | 50 | 20 | 40.0 | 0.250 | 1.50 |" in course and "| 200 |" not in course
+    assert "| MEMIT | 1,536 | 0.900 |" in (docs / "statistics.md").read_text()
     assert all((docs / "pictures" / f"{name}.png").stat().st_size > 5000 for name in pages.PAGES)
     (docs / "rose.md").write_text("no markers")
     assert pages.main([*where, "--write"]) == 2
