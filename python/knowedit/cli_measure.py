@@ -1,4 +1,4 @@
-"""`knowedit same-subject`, `knowedit geometry` and `knowedit report`: measuring in depth, and reading what was measured."""
+"""`knowedit same-subject`, `geometry`, `trace` and `report`: measuring in depth, and reading what was measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .cli_options import Corpus, Dtype, Json, Layers, Model, Tokens, one, parse_layers, say
+from .errors import KnowEditError
 
 app = typer.Typer()
 
@@ -92,8 +93,57 @@ def geometry(
 
 
 @app.command()
+def trace(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="Text up to where the answer begins.")] = None,
+    subject: Annotated[str | None, typer.Option(help="The part of the prompt to corrupt.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Trace its first token instead of the model's own next one.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Instead of a prompt: known1000, embedded, a file of facts.")] = None,
+    facts: Annotated[int, typer.Option(help="Trace the first so many that the model knows (--dataset).")] = 50,
+    kinds: Annotated[str, typer.Option(help="What is restored.")] = "hidden,mlp,attention",
+    noise: Annotated[float, typer.Option(help="Standard deviations of the embeddings.")] = 3.0,
+    samples: Annotated[int, typer.Option(help="Draws of the noise.")] = 10,
+    window: Annotated[int | None, typer.Option(help="Layers restored together (mlp, attention); default: 10 of 48.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise and of the intervals.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON and the picture.")] = None,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Causal tracing: which tokens' states at which layers bring an answer back once its subject is corrupted?"""
+    from .datasets import load
+    from .files import atomic_file
+    from .localisation import trace_many
+    from .model import load_model
+    from .progress import bar
+    from .report import plots
+    from .report.run import trace_table
+    from .tracing import trace as measure
+
+    if (dataset is None) == (prompt is None) or (prompt is None) != (subject is None):
+        raise KnowEditError("give a prompt with its --subject, or a --dataset")
+    chosen = load(dataset) if dataset else []
+    editable, parts = load_model(model, dtype=dtype, say=say), kinds.split(",")
+    if prompt is None or subject is None:
+        found = trace_many(
+            editable, chosen, facts, kinds=parts, noise=noise, samples=samples, window=window, seed=seed
+        ).to_dict()
+    else:
+        with bar("tracing", 1) as advance:
+            found = measure(
+                editable, prompt, subject, answer, kinds=parts, noise=noise, samples=samples, window=window, seed=seed,
+                progress=advance,
+            ).to_dict()  # fmt: skip
+    if output:
+        name = "trace" if dataset is None else "traces"
+        with atomic_file(output / f"{name}.json") as path:
+            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        plots.save(plots.trace(found), output / f"{name}.png")
+    print(json.dumps(found) if as_json else trace_table(found))
+
+
+@app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A folder written by eval, same-subject or geometry with -o.")],
+    run: Annotated[Path, typer.Argument(help="A folder written by eval, same-subject, geometry or trace with -o.")],
 ) -> None:
     """Tables and pictures of a folder of results, printed and as one self-contained page report.html in it."""
     from .report.run import PAGE

@@ -20,7 +20,7 @@ from .model import EditableModel
 from .tokens import Row
 
 
-class _Prefix:
+class Prefix:
     """A read-only stand-in for transformers' cache: the clean prefix's keys and values in front of the new ones."""
 
     is_compileable = False
@@ -54,7 +54,7 @@ class Suffix:
         self.model, self.layer = model, layer
         ids, mask = model.pad([r.ids for r in rows])
         start = torch.tensor([r.subject for r in rows], device=ids.device)
-        calls, cache, hidden = _observe(model, ids, layer)
+        calls, cache, hidden = observe(model, ids, layer)
         queries, prefix = int((mask.sum(1) - start).max()), int(start.max())
         at = start[:, None] + torch.arange(queries, device=ids.device)  # [B, Q] global positions, may pass the end
         inside = at < mask.sum(1)[:, None]
@@ -67,10 +67,10 @@ class Suffix:
         # a padded query sees itself: with nothing to see its softmax is NaN, and NaN poisons the gradient
         itself = torch.arange(columns.shape[1], device=ids.device) == prefix + torch.arange(queries, device=ids.device)[:, None]
         idle = ~inside[:, :, None] & itself
-        self._calls = [_sliced(call, at, columns, causal, idle) for call in calls]
+        self._calls = [sliced(call, at, columns, causal, idle) for call in calls]
         keys = {index: k[:, :, :prefix] for index, (k, _) in cache.items()}
         values = {index: v[:, :, :prefix] for index, (_, v) in cache.items()}
-        self._prefix = _Prefix(keys, values)
+        self._prefix = Prefix(keys, values)
 
     def select(self, rows: Tensor) -> Suffix:
         """The same suffix for some of its rows (`rows`: indices)."""
@@ -84,7 +84,7 @@ class Suffix:
         part.model, part.layer, part.hidden = self.model, self.layer, self.hidden[rows]
         part._calls = [{name: take(value) for name, value in call.items()} for call in self._calls]
         keys, values = ({i: t[rows] for i, t in d.items()} for d in (self._prefix.keys, self._prefix.values))
-        part._prefix = _Prefix(keys, values)
+        part._prefix = Prefix(keys, values)
         return part
 
     def run(self, hidden: Tensor) -> Tensor:
@@ -95,15 +95,18 @@ class Suffix:
         return self.model.norm(hidden)
 
 
-def _observe(model: EditableModel, ids: Tensor, layer: int):
-    """One clean forward pass; returns the arguments of every layer above `layer`, their keys and values, and the input."""
+def observe(model: EditableModel, ids: Tensor, layer: int, embeddings: Tensor | None = None):
+    """One forward pass; returns the arguments of every layer above `layer`, their keys and values, and the input.
+
+    `embeddings` `[B, T, hidden]` go in instead of those of `ids`; `layer` -1 observes the whole stack.
+    """
     blocks = list(model.layers)[layer + 1 :]
     calls: list[dict[str, Any]] = []
     hidden: list[Tensor] = []
     if not blocks:
         raise ModelError(f"layer {layer} is the last one; values are optimised at a layer below it")
 
-    def observe(block, args, kwargs):
+    def note(block, args, kwargs):
         bound = inspect.signature(block.forward).bind(*args, **kwargs)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         call.pop("kwargs", None)
@@ -113,11 +116,12 @@ def _observe(model: EditableModel, ids: Tensor, layer: int):
         call.pop("past_key_values", None)
         calls.append(call)
 
-    handles = [b.register_forward_pre_hook(observe, with_kwargs=True) for b in blocks]
+    handles = [b.register_forward_pre_hook(note, with_kwargs=True) for b in blocks]
     try:
         with torch.no_grad():
             # a cache made without the model's configuration keeps every token, also in sliding-window layers
-            out = model.hf.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+            text = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
+            out = model.hf.base_model(**text, past_key_values=DynamicCache(), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -129,7 +133,7 @@ def _observe(model: EditableModel, ids: Tensor, layer: int):
     return calls, pairs, hidden[0]
 
 
-def _sliced(call: dict[str, Any], at: Tensor, columns: Tensor, causal: Tensor, idle: Tensor) -> dict[str, Any]:
+def sliced(call: dict[str, Any], at: Tensor, columns: Tensor, causal: Tensor, idle: Tensor) -> dict[str, Any]:
     """A layer's arguments restricted to the queries at positions `at` and the keys at positions `columns`."""
     result, rows = dict(call, use_cache=False), at.shape[0]
     if (positions := call.get("position_ids")) is not None:

@@ -18,6 +18,11 @@ Table = Mapping[str, Mapping[str, Mapping[str, float]]]  # {kind: {measure: {"me
 
 FORMS = ("cloze", "paraphrase", "question", "chat_question", "chat_completion", "distractor")
 METRICS = {"C": "covariance", "P": "null space", "I": "identity"}
+#: What was restored, and the map's colours (those of the paper).
+TRACED = {
+    "hidden": ("one layer's output", "Purples"), "mlp": ("outputs of {} MLPs", "Greens"),
+    "attention": ("outputs of {} attentions", "Reds"),
+}  # fmt: skip
 COURSE = (
     ("efficacy", "success", "prefers the new fact"), ("paraphrase", "success", "in other words"),
     ("neighbourhood", "unchanged", "neighbours unchanged"), (None, "perplexity", "perplexity of held-out text"),
@@ -192,3 +197,33 @@ def _metric_bars(axis: Axes, forms: Sequence[str], read: Callable[[str, str], fl
         at = [n + (i - 1) * width for n in range(len(forms))]
         axis.bar(at, [read(form, metric) for form in forms], 0.92 * width, color=f"C{i}", label=name)
     axis.set_xticks(range(len(forms)), [form.replace("_", " ") for form in forms], rotation=25, ha="right", fontsize="x-small")
+
+
+def trace(record: Mapping[str, Any]) -> Figure:
+    """`Trace.to_dict` or `AverageTrace.to_dict`: maps of tokens (or roles) and layers; of an average also its intervals."""
+    kinds, rows, average = [*record["effect"]], record["rows"], "counts" in record
+    figure, axes = _figure(len(kinds), 1 + average, width=4 * len(kinds), height=max(2.2, 0.9 + 0.26 * len(rows)))
+    for axis, lines, kind in zip(axes, axes[len(kinds) :] or axes, kinds):
+        effect, (title, colours) = record["effect"][kind], TRACED[kind]
+        top = max(1e-3, *map(max, effect))
+        drawn = axis.pcolormesh(effect, cmap=colours, vmin=0, vmax=top)
+        figure.colorbar(drawn, ax=axis, shrink=0.9).ax.tick_params(labelsize="x-small")
+        axis.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize="small")
+        axis.invert_yaxis()
+        axis.grid(False)
+        ticks = range(0, len(effect[0]), max(1, len(effect[0]) // 6))
+        axis.set_xticks([i + 0.5 for i in ticks], ticks)
+        axis.set_title(title.format(record["window"]), fontsize="medium", loc="left")
+        axis.set_xlabel("layer", fontsize="small")
+        if average:
+            for i, role in enumerate(rows):
+                lines.plot(effect[i], color=f"C{i}", label=role)
+                ends = record["low"][kind][i], record["high"][kind][i]
+                lines.fill_between(range(len(effect[i])), *ends, color=f"C{i}", alpha=0.15, linewidth=0)
+            lines.set_xlabel("layer", fontsize="small")
+    if average:
+        axes[len(kinds)].set_ylabel("probability given back", fontsize="small")
+        _legend(figure, axes[-1])
+    what = f"{len(record['facts'])} facts" if average else f"p({record['answer']!r}) given back, of {record['clean']:.2f}"
+    figure.suptitle(f"{record['model']}: {what}", fontsize="medium", x=0.01, ha="left")
+    return figure

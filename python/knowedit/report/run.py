@@ -13,6 +13,7 @@ from ..errors import KnowEditError
 from ..evaluation.metrics import Estimate
 from ..evaluation.same_subject import SameSubjectEvaluation, Table, compare
 from ..files import atomic_file
+from ..localisation import Advice
 from . import plots
 from .page import _STYLE
 
@@ -39,7 +40,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not found:
         raise KnowEditError(
             f"{folder} holds no results ({', '.join(SECTIONS)}); write some with `knowedit eval -o {folder}`, "
-            "`knowedit same-subject -o` or `knowedit geometry -o`"
+            "`knowedit same-subject -o`, `knowedit geometry -o` or `knowedit trace -o`"
         )
     return found
 
@@ -168,6 +169,40 @@ def geometry_table(layers: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _trace(record: Mapping[str, Any]) -> list[Section]:
+    return [(f"Causal trace of {record['model']}", trace_table(record), plots.trace(record))]
+
+
+def trace_table(record: Mapping[str, Any]) -> str:
+    """`Trace.to_dict` or `AverageTrace.to_dict` as text: a map for every kind, each row's largest effect, its 95 % interval."""
+    rows, average = record["rows"], "counts" in record
+    if average:
+        facts = record["facts"]
+        clean, corrupted = (sum(f[name] for f in facts) / len(facts) for name in ("clean", "corrupted"))
+        left = f"; left out: {record['unknown']} not known, {record['unusable']} not usable"
+        lines = [f"{len(facts)} facts the model knows{left}", f"p(answer): {clean:.3f}, subjects corrupted {corrupted:.3f}"]
+        rows = [f"{role} ({count})" for role, count in zip(rows, record["counts"])]
+    else:
+        p = f"p {record['clean']:.3f}, subject (*) corrupted {record['corrupted']:.3f}"
+        lines = [f"{record['prompt']!r} -> {record['answer']!r}: {p}"]
+    lines += [f"{record['samples']} draws of noise, standard deviation {record['deviation']:.3f}"]
+    for kind, effect in record["effect"].items():
+        top = max(1e-3, *map(max, effect))
+        width, depth = max(map(len, rows)), len(effect[0])
+        lines += ["", f"{kind}: {plots.TRACED[kind][0].format(record['window'])}; darkest {top:.3f}"]
+        for i, name in enumerate(rows):
+            shades = "".join(_SHADES[min(4, max(0, int(5 * e / top)))] for e in effect[i])
+            at = max(range(depth), key=effect[i].__getitem__)
+            ends = f"[{record['low'][kind][i][at]:+.3f}, {record['high'][kind][i][at]:+.3f}]"
+            lines.append(f"{name:{width}} |{shades}| {effect[i][at]:+.3f} {ends} at {at}")
+    if average and record["advice"]:
+        lines += ["", str(Advice(**record["advice"]))]
+    return "\n".join(lines + [f"note: {warning}" for warning in record.get("warnings", ())])
+
+
+_SHADES = " ░▒▓█"
+
+
 def _of(values: Any, *names: str) -> Any:
     """A value by its path; None where the layer has none."""
     for name in names:
@@ -196,4 +231,5 @@ def grid(tables: Mapping[str, plots.Table]) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Any], list[Section]]] = {
     "results.json": _results, "same_subject.json": _same_subject, "geometry.json": _geometry,
+    "trace.json": _trace, "traces.json": _trace,
 }  # fmt: skip
