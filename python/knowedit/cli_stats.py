@@ -1,6 +1,7 @@
 """`knowedit stats`: collect key statistics, and look after the files they are in.
 
-`knowedit stats MODEL ...` collects; the other commands of the group have names (ls, show, verify, export, import).
+`knowedit stats MODEL ...` collects; the other commands of the group have names (ls, show, verify, export, import,
+clean).
 """
 
 from __future__ import annotations
@@ -231,6 +232,17 @@ def take(
             raise StatisticsError(f"{target} exists; choose another folder")
         made.save(target)
         print(f"{path} -> {target}: layer {made.layer}, {made.count:,} tokens")
+
+
+@app.command()
+def clean(
+    keep: Annotated[float, typer.Option(help="Gigabytes to keep, most recently used first.", min=0)] = 0.0,
+) -> None:
+    """Delete cached tokens of corpora (statistics stay): collecting from the same corpus again tokenises it again."""
+    from .files import cache_dir, trim
+
+    folder = cache_dir("tokens")
+    print(f"{folder}: {trim(folder, int(keep * 1e9)):,} bytes of tokens deleted")
 
 
 def _files(where: Path) -> list[Path]:

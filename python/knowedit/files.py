@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -16,6 +16,24 @@ def cache_dir(*parts: str) -> Path:
     path = base.joinpath(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def trim(folder: Path, limit: int, keep: Path | None = None) -> int:
+    """Delete the least recently used subfolders of `folder` until they take at most `limit` bytes; returns bytes freed.
+
+    `keep` is never deleted. A subfolder's time stamp says when it was used: whoever uses one touches it.
+    """
+    used: list[tuple[float, int, Path]] = []
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process deletes too
+            files = (Path(where, name) for where, _, names in os.walk(path) for name in names)
+            used.append((path.stat().st_mtime, sum(file.stat().st_size for file in files), path))
+    left = total = sum(size for _, size, _ in used)
+    for _, size, path in sorted(used):
+        if left > limit and path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            left -= size
+    return total - left
 
 
 def fsync_path(path: Path) -> None:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .batching import Piece
 from .errors import KnowEditError
-from .files import atomic_file, cache_dir
+from .files import atomic_file, cache_dir, trim
 from .model import EditableModel
 from .text import Corpus, corpus_fingerprint, documents, lanes_of
 
@@ -37,6 +37,7 @@ SIZE = 32_768  # characters of a window: about 8,000 tokens, enough to sort and 
 SAMPLES = 64  # documents of a window of the model's own samples
 AHEAD = 4  # windows the worker process is ahead
 WORTH_A_WORKER = 65_536  # tokens from which on a worker process and a cache of tokens pay
+CACHED = 2 << 30  # bytes of cached tokens to keep: about 500 million tokens
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,19 @@ class Reader:
 
 
 def token_cache(model: EditableModel, reader: Reader) -> Path:
-    """The folder in the cache for windows of this corpus and tokenizer, the same for any number of ranks."""
+    """The folder in the cache for windows of this corpus and tokenizer, the same for any number of ranks.
+
+    Of the others the least recently used are deleted where all take more than `CACHED` bytes.
+    """
     what = {
         "corpus": corpus_fingerprint(reader.corpus), "seed": reader.seed, "max_length": reader.max_length,
         "lanes": lanes_of(reader.corpus), "size": SIZE,
         "tokenizer": hashlib.blake2b(model.tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest(),
     }  # fmt: skip
-    return cache_dir("tokens", hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest())
+    folder = cache_dir("tokens", hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest())
+    os.utime(folder)
+    trim(folder.parent, CACHED, keep=folder)
+    return folder
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from knowedit import store, windows
+from knowedit import cli_stats, store, windows
 from knowedit.errors import CorpusError, StatisticsError
 from knowedit.statistics import key_statistics
 from knowedit.windows import Reader, ahead, token_cache
@@ -79,6 +79,33 @@ def test_tokens_are_cached_for_any_number_of_ranks(tiny_llama, corpus, small, mo
     assert first(reader(), 8) == whole
     other = Reader(corpus, 1, tiny_llama.tokenizer, 50, True)
     assert token_cache(tiny_llama, other) != reader().cache
+
+
+def test_of_cached_tokens_the_least_recently_used_go_first(tiny_llama, corpus, small, monkeypatch, tmp_path, capsys):
+    def used(seed):
+        reader = Reader(corpus, seed, tiny_llama.tokenizer, 50, True)
+        reader.cache = token_cache(tiny_llama, reader)
+        return reader, first(reader, 3)
+
+    def kept():
+        return {reader.cache.name for reader, _ in made if reader.cache.exists()}
+
+    made = [used(seed) for seed in range(3)]
+    names = [reader.cache.name for reader, _ in made]
+    for age, (reader, _) in zip((20, 30, 10), made):
+        os.utime(reader.cache, (time.time() - age,) * 2)
+    each = max(sum(f.stat().st_size for f in reader.cache.rglob("*.npz")) for reader, _ in made)
+    monkeypatch.setattr(windows, "CACHED", 2 * each)
+    again, found = used(1)  # the oldest, but now it is used; the next oldest goes
+    assert found == made[1][1] and kept() == {names[1], names[2]}
+    assert first(made[0][0], 3) == made[0][1]  # a reader whose cache was deleted makes its windows again
+    monkeypatch.setattr(windows, "CACHED", 0)
+    token_cache(tiny_llama, again)
+    assert kept() == {names[1]}
+    cli_stats.clean(keep=1)
+    assert kept() == {names[1]} and ": 0 bytes" in capsys.readouterr().out
+    cli_stats.clean(keep=0)
+    assert not kept() and (tmp_path / "cache" / "tokens").exists() and ": 0 bytes" not in capsys.readouterr().out
 
 
 def test_a_full_disk_only_costs_the_cache(tiny_llama, corpus, small, monkeypatch, caplog):
