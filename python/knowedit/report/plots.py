@@ -203,16 +203,16 @@ def trace(record: Mapping[str, Any]) -> Figure:
     """`Trace.to_dict` or `AverageTrace.to_dict`: maps of tokens (or roles) and layers; of an average also its intervals."""
     kinds, rows, average = [*record["effect"]], record["rows"], "counts" in record
     figure, axes = _figure(len(kinds), 1 + average, width=4 * len(kinds), height=max(2.2, 0.9 + 0.26 * len(rows)))
-    for axis, lines, kind in zip(axes, axes[len(kinds) :] or axes, kinds):
+    for axis, lines, kind in zip(axes, axes[len(kinds) :] or axes, kinds):  # axis for the map, lines below it
         effect, (title, colours) = record["effect"][kind], TRACED[kind]
         top = max(1e-3, *map(max, effect))
         drawn = axis.pcolormesh(effect, cmap=colours, vmin=0, vmax=top)
         figure.colorbar(drawn, ax=axis, shrink=0.9).ax.tick_params(labelsize="x-small")
-        axis.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize="small")
+        axis.set_yticks([i + 0.5 for i in range(len(rows))], rows if axis is axes[0] else [""] * len(rows), fontsize="small")
         axis.invert_yaxis()
         axis.grid(False)
         ticks = range(0, len(effect[0]), max(1, len(effect[0]) // 6))
-        axis.set_xticks([i + 0.5 for i in ticks], ticks)
+        axis.set_xticks([i + 0.5 for i in ticks], [*map(str, ticks)])
         axis.set_title(title.format(record["window"]), fontsize="medium", loc="left")
         axis.set_xlabel("layer", fontsize="small")
         if average:
