@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .errors import EditError, ModelError
 from .fingerprint import weights_fingerprint
 from .scoring import Score, next_logprobs, score
 from .tokens import Row, batches, tokenise
+
+if TYPE_CHECKING:
+    from .editors.memory_edit import Memory
 
 
 class _Stop(Exception):
@@ -76,6 +79,7 @@ class EditableModel:
         tokenizer: its fast tokenizer.
         layout: where the edited projections are (`architectures.Layout`).
         name: as given to `load_model`.
+        memory: of the memory edits (SERAC) in force.
 
     Raises:
         ModelError: the model cannot be edited, with the reason.
@@ -92,6 +96,7 @@ class EditableModel:
         names = {self.layout.weight_name(i): self.weight(i) for i in range(len(self.layers))}
         self.ledger = WeightLedger(names, transposed=names if self.layout.transposed else ())
         self._fingerprint: str | None = None
+        self.memory: Memory | None = None
 
     # -- what it is ---------------------------------------------------------------------------------------------
 
@@ -293,15 +298,21 @@ class EditableModel:
         self, prompts: Sequence[str], answers: Sequence[str], *, progress: Callable[[int], None] | None = None
     ) -> list[Score]:
         """How the model rates `answers[i]` after `prompts[i]`; see `scoring.score`."""
-        return score(self, prompts, answers, progress=progress)
+        found = score(self, prompts, answers, progress=progress)
+        return self._remembered(prompts, found, lambda which, asked: score(self, asked, [answers[i] for i in which]))
 
     def next_logprobs(self, prompts: Sequence[str]) -> Tensor:
         """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the CPU."""
-        return next_logprobs(self, prompts)
+        found = list(next_logprobs(self, prompts))
+        return torch.stack(self._remembered(prompts, found, lambda _, asked: list(next_logprobs(self, asked))))
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 16, *, batch: int = 16) -> list[str]:
         """Greedy continuations (the new text only)."""
+        found = self._generate(prompts, max_new_tokens, batch)
+        return self._remembered(prompts, found, lambda _, asked: self._generate(asked, max_new_tokens, batch))
+
+    def _generate(self, prompts: Sequence[str], max_new_tokens: int, batch: int) -> list[str]:
         texts: list[str] = []
         fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         for start in range(0, len(prompts), batch):
@@ -314,6 +325,18 @@ class EditableModel:
             )
             texts += self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         return texts
+
+    def _remembered(self, prompts: Sequence[str], found: list, ask: Callable[[list[int], list[str]], list]) -> list:
+        """`found`, with the counterfactual model's results where a prompt is in the scope of a memory edit.
+
+        The base has answered every prompt, those too: its batches, and so its bits, are the same as without a memory.
+        """
+        inside = {i: text for i, text in enumerate(self.memory.route(prompts)) if text} if self.memory else {}
+        if self.memory and inside:
+            with self.memory.counterfactual():
+                for i, value in zip(inside, ask(list(inside), list(inside.values()))):
+                    found[i] = value
+        return found
 
     def samples(self, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128) -> Iterator[str]:
         """Endless texts sampled from the model itself (temperature 1, no truncation of the distribution).
@@ -334,17 +357,22 @@ class EditableModel:
             yield from texts[start % batch :] if number == start // batch else texts
 
     @contextmanager
-    def virtual(self, factors: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Run as if layer `l`'s weight had `U Vᵀ` added (`{l: (U [hidden, r], V [d_ff, r])}`); no weight is touched."""
+    def virtual(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Run as if layer `l`'s weight had `U Vᵀ` added (`{l: (U [hidden, r], V [d_ff, r])}`); no weight is touched.
+
+        Instead of a layer's number, the name of any linear module below `hf`; each row of the batch can have its own pair,
+        `[B, out, r]` and `[B, in, r]`.
+        """
 
         def hook(pair):
             def add(_module, inputs, output):
                 left, right = (f.to(output) for f in pair)
-                return output + (inputs[0] @ right) @ left.T
+                return output + (inputs[0] @ right) @ left.mT
 
             return add
 
-        handles = [self.projection(layer).register_forward_hook(hook(pair)) for layer, pair in factors.items()]
+        modules = [self.hf.get_submodule(at) if isinstance(at, str) else self.projection(at) for at in factors]
+        handles = [module.register_forward_hook(hook(pair)) for module, pair in zip(modules, factors.values())]
         try:
             yield
         finally:

@@ -1,0 +1,75 @@
+"""MEND (Mitchell et al., 2022): a trained hyper-network turns a fact's gradient into an edit, in one backward pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from knowedit_kernels.lowrank import Change
+
+from ..edit import Edit, relative_norm
+from ..facts import Fact, check_facts
+from ..history import History
+from ..model import EditableModel
+from ..statistics import KeyStatistics
+from ..upper import Texts
+from .editor import Editor
+from .mend_network import MendNetwork, token_factors
+
+NEGLIGIBLE = 1e-6  # singular values below this share of the largest are left out
+
+
+@dataclass(frozen=True)
+class MEND(Editor):
+    """Update: a learned map of the gradient's token factors. Weights: the MLPs of the last layers. Several facts: summed.
+
+    Attributes:
+        network: a trained network or its file; None: the one in the cache folder (`knowedit train mend MODEL`).
+        scale: factor of the update.
+    """
+
+    network: MendNetwork | str | Path | None = None
+    scale: float = 1.0
+
+    name: ClassVar[str] = "MEND"
+
+    def compute(
+        self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
+        *, history: History | None = None, progress: bool = True,
+    ) -> Edit:  # fmt: skip
+        """See `Editor.compute`. Raises EditError for a network that is missing or of another model."""
+        facts = history.check_new(facts) if history else check_facts(list(facts))
+        found = self.network
+        network = found if isinstance(found, MendNetwork) else MendNetwork.load(found, model)
+        network.check(model)
+        start = time.perf_counter()
+        texts = Texts(model, [model.row(fact.text, answer=fact.target) for fact in facts], network.first)
+        tokens = token_factors(texts, texts.batch(range(len(facts))), network.weights)
+        with torch.no_grad():
+            pairs = {name: compressed(self.scale * u, v) for name, (u, v) in network.factors(tokens).items()}
+        names = {model.layout.weight_name(layer): layer for layer in range(len(model.layers))}
+        changes = {f"{name}.weight": pair for name, pair in pairs.items()}
+        parameters = dict(model.hf.named_parameters())
+        report = {
+            "settings": {"weights": list(network.weights), "scale": self.scale},
+            "ranks": {name: pair[0].shape[1] for name, pair in changes.items()},
+            "relative_norm": {str(names.get(n, n)): relative_norm(parameters[n], pair) for n, pair in changes.items()},
+            "seconds": time.perf_counter() - start, "trainable_parameters": network.trainable, "warnings": [],
+        }  # fmt: skip
+        factors = {names[name]: pair for name, pair in changes.items() if name in names}
+        others: dict[str, Change] = {name: pair for name, pair in changes.items() if name not in names}
+        return Edit(self.name, factors, list(facts), model.fingerprint, report, others=others)
+
+
+def compressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """`U [out, r]`, `V [in, r]` of the product `left rightᵀ` at its numerical rank."""
+    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
+    u, sizes, vt = torch.linalg.svd(r_left @ r_right.T)
+    rank = max(1, int((sizes > NEGLIGIBLE * sizes[0]).sum()))
+    return (q_left @ (u * sizes)[:, :rank]).contiguous(), (q_right @ vt[:rank].T).contiguous()
