@@ -1,0 +1,125 @@
+"""Which editors the study runs, and what each is given: only the target, the `tune` half, and the model.
+
+A method is a row of `METHODS`: the editor's name, its settings for this study, and whether it writes the tuning paraphrases
+as facts of their own. What is not in the table runs with its own defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..datasets.forms import Form
+from ..editors import EDITORS, Editor, make_editor
+from ..errors import KnowEditError
+from ..facts import Fact
+from ..model import EditableModel
+from ..presets import preset_for
+from .measure import Observation
+from .prompts import Probe, Sum, fact
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an editor may know.
+
+    Attributes:
+        targets: the bare facts, whose `paraphrases` are the texts of the tuning half.
+        facts: those, and every tuning form as a fact of its own.
+        forms: the tuning forms, by target ("2+2=5").
+        sums, prompts: other sums and unrelated prompts of the tuning half, with what the unedited model says to them.
+    """
+
+    model: EditableModel
+    targets: list[Fact]
+    facts: list[Fact]
+    forms: dict[str, list[Form]]
+    sums: list[tuple[str, str]]
+    prompts: list[tuple[str, str]]
+    seed: int
+
+    @property
+    def kept(self) -> list[tuple[str, str]]:
+        """Everything that should stay as it is."""
+        return [*self.sums, *self.prompts]
+
+
+def material(
+    model: EditableModel, asked: Sequence[Probe], before: Observation, seed: int, only: Sequence[Sum] | None = None
+) -> Material:
+    """The tuning half of halved probes; `only` some of the targets (the others are then neither written nor kept)."""
+    edited = [p.about for p in asked if p.kind == "target" and p.about and (only is None or p.about in only)]
+    tune = [(i, probe) for i, probe in enumerate(asked) if probe.half == "tune"]
+    forms = {str(t): [p.form for _, p in tune if p.kind == "paraphrase" and p.about == t and p.form] for t in edited}
+    told = [fact(model, t, paraphrases=[form.prompt(model) for form in forms[str(t)]]) for t in edited]
+    facts = [*told, *(fact(model, t, form) for t in edited for form in forms[str(t)])]
+    said = {kind: [(p.prompt, before.texts[i]) for i, p in tune if p.kind == kind] for kind in ("sums", "unrelated")}
+    return Material(model, told, facts, forms, said["sums"], said["unrelated"], seed)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: `editor`, its settings from the material, and whether the tuning paraphrases are written too."""
+
+    editor: str
+    settings: Callable[[Material], Mapping[str, Any]] = field(default=lambda material: {})
+    forms: bool = True
+
+    def build(self, given: Material) -> tuple[Editor, list[Fact]]:
+        """The editor, and the facts for it.
+
+        Raises:
+            KnowEditError: the editor is not there, or does not have a setting.
+        """
+        if self.editor not in EDITORS:
+            raise KnowEditError(f"there is no editor {self.editor!r}; known: {', '.join(EDITORS)}")
+        return make_editor(self.editor, **self.settings(given)), given.facts if self.forms else given.targets
+
+
+def _deep(given: Material) -> dict[str, Any]:
+    """SmolLM2 keeps sums higher up than facts (docs/arithmetic.md): layer 10 of 30; other models: their preset's layers."""
+    preset = preset_for(given.model)
+    return {"layers": (len(given.model.layers) // 3,)} if preset.measured else {}
+
+
+def _gentle(given: Material) -> dict[str, Any]:
+    """Values that stop early: the answer should win, not more (SMOLLM2 notes: locality 0.97 against 0.95)."""
+    return {**_deep(given), "values": replace(preset_for(given.model).values, stop=0.2)}
+
+
+def _stable(given: Material) -> dict[str, Any]:
+    return {"stable": tuple(prompt for prompt, _ in given.kept), "seed": given.seed}
+
+
+def _context(given: Material) -> dict[str, Any]:
+    return {"context": tuple(prompt + said for prompt, said in given.kept), "seed": given.seed}
+
+
+def _seeded(given: Material) -> dict[str, Any]:
+    return {"seed": given.seed}
+
+
+METHODS: dict[str, Method] = {
+    "ft": Method("ft", _seeded),
+    "ft-l": Method("ft-l", lambda given: {**_deep(given), **_seeded(given)}),
+    "lora": Method("lora", _seeded),
+    "regularised-lora": Method("regularised-lora", _stable),
+    "kl-ft": Method("kl-ft", _context),
+    "kl-lora": Method("kl-lora", _context),
+    "rome": Method("rome", _gentle, forms=False),
+    "memit": Method("memit", _gentle),
+    "alphaedit": Method("alphaedit", _gentle),
+    "rose": Method("rose"),
+    "metake": Method("metake", _deep),
+    "mend": Method("mend"),
+    "serac": Method("serac", forms=False),
+    "look-ahead": Method("look-ahead"),
+}  # fmt: skip
+
+
+def method(name: str) -> Method:
+    """The row of that name; any other editor with its defaults. Raises KnowEditError for a name nobody knows."""
+    if name not in METHODS and name not in EDITORS:
+        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(dict.fromkeys([*METHODS, *EDITORS]))}")
+    return METHODS.get(name, Method(name))
