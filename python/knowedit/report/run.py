@@ -14,7 +14,7 @@ from ..evaluation.metrics import Estimate
 from ..evaluation.same_subject import SameSubjectEvaluation, Table, compare
 from ..files import atomic_file
 from ..localisation import Advice
-from . import plots
+from . import plots, study
 from .page import _STYLE
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read(folder: Path) -> dict[str, Any]:
     if not found:
         raise KnowEditError(
             f"{folder} holds no results ({', '.join(SECTIONS)}); write some with `knowedit eval -o {folder}`, "
-            "`knowedit same-subject -o`, `knowedit geometry -o` or `knowedit trace -o`"
+            "`knowedit same-subject -o`, `knowedit geometry -o`, `knowedit trace -o` or `knowedit study -o`"
         )
     return found
 
@@ -231,5 +231,5 @@ def grid(tables: Mapping[str, plots.Table]) -> list[str]:
 
 SECTIONS: dict[str, Callable[[Any], list[Section]]] = {
     "results.json": _results, "same_subject.json": _same_subject, "geometry.json": _geometry,
-    "trace.json": _trace, "traces.json": _trace,
+    "trace.json": _trace, "traces.json": _trace, "study.json": study.sections,
 }  # fmt: skip

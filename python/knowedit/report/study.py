@@ -1,0 +1,100 @@
+"""The arithmetic study as pictures: every measure of every method, and what each trades for what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..study.measure import GOAL
+from ..study.summary import bounds, interference_lines, lines, verdicts
+from .plots import _bars, _figure, _legend
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_GOALS = dict(GOAL)
+_PARAPHRASE = ("paraphrase", "success")
+
+
+def sections(found: Mapping[str, Any]) -> list[tuple[str, str, Figure | None]]:
+    """`study.json` as titles, tables and pictures for `knowedit report`."""
+    head = found["head"]
+    title = f"{', '.join(head['targets'])}, and nothing else? {head['model']}"
+    made: list[tuple[str, str, Figure | None]] = [
+        (title, "\n".join([*found["notes"], "", *lines(found)]), comparison(found) if _measured(found) else None),
+        (
+            "What is traded for what",
+            "\n".join([*verdicts(found), "", bounds(found)]),
+            pareto(found) if _measured(found) else None,
+        ),
+    ]
+    if found["interference"]:
+        made.append(("Several sums at once", "\n".join(interference_lines(found)), None))
+    return made
+
+
+def comparison(found: Mapping[str, Any]) -> Figure:
+    """Every measure of every method on the judging half, with 95 % intervals."""
+    figure, (said, kept, moved) = _figure(3, width=15, height=4.6)
+    tables = {entry["method"]: entry["judge"] for entry in _measured(found)}
+    before = found["unedited"]
+    _bars(said, tables, [("target", "success"), _PARAPHRASE, ("paraphrase", "longer")], before, "says the target")
+    said.set_xticks(range(3), ["target", "paraphrase", "paraphrase\nlonger answer"])
+    same = [("unrelated", "identical"), ("sums", "identical"), ("sums", "clear"), ("sums", "steady")]
+    _bars(kept, tables, same, None, "as unedited")
+    kept.set_xticks(range(4), ["unrelated\n(locality)", "other sums", "sums,\nclear answer", "sums, up to\na near-tie"])
+    _bars(moved, tables, [("sums", "kl"), ("unrelated", "kl")], None, "KL(unedited || edited), nats", top=None)
+    moved.set_yscale("symlog", linthresh=0.01)
+    moved.set_ylim(bottom=0)
+    _legend(figure, said)
+    return figure
+
+
+def pareto(found: Mapping[str, Any]) -> Figure:
+    """What stays against what generalises; the goal's corner is shaded, the front a line, hollow marks miss the target."""
+    figure, axes = _figure(3, width=15, height=4.6)
+    measures = {
+        ("unrelated", "identical"): "locality",
+        ("sums", "clear"): "clear sums",
+        ("sums", "identical"): "all other sums",
+    }
+    for axis, (key, name) in zip(axes, measures.items()):
+        _front(axis, _measured(found), key)
+        floor = _GOALS.get(key)
+        if floor is not None:
+            axis.fill_between([_GOALS[_PARAPHRASE], 1.03], floor, 1.03, color="#32d583", alpha=0.25, linewidth=0, label="goal")
+        axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="paraphrases that say the target", ylabel="as unedited")
+        axis.set_title(name, fontsize="medium", loc="left")
+    _legend(figure, axes[0])
+    return figure
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which points no other one beats in both coordinates, from left to right."""
+    kept = [
+        i for i, (x, y) in enumerate(points)
+        if not any((a >= x and b >= y) and (a, b) != (x, y) for a, b in points)
+    ]  # fmt: skip
+    return sorted(kept, key=lambda i: points[i])
+
+
+def _front(axis: Axes, entries: Sequence[Mapping[str, Any]], key: tuple[str, str]) -> None:
+    kind, measure = key
+    shown = [(e, e["judge"][_PARAPHRASE[0]][_PARAPHRASE[1]], e["judge"][kind].get(measure)) for e in entries]
+    shown = [(e, x, y) for e, x, y in shown if y is not None]
+    writing = [(x["mean"], y["mean"]) for e, x, y in shown if e["goals"]["target"][0]]
+    for n, (entry, x, y) in enumerate(shown):
+        colour, told = f"C{n % 10}", entry["goals"]["target"][0]
+        ends = [[[e["mean"] - e["low"]], [e["high"] - e["mean"]]] for e in (x, y)]
+        marker = "osD^v<>"[n // 10 % 7]
+        axis.errorbar(
+            x["mean"], y["mean"], ends[1], ends[0], fmt=marker, color=colour, elinewidth=0.6, markersize=6,
+            markerfacecolor=colour if told else "none", label=entry["method"],
+        )  # fmt: skip
+    best = [writing[i] for i in front(writing)]
+    axis.plot([x for x, _ in best], [y for _, y in best], color="#667085", linewidth=0.8, zorder=0)
+
+
+def _measured(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [entry for entry in found["methods"] if "judge" in entry]
