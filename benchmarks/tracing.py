@@ -19,10 +19,10 @@ from . import common
 from .common import Check
 
 SAME = 1e-5
-PROMPTS = (  # of 6, 12 and 24 tokens in SmolLM2
+PROMPTS = (
     ("The Eiffel Tower is in", "The Eiffel Tower"),
-    ("The Colosseum, which many tourists visit, is located in the city of", "The Colosseum"),
-)  # fmt: skip
+    ("The Colosseum is located in the city of", "The Colosseum"),
+)
 Place = tuple[str, int, int]  # kind, token, layer
 
 
