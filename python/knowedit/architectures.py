@@ -77,6 +77,12 @@ def detect(model: Any) -> Layout:
     return Layout(layers_path, f"{layers_path}.{{}}.{mlp}.{name}", norm, transposed, in_features, out_features)
 
 
+def is_transposed(model: Any, name: str) -> bool:
+    """Whether the parameter of that name is a matrix stored `[in, out]` (GPT-2's Conv1D)."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "weight" and type(model.get_submodule(owner)).__name__ == "Conv1D"
+
+
 def _child(module: Any, path: str) -> Any:
     for part in path.split("."):
         module = getattr(module, part, None)

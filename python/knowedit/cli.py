@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_measure, cli_stats
-from .cli_options import Corpus, Dtype, Json, Layers, Model, Tokens, one, parse_layers, say
+from .cli_options import Corpus, Dtype, Json, Layers, Model, Tokens, one, parse_layers, parse_settings, say
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 app.add_typer(cli_stats.app, name="stats")
 app.add_typer(cli_measure.app)
 
-Method = Annotated[str, typer.Option(help="memit, rome, alphaedit, ...; several separated by commas where that makes sense.")]
+Method = Annotated[str, typer.Option(help="memit, rome, ft, lora, ...; several separated by commas where that makes sense.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 
 
@@ -67,24 +67,29 @@ def edit(
     layers: Layers = None,
     gain: Annotated[float | None, typer.Option(help="Share of each planned change to realise (MEMIT).")] = None,
     weight: Annotated[float | None, typer.Option(help="lambda itself instead of the gain (MEMIT).")] = None,
-    merge: Annotated[bool, typer.Option(help="One value for all facts of a subject.")] = True,
+    merge: Annotated[
+        bool | None, typer.Option("--merge/--no-merge", help="One value for all facts of a subject (the default).")
+    ] = None,
     history: Annotated[
         Path | None, typer.Option(help="Earlier edits of this model, to write after and to spare; grows with every edit.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option(help="Another setting of the method, as name=value: lr=1e-4, steps=20, rank=8.")
     ] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Compute an edit and save it; no model is changed."""
     from .datasets import load
-    from .editors.task import layers_of
+    from .editors import make_editor, statistics_for
     from .history import History
     from .model import load_model
     from .sequential import Session
-    from .statistics import key_statistics
 
     wanted = load(facts)
-    editor = make_editor(method, layers=parse_layers(layers), gain=gain, weight=weight, merge_subjects=merge)
+    named = {"layers": parse_layers(layers), "gain": gain, "weight": weight, "merge_subjects": merge}
+    editor = make_editor(method, **named, **parse_settings(setting or []))
     editable = load_model(model, dtype=dtype, say=say)
-    statistics = key_statistics(editable, layers_of(editor, editable), one(corpus), tokens)
+    statistics = statistics_for([editor], editable, one(corpus), tokens)
     earlier = History.load(history) if history and history.exists() else History(editable.fingerprint)
     made = Session(editor, editable, statistics, earlier).write(wanted)
     made.save(output)
@@ -190,23 +195,20 @@ def doctor(model: Annotated[str | None, typer.Argument(help="Also check this mod
             print(f"  {name:26} {str(value).replace(chr(10), chr(10) + ' ' * 29)}")
 
 
-def make_editor(method: str, **settings: Any) -> Any:
-    """The editor of that name with the settings that were given. Raises KnowEditError for what it does not know."""
-    from .editors import EDITORS
-
-    if method not in EDITORS:
-        raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
-    given = {name: value for name, value in settings.items() if value is not None}
-    unknown = set(given) - set(EDITORS[method].__dataclass_fields__)
-    if unknown:
-        raise KnowEditError(f"{method} has no setting {', '.join(sorted(unknown))}")
-    return EDITORS[method](**given)
-
-
 def _print_edit(made: Any) -> None:
     report = made.report
-    print(f"{made.method}: {len(made.facts)} facts, {next(iter(made.factors.values()))[0].shape[1]} keys")
-    for layer, chosen in report["layers"].items():
+    if made.factors:
+        print(f"{made.method}: {len(made.facts)} facts, {next(iter(made.factors.values()))[0].shape[1]} keys")
+    else:
+        print(f"{made.method}: {len(made.facts)} facts, {len(made.others)} weights changed")
+    if "trainable" in report:
+        memory = report["peak_memory_bytes"]
+        print(
+            f"  {report['trainable']:,} numbers trained in {report['steps']} steps and {report['seconds']:.1f} s"
+            + (f", {memory / 2**20:,.0f} MiB of memory" if memory is not None else "")
+            + f"; NLL of the answers {report['loss']:.3f}"
+        )
+    for layer, chosen in report.get("layers", {}).items():
         extra = "".join(f"  {k} {v:.4g}" for k, v in chosen.items() if k not in ("gain", "lowest_gain"))
         print(f"  layer {layer}: gain {chosen['gain']:.3f}  |delta|/|W| {report['relative_norm'][layer]:.3f}{extra}")
     for warning in made.warnings:

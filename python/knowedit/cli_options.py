@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated, Any
 
@@ -34,6 +35,18 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         raise KnowEditError(f"--layers {text!r}: give numbers like 5, 4-8 or 4,6") from None
     return tuple(sorted(set(layers)))
+
+
+def parse_settings(given: list[str]) -> dict[str, Any]:
+    """`["lr=1e-4", "modules=[\"q_proj\"]"]` as a dictionary; values are JSON, lists become tuples. Raises KnowEditError."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            raise KnowEditError(f"--setting {text!r}: give name=value with a number, true, false, or a list in JSON") from None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def one(corpus: list[str]) -> Any:

@@ -129,17 +129,21 @@ class Edit:
 
     def save(self, path: str | Path) -> Path:
         """Write the factors and a JSON header to one safetensors file, atomically."""
-        tensors: dict[str, Tensor] = {}
-        for name, change in [*self.factors.items(), *self.others.items()]:
-            parts = {"delta": change} if isinstance(change, Tensor) else {"U": change[0], "V": change[1]}
-            tensors |= {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
         header = {
             "format": FORMAT, "method": self.method, "fingerprint": self.fingerprint, "report": self.report,
             "facts": [fact.to_dict() for fact in self.facts],
         }  # fmt: skip
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
+            save_file(self.tensors(), temporary, metadata={"knowedit": json.dumps(header)})
         return Path(path)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The changes as a file holds them: `U` and `V`, or `delta`, of each layer or parameter."""
+        found: dict[str, Tensor] = {}
+        for name, change in [*self.factors.items(), *self.others.items()]:
+            parts = {"delta": change} if isinstance(change, Tensor) else {"U": change[0], "V": change[1]}
+            found |= {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
+        return found
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -149,17 +153,22 @@ class Edit:
             EditError: the file is missing, damaged or of another kind.
         """
         header, tensors = read_file(path, FORMAT, "an edit")
+        return cls.of(header, tensors, header["fingerprint"])
+
+    @classmethod
+    def of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor], fingerprint: str) -> Edit:
+        """From `tensors()` and a header with `method`, `facts` and `report`."""
         changes: dict[str, Change] = {}
         for name in sorted({full.rpartition(".")[0] for full in tensors}):
             dense = tensors.get(f"{name}.delta")
             changes[name] = (tensors[f"{name}.U"], tensors[f"{name}.V"]) if dense is None else dense
         return cls(
-            method=header["method"],
+            method=about["method"],
             factors={int(name): changes[name] for name in sorted(filter(str.isdecimal, changes), key=int)},  # type: ignore[misc]
             others={name: change for name, change in changes.items() if not name.isdecimal()},
-            facts=[Fact.from_dict(fact) for fact in header["facts"]],
-            fingerprint=header["fingerprint"],
-            report=header["report"],
+            facts=[Fact.from_dict(fact) for fact in about["facts"]],
+            fingerprint=fingerprint,
+            report=about["report"],
         )
 
     def to_peft(self, folder: str | Path, model: EditableModel) -> Path:

@@ -8,7 +8,7 @@ beside the edits' own factors, and never a `d_ff x d_ff` matrix of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,11 +116,11 @@ class History:
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file, atomically."""
-        tensors, edits = {}, []
+        tensors: dict[str, Tensor] = {}
+        edits = []
         for number, edit in enumerate(self.edits):
-            for layer, (left, right) in edit.factors.items():
-                parts = {"U": left, "V": right, "K": edit.keys[layer]}
-                tensors.update({f"{number}.{layer}.{name}": t.contiguous().cpu() for name, t in parts.items()})
+            keys = {f"{layer}.K": key.contiguous().cpu() for layer, key in edit.keys.items()}
+            tensors |= {f"{number}.{name}": tensor for name, tensor in {**edit.tensors(), **keys}.items()}
             edits.append({"method": edit.method, "report": edit.report, "facts": [fact.to_dict() for fact in edit.facts]})
         header = {"format": FORMAT, "fingerprint": self.fingerprint, "edits": edits}
         with atomic_file(path) as temporary:
@@ -137,19 +137,9 @@ class History:
         header, tensors = read_file(path, FORMAT, "a history")
         history = cls(header["fingerprint"])
         for number, about in enumerate(header["edits"]):
-            layers = _layers(tensors, number)
-            history.edits.append(
-                Edit(
-                    about["method"],
-                    {layer: (tensors[f"{number}.{layer}.U"], tensors[f"{number}.{layer}.V"]) for layer in layers},
-                    [Fact.from_dict(fact) for fact in about["facts"]],
-                    header["fingerprint"],
-                    about["report"],
-                    {layer: tensors[f"{number}.{layer}.K"] for layer in layers},
-                )
-            )
+            own = {full.partition(".")[2]: t for full, t in tensors.items() if full.partition(".")[0] == str(number)}
+            keys = {int(name.removesuffix(".K")): own.pop(name) for name in sorted(own) if name.endswith(".K")}
+            edit = Edit.of(about, own, header["fingerprint"])
+            edit.keys = keys
+            history.edits.append(edit)
         return history
-
-
-def _layers(names: Iterable[str], number: int) -> list[int]:
-    return sorted({int(layer) for edit, layer, _ in (name.split(".") for name in names) if int(edit) == number})

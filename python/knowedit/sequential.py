@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from .edit import Edit
-from .editors import LocateThenEdit
+from .editors import Editor
 from .errors import EditError
 from .facts import Fact
 from .history import History
@@ -33,7 +33,7 @@ class Session:
     """
 
     def __init__(
-        self, editor: LocateThenEdit, model: EditableModel, statistics: KeyStatistics | None = None,
+        self, editor: Editor, model: EditableModel, statistics: KeyStatistics | None = None,
         history: History | None = None, *, protect: bool = True,
     ) -> None:  # fmt: skip
         self.editor, self.model, self.statistics, self.protect = editor, model, statistics, protect

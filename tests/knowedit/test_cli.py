@@ -10,8 +10,10 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from knowedit.cli import main, make_editor, parse_layers
+from knowedit.cli import main
+from knowedit.cli_options import parse_layers, parse_settings
 from knowedit.edit import Edit
+from knowedit.editors import make_editor
 from knowedit.errors import KnowEditError
 from knowedit.history import History
 

@@ -1,8 +1,21 @@
 """One short file per method; `EDITORS` maps the names of the command line to them."""
 
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import KnowEditError
+from ..model import EditableModel
+from ..statistics import KeyStatistics, key_statistics
 from .alphaedit import AlphaEdit as AlphaEdit
 from .editor import Editor as Editor
 from .emmet import EMMET as EMMET
+from .fine_tuning import FTL as FTL
+from .fine_tuning import FineTuning as FineTuning
+from .fine_tuning import KLFineTuning as KLFineTuning
+from .gradient import GradientEditor as GradientEditor
+from .lora import KLLoRA as KLLoRA
+from .lora import LoRA as LoRA
+from .lora import RegularisedLoRA as RegularisedLoRA
 from .memit import MEMIT as MEMIT
 from .memit_merge import MEMITMerge as MEMITMerge
 from .metake import MetaKE as MetaKE
@@ -11,6 +24,30 @@ from .recipe import LocateThenEdit as LocateThenEdit
 from .rome import ROME as ROME
 from .rose import RoSE as RoSE
 
-EDITORS: dict[str, type[LocateThenEdit]] = {
-    editor.name.lower(): editor for editor in (MEMIT, ROME, EMMET, PMET, MEMITMerge, AlphaEdit, RoSE, MetaKE)
-}
+LOCATE: tuple[type[Editor], ...] = (MEMIT, ROME, EMMET, PMET, MEMITMerge, AlphaEdit, RoSE, MetaKE)
+GRADIENT: tuple[type[Editor], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
+EDITORS: dict[str, type[Editor]] = {editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT)}
+
+
+def make_editor(method: str, **settings: Any) -> Editor:
+    """The editor of that name with the settings that were given (None: not given).
+
+    Raises:
+        KnowEditError: an unknown method, a setting that it does not have, or one that it cannot be.
+    """
+    if method not in EDITORS:
+        raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
+    editor, given = EDITORS[method], {name: value for name, value in settings.items() if value is not None}
+    unknown = sorted(set(given) - set(getattr(editor, "__dataclass_fields__", {})))
+    if unknown:
+        raise KnowEditError(f"{method} has no setting {', '.join(unknown)}")
+    try:
+        return editor(**given)
+    except TypeError as error:
+        raise KnowEditError(f"{method}: a setting is of the wrong type ({error})") from error
+
+
+def statistics_for(editors: Iterable[Editor], model: EditableModel, corpus: Any, tokens: int) -> KeyStatistics | None:
+    """The key statistics that the editors need together; None where none does. Raises what `key_statistics` raises."""
+    layers = sorted({layer for editor in editors for layer in editor.statistics_layers(model)})
+    return key_statistics(model, layers, corpus, tokens) if layers else None

@@ -10,7 +10,6 @@ from ..edit import Edit
 from ..facts import Fact
 from ..history import History
 from ..model import EditableModel
-from ..progress import bar
 from ..statistics import KeyStatistics
 
 
@@ -44,11 +43,9 @@ class Editor(ABC):
     def compute_each(
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None, *, progress: bool = True
     ) -> Iterable[Edit]:
-        """One independent edit a fact, each computed when it is asked for."""
-        with bar(f"{self.name}: one edit a fact", len(facts), "facts", show=progress) as advance:
-            for fact in facts:
-                yield self.compute(model, [fact], statistics, progress=False)
-                advance(1)
+        """One independent edit a fact, each computed when it is asked for (dense ones are as large as the model)."""
+        for fact in facts:
+            yield self.compute(model, [fact], statistics, progress=False)
 
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers whose key statistics it uses; none for a method without statistics."""

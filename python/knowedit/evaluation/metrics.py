@@ -13,9 +13,11 @@ A record's prompts are averaged first, then records; intervals are 95 % bootstra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -128,15 +130,20 @@ def evaluate(
 
 
 def evaluate_each(
-    model: EditableModel, edits: Sequence[Edit | None], facts: Sequence[Fact], *, seed: int = 0, progress: bool = True
+    model: EditableModel, edits: Iterable[Edit | None], facts: Sequence[Fact], *, seed: int = 0, progress: bool = True
 ) -> Evaluation:
-    """As `evaluate`, with an edit of its own for each fact: each is applied alone and undone (single-edit protocol)."""
+    """As `evaluate`, with an edit of its own for each fact: each is applied alone and undone (single-edit protocol).
+
+    An edit that several facts share stands once for each, one after the other. Edits that are made when they are asked
+    for need not all be kept.
+    """
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before = ask(model, asked, title="before", progress=progress)
     after: list[Answer | None] = [None] * len(asked)
     with bar("after", len(asked), "prompts", show=progress) as advance:
-        for edit in dict.fromkeys(edits):
-            mine = [i for i, q in enumerate(asked) if edits[q.record] is edit]
+        for edit, group in groupby(zip(edits, range(len(facts))), key=itemgetter(0)):
+            records = {record for _, record in group}
+            mine = [i for i, q in enumerate(asked) if q.record in records]
             with edit.applied_to(model) if edit is not None else nullcontext():
                 answers = ask(model, [asked[i] for i in mine], progress=False) if edit else [before[i] for i in mine]
             for i, answer in zip(mine, answers):

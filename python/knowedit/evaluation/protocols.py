@@ -5,21 +5,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..datasets import conflict_free, load
-from ..editors import EDITORS
-from ..editors.task import layers_of
+from ..edit import Edit
+from ..editors import make_editor, statistics_for
 from ..errors import KnowEditError
 from ..facts import Fact
 from ..files import atomic_file
 from ..model import EditableModel, load_model
 from ..sequential import Session
-from ..statistics import KeyStatistics, key_statistics
+from ..statistics import KeyStatistics
 from ..text import documents
 from .drift import Drift, drift
 from .metrics import Evaluation, evaluate, evaluate_each
@@ -82,15 +82,12 @@ def measure(
     Raises:
         KnowEditError: an unknown method, protocol or data set, or what the parts raise.
     """
-    for method in methods:
-        if method not in EDITORS:
-            raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
+    editors = [make_editor(method, layers=layers) for method in methods]
     if protocol not in PROTOCOLS:
         raise KnowEditError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, say=say)
-    needed = sorted({layer for method in methods for layer in layers_of(EDITORS[method](layers=layers), model)})
-    statistics = key_statistics(model, needed, corpus, tokens)
+    statistics = statistics_for(editors, model, corpus, tokens)
     texts = list(islice(documents(text), HELD_OUT)) if text else []
     return [
         run(model, facts, statistics, method, protocol, layers, dataset, batch=batch, every=every, texts=texts)
@@ -99,12 +96,12 @@ def measure(
 
 
 def run(
-    model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics, method: str, protocol: str = "batch",
+    model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None, method: str, protocol: str = "batch",
     layers: tuple[int, ...] | None = None, dataset: str = "",
     *, batch: int = 50, every: int = 100, texts: Sequence[str] = (), progress: bool = True,
 ) -> Result:  # fmt: skip
     """Compute and measure one method; the model is left as it was found."""
-    editor = EDITORS[method](layers=layers)
+    editor = make_editor(method, layers=layers)
     course: list[Point] = []
     start = time.perf_counter()
     if protocol == "sequential":
@@ -114,15 +111,30 @@ def run(
             evaluation, report = watch.evaluation(progress=progress), session.history.edits[0].report
         moved, seconds = course[-1].drift, course[-1].seconds
     elif protocol == "single":
-        edits = editor.compute_each(model, facts, statistics, progress=progress)
-        seconds, moved, report = time.perf_counter() - start, None, edits[0].report
+        edits = _Timed(lambda: editor.compute_each(model, facts, statistics, progress=progress))
         evaluation = evaluate_each(model, edits, facts, progress=progress)
+        seconds, moved, report = edits.seconds, None, edits.report
     else:
         edit = editor.compute(model, facts, statistics, progress=progress)
         seconds, moved, report = time.perf_counter() - start, drift(model, edit), edit.report
         evaluation = evaluate(model, edit, facts, progress=progress)
     seconds /= len(facts)
     return Result(model.name, dataset, editor.name, protocol, len(facts), evaluation, moved, seconds, report, course)
+
+
+class _Timed:
+    """Edits computed one by one, with the seconds that this took and the first one's report; no edit is kept."""
+
+    def __init__(self, compute: Callable[[], Iterable[Edit]]) -> None:
+        self.compute, self.seconds, self.report = compute, 0.0, {}  # type: ignore[var-annotated]
+
+    def __iter__(self) -> Iterator[Edit]:
+        start = time.perf_counter()
+        for edit in self.compute():
+            self.seconds += time.perf_counter() - start
+            self.report = self.report or edit.report
+            yield edit
+            start = time.perf_counter()
 
 
 def write_run(folder: Path, results: Sequence[Result]) -> None:

@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from knowedit_kernels.lowrank import Change
+
+from ..architectures import is_transposed
 from ..edit import Edit
 from ..errors import KnowEditError
 from ..facts import Fact
@@ -30,8 +34,8 @@ class Point:
         measures: `{kind: {measure: Estimate}}` of facts written so far, as in `Evaluation`.
         drift: of the next-word distribution after ordinary prompts, against the unedited model.
         perplexity: on held-out text; None without text.
-        norm: largest |sum of the updates| / |W| over the layers.
-        gain: lowest gain of any batch so far.
+        norm: largest |sum of the updates| / |W| over the changed weights.
+        gain: lowest gain of any batch so far; 1 for methods without.
         seconds: spent on computing and applying edits so far.
     """
 
@@ -90,7 +94,7 @@ class Watch:
             compare(self.ordinary, self.model.next_logprobs(ORDINARY), ORDINARY),
             perplexity(self.model, self.texts, tokens=self.tokens) if self.texts else None,
             max(total_norms(self.model, edits).values(), default=0.0),
-            min((edit.report["gain"] for edit in edits), default=1.0),
+            min((edit.report["gain"] for edit in edits if "gain" in edit.report), default=1.0),
         )
 
     def evaluation(self, *, progress: bool = True) -> Evaluation:
@@ -132,19 +136,30 @@ def write_in_sequence(session: Session, watch: Watch, batch: int, every: int, *,
                 due = written - written % every + every
 
 
-def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[int, float]:
-    """`|sum of the updates|_F / |W|_F` per layer, W without them; without forming the products."""
-    norms = {}
-    for layer in sorted({layer for edit in edits for layer in edit.factors}):
-        pairs = [edit.factors[layer] for edit in edits if layer in edit.factors]
-        left, right = (torch.cat([pair[i] for pair in pairs], 1).double() for i in range(2))
-        square = float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0))
-        weight = model.weight(layer)
-        weight = (weight.T if model.layout.transposed else weight).double()
-        # |W - D|^2 = |W|^2 - 2 <W, D> + |D|^2 with W the edited weight
-        clean = float(weight.square().sum() - 2 * ((weight @ right.to(weight)) * left.to(weight)).sum()) + square
-        norms[layer] = (square / max(clean, 1e-300)) ** 0.5
-    return norms
+def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[str, float]:
+    """`|sum of the updates|_F / |W|_F` per changed weight, W without them; low-rank sums are not formed."""
+    changes = [edit.changes(model) for edit in edits]
+    weights = dict(model.hf.named_parameters())
+    return {
+        name: _total_norm(weights[name], [change[name] for change in changes if name in change], is_transposed(model.hf, name))
+        for name in sorted({name for change in changes for name in change})
+    }
+
+
+def _total_norm(weight: Tensor, parts: Sequence[Change], transposed: bool) -> float:
+    now = weight.double()
+    dense = [part for part in parts if isinstance(part, Tensor)]
+    if dense:
+        pairs = [part for part in parts if not isinstance(part, Tensor)]
+        products = [right @ left.T if transposed else left @ right.T for left, right in pairs]
+        total = sum(part.to(now) for part in [*dense, *products])
+        return float(total.norm() / (now - total).norm().clamp(min=1e-150))  # type: ignore[union-attr]
+    now = now.T if transposed else now
+    left, right = (torch.cat([part[i] for part in parts], 1).to(now) for i in range(2))
+    square = float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0))
+    # |W - D|^2 = |W|^2 - 2 <W, D> + |D|^2 with W the edited weight
+    clean = float(now.square().sum() - 2 * ((now @ right) * left).sum()) + square
+    return (square / max(clean, 1e-300)) ** 0.5
 
 
 def course_table(course: Sequence[Point]) -> list[str]:

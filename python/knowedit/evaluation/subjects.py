@@ -11,13 +11,12 @@ from typing import Any
 
 from ..datasets import load
 from ..datasets.same_subject import groups, halves
-from ..editors import EDITORS
-from ..editors.task import layers_of
+from ..editors import make_editor, statistics_for
 from ..errors import KnowEditError
 from ..facts import Fact
 from ..files import atomic_file
 from ..model import EditableModel, load_model
-from ..statistics import KeyStatistics, key_statistics
+from ..statistics import KeyStatistics
 from .drift import Drift, drift
 from .same_subject import SameSubjectEvaluation, compare, judge, observe, prepare
 
@@ -76,19 +75,15 @@ def measure_subjects(
     Raises:
         KnowEditError: an unknown method or half, no subjects, or what the parts raise.
     """
-    for method in methods:
-        if method not in EDITORS:
-            raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
+    editors = [make_editor(method, layers=layers) for method in methods]
     chosen = choose(dataset, least, most, half, subjects)
     model = load_model(name, dtype=dtype, say=say)
-    needed = sorted({layer for method in methods for layer in layers_of(EDITORS[method](layers=layers), model)})
-    return run_subjects(
-        model, chosen, key_statistics(model, needed, corpus, tokens), methods, layers, dataset, wordings=wordings
-    )
+    statistics = statistics_for(editors, model, corpus, tokens)
+    return run_subjects(model, chosen, statistics, methods, layers, dataset, wordings=wordings)
 
 
 def run_subjects(
-    model: EditableModel, chosen: Sequence[Sequence[Fact]], statistics: KeyStatistics, methods: Sequence[str],
+    model: EditableModel, chosen: Sequence[Sequence[Fact]], statistics: KeyStatistics | None, methods: Sequence[str],
     layers: tuple[int, ...] | None = None, dataset: str = "", *, wordings: int | None = None, progress: bool = True,
 ) -> list[SubjectsResult]:  # fmt: skip
     """Compute and measure each method on the same subjects; the model is left as it was found."""
@@ -96,7 +91,7 @@ def run_subjects(
     before = observe(model, probes, title="before", progress=progress)
     results = []
     for method in methods:
-        editor, start = EDITORS[method](layers=layers), time.perf_counter()
+        editor, start = make_editor(method, layers=layers), time.perf_counter()
         edit = editor.compute(model, facts, statistics, progress=progress)
         seconds, moved = (time.perf_counter() - start) / len(facts), drift(model, edit)
         with edit.applied_to(model):

@@ -1,0 +1,164 @@
+"""Gradient methods as one recipe of three parts: what is trained, which losses, which constraint.
+
+trainable part   whole weights (`trainable.Weights`) or a LoRA adapter (`trainable.Adapter`)
+losses           the answers' NLL, always; NLL of texts that should stay (`stability`), KL to the unedited model (`kl`)
+constraint       none, or a largest change of any weight
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..datasets.ordinary import openings, sentences
+from ..edit import Edit, relative_norm
+from ..errors import EditError
+from ..facts import Fact, Probe, check_facts
+from ..history import History
+from ..model import EditableModel
+from ..peak import peak_memory
+from ..progress import bar
+from ..statistics import KeyStatistics
+from .editor import Editor
+from .terms import Kept, Said, Term, continued
+from .trainable import Trainable
+
+
+@dataclass(frozen=True)
+class GradientEditor(Editor):
+    """A method is a subclass that names its trainable part and its defaults; `fine_tuning.py` has them.
+
+    Attributes:
+        layers: to train; None: the method's own choice.
+        steps, lr, decay: AdamW's steps at most, its step size, and its weight decay.
+        stop: training ends once the mean NLL of the answers (nats a token) is below this. None: not for this reason.
+        margin: ... and every token of every answer leads the best other one by so many nats. None: whatever the lead.
+            With neither, all steps are taken.
+        stability: weight of the NLL of texts that should stay as they are.
+        stable: those texts: prompts (the model's own greedy continuation is kept), or `Probe` with an answer to keep; None:
+            shipped openings about other subjects.
+        kl: weight of KL(clean || edited), mean over every token of the context texts.
+        context: those texts; None: shipped openings and sentences.
+        draw: facts, and texts of each kind, a step. None: all.
+        seed: of the draws, of the choice among the shipped texts, and of an adapter's start.
+        budget: padded tokens run at once (memory).
+    """
+
+    layers: tuple[int, ...] | None = None
+    steps: int = 50
+    lr: float = 1e-4
+    decay: float = 0.0
+    stop: float | None = 0.05
+    margin: float | None = None
+    stability: float = 0.0
+    stable: tuple[str | Probe, ...] | None = None
+    kl: float = 0.0
+    context: tuple[str, ...] | None = None
+    draw: int | None = 16
+    seed: int = 0
+    budget: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0 or (self.draw is not None and self.draw < 1):
+            raise EditError(f"steps, lr and draw must be positive, got {self.steps}, {self.lr}, {self.draw}")
+        if min(self.decay, self.stability, self.kl) < 0:
+            raise EditError(f"decay, stability and kl must not be negative: {self.decay}, {self.stability}, {self.kl}")
+
+    @abstractmethod
+    def part(self, model: EditableModel) -> Trainable:
+        """What is trained, with its constraint."""
+
+    def terms(self, model: EditableModel, facts: Sequence[Fact]) -> dict[str, Term]:
+        """The losses by name; the first is the answers'."""
+        found: dict[str, Term] = {}
+        rows = [model.row(fact.text, answer=fact.target) for fact in facts]
+        found["answers"] = Said(model, rows, 1.0, self.draw, self.budget)
+        if self.stability:
+            texts = openings(facts, seed=self.seed) if self.stable is None else self.stable
+            found["stability"] = Said(model, continued(model, texts, 6), self.stability, self.draw, self.budget)
+        if self.kl:
+            shipped = [*sentences(), *openings(facts, len(sentences()), self.seed)]
+            rows = [model.row(text) for text in (shipped if self.context is None else self.context)]
+            found["kl"] = Kept(model, rows, self.kl, self.draw, self.budget)
+        return found
+
+    def compute(
+        self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
+        *, history: History | None = None, progress: bool = True,
+    ) -> Edit:  # fmt: skip
+        """As `Editor.compute`; there are no keys, so a history's facts are only checked, and statistics not used.
+
+        Raises:
+            EditError: also for a loss that is not finite; the message has the step.
+        """
+        facts = history.check_new(facts) if history else check_facts(list(facts))
+        if not facts:
+            raise EditError("there are no facts to write; give at least one")
+        if history is not None:
+            history.check(model)
+        fingerprint, begun = model.fingerprint, time.perf_counter()  # before anything is put into the model
+        with peak_memory(model.device) as peak:
+            terms = self.terms(model, facts)
+            with self.part(model) as part:
+                steps = self.train(part, terms, progress)
+                found = {name: _measure(part, term) for name, term in terms.items()}
+                changes, trained = part.changes(), part.size
+            memory = peak()
+        report: dict[str, Any] = {
+            "settings": asdict(self), "trainable": trained, "peak_memory_bytes": memory, "steps": steps,
+            "seconds": time.perf_counter() - begun, "loss": found["answers"][0], "lead": found["answers"][1],
+            "terms": {name: loss for name, (loss, _) in found.items()},
+        }  # fmt: skip
+        own = dict(model.hf.named_parameters())
+        report["relative_norm"] = {name: relative_norm(own[name], change) for name, change in changes.items()}
+        report["warnings"] = _warnings(report)
+        return Edit(self.name, {}, facts, fingerprint, report, others=changes)
+
+    def train(self, part: Trainable, terms: dict[str, Term], progress: bool) -> int:
+        """Train the leaves of `part` in place; returns the steps taken."""
+        optimiser = torch.optim.AdamW(list(part.leaves.values()), lr=self.lr, weight_decay=self.decay)
+        seen = torch.full((2, len(terms["answers"].rows)), torch.nan)  # loss and lead of each fact when it was last drawn
+        with bar(f"{self.name}: training", self.steps, "steps", show=progress) as advance:
+            for step in range(self.steps):
+                optimiser.zero_grad()
+                for name, term in terms.items():
+                    texts = term.drawn(step, self.seed)
+                    for found in term.evaluate(part, texts):
+                        if not bool(found.loss.isfinite().all()):
+                            raise EditError(
+                                f"{self.name}: the loss of the {name} is {float(found.loss.sum())} at step {step} of "
+                                f"{self.steps}; nothing was changed: lower lr (now {self.lr})"
+                            )
+                        if name == "answers":
+                            seen[:, found.texts] = torch.stack([found.loss.detach(), found.lead]).cpu()
+                        (term.weight / len(texts) * found.loss.sum()).backward()
+                if self._rests(seen):
+                    return step
+                optimiser.step()
+                part.constrain_()
+                advance(1, note=f"loss {float(seen[0].nanmean()):.2f}")
+        return self.steps
+
+    def _rests(self, seen: torch.Tensor) -> bool:
+        """Whether the answers are good enough; never before each was drawn once, nor without a criterion."""
+        loss, lead = float(seen[0].mean()), float(seen[1].min())
+        fine = (self.stop is None or loss < self.stop) and (self.margin is None or lead >= self.margin)
+        return fine and loss == loss and not (self.stop is None and self.margin is None)
+
+
+@torch.no_grad()
+def _measure(part: Trainable, term: Term) -> tuple[float, float]:
+    """Mean loss over all texts of a term, and the smallest lead."""
+    found = list(term.evaluate(part, range(len(term.rows))))
+    return float(torch.cat([f.loss for f in found]).mean()), float(torch.cat([f.lead for f in found]).min())
+
+
+def _warnings(report: dict[str, Any]) -> list[str]:
+    if report["lead"] > 0:
+        return []
+    return [f"not every answer is the model's first choice (mean NLL {report['loss']:.2f}); more steps or a larger lr may help"]
