@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_measure, cli_stats
-from .cli_options import Corpus, Dtype, Json, Layers, Model, Tokens, one, parse_layers, parse_settings, say
+from .cli_options import Corpus, Dtype, Json, Layers, Model, Statistics, Tokens, one, parse_layers, parse_settings, say
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
 
@@ -64,6 +64,7 @@ def edit(
     method: Method = "memit",
     corpus: Corpus = ["wikipedia"],  # noqa: B006
     tokens: Tokens = 100_000,
+    statistics: Statistics = None,
     layers: Layers = None,
     gain: Annotated[float | None, typer.Option(help="Share of each planned change to realise (MEMIT).")] = None,
     weight: Annotated[float | None, typer.Option(help="lambda itself instead of the gain (MEMIT).")] = None,
@@ -89,9 +90,9 @@ def edit(
     named = {"layers": parse_layers(layers), "gain": gain, "weight": weight, "merge_subjects": merge}
     editor = make_editor(method, **named, **parse_settings(setting or []))
     editable = load_model(model, dtype=dtype, say=say)
-    statistics = statistics_for([editor], editable, one(corpus), tokens)
+    keys = statistics_for([editor], editable, one(corpus), tokens, statistics)
     earlier = History.load(history) if history and history.exists() else History(editable.fingerprint)
-    made = Session(editor, editable, statistics, earlier).write(wanted)
+    made = Session(editor, editable, keys, earlier).write(wanted)
     made.save(output)
     if history:
         earlier.save(history)
@@ -152,6 +153,7 @@ def evaluate(
     text: Annotated[str | None, typer.Option(help="Held-out text for the perplexity, as --corpus (sequential).")] = None,
     corpus: Corpus = ["wikipedia"],  # noqa: B006
     tokens: Tokens = 100_000,
+    statistics: Statistics = None,
     layers: Layers = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results and single prompts.")] = None,
     dtype: Dtype = "auto",
@@ -162,7 +164,7 @@ def evaluate(
 
     results = measure(
         model, dataset, method.split(","), edits, protocol, one(corpus), tokens, parse_layers(layers), dtype,
-        batch=batch, every=every, text=text, say=say,
+        batch=batch, every=every, text=text, where=statistics, say=say,
     )  # fmt: skip
     if output:
         write_run(output, results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,9 @@ Corpus = Annotated[
     list[str], typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable.")
 ]
 Tokens = Annotated[int, typer.Option(help="Keys to sum for the statistics.")]
+Statistics = Annotated[
+    Path | None, typer.Option(help="A file or folder of `knowedit stats` (collected or imported) instead of --corpus.")
+]
 Layers = Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the model's preset.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -93,6 +93,19 @@ def test_edits_in_sequence_share_a_history(place, knowedit):
     assert history.edits[1].key != Edit.load(place / "alone.safetensors").key
 
 
+def test_statistics_from_files(place, knowedit):
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
+    knowedit("stats", "model", *CORPUS, "-o", "ours")
+    knowedit("edit", "model", "facts.jsonl", "-o", "b.safetensors", "--statistics", "ours", "--layers", "1")
+    pairs = zip(*(Edit.load(place / f"{edit}.safetensors").factors[1] for edit in "ab"))
+    assert all(one.equal(other) for one, other in pairs)
+    common = ("--dataset", "facts.jsonl", "--method", "memit", "--statistics", "ours")
+    assert "efficacy" in knowedit("eval", "model", *common, "--layers", "1")
+    assert "no statistics of layer 2 here" in knowedit("eval", "model", *common, "--layers", "2", code=1)
+    said = knowedit("edit", "model", "facts.jsonl", "-o", "c", "--statistics", "peer.npz", "--layers", "1", code=1)
+    assert "knowedit stats import MODEL peer.npz -o FOLDER" in said and not (place / "c").exists()
+
+
 def test_stats_eval_doctor(place, knowedit):
     rows = json.loads(knowedit("stats", "model", *CORPUS[:4], "--layers", "0-1", "--json"))
     assert [(r["layer"], r["tokens"]) for r in rows] == [(0, 500), (1, 500)] and not rows[0]["sink"]

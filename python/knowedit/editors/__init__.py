@@ -1,9 +1,10 @@
 """One short file per method; `EDITORS` maps the names of the command line to them."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from ..errors import KnowEditError
+from ..errors import KnowEditError, StatisticsError
 from ..model import EditableModel
 from ..statistics import KeyStatistics, key_statistics
 from .alphaedit import AlphaEdit as AlphaEdit
@@ -47,7 +48,22 @@ def make_editor(method: str, **settings: Any) -> Editor:
         raise KnowEditError(f"{method}: a setting is of the wrong type ({error})") from error
 
 
-def statistics_for(editors: Iterable[Editor], model: EditableModel, corpus: Any, tokens: int) -> KeyStatistics | None:
-    """The key statistics that the editors need together; None where none does. Raises what `key_statistics` raises."""
+def statistics_for(
+    editors: Iterable[Editor], model: EditableModel, corpus: Any, tokens: int, where: Path | None = None
+) -> KeyStatistics | None:
+    """The key statistics that the editors need together; None where none does.
+
+    Args:
+        where: a file or folder of statistics, collected or imported, to take them from instead of the corpus.
+
+    Raises:
+        StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as `key_statistics`.
+    """
     layers = sorted({layer for editor in editors for layer in editor.statistics_layers(model)})
-    return key_statistics(model, layers, corpus, tokens) if layers else None
+    if where is None or not layers:
+        return key_statistics(model, layers, corpus, tokens) if layers else None
+    if where.suffix == ".npz":
+        raise StatisticsError(f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then name FOLDER")
+    found = KeyStatistics.load(where)
+    found.check(model, layers)
+    return found

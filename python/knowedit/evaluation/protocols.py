@@ -71,13 +71,14 @@ class Result:
 def measure(
     name: str, dataset: str, methods: Sequence[str], limit: int | None, protocol: str, corpus: Any, tokens: int,
     layers: tuple[int, ...] | None, dtype: str = "auto", *, batch: int = 50, every: int = 100, text: Any = None,
-    say: Callable[[str], None] = print,
+    where: Path | None = None, say: Callable[[str], None] = print,
 ) -> list[Result]:  # fmt: skip
     """Load everything and measure each method; what `knowedit eval` calls.
 
     Args:
         batch, every: of `sequential`: facts an edit, and facts between two looks.
         text: of `sequential`: held-out text for the perplexity (as `corpus`).
+        where: statistics to take instead of collecting them from `corpus`.
 
     Raises:
         KnowEditError: an unknown method, protocol or data set, or what the parts raise.
@@ -87,7 +88,7 @@ def measure(
         raise KnowEditError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, say=say)
-    statistics = statistics_for(editors, model, corpus, tokens)
+    statistics = statistics_for(editors, model, corpus, tokens, where)
     texts = list(islice(documents(text), HELD_OUT)) if text else []
     return [
         run(model, facts, statistics, method, protocol, layers, dataset, batch=batch, every=every, texts=texts)
