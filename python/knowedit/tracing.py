@@ -13,6 +13,7 @@ numbers are the published ones; the token-layers are a quarter to a sixth of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -67,12 +68,11 @@ class Trace:
         plain = {name: value for name, value in vars(self).items() if name not in ("effect", "error")}
         begin, end = self.subject
         rows = [token + "*" * (begin <= i < end) for i, token in enumerate(self.tokens)]
-        ends = {name: {k: e + sign * 1.96 * self.error[k] for k, e in self.effect.items()} for name, sign in _ENDS}
-        tables = {"effect": self.effect, **ends}
-        return {**plain, "rows": rows, **{name: {k: t.tolist() for k, t in table.items()} for name, table in tables.items()}}
-
-
-_ENDS = (("low", -1), ("high", 1))
+        tables = {
+            name: {kind: (effect + sign * 1.96 * self.error[kind]).tolist() for kind, effect in self.effect.items()}
+            for name, sign in (("effect", 0), ("low", -1), ("high", 1))
+        }
+        return {**plain, "rows": rows, **tables}
 
 
 @torch.no_grad()
@@ -95,8 +95,8 @@ def trace(
 
     Args:
         subject: what is corrupted: its last occurrence in the prompt.
-        answer: traced by its first token, with or without a space before it, whichever the model finds likelier (default:
-            the model's own next token).
+        answer: traced by its first token, with or without a space before it, whichever the model finds likelier, but not
+            by a blank (default: the model's own next token).
         noise: standard deviations of noise; one draw a sample, shared by all restorations.
         samples: corrupted runs.
         kinds: of `KINDS`.
@@ -125,12 +125,12 @@ def trace(
     embeddings = model.hf.get_input_embeddings()(ids)
     runs = _Runs(model, kinds, ids, embeddings, _noise(embeddings, begin, end, deviation, samples, seed))
     token = _answer_token(model, prompt, answer, runs.clean_logits)
-    clean, corrupted = (_probability(model, states[-1][:, -1], token) for states in (runs.clean, runs.corrupted))
+    clean, corrupted = (_probability(model, states[-1][:, -1], token).cpu() for states in (runs.clean, runs.corrupted))
     places = _places(kinds, depth, width)
     gain = torch.zeros(len(row.ids), len(places), samples)
     left = [len(row.ids) - at for at in range(len(row.ids))]
     for at in range(begin, len(row.ids)):  # before the subject nothing is corrupted, so nothing is restored
-        gain[at] = (runs.restored(places, at, token, budget) - corrupted).cpu()
+        gain[at] = runs.restored(places, at, token, budget) - corrupted
         progress(left[at] / sum(left[begin:]))
     of_kind = {kind: gain[:, [place.kind == kind for place in places]] for kind in kinds}
     effect = {kind: found.mean(-1) for kind, found in of_kind.items()}
@@ -152,7 +152,7 @@ def embedding_deviation(model: EditableModel, subjects: Sequence[str]) -> float:
 
 
 def _check(noise: float, samples: int, kinds: Sequence[str], window: int | None) -> None:
-    if not noise > 0:
+    if not 0 < noise < math.inf:
         raise EditError(f"noise must be positive, got {noise}; ROME uses 3 standard deviations")
     if samples < 2:
         raise EditError(f"samples must be at least 2, got {samples}; the standard error needs them")
@@ -176,7 +176,7 @@ def _answer_token(model: EditableModel, prompt: str, answer: str | None, logits:
     ids, firsts = model.row(prompt).ids, []
     for text in (f" {answer.strip()}", answer.strip()):
         joint = model.tokenizer(prompt + text)["input_ids"]
-        if answer.strip() and joint[: len(ids)] == ids and len(joint) > len(ids):
+        if joint[: len(ids)] == ids and model.tokenizer.decode(joint[len(ids) : len(ids) + 1]).strip():
             firsts.append(joint[len(ids)])
     if not firsts:
         raise EditError(f"the answer {answer!r} has no token of its own after {prompt!r}; take blanks off the prompt's end")
@@ -238,17 +238,17 @@ class _Runs:
         self.clean_logits = model.head(model.norm(self.clean[-1][0, -1]))
 
     def restored(self, places: Sequence[_Place], at: int, token: int, budget: int) -> Tensor:
-        """Probabilities of `token`, `[places, samples]`, with each of `places` restored at the token `at`."""
+        """Probabilities of `token`, `[places, samples]` on the CPU, with each of `places` restored at the token `at`."""
         length = self.clean[0].shape[1]
         columns = torch.arange(length, device=self.clean[0].device)[None]
         causal = columns[:, None] <= columns[:, at:, None]
         calls = [sliced(call, columns[:, at:], columns, causal, torch.zeros_like(causal)) for call in self.calls]
-        result = torch.empty(len(places), self.samples, device=columns.device)
+        result = torch.empty(len(places), self.samples)
         order = sorted(range(len(places)), key=lambda i: places[i].start)
         size = max(1, budget // (self.samples * (length - at)))
         for i in range(0, len(order), size):
             states = self._climb([places[j] for j in order[i : i + size]], at, calls)
-            found = _probability(self.model, states.flatten(0, 1), token)
+            found = _probability(self.model, states.flatten(0, 1), token).cpu()
             result[order[i : i + size]] = found.unflatten(0, (-1, self.samples))
         return result
 
