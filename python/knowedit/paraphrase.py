@@ -49,6 +49,8 @@ class Endpoint:
         model: the name it knows the model by.
         key_variable: the environment variable with the key; local servers need none.
         timeout: seconds a request; retries: of a failed one.
+        tokens: longest answer, what a reasoning model thinks included.
+        temperature: of the sampling; 0 always gives the same answer, which must then have enough paraphrases.
     """
 
     url: str
@@ -56,6 +58,8 @@ class Endpoint:
     key_variable: str = "OPENAI_API_KEY"
     timeout: float = 120.0
     retries: int = 4
+    tokens: int = 4096
+    temperature: float = 1.0
 
     def ask(self, turns: Sequence[str], seed: int) -> str:
         """The model's answer to a conversation, the user's turn first.
@@ -69,7 +73,10 @@ class Endpoint:
         try:
             with openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries) as client:
                 said: Any = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-                reply = client.chat.completions.create(model=self.model, messages=said, temperature=1.0, seed=seed)
+                reply = client.chat.completions.create(
+                    model=self.model, messages=said, temperature=self.temperature, seed=seed,
+                    max_completion_tokens=self.tokens,
+                )  # fmt: skip
             text = reply.choices[0].message.content
             if not isinstance(text, str):
                 raise TypeError(f"the answer's content is {type(text).__name__}")
