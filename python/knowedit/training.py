@@ -60,7 +60,7 @@ class Course:
     """How a training went.
 
     Attributes:
-        seconds: of all runs.
+        seconds, cpu_seconds: of all runs, by the clock and of processor time.
         curve: `[step, mean training loss since the last entry, validation loss]`.
         best: validation loss; these parameters are kept.
         running: sum and number of the training losses since the last entry.
@@ -68,6 +68,7 @@ class Course:
 
     steps: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     curve: list[list[float]] = field(default_factory=list)
     best: float = math.inf
     running: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -115,11 +116,11 @@ def train(
     course, best = Course(), {name: p.detach().clone() for name, p in parameters.items()}
     if checkpoint.exists():
         course, best = _resume(checkpoint, stamp, parameters, optimiser)
-    start, before = time.monotonic(), course.seconds
+    start, cpu, before = time.monotonic(), time.process_time(), (course.seconds, course.cpu_seconds)
     saved = start
 
     def checkpointed() -> None:
-        course.seconds = before + time.monotonic() - start
+        course.seconds, course.cpu_seconds = before[0] + time.monotonic() - start, before[1] + time.process_time() - cpu
         _save(checkpoint, stamp, course, parameters, optimiser, best)
 
     def look() -> None:
@@ -141,7 +142,7 @@ def train(
                 optimiser.zero_grad()
                 value = loss(course.steps)
                 if not bool(value.isfinite()):
-                    raise EditError(f"{title}: the loss is {float(value)} at step {course.steps}; lower the learning rate")
+                    raise EditError(f"{title}: the loss is {value.item()} at step {course.steps}; lower the learning rate")
                 value.backward()
                 nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
                 optimiser.step()

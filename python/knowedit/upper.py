@@ -18,6 +18,8 @@ from .progress import bar
 from .replay import observe
 from .tokens import Row, batches
 
+SHAPES = 8  # lengths of batches are multiples: oneDNN compiles a kernel for every new shape of a bfloat16 product
+
 
 class Upper:
     """The layers from `first` (at least 1) on, differentiable.
@@ -28,7 +30,7 @@ class Upper:
 
     def __init__(self, model: EditableModel, first: int, longest: int) -> None:
         model.check_layers([first])
-        self.model, self.first = model, first
+        self.model, self.first, self.longest = model, first, longest
         self._calls, _, _ = observe(model, torch.zeros(1, longest, dtype=torch.long, device=model.device), first - 1)
 
     def run(self, states: Tensor) -> Tensor:
@@ -119,9 +121,10 @@ class Texts:
         return (len(self._inputs[i]) if answer is None else answer) - 1
 
     def batch(self, which: Sequence[int]) -> Batch:
-        """Some of the rows, padded to the longest."""
+        """Some of the rows, padded to the longest and on to a multiple of `SHAPES`."""
         device = self._states[0].device
         states = torch.nn.utils.rnn.pad_sequence([self._states[i] for i in which], batch_first=True)
+        states = torch.nn.functional.pad(states, (0, 0, 0, min(-states.shape[1] % SHAPES, self.upper.longest - states.shape[1])))
         places = [range(self._first(i), len(self._inputs[i])) for i in which]
         line = [number for number, span in enumerate(places) for _ in span]
         known = [self.rows[i].answer is not None for i in which]

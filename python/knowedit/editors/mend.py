@@ -70,6 +70,6 @@ class MEND(Editor):
 def compressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """`U [out, r]`, `V [in, r]` of the product `left rightᵀ` at its numerical rank."""
     (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
-    u, sizes, vt = torch.linalg.svd(r_left @ r_right.T)
+    u, sizes, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     rank = max(1, int((sizes > NEGLIGIBLE * sizes[0]).sum()))
     return (q_left @ (u * sizes)[:, :rank]).contiguous(), (q_right @ vt[:rank].T).contiguous()

@@ -67,19 +67,20 @@ def train_mend(
     """
     settings = settings or MendTraining()
     path = Path(output) if output is not None else default_file("mend", model)
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     with peak_memory(model.device) as peak:
         task = _Task(model, facts, settings, progress)
         task.calibrate()
-        prepared = time.monotonic() - start
+        prepared, used = time.monotonic() - start, time.process_time() - cpu
         course = train(
             task.network.parameters, task.loss, task.validation, settings.plan, path.with_name(path.name + ".checkpoint"),
             task.stamp, title="training MEND", progress=progress,
         )  # fmt: skip
     task.network.report = {
         "settings": asdict(settings), "facts": task.counts, "trainable_parameters": task.network.trainable,
-        "steps": course.steps, "seconds": prepared + course.seconds, "preparation_seconds": prepared,
-        "peak_memory_bytes": peak(), "start_rate": task.rate, "validation": course.best, "curve": course.curve,
+        "steps": course.steps, "seconds": prepared + course.seconds, "cpu_seconds": used + course.cpu_seconds,
+        "preparation_seconds": prepared, "peak_memory_bytes": peak(), "start_rate": task.rate,
+        "validation": {"loss": course.best}, "curve": course.curve,
     }  # fmt: skip
     task.network.save(path)
     return task.network
@@ -120,7 +121,7 @@ class _Task:
         losses = {}
         for rate in RATES:
             self.network.start_at(rate)
-            losses[rate] = self._mean(self.told[: 4 * size])
+            losses[rate] = self._mean(self.told[: 2 * size])
         self.rate = min(losses, key=losses.__getitem__)
         self.network.start_at(self.rate)
 

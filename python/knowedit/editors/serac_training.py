@@ -69,9 +69,10 @@ def train_serac(
     told, held = examples(some, seed=seed), examples(others, some, seed=seed)
     named = repr((model.fingerprint, asdict(settings), told, held))
     stamp, draft = hashlib.blake2b(named.encode(), digest_size=16).hexdigest(), model.draft()
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     with peak_memory(model.device) as peak:
         gate = _Gate(draft, layer, told, held, settings, progress)
+        prepared, used = time.monotonic() - start, time.process_time() - cpu
         parameters = dict(gate.scope.named_parameters())
         near = path.with_name
         gated = train(
@@ -88,8 +89,9 @@ def train_serac(
     report = {
         "settings": asdict(settings), "facts": {"training": len(told), "validation": len(held)},
         "trainable_parameters": sum(numbers), "gate_parameters": numbers[0], "reader_parameters": numbers[1],
-        "seconds": time.monotonic() - start, "peak_memory_bytes": peak(), "validation": rates,
-        "gate_curve": gated.curve, "reader_curve": read.curve,
+        "seconds": prepared + gated.seconds + read.seconds, "cpu_seconds": used + gated.cpu_seconds + read.cpu_seconds,
+        "preparation_seconds": prepared, "peak_memory_bytes": peak(),
+        "validation": {**rates, "reader_loss": read.best}, "gate_curve": gated.curve, "reader_curve": read.curve,
     }  # fmt: skip
     network = SeracNetwork(gate.scope, layer, reader.adapter, model.fingerprint, threshold, report)
     network.save(path)
