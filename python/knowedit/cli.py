@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_measure, cli_stats, cli_study
+from . import cli_measure, cli_stats, cli_study, cli_train
 from .cli_options import Corpus, Dtype, Json, Layers, Model, Statistics, Tokens, one, parse_layers, parse_settings, say
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.add_typer(cli_stats.app, name="stats")
 app.add_typer(cli_measure.app)
 app.add_typer(cli_study.app, name="study")
+app.add_typer(cli_train.app, name="train")
 
 Method = Annotated[str, typer.Option(help="memit, rome, ft, lora, ...; several separated by commas where that makes sense.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]

@@ -42,8 +42,7 @@ def mend(
     from .training import default_file
 
     chosen, base = facts_to_train_on(facts, without, limit, seed), MendTraining(layers=parse_layers(layers))
-    given = {"steps": steps, "minutes": minutes, "seed": seed}
-    plan = replace(base.plan, **{name: value for name, value in given.items() if value is not None})
+    plan = replace(base.plan, steps=steps or base.plan.steps, minutes=minutes, seed=seed)
     editable = load_model(model, dtype=dtype, say=say)
     path = output or default_file("mend", editable)
     _print(train_mend(editable, chosen, replace(base, plan=plan), path).report, path, as_json)
@@ -69,7 +68,7 @@ def serac(
 
     chosen, base = facts_to_train_on(facts, without, limit, seed), SeracTraining()
     gate, reader = (replace(plan, minutes=minutes, seed=seed) for plan in (base.gate, base.reader))
-    if steps is not None:
+    if steps:
         gate, reader = replace(gate, steps=2 * steps), replace(reader, steps=steps)
     editable = load_model(model, dtype=dtype, say=say)
     path = output or default_file("serac", editable)

@@ -89,6 +89,9 @@ class Edit:
         if unknown:
             raise EditError(f"{model.name} has no parameter {', '.join(unknown)}")
 
+    def is_applied(self, model: EditableModel) -> bool:
+        return self.key in model.ledger.active
+
     def apply(self, model: EditableModel) -> None:
         """Write it into the model's weights, rounded once to their dtype together with every other active edit.
 
@@ -96,7 +99,7 @@ class Edit:
             EditError: it is already applied, or belongs to another model.
         """
         self.check(model)
-        if self.key in model.ledger.active:
+        if self.is_applied(model):
             raise EditError(f"this {self.method} edit is already applied to {model.name}; undo it first")
         try:
             model.ledger.add_many(self.key, model.register(self.changes(model)))
@@ -109,7 +112,7 @@ class Edit:
         Raises:
             EditError: it is not applied to this model, or something else has changed the weights since.
         """
-        if self.key not in model.ledger.active:
+        if not self.is_applied(model):
             raise EditError(f"this {self.method} edit is not applied to {model.name}")
         try:
             model.ledger.remove(self.key)

@@ -88,7 +88,7 @@ class History:
                 f"the history belongs to a model with fingerprint {self.fingerprint[:12]}, but {model.name} has "
                 f"{model.fingerprint[:12]}: other weights or another dtype; start a new history for this model"
             )
-        absent = sum(edit.key not in model.ledger.active for edit in self.edits)
+        absent = sum(not edit.is_applied(model) for edit in self.edits)
         if absent:
             raise EditError(
                 f"{absent} of the history's {len(self)} edits are not applied to {model.name}: apply them "
@@ -109,7 +109,7 @@ class History:
     def replay(self, model: EditableModel) -> None:
         """Apply the edits that are not applied to `model` yet. Raises EditError when they are of another model."""
         for edit in self.edits:
-            if edit.key not in model.ledger.active:
+            if not edit.is_applied(model):
                 edit.apply(model)
 
     # -- on disk ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import checkpoint, edit, store
+from .editors import memory_edit, mend_network, serac_network
 from .errors import KnowEditError
 
 
@@ -42,6 +43,10 @@ def describe(path: Path) -> str:
         raise KnowEditError(f"{path} is damaged or not a safetensors file ({error})") from error
     if kind == edit.FORMAT:
         return _edit(edit.Edit.load(path))
+    if kind == memory_edit.FORMAT:
+        return _edit(memory_edit.MemoryEdit.load(path))
+    if kind in (mend_network.FORMAT, serac_network.FORMAT):
+        return _network(*edit.read_file(path, kind, "a network"))
     if kind == store.FORMAT:
         return _statistics(store.LayerStatistics.load(path))
     raise KnowEditError(f"{path} is a safetensors file, but not one of ours")
@@ -70,6 +75,19 @@ def _edit(made: edit.Edit) -> str:
         shape = f"dense {list(change.shape)}" if isinstance(change, Tensor) else f"rank {change[0].shape[1]}"
         lines.append(f"  {name}  {shape}")
     return "\n".join(lines + [f"  note: {warning}" for warning in made.warnings])
+
+
+def _network(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    report = header["report"]
+    return "\n".join(
+        [
+            f"{header['format'].partition('/')[0].removeprefix('knowedit-').upper()} network",
+            f"  model fingerprint  {header['fingerprint']}",
+            f"  trained on         {report['facts']['training']} facts, {report['seconds']:.0f} s",
+            f"  parameters         {report['trainable_parameters']:,}",
+            f"  validation         {report['validation']}",
+        ]
+    )
 
 
 def _statistics(found: store.LayerStatistics) -> str:

@@ -124,7 +124,8 @@ class Texts:
         """Some of the rows, padded to the longest and on to a multiple of `SHAPES`."""
         device = self._states[0].device
         states = torch.nn.utils.rnn.pad_sequence([self._states[i] for i in which], batch_first=True)
-        states = torch.nn.functional.pad(states, (0, 0, 0, min(-states.shape[1] % SHAPES, self.upper.longest - states.shape[1])))
+        room = min(-states.shape[1] % SHAPES, self.upper.longest - states.shape[1])
+        states = torch.nn.functional.pad(states, (0, 0, 0, room))
         places = [range(self._first(i), len(self._inputs[i])) for i in which]
         line = [number for number, span in enumerate(places) for _ in span]
         known = [self.rows[i].answer is not None for i in which]

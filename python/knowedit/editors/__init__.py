@@ -19,15 +19,19 @@ from .lora import LoRA as LoRA
 from .lora import RegularisedLoRA as RegularisedLoRA
 from .memit import MEMIT as MEMIT
 from .memit_merge import MEMITMerge as MEMITMerge
+from .memory_edit import MemoryEdit as MemoryEdit
+from .mend import MEND as MEND
 from .metake import MetaKE as MetaKE
 from .pmet import PMET as PMET
 from .recipe import LocateThenEdit as LocateThenEdit
 from .rome import ROME as ROME
 from .rose import RoSE as RoSE
+from .serac import SERAC as SERAC
 
 LOCATE: tuple[type[Editor], ...] = (MEMIT, ROME, EMMET, PMET, MEMITMerge, AlphaEdit, RoSE, MetaKE)
 GRADIENT: tuple[type[Editor], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
-EDITORS: dict[str, type[Editor]] = {editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT)}
+LEARNED: tuple[type[Editor], ...] = (MEND, SERAC)
+EDITORS: dict[str, type[Editor]] = {editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT, *LEARNED)}
 
 
 def make_editor(method: str, **settings: Any) -> Editor:

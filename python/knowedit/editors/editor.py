@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from ..edit import Edit
-from ..facts import Fact
+from ..errors import EditError
+from ..facts import Fact, check_facts
 from ..history import History
 from ..model import EditableModel
 from ..statistics import KeyStatistics
@@ -50,3 +51,13 @@ class Editor(ABC):
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers whose key statistics it uses; none for a method without statistics."""
         return ()
+
+
+def checked(facts: Sequence[Fact], model: EditableModel, history: History | None) -> list[Fact]:
+    """`facts`, when a method without keys can write them after those of the history. Raises FactError, EditError."""
+    facts = history.check_new(facts) if history else check_facts(list(facts))
+    if not facts:
+        raise EditError("there are no facts to write; give at least one")
+    if history is not None:
+        history.check(model)
+    return facts

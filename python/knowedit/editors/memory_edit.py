@@ -59,7 +59,13 @@ class MemoryEdit(Edit):
     def delta(self, layer: int) -> NoReturn:
         raise EditError(f"a {self.method} edit changes no weight, so it has no delta")
 
+    def tensors(self) -> NoReturn:
+        raise EditError(f"a {self.method} edit cannot be part of a history's file; save the edit itself")
+
     # -- on a model ---------------------------------------------------------------------------------------------
+
+    def is_applied(self, model: EditableModel) -> bool:
+        return model.memory is not None and self.key in model.memory.edits
 
     def apply(self, model: EditableModel) -> None:
         """Remember the facts.
@@ -70,9 +76,9 @@ class MemoryEdit(Edit):
         """
         self.check(model)
         memory = model.memory or Memory(model)
-        if self.key in memory.edits:
+        if self.is_applied(model):
             raise EditError(f"this {self.method} edit is already applied to {model.name}; undo it first")
-        memory.check()
+        refuse_edited_weights(model)
         if memory.edits and _bits(memory.network) != _bits(self.network):
             raise EditError("edits of different SERAC networks cannot be applied together; undo the others first")
         memory.edits[self.key] = self
@@ -81,7 +87,7 @@ class MemoryEdit(Edit):
     def undo(self, model: EditableModel) -> None:
         """Forget the facts; edits may be undone in any order. Raises EditError when it is not applied to this model."""
         memory = model.memory
-        if memory is None or self.key not in memory.edits:
+        if memory is None or not self.is_applied(model):
             raise EditError(f"this {self.method} edit is not applied to {model.name}")
         del memory.edits[self.key]
         model.memory = memory.changed() if memory.edits else None
@@ -124,20 +130,12 @@ class Memory:
         self._stored = None
         return self
 
-    def check(self) -> None:
-        """Raise EditError when weights are edited: the embeddings are of the unedited model, and so is what it would say."""
-        if self.model.ledger.active:
-            raise EditError(
-                "memory edits and edits of weights cannot be applied together: "
-                f"undo {', '.join(self.model.ledger.active)}, or the memory edits"
-            )
-
     def route(self, prompts: Sequence[str]) -> list[str | None]:
         """What to ask the counterfactual model instead of each prompt; None: out of scope, the base answers.
 
         One encoding a prompt and one matrix product. Where facts are equally close the one applied last wins.
         """
-        self.check()
+        refuse_edited_weights(self.model)
         if self._stored is None:
             newest = list(self.edits.values())[::-1]
             stored = torch.cat([edit.embeddings for edit in newest]).to(self.model.device)
@@ -153,6 +151,15 @@ class Memory:
         """The model is the counterfactual one within the block."""
         with self.model.virtual(self.network.adapter):
             yield
+
+
+def refuse_edited_weights(model: EditableModel) -> None:
+    """Raise EditError when weights are edited: embeddings, and what the base would say, are of the unedited model."""
+    if model.ledger.active:
+        raise EditError(
+            "memory edits and edits of weights cannot be in force together: "
+            f"undo {', '.join(model.ledger.active)}, or the memory edits"
+        )
 
 
 def _bits(network: SeracNetwork) -> bytes:

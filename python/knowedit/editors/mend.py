@@ -14,12 +14,13 @@ from torch import Tensor
 from knowedit_kernels.lowrank import Change
 
 from ..edit import Edit, relative_norm
-from ..facts import Fact, check_facts
+from ..facts import Fact
 from ..history import History
 from ..model import EditableModel
+from ..peak import peak_memory
 from ..statistics import KeyStatistics
 from ..upper import Texts
-from .editor import Editor
+from .editor import Editor, checked
 from .mend_network import MendNetwork, token_factors
 
 NEGLIGIBLE = 1e-6  # singular values below this share of the largest are left out
@@ -43,16 +44,22 @@ class MEND(Editor):
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
         *, history: History | None = None, progress: bool = True,
     ) -> Edit:  # fmt: skip
-        """See `Editor.compute`. Raises EditError for a network that is missing or of another model."""
-        facts = history.check_new(facts) if history else check_facts(list(facts))
+        """As `Editor.compute`; there are no keys, so a history's facts are only checked, and statistics not used.
+
+        Raises:
+            EditError: also for a network that is missing, not trained or of another model.
+        """
+        facts = checked(facts, model, history)
         found = self.network
         network = found if isinstance(found, MendNetwork) else MendNetwork.load(found, model)
         network.check(model)
-        start = time.perf_counter()
-        texts = Texts(model, [model.row(fact.text, answer=fact.target) for fact in facts], network.first)
-        tokens = token_factors(texts, texts.batch(range(len(facts))), network.weights)
-        with torch.no_grad():
-            pairs = {name: compressed(self.scale * u, v) for name, (u, v) in network.factors(tokens).items()}
+        start, rows = time.perf_counter(), [model.row(fact.text, answer=fact.target) for fact in facts]
+        with peak_memory(model.device) as peak:
+            texts = Texts(model, rows, network.first, clean=False)
+            tokens = token_factors(texts, texts.batch(range(len(facts))), network.weights)
+            with torch.no_grad():
+                pairs = {name: compressed(self.scale * u, v) for name, (u, v) in network.factors(tokens).items()}
+            seconds, memory = time.perf_counter() - start, peak()
         names = {model.layout.weight_name(layer): layer for layer in range(len(model.layers))}
         changes = {f"{name}.weight": pair for name, pair in pairs.items()}
         parameters = dict(model.hf.named_parameters())
@@ -60,7 +67,7 @@ class MEND(Editor):
             "settings": {"weights": list(network.weights), "scale": self.scale},
             "ranks": {name: pair[0].shape[1] for name, pair in changes.items()},
             "relative_norm": {str(names.get(n, n)): relative_norm(parameters[n], pair) for n, pair in changes.items()},
-            "seconds": time.perf_counter() - start, "trainable_parameters": network.trainable, "warnings": [],
+            "seconds": seconds, "peak_memory_bytes": memory, "trainable_parameters": network.trainable, "warnings": [],
         }  # fmt: skip
         factors = {names[name]: pair for name, pair in changes.items() if name in names}
         others: dict[str, Change] = {name: pair for name, pair in changes.items() if name not in names}

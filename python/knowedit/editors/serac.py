@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from ..facts import Fact, check_facts
+from ..facts import Fact
 from ..history import History
 from ..model import EditableModel
+from ..peak import peak_memory
 from ..statistics import KeyStatistics
-from .editor import Editor
-from .memory_edit import MemoryEdit
+from .editor import Editor, checked
+from .memory_edit import MemoryEdit, refuse_edited_weights
 from .serac_network import SeracNetwork
 
 
@@ -34,12 +36,24 @@ class SERAC(Editor):
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
         *, history: History | None = None, progress: bool = True,
     ) -> MemoryEdit:  # fmt: skip
-        """See `Editor.compute`. Raises EditError for a network that is missing or of another model."""
-        facts = history.check_new(facts) if history else check_facts(list(facts))
+        """As `Editor.compute`; there are no keys, so a history's facts are only checked, and statistics not used.
+
+        Raises:
+            EditError: also for a network that is missing, not trained or of another model, and while weights are edited.
+        """
+        facts = checked(facts, model, history)
         found = self.network
         network = found if isinstance(found, SeracNetwork) else SeracNetwork.load(found, model)
         network.check(model)
         if self.threshold is not None:
             network = replace(network, threshold=self.threshold)
-        report = {"settings": {"layer": network.layer, "threshold": network.threshold}, "warnings": []}
-        return MemoryEdit(network, network.embed(model, [fact.text for fact in facts]), facts, report, self.name)
+        refuse_edited_weights(model)
+        start = time.perf_counter()
+        with peak_memory(model.device) as peak:
+            embeddings = network.embed(model, [fact.text for fact in facts])
+            memory = peak()
+        report = {
+            "settings": {"layer": network.layer, "threshold": network.threshold}, "seconds": time.perf_counter() - start,
+            "peak_memory_bytes": memory, "trainable_parameters": network.report["trainable_parameters"], "warnings": [],
+        }  # fmt: skip
+        return MemoryEdit(network, embeddings, facts, report, self.name)
