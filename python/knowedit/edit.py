@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,6 +49,8 @@ class Edit:
     report: dict[str, Any] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
     others: dict[str, Change] = field(default_factory=dict, repr=False)
+
+    format: ClassVar[str] = FORMAT
 
     @property
     def warnings(self) -> list[str]:
@@ -155,8 +157,9 @@ class Edit:
         Raises:
             EditError: the file is missing, damaged or of another kind.
         """
-        header, tensors = read_file(path, FORMAT, "an edit")
-        return cls.of(header, tensors, header["fingerprint"])
+        kinds = {kind.format: kind for kind in (cls, *cls.__subclasses__())}
+        header, tensors = read_file(path, tuple(kinds), "an edit")
+        return kinds[header["format"]].of(header, tensors, header["fingerprint"])
 
     @classmethod
     def of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor], fingerprint: str) -> Edit:
@@ -224,13 +227,13 @@ def relative_norm(weight: Tensor, change: Change) -> float:
     return float(size.cpu() / weight.norm(dtype=torch.float64).cpu())
 
 
-def read_file(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_file(path: str | Path, kind: str | tuple[str, ...], what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A safetensors file of ours: its JSON header and tensors.
 
     Raises:
-        EditError: missing, damaged, or not of `kind`.
+        EditError: missing, damaged, or not of `kind` (one of several).
     """
-    path = Path(path)
+    path, kinds = Path(path), (kind,) if isinstance(kind, str) else kind
     if not path.is_file():
         raise EditError(f"{path}: there is no such file")
     try:
@@ -239,6 +242,6 @@ def read_file(path: str | Path, kind: str, what: str) -> tuple[dict[str, Any], d
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise EditError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
-    if header.get("format") != kind:
-        raise EditError(f"{path} is not {what} of this version (format {header.get('format')!r}, expected {kind!r})")
+    if header.get("format") not in kinds:
+        raise EditError(f"{path} is not {what} of this version (format {header.get('format')!r}, expected {kinds[0]!r})")
     return header, tensors

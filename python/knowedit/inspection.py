@@ -41,10 +41,8 @@ def describe(path: Path) -> str:
             kind = json.loads((file.metadata() or {}).get("knowedit", "{}")).get("format")
     except (SafetensorError, json.JSONDecodeError) as error:
         raise KnowEditError(f"{path} is damaged or not a safetensors file ({error})") from error
-    if kind == edit.FORMAT:
+    if kind in (edit.FORMAT, memory_edit.FORMAT):
         return _edit(edit.Edit.load(path))
-    if kind == memory_edit.FORMAT:
-        return _edit(memory_edit.MemoryEdit.load(path))
     if kind in (mend_network.FORMAT, serac_network.FORMAT):
         return _network(*edit.read_file(path, kind, "a network"))
     if kind == store.FORMAT:

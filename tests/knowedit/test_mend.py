@@ -1,5 +1,6 @@
 """MEND: gradients as token factors, the hyper-network, its training, resuming it, and the edits it makes."""
 
+import json
 import math
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from knowedit.editors.mend_network import MendNetwork, token_factors
 from knowedit.editors.mend_training import MendTraining, train_mend
 from knowedit.errors import EditError
 from knowedit.examples import examples, split
-from knowedit.facts import Fact, Probe
+from knowedit.facts import Fact, Probe, write_facts
 from knowedit.training import Plan, train
 from knowedit.upper import Texts, Upper
 
@@ -315,3 +316,42 @@ def test_without_a_file_the_network_of_the_cache_is_used(tiny_llama, tmp_path, m
     )
     named, found = MEND(network).compute(tiny_llama, FACTS[:1]), MEND().compute(tiny_llama, FACTS[:1])
     assert named.key == found.key and set(found.factors) == {3}
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+
+def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, monkeypatch, capsys):
+    from knowedit.cli import main
+
+    tiny_llama.hf.save_pretrained(tmp_path / "model")
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
+    for name, facts in (("told", FACTS), ("asked", [Fact("{} lives in", "Zora", "Oslo")]), ("tested", FACTS[:2])):
+        write_facts(tmp_path / f"{name}.jsonl", facts)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(own_cache))
+
+    def knowedit(*arguments, code=0):
+        monkeypatch.setattr("sys.argv", ["knowedit", *arguments])
+        capsys.readouterr()
+        try:
+            main()
+            left = 0
+        except SystemExit as stop:
+            left = stop.code or 0
+        said = capsys.readouterr()
+        assert left == code, said.out + said.err
+        return said.out if code == 0 else said.err
+
+    assert "knowedit train mend model" in knowedit("edit", "model", "asked.jsonl", "--method", "mend", "-o", "e", code=1)
+    report = json.loads(
+        knowedit("train", "mend", "model", "--facts", "told.jsonl", "--without", "tested.jsonl", "--steps", "2", "--json")
+    )
+    assert report["steps"] == 2 and sum(report["facts"].values()) == len(FACTS) - 2
+    assert "1 facts" in knowedit("edit", "model", "asked.jsonl", "--method", "mend", "-o", "e")
+    assert "MEND edit" in knowedit("inspect", "e")
+    assert "saved to s" in knowedit("train", "serac", "model", "--facts", "told.jsonl", "--steps", "1", "-o", "s")
+    asked = ("edit", "model", "asked.jsonl", "--method", "serac", "--setting", 'network="s"', "-o", "m")
+    assert "1 facts" in knowedit(*asked)
+    assert "changes no weight" in knowedit("apply", "model", "m", "-o", "folder", code=1)
+    assert "too few" in knowedit("train", "mend", "model", "--facts", "asked.jsonl", "-o", "n", code=1)

@@ -157,7 +157,8 @@ def test_edits_of_different_networks_are_refused(tiny_llama):
 
 def test_a_saved_edit_needs_nothing_else(tiny_llama, tmp_path):
     made = SERAC(network_of(tiny_llama)).compute(tiny_llama, FACTS[:2])
-    found = MemoryEdit.load(made.save(tmp_path / "e"))
+    found = Edit.load(made.save(tmp_path / "e"))
+    assert isinstance(found, MemoryEdit)
     assert found.key == made.key and found.facts == made.facts and found.report == made.report
     prompts = [FACTS[0].text, OTHER]
     with made.applied_to(tiny_llama):
@@ -165,8 +166,10 @@ def test_a_saved_edit_needs_nothing_else(tiny_llama, tmp_path):
     with found.applied_to(tiny_llama):
         assert tiny_llama.generate(prompts, 4) == wanted
     assert FACTS[0].text in describe(tmp_path / "e")
+    factors = {2: (torch.ones(tiny_llama.hidden, 1), torch.ones(tiny_llama.d_ff, 1))}
+    Edit("MEMIT", factors, [], tiny_llama.fingerprint).save(tmp_path / "w")
     with pytest.raises(EditError, match="not an edit of this version"):
-        Edit.load(tmp_path / "e")
+        MemoryEdit.load(tmp_path / "w")
 
 
 def test_it_is_evaluated_like_any_other_edit(tiny_llama):

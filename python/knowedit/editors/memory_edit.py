@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..edit import Edit, read_file
+from ..edit import Edit
 from ..errors import EditError
 from ..facts import Fact
 from ..files import atomic_file
@@ -35,6 +35,8 @@ class MemoryEdit(Edit):
         network: with which it was made; saved with the edit.
         embeddings: `[facts, size]` float32.
     """
+
+    format: ClassVar[str] = FORMAT
 
     def __init__(
         self, network: SeracNetwork, embeddings: Tensor, facts: Sequence[Fact], report: dict[str, Any], method: str = "SERAC"
@@ -97,8 +99,8 @@ class MemoryEdit(Edit):
     def save(self, path: str | Path) -> Path:
         """Write facts, embeddings and network to one safetensors file, atomically."""
         header = {
-            "format": FORMAT, "method": self.method, "report": self.report, "network": self.network.header(),
-            "facts": [fact.to_dict() for fact in self.facts],
+            "format": FORMAT, "method": self.method, "fingerprint": self.fingerprint, "report": self.report,
+            "network": self.network.header(), "facts": [fact.to_dict() for fact in self.facts],
         }  # fmt: skip
         tensors = self.network.tensors() | {"embeddings": self.embeddings.contiguous().cpu()}
         with atomic_file(path) as temporary:
@@ -106,12 +108,10 @@ class MemoryEdit(Edit):
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> MemoryEdit:
-        """Read a file written by `save`. Raises EditError when it is missing, damaged or of another kind."""
-        header, tensors = read_file(path, FORMAT, "a memory edit")
-        facts = [Fact.from_dict(fact) for fact in header["facts"]]
-        network = SeracNetwork.of(header["network"], tensors)
-        return cls(network, tensors["embeddings"], facts, header["report"], header["method"])
+    def of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor], fingerprint: str) -> MemoryEdit:
+        """From what `save` writes."""
+        facts = [Fact.from_dict(fact) for fact in about["facts"]]
+        return cls(SeracNetwork.of(about["network"], tensors), tensors["embeddings"], facts, about["report"], about["method"])
 
 
 @dataclass

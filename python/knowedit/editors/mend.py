@@ -71,7 +71,8 @@ class MEND(Editor):
         }  # fmt: skip
         factors = {names[name]: pair for name, pair in changes.items() if name in names}
         others: dict[str, Change] = {name: pair for name, pair in changes.items() if name not in names}
-        return Edit(self.name, factors, list(facts), model.fingerprint, report, others=others)
+        keys = {names[n]: tokens[n.removesuffix(".weight")][0] for n in changes if n in names}
+        return Edit(self.name, factors, facts, model.fingerprint, report, keys, others)
 
 
 def compressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
