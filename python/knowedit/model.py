@@ -313,7 +313,12 @@ class EditableModel:
         return self._remembered(prompts, found, lambda _, asked: self._generate(asked, max_new_tokens, batch))
 
     def _generate(self, prompts: Sequence[str], max_new_tokens: int, batch: int) -> list[str]:
-        texts: list[str] = []
+        return self.tokenizer.batch_decode(self.continuations(prompts, max_new_tokens, batch), skip_special_tokens=True)
+
+    @torch.no_grad()
+    def continuations(self, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 16) -> list[list[int]]:
+        """Greedy continuations as tokens, without the padding behind the end of a text; memory edits have no part in them."""
+        found: list[list[int]] = []
         fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         for start in range(0, len(prompts), batch):
             rows = [self.row(p).ids for p in prompts[start : start + batch]]
@@ -323,8 +328,10 @@ class EditableModel:
             out = self.hf.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill
             )
-            texts += self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        return texts
+            new = out[:, width:]
+            sizes = (new != fill).int().cumsum(1).argmax(1) + (new != fill).any(1)  # up to the last token that is no filling
+            found += [row[:size] for row, size in zip(new.tolist(), sizes.tolist())]
+        return found
 
     def _remembered(self, prompts: Sequence[str], found: list, ask: Callable[[list[int], list[str]], list]) -> list:
         """`found`, with the counterfactual model's results where a prompt is in the scope of a memory edit.

@@ -64,9 +64,9 @@ class GradientEditor(Editor):
     budget: int = 1024
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or (self.draw is not None and self.draw < 1):
+        if self.steps < 1 or not self.lr > 0 or (self.draw is not None and self.draw < 1):
             raise EditError(f"steps, lr and draw must be positive, got {self.steps}, {self.lr}, {self.draw}")
-        if min(self.decay, self.stability, self.kl) < 0:
+        if not min(self.decay, self.stability, self.kl) >= 0:
             raise EditError(f"decay, stability and kl must not be negative: {self.decay}, {self.stability}, {self.kl}")
 
     @abstractmethod
@@ -114,8 +114,8 @@ class GradientEditor(Editor):
             "seconds": time.perf_counter() - begun, "loss": found["answers"][0], "lead": found["answers"][1],
             "terms": {name: loss for name, (loss, _) in found.items()},
         }  # fmt: skip
-        own = dict(model.hf.named_parameters())
-        report["relative_norm"] = {name: relative_norm(own[name], change) for name, change in changes.items()}
+        matrices = {name: weight for name, weight in model.hf.named_parameters() if name in changes and weight.ndim == 2}
+        report["relative_norm"] = {name: relative_norm(weight, changes[name]) for name, weight in matrices.items()}
         report["warnings"] = _warnings(report)
         return Edit(self.name, {}, facts, fingerprint, report, others=changes)
 
@@ -135,7 +135,7 @@ class GradientEditor(Editor):
                                 f"{self.steps}; nothing was changed: lower lr (now {self.lr})"
                             )
                         if name == "answers":
-                            seen[:, found.texts] = torch.stack([found.loss.detach(), found.lead]).cpu()
+                            seen[:, found.texts] = torch.stack([found.loss.detach(), found.lead]).float().cpu()
                         (term.weight / len(texts) * found.loss.sum()).backward()
                 if self._rests(seen):
                     return step

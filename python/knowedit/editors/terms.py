@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import EditError
 from ..facts import Probe
 from ..model import EditableModel
 from ..tokens import Row, batches
-from .trainable import Forward, Trainable
+from .trainable import Forward, Trainable, at_least_float32
 
 
 class Found(NamedTuple):
@@ -36,6 +37,8 @@ class Term(ABC):
         self, model: EditableModel, rows: Sequence[Row], weight: float = 1.0, draw: int | None = None, budget: int = 1024
     ) -> None:
         self.model, self.rows, self.weight, self.budget = model, list(rows), weight, budget
+        if not self.rows:
+            raise EditError("there are no texts to train on")
         self.draw = min(draw or len(self.rows), len(self.rows))
 
     @abstractmethod
@@ -63,7 +66,7 @@ class Term(ABC):
             loss, wanted = self.judge(logits, mine)
             best, own = logits.detach().topk(2).values, logits.detach().gather(1, wanted[:, None])[:, 0]
             lead = own - torch.where(own == best[:, 0], best[:, 1], best[:, 0])
-            mean = torch.zeros(len(mine), device=loss.device).index_add(0, line, loss) / torch.bincount(line)
+            mean = loss.new_zeros(len(mine)).index_add(0, line, loss) / torch.bincount(line)
             yield Found(mine, mean, torch.full_like(mean, torch.inf).scatter_reduce(0, line, lead, "amin"))
 
 
@@ -103,7 +106,7 @@ class Kept(Term):
 
     def judge(self, logits: Tensor, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            clean = self.model.head(torch.cat([self.clean[i] for i in texts])).float().log_softmax(-1)
+            clean = at_least_float32(self.model.head(torch.cat([self.clean[i] for i in texts]))).log_softmax(-1)
         return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1), clean.argmax(-1)
 
 
@@ -112,13 +115,8 @@ def continued(model: EditableModel, texts: Sequence[str | Probe], tokens: int) -
     probes = [Probe(text) if isinstance(text, str) else text for text in texts]
     rows = [model.row(probe.prompt, answer=probe.answer) for probe in probes if probe.answer is not None]
     open_ended = [probe.prompt for probe in probes if probe.answer is None]
-    for prompt, more in zip(open_ended, model.generate(open_ended, tokens)):
-        found = model.tokenizer(prompt + more, return_offsets_mapping=True)
-        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
-        first = next((i for i, end in enumerate(ends) if end > len(prompt)), 0)
-        if first > 0:
-            rows.append(Row(ids, answer=first))
-    return rows
+    own = zip([model.row(prompt).ids for prompt in open_ended], model.continuations(open_ended, tokens))
+    return rows + [Row(ids + more, answer=len(ids)) for ids, more in own if more]
 
 
 def _scored(model: EditableModel, texts: Sequence[tuple[Sequence[int], range]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -64,7 +64,7 @@ class Forward(nn.Module):
         return self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[line, place]
 
     def forward(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        return self.head(self.hidden(ids, line, place)).float()
+        return at_least_float32(self.head(self.hidden(ids, line, place)))
 
 
 class Weights(Trainable):
@@ -79,7 +79,7 @@ class Weights(Trainable):
         super().__init__(model)
         own = dict(model.hf.named_parameters())
         self.bound, self.start = bound, {name: own[name] for name in names}
-        self.leaves = {name: weight.detach().float().clone().requires_grad_() for name, weight in self.start.items()}
+        self.leaves = {name: at_least_float32(weight.detach()).clone().requires_grad_() for name, weight in self.start.items()}
 
     def logits(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
         inside = {f"hf.{name}": leaf.to(self.start[name].dtype) for name, leaf in self.leaves.items()}
@@ -130,6 +130,8 @@ class Adapter(Trainable):
             self.__exit__(type(error), error, None)
             raise
         self.leaves = {name: leaf for name, leaf in self.model.hf.named_parameters() if leaf.requires_grad}
+        for leaf in self.leaves.values():
+            leaf.data = at_least_float32(leaf.data)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -150,5 +152,13 @@ class Adapter(Trainable):
         found: dict[str, Change] = {}
         for name, layer in self.layers.items():
             up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-            found[f"{name}.weight"] = (layer.scaling["default"] * up).float().clone(), down.T.float().contiguous().clone()
+            found[f"{name}.weight"] = (
+                (layer.scaling["default"] * up).clone(),
+                down.T.contiguous(),
+            )
         return found
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

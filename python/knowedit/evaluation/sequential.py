@@ -34,7 +34,7 @@ class Point:
         measures: `{kind: {measure: Estimate}}` of facts written so far, as in `Evaluation`.
         drift: of the next-word distribution after ordinary prompts, against the unedited model.
         perplexity: on held-out text; None without text.
-        norm: largest |sum of the updates| / |W| over the changed weights.
+        norm: largest |sum of the updates| / |W| over the changed matrices.
         gain: lowest gain of any batch so far; 1 for methods without.
         seconds: spent on computing and applying edits so far.
     """
@@ -137,12 +137,13 @@ def write_in_sequence(session: Session, watch: Watch, batch: int, every: int, *,
 
 
 def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[str, float]:
-    """`|sum of the updates|_F / |W|_F` per changed weight, W without them; low-rank sums are not formed."""
+    """`|sum of the updates|_F / |W|_F` per changed matrix, W without them; low-rank sums are not formed."""
     changes = [edit.changes(model) for edit in edits]
-    weights = dict(model.hf.named_parameters())
+    named = {name for change in changes for name in change}
     return {
-        name: _total_norm(weights[name], [change[name] for change in changes if name in change], is_transposed(model.hf, name))
-        for name in sorted({name for change in changes for name in change})
+        name: _total_norm(weight, [change[name] for change in changes if name in change], is_transposed(model.hf, name))
+        for name, weight in model.hf.named_parameters()
+        if name in named and weight.ndim == 2
     }
 
 
@@ -153,7 +154,7 @@ def _total_norm(weight: Tensor, parts: Sequence[Change], transposed: bool) -> fl
         pairs = [part for part in parts if not isinstance(part, Tensor)]
         products = [right @ left.T if transposed else left @ right.T for left, right in pairs]
         total = sum(part.to(now) for part in [*dense, *products])
-        return float(total.norm() / (now - total).norm().clamp(min=1e-150))  # type: ignore[union-attr]
+        return float(total.norm() / (now - total).norm())  # type: ignore[union-attr]
     now = now.T if transposed else now
     left, right = (torch.cat([part[i] for part in parts], 1).to(now) for i in range(2))
     square = float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0))
