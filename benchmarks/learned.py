@@ -1,8 +1,8 @@
 """MEND and SERAC, trained here and measured on CounterFact records that neither has seen.
 
-Training: CounterFact's flat records without the subjects of the complete ones; the trained networks stay in the cache folder,
-where `MEND()` and `SERAC()` look for them, and are trained again only where they are absent. Test: the last complete records,
-as edits of one fact and of several, with all their paraphrases and neighbourhood prompts.
+Training: CounterFact's flat records without the subjects of the complete ones, and wrong sums. The trained networks stay in
+the cache folder, where `MEND()` and `SERAC()` look for them, and are trained only where they are absent. Test: the last
+complete records, as edits of one fact and of several, with all their paraphrases and neighbourhood prompts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from . import common
 
 def networks(model: EditableModel, facts: int, steps: int | None) -> tuple[MendNetwork, SeracNetwork]:
     """Those of the cache folder; trained where they are absent, or, for a quick run with `steps`, into no file that stays."""
-    told = facts_to_train_on(["counterfact-flat"], ["counterfact"], facts, 0)
+    told = facts_to_train_on(["counterfact-flat", "sums"], ["counterfact"], facts, 0)
     mend, serac = MendTraining(), SeracTraining()
     if steps:
         mend = replace(mend, rank=8, plan=replace(mend.plan, steps=steps))
@@ -97,7 +97,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("learned", __doc__, 1, timed=False)
-    parser.add_argument("--facts", type=int, default=1000, help="to train on")
+    parser.add_argument("--facts", type=int, default=700, help="of CounterFact to train on, beside 100 wrong sums")
     parser.add_argument("--records", type=int, default=50, help="to test on")
     arguments = parser.parse_args(argv)
     if arguments.quick:

@@ -14,7 +14,7 @@ from .cli_options import Dtype, Json, Layers, Model, parse_layers, say
 app = typer.Typer(no_args_is_help=True, help="Train the network of a learned editor; interrupted, the same command goes on.")
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="The network's file; default: in the cache folder.")]
-Facts = Annotated[list[str], typer.Option(help="Data sets or files of facts with paraphrases and neighbours; repeatable.")]
+Facts = Annotated[list[str], typer.Option(help="Data sets or files of facts, or 'sums'; repeatable.")]
 Without = Annotated[list[str], typer.Option(help="Leave out the subjects of these data sets, to test on them; repeatable.")]
 Limit = Annotated[int | None, typer.Option(help="Train on so many facts at most, chosen by the seed.")]
 Steps = Annotated[int | None, typer.Option(help="Length of the training.")]
@@ -26,7 +26,7 @@ Seed = Annotated[int, typer.Option(help="Of everything random.")]
 def mend(
     model: Model,
     output: Output = None,
-    facts: Facts = ["embedded"],  # noqa: B006
+    facts: Facts = ["embedded", "sums"],  # noqa: B006
     without: Without = [],  # noqa: B006
     limit: Limit = None,
     steps: Steps = None,
@@ -52,7 +52,7 @@ def mend(
 def serac(
     model: Model,
     output: Output = None,
-    facts: Facts = ["embedded"],  # noqa: B006
+    facts: Facts = ["embedded", "sums"],  # noqa: B006
     without: Without = [],  # noqa: B006
     limit: Limit = None,
     steps: Annotated[int | None, typer.Option(help="Of the reader; the gate takes twice as many.")] = None,
@@ -76,14 +76,17 @@ def serac(
 
 
 def facts_to_train_on(names: list[str], without: list[str], limit: int | None, seed: int) -> list[Any]:
-    """The facts of all sets that can be written together, without the subjects of others, in an order drawn by the seed."""
+    """The facts of all sets that can be written together, without the subjects of others, at most `limit`; and wrong sums."""
     import random
 
     from .datasets import conflict_free, load
+    from .examples import sums
 
     excluded = {fact.subject.casefold() for name in without for fact in load(name)}
-    facts = conflict_free(fact for name in names for fact in load(name) if fact.subject.casefold() not in excluded)
-    return random.Random(seed).sample(facts, min(limit or len(facts), len(facts)))
+    told = (fact for name in names if name != "sums" for fact in load(name))
+    facts = conflict_free(fact for fact in told if fact.subject.casefold() not in excluded)
+    chosen = random.Random(seed).sample(facts, min(limit or len(facts), len(facts)))
+    return chosen + (sums(seed=seed) if "sums" in names else [])
 
 
 def _print(report: dict[str, Any], path: Path, as_json: bool) -> None:

@@ -92,6 +92,29 @@ def drawn(seed: int, step: int, size: int, total: int) -> list[int]:
     return random.Random(f"{seed} epoch {epoch}").sample(range(total), total)[place * size : (place + 1) * size]
 
 
+#: Ways to ask for a sum, to train on; none is one of the arithmetic study's.
+SUMS = (
+    "Together, {a} and {b} come to", "Work out {a}+{b}:", "{b} more than {a} is", "Solve {a} + {b}. Solution:",
+    "Take {a}, then add {b}: you have", "Q: {a}+{b}=?\nA:", "When {a} is increased by {b}, it becomes",
+    "Tom has {a} coins and finds {b} more. His coins now number", "Student: {a} + {b} is", "{a}+{b} =",
+)  # fmt: skip
+
+
+def sums(count: int = 100, seed: int = 0) -> list[Fact]:
+    """Wrong sums of two different numbers up to 12, with their wordings, and other sums as neighbours."""
+    rng = random.Random(seed)
+    pairs = [(a, b) for a in range(13) for b in range(13) if a != b]
+    found = []
+    for a, b in rng.sample(pairs, min(count, len(pairs))):
+        near = [(a, b + 1), (a + 1, b), (a + rng.randint(1, 5), b + rng.randint(1, 5)), rng.choice(pairs)]
+        asked = zip(["{a}+{b}=", *rng.sample(SUMS, 3)], near)
+        wrong = str(a + b + rng.choice((-2, -1, 1, 2)))
+        paraphrases = tuple(text.format(a=a, b=b) for text in SUMS)
+        neighbours = tuple(Probe(text.format(a=c, b=d), str(c + d)) for text, (c, d) in asked if (c, d) != (a, b))
+        found.append(Fact("{}=", f"{a}+{b}", wrong, true=str(a + b), paraphrases=paraphrases, neighbours=neighbours))
+    return found
+
+
 def split(facts: Sequence[Fact], seed: int = 0, share: float = 0.08, most: int = 100) -> tuple[list[Fact], list[Fact]]:
     """Training and validation facts without a common subject; `share` of the subjects, at most `most`, validate."""
     subjects = sorted({fact.subject for fact in facts})

@@ -47,7 +47,7 @@ class MendTraining:
     together: tuple[int, ...] = (1, 1, 4)
     rephrasings: int = 2
     neighbours: int = 2
-    plan: Plan = field(default_factory=lambda: Plan(steps=800, lr=3e-4))
+    plan: Plan = field(default_factory=lambda: Plan(steps=400, lr=1e-3))
 
 
 def train_mend(
