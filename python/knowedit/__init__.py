@@ -4,8 +4,10 @@ what it changed."""
 from .edit import Edit as Edit
 from .editors import EMMET as EMMET
 from .editors import MEMIT as MEMIT
+from .editors import MEND as MEND
 from .editors import PMET as PMET
 from .editors import ROME as ROME
+from .editors import SERAC as SERAC
 from .editors import AlphaEdit as AlphaEdit
 from .editors import MEMITMerge as MEMITMerge
 from .editors import MetaKE as MetaKE
