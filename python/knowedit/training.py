@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ class Course:
     curve: list[list[float]] = field(default_factory=list)
     best: float = math.inf
     running: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+
+def stamp(fingerprint: str, settings: Any, *material: object) -> str:
+    """Names a training by model, settings (a dataclass; its plans' minutes do not count) and what it is trained on."""
+    timeless = {name: replace(v, minutes=None) if isinstance(v, Plan) else v for name, v in vars(settings).items()}
+    return hashlib.blake2b(repr((fingerprint, timeless, material)).encode(), digest_size=16).hexdigest()
 
 
 def default_file(kind: str, model: EditableModel) -> Path:

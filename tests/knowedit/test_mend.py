@@ -2,17 +2,20 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from knowedit.cli_train import facts_to_train_on
 from knowedit.edit import Edit
+from knowedit.editors import mend
 from knowedit.editors.mend import MEND, compressed
 from knowedit.editors.mend_network import MendNetwork, token_factors
 from knowedit.editors.mend_training import MendTraining, train_mend
 from knowedit.errors import EditError
-from knowedit.examples import examples, split
+from knowedit.examples import examples, split, sums
 from knowedit.facts import Fact, Probe, write_facts
 from knowedit.training import Plan, train
 from knowedit.upper import Texts, Upper
@@ -122,10 +125,11 @@ def test_grouped_factors_are_the_edits_of_the_groups(tiny):
         torch.testing.assert_close(together[mine], alone[mine], rtol=1e-3, atol=1e-3)
 
 
-def test_edits_of_several_facts_are_summed(tiny):
+def test_edits_of_several_facts_are_summed(tiny, monkeypatch):
     network = MendNetwork.new(tiny, LAYERS, 4)
     network.start_at(0.01)
     network.report = {"steps": 0}
+    monkeypatch.setattr(mend, "AT_ONCE", 1)  # several chunks
     editor = MEND(network, scale=0.5)
     one, two, both = (editor.compute(tiny, facts) for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]))
     for layer in LAYERS:
@@ -262,6 +266,24 @@ def test_examples_ask_for_the_fact_and_leave_neighbours():
         others = [probe for probe in example.neighbours if probe.answer]
         assert others and all(fact.subject not in probe.prompt and probe.answer == "Kiev" for probe in others)
         assert any(fact.subject in probe.prompt for probe in example.neighbours)
+
+
+def test_sums_are_wrong_and_their_neighbours_right():
+    found = sums(30, seed=1)
+    assert found == sums(30, seed=1) != sums(30, seed=2) and len({fact.subject for fact in found}) == 30
+    for fact in found:
+        a, b = map(int, fact.subject.split("+"))
+        assert fact.text == f"{a}+{b}=" and a != b and int(fact.true) == a + b != int(fact.target)
+        assert len(fact.paraphrases) > 5 and all(str(a) in text and str(b) in text for text in fact.paraphrases)
+        for probe in fact.neighbours:
+            numbers = [int(n) for n in re.findall(r"\d+", probe.prompt)]
+            assert sum(numbers) == int(probe.answer) and fact.subject not in probe.prompt.split("=")[0].split()
+
+
+def test_the_facts_to_train_on_leave_the_tested_subjects_out(tmp_path):
+    write_facts(tmp_path / "a.jsonl", FACTS), write_facts(tmp_path / "b.jsonl", FACTS[:2])
+    found = facts_to_train_on([str(tmp_path / "a.jsonl"), "sums"], [str(tmp_path / "b.jsonl")], 7, seed=0)
+    assert len(found) == 107 and set(found[:7]) <= set(FACTS[2:]) and found[7:] == sums()
 
 
 def test_training_and_validation_share_no_subject():

@@ -21,8 +21,9 @@ from ..peak import peak_memory
 from ..statistics import KeyStatistics
 from ..upper import Texts
 from .editor import Editor, checked
-from .mend_network import MendNetwork, token_factors
+from .mend_network import MendNetwork, Tokens, token_factors
 
+AT_ONCE = 64  # facts in a backward pass
 NEGLIGIBLE = 1e-6  # singular values below this share of the largest are left out
 
 
@@ -56,9 +57,10 @@ class MEND(Editor):
         start, rows = time.perf_counter(), [model.row(fact.text, answer=fact.target) for fact in facts]
         with peak_memory(model.device) as peak:
             texts = Texts(model, rows, network.first, clean=False)
-            tokens = token_factors(texts, texts.batch(range(len(facts))), network.weights)
+            chunks = (range(at, min(at + AT_ONCE, len(facts))) for at in range(0, len(facts), AT_ONCE))
+            tokens = [token_factors(texts, texts.batch(chunk), network.weights) for chunk in chunks]
             with torch.no_grad():
-                pairs = {name: compressed(self.scale * u, v) for name, (u, v) in network.factors(tokens).items()}
+                pairs = {name: self._pair(network, name, tokens) for name in network.weights}
             seconds, memory = time.perf_counter() - start, peak()
         names = {model.layout.weight_name(layer): layer for layer in range(len(model.layers))}
         changes = {f"{name}.weight": pair for name, pair in pairs.items()}
@@ -71,8 +73,13 @@ class MEND(Editor):
         }  # fmt: skip
         factors = {names[name]: pair for name, pair in changes.items() if name in names}
         others: dict[str, Change] = {name: pair for name, pair in changes.items() if name not in names}
-        keys = {names[n]: tokens[n.removesuffix(".weight")][0] for n in changes if n in names}
+        keys = {names[n]: torch.cat([part[n.removesuffix(".weight")][0] for part in tokens]) for n in changes if n in names}
         return Edit(self.name, factors, facts, model.fingerprint, report, keys, others)
+
+    def _pair(self, network: MendNetwork, name: str, tokens: list[Tokens]) -> tuple[Tensor, Tensor]:
+        parts = [network.factors({name: part[name]})[name] for part in tokens]
+        left, right = (torch.cat(factors, 1) for factors in zip(*parts))
+        return compressed(self.scale * left, right)
 
 
 def compressed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from ..model import EditableModel
 from ..peak import peak_memory
 from ..progress import bar
 from ..tokens import Row
-from ..training import Plan, default_file, train
+from ..training import Plan, default_file, stamp, train
 from ..upper import Texts
 from .mend_network import MendNetwork, token_factors
 
@@ -100,8 +99,7 @@ class _Task:
             raise EditError(f"{len(self.told)} training facts are fewer than the {settings.facts} of a step; give more facts")
         self.counts = {"training": len(told), "validation": len(held)}
         self.texts = Texts(self.draft, rows, self.network.first, title="reading the texts", progress=progress)
-        named = repr((model.fingerprint, asdict(settings), [row.ids for row in rows]))
-        self.stamp = hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
+        self.stamp = stamp(model.fingerprint, settings, [row.ids for row in rows])
         self.rate = 1.0
 
     def calibrate(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from ..model import EditableModel
 from ..peak import peak_memory
 from ..progress import bar
 from ..tokens import Row
-from ..training import Plan, default_file, train
+from ..training import Plan, default_file, stamp, train
 from ..upper import Texts, linears, states_of
 from .serac_network import Adapter, Scope, SeracNetwork, in_view
 
@@ -67,22 +66,21 @@ def train_serac(
     model.check_layers([layer, first])
     some, others = split(facts, seed)
     told, held = examples(some, seed=seed), examples(others, some, seed=seed)
-    named = repr((model.fingerprint, asdict(settings), told, held))
-    stamp, draft = hashlib.blake2b(named.encode(), digest_size=16).hexdigest(), model.draft()
+    named, draft = stamp(model.fingerprint, settings, told, held), model.draft()
+    checkpoints = [path.with_name(f"{path.name}.{part}") for part in ("gate", "reader")]
     start, cpu = time.monotonic(), time.process_time()
     with peak_memory(model.device) as peak:
         gate = _Gate(draft, layer, told, held, settings, progress)
         prepared, used = time.monotonic() - start, time.process_time() - cpu
         parameters = dict(gate.scope.named_parameters())
-        near = path.with_name
         gated = train(
-            parameters, gate.loss, gate.validation, settings.gate, near(path.name + ".gate"), stamp, title="training the gate",
-            progress=progress, keep=True,
+            parameters, gate.loss, gate.validation, settings.gate, checkpoints[0], named, keep=True, title="training the gate",
+            progress=progress,
         )  # fmt: skip
         threshold, rates = gate.threshold()
         reader = _Reader(draft, first, told, held, settings)
         read = train(
-            reader.parameters, reader.loss, reader.validation, settings.reader, near(path.name + ".reader"), stamp,
+            reader.parameters, reader.loss, reader.validation, settings.reader, checkpoints[1], named, keep=True,
             title="training the reader", progress=progress,
         )  # fmt: skip
     numbers = [sum(p.numel() for p in part.values()) for part in (parameters, reader.parameters)]
@@ -95,7 +93,9 @@ def train_serac(
     }  # fmt: skip
     network = SeracNetwork(gate.scope, layer, reader.adapter, model.fingerprint, threshold, report)
     network.save(path)
-    near(path.name + ".gate").unlink(missing_ok=True)
+    if (gated.steps, read.steps) == (settings.gate.steps, settings.reader.steps):
+        for checkpoint in checkpoints:
+            checkpoint.unlink()
     return network
 
 
