@@ -25,10 +25,13 @@ RESAMPLES = 2000
 class Advice:
     """Which layers' MLPs, restored at the subject's last token, bring most of the answer back.
 
+    Windows with layer 0 do not count: its MLP sees little but the token itself, so that restoring it restores the token.
+
     Attributes:
         peak: the layer (centre of a window) with the largest mean effect, `effect`; `low` and `high`: the middle 95 % of
             the peaks of bootstrap samples of the facts.
         carriers: the layers with at least `SHARE` of it.
+        first: the largest mean effect of a window with layer 0.
         preset, preset_effect: the layers that the preset edits, and the mean effect at each.
     """
 
@@ -37,6 +40,7 @@ class Advice:
     high: int
     effect: float
     carriers: list[int]
+    first: float
     preset: list[int]
     preset_effect: list[float]
 
@@ -45,7 +49,7 @@ class Advice:
         return (
             f"MLPs at the subject's last token: strongest around layer {self.peak} (95 %: {self.low} to {self.high}), "
             f"p {self.effect:+.3f}; at least {SHARE:.0%} of that at layers {', '.join(map(str, self.carriers))}; "
-            f"the preset edits {shares}"
+            f"the preset edits {shares}; windows with layer 0, which restore the token itself: {self.first:+.3f}"
         )
 
 
@@ -62,7 +66,7 @@ class AverageTrace:
         facts: prompt, subject, answer, clean and corrupted probability of each.
         unknown, unusable: facts left out: the true answer's first token is not the model's next one; the subject cannot be
             traced.
-        advice: None without the kind mlp, or without an effect.
+        advice: None without the kind mlp, or without an effect above layer 0.
         window, deviation, samples, seed: as in `Trace`.
     """
 
@@ -149,7 +153,7 @@ def _average(model: EditableModel, traces: Sequence[Trace], unknown: int, unusab
             for name, row in zip(_TABLES, (values.mean(0), *np.quantile(means, (0.025, 0.975), axis=0))):
                 tables[name][kind].append(row.tolist())
             if (role, kind) == ("last subject", "mlp"):
-                advice = _advice(model, values.mean(0), means)
+                advice = _advice(model, values.mean(0), means, traces[0].window)
     facts = [{n: getattr(f, n) for n in ("prompt", "subject", "tokens", "answer", "clean", "corrupted")} for f in traces]
     counts = [sum(role in names for names in named) for role in rows]
     first = traces[0]
@@ -168,11 +172,12 @@ def _resampled(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     return drawn @ values / len(values)
 
 
-def _advice(model: EditableModel, mean: NDArray[np.float64], means: NDArray[np.float64]) -> Advice | None:
-    peak = int(mean.argmax())
-    if mean[peak] <= 0:
+def _advice(model: EditableModel, mean: NDArray[np.float64], means: NDArray[np.float64], window: int) -> Advice | None:
+    least = window // 2 + 1  # the first layer whose window is above layer 0
+    if least >= len(mean) or mean[least:].max() <= 0:
         return None
-    low, high = np.quantile(means.argmax(1), (0.025, 0.975), method="nearest")
-    preset = preset_for(model).layers
-    carriers = np.flatnonzero(mean >= SHARE * mean[peak]).tolist()
-    return Advice(peak, int(low), int(high), float(mean[peak]), carriers, [*preset], [float(mean[i]) for i in preset])
+    peak = least + int(mean[least:].argmax())
+    low, high = np.quantile(least + means[:, least:].argmax(1), (0.025, 0.975), method="nearest")
+    carriers = (least + np.flatnonzero(mean[least:] >= SHARE * mean[peak])).tolist()
+    preset, first = preset_for(model).layers, float(mean[:least].max())
+    return Advice(peak, int(low), int(high), float(mean[peak]), carriers, first, [*preset], [float(mean[i]) for i in preset])

@@ -222,9 +222,7 @@ class _Runs:
         clean_logits: of the next token, `[vocab]`.
     """
 
-    def __init__(
-        self, model: EditableModel, kinds: Sequence[str], ids: Tensor, embeddings: Tensor, corrupted: Tensor
-    ) -> None:
+    def __init__(self, model: EditableModel, kinds: Sequence[str], ids: Tensor, embeddings: Tensor, corrupted: Tensor) -> None:
         self.model, self.samples = model, len(corrupted)
         self.parts = {kind: _PARTS[kind](model) for kind in kinds if kind in _PARTS}
         with ExitStack() as stack:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -134,9 +135,7 @@ def made(tokens, subject, effect, kind="mlp"):
     """A trace with given effects."""
     effects = torch.tensor(effect)
     names = [f"t{i}" for i in range(tokens)]
-    return Trace(
-        "m", "p", names, subject, "a", 0, 0.9, 0.1, {kind: effects}, {kind: torch.zeros_like(effects)}, 1, 0.1, 2, 0
-    )
+    return Trace("m", "p", names, subject, "a", 0, 0.9, 0.1, {kind: effects}, {kind: torch.zeros_like(effects)}, 1, 0.1, 2, 0)
 
 
 def test_roles():
@@ -149,20 +148,23 @@ def test_roles():
 
 def test_averages_over_facts_and_advice(tiny_llama):
     one = made(4, (0, 3), [[0.0] * 4, [0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.0, 0.0], [0.2] * 4])
-    two = made(3, (0, 1), [[0.3, 0.5, 0.0, 0.0], [0.0] * 4, [0.4] * 4])
+    two = made(3, (0, 1), [[0.3, 0.5, 0.2, 0.0], [0.0] * 4, [0.4] * 4])
     found = _average(tiny_llama, [one, two], 3, 1, seed=0)
     assert found.rows == ["first subject", "middle subject", "last subject", "next", "last"]
     assert found.counts == [1, 1, 2, 1, 2]
     rows = dict(zip(found.rows, found.effect["mlp"]))
-    assert rows["last subject"] == pytest.approx([0.4, 0.3, 0.0, 0.0]) and rows["last"] == pytest.approx([0.3] * 4)
+    assert rows["last subject"] == pytest.approx([0.4, 0.3, 0.1, 0.0]) and rows["last"] == pytest.approx([0.3] * 4)
     low, high = (dict(zip(found.rows, table["mlp"]))["last subject"] for table in (found.low, found.high))
-    assert low == pytest.approx([0.3, 0.1, 0, 0]) and high == pytest.approx([0.5, 0.5, 0, 0])  # of two facts: both ends
+    assert low == pytest.approx([0.3, 0.1, 0, 0]) and high == pytest.approx([0.5, 0.5, 0.2, 0])  # of two facts: both ends
     advice = found.advice
-    assert advice is not None and (advice.peak, advice.low, advice.high, advice.carriers) == (0, 0, 1, [0])
-    assert advice.preset == [1] and advice.preset_effect == pytest.approx([0.3])
-    assert "around layer 0" in str(advice) and "the preset edits 1 (75%)" in str(advice)
+    assert advice is not None and (advice.peak, advice.low, advice.high, advice.carriers) == (1, 1, 1, [1])
+    assert advice.preset == [1] and advice.preset_effect == pytest.approx([0.3]) and advice.first == pytest.approx(0.4)
+    assert "around layer 1" in str(advice) and "the preset edits 1 (100%)" in str(advice)
+    wider = _average(tiny_llama, [replace(one, window=2), replace(two, window=2)], 0, 0, seed=0).advice
+    assert wider is not None and (wider.peak, wider.preset_effect) == (2, advice.preset_effect)
+    assert _average(tiny_llama, [replace(one, window=6), two], 0, 0, seed=0).advice is None  # no window above layer 0
     assert _average(tiny_llama, [made(3, (0, 1), [[0.0] * 4] * 3)] * 2, 0, 0, 0).advice is None
-    assert json.loads(json.dumps(found.to_dict()))["advice"]["peak"] == 0
+    assert json.loads(json.dumps(found.to_dict()))["advice"]["peak"] == 1
 
 
 def test_bootstrap_over_facts():
