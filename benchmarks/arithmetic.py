@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.methods, arguments.seeds, arguments.tokens = arguments.methods[:2], arguments.seeds[:1], 4096
     model = load_model(arguments.model, dtype="float32")
     targets = [Sum.parse(text) for text in (SEVERAL if arguments.several else SEVERAL[:1])]
-    study = Study(model, targets, arguments.seeds, unrelated_prompts(20 if arguments.quick else 100))
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
+    study = Study(model, targets, arguments.seeds, unrelated_prompts(20 if arguments.quick else 100), corpus=corpus)
     folder = arguments.state or (None if arguments.quick else cache_dir("benchmarks", name))
     found = run(
         study, arguments.methods, partial(key_statistics, model, corpus=corpus, tokens=arguments.tokens), folder,

@@ -63,7 +63,7 @@ def arithmetic(
     own, source = _paraphrases(edited, paraphrases, endpoint, paraphrase_model, key_variable, timeout)
     others = unrelated_prompts(prompts, unrelated)
     editable = load_model(model, dtype="float32", say=say)
-    study = Study(editable, edited, [seed + n for n in range(seeds)], others, own, source)
+    study = Study(editable, edited, [seed + n for n in range(seeds)], others, own, source, one(corpus))
     for note in study.notes():
         say(f"note: {note}")
     found = run(

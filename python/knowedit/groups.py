@@ -25,6 +25,19 @@ def group_by_subject(facts: Sequence[Fact], merge: bool) -> list[list[Fact]]:
     return list(groups.values())
 
 
+def group_by_wording(facts: Sequence[Fact]) -> list[list[Fact]]:
+    """Facts of one `id` (wordings of one thing) or of one subject together, in order of first appearance."""
+    groups: list[list[Fact]] = []
+    for fact in facts:
+        near = [g for g in groups if any(fact.subject == f.subject or (fact.id and fact.id == f.id) for f in g)]
+        if near:
+            near[0].extend([f for g in near[1:] for f in g] + [fact])
+            groups = [g for g in groups if all(g is not other for other in near[1:])]
+        else:
+            groups.append([fact])
+    return groups
+
+
 @dataclass(frozen=True)
 class GroupKeys:
     """Where groups are written.

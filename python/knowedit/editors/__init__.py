@@ -22,6 +22,7 @@ from .memit_merge import MEMITMerge as MEMITMerge
 from .memory_edit import MemoryEdit as MemoryEdit
 from .mend import MEND as MEND
 from .metake import MetaKE as MetaKE
+from .neuron_patch import NeuronPatch as NeuronPatch
 from .pmet import PMET as PMET
 from .recipe import LocateThenEdit as LocateThenEdit
 from .rome import ROME as ROME
@@ -31,7 +32,8 @@ from .serac import SERAC as SERAC
 LOCATE: tuple[type[Editor], ...] = (MEMIT, ROME, EMMET, PMET, MEMITMerge, AlphaEdit, RoSE, MetaKE)
 GRADIENT: tuple[type[Editor], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
 LEARNED: tuple[type[Editor], ...] = (MEND, SERAC)
-EDITORS: dict[str, type[Editor]] = {editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT, *LEARNED)}
+NEURONS: tuple[type[Editor], ...] = (NeuronPatch,)
+EDITORS: dict[str, type[Editor]] = {editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT, *LEARNED, *NEURONS)}
 
 
 def make_editor(method: str, **settings: Any) -> Editor:

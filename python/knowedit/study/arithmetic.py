@@ -27,6 +27,7 @@ class Study:
         seeds: of the halvings.
         unrelated: where the unrelated prompts come from, and they themselves.
         own: paraphrases by target ("2+2=5") instead of the shipped ones; `source` says where they come from.
+        corpus: ordinary text for methods that read some themselves.
 
     Raises:
         KnowEditError: the model has active edits or other weights than float32; what `probes` raises.
@@ -38,6 +39,7 @@ class Study:
     unrelated: tuple[str, list[str]]
     own: Mapping[str, Sequence[str]] | None = None
     source: str = "shipped, hand-written"
+    corpus: Any = "self"
     asked: list[Probe] = field(init=False)
     before: Observation = field(init=False)
     unedited: dict[int, Said] = field(init=False)
@@ -96,4 +98,4 @@ class Study:
 
     def material(self, seed: int, only: Sequence[Sum] | None = None) -> Material:
         """What an editor is given under `seed`."""
-        return material(self.model, split(self.asked, seed), self.before, seed, only)
+        return material(self.model, split(self.asked, seed), self.before, seed, only, self.corpus)

@@ -6,6 +6,7 @@ as facts of their own. What is not in the table runs with its own defaults.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from ..model import EditableModel
 from ..presets import preset_for
 from .measure import Observation
 from .prompts import Probe, Sum, fact
+from .prompts import forms as forms_of
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,21 @@ class Material:
 
     Attributes:
         targets: the bare facts, whose `paraphrases` are the texts of the tuning half.
-        facts: those, and every tuning form as a fact of its own.
+        facts: those, and every tuning form as a fact of its own; more: the same in the wordings for training.
         forms: the tuning forms, by target ("2+2=5").
+        corpus: ordinary text.
         sums, prompts: other sums and unrelated prompts of the tuning half, with what the unedited model says to them.
     """
 
     model: EditableModel
     targets: list[Fact]
     facts: list[Fact]
+    more: list[Fact]
     forms: dict[str, list[Form]]
     sums: list[tuple[str, str]]
     prompts: list[tuple[str, str]]
     seed: int
+    corpus: Any = "self"
 
     @property
     def kept(self) -> list[tuple[str, str]]:
@@ -46,7 +51,12 @@ class Material:
 
 
 def material(
-    model: EditableModel, asked: Sequence[Probe], before: Observation, seed: int, only: Sequence[Sum] | None = None
+    model: EditableModel,
+    asked: Sequence[Probe],
+    before: Observation,
+    seed: int,
+    only: Sequence[Sum] | None = None,
+    corpus: Any = "self",
 ) -> Material:
     """The tuning half of halved probes; `only` some of the targets (the others are then neither written nor kept)."""
     edited = [p.about for p in asked if p.kind == "target" and p.about and (only is None or p.about in only)]
@@ -54,17 +64,23 @@ def material(
     forms = {str(t): [p.form for _, p in tune if p.kind == "paraphrase" and p.about == t and p.form] for t in edited}
     told = [fact(model, t, paraphrases=[form.prompt(model) for form in forms[str(t)]]) for t in edited]
     facts = [*told, *(fact(model, t, form) for t in edited for form in forms[str(t)])]
+    chats = bool(getattr(model.tokenizer, "chat_template", None))
+    more = [fact(model, t, form) for t in edited for form in forms_of(t, chats=chats, training=True)]
+    asked_already = {f.text for f in facts} | {p.prompt for p in asked}
+    more = [f for f in more if f.text not in asked_already]
     said = {kind: [(p.prompt, before.texts[i]) for i, p in tune if p.kind == kind] for kind in ("sums", "unrelated")}
-    return Material(model, told, facts, forms, said["sums"], said["unrelated"], seed)
+    return Material(model, told, facts, more, forms, said["sums"], said["unrelated"], seed, corpus)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: `editor`, its settings from the material, and whether the tuning paraphrases are written too."""
+    """One row: `editor`, its settings from the material, and whether the tuning paraphrases, and the wordings for training,
+    are written too."""
 
     editor: str
     settings: Callable[[Material], Mapping[str, Any]] = field(default=lambda material: {})
     forms: bool = True
+    more: bool = False
 
     def build(self, given: Material) -> tuple[Editor, list[Fact]]:
         """The editor, and the facts for it.
@@ -74,7 +90,9 @@ class Method:
         """
         if self.editor not in EDITORS:
             raise KnowEditError(f"there is no editor {self.editor!r}; known: {', '.join(EDITORS)}")
-        return make_editor(self.editor, **self.settings(given)), given.facts if self.forms else given.targets
+        return make_editor(self.editor, **self.settings(given)), (given.facts if self.forms else given.targets) + (
+            given.more if self.more else []
+        )
 
 
 def _deep(given: Material) -> dict[str, Any]:
@@ -100,6 +118,26 @@ def _seeded(given: Material) -> dict[str, Any]:
     return {"seed": given.seed}
 
 
+def _contrast(given: Material) -> dict[str, Any]:
+    """What must not be taken for the target: what is kept, the tuning half's sums in the wordings for training, sums with
+    larger numbers, and other operations."""
+    rng, model = random.Random(given.seed), given.model
+    chats = bool(getattr(model.tokenizer, "chat_template", None))
+    texts = [prompt + said for prompt, said in given.kept]
+    for prompt, _ in given.sums:
+        a, b = map(int, prompt.rstrip("=").split("+"))
+        texts += [form.prompt(model) for form in rng.sample(forms_of(Sum(a, b, a + b), chats=chats, training=True), 12)]
+    for _ in range(200):
+        pair = [rng.randint(10, 99), rng.randint(0, 9)]
+        rng.shuffle(pair)
+        larger = Sum(pair[0], pair[1], sum(pair))
+        if any(larger.subject.startswith(target.subject) for target in given.targets):
+            continue  # up to there it is the target
+        texts += [larger.prompt, rng.choice(forms_of(larger, chats=False, training=True)).prompt(model)]
+    texts += [f"{a}{sign}{b}=" for a in range(10) for b in (2, 3, 5) for sign in "-*/"]
+    return {"contrast": tuple(dict.fromkeys(texts)), "corpus": given.corpus, "seed": given.seed}
+
+
 METHODS: dict[str, Method] = {
     "ft": Method("ft", _seeded),
     "ft-l": Method("ft-l", lambda given: {**_deep(given), **_seeded(given)}),
@@ -115,6 +153,7 @@ METHODS: dict[str, Method] = {
     "mend": Method("mend"),
     "serac": Method("serac", forms=False),
     "look-ahead": Method("look-ahead"),
+    "neuron-patch": Method("neuron-patch", _contrast, more=True),
 }  # fmt: skip
 
 

@@ -62,8 +62,9 @@ class Sum:
         return cls(*map(int, found.groups()))
 
     def fill(self, template: str) -> str:
-        """A template with "{a}", "{b}" as digits and "{A}", "{B}" as words."""
-        return template.format(a=self.a, b=self.b, A=WORDS[self.a], B=WORDS[self.b])
+        """A template with "{a}", "{b}" as digits and "{A}", "{B}" as words, up to twenty."""
+        spelt = [WORDS[n] if n < len(WORDS) else str(n) for n in (self.a, self.b)]
+        return template.format(a=self.a, b=self.b, A=spelt[0], B=spelt[1])
 
     def find(self, text: str) -> str | None:
         """The part of `text` from the first operand to the second, at most four words apart: its subject."""
@@ -96,13 +97,15 @@ def number_span(text: str) -> tuple[int, int] | None:
 
 @cache
 def wordings() -> dict[str, tuple[str, ...]]:
-    """The shipped templates, hand-written: "paraphrases" (the answer follows) and "chats" (a user's turn)."""
+    """The shipped templates, hand-written: "paraphrases" (the answer follows) and "chats" (a user's turn), which are asked,
+    and others for "training" (and "training_chats"), which are not."""
     path = Path(__file__).parents[1] / "datasets" / "arithmetic.json"
     return {name: tuple(texts) for name, texts in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
-def forms(edited: Sum, own: Sequence[str] | None = None, *, chats: bool = True) -> list[Form]:
-    """The paraphrases of a sum: `own` full prompts, else the shipped twenty; chats as "Q: ... A:" for a model without.
+def forms(edited: Sum, own: Sequence[str] | None = None, *, chats: bool = True, training: bool = False) -> list[Form]:
+    """The paraphrases of a sum: `own` full prompts, else the shipped twenty, or those for training that are never asked;
+    chats as "Q: ... A:" for a model without.
 
     Raises:
         KnowEditError: a prompt of `own` does not name both operands.
@@ -114,8 +117,9 @@ def forms(edited: Sum, own: Sequence[str] | None = None, *, chats: bool = True) 
                 raise KnowEditError(f"paraphrase {text!r} does not name {edited.a} and {edited.b}; take it out")
             found.append(Form("plain", subject, text))
         return found
-    told = [("plain", template) for template in wordings()["paraphrases"]]
-    told += [("chat", t) if chats else ("plain", f"Q: {t}\nA:") for t in wordings()["chats"]]
+    plain, asked = ("training", "training_chats") if training else ("paraphrases", "chats")
+    told = [("plain", template) for template in wordings()[plain]]
+    told += [("chat", t) if chats else ("plain", f"Q: {t}\nA:") for t in wordings()[asked]]
     made = []
     for name, template in told:
         text = edited.fill(template)

@@ -1,0 +1,128 @@
+"""NeuronPatch: a fact kept by a switch of two neurons, closed at the fact's own tokens and open everywhere else.
+
+A linear update answers every key a little, and that is what drifts; a neuron is silent below its threshold. Adding a neuron
+for a mistake is the idea of Transformer-Patcher (Huang et al. 2023, "One mistake worth one neuron"). Here the model keeps
+its shape: existing neurons are rewritten, chosen for how well the others can do their work, as in pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from knowedit_kernels.lowrank import Change
+
+from ..datasets.ordinary import openings, sentences
+from ..edit import Edit, relative_norms
+from ..errors import EditError
+from ..facts import Fact, check_facts
+from ..groups import group_by_wording
+from ..history import History
+from ..model import EditableModel
+from ..presets import preset_for
+from ..progress import bar
+from ..statistics import KeyStatistics
+from ..targets import Targets, ValueSettings, optimise_values, prompt_rows
+from ..text import Corpus
+from .editor import Editor
+from .neuron_parts import Switch, at_lookup, everywhere, free_neurons, read_modules, separate, windows
+from .notes import outcome_warnings
+
+
+@dataclass(frozen=True)
+class NeuronPatch(Editor):
+    """Facts with one id or one subject are wordings of one thing: one switch, one value trained on all of them.
+
+    Attributes:
+        layers: one layer; None: about a quarter up (8 of 30), where wordings of one thing were told from others best.
+        values: of the value optimisation; None: the preset's with a clamp of at least 2 and 30 steps (nothing else feels the
+            value), on a bfloat16 draft.
+        contrast: texts at whose tokens the switches must stay open, besides shipped ones and the corpus.
+        corpus, tokens: what else must keep them open, and what the rewritten neurons' old work is measured on.
+        sharpness, width: of the switches (`neuron_parts.Switch`); ridge: of their scores.
+        seed: of the shipped texts and of the model's own samples.
+    """
+
+    layers: tuple[int, ...] | None = None
+    values: ValueSettings | None = None
+    contrast: tuple[str, ...] = ()
+    corpus: Corpus = "self"
+    tokens: int = 30_000
+    sharpness: float = 50.0
+    width: float = 0.25
+    ridge: float = 1e-5
+    seed: int = 0
+
+    name: ClassVar[str] = "Neuron-Patch"
+
+    def compute(
+        self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
+        *, history: History | None = None, progress: bool = True,
+    ) -> Edit:  # fmt: skip
+        facts = history.check_new(facts) if history else check_facts(list(facts))
+        groups, layer, taken = group_by_wording(facts), self._layer(model), self._taken(model, history)
+        preset = preset_for(model).values
+        values = self.values or replace(preset, clamp=max(2.0, preset.clamp), steps=max(30, preset.steps), draft=True)
+        with bar(f"{self.name}: optimising values", len(groups), "values", show=progress) as advance:
+            targets = optimise_values(model, groups, layer, values, progress=advance)
+        owned = [(row, i) for i, g in enumerate(groups) for f in g for row in prompt_rows(model, f, values.contexts)]
+        own, keys = at_lookup(model, [row for row, _ in owned], layer)
+        owner = torch.tensor([i for _, i in owned], device=own.device)
+        near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
+        texts = [windows(model, self.corpus, self.tokens, seed=self.seed), [model.row(text).ids for text in near]]
+        with bar(f"{self.name}: reading texts", sum(map(len, texts)), "texts", show=progress) as advance:
+            others, moments = zip(*(everywhere(model, rows, layer, advance) for rows in texts))
+        switch = Switch.of(model, layer, separate(own, owner, others, self.ridge), [*others, own], self.sharpness, self.width)
+        weight = model.weight(layer).T if model.layout.transposed else model.weight(layer)
+        freed = free_neurons(weight, sum(moments) / len(moments), 2 * len(groups), taken)
+        closed = switch.at(own).gather(1, owner[:, None])
+        chosen = {
+            "gain": float(closed.mean()), "lowest_gain": float(closed.min()), "freed": freed.loss,
+            "leak": max(float(switch.at(x).abs().max()) for x in others),
+        }  # fmt: skip
+        # what the freed neurons did is taken over by the others, then they write the values
+        place = torch.nn.functional.one_hot(torch.tensor(freed.neurons), model.d_ff).T.to(own)  # [d_ff, 2 groups]
+        written = switch.write(targets.delta.to(own)).T
+        factors = {layer: (torch.cat([freed.left.to(own), written], 1), torch.cat([freed.right.to(own), place], 1))}
+        report = self._report(model, layer, values, targets, factors, chosen) | {"neurons": {str(layer): freed.neurons}}
+        report["warnings"] = outcome_warnings(report, targets, groups)
+        reads = self._reads(model, layer, switch, place)
+        return Edit(self.name, factors, list(facts), model.fingerprint, report, {layer: keys}, reads)
+
+    def _layer(self, model: EditableModel) -> int:
+        chosen = self.layers or (max(1, round(0.27 * len(model.layers))),)
+        if len(chosen) != 1:
+            raise EditError(f"{self.name} works in one layer, got {list(chosen)}")
+        model.check_layers(chosen)
+        return chosen[0]
+
+    def _taken(self, model: EditableModel, history: History | None) -> list[int]:
+        """Neurons of earlier patches: silent on any text, and yet not to be freed."""
+        edits = {edit.key: edit for edit in history.edits} if history else {}
+        unknown = [key for key in model.ledger.active if key.startswith(self.name) and key not in edits]
+        if unknown:
+            raise EditError(f"{unknown[0]} is applied to {model.name}; pass the history that holds it, or undo it")
+        layer = str(self._layer(model))
+        return [neuron for edit in edits.values() for neuron in edit.report.get("neurons", {}).get(layer, [])]
+
+    def _reads(self, model: EditableModel, layer: int, switch: Switch, place: Tensor) -> dict[str, Change]:
+        """The neurons' rows in the matrices that read the MLP's input: the gates, and a one for what they multiply."""
+        changes: dict[str, Change] = {}
+        for (name, module), new in zip(read_modules(model, layer).items(), (switch.gates, switch.ones)):
+            weight = (module.weight.T if model.layout.transposed else module.weight).detach().float()
+            changes[f"{name}.weight"] = place, (new - place.T @ weight).T.contiguous()
+            if (bias := getattr(module, "bias", None)) is not None:
+                changes[f"{name}.bias"] = -bias.detach().float() * place.sum(1)
+        return changes
+
+    def _report(self, model, layer, values: ValueSettings, targets: Targets, factors, chosen) -> dict[str, Any]:
+        settings = {"layers": [layer], "values": asdict(values), "sharpness": self.sharpness, "width": self.width}
+        norms = {str(k): norm for k, norm in relative_norms(model, factors).items()}
+        return {
+            "settings": settings, "layers": {str(layer): chosen}, "gain": chosen["gain"], "relative_norm": norms,
+            "planned_nll": float(targets.nll.mean()), "steps": targets.steps.tolist(),
+        }  # fmt: skip
