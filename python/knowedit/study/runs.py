@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,16 @@ def run(
             continue  # said where the method's turn comes
     keys = statistics(sorted(wanted)) if statistics and wanted else None
     observed: dict[str, Observation] = {}
-    for name in plan:
-        for seed in study.seeds:
-            if any((row["method"], row["seed"]) == (name, seed) for row in found["runs"]):
-                continue
-            outcome = _one(study, name, seed, keys, observed, progress)
-            say(f"{name}, seed {seed}: " + (outcome.reason or verdict(table(outcome.rows, "judge"))))
-            rows += [{"method": name, "seed": seed, **row} for row in outcome.rows]
-            found["runs"].append({"method": name, "seed": seed, "reason": outcome.reason, **outcome.report})
-            _write(found, rows, folder)
-        if interference and len(study.targets) > 1 and name not in found["interference"]:
+    for seed, name in product(study.seeds, plan):  # a whole table early, then its repetitions
+        if any((row["method"], row["seed"]) == (name, seed) for row in found["runs"]):
+            continue
+        outcome = _one(study, name, seed, keys, observed, progress)
+        say(f"{name}, seed {seed}: " + (outcome.reason or verdict(table(outcome.rows, "judge"))))
+        rows += [{"method": name, "seed": seed, **row} for row in outcome.rows]
+        found["runs"].append({"method": name, "seed": seed, "reason": outcome.reason, **outcome.report})
+        _write(found, rows, folder)
+    for name in plan if interference and len(study.targets) > 1 else ():
+        if name not in found["interference"]:
             found["interference"][name] = _interfere(study, name, keys, progress)
             _write(found, rows, folder)
     found["runs"].sort(key=lambda r: ([*plan].index(r["method"]) if r["method"] in plan else len(plan), r["method"], r["seed"]))
