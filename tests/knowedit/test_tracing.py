@@ -214,7 +214,7 @@ def test_pictures_and_tables_show_the_effects(tiny_llama, tmp_path):
 
 def test_the_command(knowedit, place):  # noqa: F811
     said = knowedit("trace", "model", PROMPT, "--subject", SUBJECT, "--samples", "3", "--window", "2", "-o", "run")
-    assert "outputs of 2 MLPs" in said and "subject (*) corrupted" in said
+    assert "MLP outputs, windows of 2" in said and "subject (*) corrupted" in said
     record = json.loads((place / "run/trace.json").read_text())
     assert (place / "run/trace.png").stat().st_size > 5000 and record["samples"] == 3
     same = json.loads(knowedit("trace", "model", PROMPT, "--subject", SUBJECT, "--samples", "3", "--window", "2", "--json"))

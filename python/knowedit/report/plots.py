@@ -20,8 +20,8 @@ FORMS = ("cloze", "paraphrase", "question", "chat_question", "chat_completion", 
 METRICS = {"C": "covariance", "P": "null space", "I": "identity"}
 #: What was restored, and the map's colours (those of the paper).
 TRACED = {
-    "hidden": ("one layer's output", "Purples"), "mlp": ("outputs of {} MLPs", "Greens"),
-    "attention": ("outputs of {} attentions", "Reds"),
+    "hidden": ("one layer's output", "Purples"), "mlp": ("MLP outputs, windows of {}", "Greens"),
+    "attention": ("attention outputs, windows of {}", "Reds"),
 }  # fmt: skip
 COURSE = (
     ("efficacy", "success", "prefers the new fact"), ("paraphrase", "success", "in other words"),
