@@ -14,6 +14,7 @@ from .fine_tuning import FTL as FTL
 from .fine_tuning import FineTuning as FineTuning
 from .fine_tuning import KLFineTuning as KLFineTuning
 from .gradient import GradientEditor as GradientEditor
+from .look_ahead import LookAhead as LookAhead
 from .lora import KLLoRA as KLLoRA
 from .lora import LoRA as LoRA
 from .lora import RegularisedLoRA as RegularisedLoRA
@@ -29,7 +30,7 @@ from .rome import ROME as ROME
 from .rose import RoSE as RoSE
 from .serac import SERAC as SERAC
 
-LOCATE: tuple[type[Editor], ...] = (MEMIT, ROME, EMMET, PMET, MEMITMerge, AlphaEdit, RoSE, MetaKE)
+LOCATE: tuple[type[Editor], ...] = (MEMIT, ROME, EMMET, PMET, MEMITMerge, AlphaEdit, RoSE, MetaKE, LookAhead)
 GRADIENT: tuple[type[Editor], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
 LEARNED: tuple[type[Editor], ...] = (MEND, SERAC)
 NEURONS: tuple[type[Editor], ...] = (NeuronPatch,)

@@ -118,6 +118,12 @@ def _seeded(given: Material) -> dict[str, Any]:
     return {"seed": given.seed}
 
 
+def _preserving(given: Material) -> dict[str, Any]:
+    """Three layers, and whole continuations of what is kept (design notes: the nearest linear edit to the goal)."""
+    layers = {"layers": tuple(_deep(given)["layers"][0] + n for n in range(3))} if _deep(given) else {}
+    return {**layers, "preserve": tuple(prompt + said for prompt, said in given.kept), "seed": given.seed}
+
+
 def _contrast(given: Material) -> dict[str, Any]:
     """What must not be taken for the target: what is kept, the tuning half's sums in the wordings for training, sums with
     larger numbers, and other operations."""
@@ -152,7 +158,7 @@ METHODS: dict[str, Method] = {
     "metake": Method("metake", _deep),
     "mend": Method("mend"),
     "serac": Method("serac", forms=False),
-    "look-ahead": Method("look-ahead"),
+    "look-ahead": Method("look-ahead", _preserving, more=True),
     "neuron-patch": Method("neuron-patch", _contrast, more=True),
 }  # fmt: skip
 
