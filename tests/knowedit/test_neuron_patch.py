@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knowedit.editors import NeuronPatch
-from knowedit.editors.neuron_parts import Switch, at_lookup, everywhere, free_neurons, read_modules, separate
+from knowedit.editors.neuron_parts import Switch, free_neurons, separate
+from knowedit.editors.neuron_texts import at_lookup, everywhere, read_modules
 from knowedit.errors import EditError
 from knowedit.facts import Fact
 from knowedit.fingerprint import weights_fingerprint
@@ -77,6 +78,14 @@ def test_the_report_says_what_the_written_model_does(tiny, corpus):
     assert edit.report["layers"]["1"]["lowest_gain"] - 0.05 <= gain <= 1.1
     others = [i for i in range(tiny.d_ff) if i not in neurons]
     torch.testing.assert_close(keys[1][0, row.subject, others], clean[0, others], rtol=1e-4, atol=1e-4)
+
+
+def test_each_alone_equals_one_by_one(tiny_llama, corpus):
+    together = list(patch(corpus).compute_each(tiny_llama, FACTS[1:], progress=False))
+    apart = [patch(corpus).compute(tiny_llama, [fact], progress=False) for fact in FACTS[1:]]
+    for a, b in zip(together, apart):
+        assert a.facts == b.facts and a.report["neurons"] == b.report["neurons"]
+        torch.testing.assert_close(a.delta(1), b.delta(1), rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)

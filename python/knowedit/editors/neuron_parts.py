@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from knowedit_kernels import SecondMoment
+from knowedit_kernels.lowrank import Change
 
 from ..errors import EditError
 from ..model import EditableModel
-from ..text import Corpus, documents
-from ..tokens import Row, batches
-
-_READS = (("gate_proj", "up_proj"), ("c_fc",), ("fc_in",), ("fc1",))
+from .neuron_texts import mlp_of, read_modules
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Switch:
         eye = torch.eye(score.shape[1], dtype=torch.float64, device=score.device)
         mean = torch.stack([x.mean(0) for x in sets]).sum(0)
         one = torch.linalg.solve(square + 1e-2 * square.diagonal().mean() * eye, mean).float()
-        mlp = _mlp(model, layer)
+        mlp = mlp_of(model, layer)
         act = next((getattr(mlp, name) for name in ("act_fn", "act", "activation_fn") if hasattr(mlp, name)), None)
         if act is None:
             raise EditError(f"{model.name}: the activation of layer {layer}'s MLP was not found")
@@ -165,86 +161,18 @@ def free_neurons(weight: Tensor, moment: Tensor, count: int, taken: Sequence[int
     return Freed(neurons, left_all, right_all, (lost / output) ** 0.5)
 
 
-def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:
-    """The matrices that read the MLP's input at `layer`, by name: gate and up, or one.
-
-    Raises:
-        EditError: this MLP is built differently (a fused gate and up, for example).
-    """
-    path, mlp = _mlp_path(model, layer), _mlp(model, layer)
-    for names in _READS:
-        if all(hasattr(mlp, name) for name in names):
-            return {f"{path}.{name}": getattr(mlp, name) for name in names}
-    known = ", ".join("+".join(names) for names in _READS)
-    raise EditError(f"{model.name}: the MLP of layer {layer} has none of {known}; its neurons cannot be rewritten one by one")
-
-
-def windows(model: EditableModel, corpus: Corpus, tokens: int, length: int = 256, seed: int = 0) -> list[list[int]]:
-    """About `tokens` tokens of the corpus in rows of at most `length`.
-
-    Raises:
-        CorpusError: it cannot be read. EditError: it holds less than half of them.
-    """
-    rows: list[list[int]] = []
-    left, length = tokens, min(length, model.max_length)
-    for text in documents(corpus, model=model.samples, seed=seed):
-        ids = model.tokenizer(text)["input_ids"][:left]
-        rows += [ids[i : i + length] for i in range(0, len(ids), length)]
-        left -= len(ids)
-        if left <= 0:
-            break
-    if left > tokens // 2:
-        raise EditError(f"{corpus} has {tokens - left} tokens, {tokens} are wanted; give a larger corpus or ask for fewer")
-    return rows
-
-
-def at_lookup(model: EditableModel, rows: Sequence[Row], layer: int) -> tuple[Tensor, Tensor]:
-    """MLP inputs `[n, hidden]` and keys `[n, d_ff]` at the rows' subject tokens, float32."""
-    found = {i: (x[rows[i].subject], k[rows[i].subject]) for i, x, k in _observed(model, [row.ids for row in rows], layer)}
-    inputs, keys = zip(*(found[i] for i in range(len(rows))))
-    return torch.stack(inputs), torch.stack(keys)
-
-
-def everywhere(
-    model: EditableModel, rows: Sequence[list[int]], layer: int, advance: Callable[[float], None] = lambda rows: None
-) -> tuple[Tensor, Tensor]:
-    """MLP inputs `[n, hidden]` float32 at every token, and the mean of k k^T `[d_ff, d_ff]` float64."""
-    inputs, moment = [], SecondMoment(model.d_ff, device=model.weight(layer).device)
-    for _, x, k in _observed(model, rows, layer):
-        inputs.append(x)
-        moment.update(k)
-        advance(1)
-    return torch.cat(inputs), moment.moment()
-
-
-def _observed(
-    model: EditableModel, rows: Sequence[list[int]], layer: int, budget: int = 4096
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(row, MLP inputs, keys) of every row, in batches of similar length."""
-    for batch in batches([len(ids) for ids in rows], budget):
-        ids, mask = model.pad([rows[i] for i in batch])
-        inputs: list[Tensor] = []
-        keys: list[Tensor] = []
-
-        def read(_module: Any, given: Any, inputs: list[Tensor] = inputs) -> None:
-            inputs.append(given[0])
-
-        def write(_layer: int, key: Tensor, keys: list[Tensor] = keys) -> None:
-            keys.append(key)
-
-        handle = _mlp(model, layer).register_forward_pre_hook(read)
-        try:
-            model.forward_to(layer, ids, write)
-        finally:
-            handle.remove()
-        for line, i in enumerate(batch):
-            live = mask[line].to(inputs[0].device)
-            yield i, inputs[0][line][live].float(), keys[0][line][live].float()
-
-
-def _mlp_path(model: EditableModel, layer: int) -> str:
-    return model.layout.projection.format(layer).rpartition(".")[0]
-
-
-def _mlp(model: EditableModel, layer: int) -> Any:
-    return model.hf.get_submodule(_mlp_path(model, layer))
+def rewritten(
+    model: EditableModel, layer: int, switch: Switch, freed: Freed, values: Tensor
+) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, Change]]:
+    """`Edit.factors` and `Edit.others`: the others take over what the freed neurons did, which then write `values`
+    `[groups, hidden]`; and their rows in the matrices that read the MLP's input, a gate and a one for what it multiplies."""
+    place = torch.nn.functional.one_hot(torch.tensor(freed.neurons), model.d_ff).T.to(values)  # [d_ff, 2 groups]
+    left = torch.cat([freed.left.to(values), switch.write(values).T], 1)
+    factors = {layer: (left, torch.cat([freed.right.to(values), place], 1))}
+    others: dict[str, Change] = {}
+    for (name, module), new in zip(read_modules(model, layer).items(), (switch.gates, switch.ones)):
+        weight = (module.weight.T if model.layout.transposed else module.weight).detach().float()
+        others[f"{name}.weight"] = place, (new - place.T @ weight).T.contiguous()
+        if (bias := getattr(module, "bias", None)) is not None:
+            others[f"{name}.bias"] = -bias.detach().float() * place.sum(1)
+    return factors, others

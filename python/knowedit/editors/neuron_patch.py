@@ -7,14 +7,12 @@ its shape: existing neurons are rewritten, chosen for how well the others can do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-
-from knowedit_kernels.lowrank import Change
 
 from ..datasets.ordinary import openings, sentences
 from ..edit import Edit, relative_norms
@@ -29,7 +27,8 @@ from ..statistics import KeyStatistics
 from ..targets import Targets, ValueSettings, optimise_values, prompt_rows
 from ..text import Corpus
 from .editor import Editor
-from .neuron_parts import Switch, at_lookup, everywhere, free_neurons, read_modules, separate, windows
+from .neuron_parts import Switch, free_neurons, rewritten, separate
+from .neuron_texts import at_lookup, everywhere, windows
 from .notes import outcome_warnings
 
 
@@ -64,34 +63,54 @@ class NeuronPatch(Editor):
         *, history: History | None = None, progress: bool = True,
     ) -> Edit:  # fmt: skip
         facts = history.check_new(facts) if history else check_facts(list(facts))
-        groups, layer, taken = group_by_wording(facts), self._layer(model), self._taken(model, history)
-        preset = preset_for(model).values
+        layer, taken = self._layer(model), self._taken(model, history)
+        return next(self._edits(model, layer, [group_by_wording(facts)], taken, progress))
+
+    def compute_each(
+        self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None, *, progress: bool = True
+    ) -> Iterator[Edit]:
+        """One independent edit a fact; the corpus is read once and the values are optimised together."""
+        alone = [[check_facts([fact])] for fact in facts]
+        return self._edits(model, self._layer(model), alone, self._taken(model, None), progress)
+
+    def _edits(
+        self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], taken: Sequence[int], progress: bool
+    ) -> Iterator[Edit]:
+        """One edit for each of the tasks, a task being groups of facts."""
+        preset, groups = preset_for(model).values, [group for task in tasks for group in task]
         values = self.values or replace(preset, clamp=max(2.0, preset.clamp), steps=max(30, preset.steps), draft=True)
         with bar(f"{self.name}: optimising values", len(groups), "values", show=progress) as advance:
             targets = optimise_values(model, groups, layer, values, progress=advance)
+        texts = windows(model, self.corpus, self.tokens, seed=self.seed)
+        with bar(f"{self.name}: reading texts", len(texts), "texts", show=progress) as advance:
+            ordinary = everywhere(model, texts, layer, advance)
+        start = 0
+        for task in tasks:
+            own = targets.select(range(start, start := start + len(task)))
+            yield self._edit(model, layer, task, own, values, ordinary, taken)
+
+    def _edit(
+        self, model: EditableModel, layer: int, groups: list[list[Fact]], targets: Targets, values: ValueSettings,
+        ordinary: tuple[Tensor, Tensor], taken: Sequence[int],
+    ) -> Edit:  # fmt: skip
+        facts = [fact for group in groups for fact in group]
         owned = [(row, i) for i, g in enumerate(groups) for f in g for row in prompt_rows(model, f, values.contexts)]
         own, keys = at_lookup(model, [row for row, _ in owned], layer)
         owner = torch.tensor([i for _, i in owned], device=own.device)
         near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
-        texts = [windows(model, self.corpus, self.tokens, seed=self.seed), [model.row(text).ids for text in near]]
-        with bar(f"{self.name}: reading texts", sum(map(len, texts)), "texts", show=progress) as advance:
-            others, moments = zip(*(everywhere(model, rows, layer, advance) for rows in texts))
+        others, moments = zip(ordinary, everywhere(model, [model.row(text).ids for text in near], layer))
         switch = Switch.of(model, layer, separate(own, owner, others, self.ridge), [*others, own], self.sharpness, self.width)
         weight = model.weight(layer).T if model.layout.transposed else model.weight(layer)
-        freed = free_neurons(weight, sum(moments) / len(moments), 2 * len(groups), taken)
+        freed = free_neurons(weight, torch.stack(moments).mean(0), 2 * len(groups), taken)
         closed = switch.at(own).gather(1, owner[:, None])
         chosen = {
             "gain": float(closed.mean()), "lowest_gain": float(closed.min()), "freed": freed.loss,
             "leak": max(float(switch.at(x).abs().max()) for x in others),
         }  # fmt: skip
-        # what the freed neurons did is taken over by the others, then they write the values
-        place = torch.nn.functional.one_hot(torch.tensor(freed.neurons), model.d_ff).T.to(own)  # [d_ff, 2 groups]
-        written = switch.write(targets.delta.to(own)).T
-        factors = {layer: (torch.cat([freed.left.to(own), written], 1), torch.cat([freed.right.to(own), place], 1))}
+        factors, reads = rewritten(model, layer, switch, freed, targets.delta.to(own))
         report = self._report(model, layer, values, targets, factors, chosen) | {"neurons": {str(layer): freed.neurons}}
         report["warnings"] = outcome_warnings(report, targets, groups)
-        reads = self._reads(model, layer, switch, place)
-        return Edit(self.name, factors, list(facts), model.fingerprint, report, {layer: keys}, reads)
+        return Edit(self.name, factors, facts, model.fingerprint, report, {layer: keys}, reads)
 
     def _layer(self, model: EditableModel) -> int:
         chosen = self.layers or (max(1, round(0.27 * len(model.layers))),)
@@ -108,16 +127,6 @@ class NeuronPatch(Editor):
             raise EditError(f"{unknown[0]} is applied to {model.name}; pass the history that holds it, or undo it")
         layer = str(self._layer(model))
         return [neuron for edit in edits.values() for neuron in edit.report.get("neurons", {}).get(layer, [])]
-
-    def _reads(self, model: EditableModel, layer: int, switch: Switch, place: Tensor) -> dict[str, Change]:
-        """The neurons' rows in the matrices that read the MLP's input: the gates, and a one for what they multiply."""
-        changes: dict[str, Change] = {}
-        for (name, module), new in zip(read_modules(model, layer).items(), (switch.gates, switch.ones)):
-            weight = (module.weight.T if model.layout.transposed else module.weight).detach().float()
-            changes[f"{name}.weight"] = place, (new - place.T @ weight).T.contiguous()
-            if (bias := getattr(module, "bias", None)) is not None:
-                changes[f"{name}.bias"] = -bias.detach().float() * place.sum(1)
-        return changes
 
     def _report(self, model, layer, values: ValueSettings, targets: Targets, factors, chosen) -> dict[str, Any]:
         settings = {"layers": [layer], "values": asdict(values), "sharpness": self.sharpness, "width": self.width}
