@@ -15,6 +15,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from . import gradient as by_gradient
 from . import sequential as in_sequence
 from . import tokens as by_tokens
 from .common import HERE, RESULTS
@@ -121,6 +122,16 @@ def tokens_picture(folder: Path, path: Path) -> None:
     by_tokens.draw([row for row in rows_of("tokens", folder)[1] if "price" in row], path)
 
 
+def gradient(folder: Path) -> str:
+    """One line a gradient method."""
+    header, rows = rows_of("gradient", folder)
+    return "\n".join([by_gradient.table(rows), "", _about(header)])
+
+
+def gradient_picture(folder: Path, path: Path) -> None:
+    by_gradient.draw(rows_of("gradient", folder)[1], path)
+
+
 def sequential_picture(folder: Path, path: Path) -> None:
     in_sequence.draw(rows_of("sequential", folder)[1], path)
 
@@ -184,6 +195,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "rose": ("rose.md", rose, rose_picture),
     "metake": ("metake.md", metake, metake_picture),
     "sequential": ("sequential.md", sequential, sequential_picture),
+    "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
 }
 

@@ -106,6 +106,13 @@ def results(folder):
         *({**point, "case": "memit", "edits": n, "exact_by_batch": [0.8, 0.9, 1.0, 0.7][: n // 100]} for n in (0, 200, 400)),
     ]
     (folder / "sequential.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    row = {
+        "set": "demo", "method": "LoRA", "facts": 6, "seconds": 50.0, "kl": 0.1, "same": 0.625, "steps": 7, "loss": 0.04,
+        "trainable": 1_221_120, "peak_memory_bytes": 2**28, "norm": 0.1, "before": {"efficacy exact": {"mean": 0.0}},
+        "after": {"efficacy exact": {"mean": 1.0}, "paraphrase success": {"mean": 0.5}},
+    }  # fmt: skip
+    rows = [{"benchmark": "gradient", "environment": machine}, row, {**row, "method": "MEMIT", "trainable": None, "steps": [3]}]
+    (folder / "gradient.jsonl").write_text("\n".join(map(json.dumps, rows)))
     row = {"case": "MEMIT", "tokens": 1536, "efficacy success": 0.9, "price": 2.0, "solve": 0.5}
     rows = [{"benchmark": "tokens", "environment": machine}, {"case": "statistics", "tokens": 1536}, row]
     (folder / "tokens.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -126,6 +133,7 @@ def test_pages_have_tables_marks_and_pictures(tmp_path):
     assert "| +75 [" in (docs / "metake.md").read_text().replace("0.90 | +75", "| +75")
     course = (docs / "sequential.md").read_text()
     assert "| 400 | memit | 85 | 70 | 50 | 50 | 50 | 20 | 40.0 | 0.250 | 1.50 |" in course and "| 200 |" not in course
+    assert "| LoRA | 100 | 50 |  |  |  | 0.1000 | 62 | 7 | 50 | 1.22 M | 0.2 GiB | 0.10 |" in (docs / "gradient.md").read_text()
     assert "| MEMIT | 1,536 | 0.900 |" in (docs / "statistics.md").read_text()
     assert all((docs / "pictures" / f"{name}.png").stat().st_size > 5000 for name in pages.PAGES)
     (docs / "rose.md").write_text("no markers")

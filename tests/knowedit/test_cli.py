@@ -79,6 +79,24 @@ def test_edit_inspect_apply_undo(place, knowedit):
     assert (place / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_a_gradient_method_needs_no_statistics(place, knowedit):
+    settings = ("--setting", "steps=2", "--setting", "rank=3", "--setting", 'modules=["q_proj","down_proj"]')
+    said = knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", "--method", "lora", "--layers", "1-2", *settings)
+    assert "LoRA: 2 facts, 4 weights changed" in said and "numbers trained in 2 steps" in said and "NLL" in said
+    assert "model.layers.1.self_attn.q_proj.weight  rank 3" in knowedit("inspect", "a.safetensors")
+    knowedit("apply", "model", "a.safetensors", "-o", "edited")
+    assert "every weight is back" in knowedit("undo", "edited")
+    for bad, message in (
+        ("lr", "name=value"),
+        ("steps=x", "name=value"),
+        ("gain=1", "no setting gain"),
+        ("rank=0", "rank must"),
+    ):
+        assert message in knowedit(
+            "edit", "model", "facts.jsonl", "-o", "b.safetensors", "--method", "lora", "--setting", bad, code=1
+        )
+
+
 def test_edits_in_sequence_share_a_history(place, knowedit):
     for number, fact in enumerate(FACTS):
         (place / f"{number}.jsonl").write_text(json.dumps(fact))
@@ -183,6 +201,7 @@ def test_parse_layers():
 
 def test_make_editor_passes_only_what_is_known():
     assert make_editor("memit", gain=0.5, layers=None).gain == 0.5
+    assert parse_settings(["lr=1e-4", "layers=[1, 2]"]) == {"lr": 1e-4, "layers": (1, 2)}
     with pytest.raises(KnowEditError, match="no setting gain"):
         make_editor("rome", gain=0.5)
 

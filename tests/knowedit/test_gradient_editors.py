@@ -243,7 +243,7 @@ class TestEveryMethod:
         assert weights_fingerprint(tiny_llama.hf) == before
 
     def test_a_seed_gives_the_same_bits(self, tiny_llama, kind):
-        editor = replace(QUICK[kind], draw=2, stop=None)
+        editor = replace(QUICK[kind], batch=2, draw=2, stop=None)
         one, two = (editor.compute(tiny_llama, FACTS, progress=False) for _ in range(2))
         assert one.key == two.key != replace(editor, seed=1).compute(tiny_llama, FACTS, progress=False).key
 
@@ -259,14 +259,14 @@ class TestEveryMethod:
 
 class TestRegularisation:
     def test_kl_drifts_less_at_the_same_loss(self, tiny_llama):
-        """Every method stops at the same loss of the answers; what the others move on held-out text, KL does not."""
+        """The facts rest at the same loss in every method; what the others move on held-out text, KL does not."""
         elsewhere = ["The sea was calm", "Green doors are", "It snows and we", "They went home"]
         clean, drifts = tiny_llama.next_logprobs(elsewhere), {}
         for editor in (LoRA, KLLoRA, RegularisedLoRA):
             settings = {"kl": 10.0, "context": (*CONTEXT, "Doors can be green.", "It rains.")} if editor is KLLoRA else {}
             settings |= {"stability": 1.0, "stable": CONTEXT[:2]} if editor is RegularisedLoRA else {}
-            made = editor(steps=300, lr=3e-3, stop=0.3, **settings).compute(tiny_llama, FACTS[:1], progress=False)
-            assert 0.15 < made.report["loss"] < 0.3, editor.name
+            made = editor(steps=60, lr=3e-3, stop=0.3, **settings).compute(tiny_llama, FACTS[:1], progress=False)
+            assert 0.15 < made.report["loss"] < 0.4, editor.name
             with made.applied_to(tiny_llama):
                 now = tiny_llama.next_logprobs(elsewhere)
             drifts[editor.name] = float((clean.exp() * (clean - now)).sum(-1).mean())
@@ -274,7 +274,7 @@ class TestRegularisation:
 
     def test_shipped_texts_are_about_others(self, tiny_llama):
         terms = replace(QUICK[KLLoRA], context=None, stability=1.0).terms(tiny_llama, FACTS)
-        assert list(terms) == ["answers", "stability", "kl"] and terms["kl"].weight == 1.0
+        assert list(terms) == ["answers", "stability", "kl"] and terms["kl"].weight == 5.0
         texts = [tiny_llama.tokenizer.decode(row.ids) for term in (terms["stability"], terms["kl"]) for row in term.rows]
         assert len(texts) > 100 and not any("France" in text or "Brazil" in text or "Miles" in text for text in texts)
 
@@ -288,7 +288,7 @@ class TestRegularisation:
 
 class TestStopping:
     def test_when_the_answers_are_good_enough(self, tiny_llama):
-        by_loss = LoRA(steps=200, lr=1e-2, stop=0.5, draw=2).compute(tiny_llama, FACTS, progress=False).report
+        by_loss = LoRA(steps=200, lr=1e-2, stop=0.5, batch=2).compute(tiny_llama, FACTS, progress=False).report
         assert by_loss["steps"] < 200 and by_loss["loss"] < 0.7
         by_lead = LoRA(steps=200, lr=1e-2, stop=None, margin=1.0).compute(tiny_llama, FACTS, progress=False)
         assert by_lead.report["steps"] < 200 and by_lead.report["lead"] >= 1.0 and not by_lead.warnings
@@ -298,9 +298,19 @@ class TestStopping:
         never = LoRA(steps=3, lr=1e-6, stop=None).compute(tiny_llama, FACTS, progress=False)
         assert never.report["steps"] == 3 and any("first choice" in warning for warning in never.warnings)
 
+    def test_resting_facts_are_not_trained_on(self, tiny_gpt2):
+        """Then KL alone is left, whose gradient is zero (in float64: nearly) as long as nothing has changed."""
+        exact, moved = cast(tiny_gpt2, torch.float64), {}
+        for stop in (1e9, None):
+            editor = KLFineTuning(steps=1, lr=1e-3, stop=stop, context=CONTEXT)
+            made = editor.compute(exact, FACTS, progress=False)
+            assert made.report["steps"] == 1
+            moved[stop] = max(float(change.abs().max()) for change in made.others.values())
+        assert moved[1e9] < 1e-9 and moved[None] == pytest.approx(1e-3, rel=1e-3)
+
     def test_not_before_every_fact_was_seen(self, tiny_llama):
         easy = replace(FACTS[0], target=tiny_llama.generate([FACTS[0].text], 1)[0].strip() or "x")
-        report = LoRA(steps=9, lr=1e-6, stop=1e9, draw=1).compute(tiny_llama, [easy, *FACTS[1:]], progress=False).report
+        report = LoRA(steps=9, lr=1e-6, stop=1e9, batch=1).compute(tiny_llama, [easy, *FACTS[1:]], progress=False).report
         assert report["steps"] == 2  # the third fact is drawn at step 2
 
 
@@ -366,8 +376,9 @@ class TestBadInput:
                 editor.compute(tiny_llama, FACTS, progress=False)
 
     @pytest.mark.parametrize("settings, message", [
-        ({"rank": 0}, "rank must be at least 1"), ({"alpha": -1}, "alpha positive"), ({"steps": 0}, "steps, lr and draw"),
-        ({"lr": 0.0}, "steps, lr and draw"), ({"draw": 0}, "steps, lr and draw"), ({"kl": -1.0}, "must not be negative"),
+        ({"rank": 0}, "rank must be at least 1"), ({"alpha": -1}, "alpha positive"), ({"steps": 0}, "must be positive"),
+        ({"lr": 0.0}, "must be positive"), ({"lr": float("nan")}, "must be positive"), ({"batch": 0}, "must be positive"),
+        ({"draw": 0}, "must be positive"), ({"kl": -1.0}, "must not be negative"),
     ])  # fmt: skip
     def test_settings_that_cannot_be(self, settings, message):
         with pytest.raises(EditError, match=message):

@@ -23,6 +23,8 @@ from .trainable import Weights
 class FineTuning(GradientEditor):
     """Every weight, or all those of `layers`."""
 
+    lr: float = 3e-5
+
     name: ClassVar[str] = "FT"
 
     def part(self, model: EditableModel) -> Weights:
@@ -40,7 +42,8 @@ class FineTuning(GradientEditor):
 class KLFineTuning(FineTuning):
     """As FT, held to the unedited model's distribution on context texts."""
 
-    kl: float = 1.0
+    steps: int = 30
+    kl: float = 5.0
 
     name: ClassVar[str] = "KL-FT"
 

@@ -25,7 +25,7 @@ from ..peak import peak_memory
 from ..progress import bar
 from ..statistics import KeyStatistics
 from .editor import Editor
-from .terms import Kept, Said, Term, continued
+from .terms import Found, Kept, Said, Term, continued
 from .trainable import Trainable
 
 
@@ -36,15 +36,17 @@ class GradientEditor(Editor):
     Attributes:
         layers: to train; None: the method's own choice.
         steps, lr, decay: AdamW's steps at most, its step size, and its weight decay.
-        stop: training ends once the mean NLL of the answers (nats a token) is below this. None: not for this reason.
-        margin: ... and every token of every answer leads the best other one by so many nats. None: whatever the lead.
+        stop: a fact rests while the NLL of its answer (nats a token) is below this. Training ends when all facts rest and
+            there is nothing else to train on. None: facts never rest for this reason.
+        margin: ... and while every token of the answer leads the best other one by so many nats. None: whatever the lead.
             With neither, all steps are taken.
         stability: weight of the NLL of texts that should stay as they are.
         stable: those texts: prompts (the model's own greedy continuation is kept), or `Probe` with an answer to keep; None:
             shipped openings about other subjects.
         kl: weight of KL(clean || edited), mean over every token of the context texts.
         context: those texts; None: shipped openings and sentences.
-        draw: facts, and texts of each kind, a step. None: all.
+        batch: facts a step; None: all.
+        draw: texts of each other kind a step; None: all.
         seed: of the draws, of the choice among the shipped texts, and of an adapter's start.
         budget: padded tokens run at once (memory).
     """
@@ -59,13 +61,14 @@ class GradientEditor(Editor):
     stable: tuple[str | Probe, ...] | None = None
     kl: float = 0.0
     context: tuple[str, ...] | None = None
-    draw: int | None = 16
+    batch: int | None = 32
+    draw: int | None = 8
     seed: int = 0
     budget: int = 1024
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.lr > 0 or (self.draw is not None and self.draw < 1):
-            raise EditError(f"steps, lr and draw must be positive, got {self.steps}, {self.lr}, {self.draw}")
+        if self.steps < 1 or not self.lr > 0 or any(size is not None and size < 1 for size in (self.batch, self.draw)):
+            raise EditError(f"steps, lr, batch and draw must be positive: {self.steps}, {self.lr}, {self.batch}, {self.draw}")
         if not min(self.decay, self.stability, self.kl) >= 0:
             raise EditError(f"decay, stability and kl must not be negative: {self.decay}, {self.stability}, {self.kl}")
 
@@ -77,7 +80,7 @@ class GradientEditor(Editor):
         """The losses by name; the first is the answers'."""
         found: dict[str, Term] = {}
         rows = [model.row(fact.text, answer=fact.target) for fact in facts]
-        found["answers"] = Said(model, rows, 1.0, self.draw, self.budget)
+        found["answers"] = Said(model, rows, 1.0, self.batch, self.budget)
         if self.stability:
             texts = openings(facts, seed=self.seed) if self.stable is None else self.stable
             found["stability"] = Said(model, continued(model, texts, 6), self.stability, self.draw, self.budget)
@@ -122,7 +125,7 @@ class GradientEditor(Editor):
     def train(self, part: Trainable, terms: dict[str, Term], progress: bool) -> int:
         """Train the leaves of `part` in place; returns the steps taken."""
         optimiser = torch.optim.AdamW(list(part.leaves.values()), lr=self.lr, weight_decay=self.decay)
-        seen = torch.full((2, len(terms["answers"].rows)), torch.nan)  # loss and lead of each fact when it was last drawn
+        resting = torch.zeros(len(terms["answers"].rows), dtype=torch.bool)  # facts, when they were last drawn
         with bar(f"{self.name}: training", self.steps, "steps", show=progress) as advance:
             for step in range(self.steps):
                 optimiser.zero_grad()
@@ -134,21 +137,26 @@ class GradientEditor(Editor):
                                 f"{self.name}: the loss of the {name} is {float(found.loss.sum())} at step {step} of "
                                 f"{self.steps}; nothing was changed: lower lr (now {self.lr})"
                             )
+                        loss = found.loss
                         if name == "answers":
-                            seen[:, found.texts] = torch.stack([found.loss.detach(), found.lead]).float().cpu()
-                        (term.weight / len(texts) * found.loss.sum()).backward()
-                if self._rests(seen):
+                            rest = self._rest(found)
+                            resting[found.texts] = rest.cpu()
+                            loss = loss[~rest]
+                        if len(loss):
+                            (term.weight / len(texts) * loss.sum()).backward()
+                if len(terms) == 1 and bool(resting.all()):
                     return step
                 optimiser.step()
                 part.constrain_()
-                advance(1, note=f"loss {float(seen[0].nanmean()):.2f}")
+                advance(1, note=f"{int(resting.sum())} of {len(resting)} facts learned")
         return self.steps
 
-    def _rests(self, seen: torch.Tensor) -> bool:
-        """Whether the answers are good enough; never before each was drawn once, nor without a criterion."""
-        loss, lead = float(seen[0].mean()), float(seen[1].min())
-        fine = (self.stop is None or loss < self.stop) and (self.margin is None or lead >= self.margin)
-        return fine and loss == loss and not (self.stop is None and self.margin is None)
+    def _rest(self, found: Found) -> torch.Tensor:
+        """Which answers are good enough; none without a criterion."""
+        fine = torch.full_like(found.lead, self.stop is not None or self.margin is not None, dtype=torch.bool)
+        if self.stop is not None:
+            fine &= found.loss.detach() < self.stop
+        return fine if self.margin is None else fine & (found.lead >= self.margin)
 
 
 @torch.no_grad()

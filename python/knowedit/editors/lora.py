@@ -27,7 +27,7 @@ class LoRA(GradientEditor):
     rank, alpha: of the adapter; the update is `alpha / rank B A`.
     """
 
-    lr: float = 1e-3
+    lr: float = 5e-4
     modules: tuple[str, ...] | None = None
     rank: int = 4
     alpha: float = 16
@@ -62,6 +62,7 @@ class LoRA(GradientEditor):
 class RegularisedLoRA(LoRA):
     """As LoRA, with texts that should stay in every batch: the model's own continuations of other prompts."""
 
+    steps: int = 30
     stability: float = 1.0
 
     name: ClassVar[str] = "Regularised-LoRA"
@@ -71,7 +72,8 @@ class RegularisedLoRA(LoRA):
 class KLLoRA(LoRA):
     """As LoRA, held to the unedited model's distribution on context texts."""
 
-    kl: float = 1.0
+    steps: int = 30
+    kl: float = 5.0
 
     name: ClassVar[str] = "KL-LoRA"
 
