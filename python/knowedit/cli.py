@@ -90,7 +90,7 @@ def edit(
 
     wanted = load(facts)
     named = {"layers": parse_layers(layers), "gain": gain, "weight": weight, "merge_subjects": merge}
-    editor = make_editor(method, **{**named, **parse_settings(setting or [])})
+    editor = make_editor(method, corpus=one(corpus), **{**named, **parse_settings(setting or [])})
     editable = load_model(model, dtype=dtype, say=say)
     keys = statistics_for([editor], editable, one(corpus), tokens, statistics)
     earlier = History.load(history) if history and history.exists() else History(editable.fingerprint)

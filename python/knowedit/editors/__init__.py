@@ -37,8 +37,11 @@ NEURONS: tuple[type[Editor], ...] = (NeuronPatch,)
 EDITORS: dict[str, type[Editor]] = {editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT, *LEARNED, *NEURONS)}
 
 
-def make_editor(method: str, **settings: Any) -> Editor:
+def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Editor:
     """The editor of that name with the settings that were given (None: not given).
+
+    Args:
+        corpus: ordinary text, for methods that read some themselves (NeuronPatch); the others do without.
 
     Raises:
         KnowEditError: an unknown method, a setting that it does not have, or one that it cannot be.
@@ -46,7 +49,9 @@ def make_editor(method: str, **settings: Any) -> Editor:
     if method not in EDITORS:
         raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
     editor, given = EDITORS[method], {name: value for name, value in settings.items() if value is not None}
-    unknown = sorted(set(given) - set(getattr(editor, "__dataclass_fields__", {})))
+    known = set(getattr(editor, "__dataclass_fields__", {}))
+    given |= {"corpus": corpus} if corpus is not None and "corpus" in known else {}
+    unknown = sorted(set(given) - known)
     if unknown:
         raise KnowEditError(f"{method} has no setting {', '.join(unknown)}")
     try:

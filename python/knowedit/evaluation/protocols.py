@@ -91,7 +91,7 @@ def measure(
     statistics = statistics_for(editors, model, corpus, tokens, where)
     texts = list(islice(documents(text), HELD_OUT)) if text else []
     return [
-        run(model, facts, statistics, method, protocol, layers, dataset, batch=batch, every=every, texts=texts)
+        run(model, facts, statistics, method, protocol, layers, dataset, batch=batch, every=every, texts=texts, corpus=corpus)
         for method in methods
     ]
 
@@ -99,10 +99,10 @@ def measure(
 def run(
     model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None, method: str, protocol: str = "batch",
     layers: tuple[int, ...] | None = None, dataset: str = "",
-    *, batch: int = 50, every: int = 100, texts: Sequence[str] = (), progress: bool = True,
+    *, batch: int = 50, every: int = 100, texts: Sequence[str] = (), corpus: Any = None, progress: bool = True,
 ) -> Result:  # fmt: skip
     """Compute and measure one method; the model is left as it was found."""
-    editor = make_editor(method, layers=layers)
+    editor = make_editor(method, corpus=corpus, layers=layers)
     course: list[Point] = []
     start = time.perf_counter()
     if protocol == "sequential":

@@ -79,19 +79,20 @@ def measure_subjects(
     chosen = choose(dataset, least, most, half, subjects)
     model = load_model(name, dtype=dtype, say=say)
     statistics = statistics_for(editors, model, corpus, tokens)
-    return run_subjects(model, chosen, statistics, methods, layers, dataset, wordings=wordings)
+    return run_subjects(model, chosen, statistics, methods, layers, dataset, wordings=wordings, corpus=corpus)
 
 
 def run_subjects(
     model: EditableModel, chosen: Sequence[Sequence[Fact]], statistics: KeyStatistics | None, methods: Sequence[str],
-    layers: tuple[int, ...] | None = None, dataset: str = "", *, wordings: int | None = None, progress: bool = True,
+    layers: tuple[int, ...] | None = None, dataset: str = "", *, wordings: int | None = None, corpus: Any = None,
+    progress: bool = True,
 ) -> list[SubjectsResult]:  # fmt: skip
     """Compute and measure each method on the same subjects; the model is left as it was found."""
     probes, facts = prepare(model, chosen, wordings), [fact for group in chosen for fact in group]
     before = observe(model, probes, title="before", progress=progress)
     results = []
     for method in methods:
-        editor, start = make_editor(method, layers=layers), time.perf_counter()
+        editor, start = make_editor(method, corpus=corpus, layers=layers), time.perf_counter()
         edit = editor.compute(model, facts, statistics, progress=progress)
         seconds, moved = (time.perf_counter() - start) / len(facts), drift(model, edit)
         with edit.applied_to(model):
