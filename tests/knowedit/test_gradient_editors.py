@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from knowedit.edit import Edit
 from knowedit.editors import EDITORS, FTL, FineTuning, GradientEditor, KLFineTuning, KLLoRA, LoRA, RegularisedLoRA, make_editor
+from knowedit.editors.descent import descend
 from knowedit.editors.terms import Kept, Said, continued
 from knowedit.editors.trainable import Weights
 from knowedit.errors import EditError, KnowEditError, ModelError
@@ -154,7 +155,7 @@ class TestAdapters:
         known = [name for name in modules or () if any(name in full for full, _ in tiny.hf.named_modules())]
         editor = LoRA(steps=4, lr=1e-2, rank=3, alpha=5, modules=tuple(known) if modules else None, stop=None)
         with editor.part(tiny) as part:
-            editor.train(part, editor.terms(tiny, FACTS), False)
+            descend(editor, part, editor.terms(tiny, FACTS), False)
             merged = {f"{name}.weight": layer.get_delta_weight("default") for name, layer in part.layers.items()}
             ids = torch.tensor([tiny.row(FACTS[0].text).ids])
             trained = tiny.hf(input_ids=ids).logits
@@ -365,6 +366,7 @@ class TestBadInput:
         (FTL(layers=(1,), bound=-1.0), "bound and share must be positive"),
         (KLLoRA(context=()), "no texts to train on"),
         (RegularisedLoRA(stable=()), "no texts to train on"),
+        (KLLoRA(context=("The sea", "")), "one of them is empty"),
     ])  # fmt: skip
     def test_settings_that_do_not_fit_the_model(self, tiny_llama, editor, message):
         with pytest.raises(EditError, match=message):

@@ -70,6 +70,6 @@ class FTL(GradientEditor):
             raise EditError(f"FT-L trains one layer, got {list(layers)}; use FT for several")
         weight = model.weight(layers[0])
         bound = self.bound if self.bound is not None else self.share * float(weight.float().square().mean().sqrt())
-        if bound <= 0:
+        if not bound > 0:
             raise EditError(f"bound and share must be positive, got {self.bound}, {self.share}")
         return Weights(model, [model.layout.weight_name(layers[0])], bound)

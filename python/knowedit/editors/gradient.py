@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from ..datasets.ordinary import openings, sentences
 from ..edit import Edit, relative_norm
 from ..errors import EditError
@@ -22,10 +20,10 @@ from ..facts import Fact, Probe, check_facts
 from ..history import History
 from ..model import EditableModel
 from ..peak import peak_memory
-from ..progress import bar
 from ..statistics import KeyStatistics
+from .descent import descend, measured
 from .editor import Editor
-from .terms import Found, Kept, Said, Term, continued
+from .terms import Kept, Said, Term, continued
 from .trainable import Trainable
 
 
@@ -78,9 +76,8 @@ class GradientEditor(Editor):
 
     def terms(self, model: EditableModel, facts: Sequence[Fact]) -> dict[str, Term]:
         """The losses by name; the first is the answers'."""
-        found: dict[str, Term] = {}
         rows = [model.row(fact.text, answer=fact.target) for fact in facts]
-        found["answers"] = Said(model, rows, 1.0, self.batch, self.budget)
+        found: dict[str, Term] = {"answers": Said(model, rows, 1.0, self.batch, self.budget)}
         if self.stability:
             texts = openings(facts, seed=self.seed) if self.stable is None else self.stable
             found["stability"] = Said(model, continued(model, texts, 6), self.stability, self.draw, self.budget)
@@ -99,74 +96,27 @@ class GradientEditor(Editor):
         Raises:
             EditError: also for a loss that is not finite; the message has the step.
         """
+        if history is not None:
+            history.check(model)
         facts = history.check_new(facts) if history else check_facts(list(facts))
         if not facts:
             raise EditError("there are no facts to write; give at least one")
-        if history is not None:
-            history.check(model)
         fingerprint, begun = model.fingerprint, time.perf_counter()  # before anything is put into the model
         with peak_memory(model.device) as peak:
             terms = self.terms(model, facts)
             with self.part(model) as part:
-                steps = self.train(part, terms, progress)
-                found = {name: _measure(part, term) for name, term in terms.items()}
+                steps = descend(self, part, terms, progress)
+                found = {name: measured(part, term) for name, term in terms.items()}
                 changes, trained = part.changes(), part.size
             memory = peak()
         report: dict[str, Any] = {
-            "settings": asdict(self), "trainable": trained, "peak_memory_bytes": memory, "steps": steps,
+            "settings": asdict(self), "trainable": trained, "peak_memory_bytes": memory, "steps": steps, "warnings": [],
             "seconds": time.perf_counter() - begun, "loss": found["answers"][0], "lead": found["answers"][1],
             "terms": {name: loss for name, (loss, _) in found.items()},
         }  # fmt: skip
         matrices = {name: weight for name, weight in model.hf.named_parameters() if name in changes and weight.ndim == 2}
         report["relative_norm"] = {name: relative_norm(weight, changes[name]) for name, weight in matrices.items()}
-        report["warnings"] = _warnings(report)
+        if report["lead"] <= 0:
+            said = f"not every answer is the model's first choice (mean NLL {report['loss']:.2f})"
+            report["warnings"] = [f"{said}; more steps or a larger lr may help"]
         return Edit(self.name, {}, facts, fingerprint, report, others=changes)
-
-    def train(self, part: Trainable, terms: dict[str, Term], progress: bool) -> int:
-        """Train the leaves of `part` in place; returns the steps taken."""
-        optimiser = torch.optim.AdamW(list(part.leaves.values()), lr=self.lr, weight_decay=self.decay)
-        resting = torch.zeros(len(terms["answers"].rows), dtype=torch.bool)  # facts, when they were last drawn
-        with bar(f"{self.name}: training", self.steps, "steps", show=progress) as advance:
-            for step in range(self.steps):
-                optimiser.zero_grad()
-                for name, term in terms.items():
-                    texts = term.drawn(step, self.seed)
-                    for found in term.evaluate(part, texts):
-                        if not bool(found.loss.isfinite().all()):
-                            raise EditError(
-                                f"{self.name}: the loss of the {name} is {float(found.loss.sum())} at step {step} of "
-                                f"{self.steps}; nothing was changed: lower lr (now {self.lr})"
-                            )
-                        loss = found.loss
-                        if name == "answers":
-                            rest = self._rest(found)
-                            resting[found.texts] = rest.cpu()
-                            loss = loss[~rest]
-                        if len(loss):
-                            (term.weight / len(texts) * loss.sum()).backward()
-                if len(terms) == 1 and bool(resting.all()):
-                    return step
-                optimiser.step()
-                part.constrain_()
-                advance(1, note=f"{int(resting.sum())} of {len(resting)} facts learned")
-        return self.steps
-
-    def _rest(self, found: Found) -> torch.Tensor:
-        """Which answers are good enough; none without a criterion."""
-        fine = torch.full_like(found.lead, self.stop is not None or self.margin is not None, dtype=torch.bool)
-        if self.stop is not None:
-            fine &= found.loss.detach() < self.stop
-        return fine if self.margin is None else fine & (found.lead >= self.margin)
-
-
-@torch.no_grad()
-def _measure(part: Trainable, term: Term) -> tuple[float, float]:
-    """Mean loss over all texts of a term, and the smallest lead."""
-    found = list(term.evaluate(part, range(len(term.rows))))
-    return float(torch.cat([f.loss for f in found]).mean()), float(torch.cat([f.lead for f in found]).min())
-
-
-def _warnings(report: dict[str, Any]) -> list[str]:
-    if report["lead"] > 0:
-        return []
-    return [f"not every answer is the model's first choice (mean NLL {report['loss']:.2f}); more steps or a larger lr may help"]

@@ -37,8 +37,8 @@ class Term(ABC):
         self, model: EditableModel, rows: Sequence[Row], weight: float = 1.0, draw: int | None = None, budget: int = 1024
     ) -> None:
         self.model, self.rows, self.weight, self.budget = model, list(rows), weight, budget
-        if not self.rows:
-            raise EditError("there are no texts to train on")
+        if not self.rows or not all(row.ids for row in self.rows):
+            raise EditError("there are no texts to train on, or one of them is empty")
         self.draw = min(draw or len(self.rows), len(self.rows))
 
     @abstractmethod

@@ -152,10 +152,7 @@ class Adapter(Trainable):
         found: dict[str, Change] = {}
         for name, layer in self.layers.items():
             up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-            found[f"{name}.weight"] = (
-                (layer.scaling["default"] * up).clone(),
-                down.T.contiguous(),
-            )
+            found[f"{name}.weight"] = layer.scaling["default"] * up, down.T.contiguous()
         return found
 
 
