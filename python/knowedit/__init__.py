@@ -3,14 +3,20 @@ what it changed."""
 
 from .edit import Edit as Edit
 from .editors import EMMET as EMMET
+from .editors import FTL as FTL
 from .editors import MEMIT as MEMIT
 from .editors import MEND as MEND
 from .editors import PMET as PMET
 from .editors import ROME as ROME
 from .editors import SERAC as SERAC
 from .editors import AlphaEdit as AlphaEdit
+from .editors import FineTuning as FineTuning
+from .editors import KLFineTuning as KLFineTuning
+from .editors import KLLoRA as KLLoRA
+from .editors import LoRA as LoRA
 from .editors import MEMITMerge as MEMITMerge
 from .editors import MetaKE as MetaKE
+from .editors import RegularisedLoRA as RegularisedLoRA
 from .editors import RoSE as RoSE
 from .errors import EditError as EditError
 from .errors import KnowEditError as KnowEditError
