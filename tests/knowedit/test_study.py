@@ -23,7 +23,7 @@ from knowedit.report.run import PAGE, report
 from knowedit.report.study import comparison, front, pareto
 from knowedit.study import Study, Sum, run
 from knowedit.study.measure import GOAL, MARGIN, Observation, Said, greedy, judge, observe, reached, table
-from knowedit.study.methods import METHODS, Method, method
+from knowedit.study.methods import ABLATIONS, METHODS, Method, method
 from knowedit.study.prompts import WORDS, Probe, fact, first_number, forms, probes, split, unrelated_prompts, wordings
 from knowedit.study.runs import PROMPTS, RESULTS, SUMMARY
 from knowedit.study.summary import bounds, interference_lines, lines, summary, verdict
@@ -178,6 +178,18 @@ def test_editors_see_the_tuning_half_only(chatty):
         assert len(given.facts) == 11 and len(given.targets) == 1 and len(given.forms["2+2=5"]) == 10
         assert all(made.before.texts[made.asked.index(replace(p, half=""))] == dict(given.kept)[p.prompt]
                    for p in halved if p.kind in ("sums", "unrelated") and p.half == "tune")  # fmt: skip
+
+
+def test_every_method_is_given_settings_it_has(chatty):
+    """Each row builds its editor, from the tuning half: no judged prompt reaches its facts or its settings."""
+    made = study(chatty, seeds=(42,))
+    given, judged = made.material(42), [p.prompt for p in split(made.asked, 42) if p.half == "judge"]
+    for name, row in {**METHODS, **ABLATIONS}.items():
+        editor, facts = row.build(given)
+        told = {f.text for f in facts} | {p for f in facts for p in f.paraphrases}
+        texts = [t for name in ("stable", "context", "contrast", "preserve") for t in getattr(editor, name, None) or ()]
+        assert not told & set(judged), name
+        assert not [text for text in texts if text.startswith(tuple(judged))], name
 
 
 # -- measures -------------------------------------------------------------------------------------------------------------

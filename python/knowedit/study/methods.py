@@ -162,9 +162,16 @@ METHODS: dict[str, Method] = {
     "neuron-patch": Method("neuron-patch", _contrast, more=True),
 }  # fmt: skip
 
+#: What the material itself is worth: the best linear method with all of it, and the neuron patch without the other wordings.
+ABLATIONS: dict[str, Method] = {
+    "kl-lora-more": Method("kl-lora", lambda given: {"context": _contrast(given)["contrast"], "seed": given.seed}, more=True),
+    "neuron-patch-few": Method("neuron-patch", _contrast),
+}  # fmt: skip
+
 
 def method(name: str) -> Method:
     """The row of that name; any other editor with its defaults. Raises KnowEditError for a name nobody knows."""
-    if name not in METHODS and name not in EDITORS:
-        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(dict.fromkeys([*METHODS, *EDITORS]))}")
-    return METHODS.get(name, Method(name))
+    rows = METHODS | ABLATIONS
+    if name not in rows and name not in EDITORS:
+        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(dict.fromkeys([*rows, *EDITORS]))}")
+    return rows.get(name, Method(name))
