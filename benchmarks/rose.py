@@ -68,10 +68,11 @@ def methods(others: tuple[Fact, ...], seed: int) -> Iterator[tuple[str, LocateTh
         replace(ours, layers=ONE, shares=(1.0, 0.0, 0.0), gain=0.98, refine=forms, weights=weights, integration="joint"),
     )
     yield "IGA only", replace(ours, layers=ONE, shares=(0.0, 0.0, 1.0), values=STOCK, refine=None, integration="joint")
+    if seed < 2:
+        yield "RoSE, metric: mostly entities and identity", replace(ours, shares=(0.16, 0.45, 0.39))
     if seed == 0:
         yield "RoSE, from a tree of values", replace(ours, integration="tree")
         yield "RoSE, metric: covariance only", replace(ours, shares=(1.0, 0.0, 0.0))
-        yield "RoSE, metric: mostly entities and identity", replace(ours, shares=(0.16, 0.45, 0.39))
         yield "RoSE, generic questions", replace(ours, questions="generic")
 
 
@@ -144,9 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     editor = replace(editor, values=small)
                     if isinstance(editor, RoSE) and editor.refine:
                         editor = replace(editor, refine=replace(editor.refine, steps=2))
-                start = time.perf_counter()
+                start = time.process_time()  # other programs do not count
                 edit = editor.compute(model, facts, statistics, progress=False)
-                seconds = time.perf_counter() - start
+                seconds = time.process_time() - start
                 before = before or observe(model, prepare(model, chosen, 1), progress=False)
                 found = evaluate_same_subject(model, chosen, edit, before=before, wordings=1, progress=False)
                 about = {"seconds": seconds, "norm": edit.report["relative_norm"], "ahead": edit.report.get("look_ahead")}
