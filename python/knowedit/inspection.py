@@ -18,6 +18,8 @@ from . import checkpoint, edit, store
 from .editors import memory_edit, mend_network, serac_network
 from .errors import KnowEditError
 
+SHOWN = 12  # changed weights listed
+
 
 def describe(path: Path) -> str:
     """A readable summary of an edit, a statistics file or an edited model's folder.
@@ -69,9 +71,11 @@ def _edit(made: edit.Edit) -> str:
             + (f"gain {solved['gain']:.3f}, " if solved else "")
             + f"|delta|/|W| {report['relative_norm'][str(layer)]:.3f}"
         )
-    for name, change in made.others.items():
+    for name, change in list(made.others.items())[:SHOWN]:
         shape = f"dense {list(change.shape)}" if isinstance(change, Tensor) else f"rank {change[0].shape[1]}"
         lines.append(f"  {name}  {shape}")
+    if len(made.others) > SHOWN:
+        lines.append(f"  ... and {len(made.others) - SHOWN} more weights")
     return "\n".join(lines + [f"  note: {warning}" for warning in made.warnings])
 
 

@@ -19,6 +19,7 @@ from knowedit.evaluation.sequential import total_norms
 from knowedit.facts import Fact, FactError, Probe
 from knowedit.fingerprint import weights_fingerprint
 from knowedit.history import History
+from knowedit.inspection import describe
 from knowedit.model import EditableModel
 from knowedit.peak import peak_memory
 from knowedit.sequential import Session
@@ -251,6 +252,8 @@ class TestEveryMethod:
     def test_it_reads_back_from_a_file(self, tiny_llama, kind, tmp_path):
         made = QUICK[kind].compute(tiny_llama, FACTS, progress=False)
         read = Edit.load(made.save(tmp_path / "edit.safetensors"))
+        said = describe(tmp_path / "edit.safetensors")
+        assert made.key in said and (f"and {len(made.others) - 12} more weights" in said) == (len(made.others) > 12)
         assert read.key == made.key and read.report["settings"]["seed"] == 0
         with made.applied_to(tiny_llama):
             applied = weights_fingerprint(tiny_llama.hf)
