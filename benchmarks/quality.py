@@ -16,7 +16,7 @@ import torch
 
 from knowedit.datasets import data_dir, load
 from knowedit.edit import Edit
-from knowedit.editors import MEMIT, ROME
+from knowedit.editors import MEMIT, ROME, Editor
 from knowedit.evaluation.metrics import Evaluation, evaluate_each
 from knowedit.facts import Fact
 from knowedit.model import EditableModel, load_model
@@ -37,12 +37,12 @@ FLOORS = {
 
 
 def batch_edits(
-    model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics, size: int
+    editor: Editor, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None, size: int
 ) -> tuple[list[Edit], list[Fact]]:
-    """One MEMIT edit for every full batch of `size` facts, repeated for each of its facts; and the facts covered."""
+    """One edit for every full batch of `size` facts, repeated for each of its facts; and the facts covered."""
     edits: list[Edit] = []
     for start in range(0, len(facts) - size + 1, size):
-        edits += [MEMIT().compute(model, facts[start : start + size], statistics)] * size
+        edits += [editor.compute(model, facts[start : start + size], statistics)] * size
     return edits, list(facts[: len(edits)])
 
 
@@ -69,19 +69,19 @@ def judge(report: common.Report, protocol: str, case: str, evaluation: Evaluatio
 def run(report: common.Report, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics, size: int) -> None:
     """Both protocols; the model is left as it was found."""
     start = time.perf_counter()
-    edits, covered = batch_edits(model, facts, statistics, size)
+    edits, covered = batch_edits(MEMIT(), model, facts, statistics, size)
     seconds = (time.perf_counter() - start) / len(covered)
     evaluation = evaluate_each(model, edits, covered)
     judge(report, "batch", f"MEMIT, batches of {size}", evaluation)
-    _about(report, f"MEMIT, batches of {size}", list(dict.fromkeys(edits)), seconds)
+    about(report, f"MEMIT, batches of {size}", list(dict.fromkeys(edits)), seconds)
     start = time.perf_counter()
     singles = ROME().compute_each(model, facts, statistics)
     seconds = (time.perf_counter() - start) / len(facts)
     judge(report, "single", f"ROME, {len(facts)} single edits", evaluate_each(model, singles, facts))
-    _about(report, f"ROME, {len(facts)} single edits", singles, seconds)
+    about(report, f"ROME, {len(facts)} single edits", singles, seconds)
 
 
-def _about(report: common.Report, case: str, edits: Sequence[Edit], seconds: float) -> None:
+def about(report: common.Report, case: str, edits: Sequence[Edit], seconds: float) -> None:
     gain = min(edit.report["gain"] for edit in edits)
     norm = max(value for edit in edits for value in edit.report["relative_norm"].values())
     warnings = sorted({warning for edit in edits for warning in edit.warnings})

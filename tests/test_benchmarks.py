@@ -9,8 +9,22 @@ import time
 import pytest
 import torch
 
-from benchmarks import common, gpu_experiments, gpu_lab, gpu_suite, moments, peers, quality, solve, statistics, table, values
+from benchmarks import (
+    common,
+    gpu_experiments,
+    gpu_lab,
+    gpu_suite,
+    moments,
+    neuron,
+    peers,
+    quality,
+    solve,
+    statistics,
+    table,
+    values,
+)
 from benchmarks.common import Check
+from knowedit.editors import NeuronPatch
 from knowedit.facts import Fact, Probe
 from knowedit.statistics import key_statistics
 from knowedit.targets import ValueSettings
@@ -112,6 +126,15 @@ def test_quality_judges_both_protocols(tiny_llama, report, tmp_path):
     judged = [row for row in report.rows[1:] if "floor" in row]
     assert len(judged) == sum(map(len, quality.FLOORS.values()))
     assert {row["records"] for row in judged} == {2, 3}
+    assert not tiny_llama.ledger.active
+
+
+def test_neuron_patches_are_judged_as_the_others(tiny_llama, report, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(TEXTS))
+    editor = NeuronPatch(layers=(1,), corpus=corpus, tokens=300)
+    neuron.run(report, tiny_llama, FACTS, editor, 2, 1)
+    assert len([row for row in report.rows[1:] if "floor" in row]) == sum(map(len, quality.FLOORS.values()))
     assert not tiny_llama.ledger.active
 
 

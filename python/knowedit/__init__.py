@@ -15,7 +15,9 @@ from .editors import KLFineTuning as KLFineTuning
 from .editors import KLLoRA as KLLoRA
 from .editors import LoRA as LoRA
 from .editors import MEMITMerge as MEMITMerge
+from .editors import LookAhead as LookAhead
 from .editors import MetaKE as MetaKE
+from .editors import NeuronPatch as NeuronPatch
 from .editors import RegularisedLoRA as RegularisedLoRA
 from .editors import RoSE as RoSE
 from .errors import EditError as EditError
