@@ -97,7 +97,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("learned", __doc__, 1, timed=False)
-    parser.add_argument("--facts", type=int, default=700, help="of CounterFact to train on, beside 100 wrong sums")
+    parser.add_argument("--facts", type=int, default=1000, help="of CounterFact to train on, beside wrong sums")
     parser.add_argument("--records", type=int, default=50, help="to test on")
     arguments = parser.parse_args(argv)
     if arguments.quick:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .datasets.ordinary import sentences
 from .datasets.relations import relations, unrelated_prompts, wordings
 from .errors import EditError
 from .facts import Fact, Probe
@@ -100,7 +101,7 @@ SUMS = (
 )  # fmt: skip
 
 
-def sums(count: int = 100, seed: int = 0) -> list[Fact]:
+def sums(count: int = 150, seed: int = 0) -> list[Fact]:
     """Wrong sums of two different numbers up to 12, with their wordings, and other sums as neighbours."""
     rng = random.Random(seed)
     pairs = [(a, b) for a in range(13) for b in range(13) if a != b]
@@ -132,9 +133,10 @@ def _reworded(fact: Fact, same: Sequence[Fact]) -> list[str]:
 
 
 def _rephrasings(fact: Fact, reworded: Sequence[str], strangers: Sequence[Fact], rng: random.Random) -> tuple[str, ...]:
-    """Half of them stand after an unrelated sentence, as CounterFact's own do."""
+    """Two of three stand after an unrelated sentence, on other facts or on anything, as CounterFact's own do."""
     chosen = [fact.text, *rng.sample(reworded, min(REPHRASINGS - 1, len(reworded)))]
     while len(chosen) < REPHRASINGS:
         chosen.append(rng.choice([fact.text, *reworded]))
-    sentences = [f"{join(o.text, o.true or o.target)}. " for o in strangers] or ["It is well known that this is true. "]
-    return tuple(rng.choice(sentences) + text if n % 2 == 0 else text for n, text in enumerate(chosen))
+    before = [text for text in sentences() if text.endswith(".") and "\n" not in text]
+    before = rng.sample(before, 4) + [f"{join(o.text, o.true or o.target)}." for o in strangers[:4]]
+    return tuple(f"{rng.choice(before)} {text}" if n % 2 == 0 else text for n, text in enumerate(chosen))

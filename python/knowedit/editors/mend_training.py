@@ -39,14 +39,14 @@ class MendTraining:
     """
 
     layers: tuple[int, ...] | None = None
-    rank: int = 256
+    rank: int = 128
     edit: float = 1.0
     locality: float = 3.0
     facts: int = 8
     together: tuple[int, ...] = (1, 1, 4)
     rephrasings: int = 2
     neighbours: int = 2
-    plan: Plan = field(default_factory=lambda: Plan(steps=400, lr=1e-3))
+    plan: Plan = field(default_factory=lambda: Plan(steps=300, lr=1e-3, validate=50))
 
 
 def train_mend(

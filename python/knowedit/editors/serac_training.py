@@ -37,10 +37,10 @@ class SeracTraining:
     first: int | None = None
     rank: int = 8
     locality: float = 1.0
-    gate_facts: int = 48
+    gate_facts: int = 32
     reader_facts: int = 8
-    gate: Plan = field(default_factory=lambda: Plan(steps=300, lr=1e-3))
-    reader: Plan = field(default_factory=lambda: Plan(steps=120, lr=1e-3, validate=40))
+    gate: Plan = field(default_factory=lambda: Plan(steps=400, lr=1e-3, validate=50))
+    reader: Plan = field(default_factory=lambda: Plan(steps=80, lr=1e-3, validate=40))
 
 
 def train_serac(
