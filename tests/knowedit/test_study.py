@@ -355,7 +355,13 @@ def test_several_sums_and_their_interference(chatty, quick, tmp_path):
     for call, other in zip(quick[1:3], (("3", "three"), ("2", "two"))):  # alone: without a word of the other sum
         assert len(call) == 11 and not any(word in text for text in call for word in other)
     assert records[0]["about"]["2+2=5"]["target"]["success"]["mean"] == 1
-    assert records[3]["judge"]["sums"] == found["methods"][0]["judge"]["sums"] and records[3]["joint"]
+    edits = [method("quick").build(made.material(42, [t])) for t in made.targets]
+    edits = [editor.compute(chatty, facts, progress=False) for editor, facts in edits]
+    with edits[0].applied_to(chatty), edits[1].applied_to(chatty):
+        added = made.rows(observe(chatty, made.asked), 42)
+    assert records[2]["judge"]["sums"] == table(added, "judge")["sums"] != records[3]["judge"]["sums"]
+    assert records[2]["about"]["3+3=7"] == table(added, "judge", "3+3=7")
+    assert records[3]["judge"]["sums"] == found["methods"][0]["judge"]["sums"]
     text = "\n".join(interference_lines(found))
     assert "each alone, added up" in text and "it does not work here" in text
     assert all(r["reason"] for r in found["interference"]["broken"])

@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..edit import Edit
 from ..errors import KnowEditError
 from ..files import atomic_file
 from ..statistics import KeyStatistics
 from .arithmetic import Study
 from .measure import Observation, Row, observe, table
 from .methods import method
+from .prompts import Sum
 from .summary import goals, summary, verdict
 
 RESULTS, PROMPTS, SUMMARY = "study.json", "prompts.jsonl", "summary.md"
@@ -74,7 +77,8 @@ def run(
         _write(found, rows, folder)
     for name in plan if interference and len(study.targets) > 1 else ():
         if name not in found["interference"]:
-            found["interference"][name] = _interfere(study, name, keys, progress)
+            together = [row for row in rows if (row["method"], row["seed"]) == (name, study.seeds[0])]
+            found["interference"][name] = _interfere(study, name, keys, together, progress)
             _write(found, rows, folder)
     found["runs"].sort(key=lambda r: ([*plan].index(r["method"]) if r["method"] in plan else len(plan), r["method"], r["seed"]))
     _write(found, rows, folder)
@@ -99,27 +103,40 @@ def _one(
     return Outcome(study.rows(observed[edit.key], seed), report)
 
 
-def _interfere(study: Study, name: str, keys: KeyStatistics | None, progress: bool) -> list[dict[str, Any]]:
-    """Each target written alone, all of those edits at once, and all targets in one edit, under the first seed."""
-    alone: list[Any] = []
+def _interfere(
+    study: Study, name: str, keys: KeyStatistics | None, together: Sequence[Row], progress: bool
+) -> list[dict[str, Any]]:
+    """Each target written alone, all of those edits at once, and all targets in one edit (`together`), first seed."""
+    alone: list[Edit] = []
+
+    def ask(edits: Sequence[Edit]) -> Sequence[Row]:
+        with ExitStack() as stack:
+            for edit in edits:
+                stack.enter_context(edit.applied_to(study.model))
+            return study.rows(observe(study.model, study.asked), study.seeds[0])
+
+    def single(target: Sum) -> Sequence[Row]:
+        editor, facts = method(name).build(study.material(study.seeds[0], [target]))
+        alone.append(editor.compute(study.model, facts, keys if editor.needs_statistics else None, progress=progress))
+        return ask(alone[-1:])
+
+    def added() -> Sequence[Row]:
+        if len(alone) < len(study.targets):
+            raise KnowEditError("not every target could be written alone")
+        return ask(alone)
+
+    def joint() -> Sequence[Row]:
+        if not together:
+            raise KnowEditError("they could not be written in one edit")
+        return together
+
+    cases: dict[str, Callable[[], Sequence[Row]]] = {str(t): partial(single, t) for t in study.targets}
+    cases |= {"each alone, added up": added, " and ".join(map(str, study.targets)): joint}
     made: list[dict[str, Any]] = []
-    for chosen in (*([t] for t in study.targets), None, list(study.targets)):
-        written = " and ".join(map(str, chosen)) if chosen else "each alone, added up"
-        record: dict[str, Any] = {"written": written, "joint": chosen is not None and len(chosen) > 1, "reason": None}
+    for written, rows_of in cases.items():
+        record: dict[str, Any] = {"written": written, "reason": None}
         try:
-            if chosen is None:
-                edits = alone
-                if len(edits) < len(study.targets):
-                    raise KnowEditError("not every target could be written alone")
-            else:
-                editor, facts = method(name).build(study.material(study.seeds[0], chosen))
-                edits = [editor.compute(study.model, facts, keys if editor.needs_statistics else None, progress=progress)]
-                alone += edits if len(chosen) == 1 else []
-            with ExitStack() as stack:
-                for edit in edits:
-                    stack.enter_context(edit.applied_to(study.model))
-                after = observe(study.model, study.asked)
-            rows = study.rows(after, study.seeds[0])
+            rows = rows_of()
             record["about"] = {str(t): table(rows, "judge", str(t)) for t in study.targets}
             record["judge"] = {k: v for k, v in table(rows, "judge").items() if k in ("sums", "unrelated")}
         except FAILURES as error:
