@@ -74,7 +74,7 @@ def read(folder: Path, name: str = "arithmetic") -> tuple[dict[str, Any], dict[s
 
 
 def table(folder: Path) -> str:
-    """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval."""
+    """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval; then several sums."""
     header, found = read(folder)
     made = [f"| method | {' | '.join(name for name, _, _ in COLUMNS)} | seconds |", "|---" * (len(COLUMNS) + 2) + "|"]
     made.append(f"| unedited | {' | '.join(_cells(found['unedited'], ends=False))} | |")
@@ -87,7 +87,11 @@ def table(folder: Path) -> str:
     machine = header["environment"]
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date'][:10]}"
     about = f"`python -m benchmarks.arithmetic`: seeds {', '.join(map(str, header['head']['seeds']))}; {where}."
-    return "\n".join([*made, "", bounds(found), "", about])
+    made += ["", bounds(found), "", about]
+    if (folder / "arithmetic_several.jsonl").is_file():
+        _, several = read(folder, "arithmetic_several")
+        made += ["", "**Several sums at once** (judging half, first seed)", "", "```", *interference_lines(several), "```"]
+    return "\n".join(made)
 
 
 def _cells(judged: Table, ends: bool = True) -> list[str]:

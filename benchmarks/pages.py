@@ -15,6 +15,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from . import arithmetic as by_sum
 from . import gradient as by_gradient
 from . import sequential as in_sequence
 from . import tokens as by_tokens
@@ -199,6 +200,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "sequential": ("sequential.md", sequential, sequential_picture),
     "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
+    "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
 }
 
 
