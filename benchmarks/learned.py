@@ -7,6 +7,7 @@ complete records, as edits of one fact and of several, with all their paraphrase
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -99,19 +100,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("learned", __doc__, 1, timed=False)
     parser.add_argument("--facts", type=int, default=1000, help="of CounterFact to train on, beside wrong sums")
     parser.add_argument("--records", type=int, default=50, help="to test on")
+    parser.add_argument("--methods", nargs="+", choices=("MEND", "SERAC"), default=["MEND", "SERAC"])
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.facts, arguments.records = 40, 4
     model = load_model(dtype=torch.float32)
     mend, serac = networks(model, arguments.facts, 2 if arguments.quick else None)
     report = common.report("learned", arguments, model=model.name, threads=torch.get_num_threads())
-    for name, trained in (("MEND", mend.report), ("SERAC", serac.report)):
-        line = f"{name}: {trained['trainable_parameters']:,} parameters, {trained['cpu_seconds']:.0f} s of processor time"
-        report.note(f"{line}, validation {trained['validation']}", method=name, training=trained)
+    if report.output and report.output.exists():  # what is not measured now stays
+        rows = map(json.loads, report.output.read_text().splitlines()[1:])
+        report.rows += [row for row in rows if row["method"] not in arguments.methods]
     facts = conflict_free(load("counterfact"))[-arguments.records :]
     asked = [question for i, fact in enumerate(facts) for question in questions(i, fact)]
     before = ask(model, asked, progress=False)
-    for editor, sizes in ((MEND(mend), (1, 10)), (SERAC(serac), (1, 10, len(facts)))):
+    for editor, trained, sizes in (
+        (MEND(mend), mend.report, (1, 10)),
+        (SERAC(serac), serac.report, (1, 10, len(facts))),
+    ):
+        if editor.name not in arguments.methods:
+            continue
+        line = (
+            f"{editor.name}: {trained['trainable_parameters']:,} parameters, {trained['cpu_seconds']:.0f} s of processor time"
+        )
+        report.note(f"{line}, validation {trained['validation']}", method=editor.name, training=trained)
         for size in sizes:
             measure(report, model, editor, facts, size, asked, before)
     return report.finish()
