@@ -76,14 +76,15 @@ def read(folder: Path, name: str = "arithmetic") -> tuple[dict[str, Any], dict[s
 def table(folder: Path) -> str:
     """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval; then several sums."""
     header, found = read(folder)
-    made = [f"| method | {' | '.join(name for name, _, _ in COLUMNS)} | seconds |", "|---" * (len(COLUMNS) + 2) + "|"]
-    made.append(f"| unedited | {' | '.join(_cells(found['unedited'], ends=False))} | |")
+    made = [f"| method | {' | '.join(name for name, _, _ in COLUMNS)} | seconds | seeds |", "|---" * (len(COLUMNS) + 3) + "|"]
+    made.append(f"| unedited | {' | '.join(_cells(found['unedited'], ends=False))} | | |")
     for entry in found["methods"]:
         if "judge" not in entry:
-            made.append(f"| {entry['method']} | not run: {entry['reason']} {'|' * (len(COLUMNS) + 1)}")
+            made.append(f"| {entry['method']} | not run: {entry['reason']} {'|' * (len(COLUMNS) + 2)}")
             continue
         star = "**" if all(mean for mean, _ in entry["goals"].values()) else ""
-        made.append(f"| {star}{entry['method']}{star} | {' | '.join(_cells(entry['judge']))} | {entry['seconds']:.0f} |")
+        cells = [*_cells(entry["judge"]), f"{entry['seconds']:.0f}", str(entry["seeds"])]
+        made.append(f"| {star}{entry['method']}{star} | {' | '.join(cells)} |")
     machine = header["environment"]
     where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date'][:10]}"
     about = f"`python -m benchmarks.arithmetic`: seeds {', '.join(map(str, header['head']['seeds']))}; {where}."

@@ -122,7 +122,7 @@ def results(folder):
         judged.setdefault(kind, {})[measure] = {"mean": 0.5, "low": 0.25, "high": 0.75, "records": 9}
     better = {**judged, "target": {"success": {"mean": 1.0, "low": 1.0, "high": 1.0, "records": 1}}}
     head = {"head": {"seeds": [42]}, "notes": [], "unedited": judged, "interference": {}}
-    cells = {"judge": better, "goals": goals(better), "verdict": verdict(better), "seconds": 7.0, "reason": None}
+    cells = {"judge": better, "goals": goals(better), "verdict": verdict(better), "seconds": 7.0, "seeds": 2, "reason": None}
     rows = [
         {"benchmark": "arithmetic", "environment": machine, **head},
         {"method": "rome", **cells}, {"method": "lora", **cells, "judge": judged, "goals": goals(judged)},
@@ -146,10 +146,11 @@ def test_pages_have_tables_marks_and_pictures(tmp_path):
     assert "| +75 [" in (docs / "metake.md").read_text().replace("0.90 | +75", "| +75")
     course = (docs / "sequential.md").read_text()
     assert "| 400 | memit | 85 | 70 | 50 | 50 | 50 | 20 | 40.0 | 0.250 | 1.50 |" in course and "| 200 |" not in course
-    assert "| LoRA | 100 | 50 |  |  |  | 0.1000 | 62 | 7 | 50 | 1.22 M | 0.2 GiB | 0.10 |" in (docs / "gradient.md").read_text()
+    assert "| LoRA | 100 | 50 |  |  |  | 0.1000 | 62 | 7 | 50 | 1.22 M | 0.25 GiB | 0.100 |" in (docs / "gradient.md").read_text()
     assert "| MEMIT | 1,536 | 0.900 |" in (docs / "statistics.md").read_text()
     sums = (docs / "arithmetic.md").read_text()
-    assert "| rome | 1.00 (1.00) | 0.50 (0.25) |" in sums and "0.500 (0.750) | 7 |" in sums and "not run: not trained" in sums
+    assert "| rome | 1.00 (1.00) | 0.50 (0.25) |" in sums and "0.500 (0.750) | 7 | 2 |" in sums
+    assert "not run: not trained" in sums
     assert "No method meets all goals at once. Nearest: rome" in sums
     assert all((docs / "pictures" / f"{name}.png").stat().st_size > 5000 for name in pages.PAGES)
     (docs / "rose.md").write_text("no markers")

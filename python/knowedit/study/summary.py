@@ -48,13 +48,13 @@ def _mean(judged: Table, key: tuple[str, str]) -> float:
 def lines(found: Mapping[str, Any], half: str = "judge") -> list[str]:
     """The table of all methods as text: means, below them the pessimistic ends of the 95 % intervals."""
     width = max([10, *(len(entry["method"]) for entry in found["methods"])])
-    made = [f"{'':{width}}" + "".join(f"{name:>11}" for name, _, _ in COLUMNS) + f"{'seconds':>9}"]
-    rows = [("unedited", found["unedited"], None)]
-    rows += [(entry["method"], entry[half], entry["seconds"]) for entry in found["methods"] if half in entry]
-    for name, judged, seconds in rows:
+    made = [f"{'':{width}}" + "".join(f"{name:>11}" for name, _, _ in COLUMNS) + f"{'seconds':>9}{'seeds':>7}"]
+    rows = [("unedited", found["unedited"], None, 0)]
+    rows += [(entry["method"], entry[half], entry["seconds"], entry["seeds"]) for entry in found["methods"] if half in entry]
+    for name, judged, seconds, seeds in rows:
         estimates = [judged.get(kind, {}).get(measure) for _, kind, measure in COLUMNS]
         means = "".join(f"{'' if e is None else format(e['mean'], '.3f'):>11}" for e in estimates)
-        made.append(f"{name:{width}}" + means + ("" if seconds is None else f"{seconds:>9.0f}"))
+        made.append(f"{name:{width}}" + means + ("" if seconds is None else f"{seconds:>9.0f}{seeds:>7}"))
         if seconds is not None:
             ends = [e and e["high" if m == "kl" else "low"] for e, (_, _, m) in zip(estimates, COLUMNS)]
             signs = ["≤" if m == "kl" else "≥" for _, _, m in COLUMNS]
