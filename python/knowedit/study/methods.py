@@ -119,8 +119,9 @@ def _seeded(given: Material) -> dict[str, Any]:
 
 
 def _preserving(given: Material) -> dict[str, Any]:
-    """Three layers, and whole continuations of what is kept (design notes: the nearest linear edit to the goal)."""
-    layers = {"layers": tuple(_deep(given)["layers"][0] + n for n in range(3))} if _deep(given) else {}
+    """Three layers around a third of the depth (SmolLM2's 9 and 11 carry the attention sink), and whole continuations of
+    what is kept."""
+    layers = {"layers": tuple(_deep(given)["layers"][0] + n for n in (-2, 0, 2))} if _deep(given) else {}
     return {**layers, "preserve": tuple(prompt + said for prompt, said in given.kept), "seed": given.seed}
 
 
