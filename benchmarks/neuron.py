@@ -5,12 +5,15 @@ The same facts, probes and floors as MEMIT's batches there; nothing of it was tu
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from knowedit.datasets import data_dir, load
 from knowedit.editors import NeuronPatch
@@ -39,6 +42,59 @@ def run(
     seconds = (time.perf_counter() - start) / len(alone)
     judge(report, "single", f"Neuron-Patch, {len(alone)} single edits", evaluate_each(model, alone, facts[-singles:]))
     about(report, f"Neuron-Patch, {len(alone)} single edits", alone, seconds)
+
+
+SHOWN = {
+    "success": "efficacy success", "exact": "efficacy exact", "paraphrase": "paraphrase success",
+    "paraphrase exact": "paraphrase exact", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
+}  # fmt: skip
+
+
+def cases(folder: Path) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
+    """`{case: {measure: row}}` of the results of `benchmarks.quality` and this benchmark, and the notes."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    notes = []
+    for name in ("quality", "neuron"):
+        header, *rows = map(json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+        for row in rows:
+            if "measure" in row:
+                found.setdefault(row["case"], {})[row["measure"]] = row
+        machine = header["environment"]
+        notes.append(f"`python -m benchmarks.{name}`: {machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}.")
+    return dict(sorted(found.items(), key=lambda case: "single" in case[0])), notes
+
+
+def table(folder: Path) -> str:
+    """Batches and single edits, beside MEMIT's and ROME's on the same records."""
+    found, notes = cases(folder)
+    lines = [f"| edit | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 1) + "|"]
+    for case, rows in found.items():
+        cells = [f"{100 * rows[key]['value']:.1f}" for key in SHOWN.values()]
+        was = rows["neighbourhood success"]["unedited"]
+        cells[-2] += f" (unedited {100 * was:.1f})"
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *notes])
+
+
+def draw(folder: Path, path: Path) -> None:
+    """What is recalled and what is left alone, with 95 % intervals."""
+    found, _ = cases(folder)
+    shown = [name for name in SHOWN if name not in ("success", "neighbours")]
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for number, (case, rows) in enumerate(found.items()):
+        values = [rows[SHOWN[name]] for name in shown]
+        place = [at + 0.16 * (number - (len(found) - 1) / 2) for at in range(len(shown))]
+        low, high = ([100 * abs(row["value"] - row[end]) for row in values] for end in ("low", "high"))
+        axis.errorbar([100 * row["value"] for row in values], place, xerr=[low, high], fmt="o", ms=5, capsize=2, label=case)
+    axis.set_yticks(range(len(shown)), shown)
+    axis.invert_yaxis()
+    axis.set_xlabel("%")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
