@@ -74,15 +74,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"| {' | '.join(heads)} |",
             "|---" * len(heads) + "|",
         ]
-        before = [_percent(mine[0]["before"], key) for key in SHOWN.values()]
+        before = [_percent(mine[0]["before"], key) or "100" for key in SHOWN.values()]
         lines.append(f"| unedited | {' | '.join(before)} | 0 | 100 |" + " |" * 5)
         for row in mine:
             cells = [row["method"], *(_percent(row["after"], key) for key in SHOWN.values())]
             steps = str(row["steps"]) if isinstance(row["steps"], int) else ""
             cells += [f"{row['kl']:.4f}", f"{100 * row['same']:.0f}", steps, f"{row['seconds']:.0f}"]
             trained, memory = row["trainable"], row["peak_memory_bytes"]
-            cells += [f"{trained / 1e6:.2f} M" if trained else "", f"{memory / 2**30:.1f} GiB" if memory is not None else ""]
-            lines.append(f"| {' | '.join(cells)} | {row['norm']:.2f} |")
+            cells += [f"{trained / 1e6:.2f} M" if trained else "", f"{memory / 2**30:.2f} GiB" if memory is not None else ""]
+            lines.append(f"| {' | '.join(cells)} | {row['norm']:.3f} |")
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     """Yield a function: the most memory in use since, beyond that at the start, in bytes; None where it cannot be known.
 
-    On a GPU what torch allocated, all GPUs together; elsewhere the process's resident set, as Linux counts it. Memory that
-    the process had freed but not given back counts as in use at the start, so a first run says more than a second.
+    On a GPU what torch allocated, all GPUs together; elsewhere the process's resident set, as Linux counts it. What was freed
+    before is given back first (glibc), or reusing it would go unseen.
     """
     if device.type == "cuda":
         gpus = range(torch.cuda.device_count())
@@ -25,6 +26,8 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
         start = sum(map(torch.cuda.memory_allocated, gpus))
         yield lambda: sum(map(torch.cuda.max_memory_allocated, gpus)) - start
         return
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         _RESET.write_text("5")  # the peak starts again from now
         resident = _kilobytes("VmRSS")

@@ -62,7 +62,7 @@ class GradientEditor(Editor):
     batch: int | None = 32
     draw: int | None = 8
     seed: int = 0
-    budget: int = 1024
+    budget: int = 256
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.lr > 0 or any(size is not None and size < 1 for size in (self.batch, self.draw)):

@@ -34,7 +34,7 @@ class Term(ABC):
     """
 
     def __init__(
-        self, model: EditableModel, rows: Sequence[Row], weight: float = 1.0, draw: int | None = None, budget: int = 1024
+        self, model: EditableModel, rows: Sequence[Row], weight: float = 1.0, draw: int | None = None, budget: int = 256
     ) -> None:
         self.model, self.rows, self.weight, self.budget = model, list(rows), weight, budget
         if not self.rows or not all(row.ids for row in self.rows):
@@ -91,7 +91,7 @@ class Kept(Term):
 
     @torch.no_grad()
     def __init__(
-        self, model: EditableModel, rows: Sequence[Row], weight: float = 1.0, draw: int | None = None, budget: int = 1024
+        self, model: EditableModel, rows: Sequence[Row], weight: float = 1.0, draw: int | None = None, budget: int = 256
     ) -> None:
         super().__init__(model, rows, weight, draw, budget)
         self.clean: dict[int, Tensor] = {}
