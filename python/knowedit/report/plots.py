@@ -70,7 +70,7 @@ def _bars(
         means = [e["mean"] for e in found]
         ends = [[e["mean"] - e["low"] for e in found], [e["high"] - e["mean"] for e in found]]
         at = [b + (i - (len(tables) - 1) / 2) * width for b in range(len(bars))]
-        axis.bar(at, means, 0.92 * width, color=f"C{i % 10}", label=name)
+        axis.bar(at, means, 0.92 * width, color=f"C{i}", label=name)
         axis.errorbar(at, means, ends, fmt="none", ecolor="#344054", elinewidth=0.9, capsize=1.5)
     if before is not None:
         for b, (kind, measure) in enumerate(bars):

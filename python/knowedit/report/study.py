@@ -36,15 +36,19 @@ def sections(found: Mapping[str, Any]) -> list[tuple[str, str, Figure | None]]:
 
 def comparison(found: Mapping[str, Any]) -> Figure:
     """Every measure of every method on the judging half, with 95 % intervals."""
+    from cycler import cycler
+    from matplotlib import rc_context
+
     figure, (said, kept, moved) = _figure(3, width=15, height=4.6)
     tables = {entry["method"]: entry["judge"] for entry in _measured(found)}
-    before = found["unedited"]
-    _bars(said, tables, [("target", "success"), _PARAPHRASE, ("paraphrase", "longer")], before, "says the target")
-    said.set_xticks(range(3), ["target", "paraphrase", "paraphrase\nlonger answer"])
+    told = [("target", "success"), _PARAPHRASE, ("paraphrase", "longer")]
     same = [("unrelated", "identical"), ("sums", "identical"), ("sums", "clear"), ("sums", "steady")]
-    _bars(kept, tables, same, None, "as unedited")
+    with rc_context({"axes.prop_cycle": cycler(color=_tab20())}):
+        _bars(said, tables, told, found["unedited"], "says the target")
+        _bars(kept, tables, same, None, "as unedited")
+        _bars(moved, tables, [("sums", "kl"), ("unrelated", "kl")], None, "KL(unedited || edited), nats", top=None)
+    said.set_xticks(range(3), ["target", "paraphrase", "paraphrase\nlonger answer"])
     kept.set_xticks(range(4), ["unrelated\n(locality)", "other sums", "sums,\nclear answer", "sums, up to\na near-tie"])
-    _bars(moved, tables, [("sums", "kl"), ("unrelated", "kl")], None, "KL(unedited || edited), nats", top=None)
     moved.set_yscale("symlog", linthresh=0.01)
     moved.set_ylim(bottom=0)
     _legend(figure, said)
@@ -85,15 +89,22 @@ def _front(axis: Axes, entries: Sequence[Mapping[str, Any]], key: tuple[str, str
     shown = [(e, x, y) for e, x, y in shown if y is not None]
     writing = [(x["mean"], y["mean"]) for e, x, y in shown if e["goals"]["target"][0]]
     for n, (entry, x, y) in enumerate(shown):
-        colour, told = f"C{n % 10}", entry["goals"]["target"][0]
+        colour, told = _tab20()[n % 20], entry["goals"]["target"][0]
         ends = [[[e["mean"] - e["low"]], [e["high"] - e["mean"]]] for e in (x, y)]
-        marker = "osD^v<>"[n // 10 % 7]
+        marker = "osD^v"[n % 5]
         axis.errorbar(
             x["mean"], y["mean"], ends[1], ends[0], fmt=marker, color=colour, elinewidth=0.6, markersize=6,
             markerfacecolor=colour if told else "none", label=entry["method"],
         )  # fmt: skip
     best = [writing[i] for i in front(writing)]
     axis.plot([x for x, _ in best], [y for _, y in best], color="#667085", linewidth=0.8, zorder=0)
+
+
+def _tab20() -> Sequence[Any]:
+    """Colours for twenty methods: more than the usual ten."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"].colors  # type: ignore[attr-defined]
 
 
 def _measured(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
