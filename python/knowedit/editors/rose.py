@@ -51,7 +51,7 @@ class RoSE(LocateThenEdit):
         seed: of the choice among them.
     """
 
-    shares: tuple[float, float, float] = (0.6, 0.3, 0.1)
+    shares: tuple[float, float, float] = (0.16, 0.45, 0.39)
     gain: float = 0.88
     entities: Mapping[int, Tensor] | None = field(default=None, repr=False)
     integration: Literal["tree", "joint"] = "joint"
