@@ -122,7 +122,7 @@ def _preserving(given: Material) -> dict[str, Any]:
     """Three layers around a third of the depth (SmolLM2's 9 and 11 carry the attention sink), and whole continuations of
     what is kept."""
     layers = {"layers": tuple(_deep(given)["layers"][0] + n for n in (-2, 0, 2))} if _deep(given) else {}
-    return {**layers, "preserve": tuple(prompt + said for prompt, said in given.kept), "seed": given.seed}
+    return {**layers, "allow_sinks": True, "preserve": tuple(p + said for p, said in given.kept), "seed": given.seed}
 
 
 def _contrast(given: Material) -> dict[str, Any]:
@@ -157,8 +157,8 @@ METHODS: dict[str, Method] = {
     "alphaedit": Method("alphaedit", _gentle),
     "rose": Method("rose"),
     "metake": Method("metake", _deep),
-    "mend": Method("mend"),
-    "serac": Method("serac", forms=False),
+    "mend": Method("mend", forms=False),  # trained on single edits; it sums the updates of several
+    "serac": Method("serac"),
     "look-ahead": Method("look-ahead", _preserving, more=True),
     "neuron-patch": Method("neuron-patch", _contrast, more=True),
 }  # fmt: skip
