@@ -99,11 +99,11 @@ def metake(folder: Path) -> str:
 
 
 def sequential(folder: Path) -> str:
-    """Each method after 400 facts and at the end; the worst batch's exactness beside the mean of all batches."""
+    """Each method after 100 and 400 facts and at the end; the worst batch's exactness beside the mean of all batches."""
     header, rows = rows_of("sequential", folder)
     heads = ["exact, all facts", "worst batch", *SEQUENTIAL, "perplexity", "drift", "norm"]
     lines = [f"| facts | method | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
-    for edits in sorted({0, min(400, rows[-1]["edits"]), rows[-1]["edits"]}):
+    for edits in sorted({0, 100, 400, max(row["edits"] for row in rows)}):
         for row in [r for r in rows if r["edits"] == edits][: None if edits else 1]:
             exact, measures = row["exact_by_batch"], row["measures"]
             found = [measures.get(kind, {}).get(measure) for kind, measure in map(str.split, SEQUENTIAL.values())]
