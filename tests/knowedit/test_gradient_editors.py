@@ -300,7 +300,7 @@ class TestStopping:
             with by_lead.applied_to(tiny_llama):
                 assert tiny_llama.score([fact.text], [fact.target])[0].exact
         never = LoRA(steps=3, lr=1e-6, stop=None).compute(tiny_llama, FACTS, progress=False)
-        assert never.report["steps"] == 3 and any("first choice" in warning for warning in never.warnings)
+        assert never.report["steps"] == 3 and any("comes first" in warning for warning in never.warnings)
 
     def test_resting_facts_are_not_trained_on(self, tiny_gpt2):
         """Then KL alone is left, whose gradient is zero (in float64: nearly) as long as nothing has changed."""

@@ -43,8 +43,7 @@ class GradientEditor(Editor):
             shipped openings about other subjects.
         kl: weight of KL(clean || edited), mean over every token of the context texts.
         context: those texts; None: shipped openings and sentences.
-        batch: facts a step; None: all.
-        draw: texts of each other kind a step; None: all.
+        batch, draw: facts, and texts of each other kind, a step; None: all.
         seed: of the draws, of the choice among the shipped texts, and of an adapter's start.
         budget: padded tokens run at once (memory).
     """
@@ -117,6 +116,5 @@ class GradientEditor(Editor):
         matrices = {name: weight for name, weight in model.hf.named_parameters() if name in changes and weight.ndim == 2}
         report["relative_norm"] = {name: relative_norm(weight, changes[name]) for name, weight in matrices.items()}
         if report["lead"] <= 0:
-            said = f"not every answer is the model's first choice (mean NLL {report['loss']:.2f})"
-            report["warnings"] = [f"{said}; more steps or a larger lr may help"]
+            report["warnings"] = [f"not every answer comes first (mean NLL {report['loss']:.2f}); try more steps or a larger lr"]
         return Edit(self.name, {}, facts, fingerprint, report, others=changes)
