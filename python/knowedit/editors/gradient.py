@@ -116,5 +116,5 @@ class GradientEditor(Editor):
         matrices = {name: weight for name, weight in model.hf.named_parameters() if name in changes and weight.ndim == 2}
         report["relative_norm"] = {name: relative_norm(weight, changes[name]) for name, weight in matrices.items()}
         if report["lead"] <= 0:
-            report["warnings"] = [f"not every answer comes first (mean NLL {report['loss']:.2f}); try more steps or a larger lr"]
+            report["warnings"] = [f"not every answer comes first (mean NLL {report['loss']:.2f}): more steps or a larger lr"]
         return Edit(self.name, {}, facts, fingerprint, report, others=changes)
