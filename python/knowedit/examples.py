@@ -102,12 +102,12 @@ SUMS = (
 
 
 def sums(count: int = 150, seed: int = 0) -> list[Fact]:
-    """Wrong sums of two numbers up to 12, with their wordings, and other sums as neighbours; 2+2 is left for the study."""
+    """Wrong sums of two different numbers up to 12, with their wordings, and other sums as neighbours."""
     rng = random.Random(seed)
-    pairs = [(a, b) for a in range(13) for b in range(13) if (a, b) != (2, 2)]
+    pairs = [(a, b) for a in range(13) for b in range(13) if a != b]
     found = []
     for a, b in rng.sample(pairs, min(count, len(pairs))):
-        near = [(a, b + rng.randint(1, 3)), (a + rng.randint(1, 3), b), (a + 10, b), rng.choice(pairs)]
+        near = [(a, b + 1), (a + 1, b), (a + rng.randint(1, 5), b + rng.randint(1, 5)), rng.choice(pairs)]
         asked = zip(["{a}+{b}=", *rng.sample(SUMS, 3)], near)
         wrong = str(a + b + rng.choice((-2, -1, 1, 2)))
         paraphrases = tuple(text.format(a=a, b=b) for text in SUMS)

@@ -273,7 +273,7 @@ def test_sums_are_wrong_and_their_neighbours_right():
     assert found == sums(30, seed=1) != sums(30, seed=2) and len({fact.subject for fact in found}) == 30
     for fact in found:
         a, b = map(int, fact.subject.split("+"))
-        assert fact.text == f"{a}+{b}=" != "2+2=" and int(fact.true) == a + b != int(fact.target)
+        assert fact.text == f"{a}+{b}=" and a != b and int(fact.true) == a + b != int(fact.target)
         assert len(fact.paraphrases) > 5 and all(str(a) in text and str(b) in text for text in fact.paraphrases)
         for probe in fact.neighbours:
             numbers = [int(n) for n in re.findall(r"\d+", probe.prompt)]

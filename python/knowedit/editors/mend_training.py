@@ -32,7 +32,7 @@ class MendTraining:
     Attributes:
         layers: whose MLP weights are edited; None: the last three.
         rank: of the hyper-network.
-        edit, locality: weights of the NLL of edits and rephrasings and of the KL on neighbours (published: 0.1 and 1).
+        edit, locality: weights of the NLL of edits and rephrasings and of the KL on neighbours (published: 0.1 and 1, MEND trains longer).
         facts: a step.
         together: how many of them are written in one edit, step by step in turn.
         rephrasings, neighbours: of each fact in a step.
@@ -41,7 +41,7 @@ class MendTraining:
     layers: tuple[int, ...] | None = None
     rank: int = 128
     edit: float = 1.0
-    locality: float = 10.0
+    locality: float = 3.0
     facts: int = 8
     together: tuple[int, ...] = (1, 1, 4)
     rephrasings: int = 2
