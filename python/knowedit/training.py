@@ -62,7 +62,7 @@ class Course:
 
     Attributes:
         seconds, cpu_seconds: of all runs, by the clock and of processor time.
-        curve: `[step, mean training loss since the last entry, validation loss]`.
+        curve: `[step, mean training loss since the last entry (None at first), validation loss]`.
         best: validation loss; these parameters are kept.
         running: sum and number of the training losses since the last entry.
     """
@@ -70,7 +70,7 @@ class Course:
     steps: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    curve: list[list[float]] = field(default_factory=list)
+    curve: list[list[float | None]] = field(default_factory=list)
     best: float = math.inf
     running: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
@@ -132,7 +132,7 @@ def train(
 
     def look() -> None:
         found, (total, count) = validate(), course.running
-        course.curve.append([course.steps, total / count if count else math.nan, found])
+        course.curve.append([course.steps, total / count if count else None, found])
         course.running = [0.0, 0.0]
         if found < course.best:
             course.best = found

@@ -32,7 +32,7 @@ class MendTraining:
     Attributes:
         layers: whose MLP weights are edited; None: the last three.
         rank: of the hyper-network.
-        edit, locality: weights of the NLL of edits and rephrasings and of the KL on neighbours (published: 0.1 and 1, MEND trains longer).
+        edit, locality: weights of the NLL of edits and rephrasings and of the KL on neighbours (published: 1 to 10).
         facts: a step.
         together: how many of them are written in one edit, step by step in turn.
         rephrasings, neighbours: of each fact in a step.
