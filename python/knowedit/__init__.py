@@ -13,9 +13,9 @@ from .editors import AlphaEdit as AlphaEdit
 from .editors import FineTuning as FineTuning
 from .editors import KLFineTuning as KLFineTuning
 from .editors import KLLoRA as KLLoRA
+from .editors import LookAhead as LookAhead
 from .editors import LoRA as LoRA
 from .editors import MEMITMerge as MEMITMerge
-from .editors import LookAhead as LookAhead
 from .editors import MetaKE as MetaKE
 from .editors import NeuronPatch as NeuronPatch
 from .editors import RegularisedLoRA as RegularisedLoRA
