@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..edit import Edit
+from ..editors import EDITORS
 from ..errors import KnowEditError
 from ..files import atomic_file
 from ..statistics import KeyStatistics
 from .arithmetic import Study
 from .measure import Observation, Row, observe, table
-from .methods import method
+from .methods import ABLATIONS, METHODS, method
 from .prompts import Sum
 from .summary import goals, summary, verdict
 
@@ -58,6 +59,7 @@ def run(
     """
     plan = {name: method(name) for name in methods}
     found, rows = _resume(study, folder)
+    _write(found, rows, folder)
     wanted = set()
     for chosen in plan.values() if statistics else ():
         try:
@@ -80,8 +82,6 @@ def run(
             together = [row for row in rows if (row["method"], row["seed"]) == (name, study.seeds[0])]
             found["interference"][name] = _interfere(study, name, keys, together, progress)
             _write(found, rows, folder)
-    found["runs"].sort(key=lambda r: ([*plan].index(r["method"]) if r["method"] in plan else len(plan), r["method"], r["seed"]))
-    _write(found, rows, folder)
     return found
 
 
@@ -166,9 +166,10 @@ def _resume(study: Study, folder: Path | None) -> tuple[dict[str, Any], list[Row
 
 def _write(found: dict[str, Any], rows: Sequence[Row], folder: Path | None) -> None:
     """Tables from the rows, and everything to disk, the rows first: a run is in `study.json` only with its rows."""
-    names = list(dict.fromkeys(run["method"] for run in found["runs"]))
+    order = [*dict.fromkeys([*METHODS, *ABLATIONS, *EDITORS])]
+    found["runs"].sort(key=lambda run: (order.index(run["method"]), run["seed"]))
     found["methods"] = []
-    for name in names:
+    for name in dict.fromkeys(run["method"] for run in found["runs"]):
         mine = [row for row in rows if row["method"] == name]
         runs = [run for run in found["runs"] if run["method"] == name]
         reason = next((run["reason"] for run in runs if run["reason"]), None)
