@@ -273,9 +273,9 @@ def test_goals_and_verdicts():
     wide = judged(paraphrase_success=(0.9, 0.7, 1.0))
     assert all(reached(wide).values()) and not reached(wide, "bound")["paraphrase", "success"]
     assert verdict(wide) == "meets every goal; the interval of paraphrase also holds values that do not"
-    assert verdict(judged(sums_kl=(0.2, 0.0, 0.3))) == "writes the target, but misses KL on sums 0.20"
+    assert verdict(judged(sums_kl=(0.2, 0.0, 0.3))) == "writes the target, but misses KL on sums 0.2"
     assert not reached(judged(sums_kl=(0.05, 0.0, 0.3)), "bound")["sums", "kl"]
-    assert verdict(judged(target_success=(0.5, 0, 1))) == "does not write the target (0.50 of it)"
+    assert verdict(judged(target_success=(0.5, 0, 1))) == "does not write the target (0.5 of it)"
     without = judged()
     del without["sums"]["clear"]  # no clear sum to judge: not met
     assert "misses clear sums nan" in verdict(without)

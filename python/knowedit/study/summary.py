@@ -30,8 +30,8 @@ def verdict(judged: Table) -> str:
     """One sentence on a method, from its table on the judging half."""
     met, sure = reached(judged), reached(judged, "bound")
     if not met["target", "success"]:
-        return f"does not write the target ({_mean(judged, ('target', 'success')):.2f} of it)"
-    missed = [f"{NAMES[key]} {_mean(judged, key):.2f}" for key in met if not met[key]]
+        return f"does not write the target ({_mean(judged, ('target', 'success')):.3g} of it)"
+    missed = [f"{NAMES[key]} {_mean(judged, key):.3g}" for key in met if not met[key]]
     if missed:
         return "writes the target, but misses " + ", ".join(missed)
     open_ends = [NAMES[key] for key in sure if not sure[key]]
