@@ -99,7 +99,10 @@ def edit(
     if history:
         earlier.save(history)
     _print_edit(made)
-    print(f"saved to {output}; apply it with: knowedit apply {model} {output} -o FOLDER")
+    if made.factors or made.others:
+        print(f"saved to {output}; apply it with: knowedit apply {model} {output} -o FOLDER")
+    else:  # a memory edit changes no weight
+        print(f"saved to {output}; apply it in Python: Edit.load(...).apply(model)")
 
 
 @app.command()
