@@ -15,8 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from knowedit.cli_study import _paraphrases
 from knowedit.errors import KnowEditError
 from knowedit.paraphrase import LENGTHS, ROUNDS, Endpoint, ParaphraseError, paraphrases, parse
+from knowedit.study import Sum
 
 LISTED = ["The sum of 2 and 2 is", "two plus two equals", "Q: What is 2+2? A:"]
 
@@ -175,6 +177,27 @@ def test_enough_usable_ones_over_several_answers(server, cache):
 )
 def test_lists_are_found_in_answers(answer, texts):
     assert parse(answer) == texts
+
+
+def test_a_study_asks_for_every_target(server, cache):
+    """What gives either answer away, or does not name the operands, is refused; with 0 and 5 in the sum they are no answer."""
+    given = [
+        *LISTED,
+        "two plus two is four, not",
+        "2+2 makes 5:",
+        "The answer is",
+        "0 and 5 make",
+        "zero plus five:",
+        "5+0 is 3?",
+    ]
+    server.script = [(200, completion(json.dumps([*LISTED, *given])))]
+    url = at(server).url
+    own, source = _paraphrases([Sum(2, 2, 5), Sum(0, 5, 3)], 2, url, "some-model", "OPENAI_API_KEY", 5.0)
+    assert own == {"2+2=5": LISTED[:2], "0+5=3": ["0 and 5 make", "zero plus five:"]} and source == f"some-model at {url}"
+    assert len(server.seen) == 2 and _paraphrases([], None, None, None, "", 1.0) == (None, "shipped, hand-written")
+    for half in ((2, None, None), (2, url, None), (None, url, None)):
+        with pytest.raises(KnowEditError, match="--endpoint and --paraphrase-model"):
+            _paraphrases([Sum(2, 2, 5)], *half, "OPENAI_API_KEY", 5.0)
 
 
 @pytest.mark.model

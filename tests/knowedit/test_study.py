@@ -322,10 +322,11 @@ def test_a_run_goes_on_after_a_failure_and_after_a_stop(chatty, quick, tmp_path)
     (tmp_path / RESULTS).write_text(json.dumps(kept))
     again = run(made, ["quick", "broken"], folder=tmp_path, progress=False)
     assert len(quick) == 3 and again["methods"][0]["judge"] == by_name["quick"]["judge"]
-    other = copy.copy(made)
-    other.seeds = (1,)
-    with pytest.raises(KnowEditError, match="another study"):
-        run(other, ["quick"], folder=tmp_path)
+    for change in ({"seeds": (1,)}, {"asked": [*made.asked[:-1], replace(made.asked[-1], prompt="Another text")]}):
+        other = copy.copy(made)
+        vars(other).update(change)
+        with pytest.raises(KnowEditError, match="another study"):
+            run(other, ["quick"], folder=tmp_path)
     (tmp_path / RESULTS).write_text("{")
     with pytest.raises(KnowEditError, match="cannot be gone on from"):
         run(made, ["quick"], folder=tmp_path)
@@ -358,7 +359,7 @@ def test_several_sums_and_their_interference(chatty, quick, tmp_path):
     edits = [method("quick").build(made.material(42, [t])) for t in made.targets]
     edits = [editor.compute(chatty, facts, progress=False) for editor, facts in edits]
     with edits[0].applied_to(chatty), edits[1].applied_to(chatty):
-        added = made.rows(observe(chatty, made.asked), 42)
+        added = made.halved(made.rows(observe(chatty, made.asked)), 42)
     assert records[2]["judge"]["sums"] == table(added, "judge")["sums"] != records[3]["judge"]["sums"]
     assert records[2]["about"]["3+3=7"] == table(added, "judge", "3+3=7")
     assert records[3]["judge"]["sums"] == found["methods"][0]["judge"]["sums"]

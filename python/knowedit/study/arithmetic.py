@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +65,7 @@ class Study:
             "format": FORMAT, "model": self.model.name, "fingerprint": self.model.fingerprint,
             "targets": [str(t) for t in self.targets], "seeds": list(self.seeds), "tokens": [TOKENS, LONGER], "margin": MARGIN,
             "paraphrases": self.source, "unrelated": self.unrelated[0],
+            "digest": hashlib.blake2b("\0".join(p.prompt for p in self.asked).encode(), digest_size=8).hexdigest(),
             "prompts": {kind: sum(p.kind == kind for p in self.asked) for kind in dict.fromkeys(p.kind for p in self.asked)},
         }  # fmt: skip
 
@@ -92,9 +94,13 @@ class Study:
         )
         return found
 
-    def rows(self, after: Observation, seed: int | None = None) -> list[Row]:
-        """One row a probe, with its half under `seed`."""
-        return judge(self.asked if seed is None else split(self.asked, seed), self.unedited, self.before, after)
+    def rows(self, after: Observation) -> list[Row]:
+        """One row a probe, not halved."""
+        return judge(self.asked, self.unedited, self.before, after)
+
+    def halved(self, rows: Sequence[Row], seed: int) -> list[Row]:
+        """The same rows with their halves under `seed`."""
+        return [{**row, "half": probe.half} for row, probe in zip(rows, split(self.asked, seed))]
 
     def material(self, seed: int, only: Sequence[Sum] | None = None) -> Material:
         """What an editor is given under `seed`."""

@@ -22,7 +22,7 @@ from ..errors import KnowEditError
 from ..files import atomic_file
 from ..statistics import KeyStatistics
 from .arithmetic import Study
-from .measure import Observation, Row, observe, table
+from .measure import Row, observe, table
 from .methods import ABLATIONS, METHODS, method
 from .prompts import Sum
 from .summary import goals, summary, verdict
@@ -68,11 +68,11 @@ def run(
         except KnowEditError:
             continue  # said where the method's turn comes
     keys = statistics(sorted(wanted)) if statistics and wanted else None
-    observed: dict[str, Observation] = {}
+    measured: dict[str, list[Row]] = {}
     for seed, name in product(study.seeds, plan):  # a whole table early, then its repetitions
         if any((row["method"], row["seed"]) == (name, seed) for row in found["runs"]):
             continue
-        outcome = _one(study, name, seed, keys, observed, progress)
+        outcome = _one(study, name, seed, keys, measured, progress)
         say(f"{name}, seed {seed}: " + (outcome.reason or verdict(table(outcome.rows, "judge"))))
         rows += [{"method": name, "seed": seed, **row} for row in outcome.rows]
         found["runs"].append({"method": name, "seed": seed, "reason": outcome.reason, **outcome.report})
@@ -86,21 +86,21 @@ def run(
 
 
 def _one(
-    study: Study, name: str, seed: int, keys: KeyStatistics | None, observed: dict[str, Observation], progress: bool
+    study: Study, name: str, seed: int, keys: KeyStatistics | None, measured: dict[str, list[Row]], progress: bool
 ) -> Outcome:
     begun = time.perf_counter()
     try:
         editor, facts = method(name).build(study.material(seed))
         edit = editor.compute(study.model, facts, keys if editor.needs_statistics else None, progress=progress)
         seconds = time.perf_counter() - begun
-        if edit.key not in observed:  # a method that takes nothing from the halves makes the same edit again
+        if edit.key not in measured:  # a method that takes nothing from the halves makes the same edit again
             with edit.applied_to(study.model):
-                observed[edit.key] = observe(study.model, study.asked)
+                measured[edit.key] = study.rows(observe(study.model, study.asked))
     except FAILURES as error:
         return Outcome([], {"seconds": time.perf_counter() - begun}, f"{type(error).__name__}: {error}")
     told = ("trainable", "peak_memory_bytes", "steps", "settings", "warnings")
     report = {"seconds": seconds, **{k: _plain(edit.report[k]) for k in told if k in edit.report}}
-    return Outcome(study.rows(observed[edit.key], seed), report)
+    return Outcome(study.halved(measured[edit.key], seed), report)
 
 
 def _interfere(
@@ -113,7 +113,7 @@ def _interfere(
         with ExitStack() as stack:
             for edit in edits:
                 stack.enter_context(edit.applied_to(study.model))
-            return study.rows(observe(study.model, study.asked), study.seeds[0])
+            return study.halved(study.rows(observe(study.model, study.asked)), study.seeds[0])
 
     def single(target: Sum) -> Sequence[Row]:
         editor, facts = method(name).build(study.material(study.seeds[0], [target]))
