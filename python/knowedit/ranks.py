@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -89,6 +89,8 @@ def started() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks.current()
+        with suppress(RuntimeError):  # gloo may abort in a rank whose peer has left already
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 
