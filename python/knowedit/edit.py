@@ -66,6 +66,11 @@ class Edit:
                 digest.update(part.contiguous().cpu().numpy().tobytes())
         return f"{self.method}-{digest.hexdigest()}"
 
+    @property
+    def neurons(self) -> set[tuple[str, int]]:
+        """(layer, neuron) of those it rewrites (NeuronPatch); no two edits in force may rewrite the same."""
+        return {(layer, neuron) for layer, found in self.report.get("neurons", {}).items() for neuron in found}
+
     def delta(self, layer: int) -> Tensor:
         """The dense update of `layer`, `[hidden, d_ff]` float32."""
         left, right = self.factors[layer]
@@ -98,15 +103,23 @@ class Edit:
         """Write it into the model's weights, rounded once to their dtype together with every other active edit.
 
         Raises:
-            EditError: it is already applied, or belongs to another model.
+            EditError: it is already applied, belongs to another model, or rewrites a neuron that another edit rewrites.
         """
         self.check(model)
         if self.is_applied(model):
             raise EditError(f"this {self.method} edit is already applied to {model.name}; undo it first")
+        shared = [key for key, theirs in model.rewritten.items() if theirs & self.neurons]
+        if shared:
+            raise EditError(
+                f"this {self.method} edit rewrites neurons that {shared[0]} rewrites too, and both would be lost: compute them "
+                "together, or this one with a history that holds the other"
+            )
         try:
             model.ledger.add_many(self.key, model.register(self.changes(model)))
         except (LedgerError, ValueError) as error:
             raise EditError(f"the {self.method} edit could not be applied: {error}") from error
+        if self.neurons:
+            model.rewritten[self.key] = self.neurons
 
     def undo(self, model: EditableModel) -> None:
         """Take it back. With no edit left every bit is what it was; edits may be undone in any order.
@@ -120,6 +133,7 @@ class Edit:
             model.ledger.remove(self.key)
         except LedgerError as error:
             raise EditError(f"the {self.method} edit could not be undone: {error}") from error
+        model.rewritten.pop(self.key, None)
 
     @contextmanager
     def applied_to(self, model: EditableModel) -> Iterator[EditableModel]:

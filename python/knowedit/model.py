@@ -97,6 +97,7 @@ class EditableModel:
         self.ledger = WeightLedger(names, transposed=names if self.layout.transposed else ())
         self._fingerprint: str | None = None
         self.memory: Memory | None = None
+        self.rewritten: dict[str, set[tuple[str, int]]] = {}  # neurons, by the key of the edit in force
 
     # -- what it is ---------------------------------------------------------------------------------------------
 

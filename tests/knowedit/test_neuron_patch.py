@@ -156,6 +156,18 @@ def test_a_second_patch_spares_the_first(tiny_llama, corpus):
     first.undo(tiny_llama)
 
 
+def test_patches_computed_apart_are_not_applied_together(tiny_llama, corpus):
+    first, second = patch(corpus).compute_each(tiny_llama, [FACTS[0], FACTS[2]], progress=False)
+    assert first.neurons & second.neurons  # both took the cheapest
+    first.apply(tiny_llama)
+    with pytest.raises(EditError, match="compute them together"):
+        second.apply(tiny_llama)
+    first.undo(tiny_llama)
+    with second.applied_to(tiny_llama):
+        assert tiny_llama.rewritten
+    assert not tiny_llama.rewritten
+
+
 def test_wordings_are_grouped_by_id_and_by_subject():
     a, b = Fact("{} is", "x", "1", id="i"), Fact("{} was", "y", "1", id="i")
     c, d = Fact("{} has", "y", "2", id="j"), Fact("{} has", "z", "2")
