@@ -112,7 +112,7 @@ class Edit:
         if shared:
             raise EditError(
                 f"this {self.method} edit rewrites neurons that {shared[0]} rewrites too, and both would be lost: compute them "
-                "together, or this one with a history that holds the other"
+                "together, or this one while the other is applied"
             )
         try:
             model.ledger.add_many(self.key, model.register(self.changes(model)))

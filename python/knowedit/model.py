@@ -317,9 +317,11 @@ class EditableModel:
         return self.tokenizer.batch_decode(self.continuations(prompts, max_new_tokens, batch), skip_special_tokens=True)
 
     @torch.no_grad()
-    def continuations(self, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 16) -> list[list[int]]:
-        """Greedy continuations as tokens, without the padding behind the end of a text; memory edits have no part in them."""
-        found: list[list[int]] = []
+    def greedy(
+        self, prompts: Sequence[str], max_new_tokens: int, batch: int, *, logits: bool = False
+    ) -> Iterator[tuple[Tensor, int, Tensor | None]]:
+        """Of each batch, left-padded: the new tokens `[B, T]`, the token that fills up finished rows, and if asked for the
+        logits `[B, T, vocab]`. Equal prompts and batches give equal bits, with and without the logits."""
         fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         for start in range(0, len(prompts), batch):
             rows = [self.row(p).ids for p in prompts[start : start + batch]]
@@ -327,9 +329,16 @@ class EditableModel:
             ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=self.device)
             mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.device)
             out = self.hf.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill
-            )
-            new = out[:, width:]
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=fill,
+                output_logits=logits, return_dict_in_generate=True,
+            )  # fmt: skip
+            yield out.sequences[:, width:], fill, torch.stack(out.logits, 1) if logits else None
+
+    @torch.no_grad()
+    def continuations(self, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 16) -> list[list[int]]:
+        """Greedy continuations as tokens, without the padding behind the end of a text; memory edits have no part in them."""
+        found: list[list[int]] = []
+        for new, fill, _ in self.greedy(prompts, max_new_tokens, batch):
             sizes = (new != fill).int().cumsum(1).argmax(1) + (new != fill).any(1)  # up to the last token that is no filling
             found += [row[:size] for row, size in zip(new.tolist(), sizes.tolist())]
         return found

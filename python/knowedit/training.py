@@ -86,6 +86,22 @@ def default_file(kind: str, model: EditableModel) -> Path:
     return cache_dir("networks") / f"{kind}-{model.fingerprint}.safetensors"
 
 
+def read_network(
+    kind: str, path: str | Path | None, model: EditableModel, form: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a trained network's file (format `form`); no path: the one in the cache folder.
+
+    Raises:
+        EditError: missing, damaged, or trained for another model; the message names the command that trains one.
+    """
+    path = Path(path) if path is not None else default_file(kind, model)
+    if not path.is_file():
+        raise EditError(f"{path}: no trained {kind.upper()} network; train one with: knowedit train {kind} {model.name}")
+    header, tensors = read_file(path, form, f"a {kind.upper()} network")
+    check_network(kind, header["fingerprint"], model)
+    return header, tensors
+
+
 def check_network(kind: str, fingerprint: str, model: EditableModel) -> None:
     """Raise EditError when a network of that fingerprint was not trained for `model`."""
     if fingerprint != model.fingerprint:

@@ -7,15 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knowedit.checkpoint import save_edited
 from knowedit.editors import NeuronPatch
-from knowedit.editors.neuron_parts import Switch, free_neurons, separate
+from knowedit.editors.neuron_parts import Switch, free_neurons, patched, separate
 from knowedit.editors.neuron_texts import at_lookup, everywhere, read_modules
 from knowedit.errors import EditError
 from knowedit.facts import Fact
 from knowedit.fingerprint import weights_fingerprint
 from knowedit.groups import group_by_wording
-from knowedit.history import History
-from knowedit.model import EditableModel
+from knowedit.model import EditableModel, load_model
+from knowedit.sequential import Session
 from knowedit.targets import ValueSettings
 
 FACTS = [
@@ -141,19 +142,27 @@ def test_a_switch_is_open_below_and_closed_above(tiny_llama):
     assert switch.gates.shape == (2, 32) and switch.write(torch.ones(1, 32)).sum(0).abs().max() == 0
 
 
-def test_a_second_patch_spares_the_first(tiny_llama, corpus):
-    first = patch(corpus).compute(tiny_llama, FACTS[:2], progress=False)
-    history = History(tiny_llama.fingerprint)
-    first.apply(tiny_llama)
-    with pytest.raises(EditError, match="pass the history"):
-        patch(corpus).compute(tiny_llama, FACTS[2:], progress=False)
-    history.add(first)
-    second = patch(corpus).compute(tiny_llama, FACTS[2:], history=history, progress=False)
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_a_second_patch_spares_the_first(tiny, corpus, tmp_path, from_disk):
+    """Also when nothing but the weights remembers it."""
+    first = patch(corpus).compute(tiny, FACTS[:2], progress=False)
+    assert not patched(tiny, 1)
+    model = load_model(str(save_edited(tiny, [first], tmp_path / "edited"))) if from_disk else tiny
+    if not from_disk:
+        first.apply(tiny)
+    assert sorted(first.report["neurons"]["1"]) == patched(model, 1)
+    second = patch(corpus).compute(model, FACTS[2:], progress=False)
     assert not set(first.report["neurons"]["1"]) & set(second.report["neurons"]["1"])
-    alone = nll(tiny_llama, FACTS[:2])
-    with second.applied_to(tiny_llama):
-        assert nll(tiny_llama, FACTS[:2]) < alone + 0.2
-    first.undo(tiny_llama)
+    alone = nll(model, FACTS[:2])
+    with second.applied_to(model):
+        assert nll(model, FACTS[:2]) < alone + 0.2
+
+
+def test_patches_in_sequence(tiny_llama, corpus):
+    with Session(patch(corpus), tiny_llama) as session:
+        edits = [session.write([fact]) for fact in (FACTS[0], FACTS[2])]
+        assert not edits[0].neurons & edits[1].neurons
+    assert not tiny_llama.ledger.active and not tiny_llama.rewritten
 
 
 def test_patches_computed_apart_are_not_applied_together(tiny_llama, corpus):
@@ -211,7 +220,9 @@ def test_on_the_real_model_neighbours_do_not_move(smollm, tmp_path):
     asked = ["Where is the Eiffel Tower? It is in the city of", "The Eiffel Tower stands in the city of"]
     clean = smollm.next_logprobs(near)
     edit = NeuronPatch(corpus=tmp_path / "texts.txt", tokens=2000).compute(smollm, [fact], progress=False)
+    assert not any(patched(smollm, layer) for layer in range(len(smollm.layers)))
     with edit.applied_to(smollm):
+        assert patched(smollm, 8) == sorted(edit.report["neurons"]["8"])
         moved = (clean.exp() * (clean - smollm.next_logprobs(near))).sum(-1)
         assert all(score.exact for score in smollm.score([fact.text], ["Rome"]))
         rome, paris = smollm.score(asked, ["Rome"] * 2), smollm.score(asked, ["Paris"] * 2)

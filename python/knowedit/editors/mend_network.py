@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..edit import read_file
 from ..errors import EditError
 from ..files import atomic_file
 from ..model import EditableModel
-from ..training import check_network, default_file
+from ..training import check_network, read_network
 from ..upper import Batch, Texts, linears, probed
 
 FORMAT = "knowedit-mend/1"
@@ -152,16 +151,8 @@ class MendNetwork:
 
     @classmethod
     def load(cls, path: str | Path | None, model: EditableModel) -> MendNetwork:
-        """A trained network; None: the one in the cache folder.
-
-        Raises:
-            EditError: missing, damaged, or trained for another model; the message names the command that trains one.
-        """
-        path = Path(path) if path is not None else default_file("mend", model)
-        if not path.is_file():
-            raise EditError(f"{path}: no trained MEND network; train one with: knowedit train mend {model.name}")
-        header, tensors = read_file(path, FORMAT, "a MEND network")
-        check_network("mend", header["fingerprint"], model)
+        """A trained network; see `read_network`."""
+        header, tensors = read_network("mend", path, model, FORMAT)
         rank = next(tensor for name, tensor in tensors.items() if name.endswith(".down")).shape[2]
         sizes = _sizes(model, header["layers"])
         mixers, places = _mixers(sizes, rank, 0)

@@ -161,6 +161,14 @@ def free_neurons(weight: Tensor, moment: Tensor, count: int, taken: Sequence[int
     return Freed(neurons, left_all, right_all, (lost / output) ** 0.5)
 
 
+def patched(model: EditableModel, layer: int, factor: float = 10.0) -> list[int]:
+    """Neurons of patches already in the weights, whoever wrote them: their gates are far longer than any trained one. They
+    are silent on any text, and would be the first to be freed."""
+    module = next(iter(read_modules(model, layer).values()))
+    length = (module.weight.T if model.layout.transposed else module.weight).detach().float().norm(dim=1)
+    return (length > factor * length.median()).nonzero()[:, 0].tolist()
+
+
 def rewritten(
     model: EditableModel, layer: int, switch: Switch, freed: Freed, values: Tensor
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, Change]]:

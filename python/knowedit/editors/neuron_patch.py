@@ -27,7 +27,7 @@ from ..statistics import KeyStatistics
 from ..targets import Targets, ValueSettings, optimise_values, prompt_rows
 from ..text import Corpus
 from .editor import Editor
-from .neuron_parts import Switch, free_neurons, rewritten, separate
+from .neuron_parts import Switch, free_neurons, patched, rewritten, separate
 from .neuron_texts import at_lookup, everywhere, windows
 from .notes import outcome_warnings
 
@@ -63,18 +63,17 @@ class NeuronPatch(Editor):
         *, history: History | None = None, progress: bool = True,
     ) -> Edit:  # fmt: skip
         facts = history.check_new(facts) if history else check_facts(list(facts))
-        layer, taken = self._layer(model), self._taken(model, history)
-        return next(self._edits(model, layer, [group_by_wording(facts)], taken, progress))
+        return next(self._edits(model, self._layer(model), [group_by_wording(facts)], progress))
 
     def compute_each(
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None, *, progress: bool = True
     ) -> Iterator[Edit]:
         """One independent edit a fact; the corpus is read once and the values are optimised together."""
         alone = [[check_facts([fact])] for fact in facts]
-        return self._edits(model, self._layer(model), alone, self._taken(model, None), progress)
+        return self._edits(model, self._layer(model), alone, progress)
 
     def _edits(
-        self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], taken: Sequence[int], progress: bool
+        self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
     ) -> Iterator[Edit]:
         """One edit for each of the tasks, a task being groups of facts."""
         preset, groups = preset_for(model).values, [group for task in tasks for group in task]
@@ -87,11 +86,11 @@ class NeuronPatch(Editor):
         start = 0
         for task in tasks:
             own = targets.select(range(start, start := start + len(task)))
-            yield self._edit(model, layer, task, own, values, ordinary, taken)
+            yield self._edit(model, layer, task, own, values, ordinary)
 
     def _edit(
         self, model: EditableModel, layer: int, groups: list[list[Fact]], targets: Targets, values: ValueSettings,
-        ordinary: tuple[Tensor, Tensor], taken: Sequence[int],
+        ordinary: tuple[Tensor, Tensor],
     ) -> Edit:  # fmt: skip
         facts = [fact for group in groups for fact in group]
         owned = [(row, i) for i, g in enumerate(groups) for f in g for row in prompt_rows(model, f, values.contexts)]
@@ -101,7 +100,7 @@ class NeuronPatch(Editor):
         others, moments = zip(ordinary, everywhere(model, [model.row(text).ids for text in near], layer))
         switch = Switch.of(model, layer, separate(own, owner, others, self.ridge), [*others, own], self.sharpness, self.width)
         weight = model.weight(layer).T if model.layout.transposed else model.weight(layer)
-        freed = free_neurons(weight, torch.stack(moments).mean(0), 2 * len(groups), taken)
+        freed = free_neurons(weight, torch.stack(moments).mean(0), 2 * len(groups), patched(model, layer))
         closed = switch.at(own).gather(1, owner[:, None])
         chosen = {
             "gain": float(closed.mean()), "lowest_gain": float(closed.min()), "freed": freed.loss,
@@ -118,15 +117,6 @@ class NeuronPatch(Editor):
             raise EditError(f"{self.name} works in one layer, got {list(chosen)}")
         model.check_layers(chosen)
         return chosen[0]
-
-    def _taken(self, model: EditableModel, history: History | None) -> list[int]:
-        """Neurons of earlier patches: silent on any text, and yet not to be freed."""
-        edits = {edit.key: edit for edit in history.edits} if history else {}
-        unknown = [key for key in model.ledger.active if key.startswith(self.name) and key not in edits]
-        if unknown:
-            raise EditError(f"{unknown[0]} is applied to {model.name}; pass the history that holds it, or undo it")
-        layer = str(self._layer(model))
-        return [neuron for edit in edits.values() for neuron in edit.report.get("neurons", {}).get(layer, [])]
 
     def _report(self, model, layer, values: ValueSettings, targets: Targets, factors, chosen) -> dict[str, Any]:
         settings = {"layers": [layer], "values": asdict(values), "sharpness": self.sharpness, "width": self.width}

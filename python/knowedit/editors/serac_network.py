@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
-from ..edit import read_file
 from ..errors import EditError
 from ..files import atomic_file
 from ..model import EditableModel
 from ..tokens import join
-from ..training import check_network, default_file
+from ..training import check_network, read_network
 from ..upper import states_of
 
 FORMAT = "knowedit-serac/1"
@@ -132,15 +131,8 @@ class SeracNetwork:
 
     @classmethod
     def load(cls, path: str | Path | None, model: EditableModel) -> SeracNetwork:
-        """A trained network; None: the one in the cache folder.
-
-        Raises:
-            EditError: missing, damaged, or trained for another model; the message names the command that trains one.
-        """
-        path = Path(path) if path is not None else default_file("serac", model)
-        if not path.is_file():
-            raise EditError(f"{path}: no trained SERAC network; train one with: knowedit train serac {model.name}")
-        network = cls.of(*read_file(path, FORMAT, "a SERAC network")).to(model.device)
+        """A trained network; see `read_network`."""
+        network = cls.of(*read_network("serac", path, model, FORMAT)).to(model.device)
         network.check(model)
         return network
 

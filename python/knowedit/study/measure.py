@@ -87,21 +87,13 @@ def has_kl(probe: Probe) -> bool:
 @torch.no_grad()
 def greedy(model: EditableModel, prompts: Sequence[str], tokens: int = TOKENS) -> list[Said]:
     """`EditableModel.generate`, in the same batches, with the margins between the two likeliest tokens."""
-    fill = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else model.tokenizer.eos_token_id
     ends = model.hf.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     found = []
-    for start in range(0, len(prompts), BATCH):
-        rows = [model.row(prompt).ids for prompt in prompts[start : start + BATCH]]
-        width = max(map(len, rows))
-        ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device)
-        out = model.hf.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=fill,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        best = torch.stack(out.logits, 1).float().topk(2, -1).values
-        for line, margins in zip(out.sequences[:, width:].tolist(), (best[..., 0] - best[..., 1]).tolist()):
+    for new, _, logits in model.greedy(prompts, tokens, BATCH, logits=True):
+        assert logits is not None
+        best = logits.float().topk(2, -1).values
+        for line, margins in zip(new.tolist(), (best[..., 0] - best[..., 1]).tolist()):
             stop = next((i + 1 for i, token in enumerate(line) if token in ends), len(line))
             found.append(_said(model, line[:stop], margins[:stop]))
     return found

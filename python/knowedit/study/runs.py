@@ -29,8 +29,8 @@ from .summary import goals, summary, verdict
 
 RESULTS, PROMPTS, SUMMARY = "study.json", "prompts.jsonl", "summary.md"
 Statistics = Callable[[Sequence[int]], KeyStatistics]
-#: What a method may raise without ending the run; anything else is a mistake of ours, or the user's Ctrl-C.
-FAILURES = (KnowEditError, ValueError, RuntimeError, TypeError, NotImplementedError)
+#: What a method may raise without ending the run (out of memory is a RuntimeError); the rest is a mistake of ours, or Ctrl-C.
+FAILURES = (KnowEditError, ValueError, RuntimeError)
 
 
 @dataclass(frozen=True)
