@@ -200,6 +200,8 @@ def test_it_travels_as_a_file_and_as_an_adapter(tiny_llama, corpus, tmp_path):
 
 
 def test_bad_settings_are_refused(tiny_llama, corpus):
+    with pytest.raises(EditError, match="there are no facts"):
+        patch(corpus).compute(tiny_llama, [], progress=False)
     with pytest.raises(EditError, match="one layer, got"):
         patch(corpus, layers=(1, 2)).compute(tiny_llama, FACTS, progress=False)
     with pytest.raises(EditError, match="give a larger corpus"):

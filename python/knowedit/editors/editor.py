@@ -54,7 +54,7 @@ class Editor(ABC):
 
 
 def checked(facts: Sequence[Fact], model: EditableModel, history: History | None) -> list[Fact]:
-    """`facts`, when a method without keys can write them after those of the history. Raises FactError, EditError."""
+    """`facts`, when they can be written after those of the history. Raises FactError, EditError."""
     facts = history.check_new(facts) if history else check_facts(list(facts))
     if not facts:
         raise EditError("there are no facts to write; give at least one")

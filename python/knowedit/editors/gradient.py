@@ -16,13 +16,13 @@ from typing import Any
 from ..datasets.ordinary import openings, sentences
 from ..edit import Edit, relative_norm
 from ..errors import EditError
-from ..facts import Fact, Probe, check_facts
+from ..facts import Fact, Probe
 from ..history import History
 from ..model import EditableModel
 from ..peak import peak_memory
 from ..statistics import KeyStatistics
 from .descent import descend, measured
-from .editor import Editor
+from .editor import Editor, checked
 from .terms import Kept, Said, Term, continued
 from .trainable import Trainable
 
@@ -95,11 +95,7 @@ class GradientEditor(Editor):
         Raises:
             EditError: also for a loss that is not finite; the message has the step.
         """
-        if history is not None:
-            history.check(model)
-        facts = history.check_new(facts) if history else check_facts(list(facts))
-        if not facts:
-            raise EditError("there are no facts to write; give at least one")
+        facts = checked(facts, model, history)
         fingerprint, begun = model.fingerprint, time.perf_counter()  # before anything is put into the model
         with peak_memory(model.device) as peak:
             terms = self.terms(model, facts)

@@ -26,7 +26,7 @@ from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets, ValueSettings, optimise_values, prompt_rows
 from ..text import Corpus
-from .editor import Editor
+from .editor import Editor, checked
 from .neuron_parts import Switch, free_neurons, patched, rewritten, separate
 from .neuron_texts import at_lookup, everywhere, windows
 from .notes import outcome_warnings
@@ -62,7 +62,7 @@ class NeuronPatch(Editor):
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
         *, history: History | None = None, progress: bool = True,
     ) -> Edit:  # fmt: skip
-        facts = history.check_new(facts) if history else check_facts(list(facts))
+        facts = checked(facts, model, history)
         return next(self._edits(model, self._layer(model), [group_by_wording(facts)], progress))
 
     def compute_each(

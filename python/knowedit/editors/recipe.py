@@ -24,7 +24,7 @@ from ..model import EditableModel
 from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets, ValueSettings, optimise_values
-from .editor import Editor
+from .editor import Editor, checked
 from .notes import outcome
 from .task import Task, Written, layers_of, prepare
 
@@ -78,7 +78,7 @@ class LocateThenEdit(Editor):
         *, history: History | None = None, progress: bool = True,
     ) -> Edit:  # fmt: skip
         """As `Editor.compute`, for `statistics` of the edited layers. Raises also EditError, StatisticsError: see `prepare`."""
-        facts = history.check_new(facts) if history else check_facts(list(facts))
+        facts = checked(facts, model, history)
         task = prepare(self, model, group_by_subject(facts, self.merge_subjects), statistics, history, progress)
         return self.finish(task, self.targets(task))
 

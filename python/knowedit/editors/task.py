@@ -88,8 +88,6 @@ def prepare(
         StatisticsError: statistics of another model or other layers. ModelError: a layer that does not exist.
     """
     preset, layers = preset_for(model), layers_of(editor, model)
-    if history is not None:
-        history.check(model)
     values, warnings = editor.values or preset.values, []
     if not preset.measured and (editor.layers is None or editor.values is None):
         chosen = "by calibration" if preset.origin == "calibrated" else "as published for this shape"
