@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -84,13 +84,15 @@ def started() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield Ranks.current()
         return
+    # Models import it. Imported while a group is up it keeps the group for good, whose threads then outlive the
+    # interpreter and abort the process now and then.
+    import torch._dynamo  # noqa: F401
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         yield Ranks.current()
-        with suppress(RuntimeError):  # gloo may abort in a rank whose peer has left already
-            dist.barrier()
     finally:
         dist.destroy_process_group()
 

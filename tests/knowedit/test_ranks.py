@@ -27,7 +27,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 STARTED: list[subprocess.Popen] = []
 
 PROGRAM = """
-import sys, time
+import os, sys, time
 from knowedit import collect, windows
 from knowedit.model import load_model
 from knowedit.ranks import started
@@ -41,8 +41,11 @@ def slow(*arguments):
 collect.Collection._round = slow
 with started() as ranks:
     if float(pause):
-        print(f"rank {ranks.rank} is {__import__('os').getpid()}", flush=True)
+        print(f"rank {ranks.rank} is {os.getpid()}", flush=True)
     key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder, checkpoint_every=0)
+if sys.platform == "linux":  # a thread that outlives the group may abort the process when the interpreter ends
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    assert not [name for name in names if "gloo" in name], names
 """
 
 
