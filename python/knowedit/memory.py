@@ -34,12 +34,14 @@ def token_budget(model: EditableModel, layers: Sequence[int]) -> int:
 
 
 def keep_few_compiled_shapes() -> None:
-    """Let oneDNN, which multiplies bfloat16 matrices on CPUs, keep 64 compiled shapes instead of 1,024.
+    """Let oneDNN, which multiplies bfloat16 matrices on CPUs, keep 64 compiled shapes instead of 1,024, and torch's binding
+    to it 64 of its own instead of 1,024.
 
     Every batch has a shape of its own, so the kept ones are hardly ever used again, and at about a megabyte each they
     grow a long collection by a gigabyte. For programs to call before their first model runs; a value that is set stays.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(capacity, "64")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

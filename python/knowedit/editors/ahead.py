@@ -62,7 +62,9 @@ def closeness(written: Written) -> tuple[float, float]:
 
 def reasons(task: Task, written: Written) -> list[str]:
     """Why to look ahead; empty where the stock targets do as well."""
-    found = ["earlier edits to leave alone"] if task.history is not None and len(task.history) else []
+    found = []
+    if task.history is not None:
+        found.append("earlier edits to leave alone" if len(task.history) else "the first of a sequence, which others will follow")
     cosine = closeness(written)[0]
     if cosine > CLOSE:
         found.append(f"keys of different groups are close (whitened cosine {cosine:.2f})")

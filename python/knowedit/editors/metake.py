@@ -7,6 +7,7 @@ optimisation whose lower level is the solver of MEMIT or AlphaEdit and whose upp
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -39,8 +40,10 @@ class MetaKE(LocateThenEdit):
             "proxy" trains one target a group through `R G` (several layers: `R G_eff`), which `lower` then writes;
             "plan" is the control without a solver: as many steps with G = I.
         diagonal: ablation of the proxy: every group sees its own gain only.
-        when: "auto" looks ahead only where it pays: keys that are close to each other, a crowded edit, or a history.
+        when: "auto" looks ahead only where it pays: keys that are close to each other, a crowded edit, or a history, be it
+            empty yet.
         contexts: from half of the steps on, these texts around the prompt take half of the loss.
+        rehearsed: so many facts of the history, drawn for this edit, are trained along, so that they are still said after it.
     """
 
     merge_subjects: bool = False
@@ -50,6 +53,7 @@ class MetaKE(LocateThenEdit):
     diagonal: bool = False
     when: Literal["auto", "always", "never"] = "auto"
     contexts: tuple[str, ...] = ()
+    rehearsed: int = 100
 
     name: ClassVar[str] = "MetaKE"
 
@@ -77,12 +81,16 @@ class MetaKE(LocateThenEdit):
         draft, first = task.model.draft(), min(layers)
         bare = answer_lines(draft, task.groups, first, ("{}",), self.ahead.budget)
         wrapped = answer_lines(draft, task.groups, first, self.contexts, self.ahead.budget) if self.contexts else None
-        late = [(bare, 0.5), (wrapped, 0.5)] if wrapped else [(bare, 1.0)]
+        early, late = [(bare, 1.0)], [(bare, 0.5), (wrapped, 0.5)] if wrapped else [(bare, 1.0)]
+        if through == "edit" and task.history:
+            earlier = random.Random(0).sample(task.history.facts, min(self.rehearsed, len(task.history.facts)))
+            again = answer_lines(draft, [[fact] for fact in earlier], first, ("{}",), self.ahead.budget)
+            early, late = ([*part, (again, 1.0)] for part in (early, late))
         with bar(f"{self.name}: looking ahead", self.ahead.steps, "steps", show=task.progress) as advance:
             found = look_ahead(
                 layers,
                 start,
-                lambda step: late if 2 * step >= self.ahead.steps else [(bare, 1.0)],
+                lambda step: late if 2 * step >= self.ahead.steps else early,
                 self.ahead,
                 progress=advance,
             )
