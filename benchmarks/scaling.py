@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from knowedit.datasets import data_dir
-from knowedit.memory import keep_few_compiled_shapes
 from knowedit.model import load_model
-from knowedit.ranks import started
 from knowedit.statistics import key_statistics
+from knowedit.statistics.memory import keep_few_compiled_shapes
+from knowedit.statistics.ranks import started
 
 from . import common
 from .statistics import CORPUS

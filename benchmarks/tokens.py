@@ -2,8 +2,9 @@
 
 The statistics of a few tokens are the first part of those of many, so one pass is stored at every count. Values do not
 depend on statistics and are optimised once; then each count gives a batch edit of the same facts by each method, measured
-on all their prompts. Beside it stand the estimated errors of C^-1 k and of the null space (`knowedit.convergence`), and
-the price of the edit under the statistics of the most tokens: the mean square of what it adds to ordinary keys.
+on all their prompts. Beside it stand the estimated errors of C^-1 k and of the null space, as
+`knowedit.statistics.convergence` has them, and the price of the edit under the statistics of the most tokens: the mean
+square of what it adds to ordinary keys.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from knowedit import convergence
-from knowedit.batching import Piece
 from knowedit.datasets import data_dir, load
 from knowedit.editors import MEMIT, AlphaEdit, LocateThenEdit
 from knowedit.editors.task import prepare
@@ -25,11 +24,12 @@ from knowedit.errors import KnowEditError
 from knowedit.evaluation.metrics import ask, questions, summarise
 from knowedit.groups import group_by_subject
 from knowedit.model import EditableModel, load_model
-from knowedit.statistics import KeyStatistics
-from knowedit.store import LayerStatistics, Recipe
-from knowedit.sums import Sums
+from knowedit.statistics import KeyStatistics, convergence
+from knowedit.statistics.batching import Piece
+from knowedit.statistics.store import LayerStatistics, Recipe
+from knowedit.statistics.sums import Sums
+from knowedit.statistics.windows import Reader, ahead
 from knowedit.text import corpus_fingerprint
-from knowedit.windows import Reader, ahead
 
 from . import common
 from .statistics import CORPUS

@@ -3,10 +3,9 @@
 import pytest
 
 from benchmarks import common, scaling, tokens
-from knowedit import windows
-from knowedit.batching import Piece
 from knowedit.datasets import load
-from knowedit.statistics import key_statistics
+from knowedit.statistics import key_statistics, windows
+from knowedit.statistics.batching import Piece
 
 TEXTS = [f"Number {i} of a few short texts, which differ in their length. " * (1 + i % 4) for i in range(12)]
 

@@ -65,10 +65,10 @@ def collect(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Collect: all layers in one partial pass, checkpointed; run again to go on after an interruption."""
-    from .memory import keep_few_compiled_shapes
     from .model import load_model
-    from .ranks import started
     from .statistics import key_statistics
+    from .statistics.memory import keep_few_compiled_shapes
+    from .statistics.ranks import started
 
     keep_few_compiled_shapes()
     with started() as ranks:
@@ -106,8 +106,8 @@ def ls(
     where: Annotated[Path | None, typer.Argument(help="A folder (default: the cache).")] = None, as_json: Json = False
 ) -> None:
     """List the statistics on this machine: model, layers, tokens, corpus."""
-    from . import store
     from .files import cache_dir
+    from .statistics import store
 
     folder = where or cache_dir("statistics")
     groups: dict[Path, list[dict[str, Any]]] = {}
@@ -144,7 +144,7 @@ def show(
 
     found = KeyStatistics.load(where)
     if as_json:
-        from . import store
+        from .statistics import store
 
         print(json.dumps([store.header(path) for path in store.files(where)]))
     else:
@@ -166,9 +166,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check symmetry, positivity, counts and accumulation error, and with --model that the keys are that model's."""
-    from . import npz, verify
     from .model import load_model
-    from .store import LayerStatistics
+    from .statistics import npz, verify
+    from .statistics.store import LayerStatistics
 
     editable = load_model(model, dtype=dtype, say=say) if model else None
     report: dict[str, list[verify.Finding]] = {}
@@ -205,8 +205,8 @@ def export(
     sample_size: Annotated[int, typer.Option(help="The peer's `mom2_n_samples`: it ignores files with another.")] = 100_000,
 ) -> None:
     """Write .npz files that ROME, MEMIT, EasyEdit or AlphaEdit find and read."""
-    from . import npz
-    from .store import LayerStatistics
+    from .statistics import npz
+    from .statistics.store import LayerStatistics
 
     for path in _files(where):
         print(npz.write(output, LayerStatistics.load(path), style, dataset=dataset, sample_size=sample_size))
@@ -221,8 +221,8 @@ def take(
     dtype: Dtype = "auto",
 ) -> None:
     """Take over .npz files of ROME, MEMIT, EasyEdit or AlphaEdit, if they are this model's."""
-    from . import npz, store
     from .model import load_model
+    from .statistics import npz, store
 
     editable = load_model(model, dtype=dtype, say=say)
     for path in files:
@@ -246,7 +246,7 @@ def clean(
 
 
 def _files(where: Path) -> list[Path]:
-    from . import store
+    from .statistics import store
 
     if not (found := store.files(where)):
         raise StatisticsError(f"{where}: no statistics files here; collect them with `knowedit stats`")

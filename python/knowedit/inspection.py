@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import checkpoint, edit, store
+from . import checkpoint, edit
 from .editors import memory_edit, mend_network, serac_network
 from .errors import KnowEditError
+from .statistics import store
 
 SHOWN = 12  # changed weights listed
 

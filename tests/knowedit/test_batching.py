@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knowedit import memory, sums
-from knowedit.batching import MAX_PADDING, Piece, batches, trim
 from knowedit.errors import StatisticsError
-from knowedit.statistics import key_statistics
+from knowedit.statistics import key_statistics, memory, sums
+from knowedit.statistics.batching import MAX_PADDING, Piece, batches, trim
 
 LENGTHS = st.lists(st.integers(2, 700), min_size=1, max_size=60)
 

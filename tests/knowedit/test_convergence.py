@@ -6,11 +6,10 @@ import json
 import pytest
 import torch
 
-from knowedit import convergence, windows
-from knowedit.convergence import compare
 from knowedit.errors import StatisticsError
-from knowedit.meter import Meter
-from knowedit.statistics import key_statistics
+from knowedit.statistics import convergence, key_statistics, windows
+from knowedit.statistics.convergence import compare
+from knowedit.statistics.meter import Meter
 from knowedit_kernels import Covariance, NullSpace
 
 D = 120
@@ -113,7 +112,7 @@ def test_halves_do_not_change_the_sums(tiny_llama, corpus, tmp_path, monkeypatch
 
 def test_progress_speaks_json(tiny_llama, corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(windows, "SIZE", 1000)
-    monkeypatch.setattr("knowedit.meter.EVERY_JSON", 0)
+    monkeypatch.setattr("knowedit.statistics.meter.EVERY_JSON", 0)
     key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "s", as_json=True)
     said = capsys.readouterr()
     lines = [json.loads(line) for line in said.err.splitlines()]
@@ -126,7 +125,7 @@ def test_progress_speaks_json(tiny_llama, corpus, tmp_path, monkeypatch, capsys)
 def test_time_left_is_of_this_runs_speed(monkeypatch):
     """200 of 1,000 tokens in 5 s, after 300 that an earlier run counted: 500 are left, at 40 tokens a second."""
     now, out = [100.0], io.StringIO()
-    monkeypatch.setattr("knowedit.meter.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("knowedit.statistics.meter.time.monotonic", lambda: now[0])
     meter = Meter(1000, lambda *_: None, lines=False, as_json=True, out=out)
     meter.resumed(300)
     now[0] += 5

@@ -12,7 +12,7 @@ from knowedit.facts import Fact, FactError
 from knowedit.groups import group_keys
 from knowedit.presets import calibrated, preset_for
 from knowedit.statistics import KeyStatistics
-from knowedit.store import LayerStatistics, Recipe
+from knowedit.statistics.store import LayerStatistics, Recipe
 from knowedit.targets import ValueSettings, optimise_values, prompt_rows
 
 FACTS = [

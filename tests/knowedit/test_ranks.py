@@ -14,13 +14,12 @@ import time
 import pytest
 import torch
 
-from knowedit import windows
-from knowedit.collect import Collection, Settings
 from knowedit.errors import StatisticsError
-from knowedit.ranks import Ranks
-from knowedit.resume import Place
-from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.store import Recipe
+from knowedit.statistics import KeyStatistics, key_statistics, windows
+from knowedit.statistics.collect import Collection, Settings
+from knowedit.statistics.ranks import Ranks
+from knowedit.statistics.resume import Place
+from knowedit.statistics.store import Recipe
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix strange potions".split()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
@@ -28,9 +27,9 @@ STARTED: list[subprocess.Popen] = []
 
 PROGRAM = """
 import os, sys, time
-from knowedit import collect, windows
+from knowedit.statistics import collect, windows
 from knowedit.model import load_model
-from knowedit.ranks import started
+from knowedit.statistics.ranks import started
 from knowedit.statistics import key_statistics
 windows.SIZE = 200
 model, corpus, folder, pause = sys.argv[1:]
@@ -161,7 +160,7 @@ def test_a_rank_that_is_left_says_what_happened(place):
 def test_windows_are_dealt_out_to_any_number_of_ranks(tiny_llama, place, monkeypatch, ranks):
     """Every window goes to one rank, and is the one that a single process makes; also from the middle on."""
     monkeypatch.setattr(windows, "SIZE", 200)
-    monkeypatch.setattr("knowedit.windows.lanes_of", lambda _: 4)
+    monkeypatch.setattr("knowedit.statistics.windows.lanes_of", lambda _: 4)
 
     def read(rank, size, start=0, taken=()):
         reader = windows.Reader(place / "corpus.txt", 0, tiny_llama.tokenizer, 64, True, rank, size)

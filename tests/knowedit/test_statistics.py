@@ -10,10 +10,9 @@ import pytest
 import torch
 from filelock import FileLock
 
-from knowedit import collect, statistics, store, windows
 from knowedit.datasets import load
 from knowedit.errors import ModelError, StatisticsError
-from knowedit.statistics import KeyStatistics, key_statistics
+from knowedit.statistics import KeyStatistics, collect, key_statistics, keys, store, windows
 from knowedit.text import CorpusError, documents
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix strange potions".split()
@@ -73,7 +72,7 @@ def test_nothing_above_the_deepest_layer_runs(tiny_llama, corpus, tmp_path):
 
 def test_the_second_call_reads_the_files(tiny_llama, corpus, tmp_path, monkeypatch):
     first = key_statistics(tiny_llama, [0, 1], corpus, 200, directory=tmp_path / "s")
-    monkeypatch.setattr(statistics, "Collection", None)  # would raise if anything were collected
+    monkeypatch.setattr(keys, "Collection", None)  # would raise if anything were collected
     again = key_statistics(tiny_llama, [1], corpus, 200, directory=tmp_path / "s")
     assert torch.equal(again[1].total, first[1].total) and again[1].recipe == first[1].recipe
 
@@ -190,11 +189,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny_llama, corpus, tmp_path
 
 PROGRAM = """
 import sys, torch
-from knowedit import statistics, windows
+from knowedit.statistics import key_statistics, windows
 from knowedit.model import load_model
 windows.SIZE = 200
 model = load_model(sys.argv[1])
-found = statistics.key_statistics(model, [1, 2], sys.argv[2], 2500, directory=sys.argv[3], checkpoint_every=0)
+found = key_statistics(model, [1, 2], sys.argv[2], 2500, directory=sys.argv[3], checkpoint_every=0)
 print(float(found[2].total.sum()))
 """
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from knowedit import npz, store, verify
 from knowedit.cli import main
 from knowedit.errors import StatisticsError
-from knowedit.statistics import KeyStatistics, key_statistics
+from knowedit.statistics import KeyStatistics, key_statistics, npz, store, verify
 
 MODULE = "model.layers.1.mlp.down_proj"
 

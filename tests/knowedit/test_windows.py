@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from knowedit import cli_stats, store, windows
+from knowedit import cli_stats
 from knowedit.errors import CorpusError, StatisticsError
-from knowedit.statistics import key_statistics
-from knowedit.windows import Reader, ahead, token_cache
+from knowedit.statistics import key_statistics, store, windows
+from knowedit.statistics.windows import Reader, ahead, token_cache
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tiny_llama, corpus
 
 ORPHAN = """
 import sys, time
-from knowedit import windows
+from knowedit.statistics import windows
 from knowedit.model import load_model
 reader = windows.Reader(sys.argv[2], 0, load_model(sys.argv[1]).tokenizer, 50, True)
 windows.SIZE = 1000

@@ -64,7 +64,7 @@ def reasons(task: Task, written: Written) -> list[str]:
     """Why to look ahead; empty where the stock targets do as well."""
     found = []
     if task.history is not None:
-        found.append("earlier edits to leave alone" if len(task.history) else "the first of a sequence, which others will follow")
+        found.append("earlier edits to leave alone" if task.history else "the first of a sequence, which others will follow")
     cosine = closeness(written)[0]
     if cosine > CLOSE:
         found.append(f"keys of different groups are close (whitened cosine {cosine:.2f})")

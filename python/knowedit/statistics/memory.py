@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..model import EditableModel
 from .batching import Piece, batches
-from .model import EditableModel
 
 logger = logging.getLogger(__name__)
 

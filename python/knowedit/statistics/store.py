@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import StatisticsError
-from .files import atomic_file, cache_dir
+from ..errors import StatisticsError
+from ..files import atomic_file, cache_dir
 
 FORMAT = "knowedit-statistics/1"
 

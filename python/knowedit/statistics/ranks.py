@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .errors import KnowEditError, StatisticsError
+from ..errors import KnowEditError, StatisticsError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # one rank may wait for a hub that went away, or write a large checkpoint
@@ -86,7 +86,7 @@ def started() -> Iterator[Ranks]:
         return
     # Models import it. Imported while a group is up it keeps the group for good, whose threads then outlive the
     # interpreter and abort the process now and then.
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

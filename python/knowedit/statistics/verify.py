@@ -9,9 +9,9 @@ from torch import Tensor
 
 from knowedit_kernels.moments.audit import AuditResult
 
+from ..errors import StatisticsError
+from ..model import EditableModel
 from .batching import Piece, batches
-from .errors import StatisticsError
-from .model import EditableModel
 from .store import LayerStatistics
 
 SYMMETRY = 1e-5  # |C - C'| / |C| that float32 sums in any order stay below
@@ -76,7 +76,7 @@ def sample(model: EditableModel, layer: int) -> Sample:
     Raises:
         ModelError: there is no such layer.
     """
-    from .datasets import load
+    from ..datasets import load
 
     texts = [f"{fact.text} {fact.true or fact.target}" for fact in load("embedded")]
     pieces = [Piece(ids, 1) for ids in model.tokenizer(texts, verbose=False)["input_ids"] if 1 < len(ids) <= model.max_length]

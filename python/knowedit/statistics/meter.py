@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from .progress import bar, console
+from ..progress import bar, console
 
 EVERY = 60.0  # seconds between lines where nobody watches a bar
 EVERY_JSON = 1.0

@@ -19,16 +19,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..errors import KnowEditError, StatisticsError
+from ..model import EditableModel
+from ..text import Corpus, lanes_of
 from . import convergence, store
 from .batching import trim
-from .errors import KnowEditError, StatisticsError
 from .meter import Meter, metered
-from .model import EditableModel
 from .ranks import Ranks
 from .resume import Checkpoints, Place
 from .store import LayerStatistics, Recipe
 from .sums import Seen, Sums
-from .text import Corpus, lanes_of
 from .windows import WORTH_A_WORKER, Reader, Window, ahead, token_cache
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from knowedit_kernels import SecondMoment
 
+from ..errors import StatisticsError
 from . import store
-from .errors import StatisticsError
 from .ranks import Ranks
 from .store import Recipe
 from .sums import Seen

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import StatisticsError
-from .files import atomic_file
-from .model import EditableModel
+from ..errors import StatisticsError
+from ..files import atomic_file
+from ..model import EditableModel
 from .store import LayerStatistics, Recipe
 from .verify import Finding, plausible, require, resembles, sample
 

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..errors import KnowEditError
+from ..files import atomic_file, cache_dir, trim
+from ..model import EditableModel
+from ..text import Corpus, corpus_fingerprint, documents, lanes_of
 from .batching import Piece
-from .errors import KnowEditError
-from .files import atomic_file, cache_dir, trim
-from .model import EditableModel
-from .text import Corpus, corpus_fingerprint, documents, lanes_of
 
 logger = logging.getLogger(__name__)
 

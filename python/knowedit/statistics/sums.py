@@ -11,10 +11,10 @@ from torch import Tensor
 
 from knowedit_kernels import SecondMoment, update_together
 
+from ..errors import StatisticsError
+from ..model import EditableModel
 from .batching import Batch, Piece, batches
-from .errors import StatisticsError
 from .memory import is_out_of_memory, packs, token_budget
-from .model import EditableModel
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from knowedit_kernels import Covariance, NullSpace
 
+from ..errors import StatisticsError
+from ..model import EditableModel
+from ..text import Corpus, corpus_fingerprint
 from . import store
 from .collect import Collection, Settings
-from .errors import StatisticsError
-from .model import EditableModel
 from .ranks import Ranks
 from .store import LayerStatistics, Recipe
-from .text import Corpus, corpus_fingerprint
 
 UNTIL = ("tokens", "solve", "converged")
 #: A first-token key this many times longer than the others marks an attention-sink layer.
@@ -180,7 +180,7 @@ def key_statistics(
             died.
         CorpusError: the corpus cannot be read.
     """
-    from .presets import preset_for
+    from ..presets import preset_for
 
     layers = sorted(set(layers if layers is not None else preset_for(model).statistics_layers))
     model.check_layers(layers)

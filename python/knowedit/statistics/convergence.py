@@ -24,8 +24,8 @@ from torch import Tensor
 
 from knowedit_kernels import Covariance, NullSpace
 
-from .errors import EditError, StatisticsError
-from .model import EditableModel
+from ..errors import EditError, StatisticsError
+from ..model import EditableModel
 
 PROBES = 48  # keys that are solved for
 LEAST = 2  # tokens of a half for each of C's rows: below, its inverse says little
@@ -47,7 +47,7 @@ def probe_keys(model: EditableModel, layers: Sequence[int]) -> dict[int, Tensor]
     Raises:
         StatisticsError: the model's tokenizer can make nothing of any of them.
     """
-    from .datasets import load
+    from ..datasets import load
 
     rows = []
     for fact in load("embedded"):
