@@ -93,11 +93,14 @@ def edit(
     editor = make_editor(method, corpus=one(corpus), **{**named, **parse_settings(setting or [])})
     editable = load_model(model, dtype=dtype, say=say)
     keys = statistics_for([editor], editable, one(corpus), tokens, statistics)
-    earlier = History.load(history) if history and history.exists() else History(editable.fingerprint)
-    made = Session(editor, editable, keys, earlier).write(wanted)
-    made.save(output)
     if history:
+        earlier = History.load(history) if history.exists() else History(editable.fingerprint)
+        made = Session(editor, editable, keys, earlier).write(wanted)
+        made.save(output)
         earlier.save(history)
+    else:
+        made = editor.compute(editable, wanted, keys)
+        made.save(output)
     _print_edit(made)
     if made.factors or made.others:
         print(f"saved to {output}; apply it with: knowedit apply {model} {output} -o FOLDER")

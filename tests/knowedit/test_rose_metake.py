@@ -78,11 +78,25 @@ def test_automatic_looks_ahead_for_close_keys_crowds_and_histories_only(tiny_lla
     told = crowd.compute(tiny_llama, FACTS[:1], statistics, progress=False).report["look_ahead"]
     assert any("crowded" in why for why in told["reasons"]) and told["gain"] == 0.7
     session = Session(editor, tiny_llama, statistics)
-    session.write(FACTS[:1], progress=False)
+    first = session.write(FACTS[:1], progress=False)
+    assert first.report["look_ahead"]["reasons"] == ["the first of a sequence, which others will follow"]
     later = session.write(FACTS[2:], progress=False)
     assert "earlier edits to leave alone" in later.report["look_ahead"]["reasons"]
     session.undo()
     session.undo()
+
+
+def test_rehearsed_facts_are_still_said_after_the_next_edit(tiny_llama):
+    statistics, losses = statistics_of(tiny_llama, [2]), {}
+    for rehearsed in (0, 5):
+        editor = MetaKE(layers=(2,), values=VALUES, ahead=AHEAD, rehearsed=rehearsed)
+        with Session(editor, tiny_llama, statistics) as session:
+            session.write(CLOSE[:1], progress=False)
+            later = session.write(CLOSE[1:], progress=False)
+            scores = tiny_llama.score([f.text for f in CLOSE], [f.target for f in CLOSE])
+            losses[rehearsed] = [-score.logprob for score in scores]
+        assert later.report["look_ahead"]["rehearsed"] == min(rehearsed, 1)
+    assert losses[5][0] < losses[0][0] - 0.1 and losses[5][1] < losses[0][1] + 0.1
 
 
 def test_the_diagonal_ablation_differs_where_keys_are_close(tiny_llama):

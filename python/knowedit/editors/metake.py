@@ -82,8 +82,9 @@ class MetaKE(LocateThenEdit):
         bare = answer_lines(draft, task.groups, first, ("{}",), self.ahead.budget)
         wrapped = answer_lines(draft, task.groups, first, self.contexts, self.ahead.budget) if self.contexts else None
         early, late = [(bare, 1.0)], [(bare, 0.5), (wrapped, 0.5)] if wrapped else [(bare, 1.0)]
-        if through == "edit" and task.history:
-            earlier = random.Random(0).sample(task.history.facts, min(self.rehearsed, len(task.history.facts)))
+        written_before = task.history.facts if through == "edit" and task.history else []
+        earlier = random.Random(0).sample(written_before, min(self.rehearsed, len(written_before)))
+        if earlier:
             again = answer_lines(draft, [[fact] for fact in earlier], first, ("{}",), self.ahead.budget)
             early, late = ([*part, (again, 1.0)] for part in (early, late))
         with bar(f"{self.name}: looking ahead", self.ahead.steps, "steps", show=task.progress) as advance:
@@ -94,7 +95,7 @@ class MetaKE(LocateThenEdit):
                 self.ahead,
                 progress=advance,
             )
-        report = {**told(self.ahead, layers, start, found, bare), "reasons": why, "gain": gain}
+        report = {**told(self.ahead, layers, start, found, bare), "reasons": why, "gain": gain, "rehearsed": len(earlier)}
         if through == "edit":
             adopt(written, found)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,26 @@ def sections(found: Mapping[str, Any]) -> list[tuple[str, str, Figure | None]]:
     """`study.json` as titles, tables and pictures for `knowedit report`."""
     head = found["head"]
     title = f"{', '.join(head['targets'])}, and nothing else? {head['model']}"
+    said = verdicts(found)
+    width = max((len(method) for method, _ in said), default=0) + 2
+    notes = [wrapped("", note) for note in found["notes"]]
+    judged = [wrapped(f"{method:{width}}", verdict) for method, verdict in said]
     made: list[tuple[str, str, Figure | None]] = [
-        (title, "\n".join([*found["notes"], "", *lines(found)]), comparison(found) if _measured(found) else None),
+        (title, "\n".join([*notes, "", *lines(found)]), comparison(found) if _measured(found) else None),
         (
             "What is traded for what",
-            "\n".join([*verdicts(found), "", bounds(found)]),
+            "\n".join([*judged, "", wrapped("", bounds(found))]),
             pareto(found) if _measured(found) else None,
         ),
     ]
     if found["interference"]:
         made.append(("Several sums at once", "\n".join(interference_lines(found)), None))
     return made
+
+
+def wrapped(name: str, text: str) -> str:
+    """`text` in lines that fit the page, behind `name`."""
+    return textwrap.fill(text, 120, initial_indent=name, subsequent_indent=" " * len(name))
 
 
 def comparison(found: Mapping[str, Any]) -> Figure:

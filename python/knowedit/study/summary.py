@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .measure import GOAL, Table, reached
@@ -119,19 +119,19 @@ def summary(found: Mapping[str, Any]) -> str:
         f"{', '.join(map(str, head['seeds']))}. Judged on the halves no editor saw; 95 % bootstrap intervals over prompts.",
         "\n".join(f"* {note}" for note in found["notes"]),
         "## Judging half", "```\n" + "\n".join(lines(found)) + "\n```",
-        "## Verdicts", "\n".join(verdicts(found)), bounds(found),
+        "## Verdicts", "\n".join(f"* **{method}** {said}" for method, said in verdicts(found)), bounds(found),
     ]  # fmt: skip
     if found["interference"]:
         parts += ["## Several sums at once", "```\n" + "\n".join(interference_lines(found)) + "\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def verdicts(found: Mapping[str, Any]) -> Sequence[str]:
-    """A line a method."""
+def verdicts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each method and what is said of it."""
     made = []
     for entry in found["methods"]:
         said = f"{entry['verdict']}." if "verdict" in entry else ""
         if entry["reason"]:
             said = f"{said} Not for every seed: {entry['reason']}" if said else f"not run: {entry['reason']}"
-        made.append(f"* **{entry['method']}** {said}")
+        made.append((entry["method"], said))
     return made
