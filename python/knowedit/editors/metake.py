@@ -8,6 +8,7 @@ optimisation whose lower level is the solver of MEMIT or AlphaEdit and whose upp
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from knowedit_kernels.jvp import compound_gain
 from knowedit_kernels.solver import Metric
 
+from ..facts import Fact
 from ..lookahead import Settings, look_ahead
+from ..objective import Lines
 from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets
@@ -78,27 +81,30 @@ class MetaKE(LocateThenEdit):
             layers, start = {last: replace(layers[last], gain=realised)}, {last: targets.delta}
         if self.diagonal:
             layers = {layer: frozen.diagonal() for layer, frozen in layers.items()}
-        draft, first = task.model.draft(), min(layers)
-        bare = answer_lines(draft, task.groups, first, ("{}",), self.ahead.budget)
-        wrapped = answer_lines(draft, task.groups, first, self.contexts, self.ahead.budget) if self.contexts else None
-        early, late = [(bare, 1.0)], [(bare, 0.5), (wrapped, 0.5)] if wrapped else [(bare, 1.0)]
-        written_before = task.history.facts if through == "edit" and task.history else []
-        earlier = random.Random(0).sample(written_before, min(self.rehearsed, len(written_before)))
-        if earlier:
-            again = answer_lines(draft, [[fact] for fact in earlier], first, ("{}",), self.ahead.budget)
-            early, late = ([*part, (again, 1.0)] for part in (early, late))
+        bare, plan, rehearsed = self.texts(task, min(layers))
         with bar(f"{self.name}: looking ahead", self.ahead.steps, "steps", show=task.progress) as advance:
-            found = look_ahead(
-                layers,
-                start,
-                lambda step: late if 2 * step >= self.ahead.steps else early,
-                self.ahead,
-                progress=advance,
-            )
-        report = {**told(self.ahead, layers, start, found, bare), "reasons": why, "gain": gain, "rehearsed": len(earlier)}
+            found = look_ahead(layers, start, plan, self.ahead, progress=advance)
+        report = {**told(self.ahead, layers, start, found, bare), "reasons": why, "gain": gain, "rehearsed": rehearsed}
         if through == "edit":
             adopt(written, found)
         else:
             written = LocateThenEdit.write(editor, task, replace(targets, delta=found[last]))
         written.report["look_ahead"] = report
         return written
+
+    def texts(self, task: Task, first: int) -> tuple[Lines, Callable[[int], list[tuple[Lines, float]]], int]:
+        """The answers after their bare prompts; what every step is trained on; how many earlier facts are among it."""
+        draft = task.model.draft()
+
+        def lines(groups: Sequence[Sequence[Fact]], contexts: Sequence[str] = ("{}",)) -> Lines:
+            return answer_lines(draft, groups, first, contexts, self.ahead.budget)
+
+        bare = lines(task.groups)
+        early = late = [(bare, 1.0)]
+        if self.contexts:
+            late = [(bare, 0.5), (lines(task.groups, self.contexts), 0.5)]
+        # only the edited weights reach other facts
+        known = task.history.facts if task.history and self.ahead.through == "edit" else []
+        earlier = random.Random(0).sample(known, min(self.rehearsed, len(known)))
+        again = [(lines([[fact] for fact in earlier]), 1.0)] if earlier else []
+        return bare, lambda step: (late if 2 * step >= self.ahead.steps else early) + again, len(earlier)
