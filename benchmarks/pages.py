@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ METAKE = {
     "exact": "efficacy exact", "success": "efficacy success", "paraphrase": "paraphrase success",
     "paraphrase exact": "paraphrase exact", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
 }  # fmt: skip
+ONE_LAYER = "sequential_one_layer"
 SEQUENTIAL = {
     "success": "efficacy success", "paraphrase": "paraphrase success", "neighbours": "neighbourhood success",
     "unchanged": "neighbourhood unchanged",
@@ -98,9 +100,9 @@ def metake(folder: Path) -> str:
     return "\n".join([*parts, _about(header)])
 
 
-def sequential(folder: Path) -> str:
+def sequential(folder: Path, name: str = "sequential") -> str:
     """Each method after 100 and 400 facts and at the end; the worst batch's exactness beside the mean of all batches."""
-    header, rows = rows_of("sequential", folder)
+    header, rows = rows_of(name, folder)
     heads = ["exact, all facts", "worst batch", *SEQUENTIAL, "perplexity", "drift", "norm"]
     lines = [f"| facts | method | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for edits in sorted({0, 100, 400, max(row["edits"] for row in rows)}):
@@ -111,7 +113,8 @@ def sequential(folder: Path) -> str:
             cells += ["" if value is None else f"{100 * value['mean']:.0f}" for value in found]
             cells += [f"{row['perplexity']:.1f}", f"{row['drift']['kl']:.3f}", f"{row['norm']:.2f}"]
             lines.append(f"| {edits} | {row['case'] if edits else 'unedited'} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _about(header)])
+    setting = header.get("setting", {})
+    return "\n".join([*lines, "", f"Layers {setting.get('layers', '4-6')}. {_about(header)}"])
 
 
 def tokens(folder: Path) -> str:
@@ -134,8 +137,8 @@ def gradient_picture(folder: Path, path: Path) -> None:
     by_gradient.draw(rows_of("gradient", folder)[1], path)
 
 
-def sequential_picture(folder: Path, path: Path) -> None:
-    in_sequence.draw(rows_of("sequential", folder)[1], path)
+def sequential_picture(folder: Path, path: Path, name: str = "sequential") -> None:
+    in_sequence.draw(rows_of(name, folder)[1], path)
 
 
 def rose_picture(folder: Path, path: Path) -> None:
@@ -200,6 +203,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "rose": ("rose.md", rose, rose_picture),
     "metake": ("metake.md", metake, metake_picture),
     "sequential": ("sequential.md", sequential, sequential_picture),
+    ONE_LAYER: ("sequential.md", partial(sequential, name=ONE_LAYER), partial(sequential_picture, name=ONE_LAYER)),
     "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
