@@ -6,7 +6,7 @@ then written by MEMIT at several gains, EMMET and AlphaEdit. A row is what one m
 measures of CounterFact, KL and perplexity on held-out text, and the difference to MetaKE's fact by fact. Rows that a
 results file already has are not computed again, so an interrupted run goes on.
 
-Predicted (RECIPES of the design notes, measured once without seeds): exact 96 at KL 0.16 for 200 facts, where the best
+Predicted (from one trial without seeds): exact 96 at KL 0.16 for 200 facts, where the best
 control reaches 90 at 0.27; exact 92 for same-subject facts, where merging reaches 70.
 """
 

@@ -5,7 +5,7 @@ settings were tuned on the other half of the subjects with three or four facts. 
 `knowedit.evaluation.same_subject` for one method and draw, and the paired differences to RoSE. Evaluations are kept in
 `--keep`, so an interrupted run goes on.
 
-Predicted (RECIPES of the design notes, measured once): RoSE at cloze 94, question 89, chat 97, greedy 64 %, where
+Predicted (from one trial): RoSE at cloze 94, question 89, chat 97, greedy 64 %, where
 MEMIT-Merge reaches 83, 64, 53 and 44 %, with half of its KL on who the subject is.
 """
 

@@ -1,7 +1,8 @@
 """The editing solve: dense factorisations for every call (the peers) against one cached factor and n x n systems (ours).
 
 Key statistics are synthetic with the spectrum of SmolLM2's (condition about 10^3); both sides get the same C, keys and
-residuals, and both return the dense update `[d_out, d]`. Errors are against a dense solve in float64.
+residuals, and both return the dense update `[d_out, d]`; AlphaEdit's batches are written into a weight instead, ours as
+factors. Errors are against a dense solve in float64.
 """
 
 from __future__ import annotations

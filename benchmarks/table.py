@@ -64,7 +64,7 @@ def _speed(row: dict[str, Any]) -> str:
 
 
 def _quality(row: dict[str, Any]) -> str:
-    between = f" [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else ""
+    between = f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low", 0) < row.get("high", 0) else ""
     reached = "yes" if row["reached"] else "**no**"
     return f"| {row['case']} | {row['measure']} | {row['value']:.3f}{between} | {row['floor']:.3f} | {reached} |"
 

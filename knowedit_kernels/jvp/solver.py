@@ -54,7 +54,7 @@ def edit_jvp(
 
         dDelta = (dR - R A dK) A + (R B) (H^-1 dK)^T,    H^-1 X = M^-1 (X - K A X)
 
-    Raises ValueError naming the layer. Source: METHODS 3.3, our derivation.
+    Raises ValueError naming the layer. Source: our derivation (`jvp/README.md`).
     """
     if d_residuals is None and d_keys is None:
         raise ValueError("nothing to differentiate along: give d_residuals or d_keys")
@@ -91,7 +91,7 @@ def edit_vjp(
 
         dL/dR = Gamma A^T,    dL/dK = H^-1 Gamma^T R B - A^T R^T Gamma A^T    (not counting R's own dependence on K)
 
-    Raises ValueError naming the layer. Source: METHODS 3.2 and 3.3, our derivation.
+    Raises ValueError naming the layer. Source: our derivation (`jvp/README.md`).
     """
     out = []
     for layer, (solver, R, (left, right)) in enumerate(_per_layer(solvers, residuals=residuals, cotangents=cotangents)):
@@ -124,7 +124,7 @@ def spread_shares(layers: int, how: Spread = "linear") -> list[float]:
 
 
 def effective_gain(solvers: Sequence[EditSolver], how: Spread = "linear") -> Tensor:
-    """G_eff [n, n]: several layers realise R G_eff at the edited keys, I - prod (I - share_i G_i) (METHODS 3.4).
+    """G_eff [n, n]: several layers realise R G_eff at the edited keys, I - prod (I - share_i G_i).
 
     Keys are those before the edit, and layers below the last pass a shift of the residual stream on unchanged.
     """
@@ -156,7 +156,7 @@ def spread_jvp(
 
     The map is linear, so this is both it and its tangent, over any leading dimensions (directions). ``through[i]`` applies
     J_i, how a shift [..., d, n] of layer i's output at the edited positions arrives at the last layer (None: unchanged).
-    Raises ValueError. Source: METHODS 3.4, our derivation.
+    Raises ValueError. Source: our derivation (`jvp/README.md`).
     """
     missing = start = _spread_input(solvers, d_residual, "d_residual")
     written = []

@@ -18,7 +18,7 @@ class EditSolver:
 
     ``constraint="soft"`` minimises ``||Delta K - R||^2 + tr(Delta M Delta^T)`` (MEMIT, AlphaEdit, isotropic);
     ``"equality"`` minimises ``tr(Delta M Delta^T)`` subject to ``Delta K = R`` (ROME, EMMET).
-    Either way ``Delta = R A`` with A independent of R (METHODS 3.1), so a target can be trained through the write.
+    Either way ``Delta = R A`` with A independent of R, so a target can be trained through the write.
 
     Attributes, all float64 and differentiable with respect to K (autograd, torch.func, higher orders):
       A [n, m]   read-in: the edit adds ``R (A x)`` to the layer's output at key x; with R it is a rank-n LoRA pair.
@@ -99,7 +99,7 @@ class EditSolver:
         return U if self.constraint == "equality" else U + U @ _independent(self.metric.whiten(self.K))[1]
 
     def key_jvp(self, dK: Tensor) -> Tensor:
-        """Tangent of A for a change dK [m, n] of the keys -> [n, m] (METHODS 3.3)."""
+        """Tangent of A for a change dK [m, n] of the keys -> [n, m] (`solver/README.md`)."""
         return _tangents(self.metric, self.K, self.A, self.B, self.metric.columns(dK, "dK"))[0]
 
     def key_vjp(self, A_bar: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What an edit must preserve: positive (semi)definite metrics M on key space, factored once, shared by many edits.
 
 A metric exposes one factor F [r, m] with ``F^T F = M^-1``. Every quantity of an edit is then a Gram matrix of
-whitened keys ``Z = F K``, so the Woodbury identity never subtracts two large numbers (METHODS 3.1).
+whitened keys ``Z = F K``, so the Woodbury identity never subtracts two large numbers.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Covariance(ScaledMetric):
 class ShrunkCovariance(Covariance):
     """M = weight * ((1 - gamma) C + gamma * tr(C)/m * I); gamma = 0 is MEMIT, 1 the trace-matched identity.
 
-    It is the optimum of robust least squares under isotropic key drift (METHODS 1.3, our derivation).
+    It is the optimum of robust least squares under isotropic key drift (our derivation).
     """
 
     def __init__(self, C: Tensor, weight: float = 1.0, gamma: float = 0.1, dtype: torch.dtype = torch.float64) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +26,25 @@ app.add_typer(cli_measure.app)
 app.add_typer(cli_study.app, name="study")
 app.add_typer(cli_train.app, name="train")
 
-Method = Annotated[str, typer.Option(help="memit, rome, ft, lora, ...; several separated by commas where that makes sense.")]
+METHODS = (  # as in `editors.EDITORS`, which is slow to import
+    "memit, rome, emmet, pmet, memit-merge, alphaedit, rose, metake, look-ahead, neuron-patch, ft, ft-l, lora, "
+    "regularised-lora, kl-ft, kl-lora, mend, serac"
+)
+Method = Annotated[str, typer.Option(help=f"One of {METHODS}.")]
+Methods = Annotated[str, typer.Option(help=f"One or more, separated by commas, of {METHODS}.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"knowedit {version('knowedit-kernels')}")
+        raise typer.Exit
+
+
+@app.callback()
+def shared(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and end.")] = False,
+) -> None: ...
 
 
 def main() -> None:
@@ -153,7 +171,7 @@ def export(
 def evaluate(
     model: Model,
     dataset: Annotated[str, typer.Option(help="A data set's name or a file of facts.")] = "embedded",
-    method: Method = "memit",
+    method: Methods = "memit",
     edits: Annotated[int | None, typer.Option(help="Use the first so many facts.")] = None,
     protocol: Annotated[str, typer.Option(help="batch: all facts at once; single: each alone; sequential.")] = "batch",
     batch: Annotated[int, typer.Option(help="Facts an edit (sequential).")] = 50,

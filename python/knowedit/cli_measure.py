@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Corpus, Dtype, Json, Layers, Model, Tokens, one, parse_layers, say
+from .cli_options import Corpus, Dtype, Json, Layers, Model, Statistics, Tokens, one, parse_layers, say
 from .errors import KnowEditError
 
 app = typer.Typer()
@@ -22,7 +22,7 @@ Folder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for 
 @app.command("same-subject")
 def same_subject(
     model: Model,
-    dataset: Dataset = "same-subject",
+    dataset: Dataset = "embedded",
     method: Annotated[
         str, typer.Option(help="One or more, separated by commas; the last is compared with the others.")
     ] = "memit",
@@ -33,6 +33,7 @@ def same_subject(
     wordings: Annotated[int | None, typer.Option(help="Ask at most so many wordings of each form.")] = None,
     corpus: Corpus = ["wikipedia"],  # noqa: B006
     tokens: Tokens = 100_000,
+    statistics: Statistics = None,
     layers: Layers = None,
     output: Folder = None,
     dtype: Dtype = "auto",
@@ -43,7 +44,7 @@ def same_subject(
 
     results = measure_subjects(
         model, dataset, method.split(","), one(corpus), tokens, parse_layers(layers), least=least, most=most, half=half,
-        subjects=subjects, wordings=wordings, dtype=dtype, say=say,
+        subjects=subjects, wordings=wordings, where=statistics, dtype=dtype, say=say,
     )  # fmt: skip
     if output:
         write_subjects(output, results)
@@ -56,12 +57,13 @@ def same_subject(
 @app.command()
 def geometry(
     model: Model,
-    dataset: Dataset = "same-subject",
+    dataset: Dataset = "embedded",
     least: Least = 2,
     subjects: Subjects = 24,
     edited: Annotated[int, typer.Option(help="Of so many subjects optimise and write values; slow, 0 leaves it out.")] = 6,
     corpus: Corpus = ["wikipedia"],  # noqa: B006
     tokens: Tokens = 100_000,
+    statistics: Statistics = None,
     layers: Layers = None,
     threshold: Annotated[float, typer.Option(help="Eigenvalues below it span AlphaEdit's null space.")] = 2e-2,
     seed: Annotated[int, typer.Option(help="Of the random directions and of the intervals.")] = 0,
@@ -70,6 +72,7 @@ def geometry(
     as_json: Json = False,
 ) -> None:
     """Is the covariance trap real for this model? Drift of keys, amplification, rho, tolerance, sharpness, by layer."""
+    from .editors import layer_statistics
     from .evaluation.geometry import geometry as measure
     from .evaluation.subjects import choose
     from .files import atomic_file
@@ -77,13 +80,12 @@ def geometry(
     from .presets import preset_for
     from .report import plots
     from .report.run import geometry_table
-    from .statistics import key_statistics
 
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
     editable = load_model(model, dtype=dtype, say=say)
     wanted = parse_layers(layers) or preset_for(editable).statistics_layers
-    statistics = key_statistics(editable, wanted, one(corpus), tokens)
-    layered = measure(editable, chosen, statistics, wanted, edited=edited, threshold=threshold, seed=seed, say=say)
+    collected = layer_statistics(wanted, editable, one(corpus), tokens, statistics)
+    layered = measure(editable, chosen, collected, wanted, edited=edited, threshold=threshold, seed=seed, say=say)
     found = [one.to_dict() for one in layered]
     if output:
         with atomic_file(output / "geometry.json") as path:
@@ -143,7 +145,7 @@ def trace(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A folder written by eval, same-subject, geometry or trace with -o.")],
+    run: Annotated[Path, typer.Argument(help="A folder written by eval, same-subject, geometry, trace or study with -o.")],
 ) -> None:
     """Tables and pictures of a folder of results, printed and as one self-contained page report.html in it."""
     from .report.run import PAGE

@@ -55,7 +55,7 @@ def serac(
     facts: Facts = ["embedded", "sums"],  # noqa: B006
     without: Without = [],  # noqa: B006
     limit: Limit = None,
-    steps: Annotated[int | None, typer.Option(help="Of the reader; the gate takes twice as many.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the reader; the gate takes five times as many.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop this run's gate and its reader after so long each.")] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -69,7 +69,7 @@ def serac(
     chosen, base = facts_to_train_on(facts, without, limit, seed), SeracTraining()
     gate, reader = (replace(plan, minutes=minutes, seed=seed) for plan in (base.gate, base.reader))
     if steps:
-        gate, reader = replace(gate, steps=2 * steps), replace(reader, steps=steps)
+        gate, reader = replace(gate, steps=5 * steps), replace(reader, steps=steps)
     editable = load_model(model, dtype=dtype, say=say)
     path = output or default_file("serac", editable)
     _print(train_serac(editable, chosen, replace(base, gate=gate, reader=reader), path).report, path, as_json)

@@ -1,9 +1,9 @@
 """The look-ahead: targets trained through the edited model itself.
 
 Every locate-then-edit method writes `Delta_l = R_l A_l`. The read-in `A_l` depends on keys and metric only, so it can be
-frozen and the write-out `R_l` trained: the edit is a LoRA pair whose lora_A is the solver (METHODS 2.4 and RECIPES of the
-design notes; our derivation). What the solver cannot execute, what it executes at other tokens, and what several layers
-do together is then in the loss, while the stock targets only plan. RoSE and MetaKE share this mechanism.
+frozen and the write-out `R_l` trained: the edit is a LoRA pair whose lora_A is the solver (our derivation). What the solver
+cannot execute, what it executes at other tokens, and what several layers do together is then in the loss, while the stock
+targets only plan. RoSE and MetaKE share this mechanism.
 
 A step replays the texts from the first edited layer on (`replay.Suffix`); everything below is cached.
 """

@@ -106,7 +106,7 @@ def test_one_solve_whatever_the_number_of_directions(monkeypatch):
 
 
 def loop(solvers, R, how, maps):
-    """METHODS 3.4 with dense updates, as MEMIT's code does it: write, look what is missing, go on."""
+    """Several layers in turn with dense updates, as MEMIT's code does it: write, look what is missing, go on."""
     missing, count = R.clone(), len(solvers)
     divisors = {"linear": lambda i: count - i, "sqrt": lambda i: (count - i) ** 0.5, "full": lambda i: 1}
     for i, (solver, J) in enumerate(zip(solvers, maps)):
@@ -154,7 +154,7 @@ def test_spread_vjp_is_the_transpose(how):
 
 
 def test_several_layers_realise_more_than_one():
-    """The published table's rule, I - (I - G/L) ... (I - G), with equal scalar gains (METHODS 3.4)."""
+    """The published table's rule, I - (I - G/L) ... (I - G), with equal scalar gains."""
     for gain, wanted in ((0.3, 0.534), (0.5, 0.754), (0.7, 0.894), (0.9, 0.976), (0.99, 0.998)):
         key = torch.zeros(M, 1, dtype=torch.float64)
         key[0] = (gain / (1 - gain)) ** 0.5

@@ -220,3 +220,13 @@ def test_measuring_in_depth(knowedit, place):
     assert (place / "run/report.html").read_text().count("<svg") == 2
     assert "unknown half" in knowedit("same-subject", "model", "--half", "third", *chosen, code=1)
     assert "holds no results" in knowedit("report", "model", code=1)
+
+
+def test_the_help_names_every_method_and_the_version_is_told(capsys):
+    from knowedit.cli import METHODS, app
+    from knowedit.editors import EDITORS
+
+    assert sorted(METHODS.split(", ")) == sorted(EDITORS)
+    with pytest.raises(SystemExit) as end:
+        app(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("knowedit 0")

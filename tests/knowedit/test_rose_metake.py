@@ -120,7 +120,7 @@ def test_contexts_take_part_in_the_later_steps(tiny_llama):
 
 @pytest.mark.parametrize("gate, whole", [(0.3, 0.534), (0.5, 0.754), (0.7, 0.894), (0.9, 0.976), (0.99, 0.998)])
 def test_effective_gain_of_equal_gates(gate, whole):
-    """Figures of METHODS 3.4 for five layers."""
+    """Five layers: 1 - prod (1 - gate / remaining)."""
     found = compound_gain([gate * torch.eye(3, dtype=torch.float64)] * 5)
     torch.testing.assert_close(found, whole * torch.eye(3, dtype=torch.float64), atol=6e-4, rtol=0)
 

@@ -1,6 +1,6 @@
 """One short file per method; `EDITORS` maps the names of the command line to them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,15 @@ def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Editor:
 def statistics_for(
     editors: Iterable[Editor], model: EditableModel, corpus: Any, tokens: int, where: Path | None = None
 ) -> KeyStatistics | None:
-    """The key statistics that the editors need together; None where none does.
+    """The key statistics that the editors need together, as `layer_statistics`; None where none does."""
+    layers = sorted({layer for editor in editors for layer in editor.statistics_layers(model)})
+    return layer_statistics(layers, model, corpus, tokens, where) if layers else None
+
+
+def layer_statistics(
+    layers: Sequence[int], model: EditableModel, corpus: Any, tokens: int, where: Path | None = None
+) -> KeyStatistics:
+    """The key statistics of `layers`.
 
     Args:
         where: a file or folder of statistics, collected or imported, to take them from instead of the corpus.
@@ -71,9 +79,8 @@ def statistics_for(
     Raises:
         StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as `key_statistics`.
     """
-    layers = sorted({layer for editor in editors for layer in editor.statistics_layers(model)})
-    if where is None or not layers:
-        return key_statistics(model, layers, corpus, tokens) if layers else None
+    if where is None:
+        return key_statistics(model, layers, corpus, tokens)
     if where.suffix == ".npz":
         raise StatisticsError(f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then name FOLDER")
     found = KeyStatistics.load(where)

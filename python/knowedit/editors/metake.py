@@ -2,7 +2,7 @@
 
 Our implementation of the idea, derived from the public abstract (arXiv 2603.12677; its body was not available): bi-level
 optimisation whose lower level is the solver of MEMIT or AlphaEdit and whose upper level trains the target through it. As
-`Delta = R A` is linear in the target, the hyper-gradient has a closed form, the structural gradient proxy (METHODS 2).
+`Delta = R A` is linear in the target, the hyper-gradient has a closed form, the structural gradient proxy.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Our implementation of the idea, derived from the public abstract (arXiv 2603.15518; its body was not available): isotropic
 geometric alignment is the isotropic part of the metric, hierarchical knowledge integration goes from a value for each fact
-over their minimum-norm merge to a refinement through the edited model (METHODS 1.3 and 1.4).
+over their minimum-norm merge to a refinement through the edited model.
 """
 
 from __future__ import annotations

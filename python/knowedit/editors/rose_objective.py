@@ -104,7 +104,7 @@ def asked_forms(model: EditableModel, fact: Fact, questions: Questions) -> list[
 
 def merge(leaves: Targets, task: Task) -> Targets:
     """The smallest delta a subject that reaches as far as each fact's own in its direction, `delta . d_t = |d_t|^2`, then
-    within the clamp. (METHODS 1.4 constrains the facts' gains instead; at optimised values their gradients are noise.)"""
+    within the clamp. (Constraining the facts' gains instead does not help: at optimised values their gradients are noise.)"""
     owner = torch.tensor([number for number, group in enumerate(task.groups) for _ in group])
     parts = []
     for number in range(len(task.groups)):

@@ -1,8 +1,8 @@
 """Is the covariance trap real for this model and layer? Activation drift, read-in vectors and tolerance, measured.
 
 RoSE (arXiv 2603.15518) blames lost recall under rephrasing on two things: the covariance amplifies the drift of the
-subject's key, and jointly optimised values tolerate little. Its definitions are not public; these are ours (METHODS 1.2,
-1.5 of the design notes). One fact written at key k by a metric M reads in along ``a = M⁻¹k / kᵀM⁻¹k``, so that at the key
+subject's key, and jointly optimised values tolerate little. Its definitions are not public; these are ours
+(`docs/geometry.md`). One fact written at key k by a metric M reads in along ``a = M⁻¹k / kᵀM⁻¹k``, so that at the key
 k' of another prompt form the share ``aᵀk'`` of the planned shift is realised, and with ``eps = k' - k``
 
 * amplification ``kappa = |a| |k|`` (1 for the identity: the least worst-case deviation);
