@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from . import arithmetic as by_sum
+from . import geometry as by_layer
 from . import gradient as by_gradient
 from . import neuron as by_neuron
 from . import sequential as in_sequence
@@ -127,6 +128,16 @@ def tokens_picture(folder: Path, path: Path) -> None:
     by_tokens.draw([row for row in rows_of("tokens", folder)[1] if "price" in row], path)
 
 
+def geometry(folder: Path) -> str:
+    """Keys, edits and values, a column a layer."""
+    header, rows = rows_of("geometry", folder)
+    return "\n".join([by_layer.table(rows), "", _about(header)])
+
+
+def geometry_picture(folder: Path, path: Path) -> None:
+    by_layer.draw(rows_of("geometry", folder)[1], path)
+
+
 def gradient(folder: Path) -> str:
     """One line a gradient method."""
     header, rows = rows_of("gradient", folder)
@@ -204,6 +215,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "metake": ("metake.md", metake, metake_picture),
     "sequential": ("sequential.md", sequential, sequential_picture),
     ONE_LAYER: ("sequential.md", partial(sequential, name=ONE_LAYER), partial(sequential_picture, name=ONE_LAYER)),
+    "geometry": ("geometry.md", geometry, geometry_picture),
     "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
