@@ -8,7 +8,7 @@ by three metrics at equal gain, and asked for.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .sequential import CORPUS
 
 FORMS = {"paraphrase": "paraphrase", "question": "question", "chat_question": "chat question",
          "chat_completion": "chat completion", "distractor": "distractor"}  # fmt: skip
+CLOZE = {"cloze": "cloze", **FORMS}
 METRICS = {"C": "covariance", "P": "null space", "I": "identity"}
 VALUES = {"nll": "loss at the value, nats", "shift": "shift, in `|h|`", "tolerance": "tolerance, mean over facts",
           "weakest": "tolerance of a subject's weakest fact", "sharpness": "top curvature times `|v*|²`",
@@ -32,6 +33,8 @@ VALUES = {"nll": "loss at the value, nats", "shift": "shift, in `|h|`", "toleran
 
 
 Row = dict[str, Any]
+Cell = Callable[[Row], str]
+Lines = dict[str, Cell]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -39,41 +42,26 @@ def table(rows: Sequence[Row]) -> str:
     rows = sorted(rows, key=lambda row: row["layer"])
     edited = [row for row in rows if row["recall"]]
     metrics = " / ".join(METRICS.values())
-    keys: dict[str, Callable[[Row], str]] = {
+    keys: Lines = {
         "`kappa`, covariance: mean (largest)": lambda r: "{:.2f} ({:.2f})".format(*r["kappa"]["C"]),
         "`kappa`, null space: mean (largest)": lambda r: "{:.2f} ({:.2f})".format(*r["kappa"]["P"]),
-        **{f"`rho`, {title}": lambda r, name=name: _interval(_form(r, name)["rho"]["C"]) for name, title in FORMS.items()},
+        **{f"`rho`, {title}": _rho(name) for name, title in FORMS.items()},
         "`rho`, null space, mean": lambda r: f"{_mean(r, lambda form: form['rho']['P']['mean']):.2f}",
-        "gain, mean: covariance / identity": lambda r: " / ".join(
-            f"{_mean(r, lambda form, m=m: form['gain'][m]):.2f}" for m in "CI"
-        ),
+        "gain, mean: covariance / identity": _each("CI", lambda r, m: _mean(r, lambda form: form["gain"][m])),
         "the key moves by, in its length, mean": lambda r: f"{_mean(r, lambda form: form['moved']):.2f}",
     }
-    forms = {"cloze": "cloze", **FORMS}
-    edits: dict[str, Callable[[Row], str]] = {
-        **{
-            f"`D`, {title}: {metrics}": lambda r, n=name: " / ".join(f"{r['recall'][n][m]['drift']:.2f}" for m in METRICS)
-            for name, title in forms.items()
-        },
-        **{
-            f"recalled, {title}, %: unedited / {metrics}": lambda r, n=name: " / ".join(
-                f"{100 * r['recall'][n][m]['success']:.0f}" for m in ("none", *METRICS)
-            )
-            for name, title in forms.items()
-        },
-    }
-    values: dict[str, Callable[[Row], str]] = {
-        **{
-            title: lambda r, n=name: " / ".join(f"{r['values'][n][way]:.3g}" for way in ("alone", "joint"))
-            for name, title in VALUES.items()
-        },
-        "cosine of two facts' gradients: clean / at the joint value": lambda r: " / ".join(
-            f"{r['values']['gradient_cosine'][at]:.2f}" for at in ("clean", "joint")
+    edits: Lines = {}
+    for name, title in CLOZE.items():
+        edits[f"`D`, {title}: {metrics}"] = _recall(name, "drift", METRICS)
+    for name, title in CLOZE.items():
+        edits[f"recalled, {title}: unedited / {metrics}"] = _recall(name, "success", ("none", *METRICS), "{:.0%}")
+    values: Lines = {title: _value(name) for name, title in VALUES.items()}
+    values |= {
+        "cosine of two facts' gradients: clean / at the joint value": _each(
+            ("clean", "joint"), lambda r, at: r["values"]["gradient_cosine"][at]
         ),
         "cosine of the shifts optimised alone": lambda r: f"{r['values']['delta_cosine']:.2f}",
-        "recalled exactly within the tolerance / outside, %": lambda r: " / ".join(
-            f"{100 * r['within'][side]:.0f}" for side in ("in", "out")
-        ),
+        "recalled exactly within the tolerance / outside": _each(("in", "out"), lambda r, side: r["within"][side], "{:.0%}"),
     }
     first = rows[0]
     parts = [f"**Keys** of {first['facts']} facts of {first['subjects']} subjects; means are over the five forms.", ""]
@@ -87,9 +75,25 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _grid(rows: Sequence[Row], lines: dict[str, Callable[[Row], str]]) -> list[str]:
-    head = f"| layer | {' | '.join(str(row['layer']) for row in rows)} |"
-    return [head, f"|---{'|---' * len(rows)}|", *(f"| {name} | {' | '.join(map(cell, rows))} |" for name, cell in lines.items())]
+def _grid(rows: Sequence[Row], lines: Lines) -> list[str]:
+    head = [f"| layer | {' | '.join(str(row['layer']) for row in rows)} |", f"|---{'|---' * len(rows)}|"]
+    return head + [f"| {name} | {' | '.join(map(cell, rows))} |" for name, cell in lines.items()]
+
+
+def _each(names: Iterable[str], read: Callable[[Row, str], float], pattern: str = "{:.2f}") -> Cell:
+    return lambda row: " / ".join(pattern.format(read(row, name)) for name in names)
+
+
+def _rho(form: str) -> Cell:
+    return lambda row: "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**_form(row, form)["rho"]["C"])
+
+
+def _recall(form: str, measure: str, names: Iterable[str], pattern: str = "{:.2f}") -> Cell:
+    return _each(names, lambda row, name: row["recall"][form][name][measure], pattern)
+
+
+def _value(name: str) -> Cell:
+    return _each(("alone", "joint"), lambda row, way: row["values"][name][way], "{:.3g}")
 
 
 def _form(row: Row, name: str) -> Row:
@@ -98,10 +102,6 @@ def _form(row: Row, name: str) -> Row:
 
 def _mean(row: Row, value: Callable[[Row], float]) -> float:
     return sum(value(_form(row, name)) for name in FORMS) / len(FORMS)
-
-
-def _interval(estimate: Row) -> str:
-    return f"{estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
