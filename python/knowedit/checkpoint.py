@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from .edit import Edit, read_file
 from .errors import EditError
 from .files import atomic_file, atomic_folder
-from .model import EditableModel, load_model
+from .fingerprint import weights_fingerprint
+from .model import EditableModel
 
 RECORD = "knowedit-undo.safetensors"
 FORMAT = "knowedit-undo/1"
@@ -28,6 +29,8 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
     """
     if not edits:
         raise EditError("no edits to apply; name at least one edit file")
+    if active := model.ledger.active:
+        raise EditError(f"{model.name} has active edits ({', '.join(active)}); undo them and name them with the others")
     names = sorted({name for edit in edits for name in edit.changes(model)})
     parameters = dict(model.hf.named_parameters())
     originals = {name: parameters[name].detach().cpu().clone() for name in names}
@@ -79,7 +82,9 @@ def restore(folder: str | Path) -> str:
             left -= here
     if left:
         raise EditError(f"{folder}: the weights {sorted(left)} of the undo record are in none of its files")
-    found = load_model(str(folder)).fingerprint
+    from transformers import AutoModelForCausalLM
+
+    found = weights_fingerprint(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))  # any dtype: nothing is run
     if found != header["fingerprint"]:
         raise EditError(
             f"{folder}: after the undo its fingerprint is {found[:12]}, before the edit it was "

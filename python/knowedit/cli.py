@@ -12,7 +12,21 @@ from typing import Annotated, Any
 import typer
 
 from . import cli_measure, cli_stats, cli_study, cli_train
-from .cli_options import Corpus, Dtype, Json, Layers, Model, Statistics, Tokens, one, parse_layers, parse_settings, say
+from .cli_options import (
+    Corpus,
+    DeviceMap,
+    Dtype,
+    Json,
+    Layers,
+    Model,
+    Statistics,
+    Tokens,
+    one,
+    parse_layers,
+    parse_settings,
+    placed,
+    say,
+)
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
 
@@ -98,6 +112,7 @@ def edit(
         list[str] | None, typer.Option(help="Another setting of the method, as name=value: lr=1e-4, steps=20, rank=8.")
     ] = None,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
     """Compute an edit and save it; no model is changed."""
     from .datasets import load
@@ -109,7 +124,7 @@ def edit(
     wanted = load(facts)
     named = {"layers": parse_layers(layers), "gain": gain, "weight": weight, "merge_subjects": merge}
     editor = make_editor(method, corpus=one(corpus), **{**named, **parse_settings(setting or [])})
-    editable = load_model(model, dtype=dtype, say=say)
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     keys = statistics_for([editor], editable, one(corpus), tokens, statistics)
     if history:
         earlier = History.load(history) if history.exists() else History(editable.fingerprint)
@@ -121,7 +136,7 @@ def edit(
         made.save(output)
     _print_edit(made)
     if made.factors or made.others:
-        print(f"saved to {output}; apply it with: knowedit apply {model} {output} -o FOLDER")
+        print(f"saved to {output}; apply it with: knowedit apply {model} {history or output} -o FOLDER")
     else:  # a memory edit changes no weight
         print(f"saved to {output}; apply it in Python: Edit.load(...).apply(model)")
 
@@ -129,17 +144,18 @@ def edit(
 @app.command()
 def apply(
     model: Model,
-    edits: Annotated[list[Path], typer.Argument(help="Edit files, written together.")],
+    edits: Annotated[list[Path], typer.Argument(help="Edit files, or the history of a sequence; all are written together.")],
     output: Output,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
     """Write edits into a copy of the model that any transformers user can load; `undo` takes every bit back."""
     from .checkpoint import save_edited
-    from .edit import Edit
+    from .history import edits_in
     from .model import load_model
 
-    loaded = [Edit.load(path) for path in edits]
-    save_edited(load_model(model, dtype=dtype, say=say), loaded, output)
+    loaded = [edit for path in edits for edit in edits_in(path)]
+    save_edited(load_model(model, dtype=dtype, device_map=placed(device_map), say=say), loaded, output)
     print(f"wrote {output}; take it back with: knowedit undo {output}")
 
 
@@ -157,13 +173,14 @@ def export(
     edit_file: Annotated[Path, typer.Argument(help="An edit file.")],
     output: Output,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
     """Write an edit as a LoRA adapter for peft or vLLM."""
     from .edit import Edit
     from .model import load_model
 
     loaded = Edit.load(edit_file)
-    loaded.to_peft(output, load_model(model, dtype=dtype, say=say))
+    loaded.to_peft(output, load_model(model, dtype=dtype, device_map=placed(device_map), say=say))
     print(f"wrote {output}")
 
 
@@ -183,6 +200,7 @@ def evaluate(
     layers: Layers = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results and single prompts.")] = None,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Measure methods: efficacy, paraphrase, neighbourhood, drift on ordinary text; with 95 % intervals."""
@@ -190,7 +208,7 @@ def evaluate(
 
     results = measure(
         model, dataset, method.split(","), edits, protocol, one(corpus), tokens, parse_layers(layers), dtype,
-        batch=batch, every=every, text=text, where=statistics, say=say,
+        device_map=placed(device_map), batch=batch, every=every, text=text, where=statistics, say=say,
     )  # fmt: skip
     if output:
         write_run(output, results)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Corpus, Dtype, Json, Layers, Model, Statistics, Tokens, one, parse_layers, say
+from .cli_options import Corpus, DeviceMap, Dtype, Json, Layers, Model, Statistics, Tokens, one, parse_layers, placed, say
 from .errors import KnowEditError
 
 app = typer.Typer()
@@ -37,6 +37,7 @@ def same_subject(
     layers: Layers = None,
     output: Folder = None,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Several facts of each subject, asked for as a user would: six forms, greedy answers, neighbours, identity."""
@@ -44,7 +45,8 @@ def same_subject(
 
     results = measure_subjects(
         model, dataset, method.split(","), one(corpus), tokens, parse_layers(layers), least=least, most=most, half=half,
-        subjects=subjects, wordings=wordings, where=statistics, dtype=dtype, say=say,
+        subjects=subjects, wordings=wordings, where=statistics, device_map=placed(device_map),
+        dtype=dtype, say=say,
     )  # fmt: skip
     if output:
         write_subjects(output, results)
@@ -69,6 +71,7 @@ def geometry(
     seed: Annotated[int, typer.Option(help="Of the random directions and of the intervals.")] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for geometry.json and geometry.png.")] = None,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Is the covariance trap real for this model? Drift of keys, amplification, rho, tolerance, sharpness, by layer."""
@@ -82,7 +85,7 @@ def geometry(
     from .report.run import geometry_table
 
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
-    editable = load_model(model, dtype=dtype, say=say)
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     wanted = parse_layers(layers) or preset_for(editable).statistics_layers
     collected = layer_statistics(wanted, editable, one(corpus), tokens, statistics)
     layered = measure(editable, chosen, collected, wanted, edited=edited, threshold=threshold, seed=seed, say=say)
@@ -109,6 +112,7 @@ def trace(
     seed: Annotated[int, typer.Option(help="Of the noise and of the intervals.")] = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the JSON and the picture.")] = None,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Causal tracing: which tokens' states at which layers bring an answer back once its subject is corrupted?"""
@@ -124,7 +128,7 @@ def trace(
     if (dataset is None) == (prompt is None) or (prompt is None) != (subject is None):
         raise KnowEditError("give a prompt with its --subject, or a --dataset")
     chosen = load(dataset) if dataset else []
-    editable, parts = load_model(model, dtype=dtype, say=say), kinds.split(",")
+    editable, parts = load_model(model, dtype=dtype, device_map=placed(device_map), say=say), kinds.split(",")
     if prompt is None or subject is None:
         found = trace_many(
             editable, chosen, facts, kinds=parts, noise=noise, samples=samples, window=window, seed=seed

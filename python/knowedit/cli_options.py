@@ -21,6 +21,9 @@ Statistics = Annotated[
 ]
 Layers = Annotated[str | None, typer.Option(help="Layers, e.g. 5 or 4-8 or 4,6; default: the model's preset.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="As in transformers: cpu, cuda, auto (layers spread over GPUs); default: the GPU, if any.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -51,6 +54,13 @@ def parse_settings(given: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             raise KnowEditError(f"--setting {text!r}: give name=value with a number, true, false, or a list in JSON") from None
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def placed(device_map: str | None) -> Any:
+    """What `load_model` takes for --device-map: this process' own GPU, where there is one and nothing else was said."""
+    from .statistics.ranks import Ranks
+
+    return Ranks.current().device if device_map is None else None if device_map == "cpu" else device_map
 
 
 def one(corpus: list[str]) -> Any:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .cli_options import Dtype, Json, Layers, Model, one, parse_layers, say
+from .cli_options import DeviceMap, Dtype, Json, Layers, Model, one, parse_layers, placed, say
 from .errors import StatisticsError
 
 
@@ -56,7 +56,7 @@ def collect(
     first_tokens: Annotated[bool, typer.Option(help="Count each piece's first token too (an outlier; not advised).")] = False,
     precision: Annotated[str, typer.Option(help="Of the sums: exact, or what knowedit_kernels.SecondMoment offers.")] = "exact",
     dtype: Dtype = "auto",
-    device_map: Annotated[str | None, typer.Option(help="As in transformers, e.g. auto: layers spread over GPUs.")] = None,
+    device_map: DeviceMap = None,
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens a batch; default: what fits into memory.")] = None,
     pack: Annotated[bool | None, typer.Option(help="Several texts a row; default: on GPUs, where the model can.")] = None,
     halves: Annotated[bool, typer.Option(help="Keep two halves to estimate the error; --no-halves saves memory.")] = True,
@@ -72,8 +72,8 @@ def collect(
 
     keep_few_compiled_shapes()
     with started() as ranks:
-        place: Any = device_map or ranks.device
-        editable = load_model(model, dtype=dtype, device_map=place, say=say if ranks.rank == 0 else lambda _: None)
+        told = say if ranks.rank == 0 else lambda _: None
+        editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=told)
         found = key_statistics(
             editable, parse_layers(layers), one(corpus), tokens, until=until, tolerance=tolerance, max_length=max_length,
             skip_first=not first_tokens, seed=seed, precision=precision, directory=output, budget=batch_tokens, packed=pack,
@@ -163,6 +163,7 @@ def verify(
     model: Annotated[str | None, typer.Option(help="Also check that it belongs to this model.")] = None,
     layer: Annotated[int | None, typer.Option(help="Of an .npz whose name does not say.")] = None,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """Check symmetry, positivity, counts and accumulation error, and with --model that the keys are that model's."""
@@ -170,7 +171,7 @@ def verify(
     from .statistics import npz, verify
     from .statistics.store import LayerStatistics
 
-    editable = load_model(model, dtype=dtype, say=say) if model else None
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say) if model else None
     report: dict[str, list[verify.Finding]] = {}
     for path in [where] if where.suffix == ".npz" else _files(where):
         if path.suffix == ".npz":
@@ -219,12 +220,13 @@ def take(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder (default: the cache).")] = None,
     layer: Annotated[int | None, typer.Option(help="Where the file's name does not say.")] = None,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
 ) -> None:
     """Take over .npz files of ROME, MEMIT, EasyEdit or AlphaEdit, if they are this model's."""
     from .model import load_model
     from .statistics import npz, store
 
-    editable = load_model(model, dtype=dtype, say=say)
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     for path in files:
         made, _ = npz.take(path, editable, layer)
         target = store.layer_file(output or store.folder(editable.name, made.recipe), made.layer)

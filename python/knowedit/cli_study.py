@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import Corpus, Json, Tokens, one, say
+from .cli_options import Corpus, Json, Tokens, one, placed, say
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
 
@@ -62,7 +62,7 @@ def arithmetic(
     edited = [Sum.parse(text) for text in targets.split(",")]
     own, source = _paraphrases(edited, paraphrases, endpoint, paraphrase_model, key_variable, timeout)
     others = unrelated_prompts(prompts, unrelated)
-    editable = load_model(model, dtype="float32", say=say)
+    editable = load_model(model, dtype="float32", device_map=placed(None), say=say)
     study = Study(editable, edited, [seed + n for n in range(seeds)], others, own, source, one(corpus))
     for note in study.notes():
         say(f"note: {note}")

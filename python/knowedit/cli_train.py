@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Dtype, Json, Layers, Model, parse_layers, say
+from .cli_options import DeviceMap, Dtype, Json, Layers, Model, parse_layers, placed, say
 
 app = typer.Typer(no_args_is_help=True, help="Train the network of a learned editor; interrupted, the same command goes on.")
 
@@ -34,6 +34,7 @@ def mend(
     layers: Layers = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """MEND's hyper-network: from a fact's gradient to an edit."""
@@ -43,7 +44,7 @@ def mend(
 
     chosen, base = facts_to_train_on(facts, without, limit, seed), MendTraining(layers=parse_layers(layers))
     plan = replace(base.plan, steps=steps or base.plan.steps, minutes=minutes, seed=seed)
-    editable = load_model(model, dtype=dtype, say=say)
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     path = output or default_file("mend", editable)
     _print(train_mend(editable, chosen, replace(base, plan=plan), path).report, path, as_json)
 
@@ -59,6 +60,7 @@ def serac(
     minutes: Annotated[float | None, typer.Option(help="Stop this run's gate and its reader after so long each.")] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
     as_json: Json = False,
 ) -> None:
     """SERAC's gate, which tells questions about a stored fact from others, and the reader that answers them."""
@@ -70,7 +72,7 @@ def serac(
     gate, reader = (replace(plan, minutes=minutes, seed=seed) for plan in (base.gate, base.reader))
     if steps:
         gate, reader = replace(gate, steps=5 * steps), replace(reader, steps=steps)
-    editable = load_model(model, dtype=dtype, say=say)
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     path = output or default_file("serac", editable)
     _print(train_serac(editable, chosen, replace(base, gate=gate, reader=reader), path).report, path, as_json)
 

@@ -108,7 +108,10 @@ class Edit:
         self.check(model)
         if self.is_applied(model):
             raise EditError(f"this {self.method} edit is already applied to {model.name}; undo it first")
-        shared = [key for key, theirs in model.rewritten.items() if theirs & self.neurons]
+        if model.memory is not None:
+            raise EditError(f"{model.name} has memory edits, which are of its unedited weights; undo them first")
+        active = model.ledger.active  # reset() may have taken some
+        shared = [key for key, theirs in model.rewritten.items() if key in active and theirs & self.neurons]
         if shared:
             raise EditError(
                 f"this {self.method} edit rewrites neurons that {shared[0]} rewrites too, and both would be lost: compute them "
@@ -241,21 +244,25 @@ def relative_norm(weight: Tensor, change: Change) -> float:
     return float(size.cpu() / weight.norm(dtype=torch.float64).cpu())
 
 
+def format_of(path: str | Path) -> str | None:
+    """What kind of file of ours it is; None: another's safetensors file. Raises EditError: missing or damaged."""
+    if not Path(path).is_file():
+        raise EditError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("knowedit", "{}")).get("format")
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise EditError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
+
+
 def read_file(path: str | Path, kind: str | tuple[str, ...], what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A safetensors file of ours: its JSON header and tensors.
 
     Raises:
         EditError: missing, damaged, or not of `kind` (one of several).
     """
-    path, kinds = Path(path), (kind,) if isinstance(kind, str) else kind
-    if not path.is_file():
-        raise EditError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("knowedit", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise EditError(f"{path} is damaged or not a safetensors file ({error}); make it again") from error
-    if header.get("format") not in kinds:
-        raise EditError(f"{path} is not {what} of this version (format {header.get('format')!r}, expected {kinds[0]!r})")
-    return header, tensors
+    kinds, found = (kind,) if isinstance(kind, str) else kind, format_of(path)
+    if found not in kinds:
+        raise EditError(f"{path} is not {what} of this version (format {found!r}, expected {kinds[0]!r})")
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["knowedit"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

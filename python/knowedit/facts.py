@@ -24,6 +24,7 @@ from typing import Any
 from .errors import KnowEditError
 from .files import atomic_file
 from .lines import kind, read_lines
+from .tokens import last_place
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,9 @@ class Fact:
                 f"prompt {self.prompt!r} has {holes} places '{{}}' for the subject, it needs exactly one"
                 + ("; Fact.parse accepts a prompt with the subject written out" if not holes else "")
             )
+
+        if last_place(self.subject, self.text) != self.prompt.index("{}"):
+            raise FactError(f"subject {self.subject!r} stands behind the '{{}}' of {self.prompt!r} again; reword the prompt")
 
     @property
     def text(self) -> str:

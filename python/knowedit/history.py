@@ -18,13 +18,18 @@ from torch import Tensor
 
 from knowedit_kernels.solver import Metric
 
-from .edit import Edit, read_file
+from .edit import Edit, format_of, read_file
 from .errors import EditError
 from .facts import Fact, check_facts
 from .files import atomic_file
 from .model import EditableModel
 
 FORMAT = "knowedit-history/1"
+
+
+def edits_in(path: str | Path) -> list[Edit]:
+    """The edits of a history's file, oldest first, or that of an edit file. Raises EditError: it is neither."""
+    return History.load(path).edits if format_of(path) == FORMAT else [Edit.load(path)]
 
 
 @dataclass(eq=False)
@@ -70,7 +75,7 @@ class History:
 
     def keys(self, layer: int) -> Tensor | None:
         """Columns `[d_ff, n]` float64 whose K Kᵀ is that of every key written at `layer`; at most `d_ff` of them."""
-        found = [edit.keys[layer].double() for edit in self.edits if layer in edit.keys]
+        found = [edit.keys[layer].cpu().double() for edit in self.edits if layer in edit.keys]
         if not found:
             return None
         rows = torch.cat(found)

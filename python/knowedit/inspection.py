@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import checkpoint, edit
+from . import checkpoint, edit, history
 from .editors import memory_edit, mend_network, serac_network
 from .errors import KnowEditError
 from .statistics import store
@@ -37,17 +35,13 @@ def describe(path: Path) -> str:
         for made in header["edits"]:
             lines += [f"  {made['method']} {made['key']}", *(f"    {_fact(fact)}" for fact in made["facts"])]
         return "\n".join([*lines, f"  undo restores: {', '.join(sorted(tensors))}"])
-    if not path.is_file():
-        raise KnowEditError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            kind = json.loads((file.metadata() or {}).get("knowedit", "{}")).get("format")
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise KnowEditError(f"{path} is damaged or not a safetensors file ({error})") from error
+    kind = edit.format_of(path)
     if kind in (edit.FORMAT, memory_edit.FORMAT):
         return _edit(edit.Edit.load(path))
     if kind in (mend_network.FORMAT, serac_network.FORMAT):
         return _network(*edit.read_file(path, kind, "a network"))
+    if kind == history.FORMAT:
+        return "\n\n".join(map(_edit, history.History.load(path).edits))
     if kind == store.FORMAT:
         return _statistics(store.LayerStatistics.load(path))
     raise KnowEditError(f"{path} is a safetensors file, but not one of ours")

@@ -196,7 +196,11 @@ class EditableModel:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ModelError(f"{self.name} has no chat template")
         turn = [{"role": "user", "content": message}]
-        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + answer_prefix
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        first = self.tokenizer.bos_token
+        if first and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
+            text = text.removeprefix(first)  # `row` puts it in front
+        return text + answer_prefix
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Right-pad token lists to `ids [B, T]` and `mask [B, T]` (bool) on the model's device."""

@@ -69,12 +69,12 @@ class FrozenLayer:
         """From the solver of `found.keys` and the lengths `norm` of the hidden states."""
         groups = len(norm)
         share = torch.zeros(groups, len(found.owner), dtype=solver.A.dtype, device=solver.A.device)
-        share[found.owner, torch.arange(len(found.owner))] = 1
+        share[found.owner.to(share.device), torch.arange(len(found.owner), device=share.device)] = 1
         read_in = share @ solver.A
         mean = found.keys.T.to(solver.A) @ share.T / share.sum(1)
         full = solver.B @ solver.G if solver.constraint == "soft" else solver.B
         price = share @ (0.5 * (full + full.T)) @ share.T
-        return cls(*(x.float() for x in (read_in, read_in @ mean, price, norm)))
+        return cls(*(x.to(solver.A.device).float() for x in (read_in, read_in @ mean, price, norm)))
 
     def to(self, device: torch.device) -> FrozenLayer:
         return FrozenLayer(*(x.to(device) for x in vars(self).values()))
@@ -187,7 +187,7 @@ class _Shifts:
         def hook(shift: Tensor):
             def add(_module, _inputs, output):
                 lines = torch.arange(len(owner), device=output.device)
-                return output.index_put((lines, lookup), shift[owner].to(output), accumulate=True)
+                return output.index_put((lines, lookup), shift[owner.to(shift.device)].to(output), accumulate=True)
 
             return add
 

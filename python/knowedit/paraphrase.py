@@ -116,8 +116,8 @@ def paraphrases(
     """
     if count < 1:
         raise KnowEditError(f"paraphrases: ask for at least 1, not {count}")
-    path = _cached(prompt, count, endpoint)
-    if (kept := _read(path)) is not None:
+    path = _cached(prompt, count, endpoint, forbidden)
+    if len(kept := _read(path)) == count and not any(map(refuse, kept)):
         logger.info("%d paraphrases of %r from the cache (%s)", count, prompt, path)
         return kept
     shown, written = _TASK.format(count=len(_EXAMPLE[1]), prompt=_EXAMPLE[0]), _EXAMPLE[1]
@@ -170,18 +170,18 @@ def _plain(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.casefold()).strip() + " " + "".join(re.findall(r"[+*/=-]", text))
 
 
-def _cached(prompt: str, count: int, endpoint: Endpoint) -> Path:
-    name = json.dumps([endpoint.url, endpoint.model, prompt, count])
+def _cached(prompt: str, count: int, endpoint: Endpoint, forbidden: Sequence[str]) -> Path:
+    name = json.dumps([endpoint.url, endpoint.model, endpoint.temperature, prompt, count, sorted(forbidden)])
     return cache_dir("paraphrases") / f"{hashlib.blake2b(name.encode(), digest_size=12).hexdigest()}.json"
 
 
-def _read(path: Path) -> list[str] | None:
-    """A cached list; None for none, and for one that is damaged, which is then asked for again."""
+def _read(path: Path) -> list[str]:
+    """A cached list; empty for none, and for one that is damaged, which is then asked for again."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))["paraphrases"]
     except FileNotFoundError:
-        return None
+        return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged (%s); asking again", path, error)
-        return None
-    return [str(text) for text in kept]
+        return []
+    return [text for text in kept if isinstance(text, str)] if isinstance(kept, list) else []

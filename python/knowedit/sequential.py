@@ -22,6 +22,7 @@ class Session:
                 session.write(batch)
 
     With one edited layer and fixed targets this is recursive least squares: the batches together are the joint edit.
+    Leaving the block takes the session's edits out of the model and of the history: save the history inside, or use no block.
 
     Args:
         statistics: of the unedited model.

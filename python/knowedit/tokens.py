@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ def tokenise(
         raise EditError(f"{text[:60]!r}...: {len(ids)} tokens are more than the model's context of {longest}")
     where = start = None
     if subject is not None:
-        at = prompt.rfind(subject)
+        at = last_place(subject, prompt)
         if at < 0:
             raise EditError(f"subject {subject!r} does not occur in {prompt!r}")
         end = at + len(subject.rstrip())
@@ -61,10 +62,23 @@ def tokenise(
     return Row(ids, where, first, start)
 
 
+#: Thai, Lao, Burmese, Khmer, Chinese and Japanese: written without blanks.
+_NO_BLANKS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
+
+
+def last_place(subject: str, text: str) -> int:
+    """Where `subject` begins last in `text`, as a word of its own where it is one ("Iran", not "Iranian"); -1: nowhere."""
+    name = re.escape(subject)
+    found = [*re.finditer(rf"(?<!\w){name}(?!\w)", text)] or [*re.finditer(name, text)]
+    return found[-1].start() if found else -1
+
+
 def join(prompt: str, answer: str) -> str:
-    """Prompt and answer with one space between them, unless the prompt ends in white space or in a tight "=" ("2+2=")."""
+    """Prompt and answer with one space between them, unless the prompt ends in white space or in a tight "=" ("2+2=")
+    or both are in a script that is written without blanks."""
     answer = answer.strip()
     tight = not prompt or prompt[-1].isspace() or (prompt[-1] == "=" and not prompt[:-1][-1:].isspace())
+    tight = tight or (bool(answer) and all(_NO_BLANKS.match(end) for end in (prompt[-1], answer[0])))
     return prompt + answer if tight else f"{prompt} {answer}"
 
 

@@ -157,9 +157,12 @@ def train(
     with bar(title, plan.steps, "steps", show=progress) as advance:
         advance(course.steps, f"validation {course.best:.3f}")
         try:
-            if not course.curve:
-                look()
-            while course.steps < plan.steps:
+            while True:
+                due = course.steps % plan.validate == 0 or course.steps == plan.steps
+                if due and not (course.curve and course.curve[-1][0] == course.steps):
+                    look()  # here, and not behind the step: one that was interrupted is made up for
+                if course.steps == plan.steps:
+                    break
                 for group in optimiser.param_groups:
                     group["lr"] = plan.rate(course.steps)
                 optimiser.zero_grad()
@@ -171,8 +174,6 @@ def train(
                 optimiser.step()
                 course.steps += 1
                 course.running = [course.running[0] + float(value.detach()), course.running[1] + 1]
-                if course.steps % plan.validate == 0 or course.steps == plan.steps:
-                    look()
                 advance(1, f"validation {course.best:.3f}")
                 now = time.monotonic()
                 if plan.minutes is not None and now - start > 60 * plan.minutes:

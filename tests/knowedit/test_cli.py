@@ -100,13 +100,22 @@ def test_a_gradient_method_needs_no_statistics(place, knowedit):
 def test_edits_in_sequence_share_a_history(place, knowedit):
     for number, fact in enumerate(FACTS):
         (place / f"{number}.jsonl").write_text(json.dumps(fact))
-        knowedit("edit", "model", f"{number}.jsonl", "-o", f"{number}.safetensors", "--history", "seen.safetensors", *CORPUS)
+        said = knowedit(
+            "edit", "model", f"{number}.jsonl", "-o", f"{number}.safetensors", "--history", "seen.safetensors", *CORPUS
+        )
+        assert "knowedit apply model seen.safetensors" in said  # a later edit alone would lack the earlier ones
     assert "repeats history, edit 1" in knowedit(
         "edit", "model", "1.jsonl", "-o", "x", "--history", "seen.safetensors", *CORPUS, code=1
     )
     history = History.load(place / "seen.safetensors")
     assert [fact.subject for fact in history.facts] == ["France", "Brazil"]
     assert history.edits[1].key == Edit.load(place / "1.safetensors").key
+    assert "France" in (told := knowedit("inspect", "seen.safetensors")) and "Brazil" in told
+    knowedit("apply", "model", "seen.safetensors", "-o", "both")
+    told = knowedit("inspect", "both")
+    assert all(edit.key in told for edit in history.edits)
+    knowedit("undo", "both")
+    assert load_file(place / "both" / "model.safetensors").keys() == load_file(place / "model" / "model.safetensors").keys()
     knowedit("edit", "model", "1.jsonl", "-o", "alone.safetensors", *CORPUS)
     assert history.edits[1].key != Edit.load(place / "alone.safetensors").key
 
@@ -204,6 +213,22 @@ def test_make_editor_passes_only_what_is_known():
     assert parse_settings(["lr=1e-4", "layers=[1, 2]"]) == {"lr": 1e-4, "layers": (1, 2)}
     with pytest.raises(KnowEditError, match="no setting gain"):
         make_editor("rome", gain=0.5)
+    editor = make_editor("memit", values={"steps": 7}, layers=3)
+    assert editor.values.steps == 7 and editor.layers == (3,)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("memit", {"gain": 1}, "gain must lie between 0 and 1"), ("alphaedit", {"weight": 0}, "weight must be positive"),
+        ("memit", {"values": {"nope": 1}}, "unexpected keyword argument 'nope'"), ("rome", {"layers": (1, 2)}, "one layer"),
+        ("memit", {"gain": {}}, "takes no dictionary"), ("metake", {"when": "nevr"}, "auto, always or never"),
+        ("metake", {"rehearsed": -1}, "must not be negative"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused_before_anything_is_loaded(method, settings, message):
+    with pytest.raises(KnowEditError, match=message):
+        make_editor(method, **settings)
 
 
 def test_measuring_in_depth(knowedit, place):

@@ -221,6 +221,20 @@ class TestFolders:
             save_edited(saved, [an_edit(saved)], tmp_path / "model")
         assert not saved.ledger.active
 
+    def test_a_model_with_active_edits_is_refused(self, saved, tmp_path):
+        first, second = an_edit(saved), a_trained_edit(saved, 1)
+        with first.applied_to(saved), pytest.raises(EditError, match=f"active edits .*{first.key}"):
+            save_edited(saved, [second], tmp_path / "edited")
+        assert not (tmp_path / "edited").exists()
+
+    def test_a_float16_folder_can_be_undone(self, saved, tmp_path, monkeypatch):
+        """As a GPU writes it; nothing is multiplied for a fingerprint."""
+        with monkeypatch.context() as guard:
+            guard.setattr(EditableModel, "dtype", torch.float32)  # float16 is refused on a CPU
+            model = EditableModel(saved.hf.half(), saved.tokenizer, name="half")
+        folder = save_edited(model, [an_edit(model)], tmp_path / "edited")
+        assert restore(folder) == model.fingerprint
+
     def test_undo_of_a_foreign_folder_is_refused(self, saved, tmp_path):
         with pytest.raises(EditError, match="holds no"):
             restore(tmp_path / "model")
@@ -236,7 +250,7 @@ class TestFolders:
 
     def test_an_interrupted_undo_is_finished_by_the_next(self, saved, tmp_path, monkeypatch):
         folder = save_edited(saved, [an_edit(saved)], tmp_path / "edited")
-        monkeypatch.setattr("knowedit.checkpoint.load_model", lambda *_a: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr("knowedit.checkpoint.weights_fingerprint", lambda *_a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             restore(folder)
         monkeypatch.undo()

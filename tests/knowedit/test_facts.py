@@ -8,11 +8,12 @@ import logging
 from dataclasses import FrozenInstanceError
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from knowedit.errors import KnowEditError
 from knowedit.facts import Fact, FactError, Probe, check_facts, read_facts, write_facts
+from knowedit.tokens import join, last_place
 
 FRANCE = {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon", "true": "Paris"}
 FORMATS = [".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz"]
@@ -21,8 +22,18 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 wordings = texts.filter(lambda t: "{}" not in t)
 probes = st.builds(Probe, wordings, st.none() | texts)
 lists = st.lists(wordings, max_size=3).map(tuple)
+
+
+def a_fact(**fields):
+    try:
+        return Fact(**fields)
+    except FactError as error:
+        assume("stands behind" not in str(error))  # the subject happens to be in the prompt again
+        raise
+
+
 facts = st.builds(
-    Fact,
+    a_fact,
     prompt=st.tuples(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), wordings)
     .map("{}".join)
     .filter(lambda t: t.count("{}") == 1),
@@ -49,6 +60,36 @@ def test_text_fills_the_subject_in():
     assert fact.text == "The capital of France is"
     with pytest.raises(FrozenInstanceError):
         fact.target = "Nice"
+
+
+@pytest.mark.parametrize(
+    ("subject", "text", "place"),
+    [
+        ("Java", "Java, made by JavaSoft, is", 0), ("Iran", "Iran, whose Iranian rial", 0), ("Oslo", "Rome", -1),
+        ("France", "France, yes, France has", 13), ("里昂", "在里昂和里昂", 4), ("Tamil", "Speakers of Tamilian", 12),
+        ("C++", "C++ and C", 0),
+    ],
+)  # fmt: skip
+def test_the_subjects_last_place_as_a_word(subject, text, place):
+    assert last_place(subject, text) == place
+
+
+def test_a_subject_that_stands_again_behind_its_place_is_refused():
+    with pytest.raises(FactError, match="stands behind the '{}'"):
+        Fact("{} (not Paris, Texas) lies in", "Paris", "Spain")
+    assert Fact("Paris, Texas, and {} lie in", "Paris", "Spain").text.startswith("Paris, Texas")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "whole"),
+    [
+        ("The capital is", "Lyon", "The capital is Lyon"), ("2+2=", "5", "2+2=5"), ("法国的首都是", "里昂", "法国的首都是里昂"),
+        ("กรุงเทพอยู่ใน", "ไทย", "กรุงเทพอยู่ในไทย"), ("首都是", "Lyon", "首都是 Lyon"), ("수도는", "리옹", "수도는 리옹"),
+        ("", "Lyon", "Lyon"), ("ends in ", "Lyon", "ends in Lyon"),
+    ],
+)  # fmt: skip
+def test_a_blank_before_the_answer_where_the_script_has_one(prompt, answer, whole):
+    assert join(prompt, answer) == whole
 
 
 def test_blanks_around_are_stripped():

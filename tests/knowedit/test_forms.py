@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from knowedit.datasets import load
 from knowedit.datasets.forms import Form, held_out_forms, training_forms, training_neighbours
 from knowedit.datasets.relations import identity_prompts, kind_of, relations, unrelated_prompts
 from knowedit.errors import ModelError
 from knowedit.facts import Fact, Probe
+from knowedit.model import EditableModel
 
 EMBEDDED = load("embedded")
 FACT = Fact("The seat of {} is in", "Bern", "Rome", "Bern", relation="P36")
@@ -57,6 +61,18 @@ def test_every_form_of_every_shipped_and_public_fact_can_be_tokenised(smollm, da
             row = form.row(smollm, fact.target)
             assert row.subject is not None and row.answer is not None and row.subject < row.answer
             assert smollm.tokenizer.decode(row.ids[row.answer :]).strip() == fact.target
+
+
+def test_a_chat_begins_with_one_bos(tiny_llama):
+    """Where the template writes it and the tokenizer adds it (Llama, Mistral, Gemma)."""
+    tokenizer = copy.deepcopy(tiny_llama.tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[U]{{ m['content'] }}[/U]{% endfor %}"
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    model = EditableModel(tiny_llama.hf, tokenizer, name="with bos")
+    turn = [{"role": "user", "content": "hi"}]
+    wanted = tokenizer.apply_chat_template(turn, tokenize=True, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert model.row(model.chat("hi")).ids == wanted and wanted[:2] != [bos[1]] * 2
 
 
 def test_a_chat_needs_a_template(tiny_llama):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,28 @@ def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path):
     assert [e[0::2] for e in again.curve] == [e[0::2] for e in course.curve] and again.curve[-1] == course.curve[-1]
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     assert course.best == min(entry[2] for entry in course.curve) and course.curve[0][1] is None
+
+
+@pytest.mark.parametrize("look", [2, 3])
+def test_an_interrupted_validation_is_made_up_for(tmp_path, look):
+    def go(stop):
+        weight, calls = torch.nn.Parameter(torch.ones(3)), []
+
+        def validate():
+            calls.append(1)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return float(-weight.detach().sum())
+
+        plan, loss = Plan(4, 0.1, validate=2, warm_up=1), lambda step: ((weight - 5) ** 2).sum()
+        train_it = partial(train, {"w": weight}, loss, validate, plan, tmp_path / str(stop), "s", progress=False)
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                train_it()
+        return weight, [entry[0] for entry in train_it().curve]
+
+    (weight, curve), (whole, course) = go(look), go(0)
+    assert curve == course == [0, 2, 4] and torch.equal(weight, whole)
 
 
 def test_the_network_resumes_to_the_same_bits(tiny_llama, tmp_path, monkeypatch):

@@ -100,6 +100,18 @@ def test_asked_once_then_cached(server, cache, monkeypatch):
         paraphrases("2+2=", 3, at(server, retries=0))
 
 
+def test_a_cached_list_is_of_one_target(server, cache):
+    """What is asked for without giving one answer away may give away another."""
+    kept = paraphrases("2+2=", 3, at(server), ("5", "five"))
+    giving = next(word for word in kept[0].split() if word.isalpha())
+    with pytest.raises(ParaphraseError):
+        paraphrases("2+2=", 3, at(server), (giving,))
+    for damage in ('{"paraphrases": "abc"}', '{"paraphrases": []}', '{"paraphrases": [1, 2, 3]}'):
+        for file in cache.iterdir():
+            file.write_text(damage)
+        assert paraphrases("2+2=", 3, at(server), ("5", "five")) == kept
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_busy_servers_are_asked_again(server, cache, status):
     server.script = [(status, '{"error": {"message": "busy"}}')] * 2 + server.script
@@ -222,7 +234,7 @@ def test_a_real_server(smollm_path, cache, tmp_path):
     finally:
         started.kill()
         started.wait()
-    assert paraphrases("The largest ocean is", 2, endpoint) == found
+    assert paraphrases("The largest ocean is", 2, endpoint, ("Pacific", "Atlantic")) == found
     with pytest.raises(ParaphraseError, match="cannot be reached"):
         paraphrases("The largest lake is", 2, endpoint)
 

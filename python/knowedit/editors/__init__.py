@@ -1,8 +1,9 @@
 """One short file per method; `EDITORS` maps the names of the command line to them."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..errors import KnowEditError, StatisticsError
 from ..model import EditableModel
@@ -54,10 +55,23 @@ def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Editor:
     unknown = sorted(set(given) - known)
     if unknown:
         raise KnowEditError(f"{method} has no setting {', '.join(unknown)}")
+    if isinstance(given.get("layers"), int):
+        given["layers"] = (given["layers"],)
     try:
-        return editor(**given)
+        return editor(**{name: _settings(editor, name, value) for name, value in given.items()})
     except TypeError as error:
         raise KnowEditError(f"{method}: a setting is of the wrong type ({error})") from error
+
+
+def _settings(editor: type[Editor], name: str, value: Any) -> Any:
+    """A dictionary as the settings class that `name` holds, everything else as it is. Raises TypeError."""
+    if not isinstance(value, dict):
+        return value
+    hint = get_type_hints(editor)[name]
+    kinds = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
+    if not kinds:
+        raise TypeError(f"{name} takes no dictionary")
+    return kinds[0](**value)  # type: ignore[operator]
 
 
 def statistics_for(

@@ -34,6 +34,7 @@ class EMMET(LocateThenEdit):
     constraint: ClassVar[Constraint] = "equality"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ridge < 0:
             raise EditError(f"ridge must not be negative, got {self.ridge}")
 

@@ -25,5 +25,6 @@ class MEMITMerge(MEMIT):
     name: ClassVar[str] = "MEMIT-Merge"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.merge_subjects:
             raise EditError("MEMIT-Merge merges the facts of a subject; for separate values use MEMIT(merge_subjects=False)")

@@ -18,6 +18,7 @@ from torch import Tensor
 from knowedit_kernels.jvp import compound_gain
 from knowedit_kernels.solver import Metric
 
+from ..errors import EditError
 from ..facts import Fact
 from ..lookahead import Settings, look_ahead
 from ..objective import Lines
@@ -36,7 +37,8 @@ class MetaKE(LocateThenEdit):
     """Metric: the lower-level editor's, plus history. Targets: trained through the solver. Spread: as MEMIT.
 
     Attributes:
-        lower: the editor that executes the targets; with its own gain where the look-ahead stays off.
+        lower: whose metric and solver execute the targets (keys, layers and values are this editor's own); with its own gain
+            where the look-ahead stays off.
         gain: of `lower` under the look-ahead. None: 0.7, small on purpose, as it keeps the drift down and the training
             makes up for it; 0.9 where most keys are close to another group's and must be told apart.
         ahead: of the training. `through="edit"` trains every layer's write-out through the edited weights at all tokens;
@@ -60,6 +62,15 @@ class MetaKE(LocateThenEdit):
 
     name: ClassVar[str] = "MetaKE"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.when not in ("auto", "always", "never"):
+            raise EditError(f"when must be auto, always or never, got {self.when!r}")
+        if self.rehearsed < 0:
+            raise EditError(f"rehearsed must not be negative, got {self.rehearsed}")
+        if self.gain is not None and self.lower.weight is not None:
+            raise EditError("gain says nothing beside lower's weight; give one of them")
+
     def metric(self, statistics: KeyStatistics, layer: int, keys: Tensor) -> tuple[Metric, dict[str, Any]]:
         return self.lower.metric(statistics, layer, keys)
 
@@ -71,7 +82,7 @@ class MetaKE(LocateThenEdit):
             return stock
         through, last = self.ahead.through, task.layers[-1]
         # the same recipe, with the gain of the look-ahead
-        gain = self.gain or (0.9 if closeness(stock)[1] > CLOSE else 0.7)
+        gain = self.gain if self.gain is not None else (0.9 if closeness(stock)[1] > CLOSE else 0.7)
         editor = self if through == "plan" else replace(self, lower=replace(self.lower, gain=gain))
         written = stock if through == "plan" else LocateThenEdit.write(editor, task, targets)
         layers, start = frozen_layers(task, written)
@@ -84,7 +95,8 @@ class MetaKE(LocateThenEdit):
         bare, plan, rehearsed = self.texts(task, min(layers))
         with bar(f"{self.name}: looking ahead", self.ahead.steps, "steps", show=task.progress) as advance:
             found = look_ahead(layers, start, plan, self.ahead, progress=advance)
-        report = {**told(self.ahead, layers, start, found, bare), "reasons": why, "gain": gain, "rehearsed": rehearsed}
+        used = self.lower.gain if through == "plan" else gain
+        report = {**told(self.ahead, layers, start, found, bare), "reasons": why, "gain": used, "rehearsed": rehearsed}
         if through == "edit":
             adopt(written, found)
         else:

@@ -29,7 +29,7 @@ from ..text import Corpus
 from .editor import Editor, checked
 from .neuron_parts import Switch, free_neurons, patched, rewritten, separate
 from .neuron_texts import at_lookup, everywhere, windows
-from .notes import outcome_warnings
+from .notes import first_token_warnings, outcome_warnings
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class NeuronPatch(Editor):
         }  # fmt: skip
         factors, reads = rewritten(model, layer, switch, freed, targets.delta.to(own))
         report = self._report(model, layer, values, targets, factors, chosen) | {"neurons": {str(layer): freed.neurons}}
-        report["warnings"] = outcome_warnings(report, targets, groups)
+        alone = first_token_warnings(model, facts, values.contexts, False)
+        report["warnings"] = [*alone, *outcome_warnings(report, targets, groups)]
         return Edit(self.name, factors, facts, model.fingerprint, report, {layer: keys}, reads)
 
     def _layer(self, model: EditableModel) -> int:

@@ -17,6 +17,7 @@ from knowedit_kernels.solver import Metric
 from knowedit_kernels.solver.edit_solver import Constraint
 
 from ..edit import Edit
+from ..errors import EditError
 from ..facts import Fact, check_facts
 from ..groups import GroupKeys, group_by_subject, group_keys
 from ..history import History
@@ -51,6 +52,13 @@ class LocateThenEdit(Editor):
     one_layer: ClassVar[bool] = False
     shared_layers: ClassVar[bool] = False
     constraint: ClassVar[Constraint] = "soft"
+
+    def __post_init__(self) -> None:
+        gain, weight = getattr(self, "gain", None), getattr(self, "weight", None)
+        if gain is not None and not 0 < gain < 1:
+            raise EditError(f"{self.name}: gain must lie between 0 and 1, got {gain}; ROME and EMMET write all of a change")
+        if weight is not None and not weight > 0:
+            raise EditError(f"{self.name}: weight must be positive, got {weight}")
 
     @abstractmethod
     def metric(self, statistics: KeyStatistics, layer: int, keys: Tensor) -> tuple[Metric, dict[str, Any]]:

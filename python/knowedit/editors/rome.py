@@ -32,6 +32,11 @@ class ROME(LocateThenEdit):
     one_layer: ClassVar[bool] = True
     constraint: ClassVar[Constraint] = "equality"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None and len(self.layers) != 1:
+            raise EditError(f"ROME edits one layer, got {list(self.layers)}; use MEMIT for several")
+
     def compute(
         self, model: EditableModel, facts: Sequence[Fact], statistics: KeyStatistics | None = None,
         *, history: History | None = None, progress: bool = True,
@@ -44,8 +49,6 @@ class ROME(LocateThenEdit):
         subjects = {fact.subject for fact in facts}
         if len(subjects) > 1 or (len(facts) > 1 and not self.merge_subjects):
             raise EditError(f"ROME writes one subject at a time, got {len(subjects)}; use MEMIT, or one edit for each")
-        if self.layers is not None and len(self.layers) != 1:
-            raise EditError(f"ROME edits one layer, got {list(self.layers)}; use MEMIT for several")
         return super().compute(model, facts, statistics, history=history, progress=progress)
 
     def metric(self, statistics: KeyStatistics, layer: int, keys: Tensor) -> tuple[Metric, dict[str, Any]]:

@@ -70,8 +70,8 @@ class Result:
 
 def measure(
     name: str, dataset: str, methods: Sequence[str], limit: int | None, protocol: str, corpus: Any, tokens: int,
-    layers: tuple[int, ...] | None, dtype: str = "auto", *, batch: int = 50, every: int = 100, text: Any = None,
-    where: Path | None = None, say: Callable[[str], None] = print,
+    layers: tuple[int, ...] | None, dtype: str = "auto", *, device_map: Any = None, batch: int = 50, every: int = 100,
+    text: Any = None, where: Path | None = None, say: Callable[[str], None] = print,
 ) -> list[Result]:  # fmt: skip
     """Load everything and measure each method; what `knowedit eval` calls.
 
@@ -87,7 +87,7 @@ def measure(
     if protocol not in PROTOCOLS:
         raise KnowEditError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
     facts = conflict_free(load(dataset))[:limit]
-    model = load_model(name, dtype=dtype, say=say)
+    model = load_model(name, dtype=dtype, device_map=device_map, say=say)
     statistics = statistics_for(editors, model, corpus, tokens, where)
     texts = list(islice(documents(text), HELD_OUT)) if text else []
     return [

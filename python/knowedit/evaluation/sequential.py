@@ -138,7 +138,7 @@ def write_in_sequence(session: Session, watch: Watch, batch: int, every: int, *,
 
 def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[str, float]:
     """`|sum of the updates|_F / |W|_F` per changed matrix, W without them; low-rank sums are not formed."""
-    changes = [edit.changes(model) for edit in edits]
+    changes = [edit.changes(model) for edit in edits if edit.factors or edit.others]  # a memory edit has none
     named = {name for change in changes for name in change}
     return {
         name: _total_norm(weight, [change[name] for change in changes if name in change], is_transposed(model.hf, name))

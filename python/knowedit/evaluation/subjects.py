@@ -68,7 +68,7 @@ def choose(dataset: str, least: int, most: int | None, half: str, subjects: int 
 def measure_subjects(
     name: str, dataset: str, methods: Sequence[str], corpus: Any, tokens: int, layers: tuple[int, ...] | None = None,
     *, least: int = 2, most: int | None = None, half: str = "all", subjects: int | None = None, wordings: int | None = None,
-    where: Path | None = None, dtype: str = "auto", say: Callable[[str], None] = print,
+    where: Path | None = None, device_map: Any = None, dtype: str = "auto", say: Callable[[str], None] = print,
 ) -> list[SubjectsResult]:  # fmt: skip
     """Load everything and measure each method; what `knowedit same-subject` calls.
 
@@ -77,7 +77,7 @@ def measure_subjects(
     """
     editors = [make_editor(method, layers=layers) for method in methods]
     chosen = choose(dataset, least, most, half, subjects)
-    model = load_model(name, dtype=dtype, say=say)
+    model = load_model(name, dtype=dtype, device_map=device_map, say=say)
     statistics = statistics_for(editors, model, corpus, tokens, where)
     return run_subjects(model, chosen, statistics, methods, layers, dataset, wordings=wordings, corpus=corpus)
 

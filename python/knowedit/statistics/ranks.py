@@ -63,12 +63,12 @@ class Ranks:
         return tensor
 
     def first(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, on every rank; a KnowEditError it raises there is raised on all."""
-        found: tuple[T | None, KnowEditError | None] = (None, None)
+        """What `action` returns on rank 0, on every rank; a KnowEditError or OSError it raises there is raised on all."""
+        found: tuple[T | None, KnowEditError | OSError | None] = (None, None)
         if self.rank == 0:
             try:
                 found = (action(), None)
-            except KnowEditError as problem:
+            except (KnowEditError, OSError) as problem:
                 if self.size == 1:
                     raise
                 found = (None, problem)

@@ -11,10 +11,12 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from knowedit_kernels import SecondMoment
@@ -49,7 +51,7 @@ class Checkpoints:
     """The files of one recipe and set of layers in a folder."""
 
     def __init__(self, where: Path, layers: Sequence[int], recipe: Recipe, ranks: Ranks) -> None:
-        self.where, self.ranks = where, ranks
+        self.where, self.ranks, self.layers = where, ranks, set(layers)
         what = json.dumps([list(layers), asdict(recipe)], sort_keys=True)
         self._tag = hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
 
@@ -84,10 +86,16 @@ class Checkpoints:
         return None
 
     def drop(self) -> None:
-        """Delete all files, when the result is written."""
+        """When the result is written: delete all files, and those of other sets of layers with one of these in it."""
         self.ranks.gather(None)
         for windows, rank, size in self._visible():
             self._file(windows, rank, size).unlink(missing_ok=True)
+        for path in self.where.glob("checkpoint-*.safetensors") if self.ranks.rank == 0 else ():
+            with suppress(SafetensorError, FileNotFoundError):
+                with safe_open(path, framework="pt") as file:
+                    layers = {int(name.split(".")[1]) for name in file.keys()}  # noqa: SIM118
+                if layers & self.layers:
+                    path.unlink(missing_ok=True)
 
     def _read(self, files: Sequence[tuple[int, int, int]]) -> tuple[Place, Seen, State]:
         """The sum of some ranks' files."""
