@@ -81,7 +81,7 @@ def main() -> None:
 def demo(
     model: Annotated[str, typer.Argument(help="A hub id or a folder.")] = DEFAULT_MODEL,
     corpus: Corpus = ["self"],  # noqa: B006
-    tokens: Tokens = 16_384,
+    tokens: Annotated[int, typer.Option(help="Keys to sum for the statistics.")] = 16_384,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the page demo.html there.")] = None,
 ) -> None:
     """Edit six facts of a real language model, show what changed and what did not, and undo it bit for bit."""
@@ -97,7 +97,7 @@ def edit(
     output: Output,
     method: Method = "memit",
     corpus: Corpus = ["wikipedia"],  # noqa: B006
-    tokens: Tokens = 100_000,
+    tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,
     gain: Annotated[float | None, typer.Option(help="Share of each planned change to realise (MEMIT).")] = None,
@@ -195,7 +195,7 @@ def evaluate(
     every: Annotated[int, typer.Option(help="Facts between two measurements (sequential).")] = 100,
     text: Annotated[str | None, typer.Option(help="Held-out text for the perplexity, as --corpus (sequential).")] = None,
     corpus: Corpus = ["wikipedia"],  # noqa: B006
-    tokens: Tokens = 100_000,
+    tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results and single prompts.")] = None,

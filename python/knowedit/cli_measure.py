@@ -32,7 +32,7 @@ def same_subject(
     subjects: Subjects = None,
     wordings: Annotated[int | None, typer.Option(help="Ask at most so many wordings of each form.")] = None,
     corpus: Corpus = ["wikipedia"],  # noqa: B006
-    tokens: Tokens = 100_000,
+    tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,
     output: Folder = None,
@@ -64,7 +64,7 @@ def geometry(
     subjects: Subjects = 24,
     edited: Annotated[int, typer.Option(help="Of so many subjects optimise and write values; slow, 0 leaves it out.")] = 6,
     corpus: Corpus = ["wikipedia"],  # noqa: B006
-    tokens: Tokens = 100_000,
+    tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,
     threshold: Annotated[float, typer.Option(help="Eigenvalues below it span AlphaEdit's null space.")] = 2e-2,

@@ -15,7 +15,7 @@ Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
 Corpus = Annotated[
     list[str], typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable.")
 ]
-Tokens = Annotated[int, typer.Option(help="Keys to sum for the statistics.")]
+Tokens = Annotated[int | None, typer.Option(help="Keys to sum for the statistics; default: 64 for each of a key's dimensions.")]
 Statistics = Annotated[
     Path | None, typer.Option(help="A file or folder of `knowedit stats` (collected or imported) instead of --corpus.")
 ]

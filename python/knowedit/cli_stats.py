@@ -43,7 +43,9 @@ def collect(
         typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable, with "
                      "weights ('wiki.txt*3') to mix."),
     ] = ["wikipedia"],  # noqa: B006
-    tokens: Annotated[int, typer.Option(help="Keys to sum; with --until the most to sum.")] = 100_000,
+    tokens: Annotated[
+        int | None, typer.Option(help="Keys to sum; default: 64 for each of a key's dimensions; with --until the most, 640.")
+    ] = None,
     until: Annotated[
         str,
         typer.Option(help="tokens; solve: until C^-1 k is known to the tolerance (ROME, MEMIT); converged: the null space "

@@ -75,7 +75,7 @@ def _settings(editor: type[Editor], name: str, value: Any) -> Any:
 
 
 def statistics_for(
-    editors: Iterable[Editor], model: EditableModel, corpus: Any, tokens: int, where: Path | None = None
+    editors: Iterable[Editor], model: EditableModel, corpus: Any, tokens: int | None, where: Path | None = None
 ) -> KeyStatistics | None:
     """The key statistics that the editors need together, as `layer_statistics`; None where none does."""
     layers = sorted({layer for editor in editors for layer in editor.statistics_layers(model)})
@@ -83,7 +83,7 @@ def statistics_for(
 
 
 def layer_statistics(
-    layers: Sequence[int], model: EditableModel, corpus: Any, tokens: int, where: Path | None = None
+    layers: Sequence[int], model: EditableModel, corpus: Any, tokens: int | None, where: Path | None = None
 ) -> KeyStatistics:
     """The key statistics of `layers`.
 

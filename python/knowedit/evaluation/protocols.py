@@ -69,7 +69,7 @@ class Result:
 
 
 def measure(
-    name: str, dataset: str, methods: Sequence[str], limit: int | None, protocol: str, corpus: Any, tokens: int,
+    name: str, dataset: str, methods: Sequence[str], limit: int | None, protocol: str, corpus: Any, tokens: int | None,
     layers: tuple[int, ...] | None, dtype: str = "auto", *, device_map: Any = None, batch: int = 50, every: int = 100,
     text: Any = None, where: Path | None = None, say: Callable[[str], None] = print,
 ) -> list[Result]:  # fmt: skip

@@ -66,7 +66,7 @@ def choose(dataset: str, least: int, most: int | None, half: str, subjects: int 
 
 
 def measure_subjects(
-    name: str, dataset: str, methods: Sequence[str], corpus: Any, tokens: int, layers: tuple[int, ...] | None = None,
+    name: str, dataset: str, methods: Sequence[str], corpus: Any, tokens: int | None, layers: tuple[int, ...] | None = None,
     *, least: int = 2, most: int | None = None, half: str = "all", subjects: int | None = None, wordings: int | None = None,
     where: Path | None = None, device_map: Any = None, dtype: str = "auto", say: Callable[[str], None] = print,
 ) -> list[SubjectsResult]:  # fmt: skip

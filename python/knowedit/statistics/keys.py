@@ -32,7 +32,8 @@ from .store import LayerStatistics, Recipe
 UNTIL = ("tokens", "solve", "converged")
 #: A first-token key this many times longer than the others marks an attention-sink layer.
 SINK_RATIO = 10.0
-TOLERANCE = 0.3  # relative error at which to stop; benchmarks/quality.py reaches its floors at about 0.33 (65,536 tokens)
+TOLERANCE = 0.3  # relative error at which to stop: what 50 to 60 tokens a dimension give
+PER_DIMENSION = 64  # tokens for each of a key's dimensions: benchmarks/tokens.py finds nothing that more would improve
 
 
 class KeyStatistics:
@@ -133,7 +134,7 @@ def key_statistics(
     model: EditableModel,
     layers: Sequence[int] | None = None,
     corpus: Corpus = "wikipedia",
-    tokens: int = 100_000,
+    tokens: int | None = None,
     *,
     until: str = "tokens",
     tolerance: float = TOLERANCE,
@@ -159,7 +160,8 @@ def key_statistics(
         layers: default: those of the model's preset.
         corpus: path(s), a hub data set, "wikipedia", "self" (the model's own samples), or a mixture; see
             `text.documents`.
-        tokens: keys to sum, exactly; with `until` the most to sum.
+        tokens: keys to sum, exactly (default: 64 for each of their dimensions; docs/statistics.md has what it follows from);
+            with `until` the most to sum (default: ten times as many).
         until: "tokens"; "solve": stop when C^-1 k at real keys is known to `tolerance` (what ROME and MEMIT take from C);
             "converged": also the null space (AlphaEdit). See `convergence`.
         tolerance: relative error, estimated from two halves of the tokens.
@@ -184,6 +186,8 @@ def key_statistics(
 
     layers = sorted(set(layers if layers is not None else preset_for(model).statistics_layers))
     model.check_layers(layers)
+    if tokens is None:
+        tokens = PER_DIMENSION * model.d_ff * (1 if until == "tokens" else 10)
     if tokens < 1 or max_length < 2:
         raise StatisticsError(f"tokens and max_length must be positive, got {tokens} and {max_length}")
     if until not in UNTIL or (until != "tokens" and not (halves and 0 < tolerance < math.inf)):
