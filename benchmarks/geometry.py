@@ -27,9 +27,12 @@ FORMS = {"paraphrase": "paraphrase", "question": "question", "chat_question": "c
          "chat_completion": "chat completion", "distractor": "distractor"}  # fmt: skip
 CLOZE = {"cloze": "cloze", **FORMS}
 METRICS = {"C": "covariance", "P": "null space", "I": "identity"}
-VALUES = {"nll": "loss at the value, nats", "shift": "shift, in `|h|`", "tolerance": "tolerance, mean over facts",
-          "weakest": "tolerance of a subject's weakest fact", "sharpness": "top curvature times `|v*|²`",
-          "roughness": "mean curvature times `|v*|²`"}  # fmt: skip
+VALUES = {
+    "nll": "loss at the value, nats", "shift": "shift, in lengths of the hidden state",
+    "tolerance": "tolerance, mean over facts", "weakest": "tolerance of a subject's weakest fact",
+    "sharpness": "top curvature, times the value's squared length",
+    "roughness": "mean curvature, times the value's squared length",
+}  # fmt: skip
 
 
 Row = dict[str, Any]
@@ -93,7 +96,8 @@ def _recall(form: str, measure: str, names: Iterable[str], pattern: str = "{:.2f
 
 
 def _value(name: str) -> Cell:
-    return _each(("alone", "joint"), lambda row, way: row["values"][name][way], "{:.3g}")
+    pattern = "{:,.0f}" if name == "sharpness" else "{:.2f}"
+    return _each(("alone", "joint"), lambda row, way: row["values"][name][way], pattern)
 
 
 def _form(row: Row, name: str) -> Row:

@@ -115,7 +115,7 @@ def sequential(folder: Path, name: str = "sequential") -> str:
             cells += [f"{row['perplexity']:.1f}", f"{row['drift']['kl']:.3f}", f"{row['norm']:.2f}"]
             lines.append(f"| {edits} | {row['case'] if edits else 'unedited'} | {' | '.join(cells)} |")
     setting = header.get("setting", {})
-    return "\n".join([*lines, "", f"Layers {setting.get('layers', '4-6')}. {_about(header)}"])
+    return "\n".join([*lines, "", f"Layers: {setting.get('layers', '4-6')}. {_about(header)}"])
 
 
 def tokens(folder: Path) -> str:
