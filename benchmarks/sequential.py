@@ -117,7 +117,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("sequential", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--methods", nargs="+", default=["memit", "memit-free", "alphaedit", "metake"])
+    parser.add_argument("--methods", nargs="+", default=["memit", "alphaedit", "metake"])
     parser.add_argument("--layers", default="4-6", help="edited together (default: 4-6)")
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
