@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from .edit import Edit, read_file
 from .errors import EditError
 from .files import atomic_file, atomic_folder
-from .fingerprint import weights_fingerprint
-from .model import EditableModel
+from .model import EditableModel, fingerprint_of
 
 RECORD = "knowedit-undo.safetensors"
 FORMAT = "knowedit-undo/1"
@@ -82,9 +81,7 @@ def restore(folder: str | Path) -> str:
             left -= here
     if left:
         raise EditError(f"{folder}: the weights {sorted(left)} of the undo record are in none of its files")
-    from transformers import AutoModelForCausalLM
-
-    found = weights_fingerprint(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))  # any dtype: nothing is run
+    found = fingerprint_of(folder)
     if found != header["fingerprint"]:
         raise EditError(
             f"{folder}: after the undo its fingerprint is {found[:12]}, before the edit it was "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import Corpus, Json, Tokens, one, placed, say
+from .cli_options import Corpus, DeviceMap, Json, Tokens, one, placed, say
 from .download import DEFAULT_MODEL
 from .errors import KnowEditError
 
@@ -45,6 +45,7 @@ def arithmetic(
     timeout: Annotated[float, typer.Option(help="Seconds a request to it.")] = 120.0,
     corpus: Corpus = ["self"],  # noqa: B006
     tokens: Tokens = 32_768,
+    device_map: DeviceMap = None,
     tracing: Annotated[bool, typer.Option(help="Also trace where the first sum is stored.")] = True,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for results; goes on where it stopped.")] = None,
     as_json: Json = False,
@@ -62,7 +63,7 @@ def arithmetic(
     edited = [Sum.parse(text) for text in targets.split(",")]
     own, source = _paraphrases(edited, paraphrases, endpoint, paraphrase_model, key_variable, timeout)
     others = unrelated_prompts(prompts, unrelated)
-    editable = load_model(model, dtype="float32", device_map=placed(None), say=say)
+    editable = load_model(model, dtype="float32", device_map=placed(device_map), say=say)
     study = Study(editable, edited, [seed + n for n in range(seeds)], others, own, source, one(corpus))
     for note in study.notes():
         say(f"note: {note}")

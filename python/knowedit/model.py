@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,23 +50,31 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(name, say=say)
-    try:
-        with _quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model {name!r} could not be loaded: {str(error).strip()[:400]}") from error
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, attn_implementation="sdpa")
     return EditableModel(model, tokenizer, name=name)
 
 
+def fingerprint_of(folder: Path) -> str:
+    """The `EditableModel.fingerprint` of a folder's model, of any dtype: nothing is run. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    with _loading(str(folder)):
+        return weights_fingerprint(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+
+
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def _loading(name: str) -> Iterator[None]:
+    """Without transformers' bar, and with its errors as ours."""
     from transformers.utils import logging
 
     was = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
     logging.disable_progress_bar()
     try:
         yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model {name!r} could not be loaded: {str(error).strip()[:400]}") from error
     finally:
         if was:
             logging.enable_progress_bar()

@@ -250,7 +250,7 @@ class TestFolders:
 
     def test_an_interrupted_undo_is_finished_by_the_next(self, saved, tmp_path, monkeypatch):
         folder = save_edited(saved, [an_edit(saved)], tmp_path / "edited")
-        monkeypatch.setattr("knowedit.checkpoint.weights_fingerprint", lambda *_a: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr("knowedit.checkpoint.fingerprint_of", lambda *_a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             restore(folder)
         monkeypatch.undo()

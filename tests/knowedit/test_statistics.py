@@ -187,6 +187,27 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny_llama, corpus, tmp_path
     assert not list((tmp_path / "cut").glob("checkpoint*"))
 
 
+def test_a_checkpoint_nobody_can_go_on_from_is_deleted(tiny_llama, corpus, tmp_path, monkeypatch):
+    """Once one of its layers has been collected, a run for all of them starts with the others."""
+    monkeypatch.setattr(windows, "SIZE", 200)
+    real = collect.Collection._round
+
+    def dies(self, *arguments):
+        if self.place.windows == 3:
+            raise KeyboardInterrupt
+        real(self, *arguments)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(collect.Collection, "_round", dies)
+        for layers in ([1, 2], [3]):
+            with pytest.raises(KeyboardInterrupt):
+                key_statistics(tiny_llama, layers, corpus, 1500, directory=tmp_path / "s", checkpoint_every=0)
+    left = {path.name.split(".")[0] for path in (tmp_path / "s").glob("checkpoint*")}
+    key_statistics(tiny_llama, [1], corpus, 1500, directory=tmp_path / "s")
+    kept = {path.name.split(".")[0] for path in (tmp_path / "s").glob("checkpoint*")}
+    assert len(left) == 2 and len(kept) == 1 and kept < left
+
+
 PROGRAM = """
 import sys, torch
 from knowedit.statistics import key_statistics, windows
