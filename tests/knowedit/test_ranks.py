@@ -40,6 +40,7 @@ def slow(*arguments):
 collect.Collection._round = slow
 with started() as ranks:
     if float(pause):
+        collect.MOST = 1  # a round a window, so that there is time to be killed
         print(f"rank {ranks.rank} is {os.getpid()}", flush=True)
     key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder, checkpoint_every=0)
 if sys.platform == "linux":  # a thread that outlives the group may abort the process when the interpreter ends
@@ -200,6 +201,21 @@ def test_a_rank_that_waits_starts_where_the_checkpoint_was(tiny_llama, place, mo
     with pytest.raises(StatisticsError, match="only 0 tokens"):
         made.run()
     assert found == whole[5:9]
+
+
+def test_rounds_grow_while_they_are_quick_and_no_larger_than_what_is_needed(tiny_llama, place):
+    recipe = Recipe(tiny_llama.fingerprint, {"name": "c"}, 10_000, 64, True, 0)
+
+    def each(ranks, before, quick, windows, count):
+        made = Collection(tiny_llama, [1], recipe, place, place / "corpus.txt", Settings(), Ranks(0, ranks))
+        made._each, made.place = before, Place(windows, [0], [count, 0])
+        return made._next_round(quick=quick)
+
+    assert each(1, 1, True, 4, 400) == 1  # by itself a process waits for nobody
+    assert each(2, 1, True, 4, 400) == 2 and each(2, 2, False, 4, 400) == 2
+    assert each(2, 16, True, 4, 400) == 16
+    assert each(2, 8, True, 90, 9_000) == 5 and each(2, 8, True, 99, 9_900) == 1  # ten windows are missing, then one
+    assert each(2, 4, True, 2, 0) == 8  # windows without any text
 
 
 def test_ranks_must_agree(tiny_llama, place, monkeypatch):

@@ -1,7 +1,7 @@
 """One collection: windows of a corpus through the model, keys into second moments, on one process or many.
 
-    round:  every rank takes its next window -> all hear how many keys each has -> each trims its own, so that exactly the
-            tokens asked for count, and runs it -> now and then: a checkpoint, a look at the convergence
+    round:  every rank takes its next windows -> all hear how many keys each has -> each trims its own, so that exactly the
+            tokens asked for count, and runs them -> now and then: a checkpoint, a look at the convergence
 
 The keys, the batches and the blocks that are summed depend on the window alone, so any number of ranks gives the same
 sums up to the order of float64 additions; with the same number they have the same bits, interrupted or not.
@@ -32,6 +32,9 @@ from .sums import Seen, Sums
 from .windows import WORTH_A_WORKER, Reader, Window, ahead, token_cache
 
 logger = logging.getLogger(__name__)
+
+ROUND = 20.0  # seconds that several ranks work between waiting for the slowest
+MOST = 16  # windows of each rank in a round
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Collection:
         self.checkpoints = Checkpoints(where, self.layers, recipe, ranks)
         self._probes: dict[int, Tensor] = {}
         self._dry: set[int] = set()  # lanes of the corpus that have ended
+        self._each, self._began = 1, time.monotonic()  # windows of each rank in a round; when the last one began
         self._saved, self._spent = time.monotonic(), 0.0
 
     # -- the main path --------------------------------------------------------------------------------------------
@@ -93,43 +97,56 @@ class Collection:
         ):
             meter.resumed(place.count)
             while place.count < self.recipe.tokens and not place.converged and len(self._dry) < len(place.taken):
-                self._round(source, min(place.windows + self.ranks.size, self._next_look()), meter)
+                self._round(source, min(place.windows + self._each * self.ranks.size, self._next_look()), meter)
             if self.settings.halves and not place.converged and not self._looked():
                 self._look(meter)
             meter.say("done")
         self._check_end()
 
     def _round(self, source: Iterator[Window], end: int, meter: Meter) -> None:
-        """The windows up to number `end`, at most one for each rank."""
+        """The windows up to number `end`, `_each` of them for each rank, fewer for some at the end."""
         place, size = self.place, self.ranks.size
-        number = place.windows + (self.ranks.rank - place.windows) % size
-        window, problem = None, None
-        if number < end:
-            try:
-                window = next(source)
-            except KnowEditError as error:
-                problem = error
-        due = time.monotonic() - self._saved > max(self.settings.checkpoint_every, 20 * self._spent)
-        said = self.ranks.gather((window and (window.count, window.documents), problem, due))
-        problems = [problem for _, problem, _ in said if problem is not None]
+        mine: dict[int, Window] = {}
+        problem = None
+        try:
+            for number in range(place.windows + (self.ranks.rank - place.windows) % size, end, size):
+                mine[number] = next(source)
+        except KnowEditError as error:
+            problem = error
+        now = time.monotonic()
+        due = now - self._saved > max(self.settings.checkpoint_every, 20 * self._spent)
+        quick, self._began = now - self._began < ROUND, now
+        sizes = {number: (window.count, window.documents) for number, window in mine.items()}
+        said = self.ranks.gather((sizes, problem, due, quick))
+        problems = [problem for _, problem, *_ in said if problem is not None]
         if place.windows and (problems or said[0][2]):  # rank 0's clock counts
             self._save()
         if problems:
             raise problems[0]
-        for n in range(place.windows, end):
-            count, documents = said[n % size][0] or (0, 0)
+        for number in range(place.windows, end):
+            count, documents = said[number % size][0][number]
             used = min(count, self.recipe.tokens - place.count)
-            half = n % 2 if self.settings.halves else 0
-            if window is not None and n == number and used:
-                self.sums.add(half, trim(window.pieces, used))
+            half = number % 2 if self.settings.halves else 0
+            if number in mine and used:
+                self.sums.add(half, trim(mine[number].pieces, used))
             place.counts[half] += used
-            place.taken[n % len(place.taken)] += documents
+            place.taken[number % len(place.taken)] += documents
             if not documents:
-                self._dry.add(n % len(place.taken))
+                self._dry.add(number % len(place.taken))
             meter.counted(used)
         place.windows = end
+        self._each = self._next_round(quick=said[0][3])
         if self.settings.halves and end in self._looks(end):
             self._look(meter)
+
+    def _next_round(self, *, quick: bool) -> int:
+        """How many windows each rank takes next: one by itself; several twice as many after a quick round, as long as that
+        many are needed."""
+        if self.ranks.size == 1:
+            return 1
+        place = self.place
+        needed = (self.recipe.tokens - place.count) * place.windows / max(place.count, 1) / self.ranks.size
+        return max(1, min(2 * self._each if quick else self._each, MOST, int(needed)))
 
     def _check_end(self) -> None:
         """Say so, or fail, when there is less than was asked for."""

@@ -81,17 +81,16 @@ def compare(sums: Sequence[Tensor], counts: Sequence[int], keys: Tensor, *, null
     Raises:
         StatisticsError: C is singular.
     """
-    whole = (sums[0] + sums[1]) / (counts[0] + counts[1])
-    halves = [total / count for total, count in zip(sums, counts)]
-    columns = keys.to(whole).T
+    columns = keys.to(sums[0]).T  # nothing below depends on the scale of C: the sums do, without copies of them
     try:
-        first, second = (_read_in(half, columns) for half in halves)
+        first, second = (_read_in(total, columns) for total in sums)
     except ValueError as error:
         raise StatisticsError(str(error)) from error
-    found = {"solve": _error(_norm(first - second, whole) / _norm(first + second, whole))}
+    found = {"solve": _error(_norm(first - second, sums) / _norm(first + second, sums))}
     if null_space:
-        threshold = float(whole.diagonal().mean())
-        first, second = (NullSpace(half, threshold=threshold).inverse(columns) for half in halves)
+        energy = sum(total.diagonal().mean().item() for total in sums) / sum(counts)
+        thresholds = (energy * count for count in counts)
+        first, second = (NullSpace(C, threshold=limit).inverse(columns) for C, limit in zip(sums, thresholds))
         found["null_space"] = _error((first - second).norm(dim=0) / (first + second).norm(dim=0))
     return found
 
@@ -111,8 +110,8 @@ def _read_in(C: Tensor, columns: Tensor) -> Tensor:
     return solved / (columns * solved).sum(0)
 
 
-def _norm(columns: Tensor, C: Tensor) -> Tensor:
-    return (columns * (C @ columns)).sum(0).clamp_min(0).sqrt()
+def _norm(columns: Tensor, sums: Sequence[Tensor]) -> Tensor:
+    return (columns * (sums[0] @ columns + sums[1] @ columns)).sum(0).clamp_min(0).sqrt()
 
 
 def _error(values: Tensor) -> Error:

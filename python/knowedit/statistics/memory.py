@@ -14,7 +14,7 @@ from .batching import Piece, batches
 
 logger = logging.getLogger(__name__)
 
-ON_A_CPU = 4096  # tokens: more are no faster there
+ON_A_CPU = 1024  # tokens: more are no faster there, leave the caches, and slow down other processes
 PACKED_ERROR = {torch.float32: 1e-4}  # keys of packed texts against the same texts alone, relative
 PACKED_ERROR_HALF = 5e-2  # bfloat16 and float16: other kernels round otherwise
 
