@@ -28,7 +28,7 @@ from knowedit.datasets import conflict_free, data_dir, load
 from knowedit.datasets.same_subject import groups as by_subject
 from knowedit.edit import Edit, relative_norms
 from knowedit.editors import EMMET, MEMIT, AlphaEdit, LocateThenEdit, MetaKE
-from knowedit.editors.ahead import answer_lines
+from knowedit.editors.refine import answer_lines
 from knowedit.editors.task import Task, prepare
 from knowedit.evaluation.metrics import Evaluation, Question, ask, questions, summarise
 from knowedit.facts import Fact

@@ -17,6 +17,7 @@ _LAYERS = ("model.layers", "transformer.h")
 _NORMS = ("norm", "ln_f")
 _MLP = ("mlp",)
 _PROJECTIONS = ("down_proj", "c_proj", "fc_out")
+_ATTENTION = ("self_attn", "attn", "attention")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ def detect(model: Any) -> Layout:
         raise ModelError(f"{kind}: {layers_path}.0.{mlp}.{name} is a {type(projection).__name__}, not a linear layer")
     out_features, in_features = reversed(weight.shape) if transposed else weight.shape
     return Layout(layers_path, f"{layers_path}.{{}}.{mlp}.{name}", norm, transposed, in_features, out_features)
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """The attention of a decoder layer. Raises ModelError when it is not found."""
+    found = next((module for name in _ATTENTION if isinstance(module := getattr(block, name, None), nn.Module)), None)
+    if found is None:
+        raise ModelError(f"{type(block).__name__}: no attention at {' or '.join(_ATTENTION)}; this architecture is not known")
+    return found
 
 
 def is_transposed(model: Any, name: str) -> bool:

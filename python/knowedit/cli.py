@@ -18,6 +18,7 @@ from .cli_options import (
     Dtype,
     Json,
     Layers,
+    MethodsCorpus,
     Model,
     Statistics,
     Tokens,
@@ -96,7 +97,7 @@ def edit(
     facts: Annotated[str, typer.Argument(help="A .jsonl/.json/.csv(.gz) file of facts, or 'demo' or 'embedded'.")],
     output: Output,
     method: Method = "memit",
-    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    corpus: MethodsCorpus = None,
     tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,
@@ -194,7 +195,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Facts an edit (sequential).")] = 50,
     every: Annotated[int, typer.Option(help="Facts between two measurements (sequential).")] = 100,
     text: Annotated[str | None, typer.Option(help="Held-out text for the perplexity, as --corpus (sequential).")] = None,
-    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    corpus: MethodsCorpus = None,
     tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import Corpus, DeviceMap, Dtype, Json, Layers, Model, Statistics, Tokens, one, parse_layers, placed, say
+from .cli_options import (
+    DeviceMap,
+    Dtype,
+    Json,
+    Layers,
+    MethodsCorpus,
+    Model,
+    Statistics,
+    Tokens,
+    one,
+    parse_layers,
+    placed,
+    say,
+)
 from .errors import KnowEditError
 
 app = typer.Typer()
@@ -31,7 +44,7 @@ def same_subject(
     half: Annotated[str, typer.Option(help="all; tune or report: halves without a common subject.")] = "all",
     subjects: Subjects = None,
     wordings: Annotated[int | None, typer.Option(help="Ask at most so many wordings of each form.")] = None,
-    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    corpus: MethodsCorpus = None,
     tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,
@@ -63,7 +76,7 @@ def geometry(
     least: Least = 2,
     subjects: Subjects = 24,
     edited: Annotated[int, typer.Option(help="Of so many subjects optimise and write values; slow, 0 leaves it out.")] = 6,
-    corpus: Corpus = ["wikipedia"],  # noqa: B006
+    corpus: MethodsCorpus = None,
     tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,
@@ -127,6 +140,8 @@ def trace(
 
     if (dataset is None) == (prompt is None) or (prompt is None) != (subject is None):
         raise KnowEditError("give a prompt with its --subject, or a --dataset")
+    if dataset and answer is not None:
+        raise KnowEditError("--answer goes with a prompt; the facts of a --dataset have their own")
     chosen = load(dataset) if dataset else []
     editable, parts = load_model(model, dtype=dtype, device_map=placed(device_map), say=say), kinds.split(",")
     if prompt is None or subject is None:

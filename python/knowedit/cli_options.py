@@ -12,8 +12,10 @@ import typer
 from .errors import KnowEditError
 
 Model = Annotated[str, typer.Argument(help="A hub id or a folder.")]
-Corpus = Annotated[
-    list[str], typer.Option(help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; repeatable.")
+_CORPUS = "A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self' (the model's own samples); repeatable."
+Corpus = Annotated[list[str], typer.Option(help=_CORPUS)]
+MethodsCorpus = Annotated[
+    list[str] | None, typer.Option("--corpus", help=_CORPUS, show_default="wikipedia, neuron-patch: self")
 ]
 Tokens = Annotated[int | None, typer.Option(help="Keys to sum for the statistics; default: 64 for each of a key's dimensions.")]
 Statistics = Annotated[
@@ -63,8 +65,9 @@ def placed(device_map: str | None) -> Any:
     return Ranks.current().device if device_map is None else None if device_map == "cpu" else device_map
 
 
-def one(corpus: list[str]) -> Any:
-    return corpus[0] if len(corpus) == 1 else corpus
+def one(corpus: list[str] | None) -> Any:
+    """A corpus as `text.documents` takes it; None where none was named."""
+    return corpus[0] if corpus and len(corpus) == 1 else corpus
 
 
 def say(text: str) -> None:

@@ -84,7 +84,7 @@ def _paraphrases(
     from .paraphrase import Endpoint, paraphrases
     from .study.prompts import WORDS
 
-    if count is None and url is None:
+    if count is None and url is None and name is None:
         return None, "shipped, hand-written"
     if url is None or name is None:
         raise KnowEditError("--paraphrases needs --endpoint and --paraphrase-model; leave all out for the shipped ones")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .errors import CorpusError
+from .files import atomic_file, cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,39 @@ class HubSource:
     revision: str | None
     config: str | None
     column: str
+
+    def __str__(self) -> str:
+        """As `hub_source` reads it."""
+        place = self.name + (f"@{self.revision}" if self.revision else "")
+        return f"hf:{place}:{self.config or ''}:{self.column}"
+
+    def commit(self) -> str:
+        """The commit that the revision names: now, or the last time the hub could be reached from this machine.
+
+        Raises:
+            CorpusError: the hub cannot be reached, and it never was.
+        """
+        from huggingface_hub import HfApi
+
+        if re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            return str(self.revision)
+        known = cache_dir("hub") / re.sub(r"[^\w.-]+", "-", f"{self.name}@{self.revision or 'main'}")
+        try:
+            found = str(HfApi().dataset_info(self.name, revision=self.revision, timeout=8).sha)
+        except Exception as e:  # the hub client raises its own, the http library's and the system's errors
+            if not known.is_file():
+                raise self._unreachable(e) from e
+            logger.warning("the hub cannot be reached (%s): %s as it was the last time", type(e).__name__, self.name)
+            return known.read_text(encoding="utf-8")
+        with atomic_file(known) as path:
+            path.write_text(found, encoding="utf-8")
+        return found
+
+    def _unreachable(self, error: Exception) -> CorpusError:
+        return CorpusError(
+            f"data set {self.name!r} cannot be streamed from the hub ({type(error).__name__}: {str(error)[:300]}); "
+            "give a local .txt, .jsonl or .parquet file, or corpus='self' to use the model's own samples"
+        )
 
     def stream(self, split: str, seed: int, lane: int = 0, lanes: int = 1) -> Iterator[str]:
         """The texts of one of `lanes` disjoint parts, the same ones in the same order every time.
@@ -45,13 +80,9 @@ class HubSource:
                 raise
             except Exception as e:  # the hub client raises its own, the http library's, pyarrow's and the system's errors
                 failures += 1
-                reason = f"{type(e).__name__}: {str(e)[:300]}"
                 if done == 0 or failures > RETRIES:
-                    raise CorpusError(
-                        f"data set {self.name!r} cannot be streamed from the hub ({reason}); "
-                        "give a local .txt, .jsonl or .parquet file, or corpus='self' to use the model's own samples"
-                    ) from e
-                pause = min(2**failures, 64)
+                    raise self._unreachable(e) from e
+                pause, reason = min(2**failures, 64), f"{type(e).__name__}: {str(e)[:300]}"
                 logger.warning("%s stopped after %d texts (%s); trying again in %d s", self.name, done, reason, pause)
                 time.sleep(pause)
 
@@ -66,9 +97,10 @@ class HubSource:
             rows = rows.shard(num_shards=lanes, index=lane)
         shuffled: Iterator[dict] = iter(rows.shuffle(seed=seed, buffer_size=max(SHUFFLE_BUFFER // lanes, 1)))
         for row in shuffled if apart else itertools.islice(shuffled, lane, None, lanes):
-            if not isinstance(row.get(self.column), str):
+            text = row.get(self.column, 0)
+            if text is not None and not isinstance(text, str):
                 raise CorpusError(f"{self.name}: no text in column {self.column!r}; columns: {', '.join(row)}")
-            yield row[self.column]
+            yield text or ""
 
 
 def hub_source(corpus: object) -> HubSource | None:

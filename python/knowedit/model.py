@@ -100,6 +100,11 @@ class EditableModel:
             raise ModelError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; use a fast one")
         self.hf, self.tokenizer = hf.eval().requires_grad_(False), tokenizer
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+        if away := [name for name, parameter in hf.named_parameters() if parameter.is_meta]:
+            raise ModelError(
+                f"{len(away)} parameters of {self.name} are not in memory ({away[0]}, ...): device_map put them on the disk or "
+                "the CPU; use more or larger GPUs, dtype='bfloat16', or device_map='cpu'"
+            )
         if self.dtype == torch.float16 and self.device.type == "cpu":
             raise ModelError("float16 matrix products are ~100x slower than float32 on a CPU; load with dtype='float32'")
         names = {self.layout.weight_name(i): self.weight(i) for i in range(len(self.layers))}
@@ -317,6 +322,8 @@ class EditableModel:
 
     def next_logprobs(self, prompts: Sequence[str]) -> Tensor:
         """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the CPU."""
+        if not prompts:
+            return torch.empty(0, self.hf.get_output_embeddings().weight.shape[0])
         found = list(next_logprobs(self, prompts))
         return torch.stack(self._remembered(prompts, found, lambda _, asked: list(next_logprobs(self, asked))))
 
@@ -327,7 +334,8 @@ class EditableModel:
         return self._remembered(prompts, found, lambda _, asked: self._generate(asked, max_new_tokens, batch))
 
     def _generate(self, prompts: Sequence[str], max_new_tokens: int, batch: int) -> list[str]:
-        return self.tokenizer.batch_decode(self.continuations(prompts, max_new_tokens, batch), skip_special_tokens=True)
+        found = self.continuations(prompts, max_new_tokens, batch)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
     @torch.no_grad()
     def greedy(

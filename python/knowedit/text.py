@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,24 @@ def corpus_fingerprint(corpus: Corpus) -> dict[str, Any]:
         return {"name": ", ".join(path.name for path in paths), "files": files}
     found = [{"weight": weight, **corpus_fingerprint(part)} for part, weight in parts]
     return {"name": ", ".join(f["name"] + (f"*{f['weight']:g}" if f["weight"] else "") for f in found), "parts": found}
+
+
+def commits(corpus: Corpus) -> dict[str, str]:
+    """The commit that each hub data set of `corpus` is at now, by its name and revision; see `HubSource.commit`."""
+    sources = [hub_source(part) for part, _ in _parts(corpus)] if corpus != "self" else []
+    return {str(source): source.commit() for source in sources if source}
+
+
+def at_commits(corpus: Corpus, known: Mapping[str, str]) -> Corpus:
+    """`corpus` with its hub data sets at those commits, so that it stays the same whatever is pushed meanwhile."""
+    if not known:
+        return corpus
+    found: list[Part] = []
+    for part, weight in _parts(corpus):
+        source = hub_source(part)
+        pinned = str(replace(source, revision=known[str(source)])) if source else part
+        found.append(pinned if weight is None else f"{pinned}*{weight:g}")
+    return found
 
 
 def _parts(corpus: Corpus) -> list[tuple[Part, float | None]]:
@@ -213,6 +231,9 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             has = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
             raise CorpusError(f"{path}:{number}: needs a string in the field 'text'; {has}")
+        if half := re.search("[\ud800-\udfff]", record["text"]):
+            what = f"character {half.start() + 1} of the text is half of a pair (\\u{ord(half[0]):04x})"
+            raise CorpusError(f"{path}:{number}: {what}, as is left when an emoji is cut in two; remove it")
         yield record["text"]
 
 
@@ -225,8 +246,17 @@ def _read_parquet(path: Path) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(source) as table:
             if "text" not in (names := table.schema_arrow.names):
                 raise CorpusError(f"{path}: has no column 'text'; it has {', '.join(map(repr, names))}")
+            column = table.schema_arrow.field("text").type
+            if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
+                raise CorpusError(f"{path}: the column 'text' holds {column}, not strings; convert it")
+            rows = 0
             for batch in table.iter_batches(256, columns=["text"]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
+                try:
+                    texts = batch.column(0).to_pylist()
+                except UnicodeDecodeError as e:
+                    raise CorpusError(f"{path}: rows {rows + 1} to {rows + len(batch)}: a text is not UTF-8 ({e})") from e
+                rows += len(batch)
+                yield from (text for text in texts if text)
     except (OSError, EOFError, pyarrow.ArrowException) as e:
         raise CorpusError(f"{path}: cannot be read as parquet ({e}); fetch it again") from e
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architectures import attention_of
 from .datasets import load
 from .errors import EditError, ModelError
 from .model import EditableModel
@@ -29,7 +30,6 @@ from .replay import Prefix, observe, sliced
 
 KINDS = ("hidden", "mlp", "attention")
 CONFIDENT = 0.2  # a clean probability below it is warned about
-_ATTENTION = ("self_attn", "attn", "attention")
 
 
 @dataclass(frozen=True)
@@ -315,10 +315,10 @@ def _mlps(model: EditableModel) -> list[nn.Module]:
 
 
 def _attentions(model: EditableModel) -> list[nn.Module]:
-    name = next((n for n in _ATTENTION if hasattr(model.layers[0], n)), None)
-    if name is None:
-        raise ModelError(f"{model.name}: a layer's attention was not found at {' or '.join(_ATTENTION)}; leave it out of kinds")
-    return [getattr(layer, name) for layer in model.layers]
+    try:
+        return [attention_of(layer) for layer in model.layers]
+    except ModelError as error:
+        raise ModelError(f"{error}; leave it out of kinds") from error
 
 
 _PARTS: dict[str, Callable[[EditableModel], list[nn.Module]]] = {"mlp": _mlps, "attention": _attentions}

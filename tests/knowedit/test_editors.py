@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from knowedit.editors import EDITORS, EMMET, MEMIT, ROME
+from knowedit.editors import EDITORS, EMMET, MEMIT, ROME, make_editor, statistics_for
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts import Fact, FactError
 from knowedit.groups import group_keys
@@ -223,6 +223,17 @@ def test_methods_of_one_layer_take_the_presets(tiny_llama, monkeypatch):
 
 def test_the_default_model_has_a_measured_preset(smollm):
     assert preset_for(smollm).measured and preset_for(smollm).layers == (5,)
+
+
+def test_named_statistics_that_nothing_reads_are_refused(tiny_llama, tmp_path):
+    editors = [make_editor(name) for name in ("ft", "neuron-patch")]
+    assert statistics_for(editors, tiny_llama, None, None) is None
+    with pytest.raises(StatisticsError, match="no method here reads statistics"):
+        statistics_for(editors, tiny_llama, None, None, tmp_path)
+
+
+def test_methods_that_read_texts_have_their_own_choice():
+    assert make_editor("neuron-patch").corpus == "self" and make_editor("neuron-patch", corpus="a.txt").corpus == "a.txt"
 
 
 def test_every_editor_is_listed_under_its_name():

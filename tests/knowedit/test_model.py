@@ -119,6 +119,18 @@ def test_next_logprobs_and_generate_agree(smollm):
         assert text.startswith(token)
 
 
+def test_parameters_that_are_not_in_memory_are_refused(tiny_llama):
+    with torch.device("meta"):
+        hf = type(tiny_llama.hf)(tiny_llama.hf.config)
+    with pytest.raises(ModelError, match=r"parameters of .* are not in memory \(model\.embed.*device_map"):
+        EditableModel(hf, tiny_llama.tokenizer)
+
+
+def test_no_prompts(tiny):
+    assert tiny.score([], []) == [] and tiny.generate([]) == []
+    assert tiny.next_logprobs([]).shape == (0, tiny.hf.config.vocab_size)
+
+
 def test_the_default_model_is_the_right_one(smollm):
     assert smollm.score(["The capital of France is"], ["Paris"])[0].probability == pytest.approx(0.77, abs=0.05)
     assert (len(smollm.layers), smollm.hidden, smollm.d_ff) == (30, 576, 1536)

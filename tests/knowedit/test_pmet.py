@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from knowedit.architectures import attention_of
 from knowedit.editors import PMET
-from knowedit.editors.pmet import AttentionAndMLP, attention
+from knowedit.editors.pmet import AttentionAndMLP
 from knowedit.editors.task import prepare
 from knowedit.errors import ModelError
 from knowedit.targets import ESSENCE, optimise_values, prompt_rows
@@ -35,7 +36,8 @@ def naive(model, group, layer, s):
 
         return add
 
-    handles = [m.register_forward_hook(hook(i)) for i, m in enumerate((attention(model, layer), model.projection(layer)))]
+    parts = attention_of(model.layers[layer]), model.projection(layer)
+    handles = [part.register_forward_hook(hook(i)) for i, part in enumerate(parts)]
     optimiser, was = torch.optim.Adam(deltas, lr=s.lr), None
     for step in range(s.steps):
         logp = model.hf(input_ids=ids).logits.log_softmax(-1)
@@ -105,6 +107,6 @@ def test_no_hook_is_left(tiny_llama):
 
 
 def test_an_unknown_attention_is_named(tiny_llama, monkeypatch):
-    monkeypatch.setattr("knowedit.editors.pmet._ATTENTION", ("mixer",))
-    with pytest.raises(ModelError, match="no mixer in a layer"):
+    monkeypatch.setattr("knowedit.architectures._ATTENTION", ("mixer",))
+    with pytest.raises(ModelError, match="no attention at mixer"):
         PMET(layers=(1,), values=VALUES).compute(tiny_llama, FACTS, statistics_of(tiny_llama, (1,)), progress=False)

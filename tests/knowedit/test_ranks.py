@@ -40,9 +40,10 @@ def slow(*arguments):
 collect.Collection._round = slow
 with started() as ranks:
     if float(pause):
-        collect.MOST = 1  # a round a window, so that there is time to be killed
+        collect.AHEAD = 1  # a round a window, so that there is time to be killed
         print(f"rank {ranks.rank} is {os.getpid()}", flush=True)
-    key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder, checkpoint_every=0)
+    key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder,
+                   checkpoint_every=float(os.environ.get("EVERY", 0)))
 if sys.platform == "linux":  # a thread that outlives the group may abort the process when the interpreter ends
     names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
     assert not [name for name in names if "gloo" in name], names
@@ -143,6 +144,23 @@ def test_a_dead_rank_ends_the_job_and_any_number_go_on(place):
     assert not list(place.glob("cut*/checkpoint*"))
 
 
+def test_a_job_that_is_told_to_end_saves_first(place):
+    """As SLURM and torchrun do it: SIGTERM, and some seconds later SIGKILL."""
+    whole = collect(place, 2, "whole")
+    process, ready = start(place, 2, "run.py", "model", "corpus.txt", "cut", "0.3", EVERY="1000"), 0
+    for line in process.stdout:
+        ready += line.startswith("rank")
+        if ready == 2:
+            break
+    time.sleep(2)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "told to end (SIGTERM): start again" in errors
+    assert len(list((place / "cut").glob("checkpoint*-of-2.*"))) == 2 and not list((place / "cut").glob("layer*"))
+    again = collect(place, 2, "cut")
+    assert all(torch.equal(again[i].total, whole[i].total) for i in (1, 2))
+
+
 def test_a_rank_that_is_left_says_what_happened(place):
     """Without torchrun, which may end it before its next collective."""
     with socket.socket() as free:
@@ -198,7 +216,7 @@ def test_a_rank_that_waits_starts_where_the_checkpoint_was(tiny_llama, place, mo
         made.place.converged = True
 
     monkeypatch.setattr(made, "_round", moves_on_first)
-    with pytest.raises(StatisticsError, match="only 0 tokens"):
+    with pytest.raises(StatisticsError, match="no tokens to count"):
         made.run()
     assert found == whole[5:9]
 

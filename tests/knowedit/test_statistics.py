@@ -1,6 +1,7 @@
 """Key statistics: exact sums, one pass, interruption at any moment, and files that are refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from filelock import FileLock
 
 from knowedit.datasets import load
 from knowedit.errors import ModelError, StatisticsError
-from knowedit.statistics import KeyStatistics, collect, key_statistics, keys, store, windows
+from knowedit.statistics import KeyStatistics, collect, key_statistics, keys, resume, store, sums, windows
+from knowedit.statistics.ranks import Ranks
 from knowedit.text import CorpusError, documents
+from knowedit_kernels import SecondMoment
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix strange potions".split()
 
@@ -120,13 +123,26 @@ def test_an_empty_and_a_short_corpus(tiny_llama, tmp_path, corpus):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(CorpusError, match="no text"):
         key_statistics(tiny_llama, [1], tmp_path / "empty.txt", 10, directory=tmp_path / "s")
-    with pytest.raises(StatisticsError, match="only .* tokens"):
-        key_statistics(tiny_llama, [1], corpus, 10**7, directory=tmp_path / "s")
+    (tmp_path / "single.txt").write_text("a\n\nb\n\nc")  # a token each, which is the first one
+    with pytest.raises(StatisticsError, match="no tokens to count"):
+        key_statistics(tiny_llama, [1], tmp_path / "single.txt", 10, directory=tmp_path / "t")
 
 
-def test_nan_names_layer_and_text(tiny_llama, corpus, tmp_path):
-    tiny_llama.layers[1].mlp.up_proj.weight.data[3] = float("nan")
-    with pytest.raises(StatisticsError, match=r"layer 1 has NaN or infinite keys at the text '.*wizards|.*'"):
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "cache"])
+def test_what_a_short_corpus_had_is_kept(tiny_llama, corpus, tmp_path, monkeypatch, own_cache, folder):
+    where = {"directory": tmp_path / "s"} if folder else {}
+    _, count = naive(tiny_llama, corpus, 1, 10**9, 512)
+    with pytest.raises(StatisticsError, match=f"only {count} tokens .* 10000000 were asked for.* kept: ask for {count}"):
+        key_statistics(tiny_llama, [1], corpus, 10**7, **where)
+    monkeypatch.setattr(collect.Collection, "run", None)  # nothing is run any more
+    found = key_statistics(tiny_llama, [1], corpus, count, **where)
+    assert found[1].count == found[1].recipe.tokens == count
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_name_layer_and_text(tiny_llama, corpus, tmp_path, bad):
+    tiny_llama.layers[1].mlp.up_proj.weight.data[3] = bad
+    with pytest.raises(StatisticsError, match=r"layer 1 has NaN or infinite keys at the text '[a-z ]{10,}'"):
         key_statistics(tiny_llama, [0, 1], corpus, 100, directory=tmp_path / "s")
     assert not list((tmp_path / "s").glob("layer*"))
 
@@ -140,6 +156,82 @@ def test_a_full_disk_keeps_what_was_there(tiny_llama, corpus, tmp_path, monkeypa
         key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
     monkeypatch.undo()
     assert key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")[1].count == 100
+
+
+def test_results_that_were_only_half_written_are_written_from_the_checkpoint(tiny_llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "SIZE", 200)
+    whole = key_statistics(tiny_llama, [1, 2, 3], corpus, 1500, directory=tmp_path / "whole")
+    real = store.save_file
+
+    def full_at_layer_2(tensors, path, **named):
+        if "layer-002" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **named)
+
+    monkeypatch.setattr(store, "save_file", full_at_layer_2)
+    with pytest.raises(StatisticsError, match="No space left"):
+        key_statistics(tiny_llama, [1, 2, 3], corpus, 1500, directory=tmp_path / "s", checkpoint_every=0)
+    assert [path.name for path in (tmp_path / "s").glob("layer*")] == ["layer-001.safetensors"]
+    (tmp_path / "s" / ".checkpoint-x.part").write_text("of a run that was killed while it wrote")
+    monkeypatch.setattr(store, "save_file", real)
+    started, goes_on = [], collect.Collection._resume
+
+    def resumes(self):
+        goes_on(self)
+        started.append(self.place.windows)
+
+    monkeypatch.setattr(collect.Collection, "_resume", resumes)
+    again = key_statistics(tiny_llama, [1, 2, 3], corpus, 1500, directory=tmp_path / "s")
+    assert started[0] > 0 and all(torch.equal(again[i].total, whole[i].total) for i in (1, 2, 3))
+    assert not list((tmp_path / "s").glob("checkpoint*")) and not list((tmp_path / "s").glob(".*.part"))
+
+
+def test_checkpoints_that_do_not_belong_together_are_refused(tiny_llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "SIZE", 200)
+    goes_on = collect.Collection._resume
+
+    def resumes(self):
+        goes_on(self)
+        self.place.counts[0] += 7  # as if another rank's file were of another run
+
+    monkeypatch.setattr(collect.Collection, "_resume", resumes)
+    with pytest.raises(StatisticsError, match=r"1493 keys were summed where 1500 should be; .* do not belong together"):
+        key_statistics(tiny_llama, [1], corpus, 1500, directory=tmp_path / "s")
+    assert not list((tmp_path / "s").glob("layer*"))
+
+
+def test_an_incomplete_set_of_checkpoints_is_deleted(tiny_llama, corpus, tmp_path, monkeypatch):
+    """A rank that could not write: nobody's file stays. One that was killed before it wrote: the next run starts clean."""
+    recipe = store.Recipe(tiny_llama.fingerprint, {"name": "c"}, 100, 64, True, 0)
+    files = resume.Checkpoints(tmp_path, [1], recipe, Ranks())
+    place, seen, moments = resume.Place(3, [5], [9, 9]), sums.Seen.nothing([1]), {(0, 1): SecondMoment(8)}
+    with monkeypatch.context() as other:
+        other.setattr(Ranks, "gather", lambda self, item: [item, False])
+        files.save(place, seen, moments)
+    assert not list(tmp_path.glob("checkpoint*"))
+    files.save(place, seen, moments)
+    stale = files._file(5, 0, 2)  # newer, and without that of rank 1
+    shutil.copy(files._file(3, 0, 1), stale)
+    found = files.load()
+    assert found is not None and found[0].windows == 3 and not stale.exists() and files._file(3, 0, 1).exists()
+
+
+def test_sums_that_do_not_fit_are_told_with_their_size(tiny_llama, monkeypatch):
+    def none_left(self, half, layer, device=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sums.Sums, "moment", none_left)
+    with pytest.raises(StatisticsError, match=r"sums of 2 layers take 0\.0 GB.*fewer layers.*--no-halves"):
+        sums.Sums(tiny_llama, [1, 2], "exact")
+    with pytest.raises(StatisticsError, match=r"fewer layers at a time$"):
+        sums.Sums(tiny_llama, [1, 2], "exact", halves=1)
+
+
+def test_no_memory_for_an_estimate_costs_the_estimate_alone(tiny_llama, corpus, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(windows, "SIZE", 200)
+    monkeypatch.setattr(collect, "spare", lambda device: 0)
+    found = key_statistics(tiny_llama, [1], corpus, 1500, directory=tmp_path / "s")
+    assert found[1].count == 1500 and not found[1].extra["convergence"] and "too little memory" in caplog.text
 
 
 def test_two_runs_do_not_share_a_folder(tiny_llama, corpus, tmp_path):

@@ -6,13 +6,14 @@ import gzip
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from knowedit import hub
-from knowedit.text import LONGEST, CorpusError, corpus_fingerprint, documents, lanes_of
+from knowedit.text import LONGEST, CorpusError, at_commits, commits, corpus_fingerprint, documents, lanes_of
 
 
 def write(path, data: str | bytes):
@@ -109,6 +110,15 @@ def test_broken_archives_and_absent_columns(tmp_path):
         list(documents(path))
     with pytest.raises(CorpusError, match=r"has no column 'text'; it has 'body', 'id'"):
         list(documents(parquet(tmp_path / "b.parquet", body=["x"], id=[1])))
+    with pytest.raises(CorpusError, match=r"c\.parquet: the column 'text' holds int64, not strings"):
+        list(documents(parquet(tmp_path / "c.parquet", text=[1, 2])))
+    broken = pyarrow.array([b"fine"] * 300 + [b"\xff\xfe"]).cast(pyarrow.binary())
+    broken = pyarrow.StringArray.from_buffers(301, *broken.buffers()[1:])  # bytes that nothing checked
+    with pytest.raises(CorpusError, match=r"d\.parquet: rows 257 to 301: a text is not UTF-8"):
+        list(documents(parquet(tmp_path / "d.parquet", text=broken)))
+    (tmp_path / "e.jsonl").write_text('{"text": "fine"}\n{"text": "cut \\ud83d"}\n')
+    with pytest.raises(CorpusError, match=r"e\.jsonl:2: character 5 of the text is half of a pair \(\\ud83d\)"):
+        list(documents(tmp_path / "e.jsonl"))
 
 
 def test_absent_corpora_are_refused(tmp_path):
@@ -163,6 +173,38 @@ def test_hub_names_are_taken_apart(monkeypatch):
     assert hub.asked == ("owner/name", "small", {"split": "test", "revision": "abc", "streaming": True})
     with pytest.raises(CorpusError, match="owner/name: no text in column 'text'; columns: body"):
         list(documents("hf:owner/name"))
+
+
+def test_a_row_without_a_text_is_no_document(monkeypatch):
+    Hub(monkeypatch, [{"text": "one"}, {"text": None}, {"text": "two"}])
+    assert sorted(documents("wikipedia")) == ["one", "two"]
+    Hub(monkeypatch, [{"text": "one"}, {"text": 2}])
+    with pytest.raises(CorpusError, match="no text in column 'text'"):
+        list(documents("wikipedia"))
+
+
+def test_a_hub_data_set_stays_at_its_commit(monkeypatch, own_cache, caplog):
+    head = {"main": "a" * 40, "v2": "b" * 40}
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info",
+        lambda _, name, revision, timeout: SimpleNamespace(sha=head[revision or "main"]),
+    )
+    corpus = ["wikipedia*3", "hf:o/n@v2::body", "notes.txt"]
+    found = commits(corpus)
+    assert list(found.values()) == ["a" * 40, "b" * 40] and commits("self") == commits("notes.txt") == {}
+    pinned = at_commits(corpus, found)
+    assert pinned == [f"hf:wikimedia/wikipedia@{'a' * 40}:20231101.en:text*3", f"hf:o/n@{'b' * 40}::body", "notes.txt"]
+    assert at_commits("notes.txt", {}) == "notes.txt"
+    assert hub.hub_source(pinned[1]) == hub.HubSource("o/n", "b" * 40, None, "body")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    assert commits(corpus) == found and "wikimedia/wikipedia as it was the last time" in caplog.text
+    assert commits(pinned) == {part: "a" * 40 if "wiki" in part else "b" * 40 for part in (pinned[0][:-2], pinned[1])}
+    with pytest.raises(CorpusError, match="other/set.*cannot be streamed from the hub.*no route"):
+        commits("hf:other/set")
 
 
 def test_an_unreachable_hub_names_both_remedies(monkeypatch):

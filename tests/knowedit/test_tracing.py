@@ -125,7 +125,7 @@ def test_bad_input(tiny_llama, prompt, subject, settings, message):
 
 
 def test_an_attention_of_unknown_name(tiny_llama, monkeypatch):
-    monkeypatch.setattr("knowedit.tracing._ATTENTION", ("attn",))
+    monkeypatch.setattr("knowedit.architectures._ATTENTION", ("attn",))
     with pytest.raises(ModelError, match="leave it out of kinds"):
         trace(tiny_llama, PROMPT, SUBJECT, samples=2)
     assert "mlp" in trace(tiny_llama, PROMPT, SUBJECT, samples=2, kinds=["mlp"]).effect
@@ -222,6 +222,7 @@ def test_the_command(knowedit, place):  # noqa: F811
     assert "the model knows 0 of 2 facts" in knowedit("trace", "model", "--dataset", "facts.jsonl", code=1)
     for wrong in (("model",), ("model", PROMPT), ("model", PROMPT, "--subject", SUBJECT, "--dataset", "embedded")):
         assert "give a prompt with its --subject, or a --dataset" in knowedit("trace", *wrong, code=1)
+    assert "--answer goes with a prompt" in knowedit("trace", "model", "--dataset", "embedded", "--answer", "x", code=1)
     assert "does not occur" in knowedit("trace", "model", PROMPT, "--subject", "Bergen", code=1)
 
 

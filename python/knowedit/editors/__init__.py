@@ -42,7 +42,7 @@ def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Editor:
     """The editor of that name with the settings that were given (None: not given).
 
     Args:
-        corpus: ordinary text, for methods that read some themselves (NeuronPatch); the others do without.
+        corpus: ordinary text, for methods that read some themselves (NeuronPatch); None: their own choice.
 
     Raises:
         KnowEditError: an unknown method, a setting that it does not have, or one that it cannot be.
@@ -77,8 +77,14 @@ def _settings(editor: type[Editor], name: str, value: Any) -> Any:
 def statistics_for(
     editors: Iterable[Editor], model: EditableModel, corpus: Any, tokens: int | None, where: Path | None = None
 ) -> KeyStatistics | None:
-    """The key statistics that the editors need together, as `layer_statistics`; None where none does."""
+    """The key statistics that the editors need together, as `layer_statistics`; None where none does.
+
+    Raises:
+        StatisticsError: some were named (`where`) and none is needed; or as `layer_statistics`.
+    """
     layers = sorted({layer for editor in editors for layer in editor.statistics_layers(model)})
+    if where is not None and not layers:
+        raise StatisticsError(f"no method here reads statistics; leave {where} out")
     return layer_statistics(layers, model, corpus, tokens, where) if layers else None
 
 
@@ -88,13 +94,14 @@ def layer_statistics(
     """The key statistics of `layers`.
 
     Args:
+        corpus: None: Wikipedia.
         where: a file or folder of statistics, collected or imported, to take them from instead of the corpus.
 
     Raises:
         StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as `key_statistics`.
     """
     if where is None:
-        return key_statistics(model, layers, corpus, tokens)
+        return key_statistics(model, layers, corpus or "wikipedia", tokens)
     if where.suffix == ".npz":
         raise StatisticsError(f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then name FOLDER")
     found = KeyStatistics.load(where)

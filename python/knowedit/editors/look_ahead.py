@@ -19,8 +19,8 @@ from ..objective import Line, Lines
 from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets
-from .ahead import adopt, answer_lines, frozen_layers, told
 from .recipe import LocateThenEdit
+from .refine import adopt, answer_lines, frozen_layers, told
 from .task import Task, Written
 
 

@@ -25,10 +25,10 @@ from ..objective import Lines
 from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets
-from .ahead import CLOSE, adopt, answer_lines, closeness, frozen_layers, reasons, told
 from .alphaedit import AlphaEdit
 from .memit import MEMIT
 from .recipe import LocateThenEdit
+from .refine import CLOSE, adopt, answer_lines, closeness, frozen_layers, reasons, told
 from .task import Task, Written
 
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..architectures import attention_of
 from ..edit import Edit
-from ..errors import ModelError
 from ..groups import GroupKeys, group_keys
 from ..model import EditableModel
 from ..progress import bar
@@ -22,8 +22,6 @@ from ..replay import Suffix
 from ..targets import Problem, Targets, ValueSettings, optimise_values
 from .memit import MEMIT
 from .task import Task
-
-_ATTENTION = ("self_attn", "attn", "attention")
 
 
 @dataclass(frozen=True)
@@ -101,19 +99,10 @@ class AttentionAndMLP(Problem):
 
             return changed
 
-        modules = attention(self.model, layer), self.model.projection(layer)
+        modules = attention_of(self.model.layers[layer]), self.model.projection(layer)
         handles = [module.register_forward_hook(hook(part)) for part, module in enumerate(modules)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def attention(model: EditableModel, layer: int) -> nn.Module:
-    """The attention module of `layer`. Raises ModelError when it is not found."""
-    block = model.layers[layer]
-    found = next((module for name in _ATTENTION if isinstance(module := getattr(block, name, None), nn.Module)), None)
-    if found is None:
-        raise ModelError(f"{model.name}: no {' or '.join(_ATTENTION)} in a layer; PMET does not know this architecture")
-    return found

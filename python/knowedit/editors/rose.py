@@ -25,8 +25,8 @@ from ..model import EditableModel
 from ..progress import bar
 from ..statistics import KeyStatistics
 from ..targets import Targets, optimise_values
-from .ahead import adopt, frozen_layers, told
 from .recipe import LocateThenEdit
+from .refine import adopt, frozen_layers, told
 from .rose_objective import Objective, Questions, Weights, asked_forms, merge
 from .task import Task, Written
 

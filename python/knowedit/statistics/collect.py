@@ -10,31 +10,35 @@ sums up to the order of float64 additions; with the same number they have the sa
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import KnowEditError, StatisticsError
 from ..model import EditableModel
-from ..text import Corpus, lanes_of
+from ..text import Corpus, at_commits, commits, lanes_of
 from . import convergence, store
 from .batching import trim
+from .memory import spare
 from .meter import Meter, metered
 from .ranks import Ranks
 from .resume import Checkpoints, Place
 from .store import LayerStatistics, Recipe
 from .sums import Seen, Sums
-from .windows import WORTH_A_WORKER, Reader, Window, ahead, token_cache
+from .windows import AHEAD, WORTH_A_WORKER, Reader, Window, ahead, token_cache
 
 logger = logging.getLogger(__name__)
 
-ROUND = 20.0  # seconds that several ranks work between waiting for the slowest
-MOST = 16  # windows of each rank in a round
+ROUND = 10.0  # seconds that several ranks work between waiting for the slowest
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,13 @@ class Collection:
         self.model, self.layers, self.recipe, self.corpus = model, list(layers), recipe, corpus
         self.where, self.settings, self.ranks = where, settings, ranks
         self.place = Place(0, [0] * lanes_of(corpus), [0, 0])
-        self.sums = Sums(model, layers, recipe.precision, settings.budget, settings.packed)
+        self.sums = Sums(model, layers, recipe.precision, settings.budget, settings.packed, 1 + settings.halves)
         self.checkpoints = Checkpoints(where, self.layers, recipe, ranks)
         self._probes: dict[int, Tensor] = {}
         self._dry: set[int] = set()  # lanes of the corpus that have ended
         self._each, self._began = 1, time.monotonic()  # windows of each rank in a round; when the last one began
         self._saved, self._spent = time.monotonic(), 0.0
+        self._ended = False  # by a SIGTERM
 
     # -- the main path --------------------------------------------------------------------------------------------
 
@@ -82,8 +87,8 @@ class Collection:
         """Collect until the tokens asked for are counted, or the estimate has converged.
 
         Raises:
-            StatisticsError: the corpus is too short, NaN in a layer, one piece alone does not fit into memory, another
-                rank died.
+            StatisticsError: nothing to count, NaN in a layer, one piece alone does not fit into memory, another rank died;
+                a SIGTERM, after a checkpoint.
             CorpusError: the corpus cannot be read (on); what was counted until then is in a checkpoint.
         """
         self._resume()
@@ -94,6 +99,7 @@ class Collection:
         with (
             ahead(self._reader(worker), place.windows, tuple(place.taken), worker=worker) as source,
             metered(title, self.recipe.tokens, show=show, as_json=self.settings.as_json) as meter,
+            self._until_told(),
         ):
             meter.resumed(place.count)
             while place.count < self.recipe.tokens and not place.converged and len(self._dry) < len(place.taken):
@@ -112,17 +118,19 @@ class Collection:
             for number in range(place.windows + (self.ranks.rank - place.windows) % size, end, size):
                 mine[number] = next(source)
         except KnowEditError as error:
-            problem = error
+            problem = (number, error)
         now = time.monotonic()
         due = now - self._saved > max(self.settings.checkpoint_every, 20 * self._spent)
         quick, self._began = now - self._began < ROUND, now
         sizes = {number: (window.count, window.documents) for number, window in mine.items()}
-        said = self.ranks.gather((sizes, problem, due, quick))
-        problems = [problem for _, problem, *_ in said if problem is not None]
-        if place.windows and (problems or said[0][2]):  # rank 0's clock counts
+        said = self.ranks.gather((sizes, problem, due, quick, self._ended))
+        told = any(ended for *_, ended in said)
+        if place.windows and (told or said[0][2]):  # rank 0's clock counts
             self._save()
-        if problems:
-            raise problems[0]
+        if told:
+            raise StatisticsError("told to end (SIGTERM): start again to go on from the last checkpoint")
+        problems = [problem for _, problem, *_ in said if problem is not None]
+        end = min([end, *(number for number, _ in problems)])
         for number in range(place.windows, end):
             count, documents = said[number % size][0][number]
             used = min(count, self.recipe.tokens - place.count)
@@ -135,6 +143,10 @@ class Collection:
                 self._dry.add(number % len(place.taken))
             meter.counted(used)
         place.windows = end
+        if problems:
+            if end:
+                self._save()
+            raise min(problems, key=itemgetter(0))[1]
         self._each = self._next_round(quick=said[0][3])
         if self.settings.halves and end in self._looks(end):
             self._look(meter)
@@ -146,26 +158,38 @@ class Collection:
             return 1
         place = self.place
         needed = (self.recipe.tokens - place.count) * place.windows / max(place.count, 1) / self.ranks.size
-        return max(1, min(2 * self._each if quick else self._each, MOST, int(needed)))
+        return max(1, min(2 * self._each if quick else self._each, AHEAD, int(needed)))
+
+    @contextmanager
+    def _until_told(self) -> Iterator[None]:
+        """A SIGTERM (what schedulers send, and torchrun to its ranks) is answered between two rounds, by all ranks."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_ended", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @property
+    def short(self) -> bool:
+        """The corpus has fewer tokens than were to be counted."""
+        return self.recipe.until == "tokens" and self.place.count < self.recipe.tokens
 
     def _check_end(self) -> None:
-        """Say so, or fail, when there is less than was asked for."""
         place, recipe = self.place, self.recipe
-        if recipe.until == "tokens":
-            if place.count < recipe.tokens:
-                raise StatisticsError(
-                    f"the corpus has only {place.count} tokens to count, {recipe.tokens} were asked for; "
-                    "add text, or ask for fewer tokens"
-                )
-        elif not place.converged and self.ranks.rank == 0:
+        if not place.count:
+            raise StatisticsError("the corpus has no tokens to count: every text is a single token; give longer ones")
+        if recipe.until != "tokens" and not place.converged and self.ranks.rank == 0:
             logger.warning(
                 "not converged to %g after %d tokens; more text is needed, or more --tokens", recipe.tolerance, place.count
             )
 
     def _reader(self, cache: bool) -> Reader:
-        recipe = self.recipe
+        recipe, corpus = self.recipe, at_commits(self.corpus, self.place.commits)
         reader = Reader(
-            self.corpus, recipe.seed, self.model.tokenizer, recipe.max_length, recipe.skip_first,
+            corpus, recipe.seed, self.model.tokenizer, recipe.max_length, recipe.skip_first,
             self.ranks.rank, self.ranks.size, self.model.samples if self.corpus == "self" else None,
         )  # fmt: skip
         if cache and self.corpus != "self":
@@ -175,11 +199,11 @@ class Collection:
     # -- convergence ------------------------------------------------------------------------------------------------
 
     def _looks(self, until: int) -> list[int]:
-        """The numbers of windows after which to look, up to the first beyond `until`."""
+        """The numbers of windows after which to look, up to the first beyond `until`; rarely when nothing hangs on it."""
         often = self.recipe.until != "tokens"
         looks = [2 if often else 8]
         while looks[-1] <= until:
-            looks.append(max(looks[-1] + 1, int(looks[-1] * convergence.GROWTH)) if often else 2 * looks[-1])
+            looks.append(max(looks[-1] + 1, int(looks[-1] * convergence.GROWTH)) if often else 4 * looks[-1])
         return looks
 
     def _next_look(self) -> int:
@@ -195,9 +219,12 @@ class Collection:
         place, recipe = self.place, self.recipe
         if not convergence.enough(place.counts, self.model.d_ff):
             return
+        if not all(self.ranks.gather(self._room())):
+            logger.warning("no estimate after %d tokens: too little memory for it beside the sums", place.count)
+            return
         self._probes = self._probes or convergence.probe_keys(self.model, self.layers)
         mine: dict[int, dict[str, convergence.Error]] = {}
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers, place.windows // self.ranks.size):  # not always the same rank has one more
             owner = number % self.ranks.size
             sums = [self.ranks.add(self.sums.moment(half, layer).sum(), owner) for half in (0, 1)]
             if self.ranks.rank == owner:
@@ -215,24 +242,37 @@ class Collection:
         shown = ("solve", "null_space") if recipe.until == "converged" else ("solve",)
         meter.looked({measure: convergence.worst(found, measure) for measure in shown} if found else {})
 
+    def _room(self) -> bool:
+        """Whether this rank can estimate: both halves' sums, and the factor and workspace of one of them."""
+        return min(spare(self.model.weight(layer).device) for layer in self.layers) > 6 * 8 * self.model.d_ff**2
+
     # -- files ------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         start = time.monotonic()
         self.checkpoints.save(self.place, self.sums.seen, self.sums.moments)
         self._saved = time.monotonic()
+        if self._saved - start > max(self.settings.checkpoint_every / 20, self._spent) and self.ranks.rank == 0:
+            minutes = (self._saved - start) / 3
+            logger.warning("a checkpoint takes %.0f s here: one every %.0f minutes", self._saved - start, minutes)
         self._spent = self._saved - start
 
     def _resume(self) -> None:
-        if (found := self.checkpoints.load()) is None:
-            return
-        self.place, seen, states = found
-        self.sums.seen = seen or self.sums.seen
-        for (half, layer), state in states.items():
-            self.sums.moment(half, layer).load_state_dict(state)
+        if (found := self.checkpoints.load()) is not None:
+            self.place, seen, states = found
+            self.sums.seen = seen or self.sums.seen
+            for (half, layer), state in states.items():
+                self.sums.moment(half, layer).load_state_dict(state)
+        else:
+            self.place.commits = self.ranks.first(lambda: commits(self.corpus))
 
-    def finish(self) -> dict[int, LayerStatistics]:
-        """Add up halves and ranks, write each layer's file (rank 0), then drop the checkpoints."""
+    def finish(self, recipe: Recipe, where: Path) -> dict[int, LayerStatistics]:
+        """Add up halves and ranks, write each layer's file into `where` (rank 0), then drop the checkpoints.
+
+        Raises:
+            StatisticsError: a file could not be written (the checkpoint stays); the checkpoints that were gone on from do
+                not belong together.
+        """
         seen = Seen.nothing(self.layers)
         for part in self.ranks.gather(self.sums.seen):
             seen.add(part)
@@ -241,20 +281,24 @@ class Collection:
             moment = self.sums.moment(0, layer)
             if (1, layer) in self.sums.moments:
                 moment.merge(self.sums.moments.pop((1, layer)))
-            if self.ranks.size > 1:
-                moment.all_reduce()
+            if self.ranks.total(moment).count != self.place.count:
+                raise StatisticsError(
+                    f"layer {layer}: {moment.count} keys were summed where {self.place.count} should be; the checkpoints in "
+                    f"{self.where} do not belong together: delete them and start again"
+                )
             first, firsts, other, others = seen.norms[str(layer)]
             result[layer] = LayerStatistics(
-                layer=layer, module=self.model.layout.projection.format(layer), model=self.model.name, recipe=self.recipe,
+                layer=layer, module=self.model.layout.projection.format(layer), model=self.model.name, recipe=recipe,
                 count=moment.count, total=moment.sum().cpu(), first_norm=first / max(firsts, 1),
                 other_norm=other / max(others, 1),
                 extra={
                     "audit": asdict(moment.audit()), "padding": 1 - seen.text / max(seen.padded, 1),
                     "batches": "packed" if self.sums.packed else "by length", "ranks": self.ranks.size,
                     "convergence": self.place.looks.get(str(layer), []), "version": metadata.version("knowedit-kernels"),
+                    **({"commits": self.place.commits} if self.place.commits else {}),
                 },
             )  # fmt: skip
-            self.ranks.first(partial(result[layer].save, store.layer_file(self.where, layer)))
+            self.ranks.first(partial(result[layer].save, store.layer_file(where, layer)))
             del self.sums.moments[0, layer]
         self.checkpoints.drop()
         return result

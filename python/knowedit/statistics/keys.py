@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,12 +27,14 @@ from ..text import Corpus, corpus_fingerprint
 from . import store
 from .collect import Collection, Settings
 from .ranks import Ranks
+from .resume import begun
 from .store import LayerStatistics, Recipe
 
 UNTIL = ("tokens", "solve", "converged")
 #: A first-token key this many times longer than the others marks an attention-sink layer.
 SINK_RATIO = 10.0
 TOLERANCE = 0.3  # relative error at which to stop: what 50 to 60 tokens a dimension give
+PATIENCE = 2.0  # seconds to wait for a lock: a run that was just killed may hold it for a moment
 PER_DIMENSION = 64  # tokens for each of a key's dimensions: benchmarks/tokens.py finds nothing that more would improve
 
 
@@ -210,20 +212,36 @@ def key_statistics(
             settings = Settings(budget, packed, halves, checkpoint_every, worker, progress, as_json)
             collection = Collection(model, missing, recipe, where, corpus, settings, ranks)
             collection.run()
-            found |= collection.finish()
+            if collection.short:
+                recipe = replace(recipe, tokens=collection.place.count)
+                where = Path(directory) if directory else store.folder(model.name, recipe)
+            found |= collection.finish(recipe, where)
+            if collection.short:
+                raise StatisticsError(
+                    f"the corpus has only {recipe.tokens} tokens to count, {tokens} were asked for; those are kept: ask for "
+                    f"{recipe.tokens}, or add text"
+                )
     return KeyStatistics(found)
 
 
 def _missing(where: Path, layers: Sequence[int], recipe: Recipe, held: ExitStack) -> list[int]:
     """The layers still to collect; if there are any, the folder's lock is `held`."""
-    missing = [layer for layer in layers if not store.layer_file(where, layer).exists()]
-    for layer in set(layers) - set(missing):
-        _load(where, layer, recipe)
-    if missing:
+
+    def absent() -> list[int]:
+        return [layer for layer in layers if not store.layer_file(where, layer).exists()]
+
+    if absent():
         try:
-            held.enter_context(FileLock(where / "lock").acquire(timeout=0))
+            held.enter_context(FileLock(where / "lock").acquire(timeout=PATIENCE))
         except Timeout as error:
             raise StatisticsError(f"another run is collecting into {where}; wait for it, or use another folder") from error
+        for part in where.glob(".*.part"):  # of a run that was killed while it wrote
+            part.unlink(missing_ok=True)
+    missing = absent()  # another run may have written them before it let go of the lock
+    if missing:
+        missing = begun(where, layers, missing, recipe)
+    for layer in set(layers) - set(missing):
+        _load(where, layer, recipe)
     return missing
 
 

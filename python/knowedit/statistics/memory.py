@@ -15,6 +15,7 @@ from .batching import Piece, batches
 logger = logging.getLogger(__name__)
 
 ON_A_CPU = 1024  # tokens: more are no faster there, leave the caches, and slow down other processes
+WAITING = 16_384  # keys of a layer that wait on a GPU until they are summed together
 PACKED_ERROR = {torch.float32: 1e-4}  # keys of packed texts against the same texts alone, relative
 PACKED_ERROR_HALF = 5e-2  # bfloat16 and float16: other kernels round otherwise
 
@@ -23,14 +24,23 @@ def token_budget(model: EditableModel, layers: Sequence[int]) -> int:
     """Tokens a batch, from the memory that is free on the GPUs; `ON_A_CPU` on a CPU.
 
     A token takes its keys of all `layers` (they are kept until the pass is over), three more vectors of the MLP, and
-    about twelve of the hidden size (normed states, queries, keys, values, residuals); half of what is free is used.
+    about twelve of the hidden size (normed states, queries, keys, values, residuals); half of what is free, once the keys
+    that wait to be summed have their place, is used.
     """
     devices = {model.weight(layer).device for layer in layers}
     if any(device.type != "cuda" for device in devices):
         return ON_A_CPU
-    free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+    free = min(map(spare, devices)) - len(layers) * WAITING * model.d_ff * model.dtype.itemsize
     a_token = model.dtype.itemsize * ((len(layers) + 3) * model.d_ff + 12 * model.hidden)
     return max(int(free / 2 / a_token), 256)
+
+
+def spare(device: torch.device) -> float:
+    """Bytes that are free on a GPU, those that torch keeps for itself included; infinite for a CPU."""
+    if device.type != "cuda":
+        return float("inf")
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def keep_few_compiled_shapes() -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from knowedit_kernels import SecondMoment
+
 from ..errors import KnowEditError, StatisticsError
 
 T = TypeVar("T")
@@ -62,6 +64,13 @@ class Ranks:
                 dist.reduce(tensor, owner)
         return tensor
 
+    def total(self, moment: SecondMoment) -> SecondMoment:
+        """Everyone's sums added up, on every rank."""
+        if self.size > 1:
+            with _another_died():
+                moment.all_reduce()
+        return moment
+
     def first(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, on every rank; a KnowEditError or OSError it raises there is raised on all."""
         found: tuple[T | None, KnowEditError | OSError | None] = (None, None)
@@ -101,6 +110,8 @@ def started() -> Iterator[Ranks]:
 def _another_died() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # what gloo and NCCL raise when a connection ends or nobody answers
         raise StatisticsError(
             f"another rank ended or does not answer ({str(error).splitlines()[0][:200]}); "

@@ -34,13 +34,15 @@ State = dict[tuple[int, int], dict[str, Tensor]]  # of (half, layer): `SecondMom
 
 @dataclass
 class Place:
-    """How far a collection is, the same on every rank: windows done, documents of each lane, keys of each half."""
+    """How far a collection is, the same on every rank: windows done, documents of each lane, keys of each half, what was
+    estimated, and which commits of hub data sets are read."""
 
     windows: int
     taken: list[int]
     counts: list[int]
     looks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     converged: bool = False
+    commits: dict[str, str] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -52,15 +54,14 @@ class Checkpoints:
 
     def __init__(self, where: Path, layers: Sequence[int], recipe: Recipe, ranks: Ranks) -> None:
         self.where, self.ranks, self.layers = where, ranks, set(layers)
-        what = json.dumps([list(layers), asdict(recipe)], sort_keys=True)
-        self._tag = hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
+        self._tag = _tag(layers, recipe)
 
     def save(self, place: Place, seen: Seen, moments: Mapping[tuple[int, int], SecondMoment]) -> None:
-        """Write this rank's file; when all have, drop the older ones. A disk that is full is a warning: the run goes on."""
+        """Write this rank's file; when all have, drop the older ones, else these. A full disk is a warning: the run goes on."""
         tensors = {f"{half}.{layer}.{k}": v for (half, layer), m in moments.items() for k, v in m.state_dict().items()}
-        written = True
+        path, written = self._file(place.windows, self.ranks.rank, self.ranks.size), True
         try:
-            store.write(self._file(place.windows, self.ranks.rank, self.ranks.size), tensors, {**asdict(place), **asdict(seen)})
+            store.write(path, tensors, {**asdict(place), **asdict(seen)})
         except StatisticsError as error:
             written = False
             logger.warning("no checkpoint: %s", error)
@@ -68,6 +69,8 @@ class Checkpoints:
             for windows, rank, size in self._visible():
                 if windows < place.windows:
                     self._file(windows, rank, size).unlink(missing_ok=True)
+        else:
+            path.unlink(missing_ok=True)
 
     def load(self) -> tuple[Place, Seen | None, State] | None:
         """What this rank goes on from (a rank that starts from zero: only the place), or None.
@@ -78,12 +81,22 @@ class Checkpoints:
         visible = self.ranks.gather(self._visible())
         for windows, size in sorted({(w, s) for w, _, s in set().union(*visible)}, reverse=True):
             if size == self.ranks.size and all((windows, rank, size) in seen for rank, seen in enumerate(visible)):
-                return self._read([(windows, self.ranks.rank, size)])
+                found = self._read([(windows, self.ranks.rank, size)])
+                self._keep_only(windows, size)
+                return found
             if all((windows, rank, size) in visible[0] for rank in range(size)):
                 mine = self._read([(windows, r, size) for r in range(size)]) if self.ranks.rank == 0 else None
                 place = self.ranks.gather(mine and mine[0])[0]
+                self._keep_only(windows, size)
                 return mine or (place, None, {})  # type: ignore[return-value]
+        self._keep_only(-1, 0)
         return None
+
+    def _keep_only(self, windows: int, size: int) -> None:
+        """Delete the files of all other sets: one that was never completed could be completed by files of another run."""
+        for file in self._visible():
+            if (file[0], file[2]) != (windows, size):
+                self._file(*file).unlink(missing_ok=True)
 
     def drop(self) -> None:
         """When the result is written: delete all files, and those of other sets of layers with one of these in it."""
@@ -91,11 +104,8 @@ class Checkpoints:
         for windows, rank, size in self._visible():
             self._file(windows, rank, size).unlink(missing_ok=True)
         for path in self.where.glob("checkpoint-*.safetensors") if self.ranks.rank == 0 else ():
-            with suppress(SafetensorError, FileNotFoundError):
-                with safe_open(path, framework="pt") as file:
-                    layers = {int(name.split(".")[1]) for name in file.keys()}  # noqa: SIM118
-                if layers & self.layers:
-                    path.unlink(missing_ok=True)
+            if _layers_in(path) & self.layers:
+                path.unlink(missing_ok=True)
 
     def _read(self, files: Sequence[tuple[int, int, int]]) -> tuple[Place, Seen, State]:
         """The sum of some ranks' files."""
@@ -105,7 +115,7 @@ class Checkpoints:
         for file in files:
             header, tensors = store.read(self._file(*file))
             part = Seen(header["norms"], header["padded"], header["text"])
-            place = Place(*(header[name] for name in ("windows", "taken", "counts", "looks", "converged")))
+            place = Place(*(header[name] for name in ("windows", "taken", "counts", "looks", "converged", "commits")))
             seen = seen.add(part) if seen else part
             for name, tensor in tensors.items():
                 half, layer, kind = name.split(".")
@@ -121,3 +131,26 @@ class Checkpoints:
         pattern = re.compile(rf"checkpoint-{self._tag}\.(\d+)\.(\d+)-of-(\d+)\.safetensors")
         found = (pattern.fullmatch(path.name) for path in self.where.glob(f"checkpoint-{self._tag}.*"))
         return {(int(m[1]), int(m[2]), int(m[3])) for m in found if m}
+
+
+def begun(where: Path, layers: Sequence[int], missing: Sequence[int], recipe: Recipe) -> list[int]:
+    """The layers to collect when `missing` of `layers` are: with those that an earlier run collected together with them, if it
+    ended while it wrote its results and left its checkpoint."""
+    for path in sorted(where.glob("checkpoint-*.safetensors")):
+        inside = _layers_in(path)
+        mine = path.name.startswith(f"checkpoint-{_tag(sorted(inside), recipe)}.")
+        if mine and set(missing) <= inside <= set(layers):
+            return sorted(inside)
+    return list(missing)
+
+
+def _tag(layers: Sequence[int], recipe: Recipe) -> str:
+    what = json.dumps([list(layers), asdict(recipe)], sort_keys=True)
+    return hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
+
+
+def _layers_in(path: Path) -> set[int]:
+    """Whose sums a checkpoint holds; none where it is damaged."""
+    with suppress(SafetensorError, FileNotFoundError), safe_open(path, framework="pt") as file:
+        return {int(name.split(".")[1]) for name in file.keys()}  # noqa: SIM118
+    return set()

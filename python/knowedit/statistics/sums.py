@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,18 +45,34 @@ class Sums:
     Args:
         budget: tokens a batch; None: from the memory that is free.
         packed: several texts a row; None: on a GPU. Either way only where the model is seen to keep them apart.
+        halves: how many halves to keep apart, 1 or 2.
 
     Attributes:
         seen: norms and padding.
-        moments: of (half, layer); made when they are first needed.
+        moments: of (half, layer).
+
+    Raises:
+        StatisticsError: the sums do not fit into memory.
     """
 
     def __init__(
-        self, model: EditableModel, layers: Sequence[int], precision: str, budget: int | None = None, packed: bool | None = None
-    ) -> None:
+        self, model: EditableModel, layers: Sequence[int], precision: str, budget: int | None = None,
+        packed: bool | None = None, halves: int = 2,
+    ) -> None:  # fmt: skip
         self.model, self.layers, self.precision = model, list(layers), precision
         self.seen = Seen.nothing(layers)
         self.moments: dict[tuple[int, int], SecondMoment] = {}
+        try:
+            for half, layer in itertools.product(range(halves), self.layers):
+                self.moment(half, layer)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = 8e-9 * model.d_ff**2 * halves * len(self.layers)
+            raise StatisticsError(
+                f"the sums of {len(self.layers)} layers take {size:.1f} GB, which do not fit into memory beside the model; "
+                "collect fewer layers at a time" + (", or halves=False (--no-halves), which takes half" if halves > 1 else "")
+            ) from error
         self.budget = budget or token_budget(model, layers)
         wanted = model.device.type == "cuda" if packed is None else packed
         self.packed = wanted and packs(model, max(layers))
@@ -119,6 +136,13 @@ class Sums:
                 update_together([self.moment(half, layer, device) for layer in here], [keys[layer] for layer in here], keep)
             except ValueError as error:
                 raise self._complaint(batch, keys, error) from error
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise StatisticsError(
+                    f"out of memory while the keys of {batch.tokens} tokens were summed; give a budget (--batch-tokens) below "
+                    "that and start again: what was checkpointed is kept"
+                ) from error
             counts = int(batch.first.sum()), int((batch.keep & ~batch.first).sum())
             for layer in here:
                 norm = torch.linalg.vector_norm(keys[layer], dim=-1, dtype=torch.float32).double()

@@ -8,6 +8,7 @@ lane `n mod lanes`: a rank opens the lanes it needs. Window `n` of "self" is the
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import itertools
 import json
@@ -15,9 +16,10 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 SIZE = 32_768  # characters of a window: about 8,000 tokens, enough to sort and to fill a batch
 SAMPLES = 64  # documents of a window of the model's own samples
-AHEAD = 4  # windows the worker process is ahead
+AHEAD = 16  # windows the worker process is ahead, and that a rank takes at most in one round
 WORTH_A_WORKER = 65_536  # tokens from which on a worker process and a cache of tokens pay
 CACHED = 2 << 30  # bytes of cached tokens to keep: about 500 million tokens
 
@@ -181,7 +183,7 @@ def ahead(reader: Reader, start: int, taken: Sequence[int], *, worker: bool) -> 
     try:
         loader = DataLoader(
             _Stream(reader, start, list(taken)), batch_size=None, num_workers=1, prefetch_factor=AHEAD,
-            multiprocessing_context="fork",
+            multiprocessing_context="fork", worker_init_fn=_outlived_by_no_one,
         )  # fmt: skip
         yield map(_unwrap, iter(loader))
     finally:
@@ -200,6 +202,14 @@ class _Stream(IterableDataset):
             yield from self.reader.windows(self.start, self.taken)
         except KnowEditError as error:
             yield error
+
+
+def _outlived_by_no_one(_worker: int) -> None:
+    """In the worker process: it ends with its parent (or it would keep the lock on the folder for a while), and it takes
+    a SIGTERM, which goes to all processes of a job, as a request to end soon, so that its parent can save first."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux only
 
 
 def _unwrap(item: Window | KnowEditError) -> Window:
