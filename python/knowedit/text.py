@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def at_commits(corpus: Corpus, known: Mapping[str, str]) -> Corpus:
     for part, weight in _parts(corpus):
         source = hub_source(part)
         pinned = str(replace(source, revision=known[str(source)])) if source else part
-        found.append(pinned if weight is None else f"{pinned}*{weight:g}")
+        found.append(pinned if weight is None else f"{pinned}*{Decimal(repr(weight)):f}")
     return found
 
 

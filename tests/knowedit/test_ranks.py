@@ -38,6 +38,13 @@ def slow(*arguments):
     time.sleep(float(pause))
     run(*arguments)
 collect.Collection._round = slow
+made = windows.Reader._tokenised
+def breaks(self, number, texts):
+    if number == int(os.environ["BROKEN"]):
+        raise windows.KnowEditError(f"window {number} cannot be read")
+    return made(self, number, texts)
+if "BROKEN" in os.environ:
+    windows.Reader._tokenised = breaks
 with started() as ranks:
     if float(pause):
         collect.AHEAD = 1  # a round a window, so that there is time to be killed
@@ -144,10 +151,21 @@ def test_a_dead_rank_ends_the_job_and_any_number_go_on(place):
     assert not list(place.glob("cut*/checkpoint*"))
 
 
+@pytest.mark.parametrize("broken", ["0", "7"])
+def test_a_corpus_that_breaks_leaves_a_checkpoint_of_everything_before_it(place, broken):
+    process = start(place, 2, "run.py", "model", "corpus.txt", "cut", "0", BROKEN=broken, EVERY="1000")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and errors.count(f"KnowEditError: window {broken} cannot be read")
+    left = sorted(path.name.split(".", 1)[1] for path in (place / "cut").glob("checkpoint*"))
+    assert left == ([f"000000{broken}.{rank}-of-2.safetensors" for rank in (0, 1)] if broken != "0" else [])
+    whole, again = collect(place, 1, "whole"), collect(place, 2, "cut")
+    assert differ(again, whole) <= 1e-12 and again[1].count == 2500
+
+
 def test_a_job_that_is_told_to_end_saves_first(place):
     """As SLURM and torchrun do it: SIGTERM, and some seconds later SIGKILL."""
     whole = collect(place, 2, "whole")
-    process, ready = start(place, 2, "run.py", "model", "corpus.txt", "cut", "0.3", EVERY="1000"), 0
+    process, ready = start(place, 2, "run.py", "model", "corpus.txt", "cut", "1", EVERY="1000"), 0
     for line in process.stdout:
         ready += line.startswith("rank")
         if ready == 2:

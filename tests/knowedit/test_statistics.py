@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from knowedit.datasets import load
 from knowedit.errors import ModelError, StatisticsError
-from knowedit.statistics import KeyStatistics, collect, key_statistics, keys, resume, store, sums, windows
+from knowedit.statistics import KeyStatistics, collect, key_statistics, keys, looks, resume, store, sums, windows
 from knowedit.statistics.ranks import Ranks
 from knowedit.text import CorpusError, documents
 from knowedit_kernels import SecondMoment
@@ -216,6 +216,40 @@ def test_an_incomplete_set_of_checkpoints_is_deleted(tiny_llama, corpus, tmp_pat
     assert found is not None and found[0].windows == 3 and not stale.exists() and files._file(3, 0, 1).exists()
 
 
+def test_checkpoints_that_cannot_be_gone_on_from_are_kept_aside(tiny_llama, tmp_path, caplog):
+    """As on a node that sees its own disk only, started with another number of ranks."""
+    recipe = store.Recipe(tiny_llama.fingerprint, {"name": "c"}, 100, 64, True, 0)
+    files = resume.Checkpoints(tmp_path, [1], recipe, Ranks())
+    assert files.save(resume.Place(3, [5], [9, 9]), sums.Seen.nothing([1]), {(0, 1): SecondMoment(8)})
+    mine = files._file(3, 1, 2)
+    files._file(3, 0, 1).rename(mine)
+    assert files.load() is None and "not those of all 2 ranks" in caplog.text
+    assert not mine.exists() and mine.with_name(mine.name + ".incomplete").exists()
+    files.drop()
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_a_checkpoint_is_written_once_and_outlives_a_full_disk(tiny_llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "SIZE", 200)
+    real, writes = store.save_file, []
+
+    def counted(tensors, path, **named):
+        writes.append(path)
+        real(tensors, path, **named)
+
+    def breaks(self, number, texts, made=windows.Reader._tokenised):
+        if number == 4:
+            raise CorpusError("the hub cannot be reached")
+        return made(self, number, texts)
+
+    monkeypatch.setattr(store, "save_file", counted)
+    monkeypatch.setattr(windows.Reader, "_tokenised", breaks)
+    for _ in range(3):  # the second and third time there is nothing new to write
+        with pytest.raises(CorpusError, match="cannot be reached"):
+            key_statistics(tiny_llama, [1], corpus, 1500, directory=tmp_path / "s")
+        assert len(writes) == 1 and len(list((tmp_path / "s").glob("checkpoint*"))) == 1
+
+
 def test_sums_that_do_not_fit_are_told_with_their_size(tiny_llama, monkeypatch):
     def none_left(self, half, layer, device=None):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -229,7 +263,7 @@ def test_sums_that_do_not_fit_are_told_with_their_size(tiny_llama, monkeypatch):
 
 def test_no_memory_for_an_estimate_costs_the_estimate_alone(tiny_llama, corpus, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(windows, "SIZE", 200)
-    monkeypatch.setattr(collect, "spare", lambda device: 0)
+    monkeypatch.setattr(looks, "spare", lambda device: 0)
     found = key_statistics(tiny_llama, [1], corpus, 1500, directory=tmp_path / "s")
     assert found[1].count == 1500 and not found[1].extra["convergence"] and "too little memory" in caplog.text
 

@@ -189,11 +189,12 @@ def test_a_hub_data_set_stays_at_its_commit(monkeypatch, own_cache, caplog):
         "huggingface_hub.HfApi.dataset_info",
         lambda _, name, revision, timeout: SimpleNamespace(sha=head[revision or "main"]),
     )
-    corpus = ["wikipedia*3", "hf:o/n@v2::body", "notes.txt"]
+    corpus = ["wikipedia*4700000.00001", "hf:o/n@v2::body", "notes.txt"]
     found = commits(corpus)
     assert list(found.values()) == ["a" * 40, "b" * 40] and commits("self") == commits("notes.txt") == {}
     pinned = at_commits(corpus, found)
-    assert pinned == [f"hf:wikimedia/wikipedia@{'a' * 40}:20231101.en:text*3", f"hf:o/n@{'b' * 40}::body", "notes.txt"]
+    wikipedia = f"hf:wikimedia/wikipedia@{'a' * 40}:20231101.en:text"
+    assert pinned == [wikipedia + "*4700000.00001", f"hf:o/n@{'b' * 40}::body", "notes.txt"]
     assert at_commits("notes.txt", {}) == "notes.txt"
     assert hub.hub_source(pinned[1]) == hub.HubSource("o/n", "b" * 40, None, "body")
 
@@ -202,7 +203,7 @@ def test_a_hub_data_set_stays_at_its_commit(monkeypatch, own_cache, caplog):
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
     assert commits(corpus) == found and "wikimedia/wikipedia as it was the last time" in caplog.text
-    assert commits(pinned) == {part: "a" * 40 if "wiki" in part else "b" * 40 for part in (pinned[0][:-2], pinned[1])}
+    assert commits(pinned) == {wikipedia: "a" * 40, pinned[1]: "b" * 40}
     with pytest.raises(CorpusError, match="other/set.*cannot be streamed from the hub.*no route"):
         commits("hf:other/set")
 

@@ -21,14 +21,12 @@ from importlib import metadata
 from operator import itemgetter
 from pathlib import Path
 
-from torch import Tensor
-
 from ..errors import KnowEditError, StatisticsError
 from ..model import EditableModel
 from ..text import Corpus, at_commits, commits, lanes_of
-from . import convergence, store
+from . import store
 from .batching import trim
-from .memory import spare
+from .looks import Looks
 from .meter import Meter, metered
 from .ranks import Ranks
 from .resume import Checkpoints, Place
@@ -75,10 +73,10 @@ class Collection:
         self.place = Place(0, [0] * lanes_of(corpus), [0, 0])
         self.sums = Sums(model, layers, recipe.precision, settings.budget, settings.packed, 1 + settings.halves)
         self.checkpoints = Checkpoints(where, self.layers, recipe, ranks)
-        self._probes: dict[int, Tensor] = {}
+        self.looks = Looks(self.sums, recipe, ranks)
         self._dry: set[int] = set()  # lanes of the corpus that have ended
         self._each, self._began = 1, time.monotonic()  # windows of each rank in a round; when the last one began
-        self._saved, self._spent = time.monotonic(), 0.0
+        self._saved, self._spent, self._safe = time.monotonic(), 0.0, 0  # when, for how long, and which place
         self._ended = False  # by a SIGTERM
 
     # -- the main path --------------------------------------------------------------------------------------------
@@ -103,9 +101,12 @@ class Collection:
         ):
             meter.resumed(place.count)
             while place.count < self.recipe.tokens and not place.converged and len(self._dry) < len(place.taken):
-                self._round(source, min(place.windows + self._each * self.ranks.size, self._next_look()), meter)
-            if self.settings.halves and not place.converged and not self._looked():
-                self._look(meter)
+                end = place.windows + self._each * self.ranks.size
+                self._round(source, min(end, self.looks.following(place.windows)), meter)
+            self._end_if_told(any(self.ranks.gather(self._ended)))
+            if self.settings.halves and not place.converged:
+                self.looks.last(place, meter)
+                self._end_if_told(any(self.ranks.gather(self._ended)))
             meter.say("done")
         self._check_end()
 
@@ -124,11 +125,9 @@ class Collection:
         quick, self._began = now - self._began < ROUND, now
         sizes = {number: (window.count, window.documents) for number, window in mine.items()}
         said = self.ranks.gather((sizes, problem, due, quick, self._ended))
-        told = any(ended for *_, ended in said)
-        if place.windows and (told or said[0][2]):  # rank 0's clock counts
+        self._end_if_told(any(ended for *_, ended in said))
+        if said[0][2]:  # rank 0's clock counts
             self._save()
-        if told:
-            raise StatisticsError("told to end (SIGTERM): start again to go on from the last checkpoint")
         problems = [problem for _, problem, *_ in said if problem is not None]
         end = min([end, *(number for number, _ in problems)])
         for number in range(place.windows, end):
@@ -143,13 +142,12 @@ class Collection:
                 self._dry.add(number % len(place.taken))
             meter.counted(used)
         place.windows = end
-        if problems:
-            if end:
-                self._save()
+        if problems and place.count < self.recipe.tokens:
+            self._save()
             raise min(problems, key=itemgetter(0))[1]
         self._each = self._next_round(quick=said[0][3])
-        if self.settings.halves and end in self._looks(end):
-            self._look(meter)
+        if self.settings.halves and end in self.looks.numbers(end):
+            self.looks.look(place, meter)
 
     def _next_round(self, *, quick: bool) -> int:
         """How many windows each rank takes next: one by itself; several twice as many after a quick round, as long as that
@@ -170,7 +168,12 @@ class Collection:
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+    def _end_if_told(self, told: bool) -> None:
+        if told:
+            self._save()
+            raise StatisticsError("told to end (SIGTERM): start again to go on from the last checkpoint")
 
     @property
     def short(self) -> bool:
@@ -196,61 +199,15 @@ class Collection:
             reader.cache = token_cache(self.model, reader)
         return reader
 
-    # -- convergence ------------------------------------------------------------------------------------------------
-
-    def _looks(self, until: int) -> list[int]:
-        """The numbers of windows after which to look, up to the first beyond `until`; rarely when nothing hangs on it."""
-        often = self.recipe.until != "tokens"
-        looks = [2 if often else 8]
-        while looks[-1] <= until:
-            looks.append(max(looks[-1] + 1, int(looks[-1] * convergence.GROWTH)) if often else 4 * looks[-1])
-        return looks
-
-    def _next_look(self) -> int:
-        return self._looks(self.place.windows)[-1]
-
-    def _looked(self) -> bool:
-        """Whether the last look was at all tokens that are here, or there are too few for one."""
-        looks = next(iter(self.place.looks.values()), [])
-        return bool(looks and looks[-1]["tokens"] == self.place.count)
-
-    def _look(self, meter: Meter) -> None:
-        """Estimate the error of each layer, each on another rank."""
-        place, recipe = self.place, self.recipe
-        if not convergence.enough(place.counts, self.model.d_ff):
-            return
-        if not all(self.ranks.gather(self._room())):
-            logger.warning("no estimate after %d tokens: too little memory for it beside the sums", place.count)
-            return
-        self._probes = self._probes or convergence.probe_keys(self.model, self.layers)
-        mine: dict[int, dict[str, convergence.Error]] = {}
-        for number, layer in enumerate(self.layers, place.windows // self.ranks.size):  # not always the same rank has one more
-            owner = number % self.ranks.size
-            sums = [self.ranks.add(self.sums.moment(half, layer).sum(), owner) for half in (0, 1)]
-            if self.ranks.rank == owner:
-                try:
-                    wide = recipe.until == "converged"
-                    mine[layer] = convergence.compare(sums, place.counts, self._probes[layer], null_space=wide)
-                except StatisticsError as error:
-                    logger.info("layer %d: no estimate yet: %s", layer, error)
-        found = {layer: errors for part in self.ranks.gather(mine) for layer, errors in part.items()}
-        for layer in found:
-            place.looks.setdefault(str(layer), []).append(convergence.record(place.count, found, layer))
-        measures = {"tokens": (), "solve": ("solve",), "converged": ("solve", "null_space")}[recipe.until]
-        if recipe.tolerance is not None and len(found) == len(self.layers):
-            place.converged = all(convergence.worst(found, measure) <= recipe.tolerance for measure in measures)
-        shown = ("solve", "null_space") if recipe.until == "converged" else ("solve",)
-        meter.looked({measure: convergence.worst(found, measure) for measure in shown} if found else {})
-
-    def _room(self) -> bool:
-        """Whether this rank can estimate: both halves' sums, and the factor and workspace of one of them."""
-        return min(spare(self.model.weight(layer).device) for layer in self.layers) > 6 * 8 * self.model.d_ff**2
-
     # -- files ------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        """A checkpoint, unless there is one of this place already."""
+        if self.place.windows == self._safe:
+            return
         start = time.monotonic()
-        self.checkpoints.save(self.place, self.sums.seen, self.sums.moments)
+        if self.checkpoints.save(self.place, self.sums.seen, self.sums.moments):
+            self._safe = self.place.windows
         self._saved = time.monotonic()
         if self._saved - start > max(self.settings.checkpoint_every / 20, self._spent) and self.ranks.rank == 0:
             minutes = (self._saved - start) / 3
@@ -260,10 +217,11 @@ class Collection:
     def _resume(self) -> None:
         if (found := self.checkpoints.load()) is not None:
             self.place, seen, states = found
+            self._safe = self.place.windows
             self.sums.seen = seen or self.sums.seen
             for (half, layer), state in states.items():
                 self.sums.moment(half, layer).load_state_dict(state)
-        else:
+        if not self.place.commits:
             self.place.commits = self.ranks.first(lambda: commits(self.corpus))
 
     def finish(self, recipe: Recipe, where: Path) -> dict[int, LayerStatistics]:

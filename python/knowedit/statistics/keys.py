@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -214,7 +215,9 @@ def key_statistics(
             collection.run()
             if collection.short:
                 recipe = replace(recipe, tokens=collection.place.count)
-                where = Path(directory) if directory else store.folder(model.name, recipe)
+                if not directory:
+                    where = store.folder(model.name, recipe)
+                    ranks.first(partial(_hold, where, held))
             found |= collection.finish(recipe, where)
             if collection.short:
                 raise StatisticsError(
@@ -231,11 +234,8 @@ def _missing(where: Path, layers: Sequence[int], recipe: Recipe, held: ExitStack
         return [layer for layer in layers if not store.layer_file(where, layer).exists()]
 
     if absent():
-        try:
-            held.enter_context(FileLock(where / "lock").acquire(timeout=PATIENCE))
-        except Timeout as error:
-            raise StatisticsError(f"another run is collecting into {where}; wait for it, or use another folder") from error
-        for part in where.glob(".*.part"):  # of a run that was killed while it wrote
+        _hold(where, held)
+        for part in (*where.glob(".layer-*.part"), *where.glob(".checkpoint-*.part")):  # of a run killed while it wrote
             part.unlink(missing_ok=True)
     missing = absent()  # another run may have written them before it let go of the lock
     if missing:
@@ -243,6 +243,14 @@ def _missing(where: Path, layers: Sequence[int], recipe: Recipe, held: ExitStack
     for layer in set(layers) - set(missing):
         _load(where, layer, recipe)
     return missing
+
+
+def _hold(where: Path, held: ExitStack) -> None:
+    """Lock a folder. Raises StatisticsError when another run has done so."""
+    try:
+        held.enter_context(FileLock(where / "lock").acquire(timeout=PATIENCE))
+    except Timeout as error:
+        raise StatisticsError(f"another run is collecting into {where}; wait for it, or use another folder") from error
 
 
 def _load(where: Path, layer: int, recipe: Recipe) -> LayerStatistics:

@@ -29,6 +29,7 @@ from .sums import Seen
 
 logger = logging.getLogger(__name__)
 
+INCOMPLETE = ".incomplete"  # behind the name of a checkpoint that could not be gone on from
 State = dict[tuple[int, int], dict[str, Tensor]]  # of (half, layer): `SecondMoment.state_dict`
 
 
@@ -56,8 +57,9 @@ class Checkpoints:
         self.where, self.ranks, self.layers = where, ranks, set(layers)
         self._tag = _tag(layers, recipe)
 
-    def save(self, place: Place, seen: Seen, moments: Mapping[tuple[int, int], SecondMoment]) -> None:
-        """Write this rank's file; when all have, drop the older ones, else these. A full disk is a warning: the run goes on."""
+    def save(self, place: Place, seen: Seen, moments: Mapping[tuple[int, int], SecondMoment]) -> bool:
+        """Write this rank's file; when all have, drop the older ones, else these. A full disk is a warning: the run goes on.
+        Returns whether all have."""
         tensors = {f"{half}.{layer}.{k}": v for (half, layer), m in moments.items() for k, v in m.state_dict().items()}
         path, written = self._file(place.windows, self.ranks.rank, self.ranks.size), True
         try:
@@ -65,12 +67,13 @@ class Checkpoints:
         except StatisticsError as error:
             written = False
             logger.warning("no checkpoint: %s", error)
-        if all(self.ranks.gather(written)):
+        if complete := all(self.ranks.gather(written)):
             for windows, rank, size in self._visible():
                 if windows < place.windows:
                     self._file(windows, rank, size).unlink(missing_ok=True)
         else:
             path.unlink(missing_ok=True)
+        return complete
 
     def load(self) -> tuple[Place, Seen | None, State] | None:
         """What this rank goes on from (a rank that starts from zero: only the place), or None.
@@ -89,7 +92,11 @@ class Checkpoints:
                 place = self.ranks.gather(mine and mine[0])[0]
                 self._keep_only(windows, size)
                 return mine or (place, None, {})  # type: ignore[return-value]
-        self._keep_only(-1, 0)
+        for file in self._visible():  # out of the way, or files of another run could complete their set
+            path = self._file(*file)
+            logger.warning("starting from zero: %s is there, but not those of all %d ranks, which it takes", path, file[2])
+            with suppress(FileNotFoundError):  # another rank was faster
+                path.rename(path.with_name(path.name + INCOMPLETE))
         return None
 
     def _keep_only(self, windows: int, size: int) -> None:
@@ -103,6 +110,8 @@ class Checkpoints:
         self.ranks.gather(None)
         for windows, rank, size in self._visible():
             self._file(windows, rank, size).unlink(missing_ok=True)
+        for path in self.where.glob(f"checkpoint-{self._tag}.*{INCOMPLETE}"):
+            path.unlink(missing_ok=True)
         for path in self.where.glob("checkpoint-*.safetensors") if self.ranks.rank == 0 else ():
             if _layers_in(path) & self.layers:
                 path.unlink(missing_ok=True)
@@ -115,7 +124,8 @@ class Checkpoints:
         for file in files:
             header, tensors = store.read(self._file(*file))
             part = Seen(header["norms"], header["padded"], header["text"])
-            place = Place(*(header[name] for name in ("windows", "taken", "counts", "looks", "converged", "commits")))
+            known = {name: header[name] for name in ("windows", "taken", "counts", "looks", "converged")}
+            place = Place(**known, commits=header.get("commits", {}))
             seen = seen.add(part) if seen else part
             for name, tensor in tensors.items():
                 half, layer, kind = name.split(".")

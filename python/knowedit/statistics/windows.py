@@ -18,9 +18,10 @@ import multiprocessing
 import os
 import signal
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +179,22 @@ def ahead(reader: Reader, start: int, taken: Sequence[int], *, worker: bool) -> 
     if not worker or reader.corpus == "self" or "fork" not in multiprocessing.get_all_start_methods():
         yield reader.windows(start, taken)
         return
+    workers: list[BaseProcess] = []
+    items: Generator[Window] | None = None
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = before or "false"  # or it warns of the fork
     try:
-        loader = DataLoader(
+        loader: DataLoader[Window | KnowEditError] = DataLoader(
             _Stream(reader, start, list(taken)), batch_size=None, num_workers=1, prefetch_factor=AHEAD,
             multiprocessing_context="fork", worker_init_fn=_outlived_by_no_one,
         )  # fmt: skip
-        yield map(_unwrap, iter(loader))
+        items = _items(loader, workers)
+        yield items
     finally:
+        if items:
+            items.close()  # ends the worker, unless it waits for the hub
+        for worker_process in workers:
+            worker_process.kill()
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
 
@@ -204,10 +212,17 @@ class _Stream(IterableDataset):
             yield error
 
 
+def _items(loader: DataLoader[Window | KnowEditError], workers: list[BaseProcess]) -> Generator[Window]:
+    """What the loader yields; its processes go into `workers`."""
+    found = iter(loader)
+    workers += getattr(found, "_workers", [])
+    yield from map(_unwrap, found)
+
+
 def _outlived_by_no_one(_worker: int) -> None:
-    """In the worker process: it ends with its parent (or it would keep the lock on the folder for a while), and it takes
-    a SIGTERM, which goes to all processes of a job, as a request to end soon, so that its parent can save first."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    """In the worker process: it ends with its parent (or it would keep the lock on the folder for a while), and leaves
+    a SIGTERM, which goes to all processes of a job, to its parent, who saves first."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux only
 
