@@ -16,6 +16,7 @@ from ..errors import StatisticsError
 from ..model import EditableModel
 from .batching import Batch, Piece, batches
 from .memory import is_out_of_memory, packs, token_budget
+from .onednn import fast_linear
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,9 @@ class Sums:
         device = self.model.device
         try:
             positions = None if batch.positions is None else batch.positions.to(device)
-            self.model.forward_to(max(self.layers), batch.ids.to(device), keys.__setitem__, self.layers, positions=positions)
+            with fast_linear():
+                deepest, ids = max(self.layers), batch.ids.to(device)
+                self.model.forward_to(deepest, ids, keys.__setitem__, self.layers, positions=positions)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
