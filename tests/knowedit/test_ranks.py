@@ -37,6 +37,8 @@ run = collect.Collection._round
 def slow(*arguments):
     time.sleep(float(pause))
     run(*arguments)
+    with open("rounds", "a") as file:
+        file.write("x")
 collect.Collection._round = slow
 made = windows.Reader._tokenised
 def breaks(self, number, texts):
@@ -165,12 +167,11 @@ def test_a_corpus_that_breaks_leaves_a_checkpoint_of_everything_before_it(place,
 def test_a_job_that_is_told_to_end_saves_first(place):
     """As SLURM and torchrun do it: SIGTERM, and some seconds later SIGKILL."""
     whole = collect(place, 2, "whole")
-    process, ready = start(place, 2, "run.py", "model", "corpus.txt", "cut", "1", EVERY="1000"), 0
-    for line in process.stdout:
-        ready += line.startswith("rank")
-        if ready == 2:
-            break
-    time.sleep(2)
+    rounds = place / "rounds"
+    rounds.unlink()
+    process = start(place, 2, "run.py", "model", "corpus.txt", "cut", "1", EVERY="1000")
+    while (not rounds.exists() or rounds.stat().st_size < 4) and process.poll() is None:
+        time.sleep(0.01)
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "told to end (SIGTERM): start again" in errors
