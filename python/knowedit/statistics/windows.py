@@ -186,7 +186,7 @@ def ahead(reader: Reader, start: int, taken: Sequence[int], *, worker: bool) -> 
     try:
         loader: DataLoader[Window | KnowEditError] = DataLoader(
             _Stream(reader, start, list(taken)), batch_size=None, num_workers=1, prefetch_factor=AHEAD,
-            multiprocessing_context="fork", worker_init_fn=_outlived_by_no_one,
+            multiprocessing_context="fork", worker_init_fn=_dies_with_its_parent,
         )  # fmt: skip
         items = _items(loader, workers)
         yield items
@@ -219,7 +219,7 @@ def _items(loader: DataLoader[Window | KnowEditError], workers: list[BaseProcess
     yield from map(_unwrap, found)
 
 
-def _outlived_by_no_one(_worker: int) -> None:
+def _dies_with_its_parent(_worker: int) -> None:
     """In the worker process: it ends with its parent (or it would keep the lock on the folder for a while), and leaves
     a SIGTERM, which goes to all processes of a job, to its parent, who saves first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
