@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -50,7 +49,7 @@ if "BROKEN" in os.environ:
 with started() as ranks:
     if float(pause):
         collect.AHEAD = 1  # a round a window, so that there is time to be killed
-        print(f"rank {ranks.rank} is {os.getpid()}", flush=True)
+        open("pids", "a").write(f"{ranks.rank} {os.getpid()}\\n")
     key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder,
                    checkpoint_every=float(os.environ.get("EVERY", 0)))
 if sys.platform == "linux":  # a thread that outlives the group may abort the process when the interpreter ends
@@ -127,18 +126,15 @@ def test_two_ranks_write_what_one_process_writes(place):
 def test_a_dead_rank_ends_the_job_and_any_number_go_on(place):
     whole = collect(place, 2, "whole")
     for pause in ("0.2", "1", "3"):  # slower, should the job have ended before it could be killed
-        process, workers = start(place, 2, "run.py", "model", "corpus.txt", "cut", pause), {}
-        for line in process.stdout:
-            if found := re.match(r"rank (\d) is (\d+)", line):
-                workers[int(found[1])] = int(found[2])
-                if len(workers) == 2:
-                    break
+        process = start(place, 2, "run.py", "model", "corpus.txt", "cut", pause)
         while not list((place / "cut").glob("checkpoint*.1-of-2.*")) and process.poll() is None:
             time.sleep(0.01)
         time.sleep(0.5)
         if process.poll() is None:
             break
+        (place / "pids").unlink()
         shutil.rmtree(place / "cut", ignore_errors=True)
+    workers = dict(map(int, line.split()) for line in (place / "pids").read_text().splitlines())
     os.kill(workers[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0 and "SIGKILL" in errors
