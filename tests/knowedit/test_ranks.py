@@ -13,11 +13,13 @@ import time
 import pytest
 import torch
 
-from knowedit.errors import StatisticsError
-from knowedit.statistics import KeyStatistics, key_statistics, windows
+from knowedit.errors import KnowEditError, StatisticsError
+from knowedit.statistics import KeyStatistics, key_statistics, rounds, windows
+from knowedit.statistics.batching import Piece
 from knowedit.statistics.collect import Collection, Settings
 from knowedit.statistics.ranks import Ranks
 from knowedit.statistics.resume import Place
+from knowedit.statistics.rounds import SECONDS, Rounds
 from knowedit.statistics.store import Recipe
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix strange potions".split()
@@ -26,7 +28,8 @@ STARTED: list[subprocess.Popen] = []
 
 PROGRAM = """
 import os, sys, time
-from knowedit.statistics import collect, windows
+from knowedit.errors import KnowEditError
+from knowedit.statistics import collect, rounds, windows
 from knowedit.model import load_model
 from knowedit.statistics.ranks import started
 from knowedit.statistics import key_statistics
@@ -42,13 +45,13 @@ collect.Collection._round = slow
 made = windows.Reader._tokenised
 def breaks(self, number, texts):
     if number == int(os.environ["BROKEN"]):
-        raise windows.KnowEditError(f"window {number} cannot be read")
+        raise KnowEditError(f"window {number} cannot be read")
     return made(self, number, texts)
 if "BROKEN" in os.environ:
     windows.Reader._tokenised = breaks
 with started() as ranks:
     if float(pause):
-        collect.AHEAD = 1  # a round a window, so that there is time to be killed
+        rounds.AHEAD = 1  # a round a window, so that there is time to be killed
         open("pids", "a").write(f"{ranks.rank} {os.getpid()}\\n")
     key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder,
                    checkpoint_every=float(os.environ.get("EVERY", 0)))
@@ -225,9 +228,9 @@ def test_a_rank_that_waits_starts_where_the_checkpoint_was(tiny_llama, place, mo
     monkeypatch.setattr(made, "_resume", lambda: setattr(made, "place", Place(5, taken, [0, 0])))
     found = []
 
-    def moves_on_first(source, end, meter):
+    def moves_on_first(rounds, meter):
         made.place.taken[0] += 3
-        found.extend(itertools.islice(source, 4))
+        found.extend([*rounds.told().mine.values(), *itertools.islice(rounds.source, 3)])
         made.place.converged = True
 
     monkeypatch.setattr(made, "_round", moves_on_first)
@@ -236,19 +239,48 @@ def test_a_rank_that_waits_starts_where_the_checkpoint_was(tiny_llama, place, mo
     assert found == whole[5:9]
 
 
-def test_rounds_grow_while_they_are_quick_and_no_larger_than_what_is_needed(tiny_llama, place):
-    recipe = Recipe(tiny_llama.fingerprint, {"name": "c"}, 10_000, 64, True, 0)
+def test_rounds_fill_their_seconds_and_are_no_larger_than_what_is_needed():
+    def each(ranks, seconds, windows, count):
+        made = Rounds(iter(()), Ranks(0, ranks), 10_000)
+        made.took(seconds, 2)
+        made.each = made._wanted()
+        made.fit(Place(windows, [0], [count, 0]))
+        return made.each
 
-    def each(ranks, before, quick, windows, count):
-        made = Collection(tiny_llama, [1], recipe, place, place / "corpus.txt", Settings(), Ranks(0, ranks))
-        made._each, made.place = before, Place(windows, [0], [count, 0])
-        return made._next_round(quick=quick)
+    assert each(1, 2 * SECONDS / 4, 4, 400) == 1  # by itself a process waits for nobody
+    assert each(2, 2 * SECONDS / 4, 4, 400) == 4 and each(2, 3 * SECONDS, 4, 400) == 1
+    assert each(2, 1e-3, 4, 400) == rounds.AHEAD
+    assert each(2, 1e-3, 90, 9_000) == 5 and each(2, 1e-3, 99, 9_900) == 1  # ten windows are missing, then one
+    assert each(2, 2 * SECONDS / 4, 2, 0) == 4  # windows without any text
 
-    assert each(1, 1, True, 4, 400) == 1  # by itself a process waits for nobody
-    assert each(2, 1, True, 4, 400) == 2 and each(2, 2, False, 4, 400) == 2
-    assert each(2, 16, True, 4, 400) == 16
-    assert each(2, 8, True, 90, 9_000) == 5 and each(2, 8, True, 99, 9_900) == 1  # ten windows are missing, then one
-    assert each(2, 4, True, 2, 0) == 8  # windows without any text
+
+def test_every_rank_hears_of_every_window_and_of_what_went_wrong(monkeypatch):
+    """Three ranks played one after the other: what they post is what each of them is told."""
+    posted, problem = [], KnowEditError("window 7 cannot be read")
+
+    def source(rank):
+        for number in itertools.count(3 + (rank - 3) % 3, 3):
+            if number == 7:
+                raise problem
+            yield windows.Window(number, number + 1, [Piece([0] * number, 1)])
+
+    def post(self, numbers):
+        posted.append(numbers)
+        return lambda: posted
+
+    monkeypatch.setattr(Ranks, "post", post)
+    monkeypatch.setattr(Ranks, "gather", lambda self, item: [None, problem, None])
+    made = [Rounds(source(rank), Ranks(rank, 3), 10**6) for rank in range(3)]
+    for rank, one in enumerate(made):
+        one.each = 2
+        one.took(SECONDS / 2, 1)
+        one.announce(Place(3, [0], [0, 0]), 100, due=rank == 0, ended=rank == 2)
+    for rank, one in enumerate(made):
+        now = one.told()
+        assert not one.announced and (now.start, now.end, now.problem) == (3, 7, problem)
+        assert now.sizes == {number: (number - 1, number + 1) for number in range(3, 7)}
+        assert {number for number in now.mine if number < 7} == set(range(3 + (rank - 3) % 3, 7, 3))
+        assert now.due and now.ended and one.each == 2
 
 
 def test_ranks_must_agree(tiny_llama, place, monkeypatch):

@@ -1,6 +1,7 @@
 """Windows: the worker process, the cache of tokens, errors in the middle of a corpus, and what stays when they happen."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -184,6 +185,32 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tiny_llama, corpus
     with pytest.raises(StatisticsError, match="No space left"):
         key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "t", checkpoint_every=0)
     assert list((tmp_path / "t").glob("checkpoint*"))
+
+
+def test_a_worker_that_is_killed_is_an_error_that_keeps_what_was_collected(tiny_llama, corpus, small, tmp_path, monkeypatch):
+    whole = key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "whole")
+    real = Reader._tokenised
+
+    def out_of_memory(self, number, texts):
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, number, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "_tokenised", out_of_memory)
+        with pytest.raises(CorpusError, match="was killed"):
+            key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "cut", worker=True)
+    (kept,) = (tmp_path / "cut").glob("checkpoint*")
+    assert 0 < sum(store.read(kept)[0]["counts"]) < 9000 and not multiprocessing.active_children()
+    again = key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "cut")
+    assert torch.equal(again[1].total, whole[1].total)
+
+
+def test_an_unforeseen_error_in_the_worker_is_raised_as_it_is(tiny_llama, corpus, small, monkeypatch):
+    monkeypatch.setattr(Reader, "_tokenised", lambda self, number, texts: 1 // 0)
+    reader = Reader(corpus, 0, tiny_llama.tokenizer, 50, True)
+    with pytest.raises(ZeroDivisionError), ahead(reader, 0, (), worker=True) as found:
+        next(found)
 
 
 ORPHAN = """

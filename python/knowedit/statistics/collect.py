@@ -1,6 +1,6 @@
 """One collection: windows of a corpus through the model, keys into second moments, on one process or many.
 
-    round:  every rank takes its next windows -> all hear how many keys each has -> each trims its own, so that exactly the
+    round:  every rank has its next windows -> all hear how many keys each has -> each trims its own, so that exactly the
             tokens asked for count, and runs them -> now and then: a checkpoint, a look at the convergence
 
 The keys, the batches and the blocks that are summed depend on the window alone, so any number of ranks gives the same
@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
-from operator import itemgetter
 from pathlib import Path
 
-from ..errors import KnowEditError, StatisticsError
+from ..errors import StatisticsError
 from ..model import EditableModel
 from ..text import Corpus, at_commits, commits, lanes_of
 from . import store
@@ -30,14 +29,12 @@ from .looks import Looks
 from .meter import Meter, metered
 from .ranks import Ranks
 from .resume import Checkpoints, Place
+from .rounds import Rounds
 from .store import LayerStatistics, Recipe
 from .sums import Seen, Sums
-from .windows import AHEAD, WORTH_A_WORKER, Reader, Window, ahead, token_cache
+from .windows import WORTH_A_WORKER, Reader, ahead, token_cache
 
 logger = logging.getLogger(__name__)
-
-ROUND = 10.0  # seconds that several ranks work between waiting for the slowest
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -75,7 +72,6 @@ class Collection:
         self.checkpoints = Checkpoints(where, self.layers, recipe, ranks)
         self.looks = Looks(self.sums, recipe, ranks)
         self._dry: set[int] = set()  # lanes of the corpus that have ended
-        self._each, self._began = 1, time.monotonic()  # windows of each rank in a round; when the last one began
         self._saved, self._spent, self._safe = time.monotonic(), 0.0, 0  # when, for how long, and which place
         self._ended = False  # by a SIGTERM
 
@@ -100,9 +96,11 @@ class Collection:
             self._until_told(),
         ):
             meter.resumed(place.count)
-            while place.count < self.recipe.tokens and not place.converged and len(self._dry) < len(place.taken):
-                end = place.windows + self._each * self.ranks.size
-                self._round(source, min(end, self.looks.following(place.windows)), meter)
+            rounds = Rounds(source, self.ranks, self.recipe.tokens)
+            if place.count < self.recipe.tokens and not place.converged:
+                self._announce(rounds)
+            while rounds.announced:
+                self._round(rounds, meter)
             self._end_if_told(any(self.ranks.gather(self._ended)))
             if self.settings.halves and not place.converged:
                 self.looks.last(place, meter)
@@ -110,53 +108,45 @@ class Collection:
             meter.say("done")
         self._check_end()
 
-    def _round(self, source: Iterator[Window], end: int, meter: Meter) -> None:
-        """The windows up to number `end`, `_each` of them for each rank, fewer for some at the end."""
-        place, size = self.place, self.ranks.size
-        mine: dict[int, Window] = {}
-        problem = None
-        try:
-            for number in range(place.windows + (self.ranks.rank - place.windows) % size, end, size):
-                mine[number] = next(source)
-        except KnowEditError as error:
-            problem = (number, error)
-        now = time.monotonic()
-        due = now - self._saved > max(self.settings.checkpoint_every, 20 * self._spent)
-        quick, self._began = now - self._began < ROUND, now
-        sizes = {number: (window.count, window.documents) for number, window in mine.items()}
-        said = self.ranks.gather((sizes, problem, due, quick, self._ended))
-        self._end_if_told(any(ended for *_, ended in said))
-        if said[0][2]:  # rank 0's clock counts
+    def _announce(self, rounds: Rounds) -> None:
+        due = time.monotonic() - self._saved > max(self.settings.checkpoint_every, 20 * self._spent)
+        rounds.announce(self.place, self.looks.following(self.place.windows), due=due, ended=self._ended)
+
+    def _round(self, rounds: Rounds, meter: Meter) -> None:
+        """The windows that were announced; several ranks announce the next ones before they begin with these."""
+        place, now = self.place, rounds.told()
+        self._end_if_told(now.ended)
+        if now.due:
             self._save()
-        problems = [problem for _, problem, *_ in said if problem is not None]
-        end = min([end, *(number for number, _ in problems)])
-        for number in range(place.windows, end):
-            count, documents = said[number % size][0][number]
-            used = min(count, self.recipe.tokens - place.count)
-            half = number % 2 if self.settings.halves else 0
-            if number in mine and used:
-                self.sums.add(half, trim(mine[number].pieces, used))
-            place.counts[half] += used
+        used: dict[int, int] = {}
+        for number, (count, documents) in now.sizes.items():
+            used[number] = min(count, self.recipe.tokens - place.count)
+            place.counts[self._half(number)] += used[number]
             place.taken[number % len(place.taken)] += documents
             if not documents:
                 self._dry.add(number % len(place.taken))
-            meter.counted(used)
-        place.windows = end
-        if problems and place.count < self.recipe.tokens:
+        place.windows = now.end
+        on = place.count < self.recipe.tokens and len(self._dry) < len(place.taken) and not now.problem
+        look = self.settings.halves and place.windows in self.looks.numbers(place.windows)
+        rounds.fit(place)
+        if early := on and not look and self.ranks.size > 1:
+            self._announce(rounds)
+        began = time.monotonic()
+        for number, tokens in used.items():
+            if number in now.mine and tokens:
+                self.sums.add(self._half(number), trim(now.mine[number].pieces, tokens))
+            meter.counted(tokens)
+        rounds.took(time.monotonic() - began, len(now.mine))
+        if now.problem and place.count < self.recipe.tokens:
             self._save()
-            raise min(problems, key=itemgetter(0))[1]
-        self._each = self._next_round(quick=said[0][3])
-        if self.settings.halves and end in self.looks.numbers(end):
+            raise now.problem
+        if look:
             self.looks.look(place, meter)
+        if on and not early and not place.converged:
+            self._announce(rounds)
 
-    def _next_round(self, *, quick: bool) -> int:
-        """How many windows each rank takes next: one by itself; several twice as many after a quick round, as long as that
-        many are needed."""
-        if self.ranks.size == 1:
-            return 1
-        place = self.place
-        needed = (self.recipe.tokens - place.count) * place.windows / max(place.count, 1) / self.ranks.size
-        return max(1, min(2 * self._each if quick else self._each, AHEAD, int(needed)))
+    def _half(self, number: int) -> int:
+        return number % 2 if self.settings.halves else 0
 
     @contextmanager
     def _until_told(self) -> Iterator[None]:

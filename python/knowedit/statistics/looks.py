@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -53,10 +54,9 @@ class Looks:
             return
         self._probes = self._probes or convergence.probe_keys(model, layers)
         mine: dict[int, dict[str, convergence.Error]] = {}
-        for number, layer in enumerate(layers, place.windows // self.ranks.size):  # not always the same rank has one more
-            owner = number % self.ranks.size
-            sums = [self.ranks.add(self.sums.moment(half, layer).sum(), owner) for half in (0, 1)]
-            if self.ranks.rank == owner:
+        for start in range(0, len(layers), self.ranks.size):  # a layer for each rank, then all of them compute
+            own = self._added(layers[start : start + self.ranks.size], place.windows // self.ranks.size)
+            for layer, sums in own.items():
                 try:
                     wide = recipe.until == "converged"
                     mine[layer] = convergence.compare(sums, place.counts, self._probes[layer], null_space=wide)
@@ -70,6 +70,16 @@ class Looks:
             place.converged = all(convergence.worst(found, measure) <= recipe.tolerance for measure in measures)
         shown = ("solve", "null_space") if recipe.until == "converged" else ("solve",)
         meter.looked({measure: convergence.worst(found, measure) for measure in shown} if found else {})
+
+    def _added(self, layers: Sequence[int], turn: int) -> dict[int, list[Tensor]]:
+        """The halves of one of the layers, added up over all ranks; each rank has another layer, or none."""
+        own: dict[int, list[Tensor]] = {}
+        for number, layer in enumerate(layers, turn):  # in turns, for where there are fewer layers than ranks
+            owner = number % self.ranks.size
+            sums = [self.ranks.add(self.sums.moment(half, layer).sum(), owner) for half in (0, 1)]
+            if owner == self.ranks.rank:
+                own[layer] = sums
+        return own
 
     def _room(self) -> bool:
         """Whether this rank can estimate: both halves' sums, and the factor and workspace of one of them."""

@@ -1,13 +1,13 @@
 """The processes that collect together: those of `torchrun`, or this one alone.
 
-Everything that is said between them goes through three collectives of torch.distributed; with one process they cost
+Everything that is said between them goes through four collectives of torch.distributed; with one process they cost
 nothing and change nothing, so that the collection is written once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +56,26 @@ class Ranks:
         with _another_died():
             dist.all_gather_object(items, item)
         return items
+
+    def post(self, numbers: Sequence[int]) -> Callable[[], list[list[int]]]:
+        """Begin to tell everyone the `numbers`, of which all have as many; what it returns waits for everyone's, by rank.
+
+        No other collective may come between the two.
+        """
+        if self.size == 1:
+            return lambda: [list(numbers)]
+        cuda = "gloo" not in dist.get_backend_config()
+        mine = torch.tensor(numbers, dtype=torch.int64, device=torch.cuda.current_device() if cuda else "cpu")
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with _another_died():
+            work = dist.all_gather(found, mine, async_op=True)
+
+        def wait() -> list[list[int]]:
+            with _another_died():
+                work.wait()
+            return [row.tolist() for row in found]
+
+        return wait
 
     def add(self, tensor: Tensor, owner: int) -> Tensor:
         """The sum of everyone's `tensor` on rank `owner` (in place; on the others the contents are then undefined)."""

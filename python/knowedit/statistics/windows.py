@@ -18,17 +18,18 @@ import multiprocessing
 import os
 import signal
 import zipfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset
 
-from ..errors import KnowEditError
+from ..errors import CorpusError
 from ..files import atomic_file, cache_dir, trim
 from ..model import EditableModel
 from ..text import Corpus, corpus_fingerprint, documents, lanes_of
@@ -175,62 +176,61 @@ def ahead(reader: Reader, start: int, taken: Sequence[int], *, worker: bool) -> 
     """The reader's windows; with `worker` a process of their own reads and tokenises `AHEAD` of them in advance.
 
     It is forked, so that it needs no importable main module; where that is not possible the windows are made in place.
+
+    Raises:
+        CorpusError: with a worker, also when that process was killed.
     """
     if not worker or reader.corpus == "self" or "fork" not in multiprocessing.get_all_start_methods():
         yield reader.windows(start, taken)
         return
-    workers: list[BaseProcess] = []
-    items: Generator[Window] | None = None
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(sender, reader, start, list(taken)), daemon=True)
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = before or "false"  # or it warns of the fork
+    process.start()
     try:
-        loader: DataLoader[Window | KnowEditError] = DataLoader(
-            _Stream(reader, start, list(taken)), batch_size=None, num_workers=1, prefetch_factor=AHEAD,
-            multiprocessing_context="fork", worker_init_fn=_dies_with_its_parent,
-        )  # fmt: skip
-        items = _items(loader, workers)
-        yield items
+        sender.close()  # now the pipe ends with the process
+        yield _received(receiver)
     finally:
-        if items:
-            items.close()  # ends the worker, unless it waits for the hub
-        for worker_process in workers:
-            worker_process.kill()
+        process.kill()  # it may wait for the hub
+        process.join()
+        receiver.close()
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
 
 
-class _Stream(IterableDataset):
-    """Windows for a worker process; an error travels as an item, which keeps its type and its one line."""
-
-    def __init__(self, reader: Reader, start: int, taken: list[int]) -> None:
-        self.reader, self.start, self.taken = reader, start, taken
-
-    def __iter__(self) -> Iterator[Window | KnowEditError]:
+def _received(receiver: Connection) -> Iterator[Window]:
+    while True:
         try:
-            yield from self.reader.windows(self.start, self.taken)
-        except KnowEditError as error:
-            yield error
+            item = receiver.recv()
+        except (EOFError, OSError) as error:
+            raise CorpusError(
+                "the process that reads the corpus was killed (for want of memory?); start again to go on from here"
+            ) from error
+        if isinstance(item, Exception):  # it keeps its type and its one line
+            raise item
+        yield item
 
 
-def _items(loader: DataLoader[Window | KnowEditError], workers: list[BaseProcess]) -> Generator[Window]:
-    """What the loader yields; its processes go into `workers`."""
-    found = iter(loader)
-    workers += getattr(found, "_workers", [])
-    yield from map(_unwrap, found)
-
-
-def _dies_with_its_parent(_worker: int) -> None:
+def _work(sender: Connection, reader: Reader, start: int, taken: list[int]) -> None:
     """In the worker process: it ends with its parent (or it would keep the lock on the folder for a while), and leaves
-    a SIGTERM, which goes to all processes of a job, to its parent, who saves first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signals, which go to all processes of a job, to its parent, who saves first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux only
+    made: Queue[Window | Exception] = Queue(AHEAD)
 
+    def make() -> None:
+        try:
+            for window in reader.windows(start, taken):
+                made.put(window)
+        except Exception as error:
+            made.put(error)
 
-def _unwrap(item: Window | KnowEditError) -> Window:
-    if isinstance(item, KnowEditError):
-        raise item
-    return item
+    Thread(target=make, daemon=True).start()
+    while True:
+        sender.send(made.get())
 
 
 def _own(start: int, rank: int, ranks: int) -> Iterator[int]:
