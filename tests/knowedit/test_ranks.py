@@ -17,6 +17,7 @@ from knowedit.errors import KnowEditError, StatisticsError
 from knowedit.statistics import KeyStatistics, key_statistics, rounds, windows
 from knowedit.statistics.batching import Piece
 from knowedit.statistics.collect import Collection, Settings
+from knowedit.statistics.looks import Looks
 from knowedit.statistics.ranks import Ranks
 from knowedit.statistics.resume import Place
 from knowedit.statistics.rounds import SECONDS, Rounds
@@ -28,7 +29,7 @@ STARTED: list[subprocess.Popen] = []
 
 PROGRAM = """
 import os, sys, time
-from knowedit.errors import KnowEditError
+from knowedit.errors import KnowEditError, StatisticsError
 from knowedit.statistics import collect, rounds, windows
 from knowedit.model import load_model
 from knowedit.statistics.ranks import started
@@ -49,6 +50,14 @@ def breaks(self, number, texts):
     return made(self, number, texts)
 if "BROKEN" in os.environ:
     windows.Reader._tokenised = breaks
+added, calls = collect.Sums.add, []
+def fails(self, *arguments):
+    calls.append(1)
+    if len(calls) == 5 and os.environ["RANK"] == "1":
+        raise StatisticsError("layer 1 has NaN")
+    added(self, *arguments)
+if "NAN" in os.environ:
+    collect.Sums.add = fails
 with started() as ranks:
     if float(pause):
         rounds.AHEAD = 1  # a round a window, so that there is time to be killed
@@ -163,6 +172,14 @@ def test_a_corpus_that_breaks_leaves_a_checkpoint_of_everything_before_it(place,
     assert differ(again, whole) <= 1e-12 and again[1].count == 2500
 
 
+def test_a_rank_that_fails_while_a_round_is_announced_ends_the_job(place):
+    process = start(place, 2, "run.py", "model", "corpus.txt", "cut", "0", NAN="yes")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "StatisticsError: layer 1 has NaN" in errors
+    assert list((place / "cut").glob("checkpoint*")) and not list((place / "cut").glob("layer*"))
+    assert torch.equal(collect(place, 2, "cut")[1].total, collect(place, 2, "whole")[1].total)
+
+
 def test_a_job_that_is_told_to_end_saves_first(place):
     """As SLURM and torchrun do it: SIGTERM, and some seconds later SIGKILL."""
     whole = collect(place, 2, "whole")
@@ -252,6 +269,16 @@ def test_rounds_fill_their_seconds_and_are_no_larger_than_what_is_needed():
     assert each(2, 1e-3, 4, 400) == rounds.AHEAD
     assert each(2, 1e-3, 90, 9_000) == 5 and each(2, 1e-3, 99, 9_900) == 1  # ten windows are missing, then one
     assert each(2, 2 * SECONDS / 4, 2, 0) == 4  # windows without any text
+
+
+def test_looks_are_rare_and_leave_the_second_half_to_the_last_one(tiny_llama):
+    def due(tokens, until, windows):
+        looks = Looks(None, Recipe("f", {"name": "c"}, tokens, 64, True, 0, until=until, tolerance=0.1), Ranks())
+        return looks.due(Place(windows, [0], [50 * windows, 50 * windows]))
+
+    assert [n for n in range(1, 200) if due(10_000, "tokens", n)] == [8, 32]
+    assert [n for n in range(1, 200) if due(30_000, "tokens", n)] == [8, 32, 128]
+    assert [n for n in range(1, 12) if due(1_000, "solve", n)] == [2, 3, 4, 5, 7, 9]
 
 
 def test_every_rank_hears_of_every_window_and_of_what_went_wrong(monkeypatch):

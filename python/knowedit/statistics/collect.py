@@ -36,6 +36,7 @@ from .windows import WORTH_A_WORKER, Reader, ahead, token_cache
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class Settings:
     """How to collect; none of it changes what is collected.
@@ -127,7 +128,7 @@ class Collection:
                 self._dry.add(number % len(place.taken))
         place.windows = now.end
         on = place.count < self.recipe.tokens and len(self._dry) < len(place.taken) and not now.problem
-        look = self.settings.halves and place.windows in self.looks.numbers(place.windows)
+        look = self.settings.halves and self.looks.due(place)
         rounds.fit(place)
         if early := on and not look and self.ranks.size > 1:
             self._announce(rounds)

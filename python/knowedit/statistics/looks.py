@@ -38,6 +38,11 @@ class Looks:
         """The first of them after so many windows."""
         return self.numbers(windows)[-1]
 
+    def due(self, place: Place) -> bool:
+        """Whether to look now; when nothing hangs on it only during the first half, for there is one more look at the end."""
+        early = self.recipe.until != "tokens" or 2 * place.count <= self.recipe.tokens
+        return early and place.windows in self.numbers(place.windows)
+
     def last(self, place: Place, meter: Meter) -> None:
         """Look at the end, unless the last look was at all tokens that are here."""
         looks = next(iter(place.looks.values()), [])
