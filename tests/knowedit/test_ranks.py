@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,7 +272,28 @@ def test_rounds_fill_their_seconds_and_are_no_larger_than_what_is_needed():
     assert each(2, 2 * SECONDS / 4, 2, 0) == 4  # windows without any text
 
 
-def test_looks_are_rare_and_leave_the_second_half_to_the_last_one(tiny_llama):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_ranks_announce_before_they_compute(tiny_llama, place, monkeypatch, ranks):
+    """Or each would wait for the slowest in every round; one process has its clock and its signals up to date instead."""
+    monkeypatch.setattr(windows, "SIZE", 200)
+    recipe, events = Recipe(tiny_llama.fingerprint, {"name": "c"}, 10**6, 64, True, 0), []
+    made = Collection(tiny_llama, [1], recipe, place, place / "corpus.txt", Settings(), Ranks(0, ranks))
+
+    def post(self, numbers):
+        events.append("announce")
+        return lambda: [list(numbers), [numbers[0], 0, 0, 1, *[0, 1] * (len(numbers) // 2 - 2)]][:ranks]
+
+    monkeypatch.setattr(Ranks, "post", post)
+    monkeypatch.setattr(made.sums, "add", lambda half, pieces: events.append("add"))
+    coming = Rounds(made._reader(False).windows(), made.ranks, 10**6)
+    made._announce(coming)
+    for _ in range(3):
+        made._round(coming, SimpleNamespace(counted=lambda tokens: None))
+    first = ["announce"] if ranks == 2 else []
+    assert events == [*first, *["announce", "add"] * 3, *["announce"] * (ranks == 1)]
+
+
+def test_looks_are_rare_and_leave_the_second_half_to_the_last_one():
     def due(tokens, until, windows):
         looks = Looks(None, Recipe("f", {"name": "c"}, tokens, 64, True, 0, until=until, tolerance=0.1), Ranks())
         return looks.due(Place(windows, [0], [50 * windows, 50 * windows]))
