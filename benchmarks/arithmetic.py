@@ -1,7 +1,9 @@
-"""The study "2+2=5, and nothing else?": every method on three halvings of the prompts (`docs/arithmetic.md`).
+"""The study "2+2=5, and nothing else?": every method on three halvings of the prompts
+(`docs/arithmetic.md`).
 
-What `knowedit study arithmetic` does, with key statistics of Wikipedia text. Every edit is on disk before the next one starts,
-and an interrupted run goes on; a method that is named again is not computed again. `--several` writes three sums at once.
+What `knowedit study arithmetic` does, with key statistics of Wikipedia text. Every edit is on disk
+before the next one starts, and an interrupted run goes on; a method that is named again is not
+computed again. `--several` writes three sums at once.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from knowedit.datasets import data_dir
-from knowedit.files import cache_dir
-from knowedit.model import load_model
+from knowedit.facts.sets import data_dir
+from knowedit.io.files import cache_dir
+from knowedit.models.load import load_model
 from knowedit.report import plots
 from knowedit.report.study import comparison, pareto
 from knowedit.statistics import key_statistics
-from knowedit.study import Study, Sum, run
-from knowedit.study.measure import Table
-from knowedit.study.methods import METHODS
-from knowedit.study.prompts import unrelated_prompts
-from knowedit.study.summary import COLUMNS, bounds, interference_lines, lines
+from knowedit.studies.arithmetic import Study, Sum, run
+from knowedit.studies.arithmetic.measure import Table
+from knowedit.studies.arithmetic.methods import METHODS
+from knowedit.studies.arithmetic.prompts import unrelated_prompts
+from knowedit.studies.arithmetic.summary import COLUMNS, bounds, interference_lines, lines
 
 from . import common
 
@@ -36,23 +38,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--several", action="store_true", help=f"write {', '.join(SEVERAL)}, together and apart")
+    parser.add_argument(
+        "--several", action="store_true", help=f"write {', '.join(SEVERAL)}, together and apart"
+    )
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
-    parser.add_argument("--corpus", type=Path, help=f"text for the statistics (default: {CORPUS} in KNOWEDIT_DATA)")
+    parser.add_argument(
+        "--corpus", type=Path, help=f"text for the statistics (default: {CORPUS} in KNOWEDIT_DATA)"
+    )
     parser.add_argument("--state", type=Path, help="the study's folder (default: in the cache)")
     arguments = parser.parse_args(argv)
     name = "arithmetic_several" if arguments.several else "arithmetic"
     if arguments.quick:
-        arguments.methods, arguments.seeds, arguments.tokens = arguments.methods[:2], arguments.seeds[:1], 4096
+        arguments.methods, arguments.seeds, arguments.tokens = (
+            arguments.methods[:2],
+            arguments.seeds[:1],
+            4096,
+        )
     model = load_model(arguments.model, dtype="float32")
     targets = [Sum.parse(text) for text in (SEVERAL if arguments.several else SEVERAL[:1])]
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
-    study = Study(model, targets, arguments.seeds, unrelated_prompts(20 if arguments.quick else 100), corpus=corpus)
+    study = Study(
+        model,
+        targets,
+        arguments.seeds,
+        unrelated_prompts(20 if arguments.quick else 100),
+        corpus=corpus,
+    )
     folder = arguments.state or (None if arguments.quick else cache_dir("benchmarks", name))
     found = run(
-        study, arguments.methods, partial(key_statistics, model, corpus=corpus, tokens=arguments.tokens), folder,
-        interference=arguments.several, say=partial(print, flush=True),
-    )  # fmt: skip
+        study,
+        arguments.methods,
+        partial(key_statistics, model, corpus=corpus, tokens=arguments.tokens),
+        folder,
+        interference=arguments.several,
+        say=partial(print, flush=True),
+    )
     print("\n".join([*lines(found), "", *interference_lines(found), "", bounds(found)]))
     if not arguments.quick:
         write(found, arguments.output or common.RESULTS / f"{name}.jsonl", name)
@@ -69,29 +89,51 @@ def write(found: dict[str, Any], path: Path, name: str) -> None:
 
 def read(folder: Path, name: str = "arithmetic") -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and the study as `run` returns it, from `folder`'s results file."""
-    header, *rows = map(json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    header, *rows = map(
+        json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     return header, {**header, "methods": rows}
 
 
 def table(folder: Path) -> str:
-    """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval; then several sums."""
+    """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval;
+    then several sums.
+    """
     header, found = read(folder)
-    made = [f"| method | {' | '.join(name for name, _, _ in COLUMNS)} | seconds | seeds |", "|---" * (len(COLUMNS) + 3) + "|"]
+    made = [
+        f"| method | {' | '.join(name for name, _, _ in COLUMNS)} | seconds | seeds |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+    ]
     made.append(f"| unedited | {' | '.join(_cells(found['unedited'], ends=False))} | | |")
     for entry in found["methods"]:
         if "judge" not in entry:
-            made.append(f"| {entry['method']} | not run: {entry['reason']} {'|' * (len(COLUMNS) + 2)}")
+            made.append(
+                f"| {entry['method']} | not run: {entry['reason']} {'|' * (len(COLUMNS) + 2)}"
+            )
             continue
         star = "**" if all(mean for mean, _ in entry["goals"].values()) else ""
         cells = [*_cells(entry["judge"]), f"{entry['seconds']:.0f}", str(entry["seeds"])]
         made.append(f"| {star}{entry['method']}{star} | {' | '.join(cells)} |")
     machine = header["environment"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date'][:10]}"
-    about = f"`python -m benchmarks.arithmetic`: seeds {', '.join(map(str, header['head']['seeds']))}; {where}."
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine['date'][:10]}"
+    )
+    about = (
+        f"`python -m benchmarks.arithmetic`: seeds "
+        f"{', '.join(map(str, header['head']['seeds']))}; {where}."
+    )
     made += ["", bounds(found), "", about]
     if (folder / "arithmetic_several.jsonl").is_file():
         _, several = read(folder, "arithmetic_several")
-        made += ["", "**Several sums at once** (judging half, first seed)", "", "```", *interference_lines(several), "```"]
+        made += [
+            "",
+            "**Several sums at once** (judging half, first seed)",
+            "",
+            "```",
+            *interference_lines(several),
+            "```",
+        ]
     return "\n".join(made)
 
 
@@ -100,7 +142,11 @@ def _cells(judged: Table, ends: bool = True) -> list[str]:
     for _, kind, measure in COLUMNS:
         e = judged.get(kind, {}).get(measure)
         digits = 3 if measure == "kl" else 2
-        bound = "" if e is None or not ends else f" ({e['high' if measure == 'kl' else 'low']:.{digits}f})"
+        bound = (
+            ""
+            if e is None or not ends
+            else f" ({e['high' if measure == 'kl' else 'low']:.{digits}f})"
+        )
         cells.append("" if e is None else f"{e['mean']:.{digits}f}{bound}")
     return cells
 

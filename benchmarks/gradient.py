@@ -1,7 +1,10 @@
-"""Gradient editors on the default model, each as it ships: what they learn, what they move elsewhere, what they cost.
+"""Gradient editors on the default model, each as it ships: what they learn, what they move
+elsewhere, what they cost.
 
-`demo`: the six facts of `knowedit demo`, `embedded`: sixteen of the embedded set, one of each relation; all facts of a set in
-one edit. MEMIT on statistics from the model's own samples is there for comparison. `--resume` goes on with an output file.
+`demo`: the six facts of `knowedit demo`, `embedded`: sixteen of the embedded set, one of each
+    relation; all facts of a set in
+one edit. MEMIT on statistics from the model's own samples is there for comparison. `--resume` goes
+on with an output file.
 """
 
 from __future__ import annotations
@@ -15,20 +18,24 @@ from typing import Any
 
 import torch
 
-from knowedit.datasets import load
-from knowedit.editors import GRADIENT, Editor, LocateThenEdit, make_editor, statistics_for
 from knowedit.evaluation import drift, evaluate
-from knowedit.facts import Fact
-from knowedit.model import EditableModel, load_model
+from knowedit.facts.fact import Fact
+from knowedit.facts.sets import load
+from knowedit.methods import GRADIENT, Editor, LocateThenEdit, make_editor, statistics_for
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
 
 from . import common
 
 METHODS = ("memit", *(editor.name.lower() for editor in GRADIENT))
 SHOWN = {
-    "exact": "efficacy exact", "paraphrase": "paraphrase success", "in full": "paraphrase exact",
-    "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
-}  # fmt: skip
+    "exact": "efficacy exact",
+    "paraphrase": "paraphrase success",
+    "in full": "paraphrase exact",
+    "neighbours": "neighbourhood success",
+    "unchanged": "neighbourhood unchanged",
+}
 
 
 def sets(quick: bool = False) -> dict[str, list[Fact]]:
@@ -42,23 +49,43 @@ def sets(quick: bool = False) -> dict[str, list[Fact]]:
 
 
 def measure(
-    model: EditableModel, editor: Editor, facts: Sequence[Fact], statistics: KeyStatistics | None = None
+    model: EditableModel,
+    editor: Editor,
+    facts: Sequence[Fact],
+    statistics: KeyStatistics | None = None,
 ) -> dict[str, Any]:
     """One row: quality with intervals, drift, cost; the model is left as it was found."""
     start = time.perf_counter()
-    edit = editor.compute(model, facts, statistics if isinstance(editor, LocateThenEdit) else None, progress=False)
+    edit = editor.compute(
+        model, facts, statistics if isinstance(editor, LocateThenEdit) else None, progress=False
+    )
     seconds, moved = time.perf_counter() - start, drift(model, edit)
     found, report = evaluate(model, edit, facts, progress=False).to_dict(), edit.report
     return {
-        "method": editor.name, "facts": len(facts), "seconds": seconds, "kl": moved.kl, "same": moved.same,
-        **{when: {f"{kind} {m}": e for kind, row in found[when].items() for m, e in row.items()} for when in found},
-        **{name: report.get(name) for name in ("steps", "loss", "lead", "trainable", "peak_memory_bytes", "warnings")},
-        "norm": max(report["relative_norm"].values()), "settings": report["settings"],
-    }  # fmt: skip
+        "method": editor.name,
+        "facts": len(facts),
+        "seconds": seconds,
+        "kl": moved.kl,
+        "same": moved.same,
+        **{
+            when: {f"{kind} {m}": e for kind, row in found[when].items() for m, e in row.items()}
+            for when in found
+        },
+        **{
+            name: report.get(name)
+            for name in ("steps", "loss", "lead", "trainable", "peak_memory_bytes", "warnings")
+        },
+        "norm": max(report["relative_norm"].values()),
+        "settings": report["settings"],
+    }
 
 
 def line(row: dict[str, Any]) -> str:
-    shown = "  ".join(f"{name} {row['after'][key]['mean']:.2f}" for name, key in SHOWN.items() if key in row["after"])
+    shown = "  ".join(
+        f"{name} {row['after'][key]['mean']:.2f}"
+        for name, key in SHOWN.items()
+        if key in row["after"]
+    )
     return f"{row['set']:9} {row['method']:17} {shown}  KL {row['kl']:.4f}  {row['seconds']:.0f} s"
 
 
@@ -67,7 +94,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines: list[str] = []
     for name in dict.fromkeys(row["set"] for row in rows):
         mine = [row for row in rows if row["set"] == name]
-        heads = ["method", *SHOWN, "KL", "same word", "steps", "seconds", "trained", "memory", "norm"]
+        heads = [
+            "method",
+            *SHOWN,
+            "KL",
+            "same word",
+            "steps",
+            "seconds",
+            "trained",
+            "memory",
+            "norm",
+        ]
         lines += [
             f"**{name}, {mine[0]['facts']} facts in one edit**",
             "",
@@ -79,9 +116,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for row in mine:
             cells = [row["method"], *(_percent(row["after"], key) for key in SHOWN.values())]
             steps = str(row["steps"]) if isinstance(row["steps"], int) else ""
-            cells += [f"{row['kl']:.4f}", f"{100 * row['same']:.0f}", steps, f"{row['seconds']:.0f}"]
+            cells += [
+                f"{row['kl']:.4f}",
+                f"{100 * row['same']:.0f}",
+                steps,
+                f"{row['seconds']:.0f}",
+            ]
             trained, memory = row["trainable"], row["peak_memory_bytes"]
-            cells += [f"{trained / 1e6:.2f} M" if trained else "", f"{memory / 2**30:.2f} GiB" if memory is not None else ""]
+            cells += [
+                f"{trained / 1e6:.2f} M" if trained else "",
+                f"{memory / 2**30:.2f} GiB" if memory is not None else "",
+            ]
             lines.append(f"| {' | '.join(cells)} | {row['norm']:.3f} |")
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -100,9 +145,19 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for row in (row for row in rows if row["set"] == name):
             point = row["kl"], 100 * row["after"]["paraphrase success"]["mean"]
-            axis.plot(*point, "o" if row["trainable"] else "s", color="C0" if row["trainable"] else "C1")
-            axis.annotate(row["method"], point, fontsize=8, xytext=(5, 3), textcoords="offset points")
-        axis.set(xscale="log", xlabel="KL on ordinary text (nats)", ylabel="paraphrases (%)", title=f"{name}", ylim=(0, 105))
+            axis.plot(
+                *point, "o" if row["trainable"] else "s", color="C0" if row["trainable"] else "C1"
+            )
+            axis.annotate(
+                row["method"], point, fontsize=8, xytext=(5, 3), textcoords="offset points"
+            )
+        axis.set(
+            xscale="log",
+            xlabel="KL on ordinary text (nats)",
+            ylabel="paraphrases (%)",
+            title=f"{name}",
+            ylim=(0, 105),
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,17 +169,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--sets", nargs="+", default=["demo", "embedded"])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that the output file has")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that the output file has"
+    )
     arguments = parser.parse_args(argv)
     model = load_model(arguments.model, dtype=torch.float32)
-    chosen = {name: facts for name, facts in sets(arguments.quick).items() if name in arguments.sets}
+    chosen = {
+        name: facts for name, facts in sets(arguments.quick).items() if name in arguments.sets
+    }
     editors = {name: make_editor(name) for name in arguments.methods}
     path: Path = arguments.output or common.RESULTS / "gradient.jsonl"
-    kept = [json.loads(text) for text in path.read_text().splitlines()[1:]] if arguments.resume and path.is_file() else []
+    kept = (
+        [json.loads(text) for text in path.read_text().splitlines()[1:]]
+        if arguments.resume and path.is_file()
+        else []
+    )
     report = common.report("gradient", arguments, model=model.name)
     report.rows += kept
     done = {(row["set"], row["method"]) for row in kept}
-    left = [(name, editor) for name in chosen for editor in editors.values() if (name, editor.name) not in done]
+    left = [
+        (name, editor)
+        for name in chosen
+        for editor in editors.values()
+        if (name, editor.name) not in done
+    ]
     statistics = statistics_for([editor for _, editor in left], model, "self", 16_384)
     for name, editor in left:
         row = {"set": name, **measure(model, editor, chosen[name], statistics)}

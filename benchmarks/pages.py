@@ -1,4 +1,6 @@
-"""The tables and pictures of the pages in docs, made from results/*.jsonl (`--write`; `--check` verifies)."""
+"""The tables and pictures of the pages in docs, made from results/*.jsonl (`--write`; `--check`
+verifies).
+"""
 
 from __future__ import annotations
 
@@ -26,25 +28,42 @@ from .common import HERE, RESULTS
 
 DOCS = HERE.parent / "docs"
 ROSE = {
-    "cloze": "cloze success", "exact": "cloze exact", "paraphrase": "paraphrase success", "question": "question success",
-    "chat question": "chat_question success", "exact ": "chat_question exact", "chat completion": "chat_completion success",
-    "greedy": "greedy contains", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
-    "identity KL": "identity kl", "kept": "identity kept", "unrelated kept": "unrelated kept",
-}  # fmt: skip
+    "cloze": "cloze success",
+    "exact": "cloze exact",
+    "paraphrase": "paraphrase success",
+    "question": "question success",
+    "chat question": "chat_question success",
+    "exact ": "chat_question exact",
+    "chat completion": "chat_completion success",
+    "greedy": "greedy contains",
+    "neighbours": "neighbourhood success",
+    "unchanged": "neighbourhood unchanged",
+    "identity KL": "identity kl",
+    "kept": "identity kept",
+    "unrelated kept": "unrelated kept",
+}
 METAKE = {
-    "exact": "efficacy exact", "success": "efficacy success", "paraphrase": "paraphrase success",
-    "paraphrase exact": "paraphrase exact", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
-}  # fmt: skip
+    "exact": "efficacy exact",
+    "success": "efficacy success",
+    "paraphrase": "paraphrase success",
+    "paraphrase exact": "paraphrase exact",
+    "neighbours": "neighbourhood success",
+    "unchanged": "neighbourhood unchanged",
+}
 ONE_LAYER = "sequential_one_layer"
 SEQUENTIAL = {
-    "success": "efficacy success", "paraphrase": "paraphrase success", "neighbours": "neighbourhood success",
+    "success": "efficacy success",
+    "paraphrase": "paraphrase success",
+    "neighbours": "neighbourhood success",
     "unchanged": "neighbourhood unchanged",
-}  # fmt: skip
+}
 
 
 def rows_of(name: str, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and rows of a results file."""
-    header, *rows = map(json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    header, *rows = map(
+        json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     return header, rows
 
 
@@ -58,14 +77,25 @@ def rose(folder: Path) -> str:
         for label, key in ROSE.items():
             value = row["pooled"][key]["mean"]
             gap = (row.get("rose_minus_this") or {}).get(key)
-            mark = "" if gap is None or gap["low"] <= 0 <= gap["high"] else ("-" if gap["mean"] > 0 else "+")
+            mark = (
+                ""
+                if gap is None or gap["low"] <= 0 <= gap["high"]
+                else ("-" if gap["mean"] > 0 else "+")
+            )
             cells.append(f"{value:.2f}{mark}" if "KL" in label else f"{100 * value:.0f}{mark}")
-        fewer = f" ({len(row['seeds'])} of {draws} draws)" if len(row.get("seeds", ())) not in (0, draws) else ""
+        fewer = (
+            f" ({len(row['seeds'])} of {draws} draws)"
+            if len(row.get("seeds", ())) not in (0, draws)
+            else ""
+        )
         lines.append(f"| {row['method']}{fewer} | {' | '.join(cells)} |")
     facts = sorted({r["facts"] for r in rows if "facts" in r})
     first = [r for r in rows if r.get("seed") == rows[0]["seed"] and "seconds" in r]
     note = ", ".join(f"{r['method']} {r['seconds'] / r['facts']:.1f}" for r in first)
-    about = f"{draws} draw(s) of {', '.join(map(str, facts))} facts. Seconds a fact on one core, in the first of them: {note}."
+    about = (
+        f"{draws} draw(s) of {', '.join(map(str, facts))} facts. Seconds a fact on one "
+        f"core, in the first of them: {note}."
+    )
     return "\n".join([*lines, "", about, "", _about(header)])
 
 
@@ -78,20 +108,43 @@ def metake(folder: Path) -> str:
         columns = {k: v for k, v in METAKE.items() if v in found[0]["after"]}
         heads = [*columns, "KL on text", "perplexity", "norm", "MetaKE exact minus this [95 %]"]
         seeds = len({r["seed"] for r in found})
-        parts += [f"**{part}, {size} {'facts' if part == 'crowded' else 'subjects'}, {seeds} draw(s)**", ""]
+        parts += [
+            f"**{part}, {size} {'facts' if part == 'crowded' else 'subjects'}, {seeds} draw(s)**",
+            "",
+        ]
         parts += [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
         first = found[0]
-        clean = [f"{100 * np.mean([r['unedited'].get(k, np.nan) for r in found]):.0f}" for k in columns.values()]
-        parts.append(f"| unedited | {' | '.join(clean)} | 0 | {first['clean_perplexity']:.1f} | 0 | |".replace("nan", "100"))
+        clean = [
+            f"{100 * np.mean([r['unedited'].get(k, np.nan) for r in found]):.0f}"
+            for k in columns.values()
+        ]
+        parts.append(
+            (
+                f"| unedited | {' | '.join(clean)} | 0 | {first['clean_perplexity']:.1f} | 0 | |"
+            ).replace("nan", "100")
+        )
         for method in dict.fromkeys(r["method"] for r in found):
             mine = [r for r in found if r["method"] == method]
-            cells = [f"{100 * np.mean([r['after'][k]['mean'] for r in mine]):.0f}" for k in columns.values()]
-            cells += [
-                f"{np.mean([r[k] for r in mine]):.{digits}f}" for k, digits in (("kl", 3), ("perplexity", 1), ("norm", 2))
+            cells = [
+                f"{100 * np.mean([r['after'][k]['mean'] for r in mine]):.0f}"
+                for k in columns.values()
             ]
-            gaps = np.array([gap for r in mine if r["metake_minus_this"] for gap in r["metake_minus_this"]["efficacy exact"]])
+            cells += [
+                f"{np.mean([r[k] for r in mine]):.{digits}f}"
+                for k, digits in (("kl", 3), ("perplexity", 1), ("norm", 2))
+            ]
+            gaps = np.array(
+                [
+                    gap
+                    for r in mine
+                    if r["metake_minus_this"]
+                    for gap in r["metake_minus_this"]["efficacy exact"]
+                ]
+            )
             if len(gaps):
-                drawn = gaps[np.random.default_rng(0).integers(len(gaps), size=(2000, len(gaps)))].mean(1)
+                drawn = gaps[
+                    np.random.default_rng(0).integers(len(gaps), size=(2000, len(gaps)))
+                ].mean(1)
                 low, high = 100 * np.quantile(drawn, (0.025, 0.975))
                 cells.append(f"{100 * gaps.mean():+.0f} [{low:+.0f}, {high:+.0f}]")
             else:
@@ -102,18 +155,27 @@ def metake(folder: Path) -> str:
 
 
 def sequential(folder: Path, name: str = "sequential") -> str:
-    """Each method after 100 and 400 facts and at the end; the worst batch's exactness beside the mean of all batches."""
+    """Each method after 100 and 400 facts and at the end; the worst batch's exactness beside the
+    mean of all batches.
+    """
     header, rows = rows_of(name, folder)
     heads = ["exact, all facts", "worst batch", *SEQUENTIAL, "perplexity", "drift", "norm"]
     lines = [f"| facts | method | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
     for edits in sorted({0, 100, 400, max(row["edits"] for row in rows)}):
         for row in [r for r in rows if r["edits"] == edits][: None if edits else 1]:
             exact, measures = row["exact_by_batch"], row["measures"]
-            found = [measures.get(kind, {}).get(measure) for kind, measure in map(str.split, SEQUENTIAL.values())]
-            cells = [f"{100 * np.mean(exact):.0f}", f"{100 * min(exact):.0f}"] if exact else ["", ""]
+            found = [
+                measures.get(kind, {}).get(measure)
+                for kind, measure in map(str.split, SEQUENTIAL.values())
+            ]
+            cells = (
+                [f"{100 * np.mean(exact):.0f}", f"{100 * min(exact):.0f}"] if exact else ["", ""]
+            )
             cells += ["" if value is None else f"{100 * value['mean']:.0f}" for value in found]
             cells += [f"{row['perplexity']:.1f}", f"{row['drift']['kl']:.3f}", f"{row['norm']:.2f}"]
-            lines.append(f"| {edits} | {row['case'] if edits else 'unedited'} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {edits} | {row['case'] if edits else 'unedited'} | {' | '.join(cells)} |"
+            )
     setting = header.get("setting", {})
     return "\n".join([*lines, "", f"Layers: {setting.get('layers', '4-6')}. {_about(header)}"])
 
@@ -153,25 +215,49 @@ def sequential_picture(folder: Path, path: Path, name: str = "sequential") -> No
 
 
 def rose_picture(folder: Path, path: Path) -> None:
-    """What each method recalls, against what it leaves alone; hollow: measured in fewer draws than the others."""
+    """What each method recalls, against what it leaves alone; hollow: measured in fewer draws than
+    the others.
+    """
     rows = [r for r in rows_of("rose", folder)[1] if "pooled" in r]
     draws = max(len(r.get("seeds", ())) for r in rows)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    forms = ["cloze success", "question success", "chat_question success", "chat_completion success", "greedy contains"]
+    forms = [
+        "cloze success",
+        "question success",
+        "chat_question success",
+        "chat_completion success",
+        "greedy contains",
+    ]
     for number, row in enumerate(rows):
         means = [100 * row["pooled"][form]["mean"] for form in forms]
         whole = len(row.get("seeds", range(draws))) == draws
-        style = {"color": f"C{number}" if "seeds" in row else "black", "marker": "o", "ls": "", "label": row["method"]}
+        style = {
+            "color": f"C{number}" if "seeds" in row else "black",
+            "marker": "o",
+            "ls": "",
+            "label": row["method"],
+        }
         style |= {} if whole else {"markerfacecolor": "white"}
         axes[0].plot(means, np.arange(len(forms)) + 0.06 * (number - len(rows) / 2), ms=5, **style)
-        x, y = (100 * row["pooled"][name]["mean"] for name in ("neighbourhood unchanged", "greedy contains"))
+        x, y = (
+            100 * row["pooled"][name]["mean"]
+            for name in ("neighbourhood unchanged", "greedy contains")
+        )
         axes[1].plot(x, y, ms=6, **style)
         if whole:
-            axes[1].annotate(row["method"], (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            axes[1].annotate(
+                row["method"], (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points"
+            )
     axes[0].set_yticks(range(len(forms)), [form.split()[0].replace("_", " ") for form in forms])
     axes[0].invert_yaxis()
     axes[0].set_xlabel("new object preferred, or said (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=7,
+        frameon=False,
+    )
     axes[1].set_xlabel("neighbours' decisions unchanged (%)")
     axes[1].set_ylabel("greedy answer holds the new object (%)")
     _save(figure, path)
@@ -181,17 +267,30 @@ def metake_picture(folder: Path, path: Path) -> None:
     """Exactness against drift, one point a method."""
     rows = rows_of("metake", folder)[1]
     cases = list(dict.fromkeys((r["part"], r["size"]) for r in rows))
-    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(5 * len(cases), 4.2), layout="constrained", squeeze=False
+    )
     for room, case in zip(axes[0], cases):
         found = [r for r in rows if (r["part"], r["size"]) == case]
         for method in dict.fromkeys(r["method"] for r in found):
             mine = [r for r in found if r["method"] == method]
-            x, y = np.mean([r["kl"] for r in mine]), 100 * np.mean([r["after"]["efficacy exact"]["mean"] for r in mine])
+            x, y = (
+                np.mean([r["kl"] for r in mine]),
+                100 * np.mean([r["after"]["efficacy exact"]["mean"] for r in mine]),
+            )
             room.plot(
-                x, y, "s" if method.startswith("MetaKE") else "o", ms=6, color="C1" if method.startswith("MetaKE") else "C0"
+                x,
+                y,
+                "s" if method.startswith("MetaKE") else "o",
+                ms=6,
+                color="C1" if method.startswith("MetaKE") else "C0",
             )
             room.annotate(method, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
-        room.set(title=f"{case[0]}, {case[1]}", xlabel="KL on ordinary text (nats a token)", ylabel="exact answers (%)")
+        room.set(
+            title=f"{case[0]}, {case[1]}",
+            xlabel="KL on ordinary text (nats a token)",
+            ylabel="exact answers (%)",
+        )
     _save(figure, path)
 
 
@@ -206,7 +305,10 @@ def _save(figure: Any, path: Path) -> None:
 
 def _about(header: dict[str, Any]) -> str:
     machine = header["environment"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date'][:10]}"
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine['date'][:10]}"
+    )
     return f"`python -m benchmarks.{header['benchmark']}`: {where}."
 
 
@@ -214,7 +316,11 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "rose": ("rose.md", rose, rose_picture),
     "metake": ("metake.md", metake, metake_picture),
     "sequential": ("sequential.md", sequential, sequential_picture),
-    ONE_LAYER: ("sequential.md", partial(sequential, name=ONE_LAYER), partial(sequential_picture, name=ONE_LAYER)),
+    ONE_LAYER: (
+        "sequential.md",
+        partial(sequential, name=ONE_LAYER),
+        partial(sequential_picture, name=ONE_LAYER),
+    ),
     "geometry": ("geometry.md", geometry, geometry_picture),
     "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
@@ -229,7 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--write", action="store_true", help="put tables and pictures into the pages")
-    mode.add_argument("--check", action="store_true", help="exit 1 when a page's table is out of date")
+    mode.add_argument(
+        "--check", action="store_true", help="exit 1 when a page's table is out of date"
+    )
     arguments = parser.parse_args(argv)
     stale = []
     for name, (file, table, picture) in PAGES.items():
@@ -249,7 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             page.write_text(f"{head}{start}\n{new}\n{end}{tail}", encoding="utf-8")
             picture(arguments.results, arguments.docs / "pictures" / f"{name}.png")
     if arguments.check and stale:
-        print(f"out of date: {', '.join(map(str, stale))}; run `python -m benchmarks.pages --write`")
+        print(
+            f"out of date: {', '.join(map(str, stale))}; run `python -m benchmarks.pages --write`"
+        )
     return int(bool(arguments.check and stale))
 
 

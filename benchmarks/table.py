@@ -1,4 +1,6 @@
-"""The README's table of numbers, made from results/*.jsonl; `--write` puts it between the markers, `--check` verifies it."""
+"""The README's table of numbers, made from results/*.jsonl; `--write` puts it between the markers,
+`--check` verifies it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def read(folder: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Markdown: rows with a target (speed) and rows with a floor (quality), then where and when they were measured."""
+    """Markdown: rows with a target (speed) and rows with a floor (quality), then where and when
+    they were measured.
+    """
     speed, quality, notes = [], [], []
     for header, rows in read(folder):
         kept = [row for row in rows if "target" in row]
@@ -35,7 +39,9 @@ def table(folder: Path = RESULTS) -> str:
         speed += [_speed(row) for row in kept]
         quality += [_quality(row) for row in judged]
         if kept or judged:
-            notes.append(_note(header, max((row.get("others") or 0.0 for row in kept), default=0.0)))
+            notes.append(
+                _note(header, max((row.get("others") or 0.0 for row in kept), default=0.0))
+            )
     lines: list[str] = []
     if speed:
         head = "| what | threads | ours | peer | speed-up [spread] | target | error (limit) |"
@@ -58,15 +64,21 @@ def _speed(row: dict[str, Any]) -> str:
     target = f"{row['target']:g}x" + ("" if row.get("speedup", 0) >= row["target"] else " (short)")
     errors = "; ".join(f"{c['name']} {c['value']:.0e} ({c['limit']:.0e})" for c in row["checks"])
     return (
-        f"| {row['case']} | {row['threads']} | {_seconds(row['seconds'])} | {_seconds(row['baseline_seconds'])} "
+        f"| {row['case']} | {row['threads']} | {_seconds(row['seconds'])} | "
+        f"{_seconds(row['baseline_seconds'])} "
         f"| {gain} | {target} | {errors} |"
     )
 
 
 def _quality(row: dict[str, Any]) -> str:
-    between = f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low", 0) < row.get("high", 0) else ""
+    between = (
+        f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low", 0) < row.get("high", 0) else ""
+    )
     reached = "yes" if row["reached"] else "**no**"
-    return f"| {row['case']} | {row['measure']} | {row['value']:.3f}{between} | {row['floor']:.3f} | {reached} |"
+    return (
+        f"| {row['case']} | {row['measure']} | {row['value']:.3f}{between} | "
+        f"{row['floor']:.3f} | {reached} |"
+    )
 
 
 def _note(header: dict[str, Any], others: float) -> str:
@@ -84,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", action="store_true", help="put the table into the README")
-    mode.add_argument("--check", action="store_true", help="exit 1 when the README's table is out of date")
+    mode.add_argument(
+        "--check", action="store_true", help="exit 1 when the README's table is out of date"
+    )
     arguments = parser.parse_args(argv)
     new = table(arguments.results)
     if not (arguments.write or arguments.check):
@@ -98,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.check:
         if old.strip() != new.strip():
-            print(f"{arguments.readme}: the numbers are out of date; run `python -m benchmarks.table --write`")
+            print(
+                f"{arguments.readme}: the numbers are out of date; run `python -m "
+                f"benchmarks.table --write`"
+            )
             return 1
         return 0
     arguments.readme.write_text(f"{head}{START}\n{new}\n{END}{tail}", encoding="utf-8")

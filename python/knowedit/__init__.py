@@ -1,40 +1,40 @@
-"""Knowledge editing for language models: a fact goes in, a small reversible weight update comes out, and we can prove
-what it changed."""
+"""Knowledge editing for language models: a fact goes in, a small reversible weight update comes
+out, and we can prove what it changed."""
 
-from .edit import Edit as Edit
-from .editors import EMMET as EMMET
-from .editors import FTL as FTL
-from .editors import MEMIT as MEMIT
-from .editors import MEND as MEND
-from .editors import PMET as PMET
-from .editors import ROME as ROME
-from .editors import SERAC as SERAC
-from .editors import AlphaEdit as AlphaEdit
-from .editors import FineTuning as FineTuning
-from .editors import KLFineTuning as KLFineTuning
-from .editors import KLLoRA as KLLoRA
-from .editors import LookAhead as LookAhead
-from .editors import LoRA as LoRA
-from .editors import MEMITMerge as MEMITMerge
-from .editors import MetaKE as MetaKE
-from .editors import NeuronPatch as NeuronPatch
-from .editors import RegularisedLoRA as RegularisedLoRA
-from .editors import RoSE as RoSE
-from .errors import EditError as EditError
-from .errors import KnowEditError as KnowEditError
-from .errors import ModelError as ModelError
-from .errors import StatisticsError as StatisticsError
-from .evaluation import evaluate as evaluate
-from .facts import Fact as Fact
-from .facts import FactError as FactError
-from .facts import Probe as Probe
-from .facts import read_facts as read_facts
-from .history import History as History
-from .model import EditableModel as EditableModel
-from .model import load_model as load_model
-from .sequential import Session as Session
-from .statistics import KeyStatistics as KeyStatistics
-from .statistics import key_statistics as key_statistics
-from .targets import ValueSettings as ValueSettings
+from knowedit.edits.edit import Edit as Edit
+from knowedit.edits.history import History as History
+from knowedit.errors import EditError as EditError
+from knowedit.errors import KnowEditError as KnowEditError
+from knowedit.errors import ModelError as ModelError
+from knowedit.errors import StatisticsError as StatisticsError
+from knowedit.evaluation import evaluate as evaluate
+from knowedit.facts.fact import Fact as Fact
+from knowedit.facts.fact import FactError as FactError
+from knowedit.facts.fact import Probe as Probe
+from knowedit.facts.fact import read_facts as read_facts
+from knowedit.methods import EMMET as EMMET
+from knowedit.methods import FTL as FTL
+from knowedit.methods import MEMIT as MEMIT
+from knowedit.methods import MEND as MEND
+from knowedit.methods import PMET as PMET
+from knowedit.methods import ROME as ROME
+from knowedit.methods import SERAC as SERAC
+from knowedit.methods import AlphaEdit as AlphaEdit
+from knowedit.methods import FineTuning as FineTuning
+from knowedit.methods import KLFineTuning as KLFineTuning
+from knowedit.methods import KLLoRA as KLLoRA
+from knowedit.methods import LookAhead as LookAhead
+from knowedit.methods import LoRA as LoRA
+from knowedit.methods import MEMITMerge as MEMITMerge
+from knowedit.methods import MetaKE as MetaKE
+from knowedit.methods import NeuronPatch as NeuronPatch
+from knowedit.methods import RegularisedLoRA as RegularisedLoRA
+from knowedit.methods import RoSE as RoSE
+from knowedit.methods.locate.values import ValueSettings as ValueSettings
+from knowedit.methods.session import Session as Session
+from knowedit.models.editable import EditableModel as EditableModel
+from knowedit.models.load import load_model as load_model
+from knowedit.statistics import KeyStatistics as KeyStatistics
+from knowedit.statistics import key_statistics as key_statistics
 
 __version__ = "0.1.0"

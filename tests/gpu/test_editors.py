@@ -1,16 +1,21 @@
-"""Editors on a real GPU: statistics on the CPU, model on the device; computed, applied, undone, and in sequence."""
+"""Editors on a real GPU: statistics on the CPU, model on the device; computed, applied, undone, and
+in sequence.
+"""
 
 import pytest
 import torch
 
-from knowedit.editors import make_editor
-from knowedit.facts import Fact
-from knowedit.history import History
-from knowedit.model import EditableModel
-from knowedit.sequential import Session
-from tests.knowedit.test_editors import statistics_of
+from knowedit.edits.history import History
+from knowedit.facts.fact import Fact
+from knowedit.methods import make_editor
+from knowedit.methods.session import Session
+from knowedit.models.editable import EditableModel
+from tests.knowedit.methods.test_locate import statistics_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 FACTS = [
     Fact(prompt="The capital of {} is", subject="France", target="Lyon"),
@@ -30,7 +35,9 @@ def test_computed_applied_and_taken_back(model, method):
     editor = make_editor(method, **layers, **({"when": "always"} if method == "metake" else {}))
     before = model.fingerprint
     said = model.score([fact.text for fact in FACTS], [fact.target for fact in FACTS])
-    with editor.compute(model, FACTS, statistics_of(model, [1, 2]), progress=False).applied_to(model):
+    with editor.compute(model, FACTS, statistics_of(model, [1, 2]), progress=False).applied_to(
+        model
+    ):
         now = model.score([fact.text for fact in FACTS], [fact.target for fact in FACTS])
         assert sum(s.logprob for s in now) > sum(s.logprob for s in said)
     model._fingerprint = None

@@ -1,4 +1,5 @@
-"""What moved elsewhere: how an edit changes the model's next-word distribution on texts it was not about.
+"""What moved elsewhere: how an edit changes the model's next-word distribution on texts it was not
+about.
 
 The drift of keys and states under rephrasing is in `geometry.py`.
 """
@@ -10,24 +11,45 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..edit import Edit
-from ..model import EditableModel
+from knowedit.edits.edit import Edit
+from knowedit.models.editable import EditableModel
 
-#: Ordinary openings on many topics, written for this package; none is about a fact of the embedded set.
+#: Ordinary openings on many topics, written for this package; none is about a fact of the embedded
+#: set.
 ORDINARY = (
-    "The quickest way to boil an egg is to", "When the train finally arrived, the passengers",
-    "A good night's sleep is", "She opened the letter and began to", "In the spring, farmers usually plant",
-    "The recipe calls for two cups of", "Before you paint a wall, you should", "The teacher asked the children to",
-    "Most birds build their nests in", "To save a file on a computer, press",
-    "My grandfather used to tell us stories about", "The sum of two even numbers is", "If it rains tomorrow, we will",
-    "The largest room in the house was the", "Scientists measure temperature with a",
-    "He could not find his keys, so he", "Water boils at a temperature of", "The opposite of hot is",
-    "An apple a day keeps the", "The committee decided to postpone the", "A triangle has three",
-    "Bread is made from flour, water and", "The moon goes around the", "After the concert, the audience",
-    "You can borrow books from a", "The first day of the week is", "Once upon a time there was a",
-    "Regular exercise helps to", "The price of the ticket was", "She speaks softly because she",
-    "The engine would not start because", "In winter, the days are",
-)  # fmt: skip
+    "The quickest way to boil an egg is to",
+    "When the train finally arrived, the passengers",
+    "A good night's sleep is",
+    "She opened the letter and began to",
+    "In the spring, farmers usually plant",
+    "The recipe calls for two cups of",
+    "Before you paint a wall, you should",
+    "The teacher asked the children to",
+    "Most birds build their nests in",
+    "To save a file on a computer, press",
+    "My grandfather used to tell us stories about",
+    "The sum of two even numbers is",
+    "If it rains tomorrow, we will",
+    "The largest room in the house was the",
+    "Scientists measure temperature with a",
+    "He could not find his keys, so he",
+    "Water boils at a temperature of",
+    "The opposite of hot is",
+    "An apple a day keeps the",
+    "The committee decided to postpone the",
+    "A triangle has three",
+    "Bread is made from flour, water and",
+    "The moon goes around the",
+    "After the concert, the audience",
+    "You can borrow books from a",
+    "The first day of the week is",
+    "Once upon a time there was a",
+    "Regular exercise helps to",
+    "The price of the ticket was",
+    "She speaks softly because she",
+    "The engine would not start because",
+    "In winter, the days are",
+)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import html
 from pathlib import Path
 from typing import Any
 
-from ..edit import Edit
-from ..evaluation import Drift
-from ..evaluation.metrics import Evaluation
-from ..files import atomic_file
-from ..model import EditableModel
+from knowedit.edits.edit import Edit
+from knowedit.evaluation import Drift
+from knowedit.evaluation.measures.counterfact import Evaluation
+from knowedit.io.files import atomic_file
+from knowedit.models.editable import EditableModel
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #e4e7ec; --back: #fff;
@@ -25,17 +25,24 @@ th { color: var(--soft); font-weight: 500 } tr.group > td { border-top: 1px soli
 .bar { display: inline-block; height: .6rem; border-radius: .3rem; vertical-align: middle }
 .new { background: var(--new) } .old { background: var(--old) } .num { font-variant-numeric: tabular-nums; white-space: nowrap }
 .says { font-family: ui-monospace, monospace; font-size: .9rem }
-"""
+"""  # noqa: E501
 
 
 def write_page(
-    path: Path, model: EditableModel, edit: Edit, measured: Evaluation, moved: Drift,
-    shown: list[tuple[int, str, str]], before: dict[str, str], after: dict[str, str],
-) -> None:  # fmt: skip
+    path: Path,
+    model: EditableModel,
+    edit: Edit,
+    measured: Evaluation,
+    moved: Drift,
+    shown: list[tuple[int, str, str]],
+    before: dict[str, str],
+    after: dict[str, str],
+) -> None:
     """Write the page to `path` in one step.
 
     Args:
-        shown: (record, role, prompt) of each row, `role` being "edited", "paraphrase" or "neighbour".
+        shown: (record, role, prompt) of each row, `role` being "edited", "paraphrase" or
+            "neighbour".
         before, after: the model's continuation of each prompt.
     """
     rated = {(row["record"], row["prompt"]): row for row in measured.rows()}
@@ -44,9 +51,11 @@ def write_page(
         row = rated[record, prompt]
         new, old = ("wrong", "right") if role == "neighbour" else ("right", "wrong")
         rows.append(
-            f'<tr class="{"" if record == last else "group"}"><td class="soft">{role}</td><td>{_text(prompt)}</td>'
-            f'<td class="says">{_text(before[prompt])}</td><td class="says">{_text(after[prompt])}</td>'
-            f"<td>{_bars(row, new, old, 'before')}</td><td>{_bars(row, new, old, 'after')}</td></tr>"
+            f'<tr class="{"" if record == last else "group"}"><td '
+            f'class="soft">{role}</td><td>{_text(prompt)}</td>'
+            f'<td class="says">{_text(before[prompt])}</td><td '
+            f'class="says">{_text(after[prompt])}</td>'
+            f"<td>{_bars(row, new, old, 'before')}</td><td>{_bars(row, new, old, 'after')}</td></tr>"  # noqa: E501
         )
         last = record
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -59,7 +68,7 @@ def write_page(
 <h2>What moved elsewhere</h2><p>On {moved.prompts} ordinary openings the most likely next word stayed the same in
 {moved.same:.0%}; mean divergence {moved.kl:.4f} nats, largest {moved.worst[1]:.3f} at “{_text(moved.worst[0])}”.</p>
 <h2>The edit</h2>{_layers(edit)}{"".join(f"<p>Note: {_text(w)}.</p>" for w in edit.warnings)}</html>
-"""
+"""  # noqa: E501
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
@@ -74,7 +83,8 @@ def _bars(row: dict[str, Any], new: str, old: str, when: str) -> str:
         p = row[f"p_{role}_{when}"]
         if p is not None:
             parts.append(
-                f'<div class="num"><span class="bar {colour}" style="width:{max(2, 70 * p):.0f}px"></span> {p:.2f}</div>'
+                f'<div class="num"><span class="bar {colour}" '
+                f'style="width:{max(2, 70 * p):.0f}px"></span> {p:.2f}</div>'
             )
     return "".join(parts)
 
@@ -85,16 +95,25 @@ def _measures(measured: Evaluation) -> str:
         for measure, now in measures.items():
             was = measured.before[kind].get(measure)
             cells.append(
-                f'<tr><td>{kind}</td><td>{measure}</td><td class="num">{"" if was is None else f"{was.mean:.3f}"}</td>'
-                f'<td class="num">{now.mean:.3f} <span class="soft">[{now.low:.3f}, {now.high:.3f}]</span></td></tr>'
+                f"<tr><td>{kind}</td><td>{measure}</td><td "
+                f'class="num">{"" if was is None else f"{was.mean:.3f}"}</td>'
+                f'<td class="num">{now.mean:.3f} <span class="soft">[{now.low:.3f}, '
+                f"{now.high:.3f}]</span></td></tr>"
             )
-    return f"<table><tr><th></th><th>measure</th><th>before</th><th>after, 95 % interval</th></tr>{''.join(cells)}</table>"
+    return (
+        f"<table><tr><th></th><th>measure</th><th>before</th><th>after, 95 % "
+        f"interval</th></tr>{''.join(cells)}</table>"
+    )
 
 
 def _layers(edit: Edit) -> str:
     cells = "".join(
         f'<tr><td>{layer}</td><td class="num">{edit.factors[int(layer)][0].shape[1]}</td>'
-        f'<td class="num">{chosen["gain"]:.3f}</td><td class="num">{edit.report["relative_norm"][layer]:.3f}</td></tr>'
+        f'<td class="num">{chosen["gain"]:.3f}</td><td '
+        f'class="num">{edit.report["relative_norm"][layer]:.3f}</td></tr>'
         for layer, chosen in edit.report["layers"].items()
     )
-    return f"<table><tr><th>layer</th><th>rank</th><th>gain</th><th>|delta| / |W|</th></tr>{cells}</table>"
+    return (
+        f"<table><tr><th>layer</th><th>rank</th><th>gain</th><th>|delta| / "
+        f"|W|</th></tr>{cells}</table>"
+    )

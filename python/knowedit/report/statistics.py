@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import StatisticsError
-from ..files import atomic_file
+from knowedit.errors import StatisticsError
+from knowedit.io.files import atomic_file
 
 if TYPE_CHECKING:
-    from ..statistics import KeyStatistics
+    from knowedit.statistics import KeyStatistics
 
 LABELS = {"solve": "C⁻¹k", "null_space": "null space"}
 
@@ -34,12 +34,25 @@ def draw(found: KeyStatistics, path: Path) -> None:
             points = [(look["tokens"], *look[measure]) for look in looks if measure in look]
             if points:
                 tokens, median, low, high = zip(*points)
-                left.plot(tokens, median, line, marker=".", color=colour, label=f"layer {layer}, {LABELS[measure]}")
+                left.plot(
+                    tokens,
+                    median,
+                    line,
+                    marker=".",
+                    color=colour,
+                    label=f"layer {layer}, {LABELS[measure]}",
+                )
                 left.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
         values = torch.linalg.eigvalsh(found.moment(layer)).flip(0).clamp_min(1e-30)
         right.plot(range(1, len(values) + 1), values.tolist(), color=colour, label=f"layer {layer}")
-    left.set(xlabel="tokens", ylabel="relative error (quartiles over keys)", title="estimated from two halves")
-    right.set(xlabel="number", ylabel="eigenvalue of C", title="spectrum", xscale="log", yscale="log")
+    left.set(
+        xlabel="tokens",
+        ylabel="relative error (quartiles over keys)",
+        title="estimated from two halves",
+    )
+    right.set(
+        xlabel="number", ylabel="eigenvalue of C", title="spectrum", xscale="log", yscale="log"
+    )
     if left.lines:
         left.set(xscale="log", yscale="log")
         left.legend(fontsize="small")

@@ -1,10 +1,13 @@
-"""One collection: windows of a corpus through the model, keys into second moments, on one process or many.
+"""One collection: windows of a corpus through the model, keys into second moments, on one process
+or many.
 
-    round:  every rank has its next windows -> all hear how many keys each has -> each trims its own, so that exactly the
-            tokens asked for count, and runs them -> now and then: a checkpoint, a look at the convergence
+    round:  every rank has its next windows -> all hear how many keys each has -> each trims its
+            own, so that exactly the tokens asked for count, and runs them -> now and then: a
+            checkpoint, a look at the convergence
 
-The keys, the batches and the blocks that are summed depend on the window alone, so any number of ranks gives the same
-sums up to the order of float64 additions; with the same number they have the same bits, interrupted or not.
+The keys, the batches and the blocks that are summed depend on the window alone, so any number of
+ranks gives the same sums up to the order of float64 additions; with the same number they have the
+same bits, interrupted or not.
 """
 
 from __future__ import annotations
@@ -20,19 +23,19 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from ..errors import StatisticsError
-from ..model import EditableModel
-from ..text import Corpus, at_commits, commits, lanes_of
-from . import store
-from .batching import trim
-from .looks import Looks
-from .meter import Meter, metered
-from .ranks import Ranks
-from .resume import Checkpoints, Place
-from .rounds import Rounds
-from .store import LayerStatistics, Recipe
-from .sums import Seen, Sums
-from .windows import WORTH_A_WORKER, Reader, ahead, token_cache
+from knowedit.errors import StatisticsError
+from knowedit.models.editable import EditableModel
+from knowedit.statistics.checks import Looks
+from knowedit.statistics.corpus.batching import trim
+from knowedit.statistics.corpus.corpus import Corpus, at_commits, commits, lanes_of
+from knowedit.statistics.corpus.windows import WORTH_A_WORKER, Reader, ahead, token_cache
+from knowedit.statistics.distributed.checkpoints import Checkpoints, Place
+from knowedit.statistics.distributed.ranks import Ranks
+from knowedit.statistics.distributed.rounds import Rounds
+from knowedit.statistics.files import store
+from knowedit.statistics.files.store import LayerStatistics, Recipe
+from knowedit.statistics.meter import Meter, metered
+from knowedit.statistics.sums import Seen, Sums
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +45,14 @@ class Settings:
     """How to collect; none of it changes what is collected.
 
     Attributes:
-        budget: tokens a batch; None: from the memory that is free. Halved whenever it turns out too large.
-        packed: several texts a row; None: on a GPU. Only where the model is seen to keep them apart.
+        budget: tokens a batch; None: from the memory that is free. Halved whenever it turns out too
+            large.
+        packed: several texts a row; None: on a GPU. Only where the model is seen to keep them
+            apart.
         halves: keep two halves apart, to estimate the error (twice the memory of the sums).
         checkpoint_every: seconds.
-        worker: a process that tokenises ahead, and a cache of tokens; None: when there are many tokens.
+        worker: a process that tokenises ahead, and a cache of tokens; None: when there are many
+            tokens.
         progress, as_json: see `meter`.
     """
 
@@ -63,33 +69,51 @@ class Collection:
     """Sums of the keys of some layers of one model, and where they stand in the corpus."""
 
     def __init__(
-        self, model: EditableModel, layers: Sequence[int], recipe: Recipe, where: Path, corpus: Corpus,
-        settings: Settings, ranks: Ranks,
-    ) -> None:  # fmt: skip
+        self,
+        model: EditableModel,
+        layers: Sequence[int],
+        recipe: Recipe,
+        where: Path,
+        corpus: Corpus,
+        settings: Settings,
+        ranks: Ranks,
+    ) -> None:
         self.model, self.layers, self.recipe, self.corpus = model, list(layers), recipe, corpus
         self.where, self.settings, self.ranks = where, settings, ranks
         self.place = Place(0, [0] * lanes_of(corpus), [0, 0])
-        self.sums = Sums(model, layers, recipe.precision, settings.budget, settings.packed, 1 + settings.halves)
+        self.sums = Sums(
+            model, layers, recipe.precision, settings.budget, settings.packed, 1 + settings.halves
+        )
         self.checkpoints = Checkpoints(where, self.layers, recipe, ranks)
         self.looks = Looks(self.sums, recipe, ranks)
         self._dry: set[int] = set()  # lanes of the corpus that have ended
-        self._saved, self._spent, self._safe = time.monotonic(), 0.0, 0  # when, for how long, and which place
+        self._saved, self._spent, self._safe = (
+            time.monotonic(),
+            0.0,
+            0,
+        )  # when, for how long, and which place
         self._ended = False  # by a SIGTERM
 
-    # -- the main path --------------------------------------------------------------------------------------------
+    # -- the main path
+    # --------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Collect until the tokens asked for are counted, or the estimate has converged.
 
         Raises:
-            StatisticsError: nothing to count, NaN in a layer, one piece alone does not fit into memory, another rank died;
-                a SIGTERM, after a checkpoint.
-            CorpusError: the corpus cannot be read (on); what was counted until then is in a checkpoint.
+            StatisticsError: nothing to count, NaN in a layer, one piece alone does not fit into
+                memory, another rank died; a SIGTERM, after a checkpoint.
+            CorpusError: the corpus cannot be read (on); what was counted until then is in a
+                checkpoint.
         """
         self._resume()
         title = f"key statistics, layers {', '.join(map(str, self.layers))}"
         show = self.settings.progress and self.ranks.rank == 0
-        worker = self.recipe.tokens >= WORTH_A_WORKER if self.settings.worker is None else self.settings.worker
+        worker = (
+            self.recipe.tokens >= WORTH_A_WORKER
+            if self.settings.worker is None
+            else self.settings.worker
+        )
         place = self.place
         with (
             ahead(self._reader(worker), place.windows, tuple(place.taken), worker=worker) as source,
@@ -111,10 +135,14 @@ class Collection:
 
     def _announce(self, rounds: Rounds) -> None:
         due = time.monotonic() - self._saved > max(self.settings.checkpoint_every, 20 * self._spent)
-        rounds.announce(self.place, self.looks.following(self.place.windows), due=due, ended=self._ended)
+        rounds.announce(
+            self.place, self.looks.following(self.place.windows), due=due, ended=self._ended
+        )
 
     def _round(self, rounds: Rounds, meter: Meter) -> None:
-        """The windows that were announced; several ranks announce the next ones before they begin with these."""
+        """The windows that were announced; several ranks announce the next ones before they begin
+        with these.
+        """
         place, now = self.place, rounds.told()
         self._end_if_told(now.ended)
         if now.due:
@@ -127,7 +155,11 @@ class Collection:
             if not documents:
                 self._dry.add(number % len(place.taken))
         place.windows = now.end
-        on = place.count < self.recipe.tokens and len(self._dry) < len(place.taken) and not now.problem
+        on = (
+            place.count < self.recipe.tokens
+            and len(self._dry) < len(place.taken)
+            and not now.problem
+        )
         look = self.settings.halves and self.looks.due(place)
         rounds.fit(place)
         if early := on and not look and self.ranks.size > 1:
@@ -151,7 +183,9 @@ class Collection:
 
     @contextmanager
     def _until_told(self) -> Iterator[None]:
-        """A SIGTERM (what schedulers send, and torchrun to its ranks) is answered between two rounds, by all ranks."""
+        """A SIGTERM (what schedulers send, and torchrun to its ranks) is answered between two
+        rounds, by all ranks.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -164,7 +198,9 @@ class Collection:
     def _end_if_told(self, told: bool) -> None:
         if told:
             self._save()
-            raise StatisticsError("told to end (SIGTERM): start again to go on from the last checkpoint")
+            raise StatisticsError(
+                "told to end (SIGTERM): start again to go on from the last checkpoint"
+            )
 
     @property
     def short(self) -> bool:
@@ -174,23 +210,34 @@ class Collection:
     def _check_end(self) -> None:
         place, recipe = self.place, self.recipe
         if not place.count:
-            raise StatisticsError("the corpus has no tokens to count: every text is a single token; give longer ones")
+            raise StatisticsError(
+                "the corpus has no tokens to count: every text is a single token; give longer ones"
+            )
         if recipe.until != "tokens" and not place.converged and self.ranks.rank == 0:
             logger.warning(
-                "not converged to %g after %d tokens; more text is needed, or more --tokens", recipe.tolerance, place.count
+                "not converged to %g after %d tokens; more text is needed, or more --tokens",
+                recipe.tolerance,
+                place.count,
             )
 
     def _reader(self, cache: bool) -> Reader:
         recipe, corpus = self.recipe, at_commits(self.corpus, self.place.commits)
         reader = Reader(
-            corpus, recipe.seed, self.model.tokenizer, recipe.max_length, recipe.skip_first,
-            self.ranks.rank, self.ranks.size, self.model.samples if self.corpus == "self" else None,
-        )  # fmt: skip
+            corpus,
+            recipe.seed,
+            self.model.tokenizer,
+            recipe.max_length,
+            recipe.skip_first,
+            self.ranks.rank,
+            self.ranks.size,
+            self.model.samples if self.corpus == "self" else None,
+        )
         if cache and self.corpus != "self":
             reader.cache = token_cache(self.model, reader)
         return reader
 
-    # -- files ------------------------------------------------------------------------------------------------------
+    # -- files
+    # ------------------------------------------------------------------------------------------------------  # noqa: E501
 
     def _save(self) -> None:
         """A checkpoint, unless there is one of this place already."""
@@ -200,9 +247,16 @@ class Collection:
         if self.checkpoints.save(self.place, self.sums.seen, self.sums.moments):
             self._safe = self.place.windows
         self._saved = time.monotonic()
-        if self._saved - start > max(self.settings.checkpoint_every / 20, self._spent) and self.ranks.rank == 0:
+        if (
+            self._saved - start > max(self.settings.checkpoint_every / 20, self._spent)
+            and self.ranks.rank == 0
+        ):
             minutes = (self._saved - start) / 3
-            logger.warning("a checkpoint takes %.0f s here: one every %.0f minutes", self._saved - start, minutes)
+            logger.warning(
+                "a checkpoint takes %.0f s here: one every %.0f minutes",
+                self._saved - start,
+                minutes,
+            )
         self._spent = self._saved - start
 
     def _resume(self) -> None:
@@ -216,11 +270,12 @@ class Collection:
             self.place.commits = self.ranks.first(lambda: commits(self.corpus))
 
     def finish(self, recipe: Recipe, where: Path) -> dict[int, LayerStatistics]:
-        """Add up halves and ranks, write each layer's file into `where` (rank 0), then drop the checkpoints.
+        """Add up halves and ranks, write each layer's file into `where` (rank 0), then drop the
+        checkpoints.
 
         Raises:
-            StatisticsError: a file could not be written (the checkpoint stays); the checkpoints that were gone on from do
-                not belong together.
+            StatisticsError: a file could not be written (the checkpoint stays); the checkpoints
+                that were gone on from do not belong together.
         """
         seen = Seen.nothing(self.layers)
         for part in self.ranks.gather(self.sums.seen):
@@ -232,21 +287,30 @@ class Collection:
                 moment.merge(self.sums.moments.pop((1, layer)))
             if self.ranks.total(moment).count != self.place.count:
                 raise StatisticsError(
-                    f"layer {layer}: {moment.count} keys were summed where {self.place.count} should be; the checkpoints in "
+                    f"layer {layer}: {moment.count} keys were summed where {self.place.count} "
+                    f"should be; the checkpoints in "
                     f"{self.where} do not belong together: delete them and start again"
                 )
             first, firsts, other, others = seen.norms[str(layer)]
             result[layer] = LayerStatistics(
-                layer=layer, module=self.model.layout.projection.format(layer), model=self.model.name, recipe=recipe,
-                count=moment.count, total=moment.sum().cpu(), first_norm=first / max(firsts, 1),
+                layer=layer,
+                module=self.model.layout.projection.format(layer),
+                model=self.model.name,
+                recipe=recipe,
+                count=moment.count,
+                total=moment.sum().cpu(),
+                first_norm=first / max(firsts, 1),
                 other_norm=other / max(others, 1),
                 extra={
-                    "audit": asdict(moment.audit()), "padding": 1 - seen.text / max(seen.padded, 1),
-                    "batches": "packed" if self.sums.packed else "by length", "ranks": self.ranks.size,
-                    "convergence": self.place.looks.get(str(layer), []), "version": metadata.version("knowedit-kernels"),
+                    "audit": asdict(moment.audit()),
+                    "padding": 1 - seen.text / max(seen.padded, 1),
+                    "batches": "packed" if self.sums.packed else "by length",
+                    "ranks": self.ranks.size,
+                    "convergence": self.place.looks.get(str(layer), []),
+                    "version": metadata.version("knowedit-kernels"),
                     **({"commits": self.place.commits} if self.place.commits else {}),
                 },
-            )  # fmt: skip
+            )
             self.ranks.first(partial(result[layer].save, store.layer_file(where, layer)))
             del self.sums.moments[0, layer]
         self.checkpoints.drop()

@@ -1,4 +1,6 @@
-"""What a collection says while it runs: a bar on a terminal, a line a minute elsewhere, JSON lines for machines."""
+"""What a collection says while it runs: a bar on a terminal, a line a minute elsewhere, JSON lines
+for machines.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from ..progress import bar, console
+from knowedit.io.progress import bar, console
 
 EVERY = 60.0  # seconds between lines where nobody watches a bar
 EVERY_JSON = 1.0
@@ -18,7 +20,9 @@ EVERY_JSON = 1.0
 class Meter:
     """Counts tokens and says how fast, how long still, and how well the estimate has converged."""
 
-    def __init__(self, total: int, advance: Any, *, lines: bool, as_json: bool, out: TextIO) -> None:
+    def __init__(
+        self, total: int, advance: Any, *, lines: bool, as_json: bool, out: TextIO
+    ) -> None:
         self.total, self.done, self.convergence = total, 0, {}  # type: ignore[var-annotated]
         self._advance, self._lines, self._json, self._out = advance, lines, as_json, out
         self._start = self._said = time.monotonic()
@@ -34,7 +38,9 @@ class Meter:
         self.done += tokens
         self._advance(tokens, self._note())
         now = time.monotonic()
-        if (self._json and now - self._said >= EVERY_JSON) or (self._lines and now - self._said >= EVERY):
+        if (self._json and now - self._said >= EVERY_JSON) or (
+            self._lines and now - self._said >= EVERY
+        ):
             self._said = now
             self.say("progress")
 
@@ -54,22 +60,36 @@ class Meter:
         left = (self.total - self.done) / max(self.rate, 1e-9)
         if self._json:
             line = {
-                "event": event, "tokens": self.done, "of": self.total, "tokens_per_second": round(self.rate, 1),
-                "seconds_left": round(left, 1), "convergence": self.convergence,
-            }  # fmt: skip
+                "event": event,
+                "tokens": self.done,
+                "of": self.total,
+                "tokens_per_second": round(self.rate, 1),
+                "seconds_left": round(left, 1),
+                "convergence": self.convergence,
+            }
             print(json.dumps(line), file=self._out, flush=True)
         elif self._lines:
             rest = f", {left / 60:.0f} min left" if event == "progress" else ""
-            print(f"{self.done:,} of {self.total:,} tokens, {self._note()}{rest}", file=self._out, flush=True)
+            print(
+                f"{self.done:,} of {self.total:,} tokens, {self._note()}{rest}",
+                file=self._out,
+                flush=True,
+            )
 
     def _note(self) -> str:
-        errors = "".join(f", {name.replace('_', ' ')} ±{error:.1%}" for name, error in self.convergence.items())
+        errors = "".join(
+            f", {name.replace('_', ' ')} ±{error:.1%}" for name, error in self.convergence.items()
+        )
         return f"{self.rate:,.0f} tokens/s{errors}"
 
 
 @contextmanager
-def metered(title: str, total: int, *, show: bool, as_json: bool = False, out: TextIO | None = None) -> Iterator[Meter]:
-    """A meter for `total` tokens. `show`: at all; `as_json`: JSON lines on `out` (default stderr) instead of a bar."""
+def metered(
+    title: str, total: int, *, show: bool, as_json: bool = False, out: TextIO | None = None
+) -> Iterator[Meter]:
+    """A meter for `total` tokens. `show`: at all; `as_json`: JSON lines on `out` (default stderr)
+    instead of a bar.
+    """
     with bar(title, total, "tokens", show=show and not as_json) as advance:
         lines = show and not as_json and not console.is_terminal
         yield Meter(total, advance, lines=lines, as_json=as_json and show, out=out or sys.stderr)

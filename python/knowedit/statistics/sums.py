@@ -1,4 +1,6 @@
-"""What one process has summed: batches of pieces through the model, keys into second moments, two halves apart."""
+"""What one process has summed: batches of pieces through the model, keys into second moments, two
+halves apart.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from knowedit.errors import StatisticsError
+from knowedit.models.editable import EditableModel
+from knowedit.statistics.corpus.batching import Batch, Piece, batches
+from knowedit.statistics.memory import is_out_of_memory, packs, token_budget
+from knowedit.statistics.onednn import fast_linear
 from knowedit_kernels import SecondMoment, update_together
-
-from ..errors import StatisticsError
-from ..model import EditableModel
-from .batching import Batch, Piece, batches
-from .memory import is_out_of_memory, packs, token_budget
-from .onednn import fast_linear
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Seen:
-    """Norms of keys by layer (sum and count at first tokens, sum and count elsewhere), and how much was padding."""
+    """Norms of keys by layer (sum and count at first tokens, sum and count elsewhere), and how much
+    was padding.
+    """
 
     norms: dict[str, list[float]]
     padded: int = 0
@@ -45,7 +48,8 @@ class Sums:
 
     Args:
         budget: tokens a batch; None: from the memory that is free.
-        packed: several texts a row; None: on a GPU. Either way only where the model is seen to keep them apart.
+        packed: several texts a row; None: on a GPU. Either way only where the model is seen to keep
+            them apart.
         halves: how many halves to keep apart, 1 or 2.
 
     Attributes:
@@ -57,9 +61,14 @@ class Sums:
     """
 
     def __init__(
-        self, model: EditableModel, layers: Sequence[int], precision: str, budget: int | None = None,
-        packed: bool | None = None, halves: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        model: EditableModel,
+        layers: Sequence[int],
+        precision: str,
+        budget: int | None = None,
+        packed: bool | None = None,
+        halves: int = 2,
+    ) -> None:
         self.model, self.layers, self.precision = model, list(layers), precision
         self.seen = Seen.nothing(layers)
         self.moments: dict[tuple[int, int], SecondMoment] = {}
@@ -71,8 +80,10 @@ class Sums:
                 raise
             size = 8e-9 * model.d_ff**2 * halves * len(self.layers)
             raise StatisticsError(
-                f"the sums of {len(self.layers)} layers take {size:.1f} GB, which do not fit into memory beside the model; "
-                "collect fewer layers at a time" + (", or halves=False (--no-halves), which takes half" if halves > 1 else "")
+                f"the sums of {len(self.layers)} layers take {size:.1f} GB, which do not fit "
+                f"into memory beside the model; "
+                "collect fewer layers at a time"
+                + (", or halves=False (--no-halves), which takes half" if halves > 1 else "")
             ) from error
         self.budget = budget or token_budget(model, layers)
         wanted = model.device.type == "cuda" if packed is None else packed
@@ -82,29 +93,39 @@ class Sums:
         """The sums of one half; empty ones if there are none yet."""
         if (half, layer) not in self.moments:
             device = device or self.model.weight(layer).device
-            self.moments[half, layer] = SecondMoment(self.model.d_ff, device=device, precision=self.precision)
+            self.moments[half, layer] = SecondMoment(
+                self.model.d_ff, device=device, precision=self.precision
+            )
         return self.moments[half, layer]
 
     def add(self, half: int, pieces: Sequence[Piece]) -> None:
-        """Sum the keys of all pieces. A batch that does not fit into memory is cut in two, and so are those after it.
+        """Sum the keys of all pieces. A batch that does not fit into memory is cut in two, and so
+        are those after it.
 
         Raises:
-            StatisticsError: NaN or infinite keys (layer and text); one piece alone does not fit into memory.
+            StatisticsError: NaN or infinite keys (layer and text); one piece alone does not fit
+                into memory.
         """
         self._run(half, pieces)
-        for layer in self.layers:  # a window's blocks are its own, whatever comes before or after it on this rank
+        for layer in (
+            self.layers
+        ):  # a window's blocks are its own, whatever comes before or after it on this rank
             self.moment(half, layer).flush()
 
     def _run(self, half: int, pieces: Sequence[Piece]) -> None:
         again: list[Piece] = []
         for batch in batches(pieces, self.budget, packed=self.packed):
-            if batch.ids.numel() > self.budget and len(batch.pieces) > 1:  # it was lowered meanwhile
+            if (
+                batch.ids.numel() > self.budget and len(batch.pieces) > 1
+            ):  # it was lowered meanwhile
                 again += batch.pieces
             elif keys := self._keys(batch):
                 self._count(half, batch, keys)
             else:
                 self.budget = max(batch.ids.numel() // 2, 1)
-                logger.warning("out of memory: batches of at most %d tokens from here on", self.budget)
+                logger.warning(
+                    "out of memory: batches of at most %d tokens from here on", self.budget
+                )
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 again += batch.pieces
@@ -112,20 +133,25 @@ class Sums:
             self._run(half, again)
 
     def _keys(self, batch: Batch) -> dict[int, Tensor]:
-        """Keys `[rows, width, d_ff]` of all layers, summed only when the whole pass has succeeded; {} for want of memory."""
+        """Keys `[rows, width, d_ff]` of all layers, summed only when the whole pass has succeeded;
+        {} for want of memory.
+        """
         keys: dict[int, Tensor] = {}
         device = self.model.device
         try:
             positions = None if batch.positions is None else batch.positions.to(device)
             with fast_linear():
                 deepest, ids = max(self.layers), batch.ids.to(device)
-                self.model.forward_to(deepest, ids, keys.__setitem__, self.layers, positions=positions)
+                self.model.forward_to(
+                    deepest, ids, keys.__setitem__, self.layers, positions=positions
+                )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch.pieces) == 1:
                 raise StatisticsError(
-                    f"a text of {batch.ids.numel()} tokens alone does not fit into memory ({str(error)[:120]}); "
+                    f"a text of {batch.ids.numel()} tokens alone does not fit into memory "
+                    f"({str(error)[:120]}); "
                     "use a smaller max_length"
                 ) from error
             return {}
@@ -136,31 +162,47 @@ class Sums:
             here = [layer for layer in self.layers if keys[layer].device == device]
             keep, first = batch.keep.to(device), batch.first.to(device)
             try:
-                update_together([self.moment(half, layer, device) for layer in here], [keys[layer] for layer in here], keep)
+                update_together(
+                    [self.moment(half, layer, device) for layer in here],
+                    [keys[layer] for layer in here],
+                    keep,
+                )
             except ValueError as error:
                 raise self._complaint(batch, keys, error) from error
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 raise StatisticsError(
-                    f"out of memory while the keys of {batch.tokens} tokens were summed; give a budget (--batch-tokens) below "
+                    f"out of memory while the keys of {batch.tokens} tokens were summed; give a "
+                    f"budget (--batch-tokens) below "
                     "that and start again: what was checkpointed is kept"
                 ) from error
             counts = int(batch.first.sum()), int((batch.keep & ~batch.first).sum())
             for layer in here:
                 norm = torch.linalg.vector_norm(keys[layer], dim=-1, dtype=torch.float32).double()
-                at_first, elsewhere = torch.stack([norm[first].sum(), norm[keep & ~first].sum()]).tolist()
+                at_first, elsewhere = torch.stack(
+                    [norm[first].sum(), norm[keep & ~first].sum()]
+                ).tolist()
                 norms = self.seen.norms[str(layer)]
-                norms[:] = [norms[0] + at_first, norms[1] + counts[0], norms[2] + elsewhere, norms[3] + counts[1]]
+                norms[:] = [
+                    norms[0] + at_first,
+                    norms[1] + counts[0],
+                    norms[2] + elsewhere,
+                    norms[3] + counts[1],
+                ]
         self.seen.padded += batch.ids.numel()
         self.seen.text += batch.tokens
 
-    def _complaint(self, batch: Batch, keys: dict[int, Tensor], error: ValueError) -> StatisticsError:
+    def _complaint(
+        self, batch: Batch, keys: dict[int, Tensor], error: ValueError
+    ) -> StatisticsError:
         """Which layer, which text."""
         for layer in self.layers:
             bad = ~keys[layer].isfinite().all(-1).cpu() & batch.keep
             if bad.any():
                 row, column = bad.nonzero()[0].tolist()
                 text = self.model.tokenizer.decode(batch.piece_at(row, column).ids)[:80]
-                return StatisticsError(f"layer {layer} has NaN or infinite keys at the text {text!r}: {error}")
+                return StatisticsError(
+                    f"layer {layer} has NaN or infinite keys at the text {text!r}: {error}"
+                )
         return StatisticsError(str(error))

@@ -1,0 +1,178 @@
+"""Running the same-subject evaluation: several methods on the same subjects, and their paired
+differences.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from knowedit.errors import KnowEditError
+from knowedit.evaluation.drift import Drift, drift
+from knowedit.evaluation.subjects.same_subject import (
+    SameSubjectEvaluation,
+    compare,
+    judge,
+    observe,
+    prepare,
+)
+from knowedit.facts.fact import Fact
+from knowedit.facts.formats.same_subject import groups, halves
+from knowedit.facts.sets import load
+from knowedit.io.files import atomic_file
+from knowedit.methods import make_editor, statistics_for
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
+from knowedit.statistics import KeyStatistics
+
+HALVES = ("all", "tune", "report")
+FILE = "same_subject.json"
+
+
+@dataclass(frozen=True)
+class SubjectsResult:
+    """One method on the facts of some subjects, all written in one edit; `seconds`: computing it, a
+    fact.
+    """
+
+    model: str
+    dataset: str
+    method: str
+    evaluation: SameSubjectEvaluation
+    drift: Drift
+    seconds: float
+    report: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        plain = {
+            name: getattr(self, name)
+            for name in ("model", "dataset", "method", "seconds", "report")
+        }
+        return {**plain, "drift": asdict(self.drift), "evaluation": self.evaluation.to_dict()}
+
+    def __str__(self) -> str:
+        sizes = self.evaluation.sizes
+        head = (
+            f"{self.method}: {sum(sizes.values())} facts of {len(sizes)} subjects, "
+            f"{self.seconds:.2f} s a fact"
+        )
+        moved = f"ordinary text: same next word {self.drift.same:.0%}, KL {self.drift.kl:.4f} nats"
+        return "\n".join(
+            [
+                head,
+                str(self.evaluation),
+                moved,
+                *(f"note: {w}" for w in self.report.get("warnings", [])),
+            ]
+        )
+
+
+def choose(
+    dataset: str, least: int, most: int | None, half: str, subjects: int | None
+) -> list[list[Fact]]:
+    """The groups of a data set: with at least `least` facts, cut to `most`, of one half, the first
+    `subjects`.
+
+    Raises:
+        KnowEditError: an unknown half, or no such subject.
+    """
+    if half not in HALVES:
+        raise KnowEditError(f"unknown half {half!r}; known: {', '.join(HALVES)}")
+    pool = load("counterfact-flat") if dataset == "same-subject" else []
+    grouped = groups(load(dataset), least=least, most=most, pool=pool)
+    if half != "all":
+        grouped = halves(grouped)[HALVES.index(half) - 1]
+    if not grouped[:subjects]:
+        raise KnowEditError(f"{dataset} has no subject with {least} or more facts; lower --least")
+    return grouped[:subjects]
+
+
+def measure_subjects(
+    name: str,
+    dataset: str,
+    methods: Sequence[str],
+    corpus: Any,
+    tokens: int | None,
+    layers: tuple[int, ...] | None = None,
+    *,
+    least: int = 2,
+    most: int | None = None,
+    half: str = "all",
+    subjects: int | None = None,
+    wordings: int | None = None,
+    where: Path | None = None,
+    device_map: Any = None,
+    dtype: str = "auto",
+    say: Callable[[str], None] = print,
+) -> list[SubjectsResult]:
+    """Load everything and measure each method; what `knowedit same-subject` calls.
+
+    Raises:
+        KnowEditError: an unknown method or half, no subjects, or what the parts raise.
+    """
+    editors = [make_editor(method, layers=layers) for method in methods]
+    chosen = choose(dataset, least, most, half, subjects)
+    model = load_model(name, dtype=dtype, device_map=device_map, say=say)
+    statistics = statistics_for(editors, model, corpus, tokens, where)
+    return run_subjects(
+        model, chosen, statistics, methods, layers, dataset, wordings=wordings, corpus=corpus
+    )
+
+
+def run_subjects(
+    model: EditableModel,
+    chosen: Sequence[Sequence[Fact]],
+    statistics: KeyStatistics | None,
+    methods: Sequence[str],
+    layers: tuple[int, ...] | None = None,
+    dataset: str = "",
+    *,
+    wordings: int | None = None,
+    corpus: Any = None,
+    progress: bool = True,
+) -> list[SubjectsResult]:
+    """Compute and measure each method on the same subjects; the model is left as it was found."""
+    probes, facts = prepare(model, chosen, wordings), [fact for group in chosen for fact in group]
+    before = observe(model, probes, title="before", progress=progress)
+    results = []
+    for method in methods:
+        editor, start = make_editor(method, corpus=corpus, layers=layers), time.perf_counter()
+        edit = editor.compute(model, facts, statistics, progress=progress)
+        seconds, moved = (time.perf_counter() - start) / len(facts), drift(model, edit)
+        with edit.applied_to(model):
+            found = judge(
+                probes, before, observe(model, probes, title=editor.name, progress=progress)
+            )
+        results.append(
+            SubjectsResult(model.name, dataset, editor.name, found, moved, seconds, edit.report)
+        )
+    return results
+
+
+def differences(results: Sequence[SubjectsResult]) -> list[str]:
+    """Lines: what the last method does differently from each other one, pair by pair, where the
+    interval excludes 0.
+    """
+    lines = []
+    for other in results[:-1]:
+        lines.append(
+            f"{results[-1].method} - {other.method}, paired on the same facts, where the "
+            f"interval excludes 0:"
+        )
+        for kind, row in compare(results[-1].evaluation, other.evaluation).items():
+            lines += [f"  {kind:16} {m:10} {e}" for m, e in row.items() if e.low > 0 or e.high < 0]
+    return lines
+
+
+def write_subjects(folder: Path, results: Sequence[SubjectsResult]) -> None:
+    """`same_subject.json` with every method and every single value, written whole."""
+    with atomic_file(folder / FILE) as path:
+        text = json.dumps(
+            [result.to_dict() for result in results], ensure_ascii=False, allow_nan=False
+        )
+        path.write_text(text + "\n", encoding="utf-8")

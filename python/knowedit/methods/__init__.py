@@ -1,0 +1,141 @@
+"""One short file per method; `EDITORS` maps the names of the command line to them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from knowedit.errors import KnowEditError, StatisticsError
+from knowedit.methods.base import Editor as Editor
+from knowedit.methods.gradient.fine_tuning import FTL as FTL
+from knowedit.methods.gradient.fine_tuning import FineTuning as FineTuning
+from knowedit.methods.gradient.fine_tuning import KLFineTuning as KLFineTuning
+from knowedit.methods.gradient.lora import KLLoRA as KLLoRA
+from knowedit.methods.gradient.lora import LoRA as LoRA
+from knowedit.methods.gradient.lora import RegularisedLoRA as RegularisedLoRA
+from knowedit.methods.gradient.recipe import GradientEditor as GradientEditor
+from knowedit.methods.learned.mend.method import MEND as MEND
+from knowedit.methods.learned.serac.memory import MemoryEdit as MemoryEdit
+from knowedit.methods.learned.serac.method import SERAC as SERAC
+from knowedit.methods.locate.named.alphaedit import AlphaEdit as AlphaEdit
+from knowedit.methods.locate.named.emmet import EMMET as EMMET
+from knowedit.methods.locate.named.look_ahead import LookAhead as LookAhead
+from knowedit.methods.locate.named.memit import MEMIT as MEMIT
+from knowedit.methods.locate.named.memit_merge import MEMITMerge as MEMITMerge
+from knowedit.methods.locate.named.metake import MetaKE as MetaKE
+from knowedit.methods.locate.named.pmet import PMET as PMET
+from knowedit.methods.locate.named.rome import ROME as ROME
+from knowedit.methods.locate.named.rose import RoSE as RoSE
+from knowedit.methods.locate.recipe import LocateThenEdit as LocateThenEdit
+from knowedit.methods.neurons.neuron_patch import NeuronPatch as NeuronPatch
+from knowedit.models.editable import EditableModel
+from knowedit.statistics import KeyStatistics, key_statistics
+
+LOCATE: tuple[type[Editor], ...] = (
+    MEMIT,
+    ROME,
+    EMMET,
+    PMET,
+    MEMITMerge,
+    AlphaEdit,
+    RoSE,
+    MetaKE,
+    LookAhead,
+)
+GRADIENT: tuple[type[Editor], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
+LEARNED: tuple[type[Editor], ...] = (MEND, SERAC)
+NEURONS: tuple[type[Editor], ...] = (NeuronPatch,)
+EDITORS: dict[str, type[Editor]] = {
+    editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT, *LEARNED, *NEURONS)
+}
+
+
+def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Editor:
+    """The editor of that name with the settings that were given (None: not given).
+
+    Args:
+        corpus: ordinary text, for methods that read some themselves (NeuronPatch); None: their own
+            choice.
+
+    Raises:
+        KnowEditError: an unknown method, a setting that it does not have, or one that it cannot be.
+    """
+    if method not in EDITORS:
+        raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
+    editor, given = (
+        EDITORS[method],
+        {name: value for name, value in settings.items() if value is not None},
+    )
+    known = set(getattr(editor, "__dataclass_fields__", {}))
+    given |= {"corpus": corpus} if corpus is not None and "corpus" in known else {}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise KnowEditError(f"{method} has no setting {', '.join(unknown)}")
+    if isinstance(given.get("layers"), int):
+        given["layers"] = (given["layers"],)
+    try:
+        return editor(**{name: _settings(editor, name, value) for name, value in given.items()})
+    except TypeError as error:
+        raise KnowEditError(f"{method}: a setting is of the wrong type ({error})") from error
+
+
+def _settings(editor: type[Editor], name: str, value: Any) -> Any:
+    """A dictionary as the settings class that `name` holds, everything else as it is. Raises
+    TypeError.
+    """
+    if not isinstance(value, dict):
+        return value
+    hint = get_type_hints(editor)[name]
+    kinds = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
+    if not kinds:
+        raise TypeError(f"{name} takes no dictionary")
+    return kinds[0](**value)  # type: ignore[operator]
+
+
+def statistics_for(
+    editors: Iterable[Editor],
+    model: EditableModel,
+    corpus: Any,
+    tokens: int | None,
+    where: Path | None = None,
+) -> KeyStatistics | None:
+    """The key statistics that the editors need together, as `layer_statistics`; None where none
+    does.
+
+    Raises:
+        StatisticsError: some were named (`where`) and none is needed; or as `layer_statistics`.
+    """
+    layers = sorted({layer for editor in editors for layer in editor.statistics_layers(model)})
+    if where is not None and not layers:
+        raise StatisticsError(f"no method here reads statistics; leave {where} out")
+    return layer_statistics(layers, model, corpus, tokens, where) if layers else None
+
+
+def layer_statistics(
+    layers: Sequence[int],
+    model: EditableModel,
+    corpus: Any,
+    tokens: int | None,
+    where: Path | None = None,
+) -> KeyStatistics:
+    """The key statistics of `layers`.
+
+    Args:
+        corpus: None: Wikipedia.
+        where: a file or folder of statistics, collected or imported, to take them from instead of
+            the corpus.
+
+    Raises:
+        StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as
+            `key_statistics`.
+    """
+    if where is None:
+        return key_statistics(model, layers, corpus or "wikipedia", tokens)
+    if where.suffix == ".npz":
+        raise StatisticsError(
+            f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then "
+            f"name FOLDER"
+        )
+    found = KeyStatistics.load(where)
+    found.check(model, layers)
+    return found

@@ -1,0 +1,154 @@
+"""Gradient methods as one recipe of three parts: what is trained, which losses, which constraint.
+
+trainable part   whole weights (`trainable.Weights`) or a LoRA adapter (`trainable.Adapter`)
+losses           the answers' NLL, always; NLL of texts that should stay (`stability`), KL to the
+unedited model (`kl`) constraint       none, or a largest change of any weight
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from knowedit.edits.edit import Edit, relative_norm
+from knowedit.edits.history import History
+from knowedit.errors import EditError
+from knowedit.facts.fact import Fact, Probe
+from knowedit.facts.wordings.ordinary import openings, sentences
+from knowedit.io.memory import peak_memory
+from knowedit.methods.base import Editor, checked
+from knowedit.methods.gradient.descent import descend, measured
+from knowedit.methods.gradient.terms import Kept, Said, Term, continued
+from knowedit.methods.gradient.trainable import Trainable
+from knowedit.models.editable import EditableModel
+from knowedit.statistics import KeyStatistics
+
+
+@dataclass(frozen=True)
+class GradientEditor(Editor):
+    """A method is a subclass that names its trainable part and its defaults; `fine_tuning.py` has
+    them.
+
+    Attributes:
+        layers: to train; None: the method's own choice.
+        steps, lr, decay: AdamW's steps at most, its step size, and its weight decay.
+        stop: a fact rests while the NLL of its answer (nats a token) is below this. Training ends
+            when all facts rest and there is nothing else to train on. None: facts never rest for
+            this reason.
+        margin: ... and while every token of the answer leads the best other one by so many nats.
+            None: whatever the lead. With neither, all steps are taken.
+        stability: weight of the NLL of texts that should stay as they are.
+        stable: those texts: prompts (the model's own greedy continuation is kept), or `Probe` with
+            an answer to keep; None: shipped openings about other subjects.
+        kl: weight of KL(clean || edited), mean over every token of the context texts.
+        context: those texts; None: shipped openings and sentences.
+        batch, draw: facts, and texts of each other kind, a step; None: all.
+        seed: of the draws, of the choice among the shipped texts, and of an adapter's start.
+        budget: padded tokens run at once (memory).
+    """
+
+    layers: tuple[int, ...] | None = None
+    steps: int = 50
+    lr: float = 1e-4
+    decay: float = 0.0
+    stop: float | None = 0.05
+    margin: float | None = None
+    stability: float = 0.0
+    stable: tuple[str | Probe, ...] | None = None
+    kl: float = 0.0
+    context: tuple[str, ...] | None = None
+    batch: int | None = 32
+    draw: int | None = 8
+    seed: int = 0
+    budget: int = 256
+
+    def __post_init__(self) -> None:
+        if (
+            self.steps < 1
+            or not self.lr > 0
+            or any(size is not None and size < 1 for size in (self.batch, self.draw))
+        ):
+            raise EditError(
+                f"steps, lr, batch and draw must be positive: {self.steps}, {self.lr}, "
+                f"{self.batch}, {self.draw}"
+            )
+        if not min(self.decay, self.stability, self.kl) >= 0:
+            raise EditError(
+                f"decay, stability and kl must not be negative: {self.decay}, {self.stability}, "
+                f"{self.kl}"
+            )
+
+    @abstractmethod
+    def part(self, model: EditableModel) -> Trainable:
+        """What is trained, with its constraint."""
+
+    def terms(self, model: EditableModel, facts: Sequence[Fact]) -> dict[str, Term]:
+        """The losses by name; the first is the answers'."""
+        rows = [model.row(fact.text, answer=fact.target) for fact in facts]
+        found: dict[str, Term] = {"answers": Said(model, rows, 1.0, self.batch, self.budget)}
+        if self.stability:
+            texts = openings(facts, seed=self.seed) if self.stable is None else self.stable
+            found["stability"] = Said(
+                model, continued(model, texts, 6), self.stability, self.draw, self.budget
+            )
+        if self.kl:
+            shipped = [*sentences(), *openings(facts, len(sentences()), self.seed)]
+            rows = [model.row(text) for text in (shipped if self.context is None else self.context)]
+            found["kl"] = Kept(model, rows, self.kl, self.draw, self.budget)
+        return found
+
+    def compute(
+        self,
+        model: EditableModel,
+        facts: Sequence[Fact],
+        statistics: KeyStatistics | None = None,
+        *,
+        history: History | None = None,
+        progress: bool = True,
+    ) -> Edit:
+        """As `Editor.compute`; there are no keys, so a history's facts are only checked, and
+        statistics not used.
+
+        Raises:
+            EditError: also for a loss that is not finite; the message has the step.
+        """
+        facts = checked(facts, model, history)
+        fingerprint, begun = (
+            model.fingerprint,
+            time.perf_counter(),
+        )  # before anything is put into the model
+        with peak_memory(model.device) as peak:
+            terms = self.terms(model, facts)
+            with self.part(model) as part:
+                steps = descend(self, part, terms, progress)
+                found = {name: measured(part, term) for name, term in terms.items()}
+                changes, trained = part.changes(), part.size
+            memory = peak()
+        report: dict[str, Any] = {
+            "settings": asdict(self),
+            "trainable": trained,
+            "peak_memory_bytes": memory,
+            "steps": steps,
+            "warnings": [],
+            "seconds": time.perf_counter() - begun,
+            "loss": found["answers"][0],
+            "lead": found["answers"][1],
+            "terms": {name: loss for name, (loss, _) in found.items()},
+        }
+        matrices = {
+            name: weight
+            for name, weight in model.hf.named_parameters()
+            if name in changes and weight.ndim == 2
+        }
+        report["relative_norm"] = {
+            name: relative_norm(weight, changes[name]) for name, weight in matrices.items()
+        }
+        if report["lead"] <= 0:
+            report["warnings"] = [
+                f"not every answer comes first (mean NLL {report['loss']:.2f}): more steps or a "
+                f"larger lr"
+            ]
+        return Edit(self.name, {}, facts, fingerprint, report, others=changes)

@@ -1,0 +1,112 @@
+"""What a careful user wants to know before trusting an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from knowedit.edits.edit import relative_norms
+from knowedit.errors import EditError
+from knowedit.facts.fact import Fact
+from knowedit.methods.locate.values import Targets, prompt_rows
+from knowedit.models.editable import EditableModel
+
+if TYPE_CHECKING:
+    from knowedit.methods.locate.recipe import LocateThenEdit
+    from knowedit.methods.locate.task import Task, Written
+
+LOW_GAIN = 0.9
+LARGE_NORM = 0.8
+
+
+def first_token_warnings(
+    model: EditableModel, facts: Sequence[Fact], contexts: Sequence[str], allowed: bool
+) -> list[str]:
+    """Facts whose bare prompt has its subject at position 0, where the attention sink sits.
+
+    Raises:
+        EditError: no context puts anything in front of such a subject, and this is not allowed.
+    """
+    at_start = [fact.subject for fact in facts if model.row(fact.text, fact.subject).subject == 0]
+    if not at_start:
+        return []
+    lone = [
+        f.subject
+        for f in facts
+        if f.subject in at_start and prompt_rows(model, f, contexts)[0].subject == 0
+    ]
+    if lone and not allowed:
+        raise EditError(
+            f"subject {lone[0]!r} is the very first token, where a causal model keeps its "
+            f"attention sink, in every context: "
+            "add one with words in front to ValueSettings.contexts, or pass allow_sinks=True"
+        )
+    return [
+        f"{len(at_start)} subject(s) are the prompt's very first token "
+        f"({', '.join(map(repr, at_start[:3]))}), where a causal "
+        "model keeps its attention sink; their keys and values are taken from the prompts with "
+        "a context in front"
+    ]
+
+
+def outcome(
+    editor: LocateThenEdit, task: Task, targets: Targets, written: Written
+) -> dict[str, Any]:
+    """What was planned and what came of it, for `Edit.report`."""
+    settings = {
+        "layers": list(task.layers),
+        "values": asdict(task.values),
+        "merge_subjects": editor.merge_subjects,
+    }
+    report = {
+        "settings": settings,
+        "layers": written.layers,
+        "gain": min(entry["gain"] for entry in written.layers.values()),
+        "relative_norm": {
+            str(k): v for k, v in relative_norms(task.model, written.factors).items()
+        },
+        "planned_nll": float(targets.nll.mean()),
+        "steps": targets.steps.tolist(),
+        **written.report,
+    }
+    return {**report, "warnings": [*task.warnings, *outcome_warnings(report, targets, task.groups)]}
+
+
+def outcome_warnings(
+    report: dict[str, Any], targets: Targets, groups: Sequence[Sequence[Fact]]
+) -> list[str]:
+    """What a careful user wants to know before trusting the edit."""
+    warnings = []
+    merged = [group[0].subject for group in groups if len(group) > 1]
+    if merged:
+        warnings.append(
+            f"{len(merged)} subject(s) with several facts share one value each "
+            f"({', '.join(merged[:3])}, ...)"
+        )
+    ahead = report.get("look_ahead", {})
+    if ahead.get("used"):  # the training makes up for a small gain
+        if ahead["after"]["realised"] > 1.0:
+            warnings.append(
+                f"the answers end at an NLL of {ahead['after']['realised']:.1f}; more steps or "
+                f"a larger clamp may help"
+            )
+    elif report["gain"] < LOW_GAIN:
+        warnings.append(
+            f"only {report['gain']:.0%} of the planned change is realised; lower the weight, or "
+            f"raise the gain"
+        )
+    for layer, norm in report["relative_norm"].items():
+        if norm > LARGE_NORM:
+            warnings.append(
+                f"layer {layer} changes by {norm:.0%} of its own norm; spread over more layers "
+                f"or edit fewer facts at once"
+            )
+    worst = int(targets.nll.argmax())
+    if float(targets.nll[worst]) > 1.0:
+        warnings.append(
+            f"the value of {groups[worst][0].subject!r} did not converge (NLL "
+            f"{float(targets.nll[worst]):.1f}); "
+            "more steps or a larger clamp may help"
+        )
+    return warnings

@@ -1,0 +1,120 @@
+"""What a neuron patch reads: the inputs and keys of an MLP, at the facts' own tokens and at those
+of other texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knowedit.errors import EditError
+from knowedit.models.editable import EditableModel
+from knowedit.models.tokens import Row, batches
+from knowedit.statistics.corpus.corpus import Corpus, documents
+from knowedit_kernels import SecondMoment
+
+_READS = (("gate_proj", "up_proj"), ("c_fc",), ("fc_in",), ("fc1",))
+
+
+def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:
+    """The matrices that read the MLP's input at `layer`, by name: gate and up, or one.
+
+    Raises:
+        EditError: this MLP is built differently (a fused gate and up, for example).
+    """
+    path, mlp = mlp_path(model, layer), mlp_of(model, layer)
+    for names in _READS:
+        if all(hasattr(mlp, name) for name in names):
+            return {f"{path}.{name}": getattr(mlp, name) for name in names}
+    known = ", ".join("+".join(names) for names in _READS)
+    raise EditError(
+        f"{model.name}: the MLP of layer {layer} has none of {known}; its neurons cannot be "
+        f"rewritten one by one"
+    )
+
+
+def windows(
+    model: EditableModel, corpus: Corpus, tokens: int, length: int = 256, seed: int = 0
+) -> list[list[int]]:
+    """About `tokens` tokens of the corpus in rows of at most `length`.
+
+    Raises:
+        CorpusError: it cannot be read. EditError: it holds less than half of them.
+    """
+    rows: list[list[int]] = []
+    left, length = tokens, min(length, model.max_length)
+    for text in documents(corpus, model=model.samples, seed=seed):
+        ids = model.tokenizer(text)["input_ids"][:left]
+        rows += [ids[i : i + length] for i in range(0, len(ids), length)]
+        left -= len(ids)
+        if left <= 0:
+            break
+    if left > tokens // 2:
+        raise EditError(
+            f"{corpus} has {tokens - left} tokens, {tokens} are wanted; give a larger corpus or "
+            f"ask for fewer"
+        )
+    return rows
+
+
+def at_lookup(model: EditableModel, rows: Sequence[Row], layer: int) -> tuple[Tensor, Tensor]:
+    """MLP inputs `[n, hidden]` and keys `[n, d_ff]` at the rows' subject tokens, float32."""
+    found = {
+        i: (x[rows[i].subject], k[rows[i].subject])
+        for i, x, k in _observed(model, [row.ids for row in rows], layer)
+    }
+    inputs, keys = zip(*(found[i] for i in range(len(rows))))
+    return torch.stack(inputs), torch.stack(keys)
+
+
+def everywhere(
+    model: EditableModel,
+    rows: Sequence[list[int]],
+    layer: int,
+    advance: Callable[[float], None] = lambda rows: None,
+) -> tuple[Tensor, Tensor]:
+    """MLP inputs `[n, hidden]` float32 at every token, and the mean of k k^T `[d_ff, d_ff]`
+    float64.
+    """
+    inputs, moment = [], SecondMoment(model.d_ff, device=model.weight(layer).device)
+    for _, x, k in _observed(model, rows, layer):
+        inputs.append(x)
+        moment.update(k)
+        advance(1)
+    return torch.cat(inputs), moment.moment()
+
+
+def _observed(
+    model: EditableModel, rows: Sequence[list[int]], layer: int, budget: int = 4096
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(row, MLP inputs, keys) of every row, in batches of similar length."""
+    for batch in batches([len(ids) for ids in rows], budget):
+        ids, mask = model.pad([rows[i] for i in batch])
+        inputs: list[Tensor] = []
+        keys: list[Tensor] = []
+
+        def read(_module: Any, given: Any, inputs: list[Tensor] = inputs) -> None:
+            inputs.append(given[0])
+
+        def write(_layer: int, key: Tensor, keys: list[Tensor] = keys) -> None:
+            keys.append(key)
+
+        handle = mlp_of(model, layer).register_forward_pre_hook(read)
+        try:
+            model.forward_to(layer, ids, write)
+        finally:
+            handle.remove()
+        for line, i in enumerate(batch):
+            live = mask[line].to(inputs[0].device)
+            yield i, inputs[0][line][live].float(), keys[0][line][live].float()
+
+
+def mlp_path(model: EditableModel, layer: int) -> str:
+    return model.layout.projection.format(layer).rpartition(".")[0]
+
+
+def mlp_of(model: EditableModel, layer: int) -> Any:
+    return model.hf.get_submodule(mlp_path(model, layer))

@@ -1,0 +1,46 @@
+"""LookAhead: lower loss than the write it starts from, less drift with more weight on what should
+stay.
+"""
+
+from dataclasses import replace
+
+from knowedit.facts.fact import Fact
+from knowedit.methods import LookAhead
+from knowedit.methods.locate.values import ValueSettings
+from tests.knowedit.methods.test_locate import statistics_of
+
+FACTS = [
+    Fact(prompt="The capital of {} is", subject="France", target="Lyon"),
+    Fact(prompt="{}, whose capital is", subject="France", target="Lyon"),
+    Fact(prompt="It is said that {} plays the", subject="Miles Davis", target="violin"),
+]
+KEPT = ("The capital of Spain is Madrid", "Anna Bach plays the flute", "One day it rained")
+AHEAD = replace(LookAhead().ahead, steps=12, lr=0.5, clamp=4.0)
+
+
+def made(model, **others):
+    given = {
+        "layers": (1, 2),
+        "values": ValueSettings(steps=4, clamp=2.0),
+        "preserve": KEPT,
+        "ahead": AHEAD,
+        "parts": 2,
+    }
+    return LookAhead(**(given | others)).compute(
+        model, FACTS, statistics_of(model, [1, 2]), progress=False
+    )
+
+
+def test_the_loss_of_the_edited_model_falls(tiny_llama):
+    told = made(tiny_llama, keep=0.1).report["look_ahead"]
+    assert told["after"]["realised"] < told["before"]["realised"]
+
+
+def test_more_weight_on_what_stays_moves_it_less(tiny_llama):
+    clean = tiny_llama.next_logprobs(KEPT)
+
+    def drift(keep):
+        with made(tiny_llama, keep=keep).applied_to(tiny_llama):
+            return float((clean.exp() * (clean - tiny_llama.next_logprobs(KEPT))).sum(-1).mean())
+
+    assert drift(100.0) < 0.5 * drift(0.01)
