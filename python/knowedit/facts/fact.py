@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from knowedit.errors import KnowEditError
-from knowedit.io.names import did_you_mean
+from knowedit.io.names import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class Fact:
         for key, value in record.items():
             name = ALIASES.get(key, key)
             if name not in known:
-                hint = did_you_mean(key, known, "known fields", ALIASES)
+                hint = nearest(key, known, "known fields", ALIASES)
                 raise FactError(f"unknown field {key!r}; {hint}")
             if name in values:
                 raise FactError(f"field {name!r} is given twice (as {key!r} too); keep one")

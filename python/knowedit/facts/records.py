@@ -143,7 +143,7 @@ def parse_records(
             if form is None or not skip:
                 raise FactError(f"{place}: {e}") from e
             skipped.append(f"{place}: {e}")
-        except (KeyError, TypeError, AttributeError) as e:
+        except (LookupError, TypeError, AttributeError, ValueError) as e:
             name = form.name if form else "fact"
             raise FactError(f"{place}: broken {name} record ({type(e).__name__}: {e})") from e
     for name, forms in answer_forms.items():

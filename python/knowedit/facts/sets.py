@@ -16,7 +16,7 @@ from pathlib import Path
 from knowedit.facts.fact import Fact, FactError, check_facts
 from knowedit.facts.formats import named_sets, recognise
 from knowedit.facts.records import parse_records, read_records
-from knowedit.io.names import did_you_mean
+from knowedit.io.names import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _path(name: str) -> Path:
     if name not in files:
         if Path(name).exists():
             return Path(name)
-        hint = did_you_mean(name, [*SHIPPED, *files], "known sets")
+        hint = nearest(name, [*SHIPPED, *files], "known sets")
         raise FactError(f"{name!r} is neither a file nor a known set; {hint}")
     folder = data_dir()
     path = _first_file(folder, files[name])

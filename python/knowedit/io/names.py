@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(
+def nearest(
     name: object, known: Iterable[str], listed_as: str = "known", also: Iterable[str] = ()
 ) -> str:
     """``"did you mean 'subject'?"`` when one of `known` or `also` looks like `name`, else all of

@@ -212,7 +212,7 @@ EXAMPLES = {
 
 
 def test_every_format_recognises_its_own_records_and_no_others():
-    assert list(EXAMPLES) == list(FORMATS)
+    assert EXAMPLES.keys() == FORMATS.keys()
     for name, records in EXAMPLES.items():
         for record in records:
             assert [form.name for form in FORMATS.values() if form.matches(record)] == [name]
@@ -221,29 +221,32 @@ def test_every_format_recognises_its_own_records_and_no_others():
 
 def test_every_set_has_a_name_of_its_own_and_files():
     names = [named.name for named in named_sets()]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) and {"counterfact", "zsre"} <= set(names)
     assert all(named.files and named.what for named in named_sets())
 
 
 def test_a_new_format_is_one_function(tmp_path, monkeypatch):
     @fact_format(
-        "triples",
-        matches=lambda record: "triple" in record,
-        sets=[NamedSet("my-triples", "mine", ("triples.jsonl",))],
+        "invented",
+        matches=lambda record: "invented" in record,
+        sets=[NamedSet("invented-set", "mine", ("invented.jsonl",))],
     )
-    def triples(record, forms):
-        subject, verb, new = record["triple"]
+    def invented(record, forms):
+        subject, verb, new = record["invented"]
         yield Fact.parse(f"{subject} {verb}", subject, new)
 
-    save(tmp_path / "triples.jsonl", {"triple": ["Ann Lee", "speaks", "English"]})
+    save(tmp_path / "invented.jsonl", {"invented": ["Ann Lee", "speaks", "English"]})
     monkeypatch.setenv("KNOWEDIT_DATA", str(tmp_path))
     try:
-        assert load("my-triples") == [Fact("{} speaks", "Ann Lee", "English")]
+        assert load("invented-set") == [Fact("{} speaks", "Ann Lee", "English")]
+        broken = save(tmp_path / "broken.jsonl", {"invented": ["Ann Lee"]})
+        with pytest.raises(FactError, match=r"broken\.jsonl:1: broken invented record \(ValueErr"):
+            load(broken)
         for name, sets, said in (
-            ("triples", (), "fact format 'triples' is registered twice"),
+            ("invented", (), "fact format 'invented' is registered twice"),
             ("other", [NamedSet("mquake", "", ("a",))], "data set 'mquake' is registered already"),
         ):
             with pytest.raises(FactError, match=said):
-                fact_format(name, matches=lambda record: False, sets=sets)(triples)
+                fact_format(name, matches=lambda record: False, sets=sets)(invented)
     finally:
-        del FORMATS["triples"]
+        del FORMATS["invented"]

@@ -15,8 +15,8 @@ from knowedit.facts.fact import Fact, FactError
 
 Record = dict[str, Any]
 #: Makes the facts of one record; counts in its second argument which forms the answers had
-#: (`answers.first_answer` does). May raise `FactError` for a record that is no usable fact, and
-#: KeyError, TypeError or AttributeError for a broken one.
+#: (`answers.first_answer` does). May raise `FactError` for a record that is no usable fact, and a
+#: lookup, type, attribute or value error for a broken one.
 MakeFacts = Callable[[Record, Counter[str]], Iterator[Fact]]
 
 
