@@ -24,7 +24,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation.measures.counterfact import Answer, Question, ask, questions, summarise
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
-from knowedit.methods import MEND, SERAC, Editor, MemoryEdit
+from knowedit.methods import MEND, SERAC, Method, MemoryEdit
 from knowedit.methods.learned.loop import default_file
 from knowedit.methods.learned.mend.network import MendNetwork
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
@@ -64,7 +64,7 @@ def networks(
 
 def edited(
     model: EditableModel,
-    editor: Editor,
+    editor: Method,
     facts: Sequence[Fact],
     size: int,
     asked: Sequence[Question],
@@ -82,7 +82,7 @@ def edited(
 def measure(
     report: common.Report,
     model: EditableModel,
-    editor: Editor,
+    editor: Method,
     facts: Sequence[Fact],
     size: int,
     asked: Sequence[Question],

@@ -20,7 +20,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation.measures.counterfact import Evaluation, evaluate_each
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
-from knowedit.methods import MEMIT, ROME, Editor
+from knowedit.methods import MEMIT, ROME, Method
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.presets import preset_for
 from knowedit.models.load import load_model
@@ -49,7 +49,7 @@ FLOORS = {
 
 
 def batch_edits(
-    editor: Editor,
+    editor: Method,
     model: EditableModel,
     facts: Sequence[Fact],
     statistics: KeyStatistics | None,

@@ -16,7 +16,8 @@ from typing import Any
 from knowedit.errors import KnowEditError
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form
-from knowedit.methods import EDITORS, Editor, make_editor
+from knowedit.methods import EDITORS, make_editor
+from knowedit.methods.base import Method as Editor
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.presets import preset_for
 from knowedit.studies.arithmetic.measure import Observation
