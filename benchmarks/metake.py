@@ -30,7 +30,7 @@ import torch
 from knowedit.edits.edit import Edit, relative_norms
 from knowedit.evaluation.measures.counterfact import Evaluation, Question, ask, questions, summarise
 from knowedit.facts.fact import Fact
-from knowedit.facts.formats.same_subject import groups as by_subject
+from knowedit.facts.groups import groups as by_subject
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.methods import EMMET, MEMIT, AlphaEdit, Recipe, MetaKE
 from knowedit.methods.locate.keys import group_by_subject

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
+#: Public data beside the checkout, where a developer keeps it.
+DATA = HERE.parents[1] / "shared" / "data"
 SEPARATE = (HERE / "interpret", HERE / "codegen")
 
 
@@ -29,8 +31,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Speed cases run once, as tests, unless --benchmark-enable or --benchmark-only asks for
-    figures.
+    figures. Public data are also looked for beside the checkout.
     """
+    if DATA.is_dir():
+        os.environ.setdefault("KNOWEDIT_DATA", str(DATA))
     options = config.option
     if hasattr(options, "benchmark_disable") and not (
         options.benchmark_enable or options.benchmark_only
