@@ -14,7 +14,7 @@ def dense_delta(R: Tensor, K: Tensor, M: Tensor) -> Tensor:
 
 
 def refined_delta(R: Tensor, K: Tensor, M: Tensor, steps: int = 4) -> Tensor:
-    """`dense_delta` for a symmetric M, to the last digit of float64: what a solve is judged by.
+    """`dense_delta` for a symmetric M, in long double: what a solve is judged by.
 
     A float64 factorisation is itself off by the condition of M + K K^T times 1e-16, which on some LAPACKs is more than our
     budget. Its solution is mended by the residual in long double (80 bits on x86), until nothing changes any more.

@@ -36,8 +36,8 @@ def test_speed(benchmark, name, values, provider):
     benchmark(run)
 
 
-def test_the_judge_of_a_solve_is_right_to_the_last_digit():
-    """Against exact rational arithmetic, where a float64 LU loses digits to the condition number."""
+def test_the_judge_of_a_solve_is_right_where_float64_is_not():
+    """Against exact rational arithmetic, at a condition of 1e6, which costs a float64 LU a thousand times more."""
     random = torch.Generator().manual_seed(0)
     d, n = 12, 3
     root = torch.randn(d, d, generator=random, dtype=torch.float64) * torch.logspace(0, -3, d)
@@ -47,7 +47,7 @@ def test_the_judge_of_a_solve_is_right_to_the_last_digit():
     fractions = rational_delta(R, K, M)
     exact = torch.tensor([[float(x) for x in row] for row in fractions], dtype=torch.float64)
     judged = rel(refined_delta(R, K, M), exact)
-    assert judged < 3e-16 < 1e-13 < rel(dense_delta(R, K, M), exact)
+    assert judged < 1e-14 < 1e-12 < rel(dense_delta(R, K, M), exact)
 
 
 def rational_delta(R, K, M):
