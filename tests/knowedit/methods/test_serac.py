@@ -19,7 +19,7 @@ from knowedit.methods.learned.serac.method import SERAC
 from knowedit.methods.learned.serac.network import Scope, SeracNetwork, in_view
 from knowedit.methods.learned.serac.training import SeracTraining, train_serac
 from knowedit.methods.session import Session
-from knowedit.models.upper import linears
+from knowedit.models.structure import linears
 from tests.knowedit.methods.test_mend import FACTS
 
 OTHER = "Nobody knows why"

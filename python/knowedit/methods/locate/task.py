@@ -15,7 +15,7 @@ from knowedit.methods.locate.checks import first_token_warnings
 from knowedit.methods.locate.keys import GroupKeys
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.statistics import SINK_RATIO, KeyStatistics
 from knowedit_kernels import EditSolver
 
@@ -103,7 +103,7 @@ def prepare(
             not exist.
     """
     preset, layers = preset_for(model), layers_of(editor, model)
-    values, warnings = editor.values or preset.values, []
+    values, warnings = editor.values or ValueSettings(**preset.values), []
     if not preset.measured and (editor.layers is None or editor.values is None):
         chosen = (
             "by calibration" if preset.origin == "calibrated" else "as published for this shape"

@@ -29,7 +29,7 @@ from knowedit.methods.locate.values import Targets, ValueSettings, optimise_valu
 from knowedit.methods.neurons.parts import Switch, free_neurons, patched, rewritten, separate
 from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import Corpus
 
@@ -92,7 +92,8 @@ class NeuronPatch(Method):
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
     ) -> Iterator[Edit]:
         """One edit for each of the tasks, a task being groups of facts."""
-        preset, groups = preset_for(model).values, [group for task in tasks for group in task]
+        preset = ValueSettings(**preset_for(model).values)
+        groups = [group for task in tasks for group in task]
         values = self.values or replace(
             preset, clamp=max(2.0, preset.clamp), steps=max(30, preset.steps), draft=True
         )
