@@ -32,7 +32,7 @@ from knowedit.evaluation.measures.counterfact import Evaluation, Question, ask, 
 from knowedit.facts.fact import Fact
 from knowedit.facts.formats.same_subject import groups as by_subject
 from knowedit.facts.sets import conflict_free, data_dir, load
-from knowedit.methods import EMMET, MEMIT, AlphaEdit, LocateThenEdit, MetaKE
+from knowedit.methods import EMMET, MEMIT, AlphaEdit, Recipe, MetaKE
 from knowedit.methods.locate.keys import group_by_subject
 from knowedit.methods.locate.objective import FrozenLayer
 from knowedit.methods.locate.refine import answer_lines
@@ -103,7 +103,7 @@ def refined(task: Task, targets: Targets) -> Targets:
     )
 
 
-def methods(part: str) -> Iterator[tuple[str, LocateThenEdit, str]]:
+def methods(part: str) -> Iterator[tuple[str, Recipe, str]]:
     """(name, editor, targets): stock or refined ones, or merged per subject."""
     shared = {"layers": (LAYER,), "values": VALUES, "merge_subjects": False, "mean_keys": True}
     ours = MetaKE(layers=(LAYER,), values=VALUES, ahead=AHEAD, when="always")

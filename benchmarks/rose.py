@@ -35,7 +35,7 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.formats.same_subject import groups, halves
 from knowedit.facts.sets import data_dir, load
 from knowedit.io.files import atomic_file
-from knowedit.methods import MEMIT, AlphaEdit, LocateThenEdit, RoSE
+from knowedit.methods import MEMIT, AlphaEdit, Recipe, RoSE
 from knowedit.methods.locate.training import Settings
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.load import load_model
@@ -68,7 +68,7 @@ SHOWN = (
 )
 
 
-def methods(others: tuple[Fact, ...], seed: int) -> Iterator[tuple[str, LocateThenEdit]]:
+def methods(others: tuple[Fact, ...], seed: int) -> Iterator[tuple[str, Recipe]]:
     ours = RoSE(layers=LAYERS, values=LEAF, refine=AHEAD, neighbours=others, seed=seed)
     yield OURS, ours
     yield "MEMIT", MEMIT(layers=ONE, values=STOCK, merge_subjects=False, mean_keys=True, gain=0.98)

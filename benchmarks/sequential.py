@@ -33,7 +33,7 @@ from knowedit.evaluation.sequence import Watch, course_table, write_in_sequence
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.io.files import cache_dir
-from knowedit.methods import EDITORS, LocateThenEdit, MetaKE
+from knowedit.methods import EDITORS, MetaKE, Recipe
 from knowedit.methods.locate.task import layers_of
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.methods.session import Session
@@ -53,12 +53,12 @@ FREE = "-free"
 
 def editor_for(
     name: str, model: EditableModel, layers: Sequence[int], steps: int, draft: bool
-) -> LocateThenEdit:
+) -> Recipe:
     """The editor called `name` (with or without `-free`), with its own defaults but for layers,
     steps and precision.
     """
     methods = {
-        method: editor for method, editor in EDITORS.items() if issubclass(editor, LocateThenEdit)
+        method: editor for method, editor in EDITORS.items() if issubclass(editor, Recipe)
     }
     known = name.removesuffix(FREE)
     if known not in methods:
@@ -105,7 +105,7 @@ def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
 def run(
     report: common.Report,
     name: str,
-    editor: LocateThenEdit,
+    editor: Recipe,
     watch: Watch,
     statistics: KeyStatistics,
     batch: int,

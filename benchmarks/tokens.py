@@ -22,7 +22,7 @@ import numpy as np
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.measures.counterfact import ask, questions, summarise
 from knowedit.facts.sets import data_dir, load
-from knowedit.methods import MEMIT, AlphaEdit, LocateThenEdit
+from knowedit.methods import MEMIT, AlphaEdit, Recipe
 from knowedit.methods.locate.keys import group_by_subject
 from knowedit.methods.locate.task import prepare
 from knowedit.models.editable import EditableModel
@@ -38,7 +38,7 @@ from . import common
 from .statistics import CORPUS
 
 COUNTS = (1_536, 3_072, 6_144, 12_288, 24_576, 49_152, 98_304, 196_608, 393_216, 500_000)
-METHODS: tuple[type[LocateThenEdit], ...] = (MEMIT, AlphaEdit)
+METHODS: tuple[type[Recipe], ...] = (MEMIT, AlphaEdit)
 KEPT = (
     ("efficacy", "success"),
     ("efficacy", "exact"),
@@ -121,7 +121,7 @@ def run(
     corpus: Path,
     facts: Sequence[Any],
     counts: Sequence[int],
-    methods: Sequence[type[LocateThenEdit]] = METHODS,
+    methods: Sequence[type[Recipe]] = METHODS,
 ) -> list[dict[str, Any]]:
     """A row for every method and count; returns them."""
     editors = [method() for method in methods]
