@@ -33,11 +33,12 @@ from knowedit.evaluation.sequence import Watch, course_table, write_in_sequence
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.io.files import cache_dir
-from knowedit.methods import EDITORS, Recipe, MetaKE
+from knowedit.methods import EDITORS, MetaKE, Recipe
 from knowedit.methods.locate.task import layers_of
+from knowedit.methods.locate.values import ValueSettings
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.models.load import load_model
 from knowedit.report.plots import course, save
 from knowedit.statistics import KeyStatistics, key_statistics
@@ -65,7 +66,7 @@ def editor_for(
             f"unknown method {name!r}; known: {', '.join(methods)}, each also with {FREE}"
         )
     steps += 0 if known == "metake" else MetaKE().ahead.steps
-    values = replace(preset_for(model).values, steps=steps, draft=draft)
+    values = replace(ValueSettings(**preset_for(model).values), steps=steps, draft=draft)
     return methods[known](layers=tuple(layers), values=values)
 
 

@@ -184,7 +184,7 @@ def run(
 
 
 def _layers(model: EditableModel) -> tuple[int, ...]:
-    from knowedit.models.families.presets import preset_for
+    from knowedit.models.families import preset_for
 
     return preset_for(model).layers
 

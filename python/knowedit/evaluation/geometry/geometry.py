@@ -34,7 +34,7 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
 from knowedit_kernels import EditSolver, Identity, weight_for_gain
 from knowedit_kernels.solver import Metric
@@ -195,7 +195,13 @@ def geometry(
         at, away = (k[layer].double().cpu().T for k in (keys, others))
         kappa = {name: amplification(metric, at) for name, metric in metrics.items()}
         landed = (
-            landscape(model, some, layer, values or preset_for(model).values, seed=seed)
+            landscape(
+                model,
+                some,
+                layer,
+                values or ValueSettings(**preset_for(model).values),
+                seed=seed,
+            )
             if some
             else None
         )

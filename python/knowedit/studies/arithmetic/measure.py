@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from knowedit.evaluation.subjects.same_subject import estimates
+from knowedit.models import generation
 from knowedit.models.editable import EditableModel
 from knowedit.studies.arithmetic.prompts import Probe, first_number, number_span
 
@@ -103,7 +104,7 @@ def greedy(model: EditableModel, prompts: Sequence[str], tokens: int = TOKENS) -
     ends = model.hf.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     found = []
-    for new, _, logits in model.greedy(prompts, tokens, BATCH, logits=True):
+    for new, _, logits in generation.greedy(model, prompts, tokens, BATCH, logits=True):
         assert logits is not None
         best = logits.float().topk(2, -1).values
         for line, margins in zip(new.tolist(), (best[..., 0] - best[..., 1]).tolist()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from knowedit.errors import KnowEditError
@@ -18,8 +18,9 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form
 from knowedit.methods import EDITORS, make_editor
 from knowedit.methods.base import Method as Editor
+from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.studies.arithmetic.measure import Observation
 from knowedit.studies.arithmetic.prompts import Probe, Sum, fact
 from knowedit.studies.arithmetic.prompts import forms as forms_of
@@ -128,7 +129,7 @@ def _gentle(given: Material) -> dict[str, Any]:
     """Values that stop early: the answer should win, not more (in earlier runs: locality 0.97
     against 0.95).
     """
-    return {**_deep(given), "values": replace(preset_for(given.model).values, stop=0.2)}
+    return {**_deep(given), "values": ValueSettings(**preset_for(given.model).values, stop=0.2)}
 
 
 def _stable(given: Material) -> dict[str, Any]:
