@@ -2,8 +2,7 @@
 targets that do not?
 
 `crowded`: many distinct facts in one layer. `same-subject`: several facts of one subject, not
-    merged. Every method starts
-from the same stock values; the controls refine them as long as MetaKE looks ahead, without the
+merged. Every method starts from the same stock values; the controls refine them as long as MetaKE looks ahead, without the
 solver (G = I), and are then written by MEMIT at several gains, EMMET and AlphaEdit. A row is what
 one method did to one draw of facts: the measures of CounterFact, KL and perplexity on held-out
 text, and the difference to MetaKE's fact by fact. Rows that a results file already has are not
@@ -20,7 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ import numpy as np
 import torch
 
 from knowedit.edits.edit import Edit, relative_norms
-from knowedit.evaluation.measures.counterfact import Evaluation, Question, ask, questions, summarise
+from knowedit.evaluation.evaluation import Evaluation, summarise
+from knowedit.evaluation.measures.base import Question, ask, questions
 from knowedit.facts.fact import Fact
 from knowedit.facts.formats.same_subject import groups as by_subject
 from knowedit.facts.sets import conflict_free, data_dir, load
@@ -150,14 +150,14 @@ def draw(part: str, size: int, seed: int) -> tuple[list[Fact], list[Fact]]:
 
 
 def measure(
-    model: EditableModel, asked: Sequence[Question], before: Any, facts: int, text: Text, edit: Edit
+    model: EditableModel, asked: Sequence[Question], before: Any, text: Text, edit: Edit
 ) -> tuple[Evaluation, dict[str, float]]:
     with edit.applied_to(model):
         after, moved = ask(model, asked, progress=False), text.look()
     rng = np.random.default_rng(0)
     was, now = (
-        summarise(asked, before, facts, rng),
-        summarise(asked, after, facts, np.random.default_rng(0), before),
+        summarise(asked, before, rng),
+        summarise(asked, after, np.random.default_rng(0), before),
     )
     return Evaluation(was, now, list(asked), list(before), after), moved
 
@@ -212,10 +212,10 @@ def run(
             written = editor.write(own, values[which])
         seconds = time.perf_counter() - begun
         edit = Edit(name, written.factors, own.facts, model.fingerprint)
-        found, moved = measure(model, asked, before, len(measured), text, edit)
+        found, moved = measure(model, asked, before, text, edit)
         ours = found if name == KNOWN else ours
-        after = {f"{k} {m}": asdict(e) for k, row in found.after.items() for m, e in row.items()}
-        unedited = {f"{k} {m}": e.mean for k, row in found.before.items() for m, e in row.items()}
+        after, clean_rates = common.flat(found.after), common.flat(found.before)
+        unedited = {name: estimate["mean"] for name, estimate in clean_rates.items()}
         norm = max(relative_norms(model, edit.factors).values())
         short = {
             k: round(v["mean"], 3)

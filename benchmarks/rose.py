@@ -17,16 +17,16 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from knowedit.evaluation.evaluation import Estimates
+from knowedit.evaluation.intervals import estimates
 from knowedit.evaluation.subjects.same_subject import (
     SameSubjectEvaluation,
-    Table,
     compare,
-    estimates,
     evaluate_same_subject,
     observe,
     prepare,
@@ -119,20 +119,12 @@ def draw(seed: int, quick: bool) -> tuple[list[list[Fact]], tuple[Fact, ...]]:
     return chosen, tuple(fact for fact in pool if fact.subject not in subjects)
 
 
-def summary(table: Table) -> str:
+def summary(table: Estimates) -> str:
     return "  ".join(
         f"{kind} {measure} {table[kind][measure].mean:.2f}"
         for kind, measure in SHOWN
         if measure in table.get(kind, {})
     )
-
-
-def plain(table: Table) -> dict[str, dict[str, float]]:
-    return {
-        f"{kind} {measure}": asdict(estimate)
-        for kind, row in table.items()
-        for measure, estimate in row.items()
-    }
 
 
 Key = tuple[str, str, str, str | None]
@@ -143,7 +135,7 @@ def values_of(found: SameSubjectEvaluation) -> dict[Key, tuple[float, float]]:
     return {(v.kind, v.measure, v.subject, v.fact): (v.before, v.after) for v in found.values}
 
 
-def pooled(seeds: Sequence[dict[Key, float]]) -> Table:
+def pooled(seeds: Sequence[dict[Key, float]]) -> Estimates:
     """Over all draws; a subject that is in several counts once, with its mean."""
     found: dict[Key, list[float]] = {}
     for values in seeds:
@@ -214,10 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"seed {seed}  {'unedited':30} {summary(found.before)}",
                     seed=seed,
                     method="unedited",
-                    after=plain(found.before),
+                    after=common.flat(found.before),
                 )
             sizes = {
-                size: plain(found.of_size(size).after) for size in sorted(set(found.sizes.values()))
+                size: common.flat(found.of_size(size).after) for size in sorted(set(found.sizes.values()))
             }
             report.note(
                 f"seed {seed}  {name:30} {summary(found.after)}",
@@ -225,10 +217,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 method=name,
                 facts=len(facts),
                 subjects=len(chosen),
-                after=plain(found.after),
+                after=common.flat(found.after),
                 by_size=sizes,
                 **about,
-                rose_minus_this=plain(compare(ours, found)) if ours and name != OURS else None,
+                rose_minus_this=common.flat(compare(ours, found)) if ours and name != OURS else None,
             )
     for name, by_seed in everything.items():
         over = pooled(
@@ -245,13 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{len(by_seed)} seeds {name:30} {summary(over)}",
             method=name,
             seeds=list(by_seed),
-            pooled=plain(over),
-            rose_minus_this=plain(pooled(gaps)) if name != OURS else None,
+            pooled=common.flat(over),
+            rose_minus_this=common.flat(pooled(gaps)) if name != OURS else None,
         )
     unedited = pooled(
         [{key: value[0] for key, value in values_of(e).items()} for e in everything[OURS].values()]
     )
-    report.note(f"{'unedited':30} {summary(unedited)}", method="unedited", pooled=plain(unedited))
+    report.note(f"{'unedited':30} {summary(unedited)}", method="unedited", pooled=common.flat(unedited))
     return report.finish()
 
 

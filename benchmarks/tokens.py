@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.measures.counterfact import ask, questions, summarise
+from knowedit.evaluation.evaluation import summarise
+from knowedit.evaluation.measures.base import ask, questions
 from knowedit.facts.sets import data_dir, load
+from knowedit.io.tables import Table
 from knowedit.methods import MEMIT, AlphaEdit, LocateThenEdit
 from knowedit.methods.locate.keys import group_by_subject
 from knowedit.methods.locate.task import prepare
@@ -160,7 +162,7 @@ def run(
                 )
                 continue
             with edit.applied_to(model):
-                after = summarise(asked, ask(model, asked, progress=False), len(facts), rng, before)
+                after = summarise(asked, ask(model, asked, progress=False), rng, before)
             row |= {
                 f"{kind} {measure}": after[kind][measure].mean
                 for kind, measure in KEPT
@@ -190,20 +192,17 @@ def _layers(model: EditableModel) -> tuple[int, ...]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown: a line a method and number of tokens."""
     names = [f"{kind} {measure}" for kind, measure in KEPT]
-    lines = [
-        "| method | tokens | " + " | ".join(names) + " | price | C⁻¹k ± | null space ± |",
-        "|---" * (len(names) + 5) + "|",
-    ]
+    lines = []
     for row in rows:
         cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
         errors = [f"{row[name]:.1%}" if name in row else "-" for name in ("solve", "null_space")]
         lines.append(
-            f"| {row['case']} | {row['tokens']:,} | {' | '.join(cells)} | {row['price']:.3g} | "
-            f"{' | '.join(errors)} |"
+            [row["case"], f"{row['tokens']:,}", *cells, f"{row['price']:.3g}", *errors]
         )
-    return "\n".join(lines)
+    heads = ["method", "tokens", *names, "price", "C⁻¹k ±", "null space ±"]
+    return Table(heads, lines).markdown()
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

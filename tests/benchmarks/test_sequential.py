@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import common, sequential
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.sequence import Watch
+from knowedit.evaluation.sequence import SequenceMonitor
 from knowedit.facts.fact import Fact
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.statistics import key_statistics
@@ -38,7 +38,7 @@ def run(tiny_llama, tmp_path):
     )
     statistics = key_statistics(tiny_llama, [1], corpus, 500, directory=tmp_path / "s")
     told = [i for i, fact in enumerate(FACTS) if fact.paraphrases]
-    watch = Watch(
+    monitor = SequenceMonitor(
         tiny_llama, FACTS, ["The sea is wet, and the sky is blue."], measured=told, progress=False
     )
 
@@ -56,7 +56,7 @@ def run(tiny_llama, tmp_path):
             report.note = interrupted
         editor = sequential.editor_for(name, tiny_llama, (1,), 3, False)
         sequential.run(
-            report, name, editor, watch, statistics, 2, 2, tmp_path / f"{name}.safetensors"
+            report, name, editor, monitor, statistics, 2, 2, tmp_path / f"{name}.safetensors"
         )
         return [json.loads(line) for line in report.output.read_text().splitlines()][1:]
 

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import tracing as benchmark
 from knowedit.errors import EditError, ModelError
-from knowedit.evaluation.tracing.localisation import _average, _resampled, roles, trace_many
+from knowedit.evaluation import intervals
+from knowedit.evaluation.tracing.localisation import _average, roles, trace_many
 from knowedit.evaluation.tracing.tracing import KINDS, Trace, embedding_deviation, trace
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
@@ -220,7 +221,8 @@ def test_averages_over_facts_and_advice(tiny_llama):
 
 def test_bootstrap_over_facts():
     values = np.random.default_rng(1).normal(0.3, 0.1, (50, 2))
-    low, high = np.quantile(_resampled(values, 0), (0.025, 0.975), axis=0)
+    means = intervals.draws(50) @ values / 50
+    low, high = np.quantile(means, intervals.TAILS, axis=0)
     half = 1.96 * values.std(0, ddof=1) / 50**0.5
     assert low == pytest.approx(values.mean(0) - half, abs=0.1 * half.max())
     assert high == pytest.approx(values.mean(0) + half, abs=0.1 * half.max())

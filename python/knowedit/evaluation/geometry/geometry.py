@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from knowedit.errors import EditError
+from knowedit.evaluation import intervals
 from knowedit.evaluation.geometry.curvature import Landscape, landscape
-from knowedit.evaluation.measures.counterfact import Estimate
-from knowedit.evaluation.subjects.same_subject import RESAMPLES
+from knowedit.evaluation.intervals import Estimate
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
 from knowedit.methods.locate.values import ValueSettings
@@ -316,11 +316,8 @@ def ratio(above: Tensor, below: Tensor, clusters: Tensor, seed: int = 0) -> Esti
     """``sum(above) / sum(below)`` with a 95 % percentile bootstrap interval over whole clusters;
     all `[n]`.
     """
-    names, where = clusters.unique(return_inverse=True)
-    sums = np.stack([np.bincount(where, part, minlength=len(names)) for part in (above, below)])
-    drawn = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
-    low, high = np.quantile(sums[0][drawn].sum(1) / sums[1][drawn].sum(1), (0.025, 0.975))
-    return Estimate(float(sums[0].sum() / sums[1].sum()), float(low), float(high), len(above))
+    sums = [intervals.by_cluster(part.tolist(), clusters.tolist())[0] for part in (above, below)]
+    return intervals.ratio(*sums, seed, records=len(above))
 
 
 def _written(
