@@ -117,7 +117,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _grid(rows: Sequence[Row], lines: Lines) -> str:
     columns = [(str(row["layer"]), [cell(row) for cell in lines.values()]) for row in rows]
-    return Table.from_columns("layer", [("", lines), *columns]).markdown()
+    return Table.from_columns("layer", lines, columns).markdown()
 
 
 def _each(names: Iterable[str], read: Callable[[Row, str], float], pattern: str = "{:.2f}") -> Cell:

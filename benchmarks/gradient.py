@@ -21,7 +21,7 @@ from knowedit.evaluation import drift, evaluate
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
 from knowedit.io.tables import Table
-from knowedit.methods import GRADIENT, Editor, LocateThenEdit, make_editor, statistics_for
+from knowedit.methods import GRADIENT, LocateThenEdit, Method, make_editor, statistics_for
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
@@ -50,7 +50,7 @@ def sets(quick: bool = False) -> dict[str, list[Fact]]:
 
 def measure(
     model: EditableModel,
-    editor: Editor,
+    editor: Method,
     facts: Sequence[Fact],
     statistics: KeyStatistics | None = None,
 ) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from knowedit.evaluation.evaluation import summarise
 from knowedit.evaluation.measures.base import Answer, Question, ask, questions
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
-from knowedit.methods import MEND, SERAC, Editor, MemoryEdit
+from knowedit.methods import MEND, SERAC, MemoryEdit, Method
 from knowedit.methods.learned.loop import default_file
 from knowedit.methods.learned.mend.network import MendNetwork
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
@@ -65,7 +65,7 @@ def networks(
 
 def edited(
     model: EditableModel,
-    editor: Editor,
+    editor: Method,
     facts: Sequence[Fact],
     size: int,
     asked: Sequence[Question],
@@ -83,7 +83,7 @@ def edited(
 def measure(
     report: common.Report,
     model: EditableModel,
-    editor: Editor,
+    editor: Method,
     facts: Sequence[Fact],
     size: int,
     asked: Sequence[Question],

@@ -2,11 +2,11 @@
 targets that do not?
 
 `crowded`: many distinct facts in one layer. `same-subject`: several facts of one subject, not
-merged. Every method starts from the same stock values; the controls refine them as long as MetaKE looks ahead, without the
-solver (G = I), and are then written by MEMIT at several gains, EMMET and AlphaEdit. A row is what
-one method did to one draw of facts: the measures of CounterFact, KL and perplexity on held-out
-text, and the difference to MetaKE's fact by fact. Rows that a results file already has are not
-computed again, so an interrupted run goes on.
+merged. Every method starts from the same stock values; the controls refine them as long as MetaKE
+looks ahead, without the solver (G = I), and are then written by MEMIT at several gains, EMMET and
+AlphaEdit. A row is what one method did to one draw of facts: the measures of CounterFact, KL and
+perplexity on held-out text, and the difference to MetaKE's fact by fact. Rows that a results file
+already has are not computed again, so an interrupted run goes on.
 
 Predicted (from one trial without seeds): exact 96 at KL 0.16 for 200 facts, where the best
 control reaches 90 at 0.27; exact 92 for same-subject facts, where merging reaches 70.

@@ -121,9 +121,7 @@ def metake(folder: Path) -> str:
         seeds = len({r["seed"] for r in found})
         title = f"{part}, {size} {'facts' if part == 'crowded' else 'subjects'}, {seeds} draw(s)"
         parts.append(Table(["method", *heads], lines, title).markdown())
-    return "
-
-".join([*parts, measured_on(header)])
+    return "\n\n".join([*parts, measured_on(header)])
 
 
 def sequential(folder: Path, name: str = "sequential") -> str:
@@ -152,7 +150,9 @@ def sequential(folder: Path, name: str = "sequential") -> str:
 def tokens(folder: Path) -> str:
     """Quality against the tokens of the statistics."""
     header, rows = read(folder, "tokens")
-    return "\n".join([by_tokens.table([row for row in rows if "price" in row]), "", measured_on(header)])
+    return "\n".join(
+        [by_tokens.table([row for row in rows if "price" in row]), "", measured_on(header)]
+    )
 
 
 def tokens_picture(folder: Path, path: Path) -> None:

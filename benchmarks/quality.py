@@ -19,7 +19,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation.evaluation import Evaluation, evaluate_each
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
-from knowedit.methods import MEMIT, ROME, Editor
+from knowedit.methods import MEMIT, ROME, Method
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.presets import preset_for
 from knowedit.models.load import load_model
@@ -48,7 +48,7 @@ FLOORS = {
 
 
 def batch_edits(
-    editor: Editor,
+    editor: Method,
     model: EditableModel,
     facts: Sequence[Fact],
     statistics: KeyStatistics | None,

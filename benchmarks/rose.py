@@ -209,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     after=common.flat(found.before),
                 )
             sizes = {
-                size: common.flat(found.of_size(size).after) for size in sorted(set(found.sizes.values()))
+                size: common.flat(found.of_size(size).after)
+                for size in sorted(set(found.sizes.values()))
             }
             report.note(
                 f"seed {seed}  {name:30} {summary(found.after)}",
@@ -220,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 after=common.flat(found.after),
                 by_size=sizes,
                 **about,
-                rose_minus_this=common.flat(compare(ours, found)) if ours and name != OURS else None,
+                rose_minus_this=common.flat(compare(ours, found))
+                if ours and name != OURS
+                else None,
             )
     for name, by_seed in everything.items():
         over = pooled(
@@ -243,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unedited = pooled(
         [{key: value[0] for key, value in values_of(e).items()} for e in everything[OURS].values()]
     )
-    report.note(f"{'unedited':30} {summary(unedited)}", method="unedited", pooled=common.flat(unedited))
+    report.note(
+        f"{'unedited':30} {summary(unedited)}", method="unedited", pooled=common.flat(unedited)
+    )
     return report.finish()
 
 

@@ -128,7 +128,8 @@ def run(
     try:
         for step in write_in_sequence(session, monitor, batch, every):
             row = replace(step, seconds=step.seconds + spent)
-            lines = str(trajectory_table([row])).splitlines()[1 if step.edits else 0 :]  # its head once
+            lines = str(trajectory_table([row])).splitlines()
+            lines = lines[1 if step.edits else 0 :]  # the heading once
             settings = history.edits[0].report["settings"] if history else {}
             exact = exact_by_batch(model, monitor.facts[: step.edits], batch)
             report.note(

@@ -198,9 +198,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
         errors = [f"{row[name]:.1%}" if name in row else "-" for name in ("solve", "null_space")]
-        lines.append(
-            [row["case"], f"{row['tokens']:,}", *cells, f"{row['price']:.3g}", *errors]
-        )
+        lines.append([row["case"], f"{row['tokens']:,}", *cells, f"{row['price']:.3g}", *errors])
     heads = ["method", "tokens", *names, "price", "C⁻¹k ±", "null space ±"]
     return Table(heads, lines).markdown()
 

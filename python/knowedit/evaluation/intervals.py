@@ -72,12 +72,16 @@ def ratio(
     return Estimate(mean, float(low), float(high), count)
 
 
-def mean(values: ArrayLike, clusters: Iterable[Hashable] | None = None, rng: Random = 0) -> Estimate:
+def mean(
+    values: ArrayLike, clusters: Iterable[Hashable] | None = None, rng: Random = 0
+) -> Estimate:
     """The mean of `values`, each counted once, with its interval over whole clusters (None: every
     value is one).
     """
     values = np.asarray(values, float)
-    sums, counts = by_cluster(values, clusters) if clusters is not None else (values, 1 + 0 * values)
+    sums, counts = (
+        by_cluster(values, clusters) if clusters is not None else (values, 1 + 0 * values)
+    )
     return ratio(sums, counts, rng)
 
 

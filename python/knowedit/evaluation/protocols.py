@@ -25,7 +25,8 @@ from knowedit.evaluation.sequence import (
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.io.files import atomic_file
-from knowedit.methods import Editor, make_editor, statistics_for
+from knowedit.methods import make_editor, statistics_for
+from knowedit.methods.base import Method
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -46,6 +47,7 @@ class Result:
         seconds: computing the edits, a fact (without loading, statistics and evaluation).
         side_effects: what each measure of whole models found, by its name; empty for `single`.
         report: of the edit (of the first one for `single` and `sequential`).
+        config: the whole method, as `make_method` takes it.
         trajectory: for `sequential`, the model on its way.
     """
 
@@ -58,6 +60,7 @@ class Result:
     side_effects: dict[str, dict[str, Any]]
     seconds: float
     report: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
     trajectory: list[SequenceStep] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,6 +70,7 @@ class Result:
             **{name: getattr(self, name) for name in names},
             "evaluation": self.evaluation.to_dict(),
             "report": self.report,
+            "config": self.config,
             "trajectory": [step.to_dict() for step in self.trajectory],
         }
 
@@ -103,6 +107,7 @@ def migrate(record: Mapping[str, Any]) -> dict[str, Any]:
         moved = found.pop("drift")
         found["side_effects"] = {"drift": moved} if moved else {}
         found["trajectory"] = found.pop("course", [])
+        found["config"] = {}
     return found
 
 
@@ -174,7 +179,7 @@ def run(
     model: EditableModel,
     facts: Sequence[Fact],
     statistics: KeyStatistics | None,
-    editor: Editor,
+    method: Method,
     protocol: str = "batch",
     dataset: str = "",
     *,
@@ -200,7 +205,7 @@ def run(
     trajectory: list[SequenceStep] = []
     effects: dict[str, dict[str, Any]] = {}
     if protocol == "single":
-        edits = _Timed(lambda: editor.compute_each(model, facts, statistics, progress=progress))
+        edits = _Timed(lambda: method.compute_each(model, facts, statistics, progress=progress))
         evaluation = evaluate_each(model, edits, facts, seed=seed, progress=progress)
         seconds, report = edits.seconds, edits.report
     else:
@@ -214,13 +219,13 @@ def run(
             monitor = SequenceMonitor(
                 model, facts, texts, sample=SAMPLE, seed=seed, progress=progress
             )
-            with Session(editor, model, statistics) as session:
+            with Session(method, model, statistics) as session:
                 trajectory += write_in_sequence(session, monitor, batch, every, progress=progress)
                 evaluation, effects = monitor.evaluation(progress=progress), moved()
                 seconds, report = trajectory[-1].seconds, session.history.edits[0].report
         else:
             start = time.perf_counter()
-            edit = editor.compute(model, facts, statistics, progress=progress)
+            edit = method.compute(model, facts, statistics, progress=progress)
             seconds, report = time.perf_counter() - start, edit.report
             with edit.applied_to(model):
                 effects = moved()
@@ -228,13 +233,14 @@ def run(
     return Result(
         model.name,
         dataset,
-        editor.name,
+        method.name,
         protocol,
         len(facts),
         evaluation,
         effects,
         seconds / len(facts),
         report,
+        method.to_dict(),
         trajectory,
     )
 

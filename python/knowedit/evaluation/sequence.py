@@ -213,12 +213,13 @@ COLUMNS = {
 def trajectory_table(trajectory: Sequence[SequenceStep], title: str = "") -> Table:
     """A row a step: means, without intervals."""
     others = ("perplexity", "KL", "|D|/|W|", "gain")
-    columns = ["edits", *(Column(name, ".3f", "right") for name in (*COLUMNS, *others))]
+    columns: list[Column | str] = [
+        "edits",
+        *(Column(name, ".3f", "right") for name in (*COLUMNS, *others)),
+    ]
     rows = []
     for step in trajectory:
         found = [step.measures.get(kind, {}).get(measure) for kind, measure in COLUMNS.values()]
         means = [None if estimate is None else estimate.mean for estimate in found]
-        rows.append(
-            [step.edits, *means, step.perplexity, step.drift.kl, step.norm, step.gain]
-        )
+        rows.append([step.edits, *means, step.perplexity, step.drift.kl, step.norm, step.gain])
     return Table(columns, rows, title)

@@ -73,14 +73,18 @@ class Table:
 
     @classmethod
     def from_columns(
-        cls, head: Column | str, columns: Iterable[tuple[str, Iterable[Any]]], **others: Any
+        cls,
+        head: str,
+        names: Iterable[str],
+        columns: Iterable[tuple[str, Iterable[Any]]],
+        **others: Any,
     ) -> Table:
-        """A table whose records stand side by side: `head` and each record's name on top.
-
-        The rows of a column, a name (`head`'s column) followed by its values, are transposed.
+        """A table whose records stand side by side: `names` of the rows under `head`, then each
+        record, its heading and its values.
         """
-        named = [(name, list(values)) for name, values in columns]
-        return cls([head, *(name for name, _ in named)], list(zip(*(v for _, v in named))), **others)
+        headed = [(heading, list(values)) for heading, values in columns]
+        rows = [*zip(names, *(values for _, values in headed))]
+        return cls([head, *(heading for heading, _ in headed)], rows, **others)
 
     @property
     def heads(self) -> list[Column]:
@@ -94,8 +98,7 @@ class Table:
     def alignment(self) -> list[Align]:
         """Each column's side."""
         return [
-            column.align
-            or ("right" if any(_is_figure(row[i]) for row in self.rows) else "left")
+            column.align or ("right" if any(_is_figure(row[i]) for row in self.rows) else "left")
             for i, column in enumerate(self.heads)
         ]
 
@@ -129,7 +132,11 @@ class Table:
 
         out = io.StringIO()
         console = Console(
-            file=out, width=width or 100_000, color_system=None, force_terminal=False, soft_wrap=False
+            file=out,
+            width=width or 100_000,
+            color_system=None,
+            force_terminal=False,
+            soft_wrap=False,
         )
         console.print(self.rich())
         lines = [line.rstrip() for line in out.getvalue().splitlines()]
@@ -177,11 +184,12 @@ class Table:
         return {"title": self.title, "columns": columns, "rows": rows, "notes": [*self.notes]}
 
     def csv(self) -> str:
-        """Comma-separated values with a line of headings. An `Estimate` is its mean, followed by
-        columns for the ends of its interval."""
+        """Comma-separated values (RFC 4180) with a line of headings. An `Estimate` is its mean,
+        followed by columns for the ends of its interval.
+        """
         spans = [any(is_dataclass(row[i]) for row in self.rows) for i in range(len(self.heads))]
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        writer = csv.writer(out)
         heads = (
             [c.header, f"{c.header} low", f"{c.header} high"] if span else [c.header]
             for c, span in zip(self.heads, spans)
@@ -205,9 +213,11 @@ def _plain(value: Any) -> Any:
 
 
 def _ends(value: Any) -> list[Any]:
-    return [value[k] for k in ("mean", "low", "high")] if isinstance(value, dict) else [value, "", ""]
+    return (
+        [value[k] for k in ("mean", "low", "high")] if isinstance(value, dict) else [value, "", ""]
+    )
 
 
 def _piped(cells: Iterable[str]) -> str:
-    shown = (cell.replace("|", "\\|").replace("\n", "<br>") for cell in cells)
+    shown = ("<br>".join(cell.replace("|", "\\|").splitlines()) for cell in cells)
     return f"| {' | '.join(shown)} |"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from knowedit.errors import KnowEditError, StatisticsError
-from knowedit.methods.base import Editor as Editor
+from knowedit.methods.base import Method as Method
 from knowedit.methods.gradient.fine_tuning import FTL as FTL
 from knowedit.methods.gradient.fine_tuning import FineTuning as FineTuning
 from knowedit.methods.gradient.fine_tuning import KLFineTuning as KLFineTuning
@@ -31,7 +31,7 @@ from knowedit.methods.neurons.neuron_patch import NeuronPatch as NeuronPatch
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics, key_statistics
 
-LOCATE: tuple[type[Editor], ...] = (
+LOCATE: tuple[type[Method], ...] = (
     MEMIT,
     ROME,
     EMMET,
@@ -42,15 +42,15 @@ LOCATE: tuple[type[Editor], ...] = (
     MetaKE,
     LookAhead,
 )
-GRADIENT: tuple[type[Editor], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
-LEARNED: tuple[type[Editor], ...] = (MEND, SERAC)
-NEURONS: tuple[type[Editor], ...] = (NeuronPatch,)
-EDITORS: dict[str, type[Editor]] = {
+GRADIENT: tuple[type[Method], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
+LEARNED: tuple[type[Method], ...] = (MEND, SERAC)
+NEURONS: tuple[type[Method], ...] = (NeuronPatch,)
+EDITORS: dict[str, type[Method]] = {
     editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT, *LEARNED, *NEURONS)
 }
 
 
-def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Editor:
+def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Method:
     """The editor of that name with the settings that were given (None: not given).
 
     Args:
@@ -79,7 +79,7 @@ def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Editor:
         raise KnowEditError(f"{method}: a setting is of the wrong type ({error})") from error
 
 
-def _settings(editor: type[Editor], name: str, value: Any) -> Any:
+def _settings(editor: type[Method], name: str, value: Any) -> Any:
     """A dictionary as the settings class that `name` holds, everything else as it is. Raises
     TypeError.
     """
@@ -93,7 +93,7 @@ def _settings(editor: type[Editor], name: str, value: Any) -> Any:
 
 
 def statistics_for(
-    editors: Iterable[Editor],
+    editors: Iterable[Method],
     model: EditableModel,
     corpus: Any,
     tokens: int | None,

@@ -89,7 +89,9 @@ def write_page(
         )
         last = record
     where = f"On {moved.prompts} ordinary openings the most likely next word stayed the same in "
-    far = f"mean divergence {moved.kl:.4f} nats, largest {moved.worst[1]:.3f} at “{moved.worst[0]}”."
+    far = (
+        f"mean divergence {moved.kl:.4f} nats, largest {moved.worst[1]:.3f} at “{moved.worst[0]}”."
+    )
     sections = [
         Section("Measured on all prompts of these facts", [measured.table()]),
         Section("What moved elsewhere", [f"{where}{moved.same:.0%}; {far}"]),
@@ -125,7 +127,12 @@ def _layers(edit: Edit) -> Table:
         )
         for layer, chosen in edit.report["layers"].items()
     ]
-    columns = ["layer", "rank", Column("gain", ".3f"), Column("|delta| / |W|", ".3f")]
+    columns: list[Column | str] = [
+        "layer",
+        "rank",
+        Column("gain", ".3f"),
+        Column("|delta| / |W|", ".3f"),
+    ]
     return Table(columns, rows, notes=[f"Note: {warning}." for warning in edit.warnings])
 
 

@@ -195,7 +195,9 @@ def trajectory(trajectories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
     for axis, (kind, measure, title) in zip(axes, STEPS):
         for i, (name, steps) in enumerate(trajectories.items()):
             shown = [p for p in steps if p["edits"] or kind in (None, "neighbourhood")]
-            found = [(p["edits"], e) for p in shown if (e := step_value(p, kind, measure)) is not None]
+            found = [
+                (p["edits"], e) for p in shown if (e := step_value(p, kind, measure)) is not None
+            ]
             if not found:
                 continue
             edits, values = [n for n, _ in found], [e for _, e in found]
@@ -391,7 +393,7 @@ def statistics(found: KeyStatistics) -> Figure:
         error.set(xscale="log", yscale="log")
         error.legend(fontsize="small")
     else:
-        middle = {"ha": "center", "transform": error.transAxes}
-        error.text(0.5, 0.5, "too few tokens for an estimate", **middle)
+        said = "too few tokens for an estimate"
+        error.text(0.5, 0.5, said, ha="center", transform=error.transAxes)
     spectrum.legend(fontsize="small")
     return figure

@@ -78,7 +78,7 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
         effects = "; ".join(protocols.describe(result["side_effects"]))
         seconds = f"{result['method']}: {result['seconds']:.2f} s a fact"
         costs.append(f"{seconds}; {effects}" if effects else seconds)
-    blocks = [grid({"unedited": before, **after}), *costs]
+    blocks: list[Table | str] = [grid({"unedited": before, **after}), *costs]
     found = [Section(title, blocks, plots.measures(after, before))]
     if trajectories := {
         result["method"]: result["trajectory"] for result in results if result["trajectory"]
@@ -89,7 +89,10 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 
 def _trajectory(name: str, steps: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ["facts", *(Column(title, ".3f", "right") for _, _, title in plots.STEPS)]
+    columns: list[Column | str] = [
+        "facts",
+        *(Column(title, ".3f", "right") for _, _, title in plots.STEPS),
+    ]
     rows = [
         [step["edits"], *(_mean(plots.step_value(step, k, m)) for k, m, _ in plots.STEPS)]
         for step in steps
@@ -153,7 +156,10 @@ def geometry_blocks(layers: Sequence[Mapping[str, Any]]) -> list[Table | str]:
             "recalled within the room": lambda g: g["within"]["in"],
             "  outside": lambda g: g["within"]["out"],
         }
-    columns = ["", *(Column(f"layer {g['layer']}", ".3f", "right") for g in layers)]
+    columns: list[Column | str] = [
+        "",
+        *(Column(f"layer {g['layer']}", ".3f", "right") for g in layers),
+    ]
     facts = (
         f"{layers[0]['facts']} facts of {layers[0]['subjects']} subjects; values of "
         f"{max(g['edited'][0] for g in layers)} facts"
@@ -175,7 +181,7 @@ def _forms(layer: Mapping[str, Any]) -> Table:
         gains = " / ".join(f"{gain[m]:.2f}" for m in plots.METRICS)
         rho = Estimate(**form["rho"]["C"])
         rows.append([form["form"], form["moved"], form["cosine"], gains, rho, recall])
-    columns = [
+    columns: list[Column | str] = [
         "form",
         Column("|eps| / |k|", ".2f"),
         Column("cosine", ".2f"),
@@ -232,14 +238,20 @@ def _map(record: Mapping[str, Any], kind: str, rows: Iterable[str]) -> Table:
         span = f"[{low[i][at]:+.3f}, {high[i][at]:+.3f}]"
         cells.append([name, f"|{shades}|", effect[i][at], span, at])
     title = f"{kind}: {plots.TRACED[kind][0].format(record['window'])}; darkest {top:.3f}"
-    columns = ["", "layers", Column("largest", "+.3f"), Column("95 %", align="right"), "at layer"]
+    columns: list[Column | str] = [
+        "",
+        "layers",
+        Column("largest", "+.3f"),
+        Column("95 %", align="right"),
+        "at layer",
+    ]
     return Table(columns, cells, title)
 
 
 def _sweep(record: Mapping[str, Any]) -> list[Section]:
     head = record["sweep"]
     title = f"{head['model']}: sweep of {len(record['rows'])} methods on {head['dataset']}"
-    return [Section(title, [sweep.table(record), *sweep.configs(record)])]
+    return [Section(title, [sweep.table(record), sweep.configs(record)])]
 
 
 def _value(*path: str) -> Callable[[Mapping[str, Any]], Any]:
@@ -266,7 +278,12 @@ def grid(tables: Mapping[str, plots.Rates], title: str = "") -> Table:
     rows = []
     for kind, measure in keys:
         found = [table.get(kind, {}).get(measure) for table in tables.values()]
-        cells = [None if e is None else Estimate(**{"records": 0, **e}) for e in found]
+        cells = [
+            None
+            if e is None
+            else Estimate(e["mean"], e["low"], e["high"], int(e.get("records", 0)))
+            for e in found
+        ]
         rows.append([kind, measure, *cells])
     return Table(["", "measure", *(Column(name, ".3f", "right") for name in tables)], rows, title)
 

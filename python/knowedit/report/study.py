@@ -1,5 +1,5 @@
-"""The arithmetic study as sections of a page: every measure of every method, and what each trades for
-what.
+"""The arithmetic study as sections of a page: every measure of every method, and what each trades
+for what.
 """
 
 from __future__ import annotations

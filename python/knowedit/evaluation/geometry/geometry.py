@@ -316,8 +316,9 @@ def ratio(above: Tensor, below: Tensor, clusters: Tensor, seed: int = 0) -> Esti
     """``sum(above) / sum(below)`` with a 95 % percentile bootstrap interval over whole clusters;
     all `[n]`.
     """
-    sums = [intervals.by_cluster(part.tolist(), clusters.tolist())[0] for part in (above, below)]
-    return intervals.ratio(*sums, seed, records=len(above))
+    owners = clusters.tolist()
+    up, down = (intervals.by_cluster(part.tolist(), owners)[0] for part in (above, below))
+    return intervals.ratio(up, down, seed, records=len(above))
 
 
 def _written(

@@ -84,7 +84,8 @@ class OrdinaryDrift(ModelMeasure):
         return model.next_logprobs(ORDINARY)
 
     def compare(self, before: Tensor, after: Tensor) -> dict[str, Any]:
-        return asdict(compare(before, after, ORDINARY))
+        found = asdict(compare(before, after, ORDINARY))
+        return {**found, "worst": list(found["worst"])}
 
     def describe(self, found: dict[str, Any]) -> str:
         return f"ordinary text: same next word {found['same']:.0%}, KL {found['kl']:.4f} nats"

@@ -2,8 +2,8 @@
 2603.15518).
 
 Each fact is asked for in six forms whose wordings no edit was trained on
-(`knowedit.facts.wordings.forms.held_out_forms`), and once for a greedy answer; around it, neighbours and the
-subject's own identity and unrelated facts show what else moved:
+(`knowedit.facts.wordings.forms.held_out_forms`), and once for a greedy answer; around it,
+neighbours and the subject's own identity and unrelated facts show what else moved:
 
 * a form: success = P(new) > P(true), length-normalised; magnitude = P(new) - P(true); exact = every
   token of the new object is the arg-max;   greedy: contains = the object stands in the first 16

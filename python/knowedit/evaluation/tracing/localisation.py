@@ -195,9 +195,7 @@ def _average(
                 [found.effect[kind][at].mean(0).double().numpy() for found, at in mine]
             )
             means = draws(len(values), seed) @ values / len(values)
-            for name, row in zip(
-                _TABLES, (values.mean(0), *np.quantile(means, TAILS, axis=0))
-            ):
+            for name, row in zip(_TABLES, (values.mean(0), *np.quantile(means, TAILS, axis=0))):
                 tables[name][kind].append(row.tolist())
             if (role, kind) == ("last subject", "mlp"):
                 advice = _advice(model, values.mean(0), means, traces[0].window)

@@ -19,7 +19,7 @@ from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.io.progress import bar
-from knowedit.methods.base import Editor, checked
+from knowedit.methods.base import Method
 from knowedit.methods.locate.checks import outcome
 from knowedit.methods.locate.keys import GroupKeys, group_by_subject, group_keys
 from knowedit.methods.locate.task import Task, Written, layers_of, prepare
@@ -32,7 +32,7 @@ from knowedit_kernels.solver.edit_solver import Constraint
 
 
 @dataclass(frozen=True)
-class LocateThenEdit(Editor):
+class LocateThenEdit(Method, abstract=True):
     """A method is a subclass that fills in the parts; `memit.py` is a short one. Settings that are
     None come from the model's preset, or are calibrated; `Edit.report` has the choice.
 
@@ -57,6 +57,7 @@ class LocateThenEdit(Editor):
     constraint: ClassVar[Constraint] = "soft"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         gain, weight = getattr(self, "gain", None), getattr(self, "weight", None)
         if gain is not None and not 0 < gain < 1:
             raise EditError(
@@ -106,19 +107,17 @@ class LocateThenEdit(Editor):
         """
         return residual / remaining
 
-    def compute(
+    def _compute(
         self,
         model: EditableModel,
-        facts: Sequence[Fact],
-        statistics: KeyStatistics | None = None,
-        *,
-        history: History | None = None,
-        progress: bool = True,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
     ) -> Edit:
-        """As `Editor.compute`, for `statistics` of the edited layers. Raises also EditError,
+        """As `Method.compute`, for `statistics` of the edited layers. Raises also EditError,
         StatisticsError: see `prepare`.
         """
-        facts = checked(facts, model, history)
         task = prepare(
             self, model, group_by_subject(facts, self.merge_subjects), statistics, history, progress
         )

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from knowedit.facts.fact import Fact
+from knowedit.io.config import Config
 from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Lines, Through, WriteOuts
 from knowedit.models.editable import EditableModel
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Config):
     """Of the training.
 
     Attributes:

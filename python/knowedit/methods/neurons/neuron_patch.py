@@ -22,7 +22,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.progress import bar
-from knowedit.methods.base import Editor, checked
+from knowedit.methods.base import Method
 from knowedit.methods.locate.checks import first_token_warnings, outcome_warnings
 from knowedit.methods.locate.keys import group_by_wording
 from knowedit.methods.locate.values import Targets, ValueSettings, optimise_values, prompt_rows
@@ -35,7 +35,7 @@ from knowedit.statistics.corpus.corpus import Corpus
 
 
 @dataclass(frozen=True)
-class NeuronPatch(Editor):
+class NeuronPatch(Method):
     """Facts with one id or one subject are wordings of one thing: one switch, one value trained on
     all of them.
 
@@ -64,16 +64,14 @@ class NeuronPatch(Editor):
 
     name: ClassVar[str] = "Neuron-Patch"
 
-    def compute(
+    def _compute(
         self,
         model: EditableModel,
-        facts: Sequence[Fact],
-        statistics: KeyStatistics | None = None,
-        *,
-        history: History | None = None,
-        progress: bool = True,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
     ) -> Edit:
-        facts = checked(facts, model, history)
         return next(self._edits(model, self._layer(model), [group_by_wording(facts)], progress))
 
     def compute_each(

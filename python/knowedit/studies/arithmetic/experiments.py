@@ -18,7 +18,8 @@ from typing import Any
 from knowedit.errors import KnowEditError
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form
-from knowedit.methods import EDITORS, Editor, make_editor
+from knowedit.methods import EDITORS, make_editor
+from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.presets import preset_for
 from knowedit.studies.arithmetic.measure import Responses
@@ -158,7 +159,10 @@ class Experiment:
     ablation: bool = False
 
     def __post_init__(self) -> None:
-        checks = [("facts", self.facts, FACTS), ("layers", self.layers, LAYERS)]
+        checks: list[tuple[str, str | None, Mapping[str, Any]]] = [
+            ("facts", self.facts, FACTS),
+            ("layers", self.layers, LAYERS),
+        ]
         checks += [("given", name, GIVEN) for name in self.given.values()]
         for where, name, known in checks:
             if name is not None and name not in known:
@@ -177,7 +181,7 @@ class Experiment:
             found[whole] = replace(getattr(preset, whole), **{part: value}) if part else value
         return found
 
-    def build(self, material: Material) -> tuple[Editor, list[Fact]]:
+    def build(self, material: Material) -> tuple[Method, list[Fact]]:
         """The method, and the facts for it.
 
         Raises:

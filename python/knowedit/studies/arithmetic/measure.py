@@ -98,7 +98,9 @@ def has_kl(prompt: StudyPrompt) -> bool:
 
 
 @torch.no_grad()
-def greedy(model: EditableModel, prompts: Sequence[str], tokens: int = TOKENS) -> list[Continuation]:
+def greedy(
+    model: EditableModel, prompts: Sequence[str], tokens: int = TOKENS
+) -> list[Continuation]:
     """`EditableModel.generate`, in the same batches, with the margins between the two likeliest
     tokens.
     """
@@ -127,7 +129,10 @@ def _said(model: EditableModel, ids: Sequence[int], margins: Sequence[float]) ->
 
 
 def judge(
-    asked: Sequence[StudyPrompt], unedited: Mapping[int, Continuation], before: Responses, after: Responses
+    asked: Sequence[StudyPrompt],
+    unedited: Mapping[int, Continuation],
+    before: Responses,
+    after: Responses,
 ) -> list[Row]:
     """One row a probe: prompt, kind, half, texts before and after, `ok`, and its measures (only
     where they are defined).

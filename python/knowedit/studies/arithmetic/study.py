@@ -13,6 +13,7 @@ import torch
 
 from knowedit.errors import KnowEditError
 from knowedit.models.editable import EditableModel
+from knowedit.studies.arithmetic.experiments import Material, material
 from knowedit.studies.arithmetic.measure import (
     LONGER,
     MARGIN,
@@ -25,7 +26,6 @@ from knowedit.studies.arithmetic.measure import (
     observe,
     table,
 )
-from knowedit.studies.arithmetic.experiments import Material, material
 from knowedit.studies.arithmetic.prompts import StudyPrompt, Sum, split, study_prompts
 
 FORMAT = "knowedit-study/1"

@@ -66,7 +66,10 @@ def _mean(judged: Rates, key: tuple[str, str]) -> float:
 
 def methods_table(found: Mapping[str, Any], half: str = "judge") -> Table:
     """All methods: means, below each the pessimistic end of its 95 % interval."""
-    columns = [Column("method"), *(Column(name, align="right") for name, _, _ in COLUMNS)]
+    columns: list[Column | str] = [
+        Column("method"),
+        *(Column(name, align="right") for name, _, _ in COLUMNS),
+    ]
     columns += [Column("seconds", ".0f"), Column("seeds")]
     rows: list[list[Any]] = [["unedited", *_cells(found["unedited"], ends=False), None, None]]
     rows += [
@@ -100,7 +103,7 @@ def interference_tables(found: Mapping[str, Any]) -> list[Table]:
         "clear": ("sums", "clear"),
         "KL sums": ("sums", "kl"),
     }
-    columns = ["written", *(Column(name, align="right") for name in about)]
+    columns: list[Column | str] = ["written", *(Column(name, align="right") for name in about)]
     columns += [Column(name, ".3f", "right") for name in others]
     made = []
     for name, records in found["interference"].items():

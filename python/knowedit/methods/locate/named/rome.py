@@ -7,7 +7,6 @@ prompt's key, which makes some edits blow up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,14 +38,13 @@ class ROME(LocateThenEdit):
         if self.layers is not None and len(self.layers) != 1:
             raise EditError(f"ROME edits one layer, got {list(self.layers)}; use MEMIT for several")
 
-    def compute(
+    def _compute(
         self,
         model: EditableModel,
-        facts: Sequence[Fact],
-        statistics: KeyStatistics | None = None,
-        *,
-        history: History | None = None,
-        progress: bool = True,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
     ) -> Edit:
         """As `LocateThenEdit.compute`, for the facts of one subject.
 
@@ -59,7 +57,7 @@ class ROME(LocateThenEdit):
                 f"ROME writes one subject at a time, got {len(subjects)}; use MEMIT, or one "
                 f"edit for each"
             )
-        return super().compute(model, facts, statistics, history=history, progress=progress)
+        return super()._compute(model, facts, statistics, history, progress)
 
     def metric(
         self, statistics: KeyStatistics, layer: int, keys: Tensor

@@ -14,6 +14,7 @@ from torch import Tensor
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, training_forms
 from knowedit.facts.wordings.relations import identity_prompts, unrelated_prompts
+from knowedit.io.config import Config
 from knowedit.methods.locate.objective import Line, Lines
 from knowedit.methods.locate.values import ESSENCE, Targets
 from knowedit.models.editable import EditableModel
@@ -31,7 +32,7 @@ Questions = Mapping[str, Sequence[str]] | Literal["generic"] | None
 
 
 @dataclass(frozen=True)
-class Weights:
+class Weights(Config):
     """Of the parts of the objective, relative to the bare prompts' NLL.
 
     Attributes:
