@@ -135,6 +135,7 @@ def geometry(
     from knowedit.models.families.presets import preset_for
     from knowedit.models.load import load_model
     from knowedit.report import plots
+    from knowedit.report.page import in_text
     from knowedit.report.run import geometry_blocks
 
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
@@ -149,7 +150,7 @@ def geometry(
         with atomic_file(output / "geometry.json") as path:
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         plots.save(plots.geometry(found), output / "geometry.png")
-    print(json.dumps(found) if as_json else "\n\n".join(map(str, geometry_blocks(found))))
+    print(json.dumps(found) if as_json else in_text(geometry_blocks(found)))
 
 
 @app.command()
@@ -193,6 +194,7 @@ def trace(
     from knowedit.io.progress import bar
     from knowedit.models.load import load_model
     from knowedit.report import plots
+    from knowedit.report.page import in_text
     from knowedit.report.run import trace_blocks
 
     if (dataset is None) == (prompt is None) or (prompt is None) != (subject is None):
@@ -234,7 +236,7 @@ def trace(
         with atomic_file(output / f"{name}.json") as path:
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         plots.save(plots.trace(found), output / f"{name}.png")
-    print(json.dumps(found) if as_json else "\n\n".join(map(str, trace_blocks(found))))
+    print(json.dumps(found) if as_json else in_text(trace_blocks(found)))
 
 
 @app.command()

@@ -80,7 +80,11 @@ class Result:
             f"{self.seconds:.2f} s a fact"
         )
         parts = [head, str(self.evaluation), *describe(self.side_effects)]
-        parts += [str(trajectory_table(self.trajectory))] if self.trajectory else []
+        parts += (
+            [str(trajectory_table(self.trajectory).without_empty_columns())]
+            if self.trajectory
+            else []
+        )
         return "\n".join(
             parts + [f"note: {warning}" for warning in self.report.get("warnings", [])]
         )

@@ -12,7 +12,7 @@ import html
 import io
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -30,11 +30,13 @@ class Column:
         format: a format specification, such as ".3f"; applied to every value but text. Values bring
             their own `__format__`: an `Estimate` in ".3f" shows its interval too.
         align: None: right when the column has a number, else left.
+        code: in a fixed-width font, where pages have another.
     """
 
     header: str
     format: str = ""
     align: Align | None = None
+    code: bool = False
 
     def show(self, value: Any) -> str:
         """A value as text; None and NaN, which stand for "undefined", are empty."""
@@ -103,24 +105,23 @@ class Table:
         ]
 
     def rich(self) -> RichTable:
-        """As rich draws it."""
+        """As rich draws it, without title and notes."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        made = RichTable(
-            box=None,
-            pad_edge=False,
-            padding=(0, 2, 0, 0),
-            header_style="bold",
-            title=self.title or None,
-            title_justify="left",
-            title_style="bold",
-        )
+        made = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for column, side in zip(self.heads, self.alignment()):
             made.add_column(Text(column.header), justify=side, overflow="fold")
         for row in self.cells():
             made.add_row(*map(Text, row))
         return made
+
+    def without_empty_columns(self) -> Table:
+        """The same without the columns that have no value at all."""
+        kept = [i for i in range(len(self.heads)) if any(row[i] for row in self.cells())]
+        columns = [self.heads[i] for i in kept]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return replace(self, columns=columns, rows=rows)
 
     def text(self, width: int | None = None) -> str:
         """As a terminal shows it, without colours.
@@ -140,7 +141,7 @@ class Table:
         )
         console.print(self.rich())
         lines = [line.rstrip() for line in out.getvalue().splitlines()]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*([self.title] if self.title else []), *lines, *self.notes])
 
     def __str__(self) -> str:
         return self.text()
@@ -151,17 +152,23 @@ class Table:
         lines = [f"**{self.title}**", ""] if self.title else []
         lines.append(_piped(column.header for column in self.heads))
         lines.append("|" + "|".join(rule[side] for side in self.alignment()) + "|")
-        lines += map(_piped, self.cells())
+        for row in self.cells():
+            marks = ("`" if column.code else "" for column in self.heads)
+            lines.append(_piped(f"{mark}{cell}{mark}" for mark, cell in zip(marks, row)))
         for note in self.notes:
             lines += ["", note]
         return "\n".join(lines)
 
     def html(self) -> str:
-        """An HTML element, escaped; cells with figures have the class "num"."""
-        sides = ['<{} class="num">' if side == "right" else "<{}>" for side in self.alignment()]
+        """An HTML element, escaped; cells with figures have the class "num",
+        those in a fixed-width font "code"."""
+        kinds = [
+            ' class="code"' if column.code else ' class="num"' if side == "right" else ""
+            for column, side in zip(self.heads, self.alignment())
+        ]
 
         def line(tag: str, values: Iterable[str]) -> str:
-            cells = (f"{s.format(tag)}{html.escape(v)}</{tag}>" for s, v in zip(sides, values))
+            cells = (f"<{tag}{k}>{html.escape(v)}</{tag}>" for k, v in zip(kinds, values))
             return f"<tr>{''.join(cells)}</tr>"
 
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""

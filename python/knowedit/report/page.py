@@ -46,8 +46,14 @@ class Section:
         return None if self.figure is None else Markup(plots.svg(self.figure))
 
     def text(self) -> str:
-        """Title and blocks as a terminal shows them."""
-        return "\n".join([self.title, "", *map(str, self.blocks)])
+        """Title and blocks as a terminal shows them; tables stand apart."""
+        return f"{self.title}\n\n{in_text(self.blocks)}"
+
+
+def in_text(blocks: Sequence[Table | str]) -> str:
+    """Blocks one below the other, with an empty line around every table."""
+    parts = [block if isinstance(block, str) else f"\n{block}\n" for block in blocks]
+    return "\n".join(parts).strip("\n").replace("\n\n\n", "\n\n")
 
 
 def write_sections(path: Path, title: str, sections: Sequence[Section]) -> None:

@@ -97,7 +97,7 @@ def _trajectory(name: str, steps: Sequence[Mapping[str, Any]]) -> Table:
         [step["edits"], *(_mean(plots.step_value(step, k, m)) for k, m, _ in plots.STEPS)]
         for step in steps
     ]
-    return Table(columns, rows, name)
+    return Table(columns, rows, name).without_empty_columns()
 
 
 def _same_subject(results: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -126,7 +126,7 @@ def _same_subject(results: Sequence[Mapping[str, Any]]) -> list[Section]:
             for name, part in some.items()
         }
         count = sum(n == size for n in sizes.values())
-        blocks.append(grid(short, f"subjects with {size} facts ({count})"))
+        blocks.append(grid(short, f"subjects with {size} fact{'s' * (size > 1)} ({count})"))
     return [Section(title, blocks, plots.same_subject(after, before))]
 
 
@@ -240,7 +240,7 @@ def _map(record: Mapping[str, Any], kind: str, rows: Iterable[str]) -> Table:
     title = f"{kind}: {plots.TRACED[kind][0].format(record['window'])}; darkest {top:.3f}"
     columns: list[Column | str] = [
         "",
-        "layers",
+        Column("layers", code=True),
         Column("largest", "+.3f"),
         Column("95 %", align="right"),
         "at layer",

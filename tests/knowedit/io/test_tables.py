@@ -77,6 +77,17 @@ def test_csv_keeps_the_values_and_the_ends_of_intervals():
     assert second == ["ROME", "", "", "", "12", ""]
 
 
+def test_code_is_in_a_fixed_width_font():
+    table = Table([Column("map", code=True)], [["░ ▒"]])
+    assert '<td class="code">░ ▒</td>' in table.html() and "| `░ ▒` |" in table.markdown()
+
+
+def test_columns_without_a_value_can_be_left_out():
+    table = Table(["a", "b", "c"], [[1, None, ""], [2, math.nan, "x"]]).without_empty_columns()
+    assert [column.header for column in table.heads] == ["a", "c"]
+    assert table.cells() == [["1", ""], ["2", "x"]]
+
+
 def test_records_side_by_side():
     table = Table.from_columns("layer", ["rank", "gain"], [("5", [2, 0.5]), ("6", [3, 0.25])])
     assert table.cells() == [["rank", "2", "3"], ["gain", "0.5", "0.25"]]

@@ -53,6 +53,7 @@ def test_every_figure_of_an_old_folder_is_reported(tmp_path):
     assert all(f"{layer['kappa']['C'][0]:.3f}" in text for layer in layers)
     assert repr(single["prompt"]) in text and "strongest around layer 1" in text
     assert study["methods"][0]["verdict"] in text and "not run: EditError" in text
+    assert "\n\n\n" not in text
     page = (tmp_path / "run" / PAGE).read_text(encoding="utf-8")
     sections = [s for name, found in read(tmp_path / "run").items() for s in SECTIONS[name](found)]
     tables = sum(isinstance(block, Table) for section in sections for block in section.blocks)
