@@ -21,7 +21,7 @@ from knowedit.evaluation import drift, evaluate
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
 from knowedit.io.tables import Table
-from knowedit.methods import GRADIENT, LocateThenEdit, Method, make_editor, statistics_for
+from knowedit.methods import GRADIENT, Method, Recipe, make_editor, statistics_for
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
@@ -57,7 +57,7 @@ def measure(
     """One row: quality with intervals, drift, cost; the model is left as it was found."""
     start = time.perf_counter()
     edit = editor.compute(
-        model, facts, statistics if isinstance(editor, LocateThenEdit) else None, progress=False
+        model, facts, statistics if isinstance(editor, Recipe) else None, progress=False
     )
     seconds, moved = time.perf_counter() - start, drift(model, edit)
     found, report = evaluate(model, edit, facts, progress=False), edit.report

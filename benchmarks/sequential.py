@@ -33,11 +33,10 @@ from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, writ
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.io.files import cache_dir
-from knowedit.methods import EDITORS, LocateThenEdit, MetaKE
-from knowedit.methods.locate.task import layers_of
+from knowedit.methods import EDITORS, Recipe
+from knowedit.methods.locate.trainings import ThroughSolver
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
 from knowedit.models.load import load_model
 from knowedit.report.plots import save, trajectory
 from knowedit.statistics import KeyStatistics, key_statistics
@@ -50,23 +49,19 @@ TEXT = "wikitext2_raw_valid.txt.gz"
 FREE = "-free"
 
 
-def editor_for(
-    name: str, model: EditableModel, layers: Sequence[int], steps: int, draft: bool
-) -> LocateThenEdit:
-    """The editor called `name` (with or without `-free`), with its own defaults but for layers,
+def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Recipe:
+    """The method called `name` (with or without `-free`), with its own defaults but for layers,
     steps and precision.
     """
-    methods = {
-        method: editor for method, editor in EDITORS.items() if issubclass(editor, LocateThenEdit)
-    }
+    methods = {known: found for known, found in EDITORS.items() if issubclass(found, Recipe)}
     known = name.removesuffix(FREE)
     if known not in methods:
         raise KnowEditError(
             f"unknown method {name!r}; known: {', '.join(methods)}, each also with {FREE}"
         )
-    steps += 0 if known == "metake" else MetaKE().ahead.steps
-    values = replace(preset_for(model).values, steps=steps, draft=draft)
-    return methods[known](layers=tuple(layers), values=values)
+    steps += 0 if known == "metake" else ThroughSolver().settings.steps
+    settings = {"layers": tuple(layers), "target.steps": steps, "runtime.draft": draft}
+    return methods[known]().with_settings(settings)
 
 
 def exact_by_batch(model: EditableModel, facts: Sequence[Fact], batch: int) -> list[float]:
@@ -104,7 +99,7 @@ def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
 def run(
     report: common.Report,
     name: str,
-    editor: LocateThenEdit,
+    method: Recipe,
     monitor: SequenceMonitor,
     statistics: KeyStatistics,
     batch: int,
@@ -124,7 +119,7 @@ def run(
         history, kept = History(model.fingerprint), []
     report.rows = [row for row in report.rows if row.get("case") != name or row in kept]
     spent = kept[-1]["seconds"] if kept else 0.0
-    session = Session(editor, model, statistics, history, protect=not name.endswith(FREE))
+    session = Session(method, model, statistics, history, protect=not name.endswith(FREE))
     try:
         for step in write_in_sequence(session, monitor, batch, every):
             row = replace(step, seconds=step.seconds + spent)
@@ -207,11 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = draw_facts(load("counterfact-flat"), arguments.edits, arguments.seed)
     model = load_model(arguments.model, dtype=torch.float32)
     layers = parse_layers(arguments.layers) or ()
-    editors = {
-        name: editor_for(name, model, layers, arguments.steps, not arguments.exact_values)
+    methods = {
+        name: method_for(name, layers, arguments.steps, not arguments.exact_values)
         for name in arguments.methods
     }
-    needed = sorted({layer for editor in editors.values() for layer in layers_of(editor, model)})
+    needed = sorted({n for method in methods.values() for n in method.statistics_layers(model)})
     statistics = key_statistics(model, needed, arguments.corpus or data / CORPUS, arguments.tokens)
     setting = {
         name: getattr(arguments, name)
@@ -234,11 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     digest = hashlib.blake2b(json.dumps(setting).encode(), digest_size=6).hexdigest()
     state = arguments.state or cache_dir("sequential", f"{model.fingerprint[:12]}-{digest}")
-    for name, editor in editors.items():
+    for name, method in methods.items():
         run(
             report,
             name,
-            editor,
+            method,
             monitor,
             statistics,
             arguments.batch,

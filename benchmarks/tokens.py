@@ -24,23 +24,23 @@ from knowedit.evaluation.evaluation import summarise
 from knowedit.evaluation.measures.base import ask, questions
 from knowedit.facts.sets import data_dir, load
 from knowedit.io.tables import Table
-from knowedit.methods import MEMIT, AlphaEdit, LocateThenEdit
+from knowedit.methods import MEMIT, AlphaEdit, Recipe
 from knowedit.methods.locate.keys import group_by_subject
-from knowedit.methods.locate.task import prepare
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics, convergence
 from knowedit.statistics.corpus.batching import Piece
 from knowedit.statistics.corpus.corpus import corpus_fingerprint
 from knowedit.statistics.corpus.windows import Reader, ahead
-from knowedit.statistics.files.store import LayerStatistics, Recipe
+from knowedit.statistics.files.store import LayerStatistics
+from knowedit.statistics.files.store import Recipe as Collection
 from knowedit.statistics.sums import Sums
 
 from . import common
 from .statistics import CORPUS
 
 COUNTS = (1_536, 3_072, 6_144, 12_288, 24_576, 49_152, 98_304, 196_608, 393_216, 500_000)
-METHODS: tuple[type[LocateThenEdit], ...] = (MEMIT, AlphaEdit)
+METHODS: tuple[type[Recipe], ...] = (MEMIT, AlphaEdit)
 KEPT = (
     ("efficacy", "success"),
     ("efficacy", "exact"),
@@ -101,7 +101,7 @@ def _statistics(
         if convergence.enough(halves, model.d_ff):
             errors = convergence.compare(parts, halves, probes[layer], null_space=True)
             looks = [convergence.record(count, {layer: errors}, layer)]
-        recipe = Recipe(model.fingerprint, corpus_fingerprint(corpus), count, 512, True, 0)
+        recipe = Collection(model.fingerprint, corpus_fingerprint(corpus), count, 512, True, 0)
         norms = sums.seen.norms[str(layer)]
         found[layer] = LayerStatistics(
             layer,
@@ -123,14 +123,14 @@ def run(
     corpus: Path,
     facts: Sequence[Any],
     counts: Sequence[int],
-    methods: Sequence[type[LocateThenEdit]] = METHODS,
+    methods: Sequence[type[Recipe]] = METHODS,
 ) -> list[dict[str, Any]]:
     """A row for every method and count; returns them."""
     editors = [method() for method in methods]
     groups = group_by_subject(list(facts), True)
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before, rng = ask(model, asked, progress=False), np.random.default_rng(0)
-    layers = editors[0].layers or _layers(model)
+    layers = editors[0].statistics_layers(model)
     stored = {}
     for count, found in prefixes(model, corpus, layers, counts):
         stored[count] = found
@@ -140,7 +140,8 @@ def run(
         )
     most = stored[max(stored)]
     rows = []
-    targets = editors[0].targets(prepare(editors[0], model, groups, most, progress=False))
+    first = editors[0]
+    targets = first.target.values(first.prepare(model, groups, most, progress=False))
     for editor in editors:
         for count in counts:
             row: dict[str, Any] = {"case": editor.name, "tokens": count}
@@ -151,9 +152,8 @@ def run(
             )
             row |= {name: look[name][0] for name in ("solve", "null_space") if name in look}
             try:
-                edit = editor.finish(
-                    prepare(editor, model, groups, stored[count], progress=False), targets
-                )
+                task = editor.prepare(model, groups, stored[count], progress=False)
+                edit = editor.finish(task, targets)
             except (KnowEditError, KeyError) as error:
                 report.note(
                     f"{editor.name:10} {count:>9,} tokens  refused: {error}",
@@ -183,12 +183,6 @@ def run(
             report.note(f"{editor.name:10} {count:>9,} tokens  {figures}", **row)
             rows.append(row)
     return rows
-
-
-def _layers(model: EditableModel) -> tuple[int, ...]:
-    from knowedit.models.families.presets import preset_for
-
-    return preset_for(model).layers
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -8,8 +8,8 @@ table.
       - emmet                                   # as it ships
       - kind: memit                             # with some settings
         merge_subjects: false
-      - {kind: alphaedit, grid: {layers: [[5], [4, 5, 6]]}}
-    grid: {gain: [0.8, 0.9]}                    # for each of them
+      - {kind: alphaedit, grid: {metric.gain: [0.8, 0.9]}}
+    grid: {layers: [[5], [4, 5, 6]]}            # for each of them
 
 Every row keeps the whole record of its method, so that any of them can be made again. A method that
 fails is a row with its reason; rows are on disk before the next method starts, and are not computed
@@ -30,7 +30,7 @@ from knowedit.evaluation import protocols
 from knowedit.evaluation.intervals import Estimate
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
-from knowedit.io.config import Config
+from knowedit.io.config import Config, fields_of
 from knowedit.io.files import atomic_file
 from knowedit.io.tables import Column, Table
 from knowedit.methods import statistics_for
@@ -108,6 +108,8 @@ class Sweep(Config):
             record: dict[str, Any] = {"kind": entry} if isinstance(entry, str) else dict(entry)
             own = record.pop("grid", {})
             start = make_method(record)
+            if self.corpus is not None and "corpus" in set(fields_of(type(start))) - set(record):
+                start = start.with_settings(corpus=self.corpus)
             for settings in combinations({**self.grid, **own}):
                 found.append(Variant(start.with_settings(settings), settings))
         return list({json.dumps(v.method.to_dict(), sort_keys=True): v for v in found}.values())

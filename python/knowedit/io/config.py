@@ -55,6 +55,8 @@ class Config:
     def __init_subclass__(cls, *, abstract: bool = False, **others: Any) -> None:
         """`abstract`: a base of kinds that is none itself."""
         super().__init_subclass__(**others)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Config.__repr__  # type: ignore[method-assign]  # not the dataclass' own
         if "family" in vars(cls):  # the root, which no record names
             _KINDS.setdefault(cls.family, {})
         if abstract or "family" in vars(cls):
@@ -69,6 +71,13 @@ class Config:
                 hint, getattr(self, name), f"{self._called()}.{name}", _default(type(self), name)
             )
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        """What differs from the defaults; it fits a screen."""
+        cls = type(self)
+        shown = {name: getattr(self, name) for name in fields_of(cls)}
+        changed = [f"{n}={_short(v)}" for n, v in shown.items() if not _same(v, _default(cls, n))]
+        return f"{cls.__name__}({', '.join(changed)})"
 
     @classmethod
     def _called(cls) -> str:
@@ -259,6 +268,14 @@ def _default(cls: type, name: str) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else _MISSING
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Equal as settings; tensors and their like only if they are one object."""
+    try:
+        return bool(value == other)
+    except (RuntimeError, ValueError):
+        return value is other
+
+
 def _checked(hint: Any, value: Any, place: str, before: Any = _MISSING) -> Any:
     """`value` as a field of type `hint` holds it. Raises ConfigError with `place`, what was
     expected and what came.
@@ -364,4 +381,4 @@ def _say(hint: Any) -> str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -51,6 +51,12 @@ def methods() -> dict[str, Listed]:
             text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
             module = f"{__package__}.{package.replace('/', '.')}.{file.stem}"
             found[name] = Listed(name, group, " ".join(text.partition("\n\n")[0].split()), module)
+    found["recipe"] = Listed(
+        "recipe",
+        "locate",
+        "Any metric, target, spread, keys and training.",
+        f"{__package__}.locate.recipe",
+    )
     for entry in entry_points(group="knowedit.methods"):
         if entry.name not in found:
             owner = entry.dist.name if entry.dist else entry.module

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from knowedit.cli.app import main
 from knowedit.errors import EditError, KnowEditError
 from knowedit.facts.fact import FactError
-from knowedit.methods import EDITORS, FTL
+from knowedit.methods import FTL
+from knowedit.methods.listing import Listed, methods
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.report.run import PAGE, report
@@ -90,8 +91,10 @@ def quick(monkeypatch):
         def compute(self, model, facts, statistics=None, **others):
             raise EditError("it does not work here")
 
-    monkeypatch.setitem(EDITORS, "quick", Quick)
-    monkeypatch.setitem(EDITORS, "broken", Broken)
+    for name in ("quick", "broken"):
+        listed = Listed(name, "tests", "", "tests.knowedit.studies.test_arithmetic")
+        monkeypatch.setitem(methods(), name, listed)
+    assert (Quick.kind, Broken.kind) == ("quick", "broken")
     monkeypatch.setitem(
         experiments(),
         "quick",
@@ -268,7 +271,7 @@ def test_every_method_is_given_settings_it_has(chatty):
         texts = [
             t
             for name in ("stable", "context", "contrast", "preserve")
-            for t in getattr(editor, name, None) or ()
+            for t in getattr(getattr(editor, "material", editor), name, None) or ()
         ]
         assert not written & set(judged), name
         assert not [text for text in texts if text.startswith(tuple(judged))], name

@@ -32,6 +32,8 @@ from knowedit.evaluation.geometry.curvature import Landscape, landscape
 from knowedit.evaluation.intervals import Estimate
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
+from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.presets import preset_for
@@ -173,6 +175,7 @@ def geometry(
             model.
     """
     statistics.check(model, layers)
+    values = values or HiddenState().resolved(preset_for(model), Runtime())
     usable = [[f for f in g if model.row(f.text, f.subject).subject != 0] for g in groups]
     usable = [group for group in usable if group]
     some = usable[:edited]
@@ -195,7 +198,7 @@ def geometry(
         at, away = (k[layer].double().cpu().T for k in (keys, others))
         kappa = {name: amplification(metric, at) for name, metric in metrics.items()}
         landed = (
-            landscape(model, some, layer, values or preset_for(model).values, seed=seed)
+            landscape(model, some, layer, values, seed=seed)
             if some
             else None
         )

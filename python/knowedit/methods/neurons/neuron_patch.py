@@ -92,7 +92,8 @@ class NeuronPatch(Method):
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
     ) -> Iterator[Edit]:
         """One edit for each of the tasks, a task being groups of facts."""
-        preset, groups = preset_for(model).values, [group for task in tasks for group in task]
+        preset = ValueSettings(**preset_for(model).values)
+        groups = [group for task in tasks for group in task]
         values = self.values or replace(
             preset, clamp=max(2.0, preset.clamp), steps=max(30, preset.steps), draft=True
         )

@@ -10,10 +10,10 @@ size of the hidden state, and the layer from the depth.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
 
 
@@ -25,7 +25,7 @@ class Preset:
         layers: edited together (values are optimised at the last of them).
         one_layer: for methods that edit one layer.
         statistics_layers: those `key_statistics` collects by default.
-        values: of the value optimisation.
+        values: numbers of the value optimisation (`targets.HiddenState`).
         origin: "measured" by our benchmarks, "published" by others and not measured by us, or
             "calibrated".
     """
@@ -33,7 +33,7 @@ class Preset:
     layers: tuple[int, ...]
     one_layer: int
     statistics_layers: tuple[int, ...]
-    values: ValueSettings
+    values: Mapping[str, Any]
     origin: Literal["measured", "published", "calibrated"] = "measured"
 
     @property
@@ -51,7 +51,7 @@ class Preset:
 def _published(
     layers: range, one_layer: int, steps: int, lr: float, clamp: float, weight_decay: float
 ) -> Preset:
-    values = ValueSettings(steps=steps, lr=lr, clamp=clamp, weight_decay=weight_decay)
+    values = dict(steps=steps, lr=lr, clamp=clamp, weight_decay=weight_decay)
     return Preset(
         tuple(layers), one_layer, tuple(sorted({*layers, one_layer})), values, "published"
     )
@@ -62,7 +62,7 @@ def _published(
 _SHAPES = {
     # SmolLM2-135M, benchmarks/quality.py: 100 CounterFact records; layers 3-6 are good, 0-2, 9, 11
     # and 28 carry the sink
-    ("llama", 30, 576, 1536): Preset((5,), 5, (3, 4, 5, 6, 7, 8), ValueSettings(steps=20, lr=0.5)),
+    ("llama", 30, 576, 1536): Preset((5,), 5, (3, 4, 5, 6, 7, 8), dict(steps=20, lr=0.5)),
     ("gpt2", 24, 1024, 4096): _published(
         range(8, 9), 8, 20, 0.5, 3, 0.5
     ),  # GPT-2 medium (ROME only)
@@ -95,4 +95,4 @@ def calibrated(model: EditableModel) -> Preset:
     """
     depth = len(model.layers)
     layer = min(max(1, round(depth / 6)), depth - 2)
-    return Preset((layer,), layer, (layer,), ValueSettings(lr=None), "calibrated")
+    return Preset((layer,), layer, (layer,), dict(lr=None), "calibrated")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 from knowedit.errors import KnowEditError
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form
-from knowedit.methods import EDITORS, make_editor
 from knowedit.methods.base import Method
+from knowedit.methods.listing import methods
+from knowedit.methods.registry import make_method
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.presets import preset_for
 from knowedit.studies.arithmetic.measure import Responses
@@ -171,15 +172,11 @@ class Experiment:
                 )
 
     def settings(self, material: Material) -> dict[str, Any]:
-        """The method's settings under `material`."""
-        model, found = material.model, {name: GIVEN[w](material) for name, w in self.given.items()}
-        preset = preset_for(model)
-        if self.layers and preset.measured:
-            found["layers"] = LAYERS[self.layers](len(model.layers))
-        for name, value in self.set.items():
-            whole, _, part = name.partition(".")
-            found[whole] = replace(getattr(preset, whole), **{part: value}) if part else value
-        return found
+        """The method's settings under `material`, as `Config.with_settings` takes them."""
+        found = {name: GIVEN[what](material) for name, what in self.given.items()}
+        if self.layers and preset_for(material.model).measured:
+            found["layers"] = LAYERS[self.layers](len(material.model.layers))
+        return found | dict(self.set)
 
     def build(self, material: Material) -> tuple[Method, list[Fact]]:
         """The method, and the facts for it.
@@ -187,7 +184,7 @@ class Experiment:
         Raises:
             KnowEditError: the method is not there, or does not have a setting.
         """
-        return make_editor(self.method, **self.settings(material)), FACTS[self.facts](material)
+        return make_method(self.method, self.settings(material)), FACTS[self.facts](material)
 
 
 @cache
@@ -214,8 +211,7 @@ def experiment(name: str) -> Experiment:
     nobody knows.
     """
     known = experiments()
-    if name not in known and name not in EDITORS:
-        raise KnowEditError(
-            f"unknown method {name!r}; known: {', '.join(dict.fromkeys([*known, *EDITORS]))}"
-        )
+    if name not in known and name not in methods():
+        names = dict.fromkeys([*known, *methods()])
+        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(names)}")
     return known.get(name, Experiment(name))

@@ -21,7 +21,7 @@ from typing import Any
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
 from knowedit.io.files import atomic_file
-from knowedit.methods import EDITORS
+from knowedit.methods.listing import methods as known_methods
 from knowedit.statistics import KeyStatistics
 from knowedit.studies.arithmetic.experiments import experiment, experiments
 from knowedit.studies.arithmetic.measure import Row, observe, table
@@ -224,7 +224,7 @@ def _write(found: dict[str, Any], rows: Sequence[Row], folder: Path | None) -> N
     """Tables from the rows, and everything to disk, the rows first: a run is in `study.json` only
     with its rows.
     """
-    order = [*dict.fromkeys([*experiments(), *EDITORS])]
+    order = [*dict.fromkeys([*experiments(), *known_methods()])]
     found["runs"].sort(key=lambda run: (order.index(run["method"]), run["seed"]))
     found["methods"] = []
     for name in dict.fromkeys(run["method"] for run in found["runs"]):
