@@ -41,7 +41,7 @@ from knowedit.models.families.presets import preset_for
 from knowedit.models.load import load_model
 from knowedit.report.plots import course, save
 from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 from . import common
 
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = Watch(
         model,
         facts,
-        list(documents(arguments.text or data / TEXT)),
+        list(Corpus.parse(arguments.text or data / TEXT).documents()),
         measured=told,
         sample=arguments.sample,
     )

@@ -24,7 +24,7 @@ from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 PROTOCOLS = ("batch", "single", "sequential")
 SAMPLE = 200  # facts measured on the way of a sequence
@@ -126,7 +126,7 @@ def measure(
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
     statistics = statistics_for(editors, model, corpus, tokens, where)
-    texts = list(islice(documents(text), HELD_OUT)) if text else []
+    texts = list(islice(Corpus.parse(text).documents(), HELD_OUT)) if text else []
     return [
         run(
             model,
