@@ -12,6 +12,7 @@ from knowedit.statistics.distributed import checkpoints
 from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files import store
 from knowedit_kernels import SecondMoment
+from tests.knowedit.statistics.helpers import rounds_that_stop_at
 
 
 def test_results_that_were_only_half_written_are_written_from_the_checkpoint(
@@ -139,13 +140,8 @@ def test_a_checkpoint_nobody_can_go_on_from_is_deleted(tiny_llama, corpus, tmp_p
     monkeypatch.setattr(windows, "SIZE", 200)
     real = collect.Collection._round
 
-    def dies(self, *arguments):
-        if self.state.windows == 3:
-            raise KeyboardInterrupt
-        real(self, *arguments)
-
     with monkeypatch.context() as cut:
-        cut.setattr(collect.Collection, "_round", dies)
+        cut.setattr(collect.Collection, "_round", rounds_that_stop_at(real, 3))
         for layers in ([1, 2], [3]):
             with pytest.raises(KeyboardInterrupt):
                 key_statistics(

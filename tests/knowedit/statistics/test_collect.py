@@ -13,7 +13,7 @@ from knowedit.errors import CorpusError, StatisticsError
 from knowedit.statistics import collect, key_statistics
 from knowedit.statistics.corpus import windows
 from knowedit.statistics.files import store
-from tests.knowedit.statistics.helpers import naive, save_model
+from tests.knowedit.statistics.helpers import naive, rounds_that_stop_at, save_model
 
 
 @pytest.mark.parametrize("budget", [64, 4096])
@@ -75,15 +75,8 @@ def test_a_full_disk_keeps_what_was_there(tiny_llama, corpus, tmp_path, monkeypa
 def test_an_interrupted_run_ends_with_the_same_bits(tiny_llama, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(windows, "SIZE", 200)
     whole = key_statistics(tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "whole")
-    real, calls = collect.Collection._round, []
-
-    def dies(self, *arguments):
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        calls.append(1)
-        real(self, *arguments)
-
-    monkeypatch.setattr(collect.Collection, "_round", dies)
+    real = collect.Collection._round
+    monkeypatch.setattr(collect.Collection, "_round", rounds_that_stop_at(real, 5))
     with pytest.raises(KeyboardInterrupt):
         key_statistics(
             tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "cut", checkpoint_every=0

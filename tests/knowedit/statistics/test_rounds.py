@@ -70,7 +70,7 @@ def test_several_ranks_announce_before_they_compute(
 
 
 def test_every_rank_hears_of_every_window_and_of_what_went_wrong(monkeypatch):
-    """Three ranks played one after the other: what they post is what each of them is told."""
+    """Three ranks played one after the other: what they post is what each receives."""
     posted, problem = [], KnowEditError("window 7 cannot be read")
 
     def source(rank):
