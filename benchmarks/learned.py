@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ import torch
 
 from knowedit.cli.train import facts_to_train_on
 from knowedit.edits.edit import Edit
-from knowedit.evaluation.measures.counterfact import Answer, Question, ask, questions, summarise
+from knowedit.evaluation.evaluation import summarise
+from knowedit.evaluation.measures.base import Answer, Question, ask, questions
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
-from knowedit.methods import MEND, SERAC, Editor, MemoryEdit
+from knowedit.methods import MEND, SERAC, MemoryEdit, Method
 from knowedit.methods.learned.loop import default_file
 from knowedit.methods.learned.mend.network import MendNetwork
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
@@ -64,7 +65,7 @@ def networks(
 
 def edited(
     model: EditableModel,
-    editor: Editor,
+    editor: Method,
     facts: Sequence[Fact],
     size: int,
     asked: Sequence[Question],
@@ -82,7 +83,7 @@ def edited(
 def measure(
     report: common.Report,
     model: EditableModel,
-    editor: Editor,
+    editor: Method,
     facts: Sequence[Fact],
     size: int,
     asked: Sequence[Question],
@@ -93,14 +94,14 @@ def measure(
     edits, inside = [], {kind: [0, 0] for kind in ("efficacy", "paraphrase", "neighbourhood")}
     for edit, mine, answers in edited(model, editor, facts, size, asked):
         edits.append(edit)
-        if isinstance(edit, MemoryEdit) and model.memory:
-            for i, text in zip(mine, model.memory.route([asked[i].prompt for i in mine])):
+        if isinstance(edit, MemoryEdit) and model.router:
+            for i, text in zip(mine, model.router.route([asked[i].prompt for i in mine])):
                 inside[asked[i].kind][0] += text is not None
                 inside[asked[i].kind][1] += 1
         for i, answer in zip(mine, answers):
             after[i] = answer
-    table = summarise(asked, after, len(facts), np.random.default_rng(0), before)
-    was = summarise(asked, before, len(facts), np.random.default_rng(0))
+    table = summarise(asked, after, np.random.default_rng(0), before)
+    was = summarise(asked, before, np.random.default_rng(0))
     costs = {name: [e.report[name] for e in edits] for name in ("seconds", "peak_memory_bytes")}
     seconds = statistics.median(costs["seconds"])
     short = {
@@ -115,8 +116,8 @@ def measure(
         size=size,
         edits=len(edits),
         records=len(facts),
-        after={f"{k} {m}": asdict(v) for k, row in table.items() for m, v in row.items()},
-        unedited={f"{k} {m}": v.mean for k, row in was.items() for m, v in row.items()},
+        after=common.flat(table),
+        unedited={name: estimate["mean"] for name, estimate in common.flat(was).items()},
         seconds=seconds,
         first_seconds=costs["seconds"][0],
         peak_memory_bytes=max(

@@ -2,9 +2,8 @@
 ships.
 
 Batch: MEMIT, 48 facts at once, twice (records 0-47 and 48-95 of the hundred). Single: a ROME edit
-    of its own for every
-record, all values optimised together. All paraphrases and all neighbourhood prompts; intervals are
-95 % bootstrap intervals over records.
+of its own for every record, all values optimised together. All paraphrases and all neighbourhood
+prompts; intervals are 95 % bootstrap intervals over records.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from pathlib import Path
 import torch
 
 from knowedit.edits.edit import Edit
-from knowedit.evaluation.measures.counterfact import Evaluation, evaluate_each
+from knowedit.evaluation.evaluation import Evaluation, evaluate_each
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
-from knowedit.methods import MEMIT, ROME, Editor
+from knowedit.methods import MEMIT, ROME, Method
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics, key_statistics
 
@@ -49,7 +48,7 @@ FLOORS = {
 
 
 def batch_edits(
-    editor: Editor,
+    editor: Method,
     model: EditableModel,
     facts: Sequence[Fact],
     statistics: KeyStatistics | None,

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.measures.counterfact import ask, questions, summarise
+from knowedit.evaluation.evaluation import summarise
+from knowedit.evaluation.measures.base import ask, questions
 from knowedit.facts.sets import data_dir, load
-from knowedit.methods import MEMIT, AlphaEdit, LocateThenEdit
+from knowedit.io.tables import Table
+from knowedit.methods import MEMIT, AlphaEdit, Recipe
 from knowedit.methods.locate.keys import group_by_subject
-from knowedit.methods.locate.task import prepare
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics, convergence
@@ -38,7 +39,7 @@ from . import common
 from .statistics import CORPUS
 
 COUNTS = (1_536, 3_072, 6_144, 12_288, 24_576, 49_152, 98_304, 196_608, 393_216, 500_000)
-METHODS: tuple[type[LocateThenEdit], ...] = (MEMIT, AlphaEdit)
+METHODS: tuple[type[Recipe], ...] = (MEMIT, AlphaEdit)
 KEPT = (
     ("efficacy", "success"),
     ("efficacy", "exact"),
@@ -122,14 +123,14 @@ def run(
     corpus: Path,
     facts: Sequence[Any],
     counts: Sequence[int],
-    methods: Sequence[type[LocateThenEdit]] = METHODS,
+    methods: Sequence[type[Recipe]] = METHODS,
 ) -> list[dict[str, Any]]:
     """A row for every method and count; returns them."""
     editors = [method() for method in methods]
     groups = group_by_subject(list(facts), True)
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before, rng = ask(model, asked, progress=False), np.random.default_rng(0)
-    layers = editors[0].layers or _layers(model)
+    layers = editors[0].statistics_layers(model)
     stored = {}
     for count, found in prefixes(model, corpus, layers, counts):
         stored[count] = found
@@ -139,7 +140,8 @@ def run(
         )
     most = stored[max(stored)]
     rows = []
-    targets = editors[0].targets(prepare(editors[0], model, groups, most, progress=False))
+    first = editors[0]
+    targets = first.target.values(first.prepare(model, groups, most, progress=False))
     for editor in editors:
         for count in counts:
             row: dict[str, Any] = {"case": editor.name, "tokens": count}
@@ -150,9 +152,8 @@ def run(
             )
             row |= {name: check[name][0] for name in ("solve", "null_space") if name in check}
             try:
-                edit = editor.finish(
-                    prepare(editor, model, groups, stored[count], progress=False), targets
-                )
+                task = editor.prepare(model, groups, stored[count], progress=False)
+                edit = editor.finish(task, targets)
             except (KnowEditError, KeyError) as error:
                 report.note(
                     f"{editor.name:10} {count:>9,} tokens  refused: {error}",
@@ -161,7 +162,7 @@ def run(
                 )
                 continue
             with edit.applied_to(model):
-                after = summarise(asked, ask(model, asked, progress=False), len(facts), rng, before)
+                after = summarise(asked, ask(model, asked, progress=False), rng, before)
             row |= {
                 f"{kind} {measure}": after[kind][measure].mean
                 for kind, measure in KEPT
@@ -184,27 +185,16 @@ def run(
     return rows
 
 
-def _layers(model: EditableModel) -> tuple[int, ...]:
-    from knowedit.models.families.presets import preset_for
-
-    return preset_for(model).layers
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown: a line a method and number of tokens."""
     names = [f"{kind} {measure}" for kind, measure in KEPT]
-    lines = [
-        "| method | tokens | " + " | ".join(names) + " | price | C⁻¹k ± | null space ± |",
-        "|---" * (len(names) + 5) + "|",
-    ]
+    lines = []
     for row in rows:
         cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
         errors = [f"{row[name]:.1%}" if name in row else "-" for name in ("solve", "null_space")]
-        lines.append(
-            f"| {row['case']} | {row['tokens']:,} | {' | '.join(cells)} | {row['price']:.3g} | "
-            f"{' | '.join(errors)} |"
-        )
-    return "\n".join(lines)
+        lines.append([row["case"], f"{row['tokens']:,}", *cells, f"{row['price']:.3g}", *errors])
+    heads = ["method", "tokens", *names, "price", "C⁻¹k ±", "null space ±"]
+    return Table(heads, lines).markdown()
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -42,6 +42,7 @@ class Edit:
         fingerprint: of the unedited model it belongs to.
         report: what the editor measured and chose: `gain` (share of each planned change realised at
             the edited keys), `relative_norm` (|delta| / |W| per layer), `settings`, `warnings`.
+        config: the whole record of the method that made it; `method()` rebuilds it.
         keys: `{layer: [n, d_ff]}` float32, where it was written; for a `History`, and not saved
             with the edit.
     """
@@ -53,6 +54,7 @@ class Edit:
     report: dict[str, Any] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
     others: dict[str, Change] = field(default_factory=dict, repr=False)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
 
     format: ClassVar[str] = FORMAT
 
@@ -130,7 +132,7 @@ class Edit:
             raise EditError(
                 f"this {self.method} edit is already applied to {model.name}; undo it first"
             )
-        if model.memory is not None:
+        if model.router is not None:
             raise EditError(
                 f"{model.name} has memory edits, which are of its unedited weights; undo them first"
             )

@@ -1,12 +1,12 @@
 """One short file per method; `EDITORS` maps the names of the command line to them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from knowedit.errors import KnowEditError, StatisticsError
-from knowedit.methods.base import Editor as Editor
+from knowedit.errors import StatisticsError
+from knowedit.io.config import fields_of
+from knowedit.methods.base import Method as Method
 from knowedit.methods.gradient.fine_tuning import FTL as FTL
 from knowedit.methods.gradient.fine_tuning import FineTuning as FineTuning
 from knowedit.methods.gradient.fine_tuning import KLFineTuning as KLFineTuning
@@ -26,12 +26,13 @@ from knowedit.methods.locate.named.metake import MetaKE as MetaKE
 from knowedit.methods.locate.named.pmet import PMET as PMET
 from knowedit.methods.locate.named.rome import ROME as ROME
 from knowedit.methods.locate.named.rose import RoSE as RoSE
-from knowedit.methods.locate.recipe import LocateThenEdit as LocateThenEdit
+from knowedit.methods.locate.recipe import Recipe as Recipe
 from knowedit.methods.neurons.neuron_patch import NeuronPatch as NeuronPatch
+from knowedit.methods.registry import make_method
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics, key_statistics
 
-LOCATE: tuple[type[Editor], ...] = (
+LOCATE: tuple[type[Method], ...] = (
     MEMIT,
     ROME,
     EMMET,
@@ -42,58 +43,33 @@ LOCATE: tuple[type[Editor], ...] = (
     MetaKE,
     LookAhead,
 )
-GRADIENT: tuple[type[Editor], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
-LEARNED: tuple[type[Editor], ...] = (MEND, SERAC)
-NEURONS: tuple[type[Editor], ...] = (NeuronPatch,)
-EDITORS: dict[str, type[Editor]] = {
+GRADIENT: tuple[type[Method], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
+LEARNED: tuple[type[Method], ...] = (MEND, SERAC)
+NEURONS: tuple[type[Method], ...] = (NeuronPatch,)
+EDITORS: dict[str, type[Method]] = {
     editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT, *LEARNED, *NEURONS)
 }
 
 
-def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Editor:
-    """The editor of that name with the settings that were given (None: not given).
+def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Method:
+    """The method of that name with the settings that were given (None: not given).
 
     Args:
         corpus: ordinary text, for methods that read some themselves (NeuronPatch); None: their own
             choice.
 
     Raises:
-        KnowEditError: an unknown method, a setting that it does not have, or one that it cannot be.
+        ConfigError: an unknown method, a setting that it does not have, or one that it cannot be.
     """
-    if method not in EDITORS:
-        raise KnowEditError(f"unknown method {method!r}; known: {', '.join(EDITORS)}")
-    editor, given = (
-        EDITORS[method],
-        {name: value for name, value in settings.items() if value is not None},
+    made = make_method(
+        method, {name: value for name, value in settings.items() if value is not None}
     )
-    known = set(getattr(editor, "__dataclass_fields__", {}))
-    given |= {"corpus": corpus} if corpus is not None and "corpus" in known else {}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise KnowEditError(f"{method} has no setting {', '.join(unknown)}")
-    if isinstance(given.get("layers"), int):
-        given["layers"] = (given["layers"],)
-    try:
-        return editor(**{name: _settings(editor, name, value) for name, value in given.items()})
-    except TypeError as error:
-        raise KnowEditError(f"{method}: a setting is of the wrong type ({error})") from error
-
-
-def _settings(editor: type[Editor], name: str, value: Any) -> Any:
-    """A dictionary as the settings class that `name` holds, everything else as it is. Raises
-    TypeError.
-    """
-    if not isinstance(value, dict):
-        return value
-    hint = get_type_hints(editor)[name]
-    kinds = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
-    if not kinds:
-        raise TypeError(f"{name} takes no dictionary")
-    return kinds[0](**value)  # type: ignore[operator]
+    takes = corpus is not None and "corpus" in fields_of(type(made))
+    return made.with_settings(corpus=corpus) if takes else made
 
 
 def statistics_for(
-    editors: Iterable[Editor],
+    editors: Iterable[Method],
     model: EditableModel,
     corpus: Any,
     tokens: int | None,

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
+from knowedit.io.config import Config
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics
 
 
-class Editor(ABC):
-    """A method: a frozen dataclass whose fields are its settings.
+class Method(Config):
+    """A frozen dataclass whose fields are its settings, recorded in every edit that it makes.
 
     Attributes:
-        name: as the reports and, in lower case, the command line say it.
+        kind: its name on the command line and in records.
+        name: as reports say it.
         needs_statistics: whether `compute` must be given key statistics, of
             `statistics_layers(model)`.
     """
 
+    family = "method"
     name: ClassVar[str]
     needs_statistics: ClassVar[bool] = False
 
-    @abstractmethod
+    def __init_subclass__(cls, **others: Any) -> None:
+        if "name" in vars(cls) and "kind" not in vars(cls):
+            cls.kind = cls.name.lower()
+        super().__init_subclass__(**others)
+
     def compute(
         self,
         model: EditableModel,
@@ -44,10 +51,26 @@ class Editor(ABC):
                 history alone.
 
         Raises:
-            FactError: repeated or contradictory facts, earlier ones included. EditError: settings,
-                or a model, with which
-            the method cannot work.
+            FactError: repeated or contradictory facts, earlier ones included.
+            EditError: settings, or a model, with which the method cannot work.
         """
+        facts = checked(facts, model, history)
+        return self._recorded(self._compute(model, facts, statistics, history, progress))
+
+    @abstractmethod
+    def _compute(
+        self,
+        model: EditableModel,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
+    ) -> Edit:
+        """The edit of checked `facts`; `compute` adds the record of how it was made."""
+
+    def _recorded(self, made: Edit) -> Edit:
+        made.config = self.to_dict()
+        return made
 
     def compute_each(
         self,

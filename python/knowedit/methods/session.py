@@ -9,7 +9,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.methods import Editor
+from knowedit.methods import Method
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics
 
@@ -39,7 +39,7 @@ class Session:
 
     def __init__(
         self,
-        editor: Editor,
+        editor: Method,
         model: EditableModel,
         statistics: KeyStatistics | None = None,
         history: History | None = None,

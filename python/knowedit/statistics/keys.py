@@ -26,6 +26,7 @@ from torch import Tensor
 
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
+from knowedit.models.families import preset_for
 from knowedit.statistics.collect import Collection, CollectSettings
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit.statistics.distributed.checkpoints import resumable_layers
@@ -216,8 +217,6 @@ def key_statistics(
             disk full, another rank died.
         CorpusError: the corpus cannot be read.
     """
-    from knowedit.models.families.presets import preset_for
-
     layers = sorted(set(layers if layers is not None else preset_for(model).statistics_layers))
     model.check_layers(layers)
     if tokens is None:

@@ -19,7 +19,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.memory import peak_memory
-from knowedit.methods.base import Editor, checked
+from knowedit.methods.base import Method
 from knowedit.methods.gradient.descent import descend, measured
 from knowedit.methods.gradient.terms import Kept, Said, Term, continued
 from knowedit.methods.gradient.trainable import Trainable
@@ -28,7 +28,7 @@ from knowedit.statistics import KeyStatistics
 
 
 @dataclass(frozen=True)
-class GradientEditor(Editor):
+class GradientEditor(Method, abstract=True):
     """A method is a subclass that names its trainable part and its defaults; `fine_tuning.py` has
     them.
 
@@ -66,6 +66,7 @@ class GradientEditor(Editor):
     budget: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (
             self.steps < 1
             or not self.lr > 0
@@ -100,22 +101,20 @@ class GradientEditor(Editor):
             found["kl"] = Kept(model, rows, self.kl, self.draw, self.budget)
         return found
 
-    def compute(
+    def _compute(
         self,
         model: EditableModel,
-        facts: Sequence[Fact],
-        statistics: KeyStatistics | None = None,
-        *,
-        history: History | None = None,
-        progress: bool = True,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
     ) -> Edit:
-        """As `Editor.compute`; there are no keys, so a history's facts are only checked, and
+        """As `Method.compute`; there are no keys, so a history's facts are only checked, and
         statistics not used.
 
         Raises:
             EditError: also for a loss that is not finite; the message has the step.
         """
-        facts = checked(facts, model, history)
         fingerprint, begun = (
             model.fingerprint,
             time.perf_counter(),

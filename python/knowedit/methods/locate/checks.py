@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from knowedit.edits.edit import relative_norms
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
+from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.values import Targets, prompt_rows
 from knowedit.models.editable import EditableModel
-
-if TYPE_CHECKING:
-    from knowedit.methods.locate.recipe import LocateThenEdit
-    from knowedit.methods.locate.task import Task, Written
+from knowedit.statistics import SINK_RATIO, KeyStatistics
 
 LOW_GAIN = 0.9
 LARGE_NORM = 0.8
@@ -40,7 +37,7 @@ def first_token_warnings(
         raise EditError(
             f"subject {lone[0]!r} is the very first token, where a causal model keeps its "
             f"attention sink, in every context: "
-            "add one with words in front to ValueSettings.contexts, or pass allow_sinks=True"
+            "add one with words in front to target.contexts, or pass allow_sinks=True"
         )
     return [
         f"{len(at_start)} subject(s) are the prompt's very first token "
@@ -50,15 +47,26 @@ def first_token_warnings(
     ]
 
 
+def sink_warnings(statistics: KeyStatistics, layers: Sequence[int], allowed: bool) -> list[str]:
+    """A warning for each layer on the attention sink. Raises EditError when they are not
+    allowed.
+    """
+    warnings = []
+    for layer in filter(statistics.is_sink, layers):
+        warning = (
+            f"layer {layer} carries the attention sink (first-token keys are "
+            f"{statistics.sink_ratio(layer):.0f}x longer than the others, limit {SINK_RATIO:.0f}x)"
+        )
+        if not allowed:
+            raise EditError(f"{warning}; choose another layer, or pass allow_sinks=True")
+        warnings.append(warning)
+    return warnings
+
+
 def outcome(
-    editor: LocateThenEdit, task: Task, targets: Targets, written: Written
+    settings: dict[str, Any], task: Task, targets: Targets, written: WrittenLayers
 ) -> dict[str, Any]:
     """What was planned and what came of it, for `Edit.report`."""
-    settings = {
-        "layers": list(task.layers),
-        "values": asdict(task.values),
-        "merge_subjects": editor.merge_subjects,
-    }
     report = {
         "settings": settings,
         "layers": written.layers,
@@ -70,7 +78,8 @@ def outcome(
         "steps": targets.steps.tolist(),
         **written.report,
     }
-    return {**report, "warnings": [*task.warnings, *outcome_warnings(report, targets, task.groups)]}
+    warnings = [*task.warnings, *outcome_warnings(report, targets, task.groups)]
+    return {**report, "warnings": warnings}
 
 
 def outcome_warnings(

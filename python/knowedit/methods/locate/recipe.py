@@ -1,128 +1,101 @@
-"""Locate-then-edit as one recipe of three parts: a metric, a target optimiser, a spread over
-layers.
+"""Locate-then-edit as one recipe made of values: metric x target x spread x keys (x training).
 
-facts -> groups -> targets (values to write) -> for each layer: keys K, residual R -> solver: R A ->
-Edit
+facts -> groups -> target (values to write)
+      -> for each layer: keys K, residual R, metric M -> solver: Delta = R A
+      -> training (where there is one): the write-outs R go on through the edited model
+      -> Edit
+
+Every named method is one small file in `named/`; any other combination is a `Recipe` of its own.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
-from knowedit.io.progress import bar
-from knowedit.methods.base import Editor, checked
-from knowedit.methods.locate.checks import outcome
-from knowedit.methods.locate.keys import GroupKeys, group_by_subject, group_keys
-from knowedit.methods.locate.task import Task, Written, layers_of, prepare
-from knowedit.methods.locate.values import Targets, ValueSettings, optimise_values
+from knowedit.methods.base import Method
+from knowedit.methods.locate.checks import first_token_warnings, outcome, sink_warnings
+from knowedit.methods.locate.keys import group_by_subject
+from knowedit.methods.locate.keysets import ContextKeys, Keys
+from knowedit.methods.locate.metrics import Covariance, Metric
+from knowedit.methods.locate.spreads import Even, Spread
+from knowedit.methods.locate.targets import HiddenState, Target
+from knowedit.methods.locate.task import Material, Runtime, Task, WrittenLayers
+from knowedit.methods.locate.trainings.base import Training
+from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
+from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
-from knowedit_kernels import EditSolver
-from knowedit_kernels.solver import Metric
-from knowedit_kernels.solver.edit_solver import Constraint
 
 
 @dataclass(frozen=True)
-class LocateThenEdit(Editor):
-    """A method is a subclass that fills in the parts; `memit.py` is a short one. Settings that are
-    None come from the model's preset, or are calibrated; `Edit.report` has the choice.
+class Recipe(Method):
+    """A locate-then-edit method. What is None comes from the model's preset, or is calibrated;
+    `Edit.report` has the choice.
 
     Attributes:
-        layers: edited layers; values are optimised at the last one.
-        values: of the value optimisation.
-        merge_subjects: facts of one subject get one value and one key.
-        mean_keys: one mean key over contexts a subject, as published; else one key a context, all
-            with the same value.
+        metric: what the write must leave alone.
+        target: which values are written, one a group of facts.
+        spread: which layers write them, and how much each.
+        keys: at which keys they are written.
+        training: how the write-outs are trained on; None: they are not.
+        layers: edited layers; values are optimised at the last one. None: the spread's choice.
+        merge_subjects: facts of one subject get one value.
         allow_sinks: edit a layer that carries the attention sink, or a subject that is the very
             first token.
+        material: texts beside the facts that the parts may use.
+        runtime: how much is computed at once, and on what.
     """
 
+    metric: Metric = field(default_factory=Covariance)
+    target: Target = field(default_factory=HiddenState)
+    spread: Spread = field(default_factory=Even)
+    keys: Keys = field(default_factory=ContextKeys)
+    training: Training | None = None
     layers: tuple[int, ...] | None = None
-    values: ValueSettings | None = None
     merge_subjects: bool = True
-    mean_keys: bool = True
     allow_sinks: bool = False
-    needs_statistics: ClassVar[bool] = True
-    one_layer: ClassVar[bool] = False
-    shared_layers: ClassVar[bool] = False
-    constraint: ClassVar[Constraint] = "soft"
+    material: Material = field(default_factory=Material)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    name = "Recipe"
 
     def __post_init__(self) -> None:
-        gain, weight = getattr(self, "gain", None), getattr(self, "weight", None)
-        if gain is not None and not 0 < gain < 1:
-            raise EditError(
-                f"{self.name}: gain must lie between 0 and 1, got {gain}; ROME and EMMET write "
-                f"all of a change"
-            )
-        if weight is not None and not weight > 0:
-            raise EditError(f"{self.name}: weight must be positive, got {weight}")
+        super().__post_init__()
+        if self.layers is not None:
+            self.spread.check([], self.layers)
 
-    @abstractmethod
-    def metric(
-        self, statistics: KeyStatistics, layer: int, keys: Tensor
-    ) -> tuple[Metric, dict[str, Any]]:
-        """What to preserve at `layer`, weighed for `keys` `[d_ff, n]`; and what was chosen, for the
-        report.
-        """
-
-    def targets(self, task: Task) -> Targets:
-        """Which values to write, one a group."""
-        with bar(
-            f"{self.name}: optimising values", len(task.groups), "values", show=task.progress
-        ) as advance:
-            return optimise_values(
-                task.model, task.groups, task.layers[-1], task.values, progress=advance
-            )
+    @property
+    def needs_statistics(self) -> bool:  # type: ignore[override]
+        return self.metric.needs_statistics
 
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers that it edits. Raises EditError for none, ModelError for one that is not
         there.
         """
-        return layers_of(self, model)
+        chosen = self.spread.layers(preset_for(model)) if self.layers is None else self.layers
+        layers = tuple(sorted(set(chosen)))
+        if not layers:
+            raise EditError("layers is empty; name at least one layer")
+        model.check_layers(layers)
+        return layers
 
-    def keys(self, task: Task, layer: int) -> GroupKeys:
-        """The keys to write at."""
-        return group_keys(
-            task.model,
-            task.groups,
-            layer,
-            task.layers[-1],
-            task.values.contexts,
-            mean=self.mean_keys,
-        )
-
-    def spread(self, residual: Tensor, remaining: int) -> Tensor:
-        """The share of the residual this layer writes when `remaining` layers, this one included,
-        are left.
-        """
-        return residual / remaining
-
-    def compute(
+    def _compute(
         self,
         model: EditableModel,
-        facts: Sequence[Fact],
-        statistics: KeyStatistics | None = None,
-        *,
-        history: History | None = None,
-        progress: bool = True,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
     ) -> Edit:
-        """As `Editor.compute`, for `statistics` of the edited layers. Raises also EditError,
-        StatisticsError: see `prepare`.
-        """
-        facts = checked(facts, model, history)
-        task = prepare(
-            self, model, group_by_subject(facts, self.merge_subjects), statistics, history, progress
-        )
-        return self.finish(task, self.targets(task))
+        groups = group_by_subject(facts, self.merge_subjects)
+        self.spread.check(groups, self.statistics_layers(model))
+        task = self.prepare(model, groups, statistics, history, progress)
+        return self.finish(task, self.target.values(task))
 
     def compute_each(
         self,
@@ -131,49 +104,99 @@ class LocateThenEdit(Editor):
         statistics: KeyStatistics | None = None,
         *,
         progress: bool = True,
-    ) -> list[Edit]:
+    ) -> Iterable[Edit]:
         """One independent edit a fact; the values of all of them are optimised together, which is
         much faster.
         """
-        whole = prepare(
-            self, model, [check_facts([fact]) for fact in facts], statistics, progress=progress
-        )
-        targets = self.targets(whole)
-        tasks = (
-            prepare(self, model, [group], statistics, progress=progress) for group in whole.groups
-        )
-        return [self.finish(task, targets.select([i])) for i, task in enumerate(tasks)]
+        groups = [check_facts([fact]) for fact in facts]
+        whole = self.prepare(model, groups, statistics, progress=progress)
+        targets = self.target.values(whole)
+        tasks = [
+            self.prepare(model, [group], statistics, progress=progress) for group in whole.groups
+        ]
+        made = [self.finish(task, targets.select([i])) for i, task in enumerate(tasks)]
+        return [self._recorded(edit) for edit in made]
 
-    def write(self, task: Task, targets: Targets) -> Written:
-        """From values to factors, layer by layer; each layer sees what those below it have
-        written.
+    def prepare(
+        self,
+        model: EditableModel,
+        groups: list[list[Fact]],
+        statistics: KeyStatistics | None,
+        history: History | None = None,
+        progress: bool = True,
+    ) -> Task:
+        """The task of writing `groups` with these settings, or the preset's where there are none.
+
+        Raises:
+            EditError: no layers, no statistics, a layer on the attention sink, a history of
+                another model.
+            StatisticsError: statistics of another model or other layers.
+            ModelError: a layer that does not exist.
         """
-        written = Written()
-        for i, layer in enumerate(task.layers):
-            with task.model.virtual(written.factors):
-                found = self.keys(task, layer)
-            residual = self.spread(
-                targets.wanted.to(found.outputs.device) - found.outputs, len(task.layers) - i
+        preset, layers = preset_for(model), self.statistics_layers(model)
+        values, warnings = self.target.resolved(preset, self.runtime), []
+        if not preset.measured and (self.layers is None or not self.target.complete):
+            how = (
+                "by calibration" if preset.origin == "calibrated" else "as published for this shape"
             )
-            solver, chosen = self.solve(task.statistics, layer, found.keys.T, task.history)
-            written.add(layer, residual, solver, found, chosen)
-        return written
-
-    def solve(
-        self, statistics: KeyStatistics, layer: int, keys: Tensor, history: History | None = None
-    ) -> tuple[EditSolver, dict[str, Any]]:
-        """The solver for `keys` `[d_ff, n]` at `layer` under the metric and the history; and what
-        was chosen for it.
-        """
-        metric, chosen = self.metric(statistics, layer, keys)
-        return EditSolver(
-            history.extend(metric, layer) if history else metric, keys, self.constraint
-        ), chosen
+            warnings.append(
+                f"{model.name} has no measured preset: layer(s) {list(layers)} and value settings "
+                f"are chosen {how}"
+            )
+        if statistics is not None:
+            statistics.check(model, layers)
+            warnings += sink_warnings(statistics, layers, self.allow_sinks)
+        elif self.needs_statistics:
+            raise EditError(
+                f"{self.name} needs key statistics of layers {list(layers)}: pass "
+                "key_statistics(model, ...)"
+            )
+        facts = [fact for group in groups for fact in group]
+        warnings += first_token_warnings(model, facts, values.contexts, self.allow_sinks)
+        return Task(
+            name=self.name,
+            model=model,
+            groups=groups,
+            layers=layers,
+            values=values,
+            statistics=statistics or KeyStatistics({}),
+            material=self.material,
+            runtime=self.runtime,
+            history=history,
+            warnings=tuple(warnings),
+            progress=progress,
+        )
 
     def finish(self, task: Task, targets: Targets) -> Edit:
-        """Write the values and report."""
-        written = self.write(task, targets)
-        report = outcome(self, task, targets, written)
+        """Write the values, train them on where the recipe says so, and report."""
+        metric = self.metric.prepared(task)
+
+        def write(metric: Metric, targets: Targets) -> WrittenLayers:
+            return self.write(task, metric, targets)
+
+        written = write(metric, targets)
+        if self.training is not None:
+            written = self.training.trained(task, metric, targets, written, write)
+        settings = {
+            "layers": list(task.layers),
+            "values": asdict(task.values),
+            "merge_subjects": self.merge_subjects,
+        }
+        report = outcome(settings, task, targets, written)
         return Edit(
             self.name, written.factors, task.facts, task.model.fingerprint, report, written.keys
         )
+
+    def write(self, task: Task, metric: Metric, targets: Targets) -> WrittenLayers:
+        """From values to factors, layer by layer; each layer sees what those below it have
+        written.
+        """
+        written = WrittenLayers()
+        for i, layer in enumerate(task.layers):
+            with task.model.virtual(written.factors):
+                found = self.keys.at(task, layer, of_mlp=self.target.of_mlp)
+            missing = targets.wanted.to(found.outputs.device) - found.outputs
+            residual = self.spread.share(missing, len(task.layers) - i)
+            solver, chosen = metric.solver(task.statistics, layer, found.keys.T, task.history)
+            written.add(layer, residual, solver, found, chosen)
+        return written

@@ -1,26 +1,60 @@
-"""What an editor works on, once settings and input have been checked."""
+"""What is worked on, once settings and input have been checked, and what has been written so
+far.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from knowedit.edits.history import History
-from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.methods.locate.checks import first_token_warnings
+from knowedit.facts.wordings.forms import training_neighbours
+from knowedit.io.config import Config
 from knowedit.methods.locate.keys import GroupKeys
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
-from knowedit.statistics import SINK_RATIO, KeyStatistics
+from knowedit.statistics import KeyStatistics
 from knowedit_kernels import EditSolver
 
-if TYPE_CHECKING:
-    from knowedit.methods.locate.recipe import LocateThenEdit
+#: Wordings by fact id, prompt or relation; or "generic" for all; None: the shipped ones.
+Questions = Mapping[str, Sequence[str]] | Literal["generic"] | None
+
+
+@dataclass(frozen=True)
+class Material(Config):
+    """Texts beside the facts that the parts of a method may use.
+
+    Attributes:
+        neighbours: other facts that should stay, besides the shipped entities.
+        questions: question wordings by fact id, prompt or relation, with "{}" for the subject;
+            shipped ones else, and generic forms for unknown relations ("generic": for all).
+        preserve: texts after, and within, which the model should go on as before, besides shipped
+            ones.
+        seed: of every choice among them.
+    """
+
+    neighbours: tuple[Fact, ...] = ()
+    questions: Questions = None
+    preserve: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Runtime(Config):
+    """How much is computed at once, and on what.
+
+    Attributes:
+        budget: tokens run at once (memory).
+        draft: optimise values on a bfloat16 copy of the model (`EditableModel.draft`): up to three
+            times as fast on CPUs with bfloat16 units.
+    """
+
+    budget: int = 2048
+    draft: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,20 +62,25 @@ class Task:
     """One edit to be computed.
 
     Attributes:
+        name: of the method, for progress and reports.
         groups: facts that share a value.
         layers: edited layers, ascending; values are optimised at the last one.
-        values: of the value optimisation.
-        statistics: of `layers`; empty for an editor that needs none.
+        values: numbers of the value optimisation.
+        statistics: of `layers`; empty for a metric that needs none.
+        material, runtime: as in the recipe.
         history: of earlier edits, all applied to `model`.
         warnings: so far.
         progress: show bars.
     """
 
+    name: str
     model: EditableModel
     groups: list[list[Fact]]
     layers: tuple[int, ...]
     values: ValueSettings
     statistics: KeyStatistics
+    material: Material = field(default_factory=Material)
+    runtime: Runtime = field(default_factory=Runtime)
     history: History | None = None
     warnings: tuple[str, ...] = ()
     progress: bool = True
@@ -50,13 +89,23 @@ class Task:
     def facts(self) -> list[Fact]:
         return [fact for group in self.groups for fact in group]
 
+    def neighbour_prompts(self, count: int) -> list[list[str]]:
+        """For each fact up to `count` prompts on other subjects of the same relation."""
+        material = self.material
+        return training_neighbours(self.facts, material.neighbours, count=count, seed=material.seed)
+
 
 @dataclass
-class Written:
-    """Factors `{layer: (U [hidden, groups], V [d_ff, groups])}`, the keys `{layer: [n, d_ff]}` they
-    were written at, and what was chosen and measured: a dictionary a layer (`gain`, `lowest_gain`,
-    ...), and one for the whole edit. The layers' solvers and group keys (`solved`) are for editors
-    that go on from a stock write."""
+class WrittenLayers:
+    """What a write has made, layer by layer.
+
+    Attributes:
+        factors: `{layer: (U [hidden, groups], V [d_ff, groups])}`, float32.
+        keys: `{layer: [n, d_ff]}` where it was written, float32.
+        layers: what was chosen and measured at each layer: `gain`, `lowest_gain`, ...
+        report: the same for the whole edit.
+        solved: the layers' solvers and group keys, for what goes on from a write.
+    """
 
     factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
@@ -85,87 +134,9 @@ class Written:
             "lowest_gain": float(gain.min()),
         }
 
-
-def prepare(
-    editor: LocateThenEdit,
-    model: EditableModel,
-    groups: list[list[Fact]],
-    statistics: KeyStatistics | None,
-    history: History | None = None,
-    progress: bool = True,
-) -> Task:
-    """The task of writing `groups` with `editor`'s settings, or the preset's where it has none.
-
-    Raises:
-        EditError: no layers, no statistics, a layer on the attention sink, a history of another
-            model.
-        StatisticsError: statistics of another model or other layers. ModelError: a layer that does
-            not exist.
-    """
-    preset, layers = preset_for(model), layers_of(editor, model)
-    values, warnings = editor.values or preset.values, []
-    if not preset.measured and (editor.layers is None or editor.values is None):
-        chosen = (
-            "by calibration" if preset.origin == "calibrated" else "as published for this shape"
-        )
-        warnings.append(
-            f"{model.name} has no measured preset: layer(s) {list(layers)} and value settings "
-            f"are chosen {chosen}"
-        )
-    if statistics is None:
-        if editor.needs_statistics:
-            raise EditError(
-                f"{editor.name} needs key statistics of layers {list(layers)}: pass "
-                f"key_statistics(model, ...)"
-            )
-    else:
-        statistics.check(model, layers)
-        warnings += _sinks(statistics, layers, editor.allow_sinks)
-    facts = [fact for group in groups for fact in group]
-    warnings += first_token_warnings(model, facts, values.contexts, editor.allow_sinks)
-    return Task(
-        model,
-        groups,
-        layers,
-        values,
-        statistics or KeyStatistics({}),
-        history,
-        tuple(warnings),
-        progress,
-    )
-
-
-def layers_of(editor: LocateThenEdit, model: EditableModel) -> tuple[int, ...]:
-    """The layers that `editor` edits in `model`, ascending. Raises EditError for none, ModelError
-    for one that is not there.
-    """
-    preset = preset_for(model)
-    chosen = (
-        (preset.one_layer,)
-        if editor.one_layer
-        else preset.shared_layers
-        if editor.shared_layers
-        else preset.layers
-    )
-    layers = tuple(sorted(set(editor.layers))) if editor.layers is not None else chosen
-    if not layers:
-        raise EditError("layers is empty; name at least one layer")
-    model.check_layers(layers)
-    return layers
-
-
-def _sinks(statistics: KeyStatistics, layers: Sequence[int], allowed: bool) -> list[str]:
-    """A warning for each layer on the attention sink. Raises EditError when they are not
-    allowed.
-    """
-    warnings = []
-    for layer in filter(statistics.is_sink, layers):
-        said = (
-            f"layer {layer} carries the attention sink (first-token keys are "
-            f"{statistics.sink_ratio(layer):.0f}x "
-            f"longer than the others, limit {SINK_RATIO:.0f}x)"
-        )
-        if not allowed:
-            raise EditError(f"{said}; choose another layer, or pass allow_sinks=True")
-        warnings.append(said)
-    return warnings
+    def with_write_outs(self, out: Mapping[int, Tensor]) -> WrittenLayers:
+        """The same read-ins with trained write-outs `{layer: [groups, hidden]}`."""
+        self.factors = {
+            layer: (out[layer].T.contiguous(), right) for layer, (_, right) in self.factors.items()
+        }
+        return self

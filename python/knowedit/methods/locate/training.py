@@ -1,12 +1,12 @@
-"""The look-ahead: targets trained through the edited model itself.
+"""Training write-outs through the edited model itself.
 
 Every locate-then-edit method writes `Delta_l = R_l A_l`. The read-in `A_l` depends on keys and
 metric only, so it can be frozen and the write-out `R_l` trained: the edit is a LoRA pair whose
 lora_A is the solver (our derivation). What the solver cannot execute, what it executes at other
 tokens, and what several layers do together is then in the loss, while the stock targets only plan.
-RoSE and MetaKE share this mechanism.
+RoSE, MetaKE and Look-Ahead share this loop.
 
-A step replays the texts from the first edited layer on (`replay.Suffix`); everything below is
+A step replays the texts from the first edited layer on (`models.partial`); everything below is
 cached.
 """
 
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from knowedit.facts.fact import Fact
+from knowedit.io.config import Config
 from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Lines, Through, WriteOuts
 from knowedit.models.editable import EditableModel
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of the training.
+class TrainingSettings(Config):
+    """How write-outs are trained.
 
     Attributes:
         steps, lr, betas, decay: Adam on the write-outs; `lr` is a step a coordinate in units of the
@@ -38,7 +39,6 @@ class Settings:
             start, a group.
         norm: weight of `sum_l (|R_l| / |h_l|)^2`.
         through: what a step sees.
-        budget: replayed tokens at once (memory).
     """
 
     steps: int = 6
@@ -50,14 +50,13 @@ class Settings:
     price: float = 0.3
     norm: float = 0.0
     through: Through = "edit"
-    budget: int = 2048
 
 
-def look_ahead(
+def train_write_outs(
     layers: Mapping[int, FrozenLayer],
     start: WriteOuts,
     plan: Callable[[int], Sequence[tuple[Lines, float]]],
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     progress: Callable[[float], None] = lambda steps: None,
 ) -> WriteOuts:

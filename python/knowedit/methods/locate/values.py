@@ -18,6 +18,7 @@ from torch import Tensor
 
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
+from knowedit.io.config import Config
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import Suffix
 from knowedit.models.tokens import Row
@@ -33,7 +34,7 @@ ESSENCE = "{} is a"
 
 
 @dataclass(frozen=True)
-class ValueSettings:
+class ValueSettings(Config):
     """Hyper-parameters of the value optimisation, named as in the literature.
 
     Attributes:
@@ -61,6 +62,7 @@ class ValueSettings:
     draft: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (
             not self.contexts
             or self.contexts[0] != "{}"

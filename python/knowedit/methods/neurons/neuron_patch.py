@@ -22,20 +22,20 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.progress import bar
-from knowedit.methods.base import Editor, checked
+from knowedit.methods.base import Method
 from knowedit.methods.locate.checks import first_token_warnings, outcome_warnings
 from knowedit.methods.locate.keys import group_by_wording
 from knowedit.methods.locate.values import Targets, ValueSettings, optimise_values, prompt_rows
 from knowedit.methods.neurons.parts import Switch, free_neurons, patched, rewritten, separate
 from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import CorpusLike
 
 
 @dataclass(frozen=True)
-class NeuronPatch(Editor):
+class NeuronPatch(Method):
     """Facts with one id or one subject are wordings of one thing: one switch, one value trained on
     all of them.
 
@@ -64,16 +64,14 @@ class NeuronPatch(Editor):
 
     name: ClassVar[str] = "Neuron-Patch"
 
-    def compute(
+    def _compute(
         self,
         model: EditableModel,
-        facts: Sequence[Fact],
-        statistics: KeyStatistics | None = None,
-        *,
-        history: History | None = None,
-        progress: bool = True,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
     ) -> Edit:
-        facts = checked(facts, model, history)
         return next(self._edits(model, self._layer(model), [group_by_wording(facts)], progress))
 
     def compute_each(
@@ -94,7 +92,8 @@ class NeuronPatch(Editor):
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
     ) -> Iterator[Edit]:
         """One edit for each of the tasks, a task being groups of facts."""
-        preset, groups = preset_for(model).values, [group for task in tasks for group in task]
+        preset = ValueSettings(**preset_for(model).values)
+        groups = [group for task in tasks for group in task]
         values = self.values or replace(
             preset, clamp=max(2.0, preset.clamp), steps=max(30, preset.steps), draft=True
         )

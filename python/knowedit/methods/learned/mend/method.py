@@ -5,7 +5,6 @@ one backward pass.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +16,7 @@ from knowedit.edits.edit import Edit, relative_norm
 from knowedit.edits.history import History
 from knowedit.facts.fact import Fact
 from knowedit.io.memory import peak_memory
-from knowedit.methods.base import Editor, checked
+from knowedit.methods.base import Method
 from knowedit.methods.learned.mend.network import MendNetwork, Tokens, token_factors
 from knowedit.models.editable import EditableModel
 from knowedit.models.upper import Texts
@@ -29,7 +28,7 @@ NEGLIGIBLE = 1e-6  # singular values below this share of the largest are left ou
 
 
 @dataclass(frozen=True)
-class MEND(Editor):
+class MEND(Method):
     """Update: a learned map of the gradient's token factors. Weights: the MLPs of the last layers.
     Several facts: summed.
 
@@ -44,22 +43,20 @@ class MEND(Editor):
 
     name: ClassVar[str] = "MEND"
 
-    def compute(
+    def _compute(
         self,
         model: EditableModel,
-        facts: Sequence[Fact],
-        statistics: KeyStatistics | None = None,
-        *,
-        history: History | None = None,
-        progress: bool = True,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
     ) -> Edit:
-        """As `Editor.compute`; there are no keys, so a history's facts are only checked, and
+        """As `Method.compute`; there are no keys, so a history's facts are only checked, and
         statistics not used.
 
         Raises:
             EditError: also for a network that is missing, not trained or of another model.
         """
-        facts = checked(facts, model, history)
         found = self.network
         network = found if isinstance(found, MendNetwork) else MendNetwork.load(found, model)
         network.check(model)

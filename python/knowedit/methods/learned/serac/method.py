@@ -5,7 +5,6 @@ for everything else.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +12,7 @@ from typing import ClassVar
 from knowedit.edits.history import History
 from knowedit.facts.fact import Fact
 from knowedit.io.memory import peak_memory
-from knowedit.methods.base import Editor, checked
+from knowedit.methods.base import Method
 from knowedit.methods.learned.serac.memory import MemoryEdit, refuse_edited_weights
 from knowedit.methods.learned.serac.network import SeracNetwork
 from knowedit.models.editable import EditableModel
@@ -21,7 +20,7 @@ from knowedit.statistics import KeyStatistics
 
 
 @dataclass(frozen=True)
-class SERAC(Editor):
+class SERAC(Method):
     """Update: none, the fact is stored; what is out of its scope is answered by the unedited model,
     bit for bit.
 
@@ -36,23 +35,21 @@ class SERAC(Editor):
 
     name: ClassVar[str] = "SERAC"
 
-    def compute(
+    def _compute(
         self,
         model: EditableModel,
-        facts: Sequence[Fact],
-        statistics: KeyStatistics | None = None,
-        *,
-        history: History | None = None,
-        progress: bool = True,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
     ) -> MemoryEdit:
-        """As `Editor.compute`; there are no keys, so a history's facts are only checked, and
+        """As `Method.compute`; there are no keys, so a history's facts are only checked, and
         statistics not used.
 
         Raises:
             EditError: also for a network that is missing, not trained or of another model, and
                 while weights are edited.
         """
-        facts = checked(facts, model, history)
         found = self.network
         network = found if isinstance(found, SeracNetwork) else SeracNetwork.load(found, model)
         network.check(model)

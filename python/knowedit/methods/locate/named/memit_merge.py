@@ -1,32 +1,29 @@
-"""MEMIT-Merge (2025, arXiv 2502.07322): facts of one subject share their key, so they share one
-value.
+"""MEMIT-Merge (Dong et al. 2025, arXiv 2502.07322): facts of one subject share their key, so they
+share one value.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 from knowedit.errors import EditError
-from knowedit.methods.locate.named.memit import MEMIT
+from knowedit.methods.locate.keysets import ContextKeys, Keys
+from knowedit.methods.locate.metrics import Covariance, Metric
+from knowedit.methods.locate.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class MEMITMerge(MEMIT):
-    """Metric: the covariance. Targets: one joint value per subject, written at its mean key.
-    Spread: as MEMIT.
-
-    `MEMIT` merges too unless told not to; this is the method as published, and it cannot be told
-    not to.
+class MEMITMerge(Recipe):
+    """Covariance x one joint value a subject x even spread x mean keys, as published.
 
     Raises:
         EditError: `merge_subjects=False`.
     """
 
-    mean_keys: bool = True
-    gain: float = 0.98
+    metric: Metric = field(default_factory=lambda: Covariance(gain=0.98))
+    keys: Keys = field(default_factory=lambda: ContextKeys(mean=True))
 
-    name: ClassVar[str] = "MEMIT-Merge"
+    name = "MEMIT-Merge"
 
     def __post_init__(self) -> None:
         super().__post_init__()
