@@ -55,7 +55,7 @@ def prefixes(
 ) -> Iterator[tuple[int, KeyStatistics]]:
     """Statistics of the first tokens of a corpus, for each of the ascending `counts`, in one pass.
 
-    Both halves of each count are estimated: `extra["convergence"]` holds one look, null space
+    Both halves of each count are estimated: `extra["convergence"]` holds one check, null space
     included.
     """
     sums = Sums(model, layers, "exact")
@@ -97,10 +97,10 @@ def _statistics(
     found, count = {}, sum(halves)
     for layer in sums.layers:
         parts = [sums.moment(half, layer).sum() for half in (0, 1)]
-        looks = []
+        checks = []
         if convergence.enough(halves, model.d_ff):
             errors = convergence.compare(parts, halves, probes[layer], null_space=True)
-            looks = [convergence.record(count, {layer: errors}, layer)]
+            checks = [convergence.record(count, {layer: errors}, layer)]
         recipe = Collection(model.fingerprint, corpus_fingerprint(corpus), count, 512, True, 0)
         norms = sums.seen.norms[str(layer)]
         found[layer] = LayerStatistics(
@@ -112,7 +112,7 @@ def _statistics(
             parts[0] + parts[1],
             norms[0] / max(norms[1], 1),
             norms[2] / max(norms[3], 1),
-            {"convergence": looks},
+            {"convergence": checks},
         )
     return KeyStatistics(found)
 
@@ -134,9 +134,9 @@ def run(
     stored = {}
     for count, found in prefixes(model, corpus, layers, counts):
         stored[count] = found
-        looks = {layer: found[layer].extra["convergence"] for layer in layers}
+        checks = {layer: found[layer].extra["convergence"] for layer in layers}
         report.note(
-            f"{count:>9,} tokens summed", case="statistics", tokens=count, convergence=looks
+            f"{count:>9,} tokens summed", case="statistics", tokens=count, convergence=checks
         )
     most = stored[max(stored)]
     rows = []
@@ -145,12 +145,12 @@ def run(
     for editor in editors:
         for count in counts:
             row: dict[str, Any] = {"case": editor.name, "tokens": count}
-            look: dict[str, Any] = (
+            check: dict[str, Any] = (
                 next(iter(stored[count][layers[0]].extra["convergence"]), {})
                 if count in stored
                 else {}
             )
-            row |= {name: look[name][0] for name in ("solve", "null_space") if name in look}
+            row |= {name: check[name][0] for name in ("solve", "null_space") if name in check}
             try:
                 task = editor.prepare(model, groups, stored[count], progress=False)
                 edit = editor.finish(task, targets)
