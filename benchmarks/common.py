@@ -32,6 +32,10 @@ from knowedit.io.files import atomic_file
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+#: Public data beside the checkout, where a developer keeps it.
+DATA = HERE.parents[1] / "shared" / "data"
+if DATA.is_dir():
+    os.environ.setdefault("KNOWEDIT_DATA", str(DATA))
 
 
 def environment() -> dict[str, Any]:

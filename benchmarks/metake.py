@@ -30,7 +30,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation.evaluation import Evaluation, summarise
 from knowedit.evaluation.measures.base import Question, ask, questions
 from knowedit.facts.fact import Fact
-from knowedit.facts.formats.same_subject import groups as by_subject
+from knowedit.facts.groups import groups as by_subject
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.methods import MetaKE, Recipe
 from knowedit.methods.locate.keys import group_by_subject

@@ -32,7 +32,7 @@ from knowedit.evaluation.subjects.same_subject import (
     prepare,
 )
 from knowedit.facts.fact import Fact
-from knowedit.facts.formats.same_subject import groups, halves
+from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import data_dir, load
 from knowedit.io.files import atomic_file
 from knowedit.methods import Method, Recipe, RoSE

@@ -28,7 +28,7 @@ from knowedit.evaluation.subjects.same_subject import (
     prepare,
 )
 from knowedit.facts.fact import Fact, FactError, Probe
-from knowedit.facts.formats.same_subject import groups, halves
+from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
