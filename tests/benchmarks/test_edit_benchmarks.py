@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks import metake, pages, rose
-from knowedit.evaluation.measures.counterfact import Answer, Evaluation, Question
+from knowedit.evaluation.evaluation import Evaluation
+from knowedit.evaluation.measures.base import Answer, Question
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation, Value
 from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load

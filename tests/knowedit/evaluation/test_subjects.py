@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.measures.counterfact import Answer
+from knowedit.evaluation.intervals import estimates
+from knowedit.evaluation.measures.base import Answer
 from knowedit.evaluation.subjects.same_subject import (
     FORMS,
     KEPT,
@@ -21,7 +22,6 @@ from knowedit.evaluation.subjects.same_subject import (
     SameSubjectEvaluation,
     compare,
     contains,
-    estimates,
     evaluate_same_subject,
     judge,
     observe,
@@ -242,10 +242,6 @@ def test_two_methods_are_compared_on_the_same_facts(tiny_llama):
 )
 def test_an_answer_contains_the_object_as_a_word(text, answer, wanted):
     assert contains(text, answer) is wanted
-
-
-# -- the groups
-# -------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_groups_by_subject_with_further_neighbours():

@@ -11,7 +11,7 @@ from knowedit.edits.history import History
 from knowedit.errors import EditError, KnowEditError
 from knowedit.evaluation import evaluate
 from knowedit.evaluation.measures.perplexity import perplexity
-from knowedit.evaluation.sequence import Watch, course_table, write_in_sequence
+from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, write_in_sequence
 from knowedit.facts.fact import Fact, FactError, Probe
 from knowedit.methods import MEMIT, AlphaEdit
 from knowedit.methods.locate.keys import group_by_subject
@@ -199,10 +199,10 @@ class TestTheProtocol:
     def test_points_are_the_model_on_its_way(self, tiny_llama):
         statistics, before = statistics_of(tiny_llama, [1]), weights_fingerprint(tiny_llama.hf)
         texts = ["The moon goes around the earth, and a triangle has three sides."]
-        watch = Watch(tiny_llama, MEASURED, texts, progress=False)
+        monitor = SequenceMonitor(tiny_llama, MEASURED, texts, progress=False)
         seen = []
         with Session(MEMIT(layers=(1,), values=VALUES), tiny_llama, statistics) as session:
-            for point in write_in_sequence(session, watch, 2, 4, progress=False):
+            for point in write_in_sequence(session, monitor, 2, 4, progress=False):
                 found = evaluate(
                     tiny_llama, None, MEASURED[: point.edits] or MEASURED, progress=False
                 )
@@ -213,7 +213,7 @@ class TestTheProtocol:
                 clean = tiny_llama.weight(1) - delta
                 assert point.norm == pytest.approx(float(delta.norm() / clean.norm()), rel=1e-4)
                 seen.append(point)
-            whole = watch.evaluation(progress=False)
+            whole = monitor.evaluation(progress=False)
         assert [point.edits for point in seen] == [0, 4, 6]
         assert (
             seen[0].drift.kl == 0
@@ -232,24 +232,24 @@ class TestTheProtocol:
             }
         assert "unchanged" in whole.after["neighbourhood"]
         assert weights_fingerprint(tiny_llama.hf) == before
-        assert len(course_table(seen)) == 4 and seen[0].to_dict()["drift"]["same"] == 1.0
+        assert len(trajectory_table(seen).rows) == 3 and seen[0].to_dict()["drift"]["same"] == 1.0
 
     def test_a_sample_is_spread_over_what_was_written(self, tiny_llama):
-        watch = Watch(tiny_llama, MEASURED, sample=2, progress=False)
-        assert watch.look([], 0, progress=False).measures["efficacy"]["success"].records == 2
+        monitor = SequenceMonitor(tiny_llama, MEASURED, sample=2, progress=False)
+        assert monitor.measure([], 0, progress=False).measures["efficacy"]["success"].records == 2
         with pytest.raises(KnowEditError, match="must be positive"):
-            next(write_in_sequence(Session(MEMIT(), tiny_llama), watch, 0, 1))
+            next(write_in_sequence(Session(MEMIT(), tiny_llama), monitor, 0, 1))
         with Session(
             MEMIT(layers=(1,), values=VALUES), tiny_llama, statistics_of(tiny_llama, [1])
         ) as session:
             session.write(MEASURED[1:2], progress=False)
             with pytest.raises(KnowEditError, match="holds other facts"):
-                next(write_in_sequence(session, watch, 2, 2))
+                next(write_in_sequence(session, monitor, 2, 2))
         with (
             an_edit(tiny_llama).applied_to(tiny_llama),
             pytest.raises(KnowEditError, match="undo the active edits"),
         ):
-            Watch(tiny_llama, MEASURED)
+            SequenceMonitor(tiny_llama, MEASURED)
 
 
 def test_perplexity_is_the_definition(tiny_llama):
