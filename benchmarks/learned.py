@@ -94,8 +94,8 @@ def measure(
     edits, inside = [], {kind: [0, 0] for kind in ("efficacy", "paraphrase", "neighbourhood")}
     for edit, mine, answers in edited(model, editor, facts, size, asked):
         edits.append(edit)
-        if isinstance(edit, MemoryEdit) and model.memory:
-            for i, text in zip(mine, model.memory.route([asked[i].prompt for i in mine])):
+        if isinstance(edit, MemoryEdit) and model.router:
+            for i, text in zip(mine, model.router.route([asked[i].prompt for i in mine])):
                 inside[asked[i].kind][0] += text is not None
                 inside[asked[i].kind][1] += 1
         for i, answer in zip(mine, answers):

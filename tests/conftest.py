@@ -59,6 +59,11 @@ def byte_tokenizer():
     )
 
 
+def frozen(hf):
+    """As `load_model` leaves a model: in evaluation mode, nothing trainable."""
+    return hf.eval().requires_grad_(False)
+
+
 @pytest.fixture
 def tiny_llama(byte_tokenizer):
     """A Llama of four layers with random weights."""
@@ -79,7 +84,7 @@ def tiny_llama(byte_tokenizer):
         attn_implementation="sdpa",
         initializer_range=0.3,
     )
-    return EditableModel(LlamaForCausalLM(config), byte_tokenizer, name="tiny-llama")
+    return EditableModel(frozen(LlamaForCausalLM(config)), byte_tokenizer, name="tiny-llama")
 
 
 @pytest.fixture
@@ -100,7 +105,7 @@ def tiny_gpt2(byte_tokenizer):
         n_positions=256,
         initializer_range=0.3,
     )
-    return EditableModel(GPT2LMHeadModel(config), byte_tokenizer, name="tiny-gpt2")
+    return EditableModel(frozen(GPT2LMHeadModel(config)), byte_tokenizer, name="tiny-gpt2")
 
 
 @pytest.fixture(scope="session")

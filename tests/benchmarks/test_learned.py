@@ -42,4 +42,4 @@ def test_a_row_has_measures_and_costs_of_every_edit(tiny_llama, method, size):
     if method == "SERAC":
         assert row["in_scope"] == {"efficacy": 1.0, "paraphrase": 0.0, "neighbourhood": 0.0}
         assert row["after"]["neighbourhood unchanged"]["mean"] == 1.0
-    assert tiny_llama.memory is None and not tiny_llama.ledger.active
+    assert tiny_llama.router is None and not tiny_llama.ledger.active

@@ -147,7 +147,7 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
     }
     report["kernels"] = _kernels(device)
     if model is not None:
-        from knowedit.models.families.presets import preset_for
+        from knowedit.models.families import preset_for
         from knowedit.models.load import load_model
 
         loaded = load_model(model, say=lambda _: None)

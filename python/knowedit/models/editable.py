@@ -1,42 +1,60 @@
-"""EditableModel: a causal LM with the four things editing needs - tokens with a subject in them,
-the MLP keys and layer outputs at chosen tokens, log-probabilities of answers, and edits that can be
-taken back bit for bit."""
+"""EditableModel: a causal LM with what editing needs - tokens with a subject in them, the MLP keys
+and layer outputs at chosen tokens, log-probabilities of answers, and edits that can be taken back
+bit for bit.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from knowedit.errors import EditError, ModelError
+from knowedit.models import generation
 from knowedit.models.fingerprint import weights_fingerprint
-from knowedit.models.generation import Score, next_logprobs, score
+from knowedit.models.generation import Router, Score
 from knowedit.models.structure import Layout, detect
 from knowedit.models.tokens import Row, batches, tokenise
 from knowedit_kernels import WeightLedger
 from knowedit_kernels.lowrank import Change
-
-if TYPE_CHECKING:
-    from knowedit.methods.learned.serac.memory import Memory
 
 
 class _Stop(Exception):
     """Raised inside a forward pass once the deepest needed value was read."""
 
 
+class _InForce:
+    """What is in force on one transformers model, whoever wraps it: the ledger of its edits, the
+    router, and the fingerprint of the unedited weights.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = WeightLedger()
+        self.router: Router | None = None
+        self.fingerprint: str | None = None
+        self.rewritten: dict[str, set[tuple[str, int]]] = {}  # neurons, by the key of the edit
+
+
+_IN_FORCE: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
+
+
 class EditableModel:
     """A transformers causal LM and its tokenizer, ready to be edited.
 
+    The transformers model is left as it is found: its parameters stay trainable and its mode stays;
+    whatever is run here is run within `evaluating()`. Two of these around one transformers model
+    see the same edits.
+
     Attributes:
-        hf: the transformers model, in evaluation mode, its parameters frozen.
+        hf: the transformers model.
         tokenizer: its fast tokenizer.
-        layout: where the edited projections are (`architectures.Layout`).
+        layout: where the edited projections are (`structure.Layout`).
         name: as given to `load_model`.
-        memory: of the memory edits (SERAC) in force.
 
     Raises:
         ModelError: the model cannot be edited, with the reason.
@@ -49,7 +67,7 @@ class EditableModel:
                 f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; use "
                 f"a fast one"
             )
-        self.hf, self.tokenizer = hf.eval().requires_grad_(False), tokenizer
+        self.hf, self.tokenizer = hf, tokenizer
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         if away := [name for name, parameter in hf.named_parameters() if parameter.is_meta]:
             raise ModelError(
@@ -63,15 +81,70 @@ class EditableModel:
                 "dtype='float32'"
             )
         names = {self.layout.weight_name(i): self.weight(i) for i in range(len(self.layers))}
-        self.ledger = WeightLedger(names, transposed=names if self.layout.transposed else ())
-        self._fingerprint: str | None = None
-        self.memory: Memory | None = None
-        self.rewritten: dict[
-            str, set[tuple[str, int]]
-        ] = {}  # neurons, by the key of the edit in force
+        state = self._state = _IN_FORCE.setdefault(hf, _InForce())
+        if not state.ledger.active:  # weights and dtype may be others than when it was last wrapped
+            transposed = names if self.layout.transposed else ()
+            state.ledger, state.fingerprint = WeightLedger(names, transposed=transposed), None
+        self._evaluating = False
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.hf.parameters())
+        applied = ", ".join(self.ledger.active) or "none"
+        return (
+            f"EditableModel({self.name!r}: {type(self.hf).__name__}, "
+            f"{parameters / 1e6:,.1f} M parameters, {self.dtype}, {self.device}\n"
+            f"  {len(self.layers)} layers, hidden {self.hidden}, d_ff {self.d_ff}; "
+            f"edits go to {self.layout.weight_name(0).replace('.0.', '.{layer}.')}\n"
+            f"  edits in force: {applied if len(applied) < 200 else applied[:200] + ' ...'})"
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the transformers model is in evaluation mode and its parameters are
+        frozen; afterwards both are as they were found.
+        """
+        if self._evaluating:
+            yield
+            return
+        training = [module for module in self.hf.modules() if module.training]
+        trainable = [parameter for parameter in self.hf.parameters() if parameter.requires_grad]
+        self._evaluating = True
+        try:
+            for module in training:
+                module.training = False
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            self._evaluating = False
 
     # -- what it is
     # ---------------------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> WeightLedger:
+        """The edits of weights in force."""
+        return self._state.ledger
+
+    @property
+    def router(self) -> Router | None:
+        """Sends some prompts to another model (SERAC's edits register one); see
+        `generation.Router`.
+        """
+        return self._state.router
+
+    @router.setter
+    def router(self, router: Router | None) -> None:
+        self._state.router = router
+
+    @property
+    def rewritten(self) -> dict[str, set[tuple[str, int]]]:
+        """Neurons rewritten, by the key of the edit in force."""
+        return self._state.rewritten
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -152,14 +225,14 @@ class EditableModel:
         Raises:
             EditError: asked for the first time while an edit is applied.
         """
-        if self._fingerprint is None:
+        if self._state.fingerprint is None:
             if self.ledger.active:
                 raise EditError(
                     "the model's fingerprint was never taken before an edit was applied; undo "
                     "the edit first"
                 )
-            self._fingerprint = weights_fingerprint(self.hf)
-        return self._fingerprint
+            self._state.fingerprint = weights_fingerprint(self.hf)
+        return self._state.fingerprint
 
     def draft(self) -> EditableModel:
         """A bfloat16 copy to optimise targets on: a third of the time on CPUs with bfloat16 units.
@@ -172,7 +245,7 @@ class EditableModel:
         copied = copy.deepcopy(self.hf).to(torch.bfloat16)
         if self.device.type == "cpu":
             copied.set_attn_implementation("eager")
-        return EditableModel(copied, self.tokenizer, name=self.name)
+        return EditableModel(copied.eval().requires_grad_(False), self.tokenizer, name=self.name)
 
     # -- text to tokens
     # -----------------------------------------------------------------------------------------
@@ -254,8 +327,7 @@ class EditableModel:
             handles.append(self.layers[layer].register_forward_hook(output_hook))
         try:
             with torch.no_grad():
-                more = {} if positions is None else {"position_ids": positions}
-                self.hf.base_model(input_ids=ids, use_cache=False, **more)
+                self.final_states(ids, positions)
         except _Stop:
             return
         finally:
@@ -312,9 +384,26 @@ class EditableModel:
         """Logits `[.., vocab]` of final hidden states `[.., hidden]` (norm not included), soft-cap
         as in the model.
         """
-        logits = self.hf.get_output_embeddings()(hidden)
+        with self.evaluating():
+            logits = self.hf.get_output_embeddings()(hidden)
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def logprobs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities `[.., vocab]`, float32, of final hidden states `[.., hidden]`."""
+        return self.head(hidden).float().log_softmax(-1)
+
+    def final_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Final hidden states `[B, T, hidden]` (after the last norm) of right-padded `ids`
+        `[B, T]`: attention is causal, so the padding needs no mask.
+        """
+        more = {} if positions is None else {"position_ids": positions}
+        with self.evaluating():
+            out = self.hf.base_model(input_ids=ids, use_cache=False, **more)
+        return out.last_hidden_state
+
+    # -- what it says; see `models.generation`
+    # ---------------------------------------------------------------------------------------------
 
     def score(
         self,
@@ -323,134 +412,28 @@ class EditableModel:
         *,
         progress: Callable[[int], None] | None = None,
     ) -> list[Score]:
-        """How the model rates `answers[i]` after `prompts[i]`; see `scoring.score`."""
-        found = score(self, prompts, answers, progress=progress)
-        return self._remembered(
-            prompts, found, lambda which, asked: score(self, asked, [answers[i] for i in which])
-        )
+        """How the model rates `answers[i]` after `prompts[i]`."""
+        return generation.score(self, prompts, answers, progress=progress)
 
     def next_logprobs(self, prompts: Sequence[str]) -> Tensor:
         """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the
         CPU.
         """
-        if not prompts:
-            return torch.empty(0, self.hf.get_output_embeddings().weight.shape[0])
-        found = list(next_logprobs(self, prompts))
-        return torch.stack(
-            self._remembered(prompts, found, lambda _, asked: list(next_logprobs(self, asked)))
-        )
+        return generation.next_logprobs(self, prompts)
 
-    @torch.no_grad()
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int = 16, *, batch: int = 16
     ) -> list[str]:
         """Greedy continuations (the new text only)."""
-        found = self._generate(prompts, max_new_tokens, batch)
-        return self._remembered(
-            prompts, found, lambda _, asked: self._generate(asked, max_new_tokens, batch)
-        )
-
-    def _generate(self, prompts: Sequence[str], max_new_tokens: int, batch: int) -> list[str]:
-        found = self.continuations(prompts, max_new_tokens, batch)
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
-
-    @torch.no_grad()
-    def greedy(
-        self, prompts: Sequence[str], max_new_tokens: int, batch: int, *, logits: bool = False
-    ) -> Iterator[tuple[Tensor, int, Tensor | None]]:
-        """Of each batch, left-padded: the new tokens `[B, T]`, the token that fills up finished
-        rows, and if asked for the logits `[B, T, vocab]`. Equal prompts and batches give equal
-        bits, with and without the logits."""
-        fill = (
-            self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else self.tokenizer.eos_token_id
-        )
-        for start in range(0, len(prompts), batch):
-            rows = [self.row(p).ids for p in prompts[start : start + batch]]
-            width = max(map(len, rows))
-            ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=self.device)
-            mask = torch.tensor(
-                [[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.device
-            )
-            out = self.hf.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=fill,
-                output_logits=logits,
-                return_dict_in_generate=True,
-            )
-            yield out.sequences[:, width:], fill, torch.stack(out.logits, 1) if logits else None
-
-    @torch.no_grad()
-    def continuations(
-        self, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 16
-    ) -> list[list[int]]:
-        """Greedy continuations as tokens, without the padding behind the end of a text; memory
-        edits have no part in them.
-        """
-        found: list[list[int]] = []
-        for new, fill, _ in self.greedy(prompts, max_new_tokens, batch):
-            sizes = (new != fill).int().cumsum(1).argmax(1) + (new != fill).any(
-                1
-            )  # up to the last token that is no filling
-            found += [row[:size] for row, size in zip(new.tolist(), sizes.tolist())]
-        return found
-
-    def _remembered(
-        self, prompts: Sequence[str], found: list, ask: Callable[[list[int], list[str]], list]
-    ) -> list:
-        """`found`, with the counterfactual model's results where a prompt is in the scope of a
-        memory edit.
-
-        The base has answered every prompt, those too: its batches, and so its bits, are the same as
-        without a memory.
-        """
-        inside = (
-            {i: text for i, text in enumerate(self.memory.route(prompts)) if text}
-            if self.memory
-            else {}
-        )
-        if self.memory and inside:
-            with self.memory.counterfactual():
-                for i, value in zip(inside, ask(list(inside), list(inside.values()))):
-                    found[i] = value
-        return found
+        return generation.generate(self, prompts, max_new_tokens, batch=batch)
 
     def samples(
         self, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128
     ) -> Iterator[str]:
-        """Endless texts sampled from the model itself (temperature 1, no truncation of the
-        distribution).
-
-        Document `n` depends on `seed` and `n` only, so a run can go on at `start`.
+        """Endless texts sampled from the model itself; document `n` depends on `seed` and `n`
+        only.
         """
-        first = (
-            self.tokenizer.bos_token_id
-            if self.tokenizer.bos_token_id is not None
-            else self.tokenizer.eos_token_id
-        )
-        fill = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else first
-        ids = torch.full((batch, 1), first, device=self.device)
-        for number in range(start // batch, 1 << 31):
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(
-                    (seed * 1_000_003 + number) % (1 << 32)
-                )  # the CPU generator uses 32 bits
-                out = self.hf.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=length - 1,
-                    pad_token_id=fill,
-                )
-            texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
-            yield from texts[start % batch :] if number == start // batch else texts
+        return generation.samples(self, seed, start, batch=batch, length=length)
 
     @contextmanager
     def virtual(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> Iterator[None]:

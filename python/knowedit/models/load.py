@@ -1,6 +1,4 @@
-"""Loading a causal LM for editing: from the hub, a folder, or, for the default model, the package
-index.
-"""
+"""Where a model comes from: a name, a folder, or an object that transformers has loaded."""
 
 from __future__ import annotations
 
@@ -12,39 +10,96 @@ from typing import Any
 import torch
 
 from knowedit.errors import ModelError
-from knowedit.models.download import resolve
+from knowedit.models.download import DEFAULT_MODEL, resolve
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 
 
 def load_model(
-    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    name: str | Path | Any = DEFAULT_MODEL,
     *,
+    tokenizer: Any = None,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
+    attn_implementation: str | None = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> EditableModel:
-    """Load a causal LM for editing.
+    """Load a causal LM for editing, or take one that is loaded.
 
     Args:
-        name: a hub id or a folder. The default model also comes from the package index when the hub
-            is out of reach.
+        name: a hub id or a folder; the default model also comes from the package index when the hub
+            is out of reach. Or a transformers model: it is taken as it is, nothing of it is
+            changed, and the arguments about loading have no effect.
+        tokenizer: a fast tokenizer; default: the one that is saved with the model.
         dtype: as in transformers; float16 is refused on the CPU (its matrix products are ~100x
             slower there).
-        device_map: as in transformers.
+        device_map, attn_implementation: as in transformers.
+        revision: a branch, tag or commit of the hub's repository.
+        trust_remote_code: run code that comes with the model. Never asked for at a prompt: a model
+            that needs it is refused.
 
     Raises:
         ModelError: it cannot be found, loaded or edited; the message has the reason and the remedy.
     """
+    if isinstance(name, EditableModel):
+        if tokenizer is not None and tokenizer is not name.tokenizer:
+            raise ModelError(f"{name.name} has its tokenizer already; leave tokenizer out")
+        return name
+    if not isinstance(name, (str, Path)):
+        _check_is_model(name)
+        return EditableModel(name, _tokenizer_of(name) if tokenizer is None else tokenizer)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = resolve(name, say=say)
-    with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    source = resolve(str(name), revision=revision, code=trust_remote_code, say=say)
+    where = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    with _loading(str(name)):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=device_map, attn_implementation="sdpa"
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            **where,
         )
-    return EditableModel(model, tokenizer, name=name)
+    return EditableModel(model.eval().requires_grad_(False), tokenizer, name=str(name))
+
+
+def as_editable(
+    model: EditableModel | str | Path | Any, tokenizer: Any = None, **load: Any
+) -> EditableModel:
+    """What every function that takes a model makes of it: an `EditableModel` as it is; a
+    transformers model with its tokenizer; or a name, loaded (`load`: arguments of `load_model`).
+
+    Raises:
+        ModelError: it is none of these, it cannot be edited, or its tokenizer is not found.
+    """
+    return load_model(model, tokenizer=tokenizer, **load)
+
+
+def _check_is_model(found: Any) -> None:
+    if not isinstance(found, torch.nn.Module):
+        raise ModelError(
+            "a model is a transformers causal LM, an EditableModel, or the name or folder of one; "
+            f"got {type(found).__name__}"
+        )
+
+
+def _tokenizer_of(hf: Any) -> Any:
+    """The tokenizer saved where `hf` was loaded from. Raises ModelError when there is none."""
+    from transformers import AutoTokenizer
+
+    source = getattr(hf, "name_or_path", "")
+    remedy = f"the tokenizer of this {type(hf).__name__} was not found"
+    if not source:
+        raise ModelError(f"{remedy}: it was not loaded from a folder or the hub; pass tokenizer=")
+    try:
+        with _loading(source):
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except ModelError as error:
+        raise ModelError(f"{remedy} at {source!r}; pass tokenizer=") from error
 
 
 def fingerprint_of(folder: Path) -> str:

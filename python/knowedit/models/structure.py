@@ -9,17 +9,21 @@ norm and the output head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from knowedit.errors import ModelError
+from knowedit.errors import EditError, ModelError
+
+if TYPE_CHECKING:
+    from knowedit.models.editable import EditableModel
 
 _LAYERS = ("model.layers", "transformer.h")
 _NORMS = ("norm", "ln_f")
 _MLP = ("mlp",)
 _PROJECTIONS = ("down_proj", "c_proj", "fc_out")
 _ATTENTION = ("self_attn", "attn", "attention")
+_READS = (("gate_proj", "up_proj"), ("c_fc",), ("fc_in",), ("fc1",))
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class Layout:
     def weight_name(self, layer: int) -> str:
         """Name of the edited weight in the model's state dict."""
         return self.projection.format(layer) + ".weight"
+
+    def layer(self, layer: int) -> str:
+        """Path of a decoder layer."""
+        return f"{self.layers}.{layer}"
+
+    def mlp(self, layer: int) -> str:
+        """Path of a layer's MLP."""
+        return self.projection.format(layer).rpartition(".")[0]
 
 
 def detect(model: Any) -> Layout:
@@ -119,10 +131,49 @@ def attention_of(block: nn.Module) -> nn.Module:
     return found
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer as a Llama (`nn.Linear`) or a GPT-2 (`Conv1D`) has it."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def is_transposed(model: Any, name: str) -> bool:
     """Whether the parameter of that name is a matrix stored `[in, out]` (GPT-2's Conv1D)."""
     owner, _, leaf = name.rpartition(".")
     return leaf == "weight" and type(model.get_submodule(owner)).__name__ == "Conv1D"
+
+
+def linears(model: EditableModel, layer: int, *, mlp: bool = False) -> dict[str, tuple[int, int]]:
+    """`{name below model.hf: (in, out)}` of a layer's linear modules, or of its MLP's only."""
+    folder = model.layout.mlp(layer) if mlp else model.layout.layer(layer)
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.hf.get_submodule(folder).named_modules():
+        if is_linear(module):
+            rows, columns = module.weight.shape
+            transposed = type(module).__name__ == "Conv1D"
+            found[f"{folder}.{name}"] = (rows, columns) if transposed else (columns, rows)
+    return found
+
+
+def mlp_of(model: EditableModel, layer: int) -> Any:
+    """A layer's MLP."""
+    return model.hf.get_submodule(model.layout.mlp(layer))
+
+
+def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:
+    """The matrices that read the MLP's input at `layer`, by name: gate and up, or one.
+
+    Raises:
+        EditError: this MLP is built differently (a fused gate and up, for example).
+    """
+    path, mlp = model.layout.mlp(layer), mlp_of(model, layer)
+    for names in _READS:
+        if all(hasattr(mlp, name) for name in names):
+            return {f"{path}.{name}": getattr(mlp, name) for name in names}
+    known = ", ".join("+".join(names) for names in _READS)
+    raise EditError(
+        f"{model.name}: the MLP of layer {layer} has none of {known}; its neurons cannot be "
+        f"rewritten one by one"
+    )
 
 
 def _child(module: Any, path: str) -> Any:

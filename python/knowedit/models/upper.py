@@ -223,20 +223,3 @@ def probed(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def linears(model: EditableModel, layer: int, *, mlp: bool = False) -> dict[str, tuple[int, int]]:
-    """`{name below model.hf: (in, out)}` of a layer's linear modules, or of its MLP's only."""
-    folder = (
-        model.layout.projection.format(layer).rpartition(".")[0]
-        if mlp
-        else f"{model.layout.layers}.{layer}"
-    )
-    found: dict[str, tuple[int, int]] = {}
-    for name, module in model.hf.get_submodule(folder).named_modules():
-        if type(module).__name__ in ("Linear", "Conv1D"):
-            rows, columns = module.weight.shape
-            found[f"{folder}.{name}"] = (
-                (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
-            )
-    return found

@@ -208,7 +208,7 @@ def key_statistics(
             disk full, another rank died.
         CorpusError: the corpus cannot be read.
     """
-    from knowedit.models.families.presets import preset_for
+    from knowedit.models.families import preset_for
 
     layers = sorted(set(layers if layers is not None else preset_for(model).statistics_layers))
     model.check_layers(layers)

@@ -4,7 +4,6 @@ model as it was.
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch

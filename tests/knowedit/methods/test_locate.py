@@ -13,7 +13,7 @@ from knowedit.facts.fact import Fact, FactError
 from knowedit.methods import EDITORS, EMMET, MEMIT, ROME, make_editor, statistics_for
 from knowedit.methods.locate.keys import group_keys
 from knowedit.methods.locate.values import ValueSettings, optimise_values, prompt_rows
-from knowedit.models.families.presets import calibrated, preset_for
+from knowedit.models.families import calibrated, preset_for
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.files.store import LayerStatistics, Recipe
 
@@ -240,14 +240,14 @@ def test_published_presets_go_by_the_shape(shape, layers, one, lr, clamp):
         and preset.origin == "published"
         and not preset.measured
     )
-    assert (preset.values.lr, preset.values.clamp) == (lr, clamp) and set(preset.layers) <= set(
-        preset.statistics_layers
-    )
+    assert (preset.values["lr"], preset.values["clamp"]) == (lr, clamp) and set(
+        preset.layers
+    ) <= set(preset.statistics_layers)
 
 
 def test_methods_of_one_layer_take_the_presets(tiny_llama, monkeypatch):
     both = replace(
-        calibrated(tiny_llama), layers=(1, 2), one_layer=1, values=VALUES, origin="published"
+        calibrated(tiny_llama), layers=(1, 2), one_layer=1, values=vars(VALUES), origin="published"
     )
     monkeypatch.setattr("knowedit.methods.locate.task.preset_for", lambda model: both)
     statistics = statistics_of(tiny_llama, [1, 2])

@@ -16,11 +16,12 @@ from knowedit.methods import NeuronPatch
 from knowedit.methods.locate.keys import group_by_wording
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.methods.neurons.parts import Switch, free_neurons, patched, separate
-from knowedit.methods.neurons.texts import at_lookup, everywhere, read_modules
+from knowedit.methods.neurons.texts import at_lookup, everywhere
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.load import load_model
+from knowedit.models.structure import read_modules
 
 FACTS = [
     Fact(prompt="The capital of {} is", subject="France", target="Lyon", id="a"),

@@ -19,7 +19,7 @@ from knowedit.methods.learned.serac.method import SERAC
 from knowedit.methods.learned.serac.network import Scope, SeracNetwork, in_view
 from knowedit.methods.learned.serac.training import SeracTraining, train_serac
 from knowedit.methods.session import Session
-from knowedit.models.upper import linears
+from knowedit.models.structure import linears
 from tests.knowedit.methods.test_mend import FACTS
 
 OTHER = "Nobody knows why"
@@ -74,7 +74,7 @@ def test_out_of_scope_is_the_base_to_the_bit_and_in_scope_is_the_reader(tiny):
     with tiny.virtual(network.adapter):
         wanted = everything(tiny, [in_view(fact.text, fact.target, fact.text)])
     with SERAC(network).compute(tiny, [fact]).applied_to(tiny):
-        assert [text is not None for text in tiny.memory.route(prompts)] == [
+        assert [text is not None for text in tiny.router.route(prompts)] == [
             False,
             True,
             False,
@@ -91,7 +91,7 @@ def test_out_of_scope_is_the_base_to_the_bit_and_in_scope_is_the_reader(tiny):
     torch.testing.assert_close(after[1][1], wanted[1][0], rtol=1e-4, atol=1e-4)
     assert after[2][1] == wanted[2][0] and not torch.allclose(after[1][1], before[1][1], atol=0.1)
     again = everything(tiny, prompts)
-    assert tiny.memory is None and torch.equal(again[1], before[1]) and again[2] == before[2]
+    assert tiny.router is None and torch.equal(again[1], before[1]) and again[2] == before[2]
 
 
 def test_edits_add_up_and_are_undone_in_any_order(tiny_llama):
@@ -101,8 +101,8 @@ def test_edits_add_up_and_are_undone_in_any_order(tiny_llama):
     def inside():
         return (
             []
-            if tiny_llama.memory is None
-            else [i for i, t in enumerate(tiny_llama.memory.route(texts)) if t]
+            if tiny_llama.router is None
+            else [i for i, t in enumerate(tiny_llama.router.route(texts)) if t]
         )
 
     first.apply(tiny_llama), second.apply(tiny_llama), third.apply(tiny_llama)
@@ -129,7 +129,7 @@ def test_of_two_answers_to_one_question_the_last_one_counts(tiny_llama):
         ]
         for edit in edits:
             edit.apply(tiny_llama)
-        assert tiny_llama.memory.route([fact.text]) == [
+        assert tiny_llama.router.route([fact.text]) == [
             in_view(fact.text, order.split()[1], fact.text)
         ]
         for edit in edits:
@@ -153,7 +153,7 @@ def test_a_question_costs_the_same_whatever_is_stored(tiny_llama, monkeypatch):
         edit = SERAC(network).compute(tiny_llama, stored)
         with edit.applied_to(tiny_llama):
             seen.clear()
-            tiny_llama.memory.route([OTHER, OTHER, FACTS[0].text])
+            tiny_llama.router.route([OTHER, OTHER, FACTS[0].text])
             costs.append(list(seen))
     assert costs[0] == costs[1] and len(costs[0]) == 1
     assert (
@@ -190,7 +190,7 @@ def test_edits_of_weights_at_the_same_time_are_refused(tiny_llama):
         pytest.raises(EditError, match="memory edits, which are of its unedited weights"),
     ):
         weights.apply(tiny_llama)
-    assert tiny_llama.memory is None and not tiny_llama.ledger.active
+    assert tiny_llama.router is None and not tiny_llama.ledger.active
 
 
 def test_edits_of_different_networks_are_refused(tiny_llama):
@@ -234,12 +234,12 @@ def test_sessions_write_edit_after_edit(tiny_llama, tmp_path):
     with Session(SERAC(network_of(tiny_llama)), tiny_llama) as session:
         session.write(FACTS[:1], progress=False)
         session.write(FACTS[1:3], progress=False)
-        assert len(tiny_llama.memory.edits) == 2
+        assert len(tiny_llama.router.edits) == 2
         with pytest.raises(FactError, match="repeats"):
             session.write(FACTS[:1], progress=False)
         with pytest.raises(EditError, match="save the edit itself"):
             session.history.save(tmp_path / "h")
-    assert tiny_llama.memory is None
+    assert tiny_llama.router is None
 
 
 # -- training
@@ -257,7 +257,7 @@ def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch):
     assert report["trainable_parameters"] == report["gate_parameters"] + report["reader_parameters"]
     assert 0 <= report["validation"]["in_scope_found"] <= 1
     with SERAC().compute(tiny_llama, FACTS[:1]).applied_to(tiny_llama):
-        assert tiny_llama.memory.route([FACTS[0].text])[0]
+        assert tiny_llama.router.route([FACTS[0].text])[0]
     [file] = (tmp_path / "networks").iterdir()
     assert "SERAC network" in describe(file)
     again = train_serac(tiny_llama, FACTS, QUICK, tmp_path / "again", progress=False)

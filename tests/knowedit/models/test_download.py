@@ -14,7 +14,7 @@ def offline(monkeypatch, tmp_path):
     """An empty cache and no hub."""
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(download, "_in_hub_cache", lambda _name: False)
+    monkeypatch.setattr(download, "_in_hub_cache", lambda _name, _revision: False)
     return tmp_path
 
 

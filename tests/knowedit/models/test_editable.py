@@ -9,7 +9,7 @@ from torch import nn
 from knowedit.errors import EditError, ModelError
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
-from knowedit.models.load import load_model
+from knowedit.models.load import as_editable, load_model
 from knowedit.models.structure import detect
 from knowedit.models.tokens import Row, batches, join
 
@@ -196,6 +196,54 @@ def test_samples_depend_on_seed_and_number_only(smollm):
     assert take(0, 6) == take(0, 6)
     assert take(0, 6)[3:] == take(3, 3)
     assert take(0, 4) != take(0, 4, seed=4)
+
+
+def test_a_plain_transformers_model_is_left_as_it_is(tiny):
+    """In training mode, with dropout and trainable weights."""
+    prompts, answers = ["The capital of France is", "Rome"], ["Lyon", "is far"]
+    wanted = tiny.score(prompts, answers), tiny.generate(prompts, 3)
+    hf = tiny.hf.train().requires_grad_(True)
+    names = set(vars(hf))
+    model = load_model(hf, tokenizer=tiny.tokenizer)
+    assert (model.score(prompts, answers), model.generate(prompts, 3)) == wanted
+    model.keys([Row([1, 2, 3], 2)], [0, 1])
+    assert all(module.training for module in hf.modules()) and set(vars(hf)) == names
+    assert all(p.requires_grad and p.grad is None for p in hf.parameters())
+
+
+def test_all_around_one_model_see_its_edits(tiny):
+    again = as_editable(tiny.hf, tiny.tokenizer)
+    fingerprint = again.fingerprint
+    name = tiny.layout.weight_name(1)
+    change = torch.ones(tiny.hidden, 1), torch.ones(tiny.d_ff, 1)
+    tiny.ledger.add_many("some edit", {name: change})
+    third = as_editable(tiny.hf, tiny.tokenizer)
+    assert again.ledger.active == third.ledger.active == ("some edit",)
+    assert third.fingerprint == fingerprint
+    third.ledger.remove("some edit")
+    assert not tiny.ledger.active
+
+
+def test_what_is_no_model_is_named(tiny):
+    assert as_editable(tiny) is tiny
+    with pytest.raises(ModelError, match="got int"):
+        as_editable(5)
+    with pytest.raises(ModelError, match="pass tokenizer="):
+        as_editable(tiny.hf)
+    with pytest.raises(ModelError, match="has its tokenizer already"):
+        as_editable(tiny, tokenizer=object())
+    with pytest.raises(ModelError, match="Linear is not a Hugging Face"):
+        as_editable(nn.Linear(2, 2), tiny.tokenizer)
+
+
+def test_the_tokenizer_saved_with_a_model_is_found(smollm):
+    assert load_model(smollm.hf).row("Rome is").ids == smollm.row("Rome is").ids
+
+
+def test_its_repr_fits_a_screen(tiny):
+    tiny.ledger.add_many("an edit", {tiny.layout.weight_name(0): torch.zeros_like(tiny.weight(0))})
+    lines = repr(tiny).splitlines()
+    assert len(lines) <= 6 and max(map(len, lines)) <= 120 and "an edit" in lines[-1]
 
 
 class TestRefusals:

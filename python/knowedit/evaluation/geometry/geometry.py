@@ -36,7 +36,7 @@ from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
 from knowedit_kernels import EditSolver, Identity, weight_for_gain
 from knowedit_kernels.solver import Metric

@@ -16,7 +16,7 @@ from knowedit.errors import EditError
 from knowedit.methods.gradient.recipe import GradientEditor
 from knowedit.methods.gradient.trainable import Weights
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from knowedit.errors import EditError
 from knowedit.methods.gradient.recipe import GradientEditor
 from knowedit.methods.gradient.trainable import Adapter
 from knowedit.models.editable import EditableModel
+from knowedit.models.structure import is_linear
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,3 @@ class KLLoRA(LoRA):
     kl: float = 5.0
 
     name: ClassVar[str] = "KL-LoRA"
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A linear layer as a Llama (`nn.Linear`) or a GPT-2 (`Conv1D`) has it."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

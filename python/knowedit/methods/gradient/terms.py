@@ -15,6 +15,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Probe
 from knowedit.methods.gradient.trainable import Forward, Trainable, at_least_float32
 from knowedit.models.editable import EditableModel
+from knowedit.models.generation import continuations
 from knowedit.models.tokens import Row, batches
 
 
@@ -149,7 +150,7 @@ def continued(model: EditableModel, texts: Sequence[str | Probe], tokens: int) -
     ]
     open_ended = [probe.prompt for probe in probes if probe.answer is None]
     own = zip(
-        [model.row(prompt).ids for prompt in open_ended], model.continuations(open_ended, tokens)
+        [model.row(prompt).ids for prompt in open_ended], continuations(model, open_ended, tokens)
     )
     return rows + [Row(ids + more, answer=len(ids)) for ids, more in own if more]
 

@@ -28,7 +28,7 @@ from knowedit.methods.locate.task import Material, Runtime, Task, WrittenLayers
 from knowedit.methods.locate.trainings.base import Training
 from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
 
 

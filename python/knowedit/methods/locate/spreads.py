@@ -11,7 +11,7 @@ from torch import Tensor
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
-from knowedit.models.families.presets import Preset
+from knowedit.models.families.preset import Preset
 
 
 class Spread(Config):

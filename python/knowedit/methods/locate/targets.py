@@ -21,7 +21,7 @@ from knowedit.methods.locate.values import (
     optimise_values,
 )
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import Preset
+from knowedit.models.families.preset import Preset
 from knowedit.models.partial import Suffix
 from knowedit.models.structure import attention_of
 

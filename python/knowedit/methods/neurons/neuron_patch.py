@@ -29,7 +29,7 @@ from knowedit.methods.locate.values import Targets, ValueSettings, optimise_valu
 from knowedit.methods.neurons.parts import Switch, free_neurons, patched, rewritten, separate
 from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
 from knowedit.models.editable import EditableModel
-from knowedit.models.families.presets import preset_for
+from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import Corpus
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from knowedit.errors import EditError
-from knowedit.methods.neurons.texts import mlp_of, read_modules
 from knowedit.models.editable import EditableModel
+from knowedit.models.structure import mlp_of, read_modules
 from knowedit_kernels.lowrank import Change
 
 

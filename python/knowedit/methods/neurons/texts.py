@@ -12,28 +12,10 @@ from torch import Tensor
 
 from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel
+from knowedit.models.structure import mlp_of
 from knowedit.models.tokens import Row, batches
 from knowedit.statistics.corpus.corpus import Corpus, documents
 from knowedit_kernels import SecondMoment
-
-_READS = (("gate_proj", "up_proj"), ("c_fc",), ("fc_in",), ("fc1",))
-
-
-def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:
-    """The matrices that read the MLP's input at `layer`, by name: gate and up, or one.
-
-    Raises:
-        EditError: this MLP is built differently (a fused gate and up, for example).
-    """
-    path, mlp = mlp_path(model, layer), mlp_of(model, layer)
-    for names in _READS:
-        if all(hasattr(mlp, name) for name in names):
-            return {f"{path}.{name}": getattr(mlp, name) for name in names}
-    known = ", ".join("+".join(names) for names in _READS)
-    raise EditError(
-        f"{model.name}: the MLP of layer {layer} has none of {known}; its neurons cannot be "
-        f"rewritten one by one"
-    )
 
 
 def windows(
@@ -110,11 +92,3 @@ def _observed(
         for line, i in enumerate(batch):
             live = mask[line].to(inputs[0].device)
             yield i, inputs[0][line][live].float(), keys[0][line][live].float()
-
-
-def mlp_path(model: EditableModel, layer: int) -> str:
-    return model.layout.projection.format(layer).rpartition(".")[0]
-
-
-def mlp_of(model: EditableModel, layer: int) -> Any:
-    return model.hf.get_submodule(mlp_path(model, layer))

@@ -32,6 +32,7 @@ from torch import Tensor
 from knowedit.evaluation.evaluation import plain
 from knowedit.evaluation.intervals import estimates
 from knowedit.evaluation.measures.drift import divergence
+from knowedit.models import generation
 from knowedit.models.editable import EditableModel
 from knowedit.studies.arithmetic.prompts import StudyPrompt, first_number, number_span
 
@@ -107,7 +108,7 @@ def greedy(
     ends = model.hf.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     found = []
-    for new, _, logits in model.greedy(prompts, tokens, BATCH, logits=True):
+    for new, _, logits in generation.greedy(model, prompts, tokens, BATCH, logits=True):
         assert logits is not None
         best = logits.float().topk(2, -1).values
         for line, margins in zip(new.tolist(), (best[..., 0] - best[..., 1]).tolist()):

@@ -24,7 +24,8 @@ from knowedit.errors import EditError
 from knowedit.io.files import atomic_file
 from knowedit.methods.learned.loop import check_network, read_network
 from knowedit.models.editable import EditableModel
-from knowedit.models.upper import Batch, Texts, linears, probed
+from knowedit.models.structure import linears
+from knowedit.models.upper import Batch, Texts, probed
 
 FORMAT = "knowedit-mend/1"
 DEPTH = 2  # residual layers, as published

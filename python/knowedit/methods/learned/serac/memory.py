@@ -30,7 +30,7 @@ FORMAT = "knowedit-memory/1"
 class MemoryEdit(Edit):
     """Stored facts with the embeddings of their prompts, and the network that decides and answers.
 
-    Applied, it stands in the model's `memory`, which `score`, `next_logprobs` and `generate` ask.
+    Applied, it is part of the model's `router`, which `score`, `next_logprobs` and `generate` ask.
     Whatever runs the transformers model itself sees the unedited one. What would change or read
     weights raises EditError.
 
@@ -79,7 +79,7 @@ class MemoryEdit(Edit):
     # ---------------------------------------------------------------------------------------------
 
     def is_applied(self, model: EditableModel) -> bool:
-        return model.memory is not None and self.key in model.memory.edits
+        return isinstance(model.router, Memory) and self.key in model.router.edits
 
     def apply(self, model: EditableModel) -> None:
         """Remember the facts.
@@ -89,7 +89,7 @@ class MemoryEdit(Edit):
                 applied before, or the model's weights are edited.
         """
         self.check(model)
-        memory = model.memory or Memory(model)
+        memory = model.router if isinstance(model.router, Memory) else Memory(model)
         if self.is_applied(model):
             raise EditError(
                 f"this {self.method} edit is already applied to {model.name}; undo it first"
@@ -101,17 +101,17 @@ class MemoryEdit(Edit):
                 "first"
             )
         memory.edits[self.key] = self
-        model.memory = memory.changed()
+        model.router = memory.changed()
 
     def undo(self, model: EditableModel) -> None:
         """Forget the facts; edits may be undone in any order. Raises EditError when it is not
         applied to this model.
         """
-        memory = model.memory
-        if memory is None or not self.is_applied(model):
+        memory = model.router
+        if not isinstance(memory, Memory) or not self.is_applied(model):
             raise EditError(f"this {self.method} edit is not applied to {model.name}")
         del memory.edits[self.key]
-        model.memory = memory.changed() if memory.edits else None
+        model.router = memory.changed() if memory.edits else None
 
     # -- on disk
     # ------------------------------------------------------------------------------------------------  # noqa: E501
@@ -148,7 +148,7 @@ class MemoryEdit(Edit):
 
 @dataclass
 class Memory:
-    """All memory edits in force on one model, in the order they were applied."""
+    """All memory edits in force on one model, in the order they were applied: its router."""
 
     model: EditableModel
     edits: dict[str, MemoryEdit] = field(default_factory=dict)

@@ -20,8 +20,9 @@ from knowedit.methods.learned.examples import Example, drawn, examples, placed, 
 from knowedit.methods.learned.loop import Plan, default_file, stamp, train
 from knowedit.methods.learned.serac.network import Adapter, Scope, SeracNetwork, in_view
 from knowedit.models.editable import EditableModel
+from knowedit.models.structure import linears
 from knowedit.models.tokens import Row
-from knowedit.models.upper import Texts, linears, states_of
+from knowedit.models.upper import Texts, states_of
 
 
 @dataclass(frozen=True)
