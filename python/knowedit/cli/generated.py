@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
-from typer.main import get_params_convertors_ctx_param_name_from_function as params_of
+from typer.main import get_command
 
 from knowedit.cli.options import OLD, Command
 from knowedit.errors import ConfigError
@@ -78,7 +78,9 @@ def options_of(settings: Any) -> list[Any]:
             for name, option in options.items()
         ]
     )
-    return params_of(fields)[0]
+    alone = typer.Typer(add_completion=False)
+    alone.command()(fields)
+    return list(get_command(alone).params)
 
 
 def _option(name: str, kind: type, text: str, defaults: list[str]) -> Any:

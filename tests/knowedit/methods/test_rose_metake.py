@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from knowedit.methods.locate.named.rose_objective import Objective, Weights, merge
 
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
@@ -15,7 +16,6 @@ from knowedit.facts.wordings.relations import relations
 from knowedit.methods import MEMIT, AlphaEdit, MetaKE, RoSE
 from knowedit.methods.locate.entities import entity_moments
 from knowedit.methods.locate.keys import group_by_subject
-from knowedit.methods.locate.named.rose_objective import Objective, Weights, merge
 from knowedit.methods.locate.task import prepare
 from knowedit.methods.locate.training import Settings
 from knowedit.methods.locate.values import Targets, ValueSettings
