@@ -46,7 +46,7 @@ from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import key_statistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 from knowedit_kernels.target_loss import target_loss
 
 from . import common
@@ -63,7 +63,9 @@ class Text:
 
     def __init__(self, model: EditableModel, path: Path, tokens: int, window: int = 128) -> None:
         ids = [
-            i for text in documents(path) for i in model.tokenizer(text, verbose=False)["input_ids"]
+            i
+            for text in Corpus.parse(path).documents()
+            for i in model.tokenizer(text, verbose=False)["input_ids"]
         ][: tokens + 1]
         self.model, self.rows = (
             model,

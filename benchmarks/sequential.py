@@ -40,7 +40,7 @@ from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.report.plots import save, trajectory
 from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 from . import common
 
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     monitor = SequenceMonitor(
         model,
         facts,
-        list(documents(arguments.text or data / TEXT)),
+        list(Corpus.parse(arguments.text or data / TEXT).documents()),
         measured=paraphrased,
         sample=arguments.sample,
     )
