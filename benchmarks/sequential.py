@@ -33,7 +33,8 @@ from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, writ
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.io.files import cache_dir
-from knowedit.methods import EDITORS, Recipe
+from knowedit.methods import Recipe, make_method
+from knowedit.methods.listing import methods as listed
 from knowedit.methods.locate.trainings import ThroughSolver
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
@@ -53,7 +54,7 @@ def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Rec
     """The method called `name` (with or without `-free`), with its own defaults but for layers,
     steps and precision.
     """
-    methods = {known: found for known, found in EDITORS.items() if issubclass(found, Recipe)}
+    methods = [known for known, found in listed().items() if found.group == "locate"]
     known = name.removesuffix(FREE)
     if known not in methods:
         raise KnowEditError(
@@ -61,7 +62,9 @@ def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Rec
         )
     steps += 0 if known == "metake" else ThroughSolver().settings.steps
     settings = {"layers": tuple(layers), "target.steps": steps, "runtime.draft": draft}
-    return methods[known]().with_settings(settings)
+    made = make_method(known, settings)
+    assert isinstance(made, Recipe)
+    return made
 
 
 def exact_by_batch(model: EditableModel, facts: Sequence[Fact], batch: int) -> list[float]:

@@ -34,8 +34,7 @@ from knowedit.facts.sets import conflict_free, load
 from knowedit.io.config import Config, fields_of
 from knowedit.io.files import atomic_file
 from knowedit.io.tables import Column, Table
-from knowedit.methods import statistics_for
-from knowedit.methods.base import Method
+from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
 from knowedit.models.download import DEFAULT_MODEL
 from knowedit.models.editable import EditableModel

@@ -276,6 +276,36 @@ def key_statistics(
     return KeyStatistics(found)
 
 
+def layer_statistics(
+    layers: Sequence[int],
+    model: EditableModel,
+    corpus: Any,
+    tokens: int | None,
+    where: Path | None = None,
+) -> KeyStatistics:
+    """The key statistics of `layers`, collected or read.
+
+    Args:
+        corpus: None: Wikipedia.
+        where: a file or folder of statistics, collected or imported, to take them from instead of
+            the corpus.
+
+    Raises:
+        StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as
+            `key_statistics`.
+    """
+    if where is None:
+        return key_statistics(model, layers, corpus or "wikipedia", tokens)
+    if where.suffix == ".npz":
+        raise StatisticsError(
+            f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then "
+            f"name FOLDER"
+        )
+    found = KeyStatistics.load(where)
+    found.check(model, layers)
+    return found
+
+
 def _missing(
     where: Path, layers: Sequence[int], recipe: CollectionRecipe, held: ExitStack
 ) -> list[int]:

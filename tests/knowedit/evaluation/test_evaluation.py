@@ -138,4 +138,4 @@ def test_unknown_names_are_refused_before_anything_is_loaded(bad):
         "protocol": "batch",
     } | bad
     with pytest.raises(KnowEditError, match=r"unknown .*(known: |did you mean)"):
-        measure(**arguments, corpus="self", tokens=10, layers=None)
+        measure(**arguments, corpus="self", tokens=10)

@@ -27,13 +27,13 @@ def test_the_second_call_reads_the_files(tiny_llama, corpus, tmp_path, monkeypat
     assert torch.equal(again[1].total, first[1].total) and again[1].recipe == first[1].recipe
 
 
-def test_the_cache_is_keyed_by_the_weights(tiny_llama, corpus, tmp_path, monkeypatch):
-    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path / "cache"))
+def test_the_cache_is_keyed_by_the_weights(tiny_llama, corpus, own_cache, monkeypatch):
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(own_cache))
     key_statistics(tiny_llama, [1], corpus, 50)
     tiny_llama.weight(0).data[0, 0] += 1
-    tiny_llama._fingerprint = None
+    tiny_llama._state.fingerprint = None
     key_statistics(tiny_llama, [1], corpus, 50)
-    assert len(list((tmp_path / "cache").rglob("layer-001.safetensors"))) == 2
+    assert len(list(own_cache.rglob("layer-001.safetensors"))) == 2
 
 
 def test_another_models_statistics_are_refused(tiny_llama, tiny_gpt2, corpus, tmp_path):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load
 from knowedit.io.files import atomic_file
 from knowedit.io.tables import Column, Table
-from knowedit.methods import make_editor, statistics_for
-from knowedit.methods.base import Method
+from knowedit.methods.base import Method, statistics_for
+from knowedit.methods.registry import make_method
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
@@ -94,10 +94,9 @@ def choose(
 def measure_subjects(
     name: str,
     dataset: str,
-    methods: Sequence[str],
+    methods: Sequence[str | Mapping[str, Any] | Method],
     corpus: Any,
     tokens: int | None,
-    layers: tuple[int, ...] | None = None,
     *,
     least: int = 2,
     most: int | None = None,
@@ -114,11 +113,11 @@ def measure_subjects(
     Raises:
         KnowEditError: an unknown method or half, no subjects, or what the parts raise.
     """
-    editors = [make_editor(method, corpus=corpus, layers=layers) for method in methods]
+    made = [make_method(method).with_corpus(corpus) for method in methods]
     chosen = choose(dataset, least, most, half, subjects)
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
-    statistics = statistics_for(editors, model, corpus, tokens, where)
-    return run_subjects(model, chosen, statistics, editors, dataset, wordings=wordings)
+    statistics = statistics_for(made, model, corpus, tokens, where)
+    return run_subjects(model, chosen, statistics, made, dataset, wordings=wordings)
 
 
 def run_subjects(
