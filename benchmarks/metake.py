@@ -35,7 +35,7 @@ from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.methods import EMMET, MEMIT, AlphaEdit, Recipe, MetaKE
 from knowedit.methods.locate.keys import group_by_subject
 from knowedit.methods.locate.objective import FrozenLayer
-from knowedit.methods.locate.refine import answer_lines
+from knowedit.methods.locate.refine import answer_texts
 from knowedit.methods.locate.task import Task, prepare
 from knowedit.methods.locate.training import Settings, look_ahead
 from knowedit.methods.locate.values import Targets, ValueSettings, optimise_values
@@ -93,7 +93,7 @@ def refined(task: Task, targets: Targets) -> Targets:
     norm = targets.value.norm(dim=1)
     eye = torch.eye(len(norm))
     layer = {LAYER: FrozenLayer(torch.zeros(len(norm), task.model.d_ff), eye, eye, norm)}
-    lines = answer_lines(task.model.draft(), task.groups, LAYER, ("{}",), AHEAD.budget)
+    lines = answer_texts(task.model.draft(), task.groups, LAYER, ("{}",), AHEAD.budget)
     settings = replace(AHEAD, through="plan", price=0.0)
     return replace(
         targets,

@@ -21,7 +21,8 @@ from knowedit.methods.learned.mend import method as mend
 from knowedit.methods.learned.mend.method import MEND, compressed
 from knowedit.methods.learned.mend.network import MendNetwork, token_factors
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
-from knowedit.models.upper import Texts, Upper
+from knowedit.models.partial import PartialModel, layer_outputs
+from knowedit.models.texts import Texts
 
 NAMES = (
     "Anna Bert Carl Dora Emil Fred Gina Hans Ivan Jane Karl Lena Mona Nils Olga Paul Rosa "
@@ -65,9 +66,8 @@ def test_the_upper_layers_say_what_the_model_says(tiny):
     ids, mask = tiny.pad(rows)
     with torch.no_grad():
         whole = tiny.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    states: list = []
-    tiny.forward_to(1, ids, lambda *_: None, on_output=lambda _, state: states.append(state))
-    found = Upper(tiny, 2, 40).run(states[0])
+    ((order, states),) = layer_outputs(tiny, rows, 1)
+    found = PartialModel.for_texts(tiny, 2, 40).run(states[[order.index(i) for i in range(2)]])
     torch.testing.assert_close(found[mask], whole[mask], rtol=1e-4, atol=1e-5)
 
 

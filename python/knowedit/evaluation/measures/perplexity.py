@@ -25,8 +25,7 @@ def perplexity(
     for ids in _windows(model, texts, min(window, model.max_length)):
         ids = ids[: tokens - count + 1]
         inputs, _ = model.pad([ids])
-        hidden = model.hf.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0, :-1]
-        logp = model.head(hidden).float().log_softmax(-1)
+        logp = model.logprobs(model.final_states(inputs)[0, :-1])
         total -= float(logp.gather(1, inputs[0, 1:, None].to(logp.device)).double().sum())
         count += len(ids) - 1
         if count >= tokens:
