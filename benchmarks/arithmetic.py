@@ -8,7 +8,6 @@ computed again. `--several` writes three sums at once.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,15 +16,16 @@ from typing import Any
 
 from knowedit.facts.sets import data_dir
 from knowedit.io.files import cache_dir
+from knowedit.io.tables import Table
 from knowedit.models.load import load_model
 from knowedit.report import plots
 from knowedit.report.study import comparison, pareto
 from knowedit.statistics import key_statistics
 from knowedit.studies.arithmetic import Study, Sum, run
-from knowedit.studies.arithmetic.measure import Table
-from knowedit.studies.arithmetic.methods import METHODS
+from knowedit.studies.arithmetic.experiments import default_experiments
+from knowedit.studies.arithmetic.measure import Rates
 from knowedit.studies.arithmetic.prompts import unrelated_prompts
-from knowedit.studies.arithmetic.summary import COLUMNS, bounds, interference_lines, lines
+from knowedit.studies.arithmetic.summary import COLUMNS, bounds, interference_tables, methods_table
 
 from . import common
 
@@ -36,7 +36,7 @@ SEVERAL = ("2+2=5", "3+3=7", "1+1=3")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("arithmetic", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=default_experiments())
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument(
         "--several", action="store_true", help=f"write {', '.join(SEVERAL)}, together and apart"
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         interference=arguments.several,
         say=partial(print, flush=True),
     )
-    print("\n".join([*lines(found), "", *interference_lines(found), "", bounds(found)]))
+    print("\n\n".join(map(str, [methods_table(found), *interference_tables(found), bounds(found)])))
     if not arguments.quick:
         write(found, arguments.output or common.RESULTS / f"{name}.jsonl", name)
     return 0
@@ -87,11 +87,9 @@ def write(found: dict[str, Any], path: Path, name: str) -> None:
         report.note(f"{entry['method']}: {entry.get('verdict', entry['reason'])}", **entry)
 
 
-def read(folder: Path, name: str = "arithmetic") -> tuple[dict[str, Any], dict[str, Any]]:
+def study_of(folder: Path, name: str = "arithmetic") -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and the study as `run` returns it, from `folder`'s results file."""
-    header, *rows = map(
-        json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    )
+    header, rows = common.read(folder, name)
     return header, {**header, "methods": rows}
 
 
@@ -99,45 +97,32 @@ def table(folder: Path) -> str:
     """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval;
     then several sums.
     """
-    header, found = read(folder)
-    made = [
-        f"| method | {' | '.join(name for name, _, _ in COLUMNS)} | seconds | seeds |",
-        "|---" * (len(COLUMNS) + 3) + "|",
-    ]
-    made.append(f"| unedited | {' | '.join(_cells(found['unedited'], ends=False))} | | |")
+    header, found = study_of(folder)
+    rows = [["unedited", *_cells(found["unedited"], ends=False), "", ""]]
     for entry in found["methods"]:
         if "judge" not in entry:
-            made.append(
-                f"| {entry['method']} | not run: {entry['reason']} {'|' * (len(COLUMNS) + 2)}"
-            )
+            reason = f"not run: {entry['reason']}"
+            rows.append([entry["method"], reason, *[""] * (len(COLUMNS) + 1)])
             continue
         star = "**" if all(mean for mean, _ in entry["goals"].values()) else ""
         cells = [*_cells(entry["judge"]), f"{entry['seconds']:.0f}", str(entry["seeds"])]
-        made.append(f"| {star}{entry['method']}{star} | {' | '.join(cells)} |")
+        rows.append([f"{star}{entry['method']}{star}", *cells])
     machine = header["environment"]
-    where = (
-        f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
-        f"{machine['date'][:10]}"
-    )
     about = (
         f"`python -m benchmarks.arithmetic`: seeds "
-        f"{', '.join(map(str, header['head']['seeds']))}; {where}."
+        f"{', '.join(map(str, header['head']['seeds']))}; {machine['cpu']}, {machine['cores']} "
+        f"cores, torch {machine['torch']}, {machine['date'][:10]}."
     )
-    made += ["", bounds(found), "", about]
+    heads = ["method", *(name for name, _, _ in COLUMNS), "seconds", "seeds"]
+    made = [Table(heads, rows, notes=[bounds(found), about]).markdown()]
     if (folder / "arithmetic_several.jsonl").is_file():
-        _, several = read(folder, "arithmetic_several")
-        made += [
-            "",
-            "**Several sums at once** (judging half, first seed)",
-            "",
-            "```",
-            *interference_lines(several),
-            "```",
-        ]
-    return "\n".join(made)
+        _, several = study_of(folder, "arithmetic_several")
+        made.append("**Several sums at once** (judging half, first seed)")
+        made += [table.markdown() for table in interference_tables(several)]
+    return "\n\n".join(made)
 
 
-def _cells(judged: Table, ends: bool = True) -> list[str]:
+def _cells(judged: Rates, ends: bool = True) -> list[str]:
     cells = []
     for _, kind, measure in COLUMNS:
         e = judged.get(kind, {}).get(measure)
@@ -153,7 +138,7 @@ def _cells(judged: Table, ends: bool = True) -> list[str]:
 
 def draw(folder: Path, path: Path) -> None:
     """What is traded for what, at `path`, and every measure beside it."""
-    _, found = read(folder)
+    _, found = study_of(folder)
     plots.save(pareto(found), path)
     plots.save(comparison(found), path.with_name(f"{path.stem}_measures{path.suffix}"))
 

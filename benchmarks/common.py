@@ -27,10 +27,15 @@ from typing import Any
 
 import torch
 
+from knowedit.evaluation.evaluation import Estimates
 from knowedit.io.files import atomic_file
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+#: Public data beside the checkout, where a developer keeps it.
+DATA = HERE.parents[1] / "shared" / "data"
+if DATA.is_dir():
+    os.environ.setdefault("KNOWEDIT_DATA", str(DATA))
 
 
 def environment() -> dict[str, Any]:
@@ -157,6 +162,32 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     """||result - reference|| / ||reference|| in float64."""
     reference = reference.double()
     return float((result.double() - reference).norm() / reference.norm())
+
+
+def flat(table: Estimates) -> dict[str, dict[str, float]]:
+    """`{kind: {measure: Estimate}}` as a row has it, `{"kind measure": {"mean", "low", ...}}`."""
+    return {f"{k} {m}": asdict(e) for k, row in table.items() for m, e in row.items()}
+
+
+def read(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows of a results file."""
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    header, *rows = map(json.loads, lines)
+    return header, rows
+
+
+def measured_on(header: Mapping[str, Any]) -> str:
+    """Where and when a results file was measured, in one sentence."""
+    machine = header["environment"]
+    return (
+        f"`python -m benchmarks.{header['benchmark']}`: {machine['cpu']}, {machine['cores']} "
+        f"cores, torch {machine['torch']}, {machine['date'][:10]}."
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share in whole percent; empty where there is none."""
+    return "" if value is None else f"{100 * value:.0f}"
 
 
 class Report:

@@ -17,6 +17,7 @@ from knowedit.cli.options import parse_layers
 from knowedit.evaluation.geometry.geometry import geometry
 from knowedit.evaluation.subjects.protocol import choose
 from knowedit.facts.sets import data_dir
+from knowedit.io.tables import Table
 from knowedit.models.load import load_model
 from knowedit.report import plots
 from knowedit.statistics import key_statistics
@@ -92,7 +93,7 @@ def table(rows: Sequence[Row]) -> str:
         f"the five forms.",
         "",
     ]
-    parts += _grid(rows, keys)
+    parts.append(_grid(rows, keys))
     if edited:
         facts, subjects = edited[0]["edited"]
         told = (
@@ -104,22 +105,19 @@ def table(rows: Sequence[Row]) -> str:
             f'**Edits**: {told}. "Recalled": the new object is likelier than the true one.',
             "",
         ]
-        parts += _grid(edited, edits)
+        parts.append(_grid(edited, edits))
         parts += [
             "",
             "**Values**: optimised for one fact alone / for all facts of a subject.",
             "",
-            *_grid(edited, values),
+            _grid(edited, values),
         ]
     return "\n".join(parts)
 
 
-def _grid(rows: Sequence[Row], lines: Lines) -> list[str]:
-    head = [
-        f"| layer | {' | '.join(str(row['layer']) for row in rows)} |",
-        f"|---{'|---' * len(rows)}|",
-    ]
-    return head + [f"| {name} | {' | '.join(map(cell, rows))} |" for name, cell in lines.items()]
+def _grid(rows: Sequence[Row], lines: Lines) -> str:
+    columns = [(str(row["layer"]), [cell(row) for cell in lines.values()]) for row in rows]
+    return Table.from_columns("layer", lines, columns).markdown()
 
 
 def _each(names: Iterable[str], read: Callable[[Row, str], float], pattern: str = "{:.2f}") -> Cell:

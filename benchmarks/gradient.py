@@ -2,9 +2,8 @@
 elsewhere, what they cost.
 
 `demo`: the six facts of `knowedit demo`, `embedded`: sixteen of the embedded set, one of each
-    relation; all facts of a set in
-one edit. MEMIT on statistics from the model's own samples is there for comparison. `--resume` goes
-on with an output file.
+relation; all facts of a set in one edit. MEMIT on statistics from the model's own samples is there
+for comparison. `--resume` goes on with an output file.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 from knowedit.evaluation import drift, evaluate
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
+from knowedit.io.tables import Table
 from knowedit.methods import GRADIENT, Method, Recipe, make_editor, statistics_for
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -60,17 +60,15 @@ def measure(
         model, facts, statistics if isinstance(editor, Recipe) else None, progress=False
     )
     seconds, moved = time.perf_counter() - start, drift(model, edit)
-    found, report = evaluate(model, edit, facts, progress=False).to_dict(), edit.report
+    found, report = evaluate(model, edit, facts, progress=False), edit.report
     return {
         "method": editor.name,
         "facts": len(facts),
         "seconds": seconds,
         "kl": moved.kl,
         "same": moved.same,
-        **{
-            when: {f"{kind} {m}": e for kind, row in found[when].items() for m, e in row.items()}
-            for when in found
-        },
+        "before": common.flat(found.before),
+        "after": common.flat(found.after),
         **{
             name: report.get(name)
             for name in ("steps", "loss", "lead", "trainable", "peak_memory_bytes", "warnings")
@@ -91,49 +89,34 @@ def line(row: dict[str, Any]) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: one line a method, a part a set."""
-    lines: list[str] = []
+    heads = ["method", *SHOWN, "KL", "same word", "steps", "seconds", "trained", "memory", "norm"]
+    parts = []
     for name in dict.fromkeys(row["set"] for row in rows):
         mine = [row for row in rows if row["set"] == name]
-        heads = [
-            "method",
-            *SHOWN,
-            "KL",
-            "same word",
-            "steps",
-            "seconds",
-            "trained",
-            "memory",
-            "norm",
-        ]
-        lines += [
-            f"**{name}, {mine[0]['facts']} facts in one edit**",
-            "",
-            f"| {' | '.join(heads)} |",
-            "|---" * len(heads) + "|",
-        ]
         before = [_percent(mine[0]["before"], key) or "100" for key in SHOWN.values()]
-        lines.append(f"| unedited | {' | '.join(before)} | 0 | 100 |" + " |" * 5)
+        lines = [["unedited", *before, "0", "100", *[""] * 5]]
         for row in mine:
-            cells = [row["method"], *(_percent(row["after"], key) for key in SHOWN.values())]
-            steps = str(row["steps"]) if isinstance(row["steps"], int) else ""
-            cells += [
-                f"{row['kl']:.4f}",
-                f"{100 * row['same']:.0f}",
-                steps,
-                f"{row['seconds']:.0f}",
-            ]
             trained, memory = row["trainable"], row["peak_memory_bytes"]
-            cells += [
-                f"{trained / 1e6:.2f} M" if trained else "",
-                f"{memory / 2**30:.2f} GiB" if memory is not None else "",
-            ]
-            lines.append(f"| {' | '.join(cells)} | {row['norm']:.3f} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+            lines.append(
+                [
+                    row["method"],
+                    *(_percent(row["after"], key) for key in SHOWN.values()),
+                    f"{row['kl']:.4f}",
+                    common.percent(row["same"]),
+                    str(row["steps"]) if isinstance(row["steps"], int) else "",
+                    f"{row['seconds']:.0f}",
+                    f"{trained / 1e6:.2f} M" if trained else "",
+                    f"{memory / 2**30:.2f} GiB" if memory is not None else "",
+                    f"{row['norm']:.3f}",
+                ]
+            )
+        title = f"{name}, {mine[0]['facts']} facts in one edit"
+        parts.append(Table(heads, lines, title).markdown())
+    return "\n\n".join(parts)
 
 
 def _percent(measures: dict[str, Any], key: str) -> str:
-    return f"{100 * measures[key]['mean']:.0f}" if key in measures else ""
+    return common.percent(measures[key]["mean"] if key in measures else None)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

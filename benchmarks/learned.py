@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ import torch
 
 from knowedit.cli.train import facts_to_train_on
 from knowedit.edits.edit import Edit
-from knowedit.evaluation.measures.counterfact import Answer, Question, ask, questions, summarise
+from knowedit.evaluation.evaluation import summarise
+from knowedit.evaluation.measures.base import Answer, Question, ask, questions
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
-from knowedit.methods import MEND, SERAC, Method, MemoryEdit
+from knowedit.methods import MEND, SERAC, MemoryEdit, Method
 from knowedit.methods.learned.loop import default_file
 from knowedit.methods.learned.mend.network import MendNetwork
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
@@ -99,8 +100,8 @@ def measure(
                 inside[asked[i].kind][1] += 1
         for i, answer in zip(mine, answers):
             after[i] = answer
-    table = summarise(asked, after, len(facts), np.random.default_rng(0), before)
-    was = summarise(asked, before, len(facts), np.random.default_rng(0))
+    table = summarise(asked, after, np.random.default_rng(0), before)
+    was = summarise(asked, before, np.random.default_rng(0))
     costs = {name: [e.report[name] for e in edits] for name in ("seconds", "peak_memory_bytes")}
     seconds = statistics.median(costs["seconds"])
     short = {
@@ -115,8 +116,8 @@ def measure(
         size=size,
         edits=len(edits),
         records=len(facts),
-        after={f"{k} {m}": asdict(v) for k, row in table.items() for m, v in row.items()},
-        unedited={f"{k} {m}": v.mean for k, row in was.items() for m, v in row.items()},
+        after=common.flat(table),
+        unedited={name: estimate["mean"] for name, estimate in common.flat(was).items()},
         seconds=seconds,
         first_seconds=costs["seconds"][0],
         peak_memory_bytes=max(

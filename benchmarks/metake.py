@@ -2,12 +2,11 @@
 targets that do not?
 
 `crowded`: many distinct facts in one layer. `same-subject`: several facts of one subject, not
-    merged. Every method starts
-from the same stock values; the controls refine them as long as MetaKE looks ahead, without the
-solver (G = I), and are then written by MEMIT at several gains, EMMET and AlphaEdit. A row is what
-one method did to one draw of facts: the measures of CounterFact, KL and perplexity on held-out
-text, and the difference to MetaKE's fact by fact. Rows that a results file already has are not
-computed again, so an interrupted run goes on.
+merged. Every method starts from the same stock values; the controls refine them as long as MetaKE
+looks ahead, without the solver (G = I), and are then written by MEMIT at several gains, EMMET and
+AlphaEdit. A row is what one method did to one draw of facts: the measures of CounterFact, KL and
+perplexity on held-out text, and the difference to MetaKE's fact by fact. Rows that a results file
+already has are not computed again, so an interrupted run goes on.
 
 Predicted (from one trial without seeds): exact 96 at KL 0.16 for 200 facts, where the best
 control reaches 90 at 0.27; exact 92 for same-subject facts, where merging reaches 70.
@@ -20,25 +19,30 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from knowedit.edits.edit import Edit, relative_norms
-from knowedit.evaluation.measures.counterfact import Evaluation, Question, ask, questions, summarise
+from knowedit.edits.edit import Edit
+from knowedit.evaluation.evaluation import Evaluation, summarise
+from knowedit.evaluation.measures.base import Question, ask, questions
 from knowedit.facts.fact import Fact
-from knowedit.facts.formats.same_subject import groups as by_subject
+from knowedit.facts.groups import groups as by_subject
 from knowedit.facts.sets import conflict_free, data_dir, load
-from knowedit.methods import EMMET, MEMIT, AlphaEdit, Recipe, MetaKE
+from knowedit.methods import MetaKE, Recipe
 from knowedit.methods.locate.keys import group_by_subject
+from knowedit.methods.locate.keysets import ContextKeys
+from knowedit.methods.locate.metrics import Covariance, Exact, NullSpace
 from knowedit.methods.locate.objective import FrozenLayer
-from knowedit.methods.locate.refine import answer_texts
-from knowedit.methods.locate.task import Task, prepare
-from knowedit.methods.locate.training import Settings, look_ahead
-from knowedit.methods.locate.values import Targets, ValueSettings, optimise_values
+from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.task import Runtime, Task
+from knowedit.methods.locate.training import TrainingSettings, train_write_outs
+from knowedit.methods.locate.trainings import ThroughSolver
+from knowedit.methods.locate.trainings.base import answer_texts
+from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import key_statistics
@@ -48,8 +52,9 @@ from knowedit_kernels.target_loss import target_loss
 from . import common
 
 LAYER, STEPS, EXTRA = 5, 16, 6
-VALUES = ValueSettings(steps=STEPS, lr=0.75, draft=True)
-AHEAD = Settings(steps=EXTRA, lr=0.6)
+VALUES = HiddenState(steps=STEPS, lr=0.75)
+DRAFT = Runtime(draft=True)
+AHEAD = TrainingSettings(steps=EXTRA, lr=0.6)
 KNOWN = "MetaKE"
 
 
@@ -93,38 +98,45 @@ def refined(task: Task, targets: Targets) -> Targets:
     norm = targets.value.norm(dim=1)
     eye = torch.eye(len(norm))
     layer = {LAYER: FrozenLayer(torch.zeros(len(norm), task.model.d_ff), eye, eye, norm)}
-    lines = answer_texts(task.model.draft(), task.groups, LAYER, ("{}",), AHEAD.budget)
+    lines = answer_texts(task.model.draft(), task.groups, LAYER, ("{}",), task.runtime.budget)
     settings = replace(AHEAD, through="plan", price=0.0)
-    return replace(
-        targets,
-        delta=look_ahead(layer, {LAYER: targets.delta}, lambda step: [(lines, 1.0)], settings)[
-            LAYER
-        ],
-    )
+    start = {LAYER: targets.delta}
+    found = train_write_outs(layer, start, lambda step: [(lines, 1.0)], settings)
+    return replace(targets, delta=found[LAYER])
 
 
 def methods(part: str) -> Iterator[tuple[str, Recipe, str]]:
-    """(name, editor, targets): stock or refined ones, or merged per subject."""
-    shared = {"layers": (LAYER,), "values": VALUES, "merge_subjects": False, "mean_keys": True}
-    ours = MetaKE(layers=(LAYER,), values=VALUES, ahead=AHEAD, when="always")
+    """(name, method, targets): stock or refined ones, or merged per subject."""
+    shared = Recipe(
+        layers=(LAYER,),
+        target=VALUES,
+        keys=ContextKeys(mean=True),
+        merge_subjects=False,
+        runtime=DRAFT,
+    )
+    ours = MetaKE(
+        layers=(LAYER,),
+        target=VALUES,
+        training=ThroughSolver(settings=AHEAD, when="always"),
+        runtime=DRAFT,
+    )
+    proxy = ours.with_settings({"training.settings.through": "proxy"})
     yield KNOWN, ours, "stock"
     if part == "crowded":
-        yield "MetaKE, gain 0.5", replace(ours, gain=0.5), "stock"
-    yield "MetaKE, mean-key proxy", replace(ours, ahead=replace(AHEAD, through="proxy")), "stock"
+        yield "MetaKE, gain 0.5", ours.with_settings({"training.gain": 0.5}), "stock"
+    yield "MetaKE, mean-key proxy", proxy, "stock"
     if part == "same-subject":
-        proxy = replace(ours, ahead=replace(AHEAD, through="proxy"), diagonal=True)
-        yield "MetaKE, mean-key proxy, diagonal G", proxy, "stock"
-        merged = {
-            **shared,
-            "merge_subjects": True,
-            "values": replace(VALUES, steps=STEPS + EXTRA, clamp=1.0),
-        }
-        yield "MEMIT-Merge, as many steps", MEMIT(**merged, gain=0.98), "merged"
-    yield "MEMIT 0.98", MEMIT(**shared, gain=0.98), "stock"
+        diagonal = proxy.with_settings({"training.diagonal": True})
+        yield "MetaKE, mean-key proxy, diagonal G", diagonal, "stock"
+        longer = replace(VALUES, steps=STEPS + EXTRA, clamp=1.0)
+        merged = replace(shared, merge_subjects=True, target=longer, metric=Covariance(gain=0.98))
+        yield "MEMIT-Merge, as many steps", merged, "merged"
+    yield "MEMIT 0.98", replace(shared, metric=Covariance(gain=0.98)), "stock"
     for gain in (0.98, 0.9, 0.7):
-        yield f"MEMIT {gain}, refined values", MEMIT(**shared, gain=gain), "refined"
-    yield "EMMET, refined values", EMMET(**shared, ridge=1e-3), "refined"
-    yield "AlphaEdit 0.9, refined values", AlphaEdit(**shared, gain=0.9), "refined"
+        memit = replace(shared, metric=Covariance(gain=gain))
+        yield f"MEMIT {gain}, refined values", memit, "refined"
+    yield "EMMET, refined values", replace(shared, metric=Exact(ridge=1e-3)), "refined"
+    yield "AlphaEdit 0.9, refined values", replace(shared, metric=NullSpace(gain=0.9)), "refined"
 
 
 def draw(part: str, size: int, seed: int) -> tuple[list[Fact], list[Fact]]:
@@ -150,14 +162,14 @@ def draw(part: str, size: int, seed: int) -> tuple[list[Fact], list[Fact]]:
 
 
 def measure(
-    model: EditableModel, asked: Sequence[Question], before: Any, facts: int, text: Text, edit: Edit
+    model: EditableModel, asked: Sequence[Question], before: Any, text: Text, edit: Edit
 ) -> tuple[Evaluation, dict[str, float]]:
     with edit.applied_to(model):
         after, moved = ask(model, asked, progress=False), text.look()
     rng = np.random.default_rng(0)
     was, now = (
-        summarise(asked, before, facts, rng),
-        summarise(asked, after, facts, np.random.default_rng(0), before),
+        summarise(asked, before, rng),
+        summarise(asked, after, np.random.default_rng(0), before),
     )
     return Evaluation(was, now, list(asked), list(before), after), moved
 
@@ -197,26 +209,25 @@ def run(
     facts, measured = draw(part, size, seed)
     asked = [q for i, fact in enumerate(measured) for q in questions(i, fact)]
     before, clean = ask(model, asked, progress=False), text.look()
-    task = prepare(wanted[0][1], model, [[fact] for fact in facts], statistics)
+    task = wanted[0][1].prepare(model, [[fact] for fact in facts], statistics)
     start = time.perf_counter()
-    values = {"stock": optimise_values(model, task.groups, LAYER, VALUES)}
+    values = {"stock": VALUES.values(task)}
     values["refined"] = refined(task, values["stock"])
     shared = time.perf_counter() - start
     ours: Evaluation | None = None
-    for name, editor, which in wanted:
+    for name, method, which in wanted:
         begun, own = time.perf_counter(), replace(task, progress=False)
         if which == "merged":
-            own = prepare(editor, model, group_by_subject(facts, True), statistics, progress=False)
-            written = editor.write(own, editor.targets(own))
-        else:
-            written = editor.write(own, values[which])
+            merged = group_by_subject(facts, True)
+            own = method.prepare(model, merged, statistics, progress=False)
+        targets = method.target.values(own) if which == "merged" else values[which]
+        made = method.finish(own, targets)
         seconds = time.perf_counter() - begun
-        edit = Edit(name, written.factors, own.facts, model.fingerprint)
-        found, moved = measure(model, asked, before, len(measured), text, edit)
+        found, moved = measure(model, asked, before, text, made)
         ours = found if name == KNOWN else ours
-        after = {f"{k} {m}": asdict(e) for k, row in found.after.items() for m, e in row.items()}
-        unedited = {f"{k} {m}": e.mean for k, row in found.before.items() for m, e in row.items()}
-        norm = max(relative_norms(model, edit.factors).values())
+        after, clean_rates = common.flat(found.after), common.flat(found.before)
+        unedited = {name: estimate["mean"] for name, estimate in clean_rates.items()}
+        norm = max(made.report["relative_norm"].values())
         short = {
             k: round(v["mean"], 3)
             for k, v in after.items()
@@ -237,7 +248,7 @@ def run(
             norm=norm,
             seconds=seconds,
             shared_seconds=shared,
-            ahead=written.report.get("look_ahead"),
+            ahead=made.report.get("look_ahead"),
             metake_minus_this=gaps(ours, found) if ours and found is not ours else None,
         )
 

@@ -6,7 +6,6 @@ The same facts, probes and floors as MEMIT's batches there; nothing of it was tu
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from knowedit.evaluation.drift import drift
-from knowedit.evaluation.measures.counterfact import evaluate_each
+from knowedit.evaluation import drift, evaluate_each
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
+from knowedit.io.tables import Table
 from knowedit.methods import NeuronPatch
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -77,9 +76,7 @@ def cases(folder: Path) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     notes = []
     for name in ("quality", "neuron"):
-        header, *rows = map(
-            json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        )
+        header, rows = common.read(folder, name)
         for row in rows:
             if "measure" in row:
                 found.setdefault(row["case"], {})[row["measure"]] = row
@@ -94,13 +91,13 @@ def cases(folder: Path) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]
 def table(folder: Path) -> str:
     """Batches and single edits, beside MEMIT's and ROME's on the same records."""
     found, notes = cases(folder)
-    lines = [f"| edit | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 1) + "|"]
+    lines = []
     for case, rows in found.items():
         cells = [f"{100 * rows[key]['value']:.1f}" for key in SHOWN.values()]
         was = rows["neighbourhood success"]["unedited"]
         cells[-2] += f" (unedited {100 * was:.1f})"
-        lines.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *notes])
+        lines.append([case, *cells])
+    return "\n".join([Table(["edit", *SHOWN], lines).markdown(), "", *notes])
 
 
 def draw(folder: Path, path: Path) -> None:

@@ -39,7 +39,6 @@ def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
 
 
 # -- statistics
-# -------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def padded_batches(pieces: Sequence[list[int]], budget: int) -> Iterator[list[list[int]]]:
@@ -87,7 +86,6 @@ def layer_stats(
 
 
 # -- values
-# -----------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def compute_z(
@@ -156,7 +154,6 @@ def compute_z(
 
 
 # -- solves
-# -----------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def memit_update(C: Tensor, weight: float, K: Tensor, R: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 ships.
 
 Batch: MEMIT, 48 facts at once, twice (records 0-47 and 48-95 of the hundred). Single: a ROME edit
-    of its own for every
-record, all values optimised together. All paraphrases and all neighbourhood prompts; intervals are
-95 % bootstrap intervals over records.
+of its own for every record, all values optimised together. All paraphrases and all neighbourhood
+prompts; intervals are 95 % bootstrap intervals over records.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from knowedit.edits.edit import Edit
-from knowedit.evaluation.measures.counterfact import Evaluation, evaluate_each
+from knowedit.evaluation.evaluation import Evaluation, evaluate_each
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
 from knowedit.methods import MEMIT, ROME, Method

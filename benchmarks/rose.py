@@ -17,27 +17,30 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from knowedit.evaluation.evaluation import Estimates
+from knowedit.evaluation.intervals import estimates
 from knowedit.evaluation.subjects.same_subject import (
     SameSubjectEvaluation,
-    Table,
     compare,
-    estimates,
     evaluate_same_subject,
     observe,
     prepare,
 )
 from knowedit.facts.fact import Fact
-from knowedit.facts.formats.same_subject import groups, halves
+from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import data_dir, load
 from knowedit.io.files import atomic_file
-from knowedit.methods import MEMIT, AlphaEdit, Recipe, RoSE
-from knowedit.methods.locate.training import Settings
-from knowedit.methods.locate.values import ValueSettings
+from knowedit.methods import Method, Recipe, RoSE
+from knowedit.methods.locate.keysets import ContextKeys
+from knowedit.methods.locate.metrics import Covariance, NullSpace
+from knowedit.methods.locate.targets import HiddenState, MergedFacts
+from knowedit.methods.locate.task import Material, Runtime
+from knowedit.methods.locate.trainings import ThroughForms
 from knowedit.models.load import load_model
 from knowedit.statistics import key_statistics
 
@@ -45,11 +48,10 @@ from . import common
 
 LAYERS, ONE = (3, 4, 5, 6), (5,)
 STEPS, REFINE = 16, 36
-STOCK = ValueSettings(
-    steps=STEPS + REFINE, lr=0.75, clamp=1.0, draft=True
-)  # as many steps as RoSE has in both parts
+#: As many steps as RoSE has in both parts.
+STOCK = HiddenState(steps=STEPS + REFINE, lr=0.75, clamp=1.0)
 LEAF = replace(STOCK, steps=STEPS)
-AHEAD = replace(RoSE().refine or Settings(), steps=REFINE)
+DRAFT = Runtime(draft=True)
 OURS = "RoSE"
 SHOWN = (
     ("cloze", "success"),
@@ -68,41 +70,51 @@ SHOWN = (
 )
 
 
-def methods(others: tuple[Fact, ...], seed: int) -> Iterator[tuple[str, Recipe]]:
-    ours = RoSE(layers=LAYERS, values=LEAF, refine=AHEAD, neighbours=others, seed=seed)
-    yield OURS, ours
-    yield "MEMIT", MEMIT(layers=ONE, values=STOCK, merge_subjects=False, mean_keys=True, gain=0.98)
-    yield (
-        "AlphaEdit",
-        AlphaEdit(layers=ONE, values=STOCK, merge_subjects=False, mean_keys=True, gain=0.9),
+def methods(others: tuple[Fact, ...], seed: int) -> Iterator[tuple[str, Method]]:
+    ours = RoSE(
+        layers=LAYERS,
+        target=LEAF,
+        training=ThroughForms().with_settings({"settings.steps": REFINE}),
+        material=Material(neighbours=others, seed=seed),
+        runtime=DRAFT,
     )
-    yield "MEMIT-Merge", MEMIT(layers=ONE, values=STOCK, mean_keys=True, gain=0.98)
-    forms = replace(AHEAD, through="plan", clamp=1.0)
-    weights = replace(ours.weights, identity=0.0, neighbours=0.0)
+    yield OURS, ours
+    merged = Recipe(
+        layers=ONE,
+        target=STOCK,
+        keys=ContextKeys(mean=True),
+        metric=Covariance(gain=0.98),
+        runtime=DRAFT,
+    )
+    yield "MEMIT", replace(merged, merge_subjects=False)
+    yield "AlphaEdit", replace(merged, merge_subjects=False, metric=NullSpace(gain=0.9))
+    yield "MEMIT-Merge", merged
     yield (
         "MEMIT-Merge, same contexts",
-        replace(
-            ours,
-            layers=ONE,
-            shares=(1.0, 0.0, 0.0),
-            gain=0.98,
-            refine=forms,
-            weights=weights,
-            integration="joint",
+        ours.with_settings(
+            {
+                "layers": ONE,
+                "metric.shares": (1.0, 0.0, 0.0),
+                "metric.gain": 0.98,
+                "training.settings.through": "plan",
+                "training.settings.clamp": 1.0,
+                "training.weights.identity": 0.0,
+                "training.weights.neighbours": 0.0,
+            }
         ),
     )
-    yield (
-        "IGA only",
-        replace(
-            ours, layers=ONE, shares=(0.0, 0.0, 1.0), values=STOCK, refine=None, integration="joint"
-        ),
-    )
+    alone = {"layers": ONE, "metric.shares": (0.0, 0.0, 1.0)}
+    yield "IGA only", replace(ours.with_settings(alone), target=STOCK, training=None)
     if seed == 1:  # what the tuning half hinted at (docs/rose.md)
-        yield "RoSE, metric: mostly covariance", replace(ours, shares=(0.6, 0.3, 0.1))
+        mostly = {"metric.shares": (0.6, 0.3, 0.1)}
+        yield "RoSE, metric: mostly covariance", ours.with_settings(mostly)
     if seed == 0:
-        yield "RoSE, from a tree of values", replace(ours, integration="tree")
-        yield "RoSE, metric: covariance only", replace(ours, shares=(1.0, 0.0, 0.0))
-        yield "RoSE, generic questions", replace(ours, questions="generic")
+        tree = MergedFacts(**vars(LEAF))
+        yield "RoSE, from a tree of values", replace(ours, target=tree)
+        only = {"metric.shares": (1.0, 0.0, 0.0)}
+        yield "RoSE, metric: covariance only", ours.with_settings(only)
+        generic = {"material.questions": "generic"}
+        yield "RoSE, generic questions", ours.with_settings(generic)
 
 
 def draw(seed: int, quick: bool) -> tuple[list[list[Fact]], tuple[Fact, ...]]:
@@ -119,20 +131,12 @@ def draw(seed: int, quick: bool) -> tuple[list[list[Fact]], tuple[Fact, ...]]:
     return chosen, tuple(fact for fact in pool if fact.subject not in subjects)
 
 
-def summary(table: Table) -> str:
+def summary(table: Estimates) -> str:
     return "  ".join(
         f"{kind} {measure} {table[kind][measure].mean:.2f}"
         for kind, measure in SHOWN
         if measure in table.get(kind, {})
     )
-
-
-def plain(table: Table) -> dict[str, dict[str, float]]:
-    return {
-        f"{kind} {measure}": asdict(estimate)
-        for kind, row in table.items()
-        for measure, estimate in row.items()
-    }
 
 
 Key = tuple[str, str, str, str | None]
@@ -143,7 +147,7 @@ def values_of(found: SameSubjectEvaluation) -> dict[Key, tuple[float, float]]:
     return {(v.kind, v.measure, v.subject, v.fact): (v.before, v.after) for v in found.values}
 
 
-def pooled(seeds: Sequence[dict[Key, float]]) -> Table:
+def pooled(seeds: Sequence[dict[Key, float]]) -> Estimates:
     """Over all draws; a subject that is in several counts once, with its mean."""
     found: dict[Key, list[float]] = {}
     for values in seeds:
@@ -214,10 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"seed {seed}  {'unedited':30} {summary(found.before)}",
                     seed=seed,
                     method="unedited",
-                    after=plain(found.before),
+                    after=common.flat(found.before),
                 )
             sizes = {
-                size: plain(found.of_size(size).after) for size in sorted(set(found.sizes.values()))
+                size: common.flat(found.of_size(size).after)
+                for size in sorted(set(found.sizes.values()))
             }
             report.note(
                 f"seed {seed}  {name:30} {summary(found.after)}",
@@ -225,10 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 method=name,
                 facts=len(facts),
                 subjects=len(chosen),
-                after=plain(found.after),
+                after=common.flat(found.after),
                 by_size=sizes,
                 **about,
-                rose_minus_this=plain(compare(ours, found)) if ours and name != OURS else None,
+                rose_minus_this=common.flat(compare(ours, found))
+                if ours and name != OURS
+                else None,
             )
     for name, by_seed in everything.items():
         over = pooled(
@@ -245,13 +252,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{len(by_seed)} seeds {name:30} {summary(over)}",
             method=name,
             seeds=list(by_seed),
-            pooled=plain(over),
-            rose_minus_this=plain(pooled(gaps)) if name != OURS else None,
+            pooled=common.flat(over),
+            rose_minus_this=common.flat(pooled(gaps)) if name != OURS else None,
         )
     unedited = pooled(
         [{key: value[0] for key, value in values_of(e).items()} for e in everything[OURS].values()]
     )
-    report.note(f"{'unedited':30} {summary(unedited)}", method="unedited", pooled=plain(unedited))
+    report.note(
+        f"{'unedited':30} {summary(unedited)}", method="unedited", pooled=common.flat(unedited)
+    )
     return report.finish()
 
 

@@ -3,12 +3,12 @@ them, and of the model?
 
 CounterFact records of different subjects, batches of 50, over several layers. After every 100
 facts: efficacy, exact answers, paraphrases and neighbours of a sample of all facts written so far
-    that have a paraphrase, perplexity and drift on
-text that no statistics and no value saw; and exact answers to all facts so far, batch by batch.
+that have a paraphrase, perplexity and drift on text that no statistics and no value saw; and exact
+answers to all facts so far, batch by batch.
 Methods without a look-ahead optimise values for as many steps more. A name with `-free` has no
 history: later edits may overwrite earlier keys.
 
-A point is on disk before the next batch starts, with the edits so far, and an interrupted run goes
+A step is on disk before the next batch starts, with the edits so far, and an interrupted run goes
 on from there; what is complete is not computed again.
 """
 
@@ -28,19 +28,17 @@ import torch
 from knowedit.cli.app import parse_layers
 from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.measures.counterfact import ask, questions
-from knowedit.evaluation.sequence import Watch, course_table, write_in_sequence
+from knowedit.evaluation.measures.base import ask, questions
+from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, write_in_sequence
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.io.files import cache_dir
-from knowedit.methods import EDITORS, MetaKE, Recipe
-from knowedit.methods.locate.task import layers_of
-from knowedit.methods.locate.values import ValueSettings
+from knowedit.methods import EDITORS, Recipe
+from knowedit.methods.locate.trainings import ThroughSolver
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
 from knowedit.models.load import load_model
-from knowedit.report.plots import course, save
+from knowedit.report.plots import save, trajectory
 from knowedit.statistics import KeyStatistics, key_statistics
 from knowedit.statistics.corpus.corpus import documents
 
@@ -51,23 +49,19 @@ TEXT = "wikitext2_raw_valid.txt.gz"
 FREE = "-free"
 
 
-def editor_for(
-    name: str, model: EditableModel, layers: Sequence[int], steps: int, draft: bool
-) -> Recipe:
-    """The editor called `name` (with or without `-free`), with its own defaults but for layers,
+def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Recipe:
+    """The method called `name` (with or without `-free`), with its own defaults but for layers,
     steps and precision.
     """
-    methods = {
-        method: editor for method, editor in EDITORS.items() if issubclass(editor, Recipe)
-    }
+    methods = {known: found for known, found in EDITORS.items() if issubclass(found, Recipe)}
     known = name.removesuffix(FREE)
     if known not in methods:
         raise KnowEditError(
             f"unknown method {name!r}; known: {', '.join(methods)}, each also with {FREE}"
         )
-    steps += 0 if known == "metake" else MetaKE().ahead.steps
-    values = replace(ValueSettings(**preset_for(model).values), steps=steps, draft=draft)
-    return methods[known](layers=tuple(layers), values=values)
+    steps += 0 if known == "metake" else ThroughSolver().settings.steps
+    settings = {"layers": tuple(layers), "target.steps": steps, "runtime.draft": draft}
+    return methods[known]().with_settings(settings)
 
 
 def exact_by_batch(model: EditableModel, facts: Sequence[Fact], batch: int) -> list[float]:
@@ -105,8 +99,8 @@ def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
 def run(
     report: common.Report,
     name: str,
-    editor: Recipe,
-    watch: Watch,
+    method: Recipe,
+    monitor: SequenceMonitor,
     statistics: KeyStatistics,
     batch: int,
     every: int,
@@ -115,7 +109,7 @@ def run(
     """One method, from where `file` and the report's rows say; the model is left as it was
     found.
     """
-    model = watch.model
+    model = monitor.model
     history = History.load(file) if file.exists() else History(model.fingerprint)
     written = len(history.facts)
     kept = [row for row in report.rows[1:] if row["case"] == name and row["edits"] <= written]
@@ -125,13 +119,14 @@ def run(
         history, kept = History(model.fingerprint), []
     report.rows = [row for row in report.rows if row.get("case") != name or row in kept]
     spent = kept[-1]["seconds"] if kept else 0.0
-    session = Session(editor, model, statistics, history, protect=not name.endswith(FREE))
+    session = Session(method, model, statistics, history, protect=not name.endswith(FREE))
     try:
-        for point in write_in_sequence(session, watch, batch, every):
-            row = replace(point, seconds=point.seconds + spent)
-            lines = course_table([row])[1 if point.edits else 0 :]  # its head once
+        for step in write_in_sequence(session, monitor, batch, every):
+            row = replace(step, seconds=step.seconds + spent)
+            lines = str(trajectory_table([row])).splitlines()
+            lines = lines[1 if step.edits else 0 :]  # the heading once
             settings = history.edits[0].report["settings"] if history else {}
-            exact = exact_by_batch(model, watch.facts[: point.edits], batch)
+            exact = exact_by_batch(model, monitor.facts[: step.edits], batch)
             report.note(
                 "\n".join(f"{name:16} {line}" for line in lines)
                 + f"  by batch {' '.join(f'{100 * x:.0f}' for x in exact)}",
@@ -147,11 +142,11 @@ def run(
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The courses of all methods in one picture."""
-    courses: dict[str, list[dict[str, Any]]] = {}
+    """The trajectories of all methods in one picture."""
+    trajectories: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        courses.setdefault(row["case"], []).append(row)
-    save(course(courses), path)
+        trajectories.setdefault(row["case"], []).append(row)
+    save(trajectory(trajectories), path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -161,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", default="4-6", help="edited together (default: 4-6)")
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--every", type=int, default=100, help="facts between two points")
-    parser.add_argument("--sample", type=int, default=100, help="facts measured at a point")
+    parser.add_argument("--every", type=int, default=100, help="facts between two steps")
+    parser.add_argument("--sample", type=int, default=100, help="facts measured at a step")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of facts")
     parser.add_argument("--steps", type=int, default=20, help="of the value optimisation")
     parser.add_argument(
@@ -207,11 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = draw_facts(load("counterfact-flat"), arguments.edits, arguments.seed)
     model = load_model(arguments.model, dtype=torch.float32)
     layers = parse_layers(arguments.layers) or ()
-    editors = {
-        name: editor_for(name, model, layers, arguments.steps, not arguments.exact_values)
+    methods = {
+        name: method_for(name, layers, arguments.steps, not arguments.exact_values)
         for name in arguments.methods
     }
-    needed = sorted({layer for editor in editors.values() for layer in layers_of(editor, model)})
+    needed = sorted({n for method in methods.values() for n in method.statistics_layers(model)})
     statistics = key_statistics(model, needed, arguments.corpus or data / CORPUS, arguments.tokens)
     setting = {
         name: getattr(arguments, name)
@@ -225,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = common.report("sequential", arguments, model=model.name, setting=setting)
     report.rows += old[1:]
     told = [i for i, fact in enumerate(facts) if fact.paraphrases]
-    watch = Watch(
+    monitor = SequenceMonitor(
         model,
         facts,
         list(documents(arguments.text or data / TEXT)),
@@ -234,12 +229,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     digest = hashlib.blake2b(json.dumps(setting).encode(), digest_size=6).hexdigest()
     state = arguments.state or cache_dir("sequential", f"{model.fingerprint[:12]}-{digest}")
-    for name, editor in editors.items():
+    for name, method in methods.items():
         run(
             report,
             name,
-            editor,
-            watch,
+            method,
+            monitor,
             statistics,
             arguments.batch,
             arguments.every,

@@ -20,18 +20,20 @@ from typing import Any
 import numpy as np
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.measures.counterfact import ask, questions, summarise
+from knowedit.evaluation.evaluation import summarise
+from knowedit.evaluation.measures.base import ask, questions
 from knowedit.facts.sets import data_dir, load
+from knowedit.io.tables import Table
 from knowedit.methods import MEMIT, AlphaEdit, Recipe
 from knowedit.methods.locate.keys import group_by_subject
-from knowedit.methods.locate.task import prepare
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics, convergence
 from knowedit.statistics.corpus.batching import Piece
 from knowedit.statistics.corpus.corpus import corpus_fingerprint
 from knowedit.statistics.corpus.windows import Reader, ahead
-from knowedit.statistics.files.store import LayerStatistics, Recipe
+from knowedit.statistics.files.store import LayerStatistics
+from knowedit.statistics.files.store import Recipe as Collection
 from knowedit.statistics.sums import Sums
 
 from . import common
@@ -99,7 +101,7 @@ def _statistics(
         if convergence.enough(halves, model.d_ff):
             errors = convergence.compare(parts, halves, probes[layer], null_space=True)
             looks = [convergence.record(count, {layer: errors}, layer)]
-        recipe = Recipe(model.fingerprint, corpus_fingerprint(corpus), count, 512, True, 0)
+        recipe = Collection(model.fingerprint, corpus_fingerprint(corpus), count, 512, True, 0)
         norms = sums.seen.norms[str(layer)]
         found[layer] = LayerStatistics(
             layer,
@@ -128,7 +130,7 @@ def run(
     groups = group_by_subject(list(facts), True)
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before, rng = ask(model, asked, progress=False), np.random.default_rng(0)
-    layers = editors[0].layers or _layers(model)
+    layers = editors[0].statistics_layers(model)
     stored = {}
     for count, found in prefixes(model, corpus, layers, counts):
         stored[count] = found
@@ -138,7 +140,8 @@ def run(
         )
     most = stored[max(stored)]
     rows = []
-    targets = editors[0].targets(prepare(editors[0], model, groups, most, progress=False))
+    first = editors[0]
+    targets = first.target.values(first.prepare(model, groups, most, progress=False))
     for editor in editors:
         for count in counts:
             row: dict[str, Any] = {"case": editor.name, "tokens": count}
@@ -149,9 +152,8 @@ def run(
             )
             row |= {name: look[name][0] for name in ("solve", "null_space") if name in look}
             try:
-                edit = editor.finish(
-                    prepare(editor, model, groups, stored[count], progress=False), targets
-                )
+                task = editor.prepare(model, groups, stored[count], progress=False)
+                edit = editor.finish(task, targets)
             except (KnowEditError, KeyError) as error:
                 report.note(
                     f"{editor.name:10} {count:>9,} tokens  refused: {error}",
@@ -160,7 +162,7 @@ def run(
                 )
                 continue
             with edit.applied_to(model):
-                after = summarise(asked, ask(model, asked, progress=False), len(facts), rng, before)
+                after = summarise(asked, ask(model, asked, progress=False), rng, before)
             row |= {
                 f"{kind} {measure}": after[kind][measure].mean
                 for kind, measure in KEPT
@@ -183,27 +185,16 @@ def run(
     return rows
 
 
-def _layers(model: EditableModel) -> tuple[int, ...]:
-    from knowedit.models.families import preset_for
-
-    return preset_for(model).layers
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown: a line a method and number of tokens."""
     names = [f"{kind} {measure}" for kind, measure in KEPT]
-    lines = [
-        "| method | tokens | " + " | ".join(names) + " | price | C⁻¹k ± | null space ± |",
-        "|---" * (len(names) + 5) + "|",
-    ]
+    lines = []
     for row in rows:
         cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
         errors = [f"{row[name]:.1%}" if name in row else "-" for name in ("solve", "null_space")]
-        lines.append(
-            f"| {row['case']} | {row['tokens']:,} | {' | '.join(cells)} | {row['price']:.3g} | "
-            f"{' | '.join(errors)} |"
-        )
-    return "\n".join(lines)
+        lines.append([row["case"], f"{row['tokens']:,}", *cells, f"{row['price']:.3g}", *errors])
+    heads = ["method", "tokens", *names, "price", "C⁻¹k ±", "null space ±"]
+    return Table(heads, lines).markdown()
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

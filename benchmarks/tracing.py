@@ -2,9 +2,8 @@
 as ROME's code has it.
 
 The peer costs the same at every place, so it is timed on some of them, spread evenly; ours runs
-all. The prediction is
-arithmetic: token-layers of both, a token at the head counted as the layers that have as many
-    weights.
+all. The prediction is arithmetic: token-layers of both, a token at the head counted as the layers
+that have as many weights.
 """
 
 from __future__ import annotations

@@ -14,7 +14,10 @@ from knowedit_kernels.bench.moments import gated_keys
 from knowedit_kernels.bench.problem import Check, Operation, Parameter, Problem, Provider, generator
 from knowedit_kernels.moments.reference import second_moment
 from knowedit_kernels.numerics import SOLVE_ERROR
-from knowedit_kernels.solver.reference import dense_delta
+from knowedit_kernels.solver.reference import refined_delta
+
+# LAPACK's error is the condition number, some 1e4 here, times 1e-16, and differs from one library to the next
+_PEER = 64.0
 
 
 class Inputs(NamedTuple):
@@ -29,9 +32,10 @@ def make(values: dict[str, Any], device: torch.device) -> Problem:
     M = C + 0.1 * C.diagonal().mean() * torch.eye(d, dtype=torch.float64, device=device)
     random = generator(device, 1)
     K = gated_keys(edits, d, device).double().T.contiguous()
-    R = torch.randn(64, edits, generator=random, device=device, dtype=torch.float64)
+    # few rows: the judge multiplies in long double, which no BLAS has
+    R = torch.randn(8, edits, generator=random, device=device, dtype=torch.float64)
 
-    expected = functools.cache(lambda: dense_delta(R, K, M))
+    expected = functools.cache(lambda: refined_delta(R, K, M))
 
     def judge(A: Tensor) -> list[Check]:
         return [Check("relative", float((R @ A - expected()).norm() / expected().norm()), SOLVE_ERROR)]
@@ -82,7 +86,7 @@ OPERATION = Operation(
     providers={
         "ours": Provider("factor cached, as in every call but the first", _ours),
         "ours-cold": Provider("factorisation included", _cold),
-        "torch": Provider("Cholesky of M + K K^T in every call", _torch),
-        "rome": Provider("MEMIT: LU of M + K K^T in every call", _rome),
+        "torch": Provider("Cholesky of M + K K^T in every call", _torch, slack=_PEER),
+        "rome": Provider("MEMIT: LU of M + K K^T in every call", _rome, slack=_PEER),
     },
 )

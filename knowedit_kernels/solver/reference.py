@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +11,24 @@ def dense_delta(R: Tensor, K: Tensor, M: Tensor) -> Tensor:
     """R K^T (M + K K^T)^-1: R [d, n], K [m, n], M [m, m] -> [d, m] (MEMIT, with M = weight * C)."""
     R, K, M = R.double(), K.double(), M.double()
     return R @ torch.linalg.solve(M + K @ K.mT, K).mT
+
+
+def refined_delta(R: Tensor, K: Tensor, M: Tensor, steps: int = 4) -> Tensor:
+    """`dense_delta` for a symmetric M, in long double: what a solve is judged by.
+
+    A float64 factorisation is itself off by the condition of M + K K^T times 1e-16, which on some LAPACKs is more than our
+    budget. Its solution is mended by the residual in long double (80 bits on x86), until nothing changes any more.
+    """
+    R, K, M = R.double(), K.double(), M.double()
+    factor = torch.linalg.cholesky(M + K @ K.mT)
+    wide_K, wide_M = (x.cpu().numpy().astype(np.longdouble) for x in (K, M))
+    right = wide_K @ R.cpu().numpy().astype(np.longdouble).T
+    solution = np.zeros_like(right)
+    for _ in range(steps):
+        missing = right - wide_M @ solution - wide_K @ (wide_K.T @ solution)
+        step = torch.from_numpy(missing.astype(np.float64)).to(factor)
+        solution += torch.cholesky_solve(step, factor).cpu().numpy()
+    return torch.from_numpy(solution.astype(np.float64)).to(M.device).mT
 
 
 def dense_equality(R: Tensor, K: Tensor, M: Tensor) -> Tensor:

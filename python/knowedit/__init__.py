@@ -11,7 +11,7 @@ from knowedit.evaluation import evaluate as evaluate
 from knowedit.facts.fact import Fact as Fact
 from knowedit.facts.fact import FactError as FactError
 from knowedit.facts.fact import Probe as Probe
-from knowedit.facts.fact import read_facts as read_facts
+from knowedit.facts.records import read_facts as read_facts
 from knowedit.methods import EMMET as EMMET
 from knowedit.methods import FTL as FTL
 from knowedit.methods import MEMIT as MEMIT

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from benchmarks import metake, pages, rose
-from knowedit.evaluation.measures.counterfact import Answer, Evaluation, Question
+from knowedit.evaluation.evaluation import Evaluation
+from knowedit.evaluation.measures.base import Answer, Question
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation, Value
-from knowedit.facts.formats.same_subject import groups, halves
+from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load
 from knowedit.models.generation import Score
 from knowedit.studies.arithmetic.summary import COLUMNS, goals, verdict

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import learned
 from benchmarks.common import Report
-from knowedit.evaluation.measures.counterfact import ask, questions
+from knowedit.evaluation.measures.base import ask, questions
 from knowedit.facts.fact import Fact, Probe
 from knowedit.methods import MEND, SERAC
 from knowedit.methods.learned.mend.network import MendNetwork

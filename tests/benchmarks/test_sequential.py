@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import common, sequential
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.sequence import Watch
+from knowedit.evaluation.sequence import SequenceMonitor
 from knowedit.facts.fact import Fact
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.statistics import key_statistics
@@ -38,7 +38,7 @@ def run(tiny_llama, tmp_path):
     )
     statistics = key_statistics(tiny_llama, [1], corpus, 500, directory=tmp_path / "s")
     told = [i for i, fact in enumerate(FACTS) if fact.paraphrases]
-    watch = Watch(
+    monitor = SequenceMonitor(
         tiny_llama, FACTS, ["The sea is wet, and the sky is blue."], measured=told, progress=False
     )
 
@@ -54,9 +54,9 @@ def run(tiny_llama, tmp_path):
                     raise KeyboardInterrupt
 
             report.note = interrupted
-        editor = sequential.editor_for(name, tiny_llama, (1,), 3, False)
+        method = sequential.method_for(name, (1,), 3, False)
         sequential.run(
-            report, name, editor, watch, statistics, 2, 2, tmp_path / f"{name}.safetensors"
+            report, name, method, monitor, statistics, 2, 2, tmp_path / f"{name}.safetensors"
         )
         return [json.loads(line) for line in report.output.read_text().splitlines()][1:]
 
@@ -101,7 +101,7 @@ def test_only_told_facts_are_measured_and_free_means_no_history(run):
     assert free["norm"] != bound["norm"]
     assert [len(row["exact_by_batch"]) for row in rows if row["case"] == "memit"] == [0, 1, 2, 3]
     with pytest.raises(KnowEditError, match="unknown method 'memo'; known: memit"):
-        sequential.editor_for("memo", None, (1,), 3, False)
+        sequential.method_for("memo", (1,), 3, False)
 
 
 def test_exactness_by_batch_and_equal_steps(tiny_llama, monkeypatch):
@@ -117,10 +117,8 @@ def test_exactness_by_batch_and_equal_steps(tiny_llama, monkeypatch):
 
     monkeypatch.setattr(sequential, "ask", ask)
     assert sequential.exact_by_batch(tiny_llama, FACTS[:5], 2) == [0.5, 1.0, 0.0]
-    stock, ours = (
-        sequential.editor_for(name, tiny_llama, (1,), 3, False) for name in ("memit-free", "metake")
-    )
-    assert stock.values.steps == ours.values.steps + ours.ahead.steps
+    stock, ours = (sequential.method_for(name, (1,), 3, False) for name in ("memit-free", "metake"))
+    assert stock.target.steps == ours.target.steps + ours.training.settings.steps
 
 
 def test_facts_are_drawn_by_seed():

@@ -8,10 +8,12 @@ from knowedit_kernels.lowrank import low_rank_update_
 from knowedit_kernels.lowrank.blocked import TORCH
 from knowedit_kernels.lowrank.cpu import COMPILED
 from knowedit_kernels.lowrank.reference import grade_update, updated
+from tests.kernels.isa import skip
 from tests.kernels.test_lowrank import problem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 15), (6, 64), (7, 65), (48, 128), (49, 321), (130, 1000)]
+pytestmark = pytest.mark.isa
 each_kernel = pytest.mark.parametrize("candidate", [*COMPILED, TORCH], ids=lambda c: c.name)
 
 
@@ -25,7 +27,7 @@ def run(candidate, W, U, V, rounding="nearest", plane=None, probe=None, write=Tr
     error = None if probe is None else testing.poisoned_empty(len(W), probe.shape[1])
     args = ([W], one(base), [U], [V], rounding, seed, one(plane), one(probe), write, sums, one(error))
     if reason := candidate.verify(*args):
-        pytest.skip(reason)
+        skip(candidate.name, reason)
     candidate.run(*args)
     return sums[0], error
 
@@ -152,7 +154,7 @@ def test_opcheck():
     isa = {candidate.name: i for candidate, i in zip(COMPILED, (2, 1, 0))}
     W, U, V = problem(6, 10, torch.bfloat16, rank=2)
     if reason := COMPILED[-1].verify([W], [], [U], [V], "nearest", 0, []):
-        pytest.skip(reason)
+        skip("generic", reason)
     sums, error = torch.zeros(5, dtype=torch.float64), torch.zeros(6, 2)
     args = (W, W.clone(), U, V, 2, 3, 0, torch.zeros_like(W), torch.randn(10, 2), True, sums, error, isa["generic"])
     torch.library.opcheck(torch.ops.knowedit.low_rank_cpu_.default, args)

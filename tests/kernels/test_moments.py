@@ -12,6 +12,7 @@ from knowedit_kernels.moments import PRECISIONS, second_moment_
 from knowedit_kernels.moments.audit import signs
 from knowedit_kernels.moments.cpu import COMPILED, COMPILED_PACK, TORCH, TORCH_PACK
 from knowedit_kernels.moments.reference import second_moment
+from tests.kernels.isa import skip
 from tests.kernels.moment_data import keys as make_keys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -25,13 +26,14 @@ def run(candidate, k, precision="exact"):
     dim = k.shape[1]
     guard = testing.guarded(torch.zeros(dim, dim, dtype=torch.float64), row_margin=3)
     if reason := candidate.verify([guard.tensor], [k], precision):
-        pytest.skip(reason)
+        skip(candidate.name, reason)
     candidate.run([guard.tensor], [k], precision)
     guard.check()
     lower = guard.tensor.tril()
     return lower + lower.tril(-1).T
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("candidate, dtype", PAIRS, ids=PAIR_NAMES)
 def test_within_budget(candidate, dtype, shape):
@@ -40,15 +42,17 @@ def test_within_budget(candidate, dtype, shape):
     testing.grade_moment(run(candidate, k), second_moment(k)).check(budget, f"{candidate.name} {dtype} {shape}")
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("candidate, dtype", PAIRS[:-3], ids=PAIR_NAMES[:-3])
 def test_only_the_lower_triangle_is_written(candidate, dtype):
     c = torch.zeros(150, 150, dtype=torch.float64)
     if reason := candidate.verify([c], [make_keys(40, 150, dtype)], "exact"):
-        pytest.skip(reason)
+        skip(candidate.name, reason)
     candidate.run([c], [make_keys(40, 150, dtype)], "exact")
     assert not c.triu(1).any() and c.tril().count_nonzero() == 150 * 151 // 2
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("candidate", COMPILED, ids=lambda c: c.name)
 def test_strided_rows(candidate):
     k = make_keys(70, 200)[:, 40:137]
@@ -180,7 +184,7 @@ def test_pack_copies_and_audits(candidate, dtype, pick, threads):
         torch.set_num_threads(count)
         guard, audit = testing.guarded(testing.poisoned_empty(*kept.shape, dtype=dtype)), torch.ones(5).double()
         if reason := candidate.verify(guard.tensor, audit, k, rows, z):
-            pytest.skip(reason)
+            skip(candidate.name, reason)
         candidate.run(guard.tensor, audit, k, rows, z)
         guard.check()
         assert torch.equal(guard.tensor, kept)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from knowedit.edits.edit import Edit
 from knowedit.evaluation import drift, evaluate
-from knowedit.evaluation.measures.counterfact import Evaluation
+from knowedit.evaluation.evaluation import Evaluation
 from knowedit.facts import sets as datasets
 from knowedit.facts.fact import Fact
 from knowedit.methods import MEMIT

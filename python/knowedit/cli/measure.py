@@ -96,7 +96,7 @@ def same_subject(
     if as_json:
         print(json.dumps([result.to_dict() for result in results]))
     else:
-        print("\n\n".join(map(str, results)), *differences(results), sep="\n")
+        print("\n\n".join(map(str, [*results, *differences(results)])))
 
 
 @app.command()
@@ -135,7 +135,8 @@ def geometry(
     from knowedit.models.families import preset_for
     from knowedit.models.load import load_model
     from knowedit.report import plots
-    from knowedit.report.run import geometry_table
+    from knowedit.report.page import in_text
+    from knowedit.report.run import geometry_blocks
 
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
     editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
@@ -149,7 +150,7 @@ def geometry(
         with atomic_file(output / "geometry.json") as path:
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         plots.save(plots.geometry(found), output / "geometry.png")
-    print(json.dumps(found) if as_json else geometry_table(found))
+    print(json.dumps(found) if as_json else in_text(geometry_blocks(found)))
 
 
 @app.command()
@@ -193,7 +194,8 @@ def trace(
     from knowedit.io.progress import bar
     from knowedit.models.load import load_model
     from knowedit.report import plots
-    from knowedit.report.run import trace_table
+    from knowedit.report.page import in_text
+    from knowedit.report.run import trace_blocks
 
     if (dataset is None) == (prompt is None) or (prompt is None) != (subject is None):
         raise KnowEditError("give a prompt with its --subject, or a --dataset")
@@ -234,7 +236,7 @@ def trace(
         with atomic_file(output / f"{name}.json") as path:
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         plots.save(plots.trace(found), output / f"{name}.png")
-    print(json.dumps(found) if as_json else trace_table(found))
+    print(json.dumps(found) if as_json else in_text(trace_blocks(found)))
 
 
 @app.command()

@@ -226,9 +226,9 @@ def show(
     else:
         print("\n\n".join(describe(path) for path in _files(where)))
     if plot is not None:
-        from knowedit.report.statistics import draw
+        from knowedit.report import plots
 
-        draw(found, plot)
+        plots.save(plots.statistics(found), plot)
         if not as_json:
             print(f"drawn into {plot}")
 

@@ -72,7 +72,7 @@ def arithmetic(
     from knowedit.models.load import load_model
     from knowedit.statistics import key_statistics
     from knowedit.studies.arithmetic import Study, Sum, run
-    from knowedit.studies.arithmetic.methods import METHODS
+    from knowedit.studies.arithmetic.experiments import default_experiments
     from knowedit.studies.arithmetic.prompts import unrelated_prompts
     from knowedit.studies.arithmetic.summary import summary
 
@@ -93,7 +93,7 @@ def arithmetic(
         say(f"note: {note}")
     found = run(
         study,
-        methods.split(",") if methods else list(METHODS),
+        methods.split(",") if methods else default_experiments(),
         partial(key_statistics, editable, corpus=one(corpus), tokens=tokens),
         output,
         interference=interference,

@@ -1,11 +1,12 @@
 """Measuring whole methods: all facts in one edit (`batch`), each fact in an edit of its own
-(`single`), or batch after batch into the same model (`sequential`)."""
+(`single`), or batch after batch into the same model (`sequential`).
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,13 +14,19 @@ from typing import Any
 
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.drift import Drift, drift
-from knowedit.evaluation.measures.counterfact import Evaluation, evaluate, evaluate_each
-from knowedit.evaluation.sequence import Point, Watch, course_table, write_in_sequence
+from knowedit.evaluation.evaluation import Evaluation, evaluate, evaluate_each
+from knowedit.evaluation.measures.base import ModelMeasure, measures, model_measures
+from knowedit.evaluation.sequence import (
+    SequenceMonitor,
+    SequenceStep,
+    trajectory_table,
+    write_in_sequence,
+)
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.io.files import atomic_file
 from knowedit.methods import make_editor, statistics_for
+from knowedit.methods.base import Method
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -27,8 +34,9 @@ from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import documents
 
 PROTOCOLS = ("batch", "single", "sequential")
-SAMPLE = 200  # facts measured on the way of a sequence
-HELD_OUT = 400  # documents for its perplexity
+RESULTS, PROMPTS = "results.json", "prompts.jsonl"
+SAMPLE = 200  # facts measured at a step of a sequence
+HELD_OUT = 400  # documents for the perplexity
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,10 @@ class Result:
 
     Attributes:
         seconds: computing the edits, a fact (without loading, statistics and evaluation).
-        drift: on ordinary text; not for `single`.
+        side_effects: what each measure of whole models found, by its name; empty for `single`.
         report: of the edit (of the first one for `single` and `sequential`).
-        course: for `sequential`, the model on its way.
+        config: the whole method, as `make_method` takes it.
+        trajectory: for `sequential`, the model on its way.
     """
 
     model: str
@@ -48,48 +57,62 @@ class Result:
     protocol: str
     facts: int
     evaluation: Evaluation
-    drift: Drift | None
+    side_effects: dict[str, dict[str, Any]]
     seconds: float
     report: dict[str, Any]
-    course: list[Point] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    trajectory: list[SequenceStep] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready summary."""
-        plain = {
-            name: getattr(self, name)
-            for name in ("model", "dataset", "method", "protocol", "facts", "seconds")
-        }
-        moved = (
-            None
-            if self.drift is None
-            else {"kl": self.drift.kl, "same": self.drift.same, "worst": self.drift.worst}
-        )
-        whole = {
-            **plain,
+        """JSON-ready summary; `migrate` brings those of earlier versions to this form."""
+        names = ("model", "dataset", "method", "protocol", "facts", "seconds", "side_effects")
+        return {
+            **{name: getattr(self, name) for name in names},
             "evaluation": self.evaluation.to_dict(),
-            "drift": moved,
             "report": self.report,
+            "config": self.config,
+            "trajectory": [step.to_dict() for step in self.trajectory],
         }
-        return (
-            {**whole, "course": [point.to_dict() for point in self.course]}
-            if self.course
-            else whole
-        )
 
     def __str__(self) -> str:
         head = (
             f"{self.method}, {self.protocol} of {self.facts} facts from {self.dataset}, "
             f"{self.seconds:.2f} s a fact"
         )
-        lines = [head, str(self.evaluation)]
-        if self.drift is not None:
-            lines.append(
-                f"ordinary text: same next word {self.drift.same:.0%}, KL {self.drift.kl:.4f} nats"
-            )
-        lines += course_table(self.course) if self.course else []
-        return "\n".join(
-            lines + [f"note: {warning}" for warning in self.report.get("warnings", [])]
+        parts = [head, str(self.evaluation), *describe(self.side_effects)]
+        parts += (
+            [str(trajectory_table(self.trajectory).without_empty_columns())]
+            if self.trajectory
+            else []
         )
+        return "\n".join(
+            parts + [f"note: {warning}" for warning in self.report.get("warnings", [])]
+        )
+
+
+def describe(side_effects: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line a measure of the whole model; measures that are no longer known are left out."""
+    known = measures()
+    return [
+        measure.describe(dict(found))
+        for name, found in side_effects.items()
+        if isinstance(measure := known.get(name), ModelMeasure)
+    ]
+
+
+def migrate(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`Result.to_dict`'s form of a record of any version.
+
+    Raises:
+        KeyError: the record is none of ours.
+    """
+    found = dict(record)
+    if "side_effects" not in found:  # version 0.1: the drift alone
+        moved = found.pop("drift")
+        found["side_effects"] = {"drift": moved} if moved else {}
+        found["trajectory"] = found.pop("course", [])
+        found["config"] = {}
+    return found
 
 
 def measure(
@@ -108,91 +131,121 @@ def measure(
     every: int = 100,
     text: Any = None,
     where: Path | None = None,
+    seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[Result]:
     """Load everything and measure each method; what `knowedit eval` calls.
 
     Args:
-        batch, every: of `sequential`: facts an edit, and facts between two looks.
-        text: of `sequential`: held-out text for the perplexity (as `corpus`).
+        batch, every: of `sequential`: facts an edit, and facts between two steps.
+        text: held-out text for the perplexity (as `corpus`).
         where: statistics to take instead of collecting them from `corpus`.
+        seed: of the intervals.
 
     Raises:
         KnowEditError: an unknown method, protocol or data set, or what the parts raise.
     """
-    editors = [make_editor(method, layers=layers) for method in methods]
-    if protocol not in PROTOCOLS:
-        raise KnowEditError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+    editors = [make_editor(method, corpus=corpus, layers=layers) for method in methods]
+    check_protocol(protocol)
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
     statistics = statistics_for(editors, model, corpus, tokens, where)
-    texts = list(islice(documents(text), HELD_OUT)) if text else []
+    texts = held_out(text)
     return [
         run(
             model,
             facts,
             statistics,
-            method,
+            editor,
             protocol,
-            layers,
             dataset,
             batch=batch,
             every=every,
             texts=texts,
-            corpus=corpus,
+            seed=seed,
         )
-        for method in methods
+        for editor in editors
     ]
+
+
+def check_protocol(name: str) -> None:
+    """Raises KnowEditError for an unknown one."""
+    if name not in PROTOCOLS:
+        raise KnowEditError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+
+
+def held_out(text: Any) -> list[str]:
+    """The documents of a corpus that the perplexity is measured on; none without one."""
+    return list(islice(documents(text), HELD_OUT)) if text else []
 
 
 def run(
     model: EditableModel,
     facts: Sequence[Fact],
     statistics: KeyStatistics | None,
-    method: str,
+    method: Method,
     protocol: str = "batch",
-    layers: tuple[int, ...] | None = None,
     dataset: str = "",
     *,
     batch: int = 50,
     every: int = 100,
     texts: Sequence[str] = (),
-    corpus: Any = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> Result:
-    """Compute and measure one method; the model is left as it was found."""
-    editor = make_editor(method, corpus=corpus, layers=layers)
-    course: list[Point] = []
-    start = time.perf_counter()
-    if protocol == "sequential":
-        watch = Watch(model, facts, texts, sample=SAMPLE, progress=progress)
-        with Session(editor, model, statistics) as session:
-            course += write_in_sequence(session, watch, batch, every, progress=progress)
-            evaluation, report = (
-                watch.evaluation(progress=progress),
-                session.history.edits[0].report,
-            )
-        moved, seconds = course[-1].drift, course[-1].seconds
-    elif protocol == "single":
-        edits = _Timed(lambda: editor.compute_each(model, facts, statistics, progress=progress))
-        evaluation = evaluate_each(model, edits, facts, progress=progress)
-        seconds, moved, report = edits.seconds, None, edits.report
+    """Compute and measure one method; the model is left as it was found.
+
+    Args:
+        dataset: its name, for the record.
+        texts: held-out documents, for measures that need some.
+        seed: of the intervals.
+
+    Raises:
+        KnowEditError: an unknown protocol, no facts, or what the method raises.
+    """
+    check_protocol(protocol)
+    if not facts:
+        raise KnowEditError("there are no facts to measure; give at least one")
+    trajectory: list[SequenceStep] = []
+    effects: dict[str, dict[str, Any]] = {}
+    if protocol == "single":
+        edits = _Timed(lambda: method.compute_each(model, facts, statistics, progress=progress))
+        evaluation = evaluate_each(model, edits, facts, seed=seed, progress=progress)
+        seconds, report = edits.seconds, edits.report
     else:
-        edit = editor.compute(model, facts, statistics, progress=progress)
-        seconds, moved, report = time.perf_counter() - start, drift(model, edit), edit.report
-        evaluation = evaluate(model, edit, facts, progress=progress)
-    seconds /= len(facts)
+        watched = model_measures(texts=bool(texts))
+        before = {name: m.observe(model, texts) for name, m in watched.items()}
+
+        def moved() -> dict[str, dict[str, Any]]:
+            return {n: m.compare(before[n], m.observe(model, texts)) for n, m in watched.items()}
+
+        if protocol == "sequential":
+            monitor = SequenceMonitor(
+                model, facts, texts, sample=SAMPLE, seed=seed, progress=progress
+            )
+            with Session(method, model, statistics) as session:
+                trajectory += write_in_sequence(session, monitor, batch, every, progress=progress)
+                evaluation, effects = monitor.evaluation(progress=progress), moved()
+                seconds, report = trajectory[-1].seconds, session.history.edits[0].report
+        else:
+            start = time.perf_counter()
+            edit = method.compute(model, facts, statistics, progress=progress)
+            seconds, report = time.perf_counter() - start, edit.report
+            with edit.applied_to(model):
+                effects = moved()
+            evaluation = evaluate(model, edit, facts, seed=seed, progress=progress)
     return Result(
         model.name,
         dataset,
-        editor.name,
+        method.name,
         protocol,
         len(facts),
         evaluation,
-        moved,
-        seconds,
+        effects,
+        seconds / len(facts),
         report,
-        course,
+        method.to_dict(),
+        trajectory,
     )
 
 
@@ -202,7 +255,8 @@ class _Timed:
     """
 
     def __init__(self, compute: Callable[[], Iterable[Edit]]) -> None:
-        self.compute, self.seconds, self.report = compute, 0.0, {}  # type: ignore[var-annotated]
+        self.compute, self.seconds = compute, 0.0
+        self.report: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[Edit]:
         start = time.perf_counter()
@@ -217,11 +271,11 @@ def write_run(folder: Path, results: Sequence[Result]) -> None:
     """`results.json` with the summaries and `prompts.jsonl` with every single prompt, each written
     whole.
     """
-    with atomic_file(folder / "results.json") as path:
+    with atomic_file(folder / RESULTS) as path:
         path.write_text(
             json.dumps([r.to_dict() for r in results], indent=1) + "\n", encoding="utf-8"
         )
-    with atomic_file(folder / "prompts.jsonl") as path:
+    with atomic_file(folder / PROMPTS) as path:
         lines = (
             json.dumps({"method": r.method, **row}, ensure_ascii=False)
             for r in results

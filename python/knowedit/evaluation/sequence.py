@@ -15,11 +15,13 @@ from torch import Tensor
 
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.drift import ORDINARY, Drift, compare
-from knowedit.evaluation.measures.counterfact import Estimate, Evaluation, ask, questions, summarise
+from knowedit.evaluation.evaluation import Estimates, Evaluation, summarise
+from knowedit.evaluation.measures.base import ask, questions
+from knowedit.evaluation.measures.drift import ORDINARY, Drift, compare
 from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar
+from knowedit.io.tables import Column, Table
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.structure import is_transposed
@@ -27,7 +29,7 @@ from knowedit_kernels.lowrank import Change
 
 
 @dataclass(frozen=True)
-class Point:
+class SequenceStep:
     """The model after a number of facts.
 
     Attributes:
@@ -41,7 +43,7 @@ class Point:
     """
 
     edits: int
-    measures: dict[str, dict[str, Estimate]]
+    measures: Estimates
     drift: Drift
     perplexity: float | None
     norm: float
@@ -53,15 +55,15 @@ class Point:
         return asdict(self)
 
 
-class Watch:
-    """What the unedited model says, and comparisons with it.
+class SequenceMonitor:
+    """Measures a model on its way through a sequence of edits, against its unedited self.
 
     Args:
         model: still unedited.
         facts: all that will be written, in order.
         texts: held-out documents for the perplexity.
         measured: indices of the facts that are measured; None: all of them.
-        sample: so many of them at a point, spread evenly over those written so far; None: all.
+        sample: so many of them at a step, spread evenly over those written so far; None: all.
 
     Raises:
         KnowEditError: the model has active edits.
@@ -81,7 +83,7 @@ class Watch:
     ) -> None:
         if model.ledger.active:
             raise KnowEditError(
-                "the watch starts from the unedited model; undo the active edits first"
+                "the monitor starts from the unedited model; undo the active edits first"
             )
         self.model, self.facts, self.texts, self.sample = model, list(facts), texts, sample
         self.tokens, self.seed = tokens, seed
@@ -90,7 +92,9 @@ class Watch:
         self.before = ask(model, self.asked, title="before", progress=progress)
         self.ordinary = model.next_logprobs(ORDINARY)
 
-    def look(self, edits: Sequence[Edit], written: int, *, progress: bool = True) -> Point:
+    def measure(
+        self, edits: Sequence[Edit], written: int, *, progress: bool = True
+    ) -> SequenceStep:
         """The model as it is, after `edits` wrote the first `written` facts (none: what the
         unedited one says of them all).
         """
@@ -106,9 +110,9 @@ class Watch:
         answers = (
             ask(self.model, asked, title=f"after {written}", progress=progress) if edits else before
         )
-        return Point(
+        return SequenceStep(
             written,
-            summarise(asked, answers, len(self.facts), np.random.default_rng(self.seed), before),
+            summarise(asked, answers, np.random.default_rng(self.seed), before),
             compare(self.ordinary, self.model.next_logprobs(ORDINARY), ORDINARY),
             perplexity(self.model, self.texts, tokens=self.tokens) if self.texts else None,
             max(total_norms(self.model, edits).values(), default=0.0),
@@ -119,18 +123,18 @@ class Watch:
         """All measured facts, before and as the model is now."""
         rng = np.random.default_rng(self.seed)
         after = ask(self.model, self.asked, title="after", progress=progress)
-        was = summarise(self.asked, self.before, len(self.facts), rng)
-        now = summarise(self.asked, after, len(self.facts), rng, self.before)
+        was = summarise(self.asked, self.before, rng)
+        now = summarise(self.asked, after, rng, self.before)
         return Evaluation(was, now, self.asked, self.before, after)
 
 
 def write_in_sequence(
-    session: Session, watch: Watch, batch: int, every: int, *, progress: bool = True
-) -> Iterator[Point]:
-    """Write the watch's facts in batches of `batch`; a point at the start, after every `every`
+    session: Session, monitor: SequenceMonitor, batch: int, every: int, *, progress: bool = True
+) -> Iterator[SequenceStep]:
+    """Write the monitor's facts in batches of `batch`; a step at the start, after every `every`
     facts, and at the end.
 
-    A session whose history has the first of the facts goes on after them, without a point at the
+    A session whose history has the first of the facts goes on after them, without a step at the
     start.
 
     Raises:
@@ -138,7 +142,7 @@ def write_in_sequence(
     """
     if batch < 1 or every < 1:
         raise KnowEditError(f"batch and every must be positive, got {batch} and {every}")
-    facts, seconds, edits = watch.facts, 0.0, list(session.history.edits)
+    facts, seconds, edits = monitor.facts, 0.0, list(session.history.edits)
     begin = len(session.history.facts)
     if session.history.facts != facts[:begin]:
         raise KnowEditError(
@@ -146,7 +150,7 @@ def write_in_sequence(
             "history"
         )
     if not begin:
-        yield watch.look(edits, 0, progress=False)
+        yield monitor.measure(edits, 0, progress=False)
     due = begin - begin % every + every
     with bar(f"{session.editor.name}: in sequence", len(facts), "facts", show=progress) as advance:
         advance(begin)
@@ -157,7 +161,7 @@ def write_in_sequence(
             written = min(start + batch, len(facts))
             advance(written - start)
             if written >= due or written == len(facts):
-                yield replace(watch.look(edits, written, progress=False), seconds=seconds)
+                yield replace(monitor.measure(edits, written, progress=False), seconds=seconds)
                 due = written - written % every + every
 
 
@@ -196,25 +200,26 @@ def _total_norm(weight: Tensor, parts: Sequence[Change], transposed: bool) -> fl
     return (square / max(clean, 1e-300)) ** 0.5
 
 
-def course_table(course: Sequence[Point]) -> list[str]:
-    """A line a point."""
-    columns = {
-        "efficacy": ("efficacy", "success"),
-        "exact": ("efficacy", "exact"),
-        "paraphrase": ("paraphrase", "success"),
-        "neighbourh.": ("neighbourhood", "success"),
-        "unchanged": ("neighbourhood", "unchanged"),
-    }
-    lines = [
-        "edits "
-        + " ".join(f"{name:>11}" for name in (*columns, "perplexity", "KL", "|D|/|W|", "gain"))
+#: Columns of `trajectory_table`: heading, kind and measure.
+COLUMNS = {
+    "efficacy": ("efficacy", "success"),
+    "exact": ("efficacy", "exact"),
+    "paraphrase": ("paraphrase", "success"),
+    "neighbourhood": ("neighbourhood", "success"),
+    "unchanged": ("neighbourhood", "unchanged"),
+}
+
+
+def trajectory_table(trajectory: Sequence[SequenceStep], title: str = "") -> Table:
+    """A row a step: means, without intervals."""
+    others = ("perplexity", "KL", "|D|/|W|", "gain")
+    columns: list[Column | str] = [
+        "edits",
+        *(Column(name, ".3f", "right") for name in (*COLUMNS, *others)),
     ]
-    for point in course:
-        found = [point.measures.get(kind, {}).get(measure) for kind, measure in columns.values()]
-        values = [None if estimate is None else estimate.mean for estimate in found]
-        values += [point.perplexity, point.drift.kl, point.norm, point.gain]
-        lines.append(
-            f"{point.edits:>5} "
-            + " ".join(f"{'' if v is None else f'{v:.3f}':>11}" for v in values)
-        )
-    return lines
+    rows = []
+    for step in trajectory:
+        found = [step.measures.get(kind, {}).get(measure) for kind, measure in COLUMNS.values()]
+        means = [None if estimate is None else estimate.mean for estimate in found]
+        rows.append([step.edits, *means, step.perplexity, step.drift.kl, step.norm, step.gain])
+    return Table(columns, rows, title)

@@ -1,29 +1,27 @@
 """Fact sets by name or path: `load("demo")`, `load("counterfact")`, `load("my_facts.jsonl")`.
 
-Our own embedded set comes with the package. Public data sets are not shipped: they are read from
-the folder that the environment variable ``KNOWEDIT_DATA`` names. Each public format has a module
-with ``matches(record)`` and ``facts(record, seen)``; formats are told apart by their fields, never
-by file name.
+The embedded set comes with the package. Public data sets are not shipped: they are read from the
+folder that the environment variable ``KNOWEDIT_DATA`` names. Their names and files stand with their
+formats (`knowedit.facts.formats`).
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from knowedit.facts.fact import Fact, FactError, check_facts, read_records
-from knowedit.facts.formats import counterfact, knowedit, known1000, mquake, same_subject, zsre
+from knowedit.facts.fact import Fact, FactError, check_facts
+from knowedit.facts.formats import named_sets, recognise
+from knowedit.facts.records import parse_records, read_records
+from knowedit.io.names import nearest
 
 logger = logging.getLogger(__name__)
 
-FORMATS = (counterfact, same_subject, mquake, zsre, knowedit, known1000)
 EMBEDDED = Path(__file__).with_name("embedded.jsonl")
+#: The ids of the embedded facts that "demo" is.
 DEMO = (
     "capital-france",
     "symbol-gold",
@@ -32,103 +30,93 @@ DEMO = (
     "landmark-colosseum",
     "field-wolfgang-amadeus-mozart",
 )
-
-FILES = {  # name -> file names tried in data_dir(), the complete original first
-    "counterfact": ("counterfact.json", "counterfact_rome_schema.jsonl.gz"),
-    "counterfact-flat": ("counterfact_first2000.jsonl.gz",),
-    "same-subject": ("counterfact_same_subject_groups.jsonl.gz",),
-    "zsre": ("zsre_mend_eval_portability_gpt4.json", "zsre_eval_portability_first600.jsonl.gz"),
-    "knowedit-wiki-counterfact": ("knowedit_wiki_counterfact_train_first900.jsonl.gz",),
-    "knowedit-wiki-recent": ("knowedit_wiki_recent_train_570.jsonl.gz",),
-    "knowedit-wikibio": ("knowedit_wikibio_test_306.jsonl.gz",),
-    "knowedit-zsre": ("knowedit_zsre_test_first800.jsonl.gz",),
-    "mquake": ("MQuAKE-CF-3k.json", "mquake_cf3k_2hop_reconstructed_842.jsonl.gz"),
-    "known1000": ("known_1000.json", "known_1000_1209.jsonl.gz"),
+SHIPPED = {
+    "demo": "six different facts of the embedded set",
+    "embedded": "185 counterfactuals with paraphrases, neighbours and questions, written for this "
+    "package",
 }
 
 
+@dataclass(frozen=True)
+class KnownSet:
+    """A set that `load` takes by name.
+
+    Attributes:
+        files: the file names it is looked for under, the first one found is read.
+        path: the file that is read, or None where there is none.
+        size: of that file in bytes, or None.
+    """
+
+    name: str
+    what: str
+    files: tuple[str, ...]
+    path: Path | None
+    size: int | None
+
+    @property
+    def present(self) -> bool:
+        return self.path is not None
+
+
 def data_dir() -> Path | None:
-    """The folder with public data: ``KNOWEDIT_DATA``, else ``../shared/data`` beside a source
-    checkout, else None.
+    """The folder of public data that ``KNOWEDIT_DATA`` names; None when it is not set.
+
+    Raises `FactError` when it names no folder.
+    """
+    named = os.environ.get("KNOWEDIT_DATA")
+    if not named:
+        return None
+    if not Path(named).is_dir():
+        raise FactError(
+            f"KNOWEDIT_DATA={named!r} is not a folder; point it at the public data or unset it"
+        )
+    return Path(named)
+
+
+def known_sets() -> list[KnownSet]:
+    """Every set that has a name, the shipped ones first, each with the file it is read from here.
 
     Raises `FactError` when ``KNOWEDIT_DATA`` names no folder.
     """
-    if named := os.environ.get("KNOWEDIT_DATA"):
-        if not Path(named).is_dir():
-            raise FactError(
-                f"KNOWEDIT_DATA={named!r} is not a folder; point it at the public data or unset it"
-            )
-        return Path(named)
-    beside = (Path(__file__).resolve().parent / "../../../../shared/data").resolve()
-    return beside if beside.is_dir() else None
-
-
-def _form(record: dict[str, Any]) -> ModuleType | None:
-    return next((form for form in FORMATS if form.matches(record)), None)
-
-
-def parse(
-    records: Iterable[tuple[str, dict[str, Any]]], *, skip: bool = False
-) -> list[tuple[str, Fact]]:
-    """``(place, record)`` pairs in any known format -> ``(place, fact)`` pairs; our own format is
-    the fallback.
-
-    Raises `FactError` with the place for a record that is no usable fact; with `skip` such records
-    of a public format are left out and named in one warning. Which forms the answers had is logged.
-    """
-    placed: list[tuple[str, Fact]] = []
-    skipped: list[str] = []
-    seen: dict[str, Counter[str]] = {}
-    for place, record in records:
-        form = _form(record)
-        name = form.__name__.rpartition(".")[2] if form else "fact"
-        try:
-            if form is None:
-                placed.append((place, Fact.from_dict(record)))
-                continue
-            placed += [
-                (place, fact) for fact in form.facts(record, seen.setdefault(name, Counter()))
-            ]
-        except FactError as e:
-            if form is None or not skip:
-                raise FactError(f"{place}: {e}") from e
-            skipped.append(f"{place}: {e}")
-        except (KeyError, TypeError, AttributeError) as e:
-            raise FactError(f"{place}: broken {name} record ({type(e).__name__}: {e})") from e
-    for name, forms in seen.items():
-        logger.info(
-            "%s format; answers as %s",
-            name,
-            ", ".join(f"{k} ({n})" for k, n in sorted(forms.items())),
-        )
-    if skipped:
-        logger.warning(
-            "left out %d records that cannot be edited: %s", len(skipped), "; ".join(skipped)
-        )
-    return placed
+    folder = data_dir()
+    size = EMBEDDED.stat().st_size
+    found = [
+        KnownSet(name, what, (EMBEDDED.name,), EMBEDDED, size) for name, what in SHIPPED.items()
+    ]
+    for named in named_sets():
+        path = _first_file(folder, named.files)
+        size_here = path.stat().st_size if path else None
+        found.append(KnownSet(named.name, named.what, named.files, path, size_here))
+    return found
 
 
 def load(name_or_path: str | os.PathLike[str], limit: int | None = None) -> list[Fact]:
-    """The facts of a set: ``"demo"`` (6), ``"embedded"`` (all of ours), a name in `FILES`, or the
-    path of a fact file.
+    """The facts of a set: ``"demo"`` (6), ``"embedded"`` (all of ours), the name of a public set
+    (`known_sets`), or the path of a file of facts.
 
     Public sets hold independent cases, so repeats and contradictions between them are kept and
-    counted in a warning (`conflict_free` takes them out); a file of your own is checked whole
-    (`knowedit.facts.fact.read_facts`). `limit` keeps the first that many facts. Raises `FactError`
-    for an unknown name, a missing or a broken file.
+    counted in a warning (`conflict_free` removes them); a file of your own may hold none, as in
+    `read_facts`. Records of a public set that are no usable fact are left out and named in a
+    warning.
+
+    Args:
+        limit: at most so many facts, from the start.
+
+    Raises:
+        FactError: an unknown name, a missing or a broken file, a limit below 1.
     """
     if limit is not None and limit < 1:
         raise FactError(f"limit must be at least 1, got {limit}; leave it out to load everything")
     name = os.fspath(name_or_path)
-    if name in ("demo", "embedded"):
-        facts = [fact for _, fact in parse(read_records(EMBEDDED))]
+    if name in SHIPPED:
+        facts = [fact for _, fact in parse_records(read_records(EMBEDDED))]
         if name == "demo":
             by_id = {fact.id: fact for fact in facts}
             facts = [by_id[i] for i in DEMO]
         return facts[:limit]
     records = list(read_records(_path(name)))
-    public = bool(records) and _form(records[0][1]) is not None
-    placed = parse(records, skip=public)
+    public = bool(records) and recognise(records[0][1]) is not None
+    placed = parse_records(records, skip=public)
     if not placed:
         raise FactError(f"{name}: holds no facts")
     facts = [fact for _, fact in placed]
@@ -143,7 +131,7 @@ def load(name_or_path: str | os.PathLike[str], limit: int | None = None) -> list
 
 def conflict_free(facts: Iterable[Fact]) -> list[Fact]:
     """`facts` that can be written together: the first of each subject and relation (or prompt,
-    where unnamed).
+    where the relation is not named).
     """
     first: dict[tuple[str, str], Fact] = {}
     for fact in facts:
@@ -155,19 +143,24 @@ def _path(name: str) -> Path:
     """The file behind a set's name or a path. Raises `FactError` saying what is known, or where to
     put the file.
     """
-    if name not in FILES:
+    files = {named.name: named.files for named in named_sets()}
+    if name not in files:
         if Path(name).exists():
             return Path(name)
-        known = ["demo", "embedded", *FILES]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "known sets: " + ", ".join(known)
+        hint = nearest(name, [*SHIPPED, *files], "known sets")
         raise FactError(f"{name!r} is neither a file nor a known set; {hint}")
     folder = data_dir()
-    found = [folder / file for file in FILES[name] if (folder / file).is_file()] if folder else []
-    if not found:
+    path = _first_file(folder, files[name])
+    if path is None:
         raise FactError(
-            f"data set {name!r} needs {' or '.join(FILES[name])} in "
+            f"data set {name!r} needs {' or '.join(files[name])} in "
             f"{folder or 'the folder KNOWEDIT_DATA names'}; "
             "put the file there, set KNOWEDIT_DATA to its folder, or use the embedded set"
         )
-    return found[0]
+    return path
+
+
+def _first_file(folder: Path | None, names: Iterable[str]) -> Path | None:
+    if folder is None:
+        return None
+    return next((folder / name for name in names if (folder / name).is_file()), None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -18,12 +19,19 @@ from rich.progress import (
 console = Console(stderr=True)
 
 
+class Advance(Protocol):
+    """Moves a bar on by `amount`, and shows `note` behind it until another one is given."""
+
+    def __call__(self, amount: float = 1, note: str | None = None) -> None: ...
+
+
 @contextmanager
-def bar(
-    title: str, total: float, unit: str = "", *, show: bool = True
-) -> Iterator[Callable[..., None]]:
-    """Yield `advance(n, note="")`; with a terminal it moves a bar with rate, elapsed and remaining
-    time.
+def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Iterator[Advance]:
+    """Yield the function that moves a progress bar on; nothing is shown without a terminal.
+
+    Args:
+        total: the amount at the end, in `unit`.
+        show: False hides the bar on a terminal too.
     """
     columns = (
         SpinnerColumn(),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from knowedit.errors import EditError
+from knowedit.facts.fact import last_place
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,6 @@ def tokenise(
 _NO_BLANKS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
 )
-
-
-def last_place(subject: str, text: str) -> int:
-    """Where `subject` begins last in `text`, as a word of its own where it is one ("Iran", not
-    "Iranian"); -1: nowhere.
-    """
-    name = re.escape(subject)
-    found = [*re.finditer(rf"(?<!\w){name}(?!\w)", text)] or [*re.finditer(name, text)]
-    return found[-1].start() if found else -1
 
 
 def join(prompt: str, answer: str) -> str:

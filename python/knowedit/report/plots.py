@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from knowedit.errors import KnowEditError
 from knowedit.io.files import atomic_file
 
@@ -14,19 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Table = Mapping[
-    str, Mapping[str, Mapping[str, float]]
-]  # {kind: {measure: {"mean", "low", "high"}}}
+    from knowedit.statistics import KeyStatistics
+
+#: {kind: {measure: {"mean", "low", "high"}}}
+Rates = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 FORMS = ("cloze", "paraphrase", "question", "chat_question", "chat_completion", "distractor")
 METRICS = {"C": "covariance", "P": "null space", "I": "identity"}
+ESTIMATED = {"solve": "C⁻¹k", "null_space": "null space"}
 #: What was restored, and the map's colours (those of the paper).
 TRACED = {
     "hidden": ("one layer's output", "Purples"),
     "mlp": ("MLP outputs, windows of {}", "Greens"),
     "attention": ("attention outputs, windows of {}", "Reds"),
 }
-COURSE = (
+#: Panels of a trajectory: kind, measure, title.
+STEPS = (
     ("efficacy", "success", "prefers the new fact"),
     ("paraphrase", "success", "in other words"),
     ("neighbourhood", "unchanged", "neighbours unchanged"),
@@ -53,9 +58,10 @@ def svg(figure: Figure) -> str:
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
-def _figure(
+def panels(
     columns: int, rows: int = 1, *, width: float = 11, height: float = 3.6
 ) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, row by row, in the pages' style; sizes in inches, height a row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height * rows), layout="constrained")
@@ -68,31 +74,36 @@ def _figure(
     return figure, axes
 
 
-def _bars(
+def bars(
     axis: Axes,
-    tables: Mapping[str, Table],
-    bars: Sequence[tuple[str, str]],
-    before: Table | None,
+    tables: Mapping[str, Rates],
+    wanted: Sequence[tuple[str, str]],
+    before: Rates | None,
     title: str,
     *,
     top: float | None = 1.0,
 ) -> None:
-    """Grouped bars with intervals; a black tick marks the unedited model."""
-    bars = [
+    """Grouped bars with intervals; a black tick marks the unedited model.
+
+    Args:
+        tables: rates by method; wanted: kind and measure of each group, left out where a method
+            does not have it.
+    """
+    shown = [
         (kind, measure)
-        for kind, measure in bars
+        for kind, measure in wanted
         if all(measure in t.get(kind, {}) for t in tables.values())
     ]
     width = 0.8 / max(1, len(tables))
     for i, (name, table) in enumerate(tables.items()):
-        found = [table[kind][measure] for kind, measure in bars]
+        found = [table[kind][measure] for kind, measure in shown]
         means = [e["mean"] for e in found]
         ends = [[e["mean"] - e["low"] for e in found], [e["high"] - e["mean"] for e in found]]
-        at = [b + (i - (len(tables) - 1) / 2) * width for b in range(len(bars))]
+        at = [b + (i - (len(tables) - 1) / 2) * width for b in range(len(shown))]
         axis.bar(at, means, 0.92 * width, color=f"C{i}", label=name)
         axis.errorbar(at, means, ends, fmt="none", ecolor="#344054", elinewidth=0.9, capsize=1.5)
     if before is not None:
-        for b, (kind, measure) in enumerate(bars):
+        for b, (kind, measure) in enumerate(shown):
             axis.hlines(
                 before[kind][measure]["mean"],
                 b - 0.45,
@@ -101,13 +112,14 @@ def _bars(
                 linewidth=1.4,
                 label="unedited" * (b == 0),
             )
-    axis.set_xticks(range(len(bars)), [kind.replace("_", "\n") for kind, _ in bars])
+    axis.set_xticks(range(len(shown)), [kind.replace("_", "\n") for kind, _ in shown])
     axis.set_title(title, fontsize="medium", loc="left")
     if top is not None:
         axis.set_ylim(0, 1.04 * top)
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
+def legend(figure: Figure, axis: Axes) -> None:
+    """One legend for all panels below them, from the labels of `axis`."""
     handles, labels = axis.get_legend_handles_labels()
     shown = {label: handle for handle, label in zip(handles, labels) if label}
     figure.legend(
@@ -120,12 +132,12 @@ def _legend(figure: Figure, axis: Axes) -> None:
     )
 
 
-def same_subject(tables: Mapping[str, Table], before: Table) -> Figure:
+def same_subject(tables: Mapping[str, Rates], before: Rates) -> Figure:
     """Recall of several methods form by form, and what else each of them moved. Arguments:
     `{method: after}`, before.
     """
-    figure, (likely, exact, kept, moved) = _figure(2, 2)
-    _bars(
+    figure, (likely, exact, kept, moved) = panels(2, 2)
+    bars(
         likely,
         tables,
         [(form, "success") for form in FORMS],
@@ -133,21 +145,21 @@ def same_subject(tables: Mapping[str, Table], before: Table) -> Figure:
         "new object likelier than the true one",
     )
     said = [*((form, "exact") for form in FORMS), ("greedy", "contains")]
-    _bars(exact, tables, said, before, "exactly the new object; greedy: the answer contains it")
+    bars(exact, tables, said, before, "exactly the new object; greedy: the answer contains it")
     same = [
         ("neighbourhood", "unchanged"),
         ("essence", "kept"),
         ("identity", "kept"),
         ("unrelated", "kept"),
     ]
-    _bars(
+    bars(
         kept,
         tables,
         same,
         None,
         "as unedited: neighbours' decision, the subject's most likely next word",
     )
-    _bars(
+    bars(
         moved,
         tables,
         [(k, "kl") for k, _ in same[1:]],
@@ -155,35 +167,37 @@ def same_subject(tables: Mapping[str, Table], before: Table) -> Figure:
         "KL(unedited || edited) after the subject, nats",
         top=None,
     )
-    _legend(figure, likely)
+    legend(figure, likely)
     return figure
 
 
-def measures(tables: Mapping[str, Table], before: Table) -> Figure:
+def measures(tables: Mapping[str, Rates], before: Rates) -> Figure:
     """CounterFact's measures of several methods."""
-    figure, (success, exact) = _figure(2)
+    figure, (success, exact) = panels(2)
     kinds = ("efficacy", "paraphrase", "neighbourhood")
-    _bars(success, tables, [(kind, "success") for kind in kinds], before, "success")
-    _bars(
+    bars(success, tables, [(kind, "success") for kind in kinds], before, "success")
+    bars(
         exact,
         tables,
         [(kind, "exact") for kind in kinds],
         before,
         "every token is the most likely one",
     )
-    _legend(figure, success)
+    legend(figure, success)
     return figure
 
 
-def course(courses: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+def trajectory(trajectories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """A model on its way through a sequence of edits: one line a method, bands are 95 %
     intervals.
     """
-    figure, axes = _figure(3, 2, height=2.8)
-    for axis, (kind, measure, title) in zip(axes, COURSE):
-        for i, (name, points) in enumerate(courses.items()):
-            shown = [p for p in points if p["edits"] or kind in (None, "neighbourhood")]
-            found = [(p["edits"], e) for p in shown if (e := _read(p, kind, measure)) is not None]
+    figure, axes = panels(3, 2, height=2.8)
+    for axis, (kind, measure, title) in zip(axes, STEPS):
+        for i, (name, steps) in enumerate(trajectories.items()):
+            shown = [p for p in steps if p["edits"] or kind in (None, "neighbourhood")]
+            found = [
+                (p["edits"], e) for p in shown if (e := step_value(p, kind, measure)) is not None
+            ]
             if not found:
                 continue
             edits, values = [n for n, _ in found], [e for _, e in found]
@@ -198,14 +212,17 @@ def course(courses: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             axis.set_ylim(0, 1.04)
         if not axis.lines:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return figure
 
 
-def _read(point: Mapping[str, Any], kind: str | None, measure: str) -> Mapping[str, float] | None:
+def step_value(
+    step: Mapping[str, Any], kind: str | None, measure: str
+) -> Mapping[str, float] | None:
+    """An estimate of `SequenceStep.to_dict`; a plain number has itself for an interval."""
     if kind is not None:
-        return point["measures"].get(kind, {}).get(measure)
-    value = point["drift"]["kl"] if measure == "kl" else point[measure]
+        return step["measures"].get(kind, {}).get(measure)
+    value = step["drift"]["kl"] if measure == "kl" else step[measure]
     return None if value is None else {"mean": value, "low": value, "high": value}
 
 
@@ -214,7 +231,7 @@ def geometry(layers: Sequence[Mapping[str, Any]]) -> Figure:
     recall?
     """
     written = [layer for layer in layers if layer["recall"]]
-    figure, axes = _figure(3, 2 if written else 1, height=3.4)
+    figure, axes = panels(3, 2 if written else 1, height=3.4)
     kappa, rho, gain = axes[:3]
     numbers = [layer["layer"] for layer in layers]
     for i, (metric, name) in enumerate(METRICS.items()):
@@ -285,7 +302,7 @@ def geometry(layers: Sequence[Mapping[str, Any]]) -> Figure:
             recall: "new object likelier than the true one",
             room: "each fact and form, covariance's edit",
         }
-        _legend(figure, recall)
+        legend(figure, recall)
     for axis, title in titles.items():
         axis.set_title(title, fontsize="medium", loc="left")
     return figure
@@ -312,7 +329,7 @@ def trace(record: Mapping[str, Any]) -> Figure:
     average also its intervals.
     """
     kinds, rows, average = [*record["effect"]], record["rows"], "counts" in record
-    figure, axes = _figure(
+    figure, axes = panels(
         len(kinds), 1 + average, width=4 * len(kinds), height=max(2.2, 0.9 + 0.26 * len(rows))
     )
     for axis, lines, kind in zip(
@@ -343,11 +360,40 @@ def trace(record: Mapping[str, Any]) -> Figure:
             lines.set_xlabel("layer", fontsize="small")
     if average:
         axes[len(kinds)].set_ylabel("probability given back", fontsize="small")
-        _legend(figure, axes[-1])
+        legend(figure, axes[-1])
     what = (
         f"{len(record['facts'])} facts"
         if average
         else f"p({record['answer']!r}) given back, of {record['clean']:.2f}"
     )
     figure.suptitle(f"{record['model']}: {what}", fontsize="medium", x=0.01, ha="left")
+    return figure
+
+
+def statistics(found: KeyStatistics) -> Figure:
+    """Key statistics: the estimated error against tokens, and the spectrum of C, by layer."""
+    figure, (error, spectrum) = panels(2, width=10, height=4)
+    for number, layer in enumerate(found.layers):
+        colour, checks = f"C{number % 10}", found[layer].extra.get("convergence", [])
+        for measure, line in (("solve", "-"), ("null_space", "--")):
+            points = [(check["tokens"], *check[measure]) for check in checks if measure in check]
+            if points:
+                tokens, median, low, high = zip(*points)
+                label = f"layer {layer}, {ESTIMATED[measure]}"
+                error.plot(tokens, median, line, marker=".", color=colour, label=label)
+                error.fill_between(tokens, low, high, color=colour, alpha=0.15, linewidth=0)
+        values = torch.linalg.eigvalsh(found.moment(layer)).flip(0).clamp_min(1e-30)
+        numbers = range(1, len(values) + 1)
+        spectrum.plot(numbers, values.tolist(), color=colour, label=f"layer {layer}")
+    error.set(xlabel="tokens", ylabel="relative error (quartiles over keys)")
+    error.set_title("estimated from two halves", fontsize="medium", loc="left")
+    spectrum.set(xlabel="number", ylabel="eigenvalue of C", xscale="log", yscale="log")
+    spectrum.set_title("spectrum", fontsize="medium", loc="left")
+    if error.lines:
+        error.set(xscale="log", yscale="log")
+        error.legend(fontsize="small")
+    else:
+        said = "too few tokens for an estimate"
+        error.text(0.5, 0.5, said, ha="center", transform=error.transAxes)
+    spectrum.legend(fontsize="small")
     return figure

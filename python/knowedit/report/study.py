@@ -1,16 +1,22 @@
-"""The arithmetic study as pictures: every measure of every method, and what each trades for
-what.
+"""The arithmetic study as sections of a page: every measure of every method, and what each trades
+for what.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from knowedit.report.plots import _bars, _figure, _legend
+from knowedit.io.tables import Table
+from knowedit.report.page import Section
+from knowedit.report.plots import bars, legend, panels
 from knowedit.studies.arithmetic.measure import GOAL
-from knowedit.studies.arithmetic.summary import bounds, interference_lines, lines, verdicts
+from knowedit.studies.arithmetic.summary import (
+    bounds,
+    interference_tables,
+    methods_table,
+    verdicts,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,34 +26,25 @@ _GOALS = dict(GOAL)
 _PARAPHRASE = ("paraphrase", "success")
 
 
-def sections(found: Mapping[str, Any]) -> list[tuple[str, str, Figure | None]]:
-    """`study.json` as titles, tables and pictures for `knowedit report`."""
-    head = found["head"]
-    title = f"{', '.join(head['targets'])}, and nothing else? {head['model']}"
-    said = verdicts(found)
-    width = max((len(method) for method, _ in said), default=0) + 2
-    notes = [wrapped("", note) for note in found["notes"]]
-    judged = [wrapped(f"{method:{width}}", verdict) for method, verdict in said]
-    made: list[tuple[str, str, Figure | None]] = [
-        (
-            title,
-            "\n".join([*notes, "", *lines(found)]),
-            comparison(found) if _measured(found) else None,
+def sections(found: Mapping[str, Any]) -> list[Section]:
+    """`study.json` for `knowedit report`."""
+    head, measured = found["head"], _measured(found)
+    judged = Table(["method", "verdict"], verdicts(found))
+    made = [
+        Section(
+            f"{', '.join(head['targets'])}, and nothing else? {head['model']}",
+            [*found["notes"], methods_table(found)],
+            comparison(found) if measured else None,
         ),
-        (
+        Section(
             "What is traded for what",
-            "\n".join([*judged, "", wrapped("", bounds(found))]),
-            pareto(found) if _measured(found) else None,
+            [judged, bounds(found)],
+            pareto(found) if measured else None,
         ),
     ]
     if found["interference"]:
-        made.append(("Several sums at once", "\n".join(interference_lines(found)), None))
+        made.append(Section("Several sums at once", interference_tables(found)))
     return made
-
-
-def wrapped(name: str, text: str) -> str:
-    """`text` in lines that fit the page, behind `name`."""
-    return textwrap.fill(text, 120, initial_indent=name, subsequent_indent=" " * len(name))
 
 
 def comparison(found: Mapping[str, Any]) -> Figure:
@@ -55,9 +52,9 @@ def comparison(found: Mapping[str, Any]) -> Figure:
     from cycler import cycler
     from matplotlib import rc_context
 
-    figure, (said, kept, moved) = _figure(3, width=15, height=4.6)
+    figure, (said, kept, moved) = panels(3, width=15, height=4.6)
     tables = {entry["method"]: entry["judge"] for entry in _measured(found)}
-    told = [("target", "success"), _PARAPHRASE, ("paraphrase", "longer")]
+    says = [("target", "success"), _PARAPHRASE, ("paraphrase", "longer")]
     same = [
         ("unrelated", "identical"),
         ("sums", "identical"),
@@ -65,9 +62,9 @@ def comparison(found: Mapping[str, Any]) -> Figure:
         ("sums", "steady"),
     ]
     with rc_context({"axes.prop_cycle": cycler(color=_tab20())}):
-        _bars(said, tables, told, found["unedited"], "says the target")
-        _bars(kept, tables, same, None, "as unedited")
-        _bars(
+        bars(said, tables, says, found["unedited"], "says the target")
+        bars(kept, tables, same, None, "as unedited")
+        bars(
             moved,
             tables,
             [("sums", "kl"), ("unrelated", "kl")],
@@ -82,7 +79,7 @@ def comparison(found: Mapping[str, Any]) -> Figure:
     )
     moved.set_yscale("symlog", linthresh=0.01)
     moved.set_ylim(bottom=0)
-    _legend(figure, said)
+    legend(figure, said)
     return figure
 
 
@@ -90,7 +87,7 @@ def pareto(found: Mapping[str, Any]) -> Figure:
     """What stays against what generalises; the goal's corner is shaded, the front a line, hollow
     marks miss the target.
     """
-    figure, axes = _figure(3, width=15, height=4.6)
+    figure, axes = panels(3, width=15, height=4.6)
     measures = {
         ("unrelated", "identical"): "locality",
         ("sums", "clear"): "clear sums",
@@ -116,7 +113,7 @@ def pareto(found: Mapping[str, Any]) -> Figure:
             ylabel="as unedited",
         )
         axis.set_title(name, fontsize="medium", loc="left")
-    _legend(figure, axes[0])
+    legend(figure, axes[0])
     return figure
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from knowedit.errors import KnowEditError
 from knowedit.evaluation import Answer, drift, evaluate, evaluate_each
-from knowedit.evaluation.measures.counterfact import estimate, questions, summarise
+from knowedit.evaluation.evaluation import estimate, summarise
+from knowedit.evaluation.measures.base import questions
 from knowedit.evaluation.protocols import measure
 from knowedit.facts.fact import Fact, Probe
 from knowedit.models.fingerprint import weights_fingerprint
@@ -76,7 +77,7 @@ def test_unchanged_compares_decisions():
     asked = questions(0, FACTS[0])[2:]
     before = [Answer(Score(-1, True), Score(-2, False)), Answer(Score(-2, False), Score(-1, True))]
     after = [Answer(Score(-3, False), Score(-2, False)), Answer(Score(-9, False), Score(-1, True))]
-    table = summarise(asked, after, 1, np.random.default_rng(0), before)
+    table = summarise(asked, after, np.random.default_rng(0), before)
     assert table["neighbourhood"]["unchanged"].mean == 0.5
     assert table["neighbourhood"]["success"].mean == 0.0
 

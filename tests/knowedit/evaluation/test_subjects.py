@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.measures.counterfact import Answer
+from knowedit.evaluation.intervals import estimates
+from knowedit.evaluation.measures.base import Answer
 from knowedit.evaluation.subjects.same_subject import (
     FORMS,
     KEPT,
@@ -21,14 +22,13 @@ from knowedit.evaluation.subjects.same_subject import (
     SameSubjectEvaluation,
     compare,
     contains,
-    estimates,
     evaluate_same_subject,
     judge,
     observe,
     prepare,
 )
 from knowedit.facts.fact import Fact, FactError, Probe
-from knowedit.facts.formats.same_subject import groups, halves
+from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
@@ -242,10 +242,6 @@ def test_two_methods_are_compared_on_the_same_facts(tiny_llama):
 )
 def test_an_answer_contains_the_object_as_a_word(text, answer, wanted):
     assert contains(text, answer) is wanted
-
-
-# -- the groups
-# -------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_groups_by_subject_with_further_neighbours():

@@ -15,12 +15,14 @@ import torch
 
 from benchmarks import tracing as benchmark
 from knowedit.errors import EditError, ModelError
-from knowedit.evaluation.tracing.localisation import _average, _resampled, roles, trace_many
+from knowedit.evaluation import intervals
+from knowedit.evaluation.tracing.localisation import _average, roles, trace_many
 from knowedit.evaluation.tracing.tracing import KINDS, Trace, embedding_deviation, trace
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
+from knowedit.io.tables import Table
 from knowedit.report import plots
-from knowedit.report.run import report, trace_table
+from knowedit.report.run import report, trace_blocks
 from tests.knowedit.cli.test_cli import knowedit, place  # noqa: F401
 from tests.knowedit.models.test_partial import tiny_mistral  # noqa: F401
 
@@ -220,7 +222,8 @@ def test_averages_over_facts_and_advice(tiny_llama):
 
 def test_bootstrap_over_facts():
     values = np.random.default_rng(1).normal(0.3, 0.1, (50, 2))
-    low, high = np.quantile(_resampled(values, 0), (0.025, 0.975), axis=0)
+    means = intervals.draws(50) @ values / 50
+    low, high = np.quantile(means, intervals.TAILS, axis=0)
     half = 1.96 * values.std(0, ddof=1) / 50**0.5
     assert low == pytest.approx(values.mean(0) - half, abs=0.1 * half.max())
     assert high == pytest.approx(values.mean(0) + half, abs=0.1 * half.max())
@@ -265,12 +268,8 @@ def test_pictures_and_tables_show_the_effects(tiny_llama, tmp_path):
     assert plots.trace(average).axes[1].lines[0].get_ydata().tolist() == pytest.approx(
         [0.1, 0.7, 0.0, 0.0]
     )
-    line = trace_table(average).splitlines()[-3]
-    assert (
-        line.startswith("last (2)")
-        and "| █  |" in line
-        and line.endswith("+0.700 [+0.700, +0.700] at 1")
-    )
+    table = next(block for block in trace_blocks(average) if isinstance(block, Table))
+    assert table.cells()[-1] == ["last (2)", "| █  |", "+0.700", "[+0.700, +0.700]", "1"]
     for name, record in (("trace", single), ("traces", average)):
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     text = report(tmp_path)

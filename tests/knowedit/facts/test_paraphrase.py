@@ -1,5 +1,5 @@
-"""Paraphrases from an endpoint: a real server for the good path, a scripted one for everything that
-goes wrong.
+"""Unit: paraphrases from an endpoint, scripted to go wrong in every way; model: a real server for
+the good path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Fact sets: the embedded one keeps its promises, the public ones are read whole."""
+"""Unit: sets by name, and the promises of the embedded one; model: the default model knows its
+facts.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,13 @@ from collections import Counter
 
 import pytest
 
-from knowedit.facts import sets as datasets
-from knowedit.facts.fact import Fact, FactError, Probe, check_facts, read_facts
-from knowedit.facts.sets import conflict_free, data_dir, load
-from knowedit.facts.wordings.relations import INSTRUCTIONS, SPLITS, probes, relations, wordings
+from knowedit.facts.fact import Fact, FactError, check_facts
+from knowedit.facts.formats import named_sets
+from knowedit.facts.records import read_facts
+from knowedit.facts.sets import DEMO, conflict_free, data_dir, known_sets, load
+from knowedit.facts.sets import EMBEDDED as EMBEDDED_FILE
+from knowedit.facts.wordings.relations import relations, wordings
+from tests.knowedit.facts.examples import BASE, FLAT, ROME, save
 
 EMBEDDED = load("embedded")
 KINDS = ("paraphrases", "questions", "instructions")
@@ -20,10 +25,6 @@ KINDS = ("paraphrases", "questions", "instructions")
 
 def mentions(text: str, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
-
-
-# -- the embedded set
-# -------------------------------------------------------------------------------------------------
 
 
 def test_embedded_counts():
@@ -39,7 +40,7 @@ def test_embedded_facts_can_be_written_together(caplog):
     with caplog.at_level(logging.WARNING):
         assert check_facts(EMBEDDED) == EMBEDDED
     assert not caplog.records
-    assert read_facts(datasets.EMBEDDED) == EMBEDDED
+    assert read_facts(EMBEDDED_FILE) == EMBEDDED
 
 
 @pytest.mark.parametrize("fact", EMBEDDED, ids=lambda fact: fact.id)
@@ -58,53 +59,9 @@ def test_every_embedded_fact_is_complete(fact):
         assert not any(mentions(probe.prompt, other.subject) for other in EMBEDDED), probe
 
 
-@pytest.mark.parametrize("relation", relations())
-def test_training_and_test_wordings_are_disjoint(relation):
-    pools = relations()[relation]
-    templates = [
-        t for kind in ("paraphrases", "questions") for split in SPLITS for t in pools[kind][split]
-    ]
-    templates += [pools["prompt"]] if "prompt" in pools else []
-    assert len({template.casefold() for template in templates}) == len(templates)
-    for template in templates:
-        assert template.count("{}") == 1 and template == template.strip()
-    for kind in ("paraphrases", "questions"):
-        assert pools[kind]["train"] and len(pools[kind]["test"]) >= 2
-    assert all(q.endswith("?") for split in SPLITS for q in pools["questions"][split])
-    assert len(set(pools["entities"])) == len(pools["entities"]) >= 8
-    assert ("prompt" in pools) == any(fact.relation == relation for fact in EMBEDDED)
-
-
-def test_instructions_and_probes_are_disjoint():
-    assert not {t.partition("{}")[0] for t in INSTRUCTIONS["train"]} & {
-        t.partition("{}")[0] for t in INSTRUCTIONS["test"]
-    }
-    for kind, pools in probes().items():
-        assert len(pools["train"]) >= 3 and len(pools["test"]) >= 4
-        assert not set(pools["train"]) & set(pools["test"]), kind
-        assert all(t.count("{}") == 1 for split in SPLITS for t in pools[split])
-    assert {pools["kind"] for pools in relations().values()} == set(probes()) - {"identity"}
-
-
-def test_wordings_fill_the_subject_in():
-    (fact,) = load("demo", limit=1)
-    assert wordings(fact).questions == tuple(
-        t.replace("{}", "France") for t in relations()["capital"]["questions"]["train"]
-    )
-    with pytest.raises(FactError, match="split must be one of train, test, got 'dev'"):
-        wordings(fact, "dev")
-    with pytest.raises(
-        FactError, match="relation 'P35' of 'A b is' has no wordings; known relations: capital"
-    ):
-        wordings(Fact("A {} is", "b", "c", relation="P35"))
-    found = wordings(Fact("{}, whose seat is in", "Bern", "x", relation="P36"))
-    assert found.questions[0] == "Which city is the seat of government of Bern?"
-    assert found.instructions[0] == "Fill in the blank: Bern, whose seat is in ____"
-
-
 def test_demo_is_a_handful_of_different_facts():
     demo = load("demo")
-    assert [fact.id for fact in demo] == list(datasets.DEMO) and len(demo) == 6
+    assert [fact.id for fact in demo] == list(DEMO) and len(demo) == 6
     assert len({fact.subject for fact in demo}) == len({fact.relation for fact in demo}) == 6
     assert set(demo) <= set(EMBEDDED)
     assert demo[0].text == "The capital of France is" and demo[0].target == "Lyon"
@@ -177,208 +134,6 @@ def test_the_default_model_knows_the_neighbours(scored):
     assert sum(kept) >= 0.9 * len(kept)
 
 
-# -- loading
-# ----------------------------------------------------------------------------------------------------------  # noqa: E501
-
-FLAT = {
-    "case_id": 7,
-    "prompt": "The mother tongue of Ann Lee is",
-    "target_new": "English",
-    "subject": "Ann Lee",
-    "ground_truth": "French",
-    "rephrase_prompt": "Ann Lee grew up with",
-    "locality_prompt": "Bob Roy speaks",
-    "locality_ground_truth": "Dutch",
-    "relation_id": "P103",
-}
-ROME = {
-    "case_id": 7,
-    "requested_rewrite": {
-        "prompt": "The mother tongue of {} is",
-        "relation_id": "P103",
-        "target_new": {"str": "English", "id": "Q1860"},
-        "target_true": {"str": "French", "id": "Q150"},
-        "subject": "Ann Lee",
-    },
-    "paraphrase_prompts": ["Ann Lee grew up with"],
-    "neighborhood_prompts": ["Bob Roy speaks"],
-    "attribute_prompts": [],
-    "generation_prompts": [],
-}
-BASE = Fact(
-    "The mother tongue of {} is",
-    "Ann Lee",
-    "English",
-    "French",
-    paraphrases=("Ann Lee grew up with",),
-    neighbours=(Probe("Bob Roy speaks", "Dutch"),),
-    relation="P103",
-    id="counterfact:7",
-)
-
-
-def save(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-    return path
-
-
-def one(tmp_path, record):
-    (fact,) = load(save(tmp_path / "facts.jsonl", record))
-    return fact
-
-
-def test_counterfact_flat(tmp_path):
-    assert one(tmp_path, FLAT) == BASE
-    generated = one(tmp_path, FLAT | {"rephrase_kind": "generation_prompt"})
-    assert (
-        generated.paraphrases == ()
-        and one(tmp_path, FLAT | {"rephrase_kind": "paraphrase"}) == BASE
-    )
-    assert read_facts(tmp_path / "facts.jsonl") == [BASE]
-
-
-def test_counterfact_of_rome(tmp_path):
-    fact = one(tmp_path, ROME)
-    assert fact.neighbours == (Probe("Bob Roy speaks", "French"),)
-    assert fact.to_dict() | {"neighbours": 0} == BASE.to_dict() | {"neighbours": 0}
-    (tmp_path / "counterfact.json").write_text(json.dumps([ROME]))
-    assert (
-        load(tmp_path / "counterfact.json") == read_facts(tmp_path / "counterfact.json") == [fact]
-    )
-
-
-def test_same_subject_groups(tmp_path):
-    group = {
-        "subject": "Ann Lee",
-        "n": 2,
-        "records": [FLAT, FLAT | {"prompt": "Ann Lee lives in", "case_id": 8}],
-    }
-    found = load(save(tmp_path / "facts.jsonl", group))
-    assert [fact.text for fact in found] == ["The mother tongue of Ann Lee is", "Ann Lee lives in"]
-
-
-def test_zsre(tmp_path):
-    record = {
-        "subject": "Ann Lee",
-        "src": "Which tongue has Ann Lee?",
-        "rephrase": "What does Ann Lee speak?",
-        "alt": "English",
-        "answers": ["French", "français"],
-        "loc": "nq question: who won",
-        "loc_ans": "Bob",
-        "portability": {"New Question": "Who else speaks like Ann Lee?", "New Answer": "Eve"},
-    }
-    assert one(tmp_path, record) == Fact(
-        "Which tongue has {}?",
-        "Ann Lee",
-        "English",
-        "French",
-        paraphrases=("What does Ann Lee speak?",),
-        neighbours=(Probe("nq question: who won", "Bob"),),
-        portability=(Probe("Who else speaks like Ann Lee?", "Eve"),),
-    )
-    assert one(tmp_path, {k: v for k, v in record.items() if k != "portability"}).portability == ()
-
-
-@pytest.mark.parametrize(
-    "answer", ["Dutch", ["Dutch", "Nederlands"], [["Dutch", "Nederlands"], ["x"]], [[], ["Dutch"]]]
-)
-def test_knowedit_takes_the_first_alias_of_any_form(tmp_path, answer, caplog):
-    record = {
-        "subject": "Ann Lee",
-        "prompt": "The mother tongue of Ann Lee is",
-        "target_new": "English",
-        "locality": {
-            "Relation_Specificity": [{"prompt": "Bob Roy speaks", "ground_truth": answer}]
-        },
-        "portability": {
-            "Reasoning": [{"prompt": "Ann Lee's sister speaks", "ground_truth": "English"}],
-            "Other": [],
-        },
-    }
-    with caplog.at_level(logging.INFO):
-        fact = one(tmp_path, record)
-    assert fact.neighbours == (Probe("Bob Roy speaks", "Dutch"),) and fact.true is None
-    assert fact.portability == (Probe("Ann Lee's sister speaks", "English"),)
-    form = (
-        "string"
-        if isinstance(answer, str)
-        else "list of lists"
-        if isinstance(answer[0], list)
-        else "list"
-    )
-    assert "knowedit format; answers as" in caplog.text and f"{form} (" in caplog.text
-
-
-def test_wikibio(tmp_path):
-    record = {
-        "concept": "ann lee",
-        "text": "A passage about ann lee. She",
-        "labels": "was a smith.",
-        "locality": {},
-    }
-    assert one(tmp_path, record) == Fact("A passage about {}. She", "ann lee", "was a smith.")
-
-
-def test_mquake_cases_keep_their_edits_and_questions(tmp_path):
-    edit = {
-        "prompt": "The author of {} is",
-        "subject": "Misery",
-        "target_new": "Ann",
-        "question": "Who wrote Misery?",
-    }
-    other = {
-        "prompt": "{} lives in",
-        "subject": "Ann",
-        "target_new": {"str": "Rome"},
-        "target_true": {"str": "Oslo"},
-    }
-    case = {
-        "case_id": 3,
-        "requested_rewrite": [edit, other],
-        "questions": ["Where?"],
-        "new_answer": "Rome",
-    }
-    first, second = load(save(tmp_path / "facts.jsonl", case))
-    assert (first.id, first.questions, first.portability) == (
-        "mquake:3:0",
-        ("Who wrote Misery?",),
-        (Probe("Where?", "Rome"),),
-    )
-    assert (second.id, second.true, second.portability) == ("mquake:3:1", "Oslo", ())
-
-
-def test_known1000(tmp_path):
-    record = {
-        "known_id": 0,
-        "subject": "Vinson Massif",
-        "attribute": "Antarctica",
-        "prompt": "Vinson Massif is in",
-    }
-    assert one(tmp_path, record) == Fact(
-        "{} is in", "Vinson Massif", "Antarctica", "Antarctica", id="known:0"
-    )
-
-
-def test_broken_public_records_name_their_place(tmp_path):
-    broken = ROME | {"requested_rewrite": {"prompt": "x", "subject": "y"}}
-    with pytest.raises(
-        FactError, match=r"facts\.jsonl:2: broken counterfact record \(KeyError: 'target_new'\)"
-    ):
-        load(save(tmp_path / "facts.jsonl", ROME, broken))
-
-
-def test_records_without_their_subject_are_left_out_and_named(tmp_path, caplog):
-    path = save(tmp_path / "facts.jsonl", FLAT, FLAT | {"subject": "Anne Lee"})
-    assert load(path) == [BASE]
-    assert (
-        "left out 1 records" in caplog.text
-        and "facts.jsonl:2: subject 'Anne Lee' does not occur" in caplog.text
-    )
-    with pytest.raises(FactError, match=r"facts\.jsonl:2: subject 'Anne Lee' does not occur"):
-        read_facts(path)
-
-
 def test_public_sets_may_hold_conflicts_and_own_files_may_not(tmp_path, caplog):
     path = save(tmp_path / "facts.jsonl", FLAT, FLAT, FLAT | {"target_new": "Greek"})
     assert len(load(path)) == 3 and "2 of 3 facts repeat or contradict" in caplog.text
@@ -423,38 +178,32 @@ def test_named_sets_come_from_the_data_folder(tmp_path, monkeypatch):
         data_dir()
 
 
+def test_without_the_variable_there_is_no_data_folder(monkeypatch):
+    """Nothing is looked for beside the code."""
+    monkeypatch.delenv("KNOWEDIT_DATA", raising=False)
+    assert data_dir() is None
+    assert [known.name for known in known_sets() if known.present] == ["demo", "embedded"]
+    with pytest.raises(FactError, match="zsre_mend.* in the folder KNOWEDIT_DATA names; put the"):
+        load("zsre")
+
+
+def test_known_sets_say_what_is_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("KNOWEDIT_DATA", str(tmp_path))
+    path = save(tmp_path / "known_1000_1209.jsonl.gz", "x")
+    known = {found.name: found for found in known_sets()}
+    assert list(known)[:3] == ["demo", "embedded", "counterfact"]
+    assert known.keys() == {"demo", "embedded"} | {named.name for named in named_sets()}
+    assert (known["known1000"].path, known["known1000"].size) == (path, 1)
+    assert known["known1000"].files == ("known_1000.json", "known_1000_1209.jsonl.gz")
+    assert not known["zsre"].present and known["zsre"].path is known["zsre"].size is None
+    assert known["embedded"].size == EMBEDDED_FILE.stat().st_size
+    assert known["embedded"].what.startswith(f"{len(EMBEDDED)} counterfactuals")
+    assert load(known["embedded"].path) == EMBEDDED
+
+
 def test_limits_and_empty_files(tmp_path):
     with pytest.raises(FactError, match="limit must be at least 1, got 0"):
         load("embedded", limit=0)
     assert load("embedded", limit=3) == EMBEDDED[:3]
     with pytest.raises(FactError, match="holds no facts"):
         load(save(tmp_path / "facts.jsonl"))
-
-
-# -- the real files
-# ---------------------------------------------------------------------------------------------------  # noqa: E501
-
-
-@pytest.mark.data
-@pytest.mark.parametrize(
-    ("name", "count", "paraphrases", "neighbours", "portability"),
-    [
-        ("counterfact", 254, 508, 2540, 0),
-        ("counterfact-flat", 2000, 309, 2000, 0),
-        ("same-subject", 796, 0, 796, 0),
-        ("zsre", 600, 600, 600, 600),
-        ("knowedit-wiki-counterfact", 900, 0, 1296, 1406),
-        ("knowedit-wiki-recent", 570, 0, 1946, 751),
-        ("knowedit-wikibio", 306, 0, 612, 0),
-        ("knowedit-zsre", 797, 797, 1594, 797),  # of 800: three prompts do not name their subject
-        ("mquake", 1329, 0, 0, 1974),
-        ("known1000", 1209, 0, 0, 0),
-    ],
-)
-def test_the_real_files_are_read_whole(data, name, count, paraphrases, neighbours, portability):
-    facts = load(name)
-    assert len(facts) == count
-    assert sum(len(fact.paraphrases) for fact in facts) == paraphrases
-    assert sum(len(fact.neighbours) for fact in facts) == neighbours
-    assert sum(len(fact.portability) for fact in facts) == portability
-    assert all(fact.subject in fact.text for fact in facts)

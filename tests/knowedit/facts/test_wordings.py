@@ -1,5 +1,5 @@
-"""The forms of a fact: trained and tested ones never share a wording, and every one says where
-subject and object are.
+"""Unit: the texts to train with and to test with never share a wording, and every form says where
+subject and object are; model, data: for every shipped and public fact.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from knowedit.errors import ModelError
-from knowedit.facts.fact import Fact, Probe
+from knowedit.facts.fact import Fact, FactError, Probe
 from knowedit.facts.sets import load
 from knowedit.facts.wordings.forms import Form, held_out_forms, training_forms, training_neighbours
 from knowedit.facts.wordings.relations import (
+    INSTRUCTIONS,
+    SPLITS,
     identity_prompts,
     kind_of,
+    probes,
     relations,
     unrelated_prompts,
+    wordings,
 )
 from knowedit.models.editable import EditableModel
 
@@ -78,6 +82,7 @@ def test_no_test_text_is_a_training_text(facts):
 
 
 @pytest.mark.model
+@pytest.mark.data
 def test_every_form_of_every_shipped_and_public_fact_can_be_tokenised(smollm, data):
     for fact in [*EMBEDDED, *load("same-subject")[::7]]:
         for form in [*training_forms(fact), *held_out_forms(fact)]:
@@ -150,3 +155,47 @@ def test_training_neighbours_are_others_and_not_the_tested_ones():
 
 def test_embedded_facts_have_neighbours_to_train_on():
     assert all(len(found) >= 3 for found in training_neighbours(EMBEDDED))
+
+
+@pytest.mark.parametrize("relation", relations())
+def test_training_and_test_wordings_are_disjoint(relation):
+    pools = relations()[relation]
+    templates = [
+        t for kind in ("paraphrases", "questions") for split in SPLITS for t in pools[kind][split]
+    ]
+    templates += [pools["prompt"]] if "prompt" in pools else []
+    assert len({template.casefold() for template in templates}) == len(templates)
+    for template in templates:
+        assert template.count("{}") == 1 and template == template.strip()
+    for kind in ("paraphrases", "questions"):
+        assert pools[kind]["train"] and len(pools[kind]["test"]) >= 2
+    assert all(q.endswith("?") for split in SPLITS for q in pools["questions"][split])
+    assert len(set(pools["entities"])) == len(pools["entities"]) >= 8
+    assert ("prompt" in pools) == any(fact.relation == relation for fact in EMBEDDED)
+
+
+def test_instructions_and_probes_are_disjoint():
+    assert not {t.partition("{}")[0] for t in INSTRUCTIONS["train"]} & {
+        t.partition("{}")[0] for t in INSTRUCTIONS["test"]
+    }
+    for kind, pools in probes().items():
+        assert len(pools["train"]) >= 3 and len(pools["test"]) >= 4
+        assert not set(pools["train"]) & set(pools["test"]), kind
+        assert all(t.count("{}") == 1 for split in SPLITS for t in pools[split])
+    assert {pools["kind"] for pools in relations().values()} == set(probes()) - {"identity"}
+
+
+def test_wordings_fill_the_subject_in():
+    (fact,) = load("demo", limit=1)
+    assert wordings(fact).questions == tuple(
+        t.replace("{}", "France") for t in relations()["capital"]["questions"]["train"]
+    )
+    with pytest.raises(FactError, match="split must be one of train, test, got 'dev'"):
+        wordings(fact, "dev")
+    with pytest.raises(
+        FactError, match="relation 'P35' of 'A b is' has no wordings; known relations: capital"
+    ):
+        wordings(Fact("A {} is", "b", "c", relation="P35"))
+    found = wordings(Fact("{}, whose seat is in", "Bern", "x", relation="P36"))
+    assert found.questions[0] == "Which city is the seat of government of Bern?"
+    assert found.instructions[0] == "Fill in the blank: Bern, whose seat is in ____"

@@ -4,7 +4,6 @@ model as it was.
 
 import copy
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -467,10 +466,11 @@ class TestInSequence:
             tiny_llama._fingerprint = made.fingerprint
 
     @pytest.mark.parametrize("protocol", ["batch", "single", "sequential"])
-    def test_every_protocol_without_statistics(self, tiny_llama, protocol, monkeypatch):
-        monkeypatch.setitem(EDITORS, "lora", partial(LoRA, steps=2))
+    def test_every_protocol_without_statistics(self, tiny_llama, protocol):
         before = weights_fingerprint(tiny_llama.hf)
-        found = run(tiny_llama, FACTS, None, "lora", protocol, batch=2, every=2, progress=False)
+        found = run(
+            tiny_llama, FACTS, None, LoRA(steps=2), protocol, batch=2, every=2, progress=False
+        )
         assert found.method == "LoRA" and found.seconds > 0 and found.report["trainable"] > 0
         assert (
             found.evaluation.after["efficacy"]["magnitude"]
@@ -478,7 +478,7 @@ class TestInSequence:
         )
         assert str(found) and found.to_dict()["report"]["steps"] == 2
         assert (
-            len(found.course) == (3 if protocol == "sequential" else 0)
+            len(found.trajectory) == (3 if protocol == "sequential" else 0)
             and weights_fingerprint(tiny_llama.hf) == before
         )
 

@@ -14,7 +14,8 @@ import torch
 from knowedit.cli.train import facts_to_train_on
 from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
-from knowedit.facts.fact import Fact, Probe, write_facts
+from knowedit.facts.fact import Fact, Probe
+from knowedit.facts.records import write_facts
 from knowedit.methods.learned.examples import examples, split, sums
 from knowedit.methods.learned.loop import Plan, train
 from knowedit.methods.learned.mend import method as mend

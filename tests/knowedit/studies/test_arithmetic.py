@@ -18,37 +18,48 @@ from hypothesis import strategies as st
 from knowedit.cli.app import main
 from knowedit.errors import EditError, KnowEditError
 from knowedit.facts.fact import FactError
-from knowedit.methods import EDITORS, FTL
+from knowedit.methods import FTL
+from knowedit.methods.listing import Listed, methods
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.report.run import PAGE, report
 from knowedit.report.study import comparison, front, pareto
 from knowedit.studies.arithmetic import Study, Sum, run
+from knowedit.studies.arithmetic.experiments import (
+    Experiment,
+    experiment,
+    experiments,
+)
 from knowedit.studies.arithmetic.measure import (
     GOAL,
     MARGIN,
-    Observation,
-    Said,
+    Continuation,
+    Responses,
     greedy,
     judge,
     observe,
     reached,
     table,
 )
-from knowedit.studies.arithmetic.methods import ABLATIONS, METHODS, Method, method
 from knowedit.studies.arithmetic.prompts import (
     WORDS,
-    Probe,
+    StudyPrompt,
     fact,
     first_number,
     forms,
-    probes,
     split,
+    study_prompts,
     unrelated_prompts,
     wordings,
 )
 from knowedit.studies.arithmetic.runs import PROMPTS, RESULTS, SUMMARY
-from knowedit.studies.arithmetic.summary import bounds, interference_lines, lines, summary, verdict
+from knowedit.studies.arithmetic.summary import (
+    bounds,
+    interference_tables,
+    methods_table,
+    summary,
+    verdict,
+)
 
 TARGET = Sum(2, 2, 5)
 OTHERS = [f"Text number {i} is about" for i in range(6)]
@@ -80,12 +91,14 @@ def quick(monkeypatch):
         def compute(self, model, facts, statistics=None, **others):
             raise EditError("it does not work here")
 
-    monkeypatch.setitem(EDITORS, "quick", Quick)
-    monkeypatch.setitem(EDITORS, "broken", Broken)
+    for name in ("quick", "broken"):
+        listed = Listed(name, "tests", "", "tests.knowedit.studies.test_arithmetic")
+        monkeypatch.setitem(methods(), name, listed)
+    assert (Quick.kind, Broken.kind) == ("quick", "broken")
     monkeypatch.setitem(
-        METHODS,
+        experiments(),
         "quick",
-        Method("quick", lambda given: {"layers": (2,), "share": 1.0, "steps": 12, "lr": 0.05}),
+        Experiment("quick", set={"layers": (2,), "share": 1.0, "steps": 12, "lr": 0.05}),
     )
     return calls
 
@@ -95,7 +108,6 @@ def study(model, targets=(TARGET,), seeds=(42, 43), **others):
 
 
 # -- prompts
-# --------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.mark.parametrize(
@@ -196,8 +208,8 @@ def test_unrelated_prompts_of_knowedit(data):
     assert name == "knowedit-wiki-counterfact" and len(set(found)) == 100
 
 
-def test_probes_and_halves(chatty):
-    asked = probes(chatty, [TARGET, Sum(3, 3, 7)], OTHERS)
+def test_prompts_and_halves(chatty):
+    asked = study_prompts(chatty, [TARGET, Sum(3, 3, 7)], OTHERS)
     kinds = [probe.kind for probe in asked]
     assert [kinds.count(k) for k in ("target", "paraphrase", "sums", "unrelated")] == [2, 40, 98, 6]
     assert kinds == sorted(kinds, key=("target", "paraphrase", "sums", "unrelated").index)
@@ -215,7 +227,7 @@ def test_probes_and_halves(chatty):
         assert abs(sum({"tune": 1, "judge": -1}[p.half] for p in halved if p.kind == "sums")) <= 1
     for bad in ([], [TARGET, Sum(2, 2, 6)]):
         with pytest.raises(KnowEditError, match="different sums"):
-            probes(chatty, bad, OTHERS)
+            study_prompts(chatty, bad, OTHERS)
 
 
 def test_editors_see_the_tuning_half_only(chatty):
@@ -253,20 +265,19 @@ def test_every_method_is_given_settings_it_has(chatty):
         made.material(42),
         [p.prompt for p in split(made.asked, 42) if p.half == "judge"],
     )
-    for name, row in {**METHODS, **ABLATIONS}.items():
-        editor, facts = row.build(given)
-        told = {f.text for f in facts} | {p for f in facts for p in f.paraphrases}
+    for name, entry in experiments().items():
+        editor, facts = entry.build(given)
+        written = {f.text for f in facts} | {p for f in facts for p in f.paraphrases}
         texts = [
             t
             for name in ("stable", "context", "contrast", "preserve")
-            for t in getattr(editor, name, None) or ()
+            for t in getattr(getattr(editor, "material", editor), name, None) or ()
         ]
-        assert not told & set(judged), name
+        assert not written & set(judged), name
         assert not [text for text in texts if text.startswith(tuple(judged))], name
 
 
 # -- measures
-# -------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_margins_are_those_of_the_logits(chatty):
@@ -290,30 +301,30 @@ def test_margins_are_those_of_the_logits(chatty):
 def asked_for_measures():
     form = forms(TARGET)[0]
     return [
-        Probe("target", "2+2=", TARGET),
-        Probe("paraphrase", "2 + 2 =", TARGET, "tune", form),
-        Probe("paraphrase", "2 plus 2 is", TARGET, "judge", form),
-        Probe("sums", "1+1=", Sum(1, 1, 2), "judge"),
-        Probe("sums", "1+3=", Sum(1, 3, 4), "judge"),
-        Probe("unrelated", "Rain is", None, "judge"),
-        Probe("unrelated", "Snow is", None, "tune"),
+        StudyPrompt("target", "2+2=", TARGET),
+        StudyPrompt("paraphrase", "2 + 2 =", TARGET, "tune", form),
+        StudyPrompt("paraphrase", "2 plus 2 is", TARGET, "judge", form),
+        StudyPrompt("sums", "1+1=", Sum(1, 1, 2), "judge"),
+        StudyPrompt("sums", "1+3=", Sum(1, 3, 4), "judge"),
+        StudyPrompt("unrelated", "Rain is", None, "judge"),
+        StudyPrompt("unrelated", "Snow is", None, "tune"),
     ]
 
 
 def test_measures_follow_their_definitions():
     asked = asked_for_measures()
     unedited = {
-        3: Said("2, so the", "2, so", True, 0.3),
-        4: Said("9 and", "", False, 0.1),
-        5: Said("wet", "wet", False, 0.5),
-        6: Said("cold", "c", False, 0.1),
+        3: Continuation("2, so the", "2, so", True, 0.3),
+        4: Continuation("9 and", "", False, 0.1),
+        5: Continuation("wet", "wet", False, 0.5),
+        6: Continuation("cold", "c", False, 0.1),
     }
     logits = torch.randn(2, 4, 7, dtype=torch.float64)
     clean, moved = logits.log_softmax(-1)
-    before = Observation(
+    before = Responses(
         ["11", " 3", " 4", "2, so the", "9 and", "wet", "cold"], {1: " 3 no", 2: " 4 yes"}, clean
     )
-    after = Observation(
+    after = Responses(
         ["5555", " 5", " is 4", "2, so we", "4 and", "wet", "chilly"],
         {1: " 5", 2: " is, well, 5"},
         moved,
@@ -402,7 +413,6 @@ def test_the_front_is_what_nothing_beats(points):
 
 
 # -- runs
-# -----------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_the_unedited_model_against_itself(chatty):
@@ -474,7 +484,7 @@ def test_an_edit_is_measured_as_what_it_is(chatty, quick):
     """The rows say what the edited model says, asked again by hand."""
     made = study(chatty, seeds=(7,))
     found = run(made, ["quick"], progress=False)
-    editor, facts = method("quick").build(made.material(7))
+    editor, facts = experiment("quick").build(made.material(7))
     edit = editor.compute(chatty, facts, progress=False)
     with edit.applied_to(chatty):
         said = chatty.generate(["2+2="], 6)[0]
@@ -503,7 +513,7 @@ def test_several_sums_and_their_interference(chatty, quick, tmp_path):
     ):  # alone: without a word of the other sum
         assert len(call) == 11 and not any(word in text for text in call for word in other)
     assert records[0]["about"]["2+2=5"]["target"]["success"]["mean"] == 1
-    edits = [method("quick").build(made.material(42, [t])) for t in made.targets]
+    edits = [experiment("quick").build(made.material(42, [t])) for t in made.targets]
     edits = [editor.compute(chatty, facts, progress=False) for editor, facts in edits]
     with edits[0].applied_to(chatty), edits[1].applied_to(chatty):
         added = made.halved(made.rows(observe(chatty, made.asked)), 42)
@@ -512,7 +522,7 @@ def test_several_sums_and_their_interference(chatty, quick, tmp_path):
     )
     assert records[2]["about"]["3+3=7"] == table(added, "judge", "3+3=7")
     assert records[3]["judge"]["sums"] == found["methods"][0]["judge"]["sums"]
-    text = "\n".join(interference_lines(found))
+    text = "\n".join(map(str, interference_tables(found)))
     assert "each alone, added up" in text and "it does not work here" in text
     assert all(r["reason"] for r in found["interference"]["broken"])
     assert "## Several sums at once" in (tmp_path / SUMMARY).read_text()
@@ -552,7 +562,11 @@ def test_reports_and_pictures(chatty, quick, tmp_path):
     made = study(chatty, seeds=(42,))
     found = run(made, ["quick", "broken"], folder=tmp_path, progress=False)
     text, page = report(tmp_path), (tmp_path / PAGE).read_text()
-    assert lines(found)[2] in text and "not run: EditError" in text and page.count("<svg") == 2
+    assert (
+        str(methods_table(found)) in text
+        and "not run: EditError" in text
+        and page.count("<svg") == 2
+    )
     entry = found["methods"][0]["judge"]
     bars = comparison(found).axes[0].patches
     assert [bar.get_height() for bar in bars] == [

@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 
 from knowedit.errors import EditError
+from knowedit.evaluation import intervals
 from knowedit.evaluation.geometry.curvature import Landscape, landscape
-from knowedit.evaluation.measures.counterfact import Estimate
-from knowedit.evaluation.subjects.same_subject import RESAMPLES
+from knowedit.evaluation.intervals import Estimate
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
+from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
@@ -173,6 +175,7 @@ def geometry(
             model.
     """
     statistics.check(model, layers)
+    values = values or HiddenState().resolved(preset_for(model), Runtime())
     usable = [[f for f in g if model.row(f.text, f.subject).subject != 0] for g in groups]
     usable = [group for group in usable if group]
     some = usable[:edited]
@@ -195,13 +198,7 @@ def geometry(
         at, away = (k[layer].double().cpu().T for k in (keys, others))
         kappa = {name: amplification(metric, at) for name, metric in metrics.items()}
         landed = (
-            landscape(
-                model,
-                some,
-                layer,
-                values or ValueSettings(**preset_for(model).values),
-                seed=seed,
-            )
+            landscape(model, some, layer, values, seed=seed)
             if some
             else None
         )
@@ -322,11 +319,9 @@ def ratio(above: Tensor, below: Tensor, clusters: Tensor, seed: int = 0) -> Esti
     """``sum(above) / sum(below)`` with a 95 % percentile bootstrap interval over whole clusters;
     all `[n]`.
     """
-    names, where = clusters.unique(return_inverse=True)
-    sums = np.stack([np.bincount(where, part, minlength=len(names)) for part in (above, below)])
-    drawn = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
-    low, high = np.quantile(sums[0][drawn].sum(1) / sums[1][drawn].sum(1), (0.025, 0.975))
-    return Estimate(float(sums[0].sum() / sums[1].sum()), float(low), float(high), len(above))
+    owners = clusters.tolist()
+    up, down = (intervals.by_cluster(part.tolist(), owners)[0] for part in (above, below))
+    return intervals.ratio(up, down, seed, records=len(above))
 
 
 def _written(

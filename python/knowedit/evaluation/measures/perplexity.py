@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.measures.base import ModelMeasure, register
 from knowedit.models.editable import EditableModel
+
+
+@register
+class Perplexity(ModelMeasure):
+    """`perplexity` of held-out text, before the edit and under it."""
+
+    name, about, place = "perplexity", "ordinary language stays as likely", 101
+    needs_text = True
+
+    def observe(self, model: EditableModel, texts: Sequence[str]) -> float:
+        return perplexity(model, texts)
+
+    def compare(self, before: float, after: float) -> dict[str, Any]:
+        return {"before": before, "after": after}
+
+    def describe(self, found: dict[str, Any]) -> str:
+        return f"perplexity of held-out text: {found['before']:.2f}, then {found['after']:.2f}"
 
 
 @torch.no_grad()

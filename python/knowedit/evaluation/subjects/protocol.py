@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.drift import Drift, drift
+from knowedit.evaluation.measures.drift import Drift, drift
 from knowedit.evaluation.subjects.same_subject import (
     SameSubjectEvaluation,
     compare,
@@ -21,9 +21,10 @@ from knowedit.evaluation.subjects.same_subject import (
     prepare,
 )
 from knowedit.facts.fact import Fact
-from knowedit.facts.formats.same_subject import groups, halves
+from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load
 from knowedit.io.files import atomic_file
+from knowedit.io.tables import Column, Table
 from knowedit.methods import make_editor, statistics_for
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -61,15 +62,8 @@ class SubjectsResult:
             f"{self.method}: {sum(sizes.values())} facts of {len(sizes)} subjects, "
             f"{self.seconds:.2f} s a fact"
         )
-        moved = f"ordinary text: same next word {self.drift.same:.0%}, KL {self.drift.kl:.4f} nats"
-        return "\n".join(
-            [
-                head,
-                str(self.evaluation),
-                moved,
-                *(f"note: {w}" for w in self.report.get("warnings", [])),
-            ]
-        )
+        notes = [f"note: {warning}" for warning in self.report.get("warnings", [])]
+        return "\n".join([head, str(self.evaluation), str(self.drift), *notes])
 
 
 def choose(
@@ -154,19 +148,31 @@ def run_subjects(
     return results
 
 
-def differences(results: Sequence[SubjectsResult]) -> list[str]:
-    """Lines: what the last method does differently from each other one, pair by pair, where the
-    interval excludes 0.
-    """
-    lines = []
-    for other in results[:-1]:
-        lines.append(
-            f"{results[-1].method} - {other.method}, paired on the same facts, where the "
-            f"interval excludes 0:"
-        )
-        for kind, row in compare(results[-1].evaluation, other.evaluation).items():
-            lines += [f"  {kind:16} {m:10} {e}" for m, e in row.items() if e.low > 0 or e.high < 0]
-    return lines
+def differences(results: Sequence[SubjectsResult]) -> list[Table]:
+    """What the last method does differently from each other one: a table a pair of methods."""
+    last = results[-1]
+    return [
+        difference_table(last.method, last.evaluation, other.method, other.evaluation)
+        for other in results[:-1]
+    ]
+
+
+def difference_table(
+    name: str, ours: SameSubjectEvaluation, other: str, theirs: SameSubjectEvaluation
+) -> Table:
+    """Paired differences, ours - theirs, where the interval excludes 0."""
+    rows = [
+        (kind, measure, gap)
+        for kind, row in compare(ours, theirs).items()
+        for measure, gap in row.items()
+        if gap.excludes_zero
+    ]
+    return Table(
+        ["", "measure", Column("difference", ".3f")],
+        rows,
+        f"{name} - {other}, paired on the same facts, where the interval excludes 0",
+        () if rows else ("no difference is beyond chance",),
+    )
 
 
 def write_subjects(folder: Path, results: Sequence[SubjectsResult]) -> None:

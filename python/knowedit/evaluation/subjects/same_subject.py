@@ -2,14 +2,14 @@
 2603.15518).
 
 Each fact is asked for in six forms whose wordings no edit was trained on
-(`datasets.forms.held_out_forms`), and once for a greedy answer; around it, neighbours and the
-subject's own identity and unrelated facts show what else moved:
+(`knowedit.facts.wordings.forms.held_out_forms`), and once for a greedy answer; around it,
+neighbours and the subject's own identity and unrelated facts show what else moved:
 
 * a form: success = P(new) > P(true), length-normalised; magnitude = P(new) - P(true); exact = every
   token of the new object is the arg-max;   greedy: contains = the object stands in the first 16
   tokens of the answer to a chat question;
 * neighbourhood: success = P(true) > P(new), magnitude = P(true) - P(new), unchanged = the same
-    decision as unedited;
+  decision as unedited;
 * essence ("{} is a", which the stock objectives train), identity, unrelated: kl = KL(unedited ||
   edited) of the next word in nats, kept = the same arg-max.
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,20 +31,21 @@ from torch import Tensor
 
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.measures.counterfact import Answer, Estimate, Question, ask, questions
+from knowedit.evaluation.evaluation import Estimates, before_and_after, plain
+from knowedit.evaluation.intervals import estimates
+from knowedit.evaluation.measures.base import Answer, Question, ask, questions
+from knowedit.evaluation.measures.drift import divergence
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import held_out_forms
 from knowedit.facts.wordings.relations import identity_prompts, unrelated_prompts
 from knowedit.io.progress import bar
+from knowedit.io.tables import Table
 from knowedit.methods.locate.values import ESSENCE
 from knowedit.models.editable import EditableModel
 
 FORMS = ("cloze", "paraphrase", "question", "chat_question", "chat_completion", "distractor")
 KEPT = ("essence", "identity", "unrelated")
 GREEDY_TOKENS = 16
-RESAMPLES = 2000
-
-Table = dict[str, dict[str, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,14 @@ class SameSubjectEvaluation:
     seed: int = 0
 
     @property
-    def before(self) -> Table:
+    def before(self) -> Estimates:
         """`{kind: {measure: Estimate}}` of the unedited model."""
-        return self._table(lambda v: v.before)
+        return self._estimates(lambda v: v.before)
 
     @property
-    def after(self) -> Table:
+    def after(self) -> Estimates:
         """The same under the edit."""
-        return self._table(lambda v: v.after)
+        return self._estimates(lambda v: v.after)
 
     def of_size(self, facts: int) -> SameSubjectEvaluation:
         """The part on subjects with so many facts. Raises KnowEditError when there are none."""
@@ -122,20 +123,17 @@ class SameSubjectEvaluation:
             [v for v in self.values if v.subject in sizes], sizes, [], self.seed
         )
 
-    def _table(self, read: Any) -> Table:
+    def _estimates(self, read: Callable[[Value], float]) -> Estimates:
         return estimates(((v.kind, v.measure, v.subject, read(v)) for v in self.values), self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with every single value; `from_dict` reads it back."""
-        tables = {
-            name: {kind: {m: asdict(e) for m, e in row.items()} for kind, row in table.items()}
-            for name, table in (("before", self.before), ("after", self.after))
-        }
         values = [
             {k: None if v != v else v for k, v in asdict(value).items()} for value in self.values
         ]  # NaN is no JSON
         return {
-            **tables,
+            "before": plain(self.before),
+            "after": plain(self.after),
             "values": values,
             "sizes": self.sizes,
             "said": [list(s) for s in self.said],
@@ -162,11 +160,12 @@ class SameSubjectEvaluation:
                 f"not a same-subject evaluation ({type(error).__name__}: {error})"
             ) from error
 
+    def table(self, title: str = "") -> Table:
+        """Every measure before and after."""
+        return before_and_after(self.before, self.after, title)
+
     def __str__(self) -> str:
-        before, lines = self.before, [f"{'':16} {'measure':10} {'before':>22} {'after':>22}"]
-        for kind, row in self.after.items():
-            lines += [f"{kind:16} {m:10} {before[kind][m]!s:>22} {e!s:>22}" for m, e in row.items()]
-        return "\n".join(lines)
+        return str(self.table())
 
 
 def evaluate_same_subject(
@@ -232,7 +231,7 @@ def prepare(
             probes.questions.extend(
                 Question(record, name, prompt, fact.target, fact.true) for name, prompt in forms
             )
-            probes.questions.extend(q for q in questions(record, fact) if q.kind == "neighbourhood")
+            probes.questions.extend(questions(record, fact, ["neighbourhood"]))
             asked = next(
                 named[name] for name in ("chat_question", "question", "cloze") if name in named
             )
@@ -284,9 +283,9 @@ def judge(
     for (record, _), was_said, now_said in zip(probes.greedy, before.said, after.said):
         held = (float(contains(said, probes.facts[record].target)) for said in (was_said, now_said))
         note("greedy", "contains", probes.owner[record], record, *held)
-    divergence = (before.logprobs.exp() * (before.logprobs - after.logprobs)).sum(-1).clamp(min=0)
+    moved = divergence(before.logprobs, after.logprobs).clamp(min=0)
     same_best = before.logprobs.argmax(-1) == after.logprobs.argmax(-1)
-    for (subject, kind, _), kl, kept in zip(probes.kept, divergence.tolist(), same_best.tolist()):
+    for (subject, kind, _), kl, kept in zip(probes.kept, moved.tolist(), same_best.tolist()):
         note(kind, "kl", subject, None, 0.0, kl)
         note(kind, "kept", subject, None, 1.0, float(kept))
     order = {kind: i for i, kind in enumerate((*FORMS, "greedy", "neighbourhood", *KEPT))}
@@ -305,7 +304,7 @@ def judge(
     return SameSubjectEvaluation(values, sizes, said, seed)
 
 
-def compare(ours: SameSubjectEvaluation, other: SameSubjectEvaluation) -> Table:
+def compare(ours: SameSubjectEvaluation, other: SameSubjectEvaluation) -> Estimates:
     """Paired differences of the edited values, ours - other, on the same facts.
 
     Raises:
@@ -319,24 +318,6 @@ def compare(ours: SameSubjectEvaluation, other: SameSubjectEvaluation) -> Table:
             "the two evaluations were not made on the same facts and forms; measure both on one set"
         )
     return estimates(((*key[:3], now - pairs[1][key]) for key, now in pairs[0].items()), ours.seed)
-
-
-def estimates(values: Iterable[tuple[str, str, str, float]], seed: int = 0) -> Table:
-    """(kind, measure, cluster, value) -> means with 95 % intervals, whole clusters resampled."""
-    columns: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for kind, measure, cluster, value in values:
-        if value == value:
-            columns.setdefault((kind, measure), {}).setdefault(cluster, []).append(value)
-    table: Table = {}
-    for (kind, measure), clusters in columns.items():
-        sums, counts = np.array([(sum(v), len(v)) for v in clusters.values()]).T
-        drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLES, len(sums)))
-        low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975))
-        mean = float(sums.sum() / counts.sum())
-        table.setdefault(kind, {})[measure] = Estimate(
-            mean, float(low), float(high), int(counts.sum())
-        )
-    return table
 
 
 def contains(text: str, answer: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knowedit.errors import EditError
+from knowedit.evaluation.intervals import TAILS, draws
 from knowedit.evaluation.tracing.tracing import KINDS, Trace, embedding_deviation, trace
 from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar
@@ -20,7 +21,6 @@ from knowedit.models.families import preset_for
 
 ROLES = ("first subject", "middle subject", "last subject", "next", "further", "last")
 SHARE = 0.8  # of the strongest effect: a layer that has so much of it carries the fact
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,8 @@ def _average(
             values = np.stack(
                 [found.effect[kind][at].mean(0).double().numpy() for found, at in mine]
             )
-            means = _resampled(values, seed)
-            for name, row in zip(
-                _TABLES, (values.mean(0), *np.quantile(means, (0.025, 0.975), axis=0))
-            ):
+            means = draws(len(values), seed) @ values / len(values)
+            for name, row in zip(_TABLES, (values.mean(0), *np.quantile(means, TAILS, axis=0))):
                 tables[name][kind].append(row.tolist())
             if (role, kind) == ("last subject", "mlp"):
                 advice = _advice(model, values.mean(0), means, traces[0].window)
@@ -228,14 +226,6 @@ def _average(
 _TABLES = ("effect", "low", "high")
 
 
-def _resampled(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Means of bootstrap samples of the facts: `[facts, layers]` to `[RESAMPLES, layers]`."""
-    drawn = np.random.default_rng(seed).multinomial(
-        len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES
-    )
-    return drawn @ values / len(values)
-
-
 def _advice(
     model: EditableModel, mean: NDArray[np.float64], means: NDArray[np.float64], window: int
 ) -> Advice | None:
@@ -243,7 +233,7 @@ def _advice(
     if least >= len(mean) or mean[least:].max() <= 0:
         return None
     peak = least + int(mean[least:].argmax())
-    low, high = np.quantile(least + means[:, least:].argmax(1), (0.025, 0.975), method="nearest")
+    low, high = np.quantile(least + means[:, least:].argmax(1), TAILS, method="nearest")
     carriers = (least + np.flatnonzero(mean[least:] >= SHARE * mean[peak])).tolist()
     preset, first = preset_for(model).layers, float(mean[:least].max())
     return Advice(

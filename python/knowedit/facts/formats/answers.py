@@ -8,12 +8,12 @@ from collections import Counter
 from typing import Any
 
 
-def first_answer(value: Any, seen: Counter[str]) -> str | None:
-    """The first non-empty answer in `value`, or None; counts in `seen` which form `value` had."""
+def first_answer(value: Any, forms: Counter[str]) -> str | None:
+    """The first non-empty answer in `value`, or None; counts in `forms` which form `value` had."""
     form = "object" if isinstance(value, dict) else "string"
     if isinstance(value, list):
         form = "list of lists" if any(isinstance(v, list) for v in value) else "list"
-    seen[form] += 1
+    forms[form] += 1
     queue = [value]
     while queue:
         value = queue.pop(0)

@@ -16,6 +16,7 @@ from typing import Any
 
 from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.formats.answers import first_answer
+from knowedit.facts.formats.registry import NamedSet, fact_format
 
 
 def matches(record: dict[str, Any]) -> bool:
@@ -26,20 +27,36 @@ def matches(record: dict[str, Any]) -> bool:
     )
 
 
-def facts(record: dict[str, Any], seen: Counter[str]) -> Iterator[Fact]:
+@fact_format(
+    "counterfact",
+    matches=matches,
+    sets=(
+        NamedSet(
+            "counterfact",
+            "CounterFact, the authors' schema: paraphrases and ten neighbours a fact",
+            ("counterfact.json", "counterfact_rome_schema.jsonl.gz"),
+        ),
+        NamedSet(
+            "counterfact-flat",
+            "CounterFact, EasyEdit's flat schema",
+            ("counterfact_first2000.jsonl.gz",),
+        ),
+    ),
+)
+def facts(record: dict[str, Any], forms: Counter[str]) -> Iterator[Fact]:
     rewrite = record.get("requested_rewrite", record)
-    true = first_answer(rewrite.get("target_true", rewrite.get("ground_truth")), seen)
+    true = first_answer(rewrite.get("target_true", rewrite.get("ground_truth")), forms)
     paraphrases = list(record.get("paraphrase_prompts", ()))
     neighbours = [Probe(prompt, true) for prompt in record.get("neighborhood_prompts", ())]
     if record.get("rephrase_prompt") and record.get("rephrase_kind", "paraphrase") == "paraphrase":
         paraphrases.append(record["rephrase_prompt"])
     if record.get("locality_prompt"):
-        answer = first_answer(record.get("locality_ground_truth"), seen)
+        answer = first_answer(record.get("locality_ground_truth"), forms)
         neighbours.append(Probe(record["locality_prompt"], answer))
     yield Fact.parse(
         rewrite["prompt"],
         rewrite["subject"],
-        first_answer(rewrite["target_new"], seen) or "",
+        first_answer(rewrite["target_new"], forms) or "",
         true=true,
         paraphrases=tuple(paraphrases),
         neighbours=tuple(neighbours),

@@ -10,14 +10,26 @@ from typing import Any
 
 from knowedit.facts.fact import Fact
 from knowedit.facts.formats.answers import first_answer
+from knowedit.facts.formats.registry import NamedSet, fact_format
 
 
 def matches(record: dict[str, Any]) -> bool:
     return {"known_id", "subject", "attribute", "prompt"} <= record.keys()
 
 
-def facts(record: dict[str, Any], seen: Counter[str]) -> Iterator[Fact]:
-    attribute = first_answer(record["attribute"], seen)
+@fact_format(
+    "known1000",
+    matches=matches,
+    sets=(
+        NamedSet(
+            "known1000",
+            "ROME's known facts, for causal tracing; no edits",
+            ("known_1000.json", "known_1000_1209.jsonl.gz"),
+        ),
+    ),
+)
+def facts(record: dict[str, Any], forms: Counter[str]) -> Iterator[Fact]:
+    attribute = first_answer(record["attribute"], forms)
     yield Fact.parse(
         record["prompt"],
         record["subject"],

@@ -2,7 +2,7 @@
 
 One record (case) holds one or more edits and multi-hop questions that follow from all of them
 together: the edits of case 3 get the ids ``mquake:3:0``, ``mquake:3:1``, and the questions are
-    portability probes of the case's first edit.
+portability probes of the case's first edit.
 """
 
 from __future__ import annotations
@@ -13,20 +13,32 @@ from typing import Any
 
 from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.formats.answers import first_answer
+from knowedit.facts.formats.registry import NamedSet, fact_format
 
 
 def matches(record: dict[str, Any]) -> bool:
     return isinstance(record.get("requested_rewrite"), list)
 
 
-def facts(record: dict[str, Any], seen: Counter[str]) -> Iterator[Fact]:
-    answer = first_answer(record.get("new_answer"), seen)
+@fact_format(
+    "mquake",
+    matches=matches,
+    sets=(
+        NamedSet(
+            "mquake",
+            "MQuAKE-CF: cases of edits with multi-hop questions",
+            ("MQuAKE-CF-3k.json", "mquake_cf3k_2hop_reconstructed_842.jsonl.gz"),
+        ),
+    ),
+)
+def facts(record: dict[str, Any], forms: Counter[str]) -> Iterator[Fact]:
+    answer = first_answer(record.get("new_answer"), forms)
     for i, edit in enumerate(record["requested_rewrite"]):
         yield Fact.parse(
             edit["prompt"],
             edit["subject"],
-            first_answer(edit["target_new"], seen) or "",
-            true=first_answer(edit["target_true"], seen) if "target_true" in edit else None,
+            first_answer(edit["target_new"], forms) or "",
+            true=first_answer(edit["target_true"], forms) if "target_true" in edit else None,
             questions=(edit["question"],) if edit.get("question") else (),
             relation=edit.get("relation_id"),
             id=f"mquake:{record.get('case_id')}:{i}",

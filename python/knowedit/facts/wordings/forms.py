@@ -1,9 +1,9 @@
-"""Forms: the ways to ask for a fact's object that same-subject edits are trained on, and the ones
-they are tested with.
+"""Forms: the ways to ask for a fact's object that edits are trained on, and the ones they are
+tested with.
 
-The two never share a wording around the cloze (`relations.py`). The training forms and their names
-follow the notes of our own experiments; RoSE's paper (arXiv 2603.15518) did not publish its
-prompts.
+The two never share a wording around the cloze (`knowedit.facts.wordings.relations`). Here stand
+first the texts to train with, then those to test with. The training forms and their names follow
+the notes of our own experiments; RoSE's paper (arXiv 2603.15518) did not publish its prompts.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.relations import INSTRUCTIONS, relations, wordings
-from knowedit.models.editable import EditableModel
-from knowedit.models.tokens import Row
 
-#: Long, off-topic text in front of the cloze; for testing only.
-DISTRACTORS = (
-    "The market opened at eight, and by noon most of the bread had been sold; only a few people "
-    "stayed when the rain began. {}",
-    "My neighbour keeps bees behind the garage, and every summer she gives a jar of honey to "
-    "everyone in the street. {}",
-)
-PREFIX = "It is well known that this is true. {}"
+RowT_co = TypeVar("RowT_co", covariant=True)
+
+
+class Tokenises(Protocol[RowT_co]):
+    """What a form needs of a model: `EditableModel` has it."""
+
+    def chat(self, message: str, answer_prefix: str = "") -> str: ...
+
+    def row(
+        self, prompt: str, subject: str | None = None, answer: str | None = None
+    ) -> RowT_co: ...
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,22 @@ class Form:
     chat: bool = False
     opening: str = ""
 
-    def prompt(self, model: EditableModel) -> str:
+    def prompt(self, model: Tokenises[RowT_co]) -> str:
         """The full text up to where the object starts. Raises `ModelError` for a chat when the
         model has no template.
         """
         return model.chat(self.message, self.opening) if self.chat else self.message
 
-    def row(self, model: EditableModel, answer: str | None = None) -> Row:
+    def row(self, model: Tokenises[RowT_co], answer: str | None = None) -> RowT_co:
         """Tokenised, with the places of the subject's last token and of `answer`'s first
         (`EditableModel.row`).
         """
         return model.row(self.prompt(model), self.subject, answer)
+
+
+# -- texts to train with
+
+TRAINING_PREFIX = "It is well known that this is true. {}"
 
 
 def training_forms(fact: Fact, questions: Sequence[str] = ()) -> list[Form]:
@@ -71,7 +78,7 @@ def training_forms(fact: Fact, questions: Sequence[str] = ()) -> list[Form]:
     if not asked and fact.relation in relations():
         asked = list(wordings(fact, "train").questions)
     blank = f"Fill in the blank: {fact.text} ____"
-    forms = [("bare", fact.text), ("pre1", PREFIX.replace("{}", fact.text))]
+    forms = [("bare", fact.text), ("pre1", TRAINING_PREFIX.replace("{}", fact.text))]
     if asked:
         forms += [("qa2", f"Q: {asked[0]}\nA:")]
         chats = [
@@ -85,28 +92,6 @@ def training_forms(fact: Fact, questions: Sequence[str] = ()) -> list[Form]:
     return [Form(name, fact.subject, text) for name, text in forms] + [
         Form(name, fact.subject, text, True, opening) for name, text, opening in chats
     ]
-
-
-def held_out_forms(fact: Fact) -> list[Form]:
-    """The forms a fact is tested with: cloze, paraphrase, question, chat_question, chat_completion,
-    distractor.
-
-    Paraphrases and questions are the fact's own, else the test pool of its relation; without either
-    they are left out.
-    """
-    pool = wordings(fact, "test") if fact.relation in relations() else None
-    paraphrases = fact.paraphrases or (pool.paraphrases if pool else ())
-    questions = fact.questions or (pool.questions if pool else ())
-    instructions = fact.instructions or tuple(
-        i.replace("{}", fact.text) for i in INSTRUCTIONS["test"]
-    )
-    forms = [("cloze", fact.text, False)]
-    forms += [("paraphrase", text, False) for text in paraphrases]
-    forms += [("question", f"Question: {text} Answer:", False) for text in questions]
-    forms += [("chat_question", f"{text} Answer with the name only.", True) for text in questions]
-    forms += [("chat_completion", text, True) for text in instructions]
-    forms += [("distractor", text.replace("{}", fact.text), False) for text in DISTRACTORS]
-    return [Form(name, fact.subject, text, chat) for name, text, chat in forms]
 
 
 def training_neighbours(
@@ -147,5 +132,39 @@ def training_neighbours(
     return found
 
 
+# -- texts to test with
+
+#: Long, off-topic text in front of the cloze.
+TEST_DISTRACTORS = (
+    "The market opened at eight, and by noon most of the bread had been sold; only a few people "
+    "stayed when the rain began. {}",
+    "My neighbour keeps bees behind the garage, and every summer she gives a jar of honey to "
+    "everyone in the street. {}",
+)
+
+
+def held_out_forms(fact: Fact) -> list[Form]:
+    """The forms a fact is tested with: cloze, paraphrase, question, chat_question, chat_completion,
+    distractor.
+
+    Paraphrases and questions are the fact's own, else the test pool of its relation; without either
+    they are left out.
+    """
+    pool = wordings(fact, "test") if fact.relation in relations() else None
+    paraphrases = fact.paraphrases or (pool.paraphrases if pool else ())
+    questions = fact.questions or (pool.questions if pool else ())
+    instructions = fact.instructions or tuple(
+        i.replace("{}", fact.text) for i in INSTRUCTIONS["test"]
+    )
+    forms = [("cloze", fact.text, False)]
+    forms += [("paraphrase", text, False) for text in paraphrases]
+    forms += [("question", f"Question: {text} Answer:", False) for text in questions]
+    forms += [("chat_question", f"{text} Answer with the name only.", True) for text in questions]
+    forms += [("chat_completion", text, True) for text in instructions]
+    forms += [("distractor", text.replace("{}", fact.text), False) for text in TEST_DISTRACTORS]
+    return [Form(name, fact.subject, text, chat) for name, text, chat in forms]
+
+
 def occurs(name: str, text: str) -> bool:
+    """Whether `name` stands in `text` as a word of its own; case counts."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None

@@ -1,5 +1,5 @@
-"""Texts that an edit should leave alone, for training; those that the drift is measured on are in
-`evaluation/drift.py`.
+"""Texts that an edit should leave alone, to train with only; the drift is measured on others, in
+`knowedit.evaluation.drift`.
 
 ``ordinary.json`` holds sentences on many topics, written for this package: prose, instructions,
 code, questions, sums. Openings are prompts about entities of the shipped relations

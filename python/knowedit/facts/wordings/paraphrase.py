@@ -74,7 +74,7 @@ class Endpoint:
             ParaphraseError: no answer after all retries, a refusal, or one that is no chat
                 completion.
         """
-        import openai
+        import openai  # takes a second: only for who asks
 
         key = os.environ.get(self.key_variable) or "none"
         try:
@@ -104,8 +104,8 @@ class Endpoint:
             reason = f"no answer within {self.timeout:g} s, {self.retries + 1} times"
         except openai.APIConnectionError as error:
             reason = (
-                f"it cannot be reached ({error.__cause__ or error}); start it, or correct "
-                f"the address"
+                f"it cannot be reached ({error.__cause__ or error}); start it, or correct the "
+                "address"
             )
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = (
@@ -168,13 +168,11 @@ def paraphrases(
                     json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
                 )
             return found[:count]
+    shown_refusals = ", ".join(refused[:EXAMPLES]) or "nothing, the answers held no list"
     raise ParaphraseError(
-        f"endpoint {endpoint.url}, model {endpoint.model!r}: only {len(found)} of {count} "
-        f"usable paraphrases of {prompt!r} in "
-        f"{ROUNDS} answers; refused: "
-        f"{', '.join(refused[:EXAMPLES]) or 'nothing, the answers held no list'}; ask for "
-        f"fewer, or "
-        "name a stronger model"
+        f"endpoint {endpoint.url}, model {endpoint.model!r}: only {len(found)} of {count} usable "
+        f"paraphrases of {prompt!r} in {ROUNDS} answers; refused: {shown_refusals}; ask for "
+        "fewer, or name a stronger model"
     )
 
 

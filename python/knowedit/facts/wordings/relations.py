@@ -7,8 +7,7 @@ of templates that hold one ``{}`` for the subject; to ``entities``, further subj
 relation; and to the ``kind`` of thing its subjects are. Relations of the embedded set also have
 their cloze ``prompt``; CounterFact's facts bring their own. Instructions quote the fact's own
 cloze: only the wording around it is held out. An embedded fact's paraphrases, questions and
-    instructions are the test
-pool filled in, so evaluation never sees a training wording.
+instructions are the test pool filled in, so evaluation never sees a training wording.
 
 ``probes.json`` has, again for training and for testing, prompts about a subject that no edit should
 change: who or what it is (``identity``), and unrelated matters by the kind of subject.
@@ -79,12 +78,12 @@ def wordings(fact: Fact, split: str = "train") -> Wordings:
 
 
 def kind_of(facts: Sequence[Fact]) -> str:
-    """What the subject of `facts` is: "person", "place", ..., by its relations; "any" where they do
-    not tell.
+    """What the subject of `facts` is: "person", "place", ..., by its relations; "any" where none
+    of them decides.
     """
-    told = Counter(relations().get(fact.relation or "", {}).get("kind", "any") for fact in facts)
-    told.pop("any", None)
-    return told.most_common(1)[0][0] if told else "any"
+    kinds = Counter(relations().get(fact.relation or "", {}).get("kind", "any") for fact in facts)
+    kinds.pop("any", None)
+    return kinds.most_common(1)[0][0] if kinds else "any"
 
 
 def identity_prompts(facts: Sequence[Fact], split: str = "train") -> tuple[str, ...]:

@@ -8,7 +8,7 @@ identical outputs mean identical computations; float32. By kind of prompt:
 * paraphrase: success, likewise; longer = within sixteen tokens, for answers that begin with a
     sentence.
 * sums:       accuracy = the first number is the true sum (said of the edited model; small models
-              cannot add); identical; steady; clear; kl.
+  cannot add); identical; steady; clear; kl.
 * unrelated:  identical (the report's locality); steady; kl.
 
 `identical` compares the whole texts. Many of a small model's choices are coin flips: with a
@@ -23,16 +23,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from knowedit.evaluation.subjects.same_subject import estimates
+from knowedit.evaluation.evaluation import plain
+from knowedit.evaluation.intervals import estimates
+from knowedit.evaluation.measures.drift import divergence
 from knowedit.models import generation
 from knowedit.models.editable import EditableModel
-from knowedit.studies.arithmetic.prompts import Probe, first_number, number_span
+from knowedit.studies.arithmetic.prompts import StudyPrompt, first_number, number_span
 
 TOKENS, LONGER = 6, 16
 BATCH = 16
@@ -47,12 +49,12 @@ GOAL = (
     (("sums", "steady"), 0.95),
     (("sums", "kl"), 0.1),
 )
-Table = dict[str, dict[str, dict[str, float]]]
+Rates = dict[str, dict[str, dict[str, float]]]  # {kind: {measure: an Estimate as JSON has it}}
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Said:
+class Continuation:
     """A greedy continuation and what is clear in it.
 
     Attributes:
@@ -69,7 +71,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Observation:
+class Responses:
     """What the model says to every probe; of paraphrases also the longer answers `{probe: text}`;
     log-probabilities `[probes with a KL, vocab]` of the next token."""
 
@@ -78,26 +80,28 @@ class Observation:
     logprobs: Tensor
 
 
-def observe(model: EditableModel, asked: Sequence[Probe]) -> Observation:
+def observe(model: EditableModel, asked: Sequence[StudyPrompt]) -> Responses:
     """Ask everything of the model as it is now, with whatever edit is applied."""
     texts: list[str] = []
     for kind in dict.fromkeys(probe.kind for probe in asked):  # probes of a kind stand together
         texts += model.generate([p.prompt for p in asked if p.kind == kind], TOKENS, batch=BATCH)
     places = [i for i, probe in enumerate(asked) if probe.kind == "paraphrase"]
     longer = model.generate([asked[i].prompt for i in places], LONGER, batch=BATCH)
-    return Observation(
+    return Responses(
         texts,
         dict(zip(places, longer)),
         model.next_logprobs([p.prompt for p in asked if has_kl(p)]),
     )
 
 
-def has_kl(probe: Probe) -> bool:
-    return probe.kind in ("sums", "unrelated")
+def has_kl(prompt: StudyPrompt) -> bool:
+    return prompt.kind in ("sums", "unrelated")
 
 
 @torch.no_grad()
-def greedy(model: EditableModel, prompts: Sequence[str], tokens: int = TOKENS) -> list[Said]:
+def greedy(
+    model: EditableModel, prompts: Sequence[str], tokens: int = TOKENS
+) -> list[Continuation]:
     """`EditableModel.generate`, in the same batches, with the margins between the two likeliest
     tokens.
     """
@@ -113,20 +117,23 @@ def greedy(model: EditableModel, prompts: Sequence[str], tokens: int = TOKENS) -
     return found
 
 
-def _said(model: EditableModel, ids: Sequence[int], margins: Sequence[float]) -> Said:
+def _said(model: EditableModel, ids: Sequence[int], margins: Sequence[float]) -> Continuation:
     parts = [model.tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(len(ids) + 1)]
     text = parts[-1]
     unclear = next((i for i, margin in enumerate(margins) if margin <= MARGIN), len(ids))
     span = number_span(text)
     if span is None:
-        return Said(text, parts[unclear], False, min(margins))
+        return Continuation(text, parts[unclear], False, min(margins))
     needed = next((n for n, part in enumerate(parts) if len(part) > span[1]), len(ids))
     margin = min(margins[:needed])
-    return Said(text, parts[unclear], margin > MARGIN, margin)
+    return Continuation(text, parts[unclear], margin > MARGIN, margin)
 
 
 def judge(
-    asked: Sequence[Probe], unedited: Mapping[int, Said], before: Observation, after: Observation
+    asked: Sequence[StudyPrompt],
+    unedited: Mapping[int, Continuation],
+    before: Responses,
+    after: Responses,
 ) -> list[Row]:
     """One row a probe: prompt, kind, half, texts before and after, `ok`, and its measures (only
     where they are defined).
@@ -134,10 +141,8 @@ def judge(
     Args:
         unedited: `greedy` of the sums and unrelated prompts, by probe.
     """
-    moved = (
-        (before.logprobs.exp() * (before.logprobs - after.logprobs)).sum(-1).clamp(min=0).tolist()
-    )
-    divergence = dict(zip((i for i, probe in enumerate(asked) if has_kl(probe)), moved))
+    moved = divergence(before.logprobs, after.logprobs).clamp(min=0).tolist()
+    kl = dict(zip((i for i, probe in enumerate(asked) if has_kl(probe)), moved))
     rows = []
     for i, probe in enumerate(asked):
         was, now = before.texts[i], after.texts[i]
@@ -159,7 +164,7 @@ def judge(
                 measures["steady"] = float(now.startswith(said.steady))
             if probe.kind == "sums" and said.clear:
                 measures["clear"] = float(first_number(was) == first_number(now))
-            measures["kl"] = divergence[i]
+            measures["kl"] = kl[i]
         ok = bool(measures.get("success", measures.get("identical")))
         about = str(probe.about) if probe.kind in ("target", "paraphrase") else None
         margin = unedited[i].margin if probe.kind == "sums" else None
@@ -177,7 +182,7 @@ def judge(
 
 def table(
     rows: Iterable[Mapping[str, Any]], half: str | None = None, about: str | None = None
-) -> Table:
+) -> Rates:
     """Means with 95 % bootstrap intervals, `{kind: {measure: {mean, low, high, records}}}`.
 
     Args:
@@ -192,13 +197,10 @@ def table(
     values = (
         (row["kind"], m, row["prompt"], v) for row in chosen for m, v in row["measures"].items()
     )
-    return {
-        kind: {m: asdict(e) for m, e in row.items()}
-        for kind, row in estimates(values, SEED).items()
-    }
+    return plain(estimates(values, SEED))
 
 
-def reached(found: Table, end: str = "mean") -> dict[tuple[str, str], bool]:
+def reached(found: Rates, end: str = "mean") -> dict[tuple[str, str], bool]:
     """Which of the goals a table meets; `end` "mean", or "bound" for the pessimistic end of each
     interval.
 

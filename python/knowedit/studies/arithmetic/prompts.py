@@ -1,7 +1,7 @@
 """The prompts of the arithmetic study: sums of two digits, paraphrases of the edited ones, and
 unrelated texts.
 
-An editor sees the `tune` half of the paraphrases, the other sums and the unrelated prompts; the
+A method sees the `tune` half of the paraphrases, the other sums and the unrelated prompts; the
 `judge` half judges it.
 """
 
@@ -135,10 +135,10 @@ def forms(
             found.append(Form("plain", subject, text))
         return found
     plain, asked = ("training", "training_chats") if training else ("paraphrases", "chats")
-    told = [("plain", template) for template in wordings()[plain]]
-    told += [("chat", t) if chats else ("plain", f"Q: {t}\nA:") for t in wordings()[asked]]
+    named = [("plain", template) for template in wordings()[plain]]
+    named += [("chat", t) if chats else ("plain", f"Q: {t}\nA:") for t in wordings()[asked]]
     made = []
-    for name, template in told:
+    for name, template in named:
         text = edited.fill(template)
         subject = text[text.index("[") + 1 : text.index("]")]
         made.append(
@@ -192,7 +192,7 @@ def unrelated_prompts(count: int = 100, dataset: str | None = None) -> tuple[str
 
 
 @dataclass(frozen=True)
-class Probe:
+class StudyPrompt:
     """One prompt that is asked.
 
     Attributes:
@@ -208,12 +208,12 @@ class Probe:
     form: Form | None = None
 
 
-def probes(
+def study_prompts(
     model: EditableModel,
     targets: Sequence[Sum],
     unrelated: Sequence[str],
     own: Mapping[str, Sequence[str]] | None = None,
-) -> list[Probe]:
+) -> list[StudyPrompt]:
     """Everything that is asked, without halves: the targets, their paraphrases, the other sums, the
     unrelated prompts.
 
@@ -230,28 +230,28 @@ def probes(
             f"{', '.join(map(str, targets)) or 'none'}"
         )
     chats = bool(getattr(model.tokenizer, "chat_template", None))
-    made = [Probe("target", t.prompt, t) for t in targets]
+    made = [StudyPrompt("target", t.prompt, t) for t in targets]
     for t in targets:
         made += [
-            Probe("paraphrase", form.prompt(model), t, form=form)
+            StudyPrompt("paraphrase", form.prompt(model), t, form=form)
             for form in forms(t, (own or {}).get(str(t)), chats=chats)
         ]
     others = (Sum(a, b, a + b) for a, b in product(range(10), repeat=2) if (a, b) not in edited)
     return (
         made
-        + [Probe("sums", s.prompt, s) for s in others]
-        + [Probe("unrelated", text) for text in unrelated]
+        + [StudyPrompt("sums", s.prompt, s) for s in others]
+        + [StudyPrompt("unrelated", text) for text in unrelated]
     )
 
 
-def split(asked: Sequence[Probe], seed: int) -> list[Probe]:
-    """The same probes, in the same order, in random halves; chats and plain paraphrases of each
+def split(asked: Sequence[StudyPrompt], seed: int) -> list[StudyPrompt]:
+    """The same prompts, in the same order, in random halves; chats and plain paraphrases of each
     target apart.
     """
     strata: dict[Any, list[int]] = {}
-    for i, probe in enumerate(asked):
-        about = (str(probe.about), probe.form.chat) if probe.form else None
-        strata.setdefault((probe.kind, about), []).append(i)
+    for i, prompt in enumerate(asked):
+        about = (str(prompt.about), prompt.form.chat) if prompt.form else None
+        strata.setdefault((prompt.kind, about), []).append(i)
     halved = list(asked)
     for (kind, about), places in strata.items():
         if kind == "target":

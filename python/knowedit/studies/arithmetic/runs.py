@@ -21,10 +21,10 @@ from typing import Any
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
 from knowedit.io.files import atomic_file
-from knowedit.methods import EDITORS
+from knowedit.methods.listing import methods as known_methods
 from knowedit.statistics import KeyStatistics
+from knowedit.studies.arithmetic.experiments import experiment, experiments
 from knowedit.studies.arithmetic.measure import Row, observe, table
-from knowedit.studies.arithmetic.methods import ABLATIONS, METHODS, method
 from knowedit.studies.arithmetic.prompts import Sum
 from knowedit.studies.arithmetic.study import Study
 from knowedit.studies.arithmetic.summary import goals, summary, verdict
@@ -68,7 +68,7 @@ def run(
     Raises:
         KnowEditError: an unknown method; `folder` holds another study.
     """
-    plan = {name: method(name) for name in methods}
+    plan = {name: experiment(name) for name in methods}
     found, rows = _resume(study, folder)
     _write(found, rows, folder)
     wanted = set()
@@ -112,7 +112,7 @@ def _one(
 ) -> Outcome:
     begun = time.perf_counter()
     try:
-        editor, facts = method(name).build(study.material(seed))
+        editor, facts = experiment(name).build(study.material(seed))
         edit = editor.compute(
             study.model, facts, keys if editor.needs_statistics else None, progress=progress
         )
@@ -126,8 +126,8 @@ def _one(
         return Outcome(
             [], {"seconds": time.perf_counter() - begun}, f"{type(error).__name__}: {error}"
         )
-    told = ("trainable", "peak_memory_bytes", "steps", "settings", "warnings")
-    report = {"seconds": seconds, **{k: _plain(edit.report[k]) for k in told if k in edit.report}}
+    kept = ("trainable", "peak_memory_bytes", "steps", "settings", "warnings")
+    report = {"seconds": seconds, **{k: _plain(edit.report[k]) for k in kept if k in edit.report}}
     return Outcome(study.halved(measured[edit.key], seed), report)
 
 
@@ -146,7 +146,7 @@ def _interfere(
             return study.halved(study.rows(observe(study.model, study.asked)), study.seeds[0])
 
     def single(target: Sum) -> Sequence[Row]:
-        editor, facts = method(name).build(study.material(study.seeds[0], [target]))
+        editor, facts = experiment(name).build(study.material(study.seeds[0], [target]))
         alone.append(
             editor.compute(
                 study.model, facts, keys if editor.needs_statistics else None, progress=progress
@@ -224,7 +224,7 @@ def _write(found: dict[str, Any], rows: Sequence[Row], folder: Path | None) -> N
     """Tables from the rows, and everything to disk, the rows first: a run is in `study.json` only
     with its rows.
     """
-    order = [*dict.fromkeys([*METHODS, *ABLATIONS, *EDITORS])]
+    order = [*dict.fromkeys([*experiments(), *known_methods()])]
     found["runs"].sort(key=lambda run: (order.index(run["method"]), run["seed"]))
     found["methods"] = []
     for name in dict.fromkeys(run["method"] for run in found["runs"]):

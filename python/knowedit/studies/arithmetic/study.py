@@ -13,20 +13,20 @@ import torch
 
 from knowedit.errors import KnowEditError
 from knowedit.models.editable import EditableModel
+from knowedit.studies.arithmetic.experiments import Material, material
 from knowedit.studies.arithmetic.measure import (
     LONGER,
     MARGIN,
     TOKENS,
-    Observation,
+    Continuation,
+    Responses,
     Row,
-    Said,
     greedy,
     judge,
     observe,
     table,
 )
-from knowedit.studies.arithmetic.methods import Material, material
-from knowedit.studies.arithmetic.prompts import Probe, Sum, probes, split
+from knowedit.studies.arithmetic.prompts import StudyPrompt, Sum, split, study_prompts
 
 FORMAT = "knowedit-study/1"
 
@@ -45,8 +45,8 @@ class Study:
         corpus: ordinary text for methods that read some themselves.
 
     Raises:
-        KnowEditError: the model has active edits or other weights than float32; what `probes`
-            raises.
+        KnowEditError: the model has active edits or other weights than float32; what
+            `study_prompts` raises.
     """
 
     model: EditableModel
@@ -56,9 +56,9 @@ class Study:
     own: Mapping[str, Sequence[str]] | None = None
     source: str = "shipped, hand-written"
     corpus: Any = "self"
-    asked: list[Probe] = field(init=False)
-    before: Observation = field(init=False)
-    unedited: dict[int, Said] = field(init=False)
+    asked: list[StudyPrompt] = field(init=False)
+    before: Responses = field(init=False)
+    unedited: dict[int, Continuation] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.model.ledger.active:
@@ -71,7 +71,7 @@ class Study:
             )
         if not self.seeds:
             raise KnowEditError("seeds is empty; name at least one")
-        self.asked = probes(self.model, self.targets, self.unrelated[1], self.own)
+        self.asked = study_prompts(self.model, self.targets, self.unrelated[1], self.own)
         self.before = observe(self.model, self.asked)
         self.unedited = {}
         for kind in ("sums", "unrelated"):
@@ -135,7 +135,7 @@ class Study:
         )
         return found
 
-    def rows(self, after: Observation) -> list[Row]:
+    def rows(self, after: Responses) -> list[Row]:
         """One row a probe, not halved."""
         return judge(self.asked, self.unedited, self.before, after)
 
@@ -144,5 +144,5 @@ class Study:
         return [{**row, "half": probe.half} for row, probe in zip(rows, split(self.asked, seed))]
 
     def material(self, seed: int, only: Sequence[Sum] | None = None) -> Material:
-        """What an editor is given under `seed`."""
+        """What a method is given under `seed`."""
         return material(self.model, split(self.asked, seed), self.before, seed, only, self.corpus)

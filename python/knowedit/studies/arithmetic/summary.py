@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from knowedit.studies.arithmetic.measure import GOAL, Table, reached
+from knowedit.io.tables import Column, Table
+from knowedit.studies.arithmetic.measure import GOAL, Rates, reached
 
 #: Columns of the table: heading, kind and measure.
 COLUMNS = (
@@ -33,7 +34,7 @@ NAMES = {
 }
 
 
-def goals(judged: Table) -> dict[str, list[bool]]:
+def goals(judged: Rates) -> dict[str, list[bool]]:
     """Each goal by name: whether the mean meets it, and whether the pessimistic end of its interval
     does.
     """
@@ -41,7 +42,7 @@ def goals(judged: Table) -> dict[str, list[bool]]:
     return {NAMES[key]: [means[key], bounds[key]] for key in means}
 
 
-def verdict(judged: Table) -> str:
+def verdict(judged: Rates) -> str:
     """One sentence on a method, from its table on the judging half."""
     met, sure = reached(judged), reached(judged, "bound")
     if not met["target", "success"]:
@@ -58,78 +59,68 @@ def verdict(judged: Table) -> str:
     return "meets every goal, with the whole of every 95 % interval"
 
 
-def _mean(judged: Table, key: tuple[str, str]) -> float:
+def _mean(judged: Rates, key: tuple[str, str]) -> float:
     kind, measure = key
     return judged.get(kind, {}).get(measure, {}).get("mean", float("nan"))
 
 
-def lines(found: Mapping[str, Any], half: str = "judge") -> list[str]:
-    """The table of all methods as text: means, below them the pessimistic ends of the 95 %
-    intervals.
-    """
-    width = max([10, *(len(entry["method"]) for entry in found["methods"])])
-    made = [
-        f"{'':{width}}"
-        + "".join(f"{name:>11}" for name, _, _ in COLUMNS)
-        + f"{'seconds':>9}{'seeds':>7}"
+def methods_table(found: Mapping[str, Any], half: str = "judge") -> Table:
+    """All methods: means, below each the pessimistic end of its 95 % interval."""
+    columns: list[Column | str] = [
+        Column("method"),
+        *(Column(name, align="right") for name, _, _ in COLUMNS),
     ]
-    rows = [("unedited", found["unedited"], None, 0)]
+    columns += [Column("seconds", ".0f"), Column("seeds")]
+    rows: list[list[Any]] = [["unedited", *_cells(found["unedited"], ends=False), None, None]]
     rows += [
-        (entry["method"], entry[half], entry["seconds"], entry["seeds"])
+        [entry["method"], *_cells(entry[half]), entry["seconds"], entry["seeds"]]
         for entry in found["methods"]
         if half in entry
     ]
-    for name, judged, seconds, seeds in rows:
-        estimates = [judged.get(kind, {}).get(measure) for _, kind, measure in COLUMNS]
-        means = "".join(f"{'' if e is None else format(e['mean'], '.3f'):>11}" for e in estimates)
-        made.append(
-            f"{name:{width}}" + means + ("" if seconds is None else f"{seconds:>9.0f}{seeds:>7}")
-        )
-        if seconds is not None:
-            ends = [
-                e and e["high" if m == "kl" else "low"] for e, (_, _, m) in zip(estimates, COLUMNS)
-            ]
-            signs = ["≤" if m == "kl" else "≥" for _, _, m in COLUMNS]
-            made.append(
-                " " * width
-                + "".join(f"{'' if v is None else f'{s} {v:.3f}':>11}" for v, s in zip(ends, signs))
-            )
-    return made
+    return Table(columns, rows)
 
 
-def interference_lines(found: Mapping[str, Any]) -> list[str]:
-    """For each method: what is written down, whether each target and its paraphrases hold across,
+def _cells(judged: Rates, ends: bool = True) -> list[str]:
+    cells = []
+    for _, kind, measure in COLUMNS:
+        estimate = judged.get(kind, {}).get(measure)
+        if estimate is None:
+            cells.append("")
+            continue
+        end, sign = (estimate["high"], "≤") if measure == "kl" else (estimate["low"], "≥")
+        cells.append(f"{estimate['mean']:.3f}" + (f"\n{sign} {end:.3f}" if ends else ""))
+    return cells
+
+
+def interference_tables(found: Mapping[str, Any]) -> list[Table]:
+    """A table a method: what is written down, whether each target and its paraphrases hold across,
     and what else moved.
     """
-    made: list[str] = []
+    about = found["head"]["targets"]
+    others = {
+        "locality": ("unrelated", "identical"),
+        "sums same": ("sums", "identical"),
+        "clear": ("sums", "clear"),
+        "KL sums": ("sums", "kl"),
+    }
+    columns: list[Column | str] = ["written", *(Column(name, align="right") for name in about)]
+    columns += [Column(name, ".3f", "right") for name in others]
+    made = []
     for name, records in found["interference"].items():
-        about = found["head"]["targets"]
-        head = (
-            "".join(f"{t:>16}" for t in about)
-            + f"{'locality':>10}{'sums same':>10}{'clear':>8}{'KL sums':>9}"
-        )
-        width = max(28, *(len(record["written"]) for record in records)) + 2
-        made += ["", f"{name}: target / paraphrases of each sum", f"{'written':{width}}" + head]
+        rows, notes = [], []
         for record in records:
             if record["reason"]:
-                made.append(f"{record['written']:{width}}  {record['reason'][:100]}")
+                notes.append(f"{record['written']}: {record['reason'][:100]}")
                 continue
-            cells = [record["about"][t] for t in about]
             said = [
-                f"{c['target']['success']['mean']:.0f} / {c['paraphrase']['success']['mean']:.2f}"
-                for c in cells
+                f"{cell['target']['success']['mean']:.0f} / "
+                f"{cell['paraphrase']['success']['mean']:.2f}"
+                for cell in (record["about"][target] for target in about)
             ]
-            other = [
-                _mean(record["judge"], key)
-                for key in (("unrelated", "identical"), ("sums", "identical"))
-            ]
-            other += [_mean(record["judge"], ("sums", m)) for m in ("clear", "kl")]
-            made.append(
-                f"{record['written']:{width}}"
-                + "".join(f"{s:>16}" for s in said)
-                + f"{other[0]:>10.3f}{other[1]:>10.3f}{other[2]:>8.3f}{other[3]:>9.3f}"
-            )
-    return made[1:]
+            means = [_mean(record["judge"], key) for key in others.values()]
+            rows.append([record["written"], *said, *means])
+        made.append(Table(columns, rows, f"{name}: target / paraphrases of each sum", notes))
+    return made
 
 
 def bounds(found: Mapping[str, Any]) -> str:
@@ -161,30 +152,30 @@ def bounds(found: Mapping[str, Any]) -> str:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """The written summary, Markdown."""
+    """The written summary, Markdown that also reads well as plain text."""
     head = found["head"]
     targets, counts = ", ".join(f"“{t}”" for t in head["targets"]), head["prompts"]
     parts = [
         f"# {targets}, and nothing else? {head['model']}",
         f"{counts['paraphrase']} paraphrases ({head['paraphrases']}), {counts['sums']} other "
-        f"sums, {counts['unrelated']} "
-        f"unrelated prompts ({head['unrelated']}); greedy, {head['tokens'][0]} new tokens "
-        f"(longer: {head['tokens'][1]}); seeds "
-        f"{', '.join(map(str, head['seeds']))}. Judged on the halves no editor saw; 95 % "
+        f"sums, {counts['unrelated']} unrelated prompts ({head['unrelated']}); greedy, "
+        f"{head['tokens'][0]} new tokens (longer: {head['tokens'][1]}); seeds "
+        f"{', '.join(map(str, head['seeds']))}. Judged on the halves no method saw; 95 % "
         f"bootstrap intervals over prompts.",
         "\n".join(f"* {note}" for note in found["notes"]),
         "## Judging half",
-        "```\n" + "\n".join(lines(found)) + "\n```",
+        _block(methods_table(found)),
         "## Verdicts",
         "\n".join(f"* **{method}** {said}" for method, said in verdicts(found)),
         bounds(found),
     ]
     if found["interference"]:
-        parts += [
-            "## Several sums at once",
-            "```\n" + "\n".join(interference_lines(found)) + "\n```",
-        ]
+        parts += ["## Several sums at once", *map(_block, interference_tables(found))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _block(table: Table) -> str:
+    return f"```\n{table.text()}\n```"
 
 
 def verdicts(found: Mapping[str, Any]) -> list[tuple[str, str]]:

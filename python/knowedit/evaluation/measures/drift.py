@@ -1,17 +1,19 @@
 """What moved elsewhere: how an edit changes the model's next-word distribution on texts it was not
 about.
 
-The drift of keys and states under rephrasing is in `geometry.py`.
+The drift of keys and states under rephrasing is in `knowedit.evaluation.geometry`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
 from knowedit.edits.edit import Edit
+from knowedit.evaluation.measures.base import ModelMeasure, register
 from knowedit.models.editable import EditableModel
 
 #: Ordinary openings on many topics, written for this package; none is about a fact of the embedded
@@ -68,6 +70,26 @@ class Drift:
     worst: tuple[str, float]
     prompts: int
 
+    def __str__(self) -> str:
+        return f"ordinary text: same next word {self.same:.0%}, KL {self.kl:.4f} nats"
+
+
+@register
+class OrdinaryDrift(ModelMeasure):
+    """`Drift` on `ORDINARY`."""
+
+    name, about = "drift", "the next word after ordinary openings stays the same"
+
+    def observe(self, model: EditableModel, texts: Sequence[str]) -> Tensor:
+        return model.next_logprobs(ORDINARY)
+
+    def compare(self, before: Tensor, after: Tensor) -> dict[str, Any]:
+        found = asdict(compare(before, after, ORDINARY))
+        return {**found, "worst": list(found["worst"])}
+
+    def describe(self, found: dict[str, Any]) -> str:
+        return f"ordinary text: same next word {found['same']:.0%}, KL {found['kl']:.4f} nats"
+
 
 def drift(model: EditableModel, edit: Edit, prompts: Sequence[str] = ORDINARY) -> Drift:
     """Measure `edit` on `prompts`; the model is left as it was found."""
@@ -79,7 +101,12 @@ def drift(model: EditableModel, edit: Edit, prompts: Sequence[str] = ORDINARY) -
 
 def compare(before: Tensor, after: Tensor, prompts: Sequence[str]) -> Drift:
     """The drift between log-probabilities `[prompts, vocab]` of the next token."""
-    kl = (before.exp() * (before - after)).sum(-1)
+    kl = divergence(before, after)
     worst = int(kl.argmax())
     same = (before.argmax(-1) == after.argmax(-1)).double().mean()
     return Drift(float(kl.mean()), float(same), (prompts[worst], float(kl[worst])), len(prompts))
+
+
+def divergence(before: Tensor, after: Tensor) -> Tensor:
+    """KL(before || after) of log-probabilities `[..., vocab]`, nats: `[...]`."""
+    return (before.exp() * (before - after)).sum(-1)
