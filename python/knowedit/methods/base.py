@@ -12,6 +12,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.io.config import Config
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit.statistics import KeyStatistics
 
 
@@ -34,6 +35,7 @@ class Method(Config):
             cls.kind = cls.name.lower()
         super().__init_subclass__(**others)
 
+    @accepts_model
     def compute(
         self,
         model: EditableModel,
@@ -72,6 +74,7 @@ class Method(Config):
         made.config = self.to_dict()
         return made
 
+    @accepts_model
     def compute_each(
         self,
         model: EditableModel,
@@ -86,6 +89,7 @@ class Method(Config):
         for fact in facts:
             yield self.compute(model, [fact], statistics, progress=False)
 
+    @accepts_model
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers whose key statistics it uses; none for a method without statistics."""
         return ()

@@ -26,18 +26,24 @@ from knowedit_kernels.lowrank import Change
 
 
 class _InForce:
-    """What is in force on one transformers model, whoever wraps it: the ledger of its edits, the
-    router, and the fingerprint of the unedited weights.
+    """What is known of one transformers model, whoever wraps it: the ledger of its edits, the
+    router, the fingerprint of the unedited weights, the tokenizer.
     """
 
     def __init__(self) -> None:
         self.ledger = WeightLedger()
         self.router: Router | None = None
         self.fingerprint: str | None = None
+        self.tokenizer: Any = None
         self.rewritten: dict[str, set[tuple[str, int]]] = {}  # neurons, by the key of the edit
 
 
 _IN_FORCE: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
+
+
+def known_tokenizer(hf: nn.Module) -> Any:
+    """The tokenizer that a transformers model was wrapped with before, or None."""
+    return _IN_FORCE[hf].tokenizer if hf in _IN_FORCE else None
 
 
 class EditableModel:
@@ -79,6 +85,7 @@ class EditableModel:
             )
         names = {self.layout.weight_name(i): self.weight(i) for i in range(len(self.layers))}
         state = self._state = _IN_FORCE.setdefault(hf, _InForce())
+        state.tokenizer = tokenizer
         if not state.ledger.active:  # weights and dtype may be others than when it was last wrapped
             transposed = names if self.layout.transposed else ()
             state.ledger, state.fingerprint = WeightLedger(names, transposed=transposed), None

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit.statistics.collect import Collection, Settings
 from knowedit.statistics.corpus.corpus import Corpus, corpus_fingerprint
 from knowedit.statistics.distributed.checkpoints import begun
@@ -152,6 +153,7 @@ class KeyStatistics:
                 )
 
 
+@accepts_model
 def key_statistics(
     model: EditableModel,
     layers: Sequence[int] | None = None,

@@ -10,6 +10,7 @@ import torch
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.measures.base import ModelMeasure, register
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 
 
 @register
@@ -29,6 +30,7 @@ class Perplexity(ModelMeasure):
         return f"perplexity of held-out text: {found['before']:.2f}, then {found['after']:.2f}"
 
 
+@accepts_model
 @torch.no_grad()
 def perplexity(
     model: EditableModel, texts: Iterable[str], *, tokens: int = 2048, window: int = 256

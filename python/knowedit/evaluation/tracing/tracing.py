@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from knowedit.errors import EditError, ModelError
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit.models.partial import Hook, PartialModel, capture, hooked, recorded
 from knowedit.models.structure import attention_of, mlp_of
 
@@ -87,6 +88,7 @@ class Trace:
         return {**plain, "rows": rows, **tables}
 
 
+@accepts_model
 @torch.no_grad()
 def trace(
     model: EditableModel,

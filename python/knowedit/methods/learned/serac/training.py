@@ -20,6 +20,7 @@ from knowedit.methods.learned.examples import Example, drawn, examples, placed, 
 from knowedit.methods.learned.loop import Plan, default_file, stamp, train
 from knowedit.methods.learned.serac.network import Adapter, Scope, SeracNetwork, in_view
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit.models.partial import layer_outputs
 from knowedit.models.structure import linears
 from knowedit.models.texts import Texts
@@ -49,6 +50,7 @@ class SeracTraining:
     reader: Plan = field(default_factory=lambda: Plan(steps=80, lr=1e-3, validate=40))
 
 
+@accepts_model
 def train_serac(
     model: EditableModel,
     facts: Sequence[Fact],
