@@ -19,7 +19,7 @@ from knowedit.io.memory import peak_memory
 from knowedit.methods.base import Method
 from knowedit.methods.learned.mend.network import MendNetwork, Tokens, token_factors
 from knowedit.models.editable import EditableModel
-from knowedit.models.upper import Texts
+from knowedit.models.texts import Texts
 from knowedit.statistics import KeyStatistics
 from knowedit_kernels.lowrank import Change
 

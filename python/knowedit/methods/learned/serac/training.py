@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,9 +20,11 @@ from knowedit.methods.learned.examples import Example, drawn, examples, placed, 
 from knowedit.methods.learned.loop import Plan, default_file, stamp, train
 from knowedit.methods.learned.serac.network import Adapter, Scope, SeracNetwork, in_view
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
+from knowedit.models.partial import layer_outputs
 from knowedit.models.structure import linears
+from knowedit.models.texts import Texts
 from knowedit.models.tokens import Row
-from knowedit.models.upper import Texts, states_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class SeracTraining:
     reader: Plan = field(default_factory=lambda: Plan(steps=80, lr=1e-3, validate=40))
 
 
+@accepts_model
 def train_serac(
     model: EditableModel,
     facts: Sequence[Fact],
@@ -149,7 +152,7 @@ class _Gate:
         inputs = [row.ids for row in rows]
         self.states: list[Tensor] = [torch.empty(0)] * len(rows)
         with bar("reading the texts", len(rows), "texts", show=progress) as advance:
-            for group, states in states_of(draft, inputs, layer):
+            for group, states in layer_outputs(draft, inputs, layer):
                 for line, i in enumerate(group):
                     self.states[i] = states[line, : len(inputs[i])].clone()
                 advance(len(group))
@@ -300,5 +303,5 @@ class _Reader:
         asked, kept = (Texts(self.draft, rows, self.first, clean=False) for rows in (said, seen))
         with self.draft.virtual(self.adapter):
             nll = asked.nll(asked.batch(every))
-            kl = kept.kl(replace(kept.batch(every), clean=clean))
+            kl = kept.kl(kept.batch(every), clean)
         return (nll + self.settings.locality * kl) / len(chosen)
