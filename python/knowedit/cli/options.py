@@ -152,8 +152,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="A setting of the method: metric.gain=0.95, steps=20, modules=[\"q_proj\"]; "
-        "repeatable.",
+        help='A setting of the method: metric.gain=0.95, steps=20, modules=["q_proj"]; repeatable.',
     ),
 ]
 OptionSettings = Annotated[
@@ -186,7 +185,9 @@ MethodsCorpus = Annotated[
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(help="Keys to sum for the statistics; default: 64 for each of a key's dimensions."),
+    typer.Option(
+        help="Keys to sum for the statistics; default: 64 for each of a key's dimensions."
+    ),
 ]
 Statistics = Annotated[
     Path | None,

@@ -45,9 +45,9 @@ def arithmetic(
     method: Annotated[
         list[str] | None, typer.Option(help="Repeatable; default: all of the study's.")
     ] = None,
-    target: Annotated[
-        list[str], typer.Option(help="What to write, e.g. 2+2=5; repeatable.")
-    ] = ["2+2=5"],  # noqa: B006
+    target: Annotated[list[str], typer.Option(help="What to write, e.g. 2+2=5; repeatable.")] = [
+        "2+2=5"
+    ],  # noqa: B006
     settings: OptionSettings = None,
     config: Config = None,
     halvings: Annotated[

@@ -502,7 +502,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
             "train",
             "mend",
             "model",
-            "--facts",
+            "--dataset",
             "told.jsonl",
             "--without",
             "tested.jsonl",
@@ -515,7 +515,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "1 facts" in knowedit("edit", "model", "asked.jsonl", "--method", "mend", "-o", "e")
     assert "MEND edit" in knowedit("inspect", "e")
     assert "saved to s" in knowedit(
-        "train", "serac", "model", "--facts", "told.jsonl", "--steps", "1", "-o", "s"
+        "train", "serac", "model", "--dataset", "told.jsonl", "--steps", "1", "-o", "s"
     )
     asked = (
         "edit",
@@ -523,7 +523,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
         "asked.jsonl",
         "--method",
         "serac",
-        "--setting",
+        "--set",
         'network="s"',
         "-o",
         "m",
@@ -531,5 +531,5 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "1 facts" in knowedit(*asked)
     assert "changes no weight" in knowedit("apply", "model", "m", "-o", "folder", code=1)
     assert "too few" in knowedit(
-        "train", "mend", "model", "--facts", "asked.jsonl", "-o", "n", code=1
+        "train", "mend", "model", "--dataset", "asked.jsonl", "-o", "n", code=1
     )
