@@ -41,7 +41,7 @@ from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.report.plots import save, trajectory
 from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 from . import common
 
@@ -89,13 +89,15 @@ def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
         random.Random(seed),
         list({fact.subject: fact for fact in conflict_free(pool)}.values()),
     )
-    told, rest = ([fact for fact in pool if bool(fact.paraphrases) == has] for has in (True, False))
+    paraphrased, rest = (
+        [fact for fact in pool if bool(fact.paraphrases) == has] for has in (True, False)
+    )
     if len(pool) < count:
         raise KnowEditError(
             f"there are only {len(pool)} facts of different subjects, {count} were asked for"
         )
-    told = rng.sample(told, min(len(told), max(count // 3, count - len(rest))))
-    chosen = told + rng.sample(rest, count - len(told))
+    paraphrased = rng.sample(paraphrased, min(len(paraphrased), max(count // 3, count - len(rest))))
+    chosen = paraphrased + rng.sample(rest, count - len(paraphrased))
     return rng.sample(chosen, len(chosen))
 
 
@@ -222,12 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     report = common.report("sequential", arguments, model=model.name, setting=setting)
     report.rows += old[1:]
-    told = [i for i, fact in enumerate(facts) if fact.paraphrases]
+    paraphrased = [i for i, fact in enumerate(facts) if fact.paraphrases]
     monitor = SequenceMonitor(
         model,
         facts,
-        list(documents(arguments.text or data / TEXT)),
-        measured=told,
+        list(Corpus.parse(arguments.text or data / TEXT).documents()),
+        measured=paraphrased,
         sample=arguments.sample,
     )
     digest = hashlib.blake2b(json.dumps(setting).encode(), digest_size=6).hexdigest()

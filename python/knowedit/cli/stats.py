@@ -353,7 +353,7 @@ def take(
 
     editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     for path in files:
-        made, _ = npz.take(path, editable, layer)
+        made, _ = npz.import_layer(path, editable, layer)
         target = store.layer_file(output or store.folder(editable.name, made.recipe), made.layer)
         if target.exists():
             raise StatisticsError(f"{target} exists; choose another folder")

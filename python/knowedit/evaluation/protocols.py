@@ -31,7 +31,7 @@ from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 PROTOCOLS = ("batch", "single", "sequential")
 RESULTS, PROMPTS = "results.json", "prompts.jsonl"
@@ -176,7 +176,7 @@ def check_protocol(name: str) -> None:
 
 def held_out(text: Any) -> list[str]:
     """The documents of a corpus that the perplexity is measured on; none without one."""
-    return list(islice(documents(text), HELD_OUT)) if text else []
+    return list(islice(Corpus.parse(text).documents(), HELD_OUT)) if text else []
 
 
 def run(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from knowedit.cli.inspection import describe
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
-from knowedit.errors import ConfigError, EditError, KnowEditError, ModelError
+from knowedit.errors import ConfigError, EditError, ModelError
 from knowedit.evaluation.protocols import run
 from knowedit.evaluation.sequence import total_norms
 from knowedit.facts.fact import Fact, FactError, Probe

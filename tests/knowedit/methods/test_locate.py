@@ -12,11 +12,11 @@ from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact, FactError
 from knowedit.methods import EMMET, MEMIT, ROME, FineTuning, NeuronPatch, statistics_for
 from knowedit.methods.listing import methods
-from knowedit.methods.registry import method_class
 from knowedit.methods.locate.keys import group_keys
 from knowedit.methods.locate.metrics import Covariance
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.values import ValueSettings, optimise_values, prompt_rows
+from knowedit.methods.registry import method_class
 from knowedit.models.families import calibrated, preset_for
 from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, statistics_of, target_of
 

@@ -37,8 +37,11 @@ FILE = "same_subject.json"
 
 @dataclass(frozen=True)
 class SubjectsResult:
-    """One method on the facts of some subjects, all written in one edit; `seconds`: computing it, a
-    fact.
+    """One method on the facts of some subjects, all written in one edit.
+
+    Attributes:
+        seconds: computing the edit, a fact.
+        config: the whole method, as `make_method` takes it.
     """
 
     model: str
@@ -48,12 +51,13 @@ class SubjectsResult:
     drift: Drift
     seconds: float
     report: dict[str, Any]
+    config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         plain = {
             name: getattr(self, name)
-            for name in ("model", "dataset", "method", "seconds", "report")
+            for name in ("model", "dataset", "method", "seconds", "report", "config")
         }
         return {**plain, "drift": asdict(self.drift), "evaluation": self.evaluation.to_dict()}
 
@@ -139,7 +143,16 @@ def run_subjects(
                 probes, before, observe(model, probes, title=method.name, progress=progress)
             )
         results.append(
-            SubjectsResult(model.name, dataset, method.name, found, moved, seconds, edit.report)
+            SubjectsResult(
+                model.name,
+                dataset,
+                method.name,
+                found,
+                moved,
+                seconds,
+                edit.report,
+                method.to_dict(),
+            )
         )
     return results
 
