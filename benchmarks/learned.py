@@ -26,9 +26,9 @@ from knowedit.evaluation.measures.base import Answer, Question, ask, questions
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.methods import MEND, SERAC, MemoryEdit, Method
-from knowedit.methods.learned.loop import default_file
 from knowedit.methods.learned.mend.network import MendNetwork
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
+from knowedit.methods.learned.networks import default_file
 from knowedit.methods.learned.serac.network import SeracNetwork
 from knowedit.methods.learned.serac.training import SeracTraining, train_serac
 from knowedit.models.editable import EditableModel

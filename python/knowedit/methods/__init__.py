@@ -7,16 +7,16 @@ from typing import Any
 from knowedit.errors import StatisticsError
 from knowedit.io.config import fields_of
 from knowedit.methods.base import Method as Method
-from knowedit.methods.gradient.fine_tuning import FTL as FTL
-from knowedit.methods.gradient.fine_tuning import FineTuning as FineTuning
-from knowedit.methods.gradient.fine_tuning import KLFineTuning as KLFineTuning
-from knowedit.methods.gradient.lora import KLLoRA as KLLoRA
-from knowedit.methods.gradient.lora import LoRA as LoRA
-from knowedit.methods.gradient.lora import RegularisedLoRA as RegularisedLoRA
-from knowedit.methods.gradient.recipe import GradientEditor as GradientEditor
-from knowedit.methods.learned.mend.method import MEND as MEND
+from knowedit.methods.gradient.method import GradientMethod as GradientMethod
+from knowedit.methods.gradient.named.ft import FineTuning as FineTuning
+from knowedit.methods.gradient.named.ft_l import FTL as FTL
+from knowedit.methods.gradient.named.kl_ft import KLFineTuning as KLFineTuning
+from knowedit.methods.gradient.named.kl_lora import KLLoRA as KLLoRA
+from knowedit.methods.gradient.named.lora import LoRA as LoRA
+from knowedit.methods.gradient.named.regularised_lora import RegularisedLoRA as RegularisedLoRA
+from knowedit.methods.learned.named.mend import MEND as MEND
+from knowedit.methods.learned.named.serac import SERAC as SERAC
 from knowedit.methods.learned.serac.memory import MemoryEdit as MemoryEdit
-from knowedit.methods.learned.serac.method import SERAC as SERAC
 from knowedit.methods.locate.named.alphaedit import AlphaEdit as AlphaEdit
 from knowedit.methods.locate.named.emmet import EMMET as EMMET
 from knowedit.methods.locate.named.look_ahead import LookAhead as LookAhead
@@ -27,7 +27,7 @@ from knowedit.methods.locate.named.pmet import PMET as PMET
 from knowedit.methods.locate.named.rome import ROME as ROME
 from knowedit.methods.locate.named.rose import RoSE as RoSE
 from knowedit.methods.locate.recipe import Recipe as Recipe
-from knowedit.methods.neurons.neuron_patch import NeuronPatch as NeuronPatch
+from knowedit.methods.neurons.named.neuron_patch import NeuronPatch as NeuronPatch
 from knowedit.methods.registry import make_method
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics, key_statistics

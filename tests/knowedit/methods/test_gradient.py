@@ -21,7 +21,7 @@ from knowedit.methods import (
     EDITORS,
     FTL,
     FineTuning,
-    GradientEditor,
+    GradientMethod,
     KLFineTuning,
     KLLoRA,
     LoRA,
@@ -30,7 +30,7 @@ from knowedit.methods import (
 )
 from knowedit.methods.gradient.descent import descend
 from knowedit.methods.gradient.terms import Kept, Said, continued
-from knowedit.methods.gradient.trainable import Weights
+from knowedit.methods.gradient.trainable import NAME, WholeWeights, linear_names
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
@@ -150,7 +150,7 @@ class TestAgainstNaiveLoops:
     def test_kl_is_the_definition_at_every_token(self, tiny):
         names = [tiny.layout.weight_name(1)]
         term = Kept(tiny, [tiny.row(text) for text in CONTEXT], budget=40)
-        part = Weights(tiny, names)
+        part = WholeWeights(tiny, names)
         with torch.no_grad():
             part.leaves[names[0]] += 0.1 * torch.randn(
                 part.leaves[names[0]].shape, generator=torch.Generator().manual_seed(1)
@@ -174,7 +174,7 @@ class TestAgainstNaiveLoops:
 
     def test_leads_are_the_worst_tokens(self, tiny_llama):
         rows = [tiny_llama.row(fact.text, answer=fact.target) for fact in FACTS]
-        (found,) = Said(tiny_llama, rows).evaluate(Weights(tiny_llama, []), range(3))
+        (found,) = Said(tiny_llama, rows).evaluate(WholeWeights(tiny_llama, []), range(3))
         for i, row in zip(found.texts, [rows[i] for i in found.texts]):
             logits = tiny_llama.hf(input_ids=torch.tensor([row.ids])).logits[0]
             leads = []
@@ -211,7 +211,7 @@ class TestAdapters:
         with editor.part(tiny) as part:
             descend(editor, part, editor.terms(tiny, FACTS), False)
             merged = {
-                f"{name}.weight": layer.get_delta_weight("default")
+                f"{name}.weight": layer.get_delta_weight(NAME)
                 for name, layer in part.layers.items()
             }
             ids = torch.tensor([tiny.row(FACTS[0].text).ids])
@@ -232,12 +232,12 @@ class TestAdapters:
         assert not torch.allclose(tiny.hf(input_ids=ids).logits, applied, atol=1e-3)
 
     def test_modules_are_found_by_structure(self, tiny):
-        names = LoRA(layers=(1,)).targets(tiny)
+        names = linear_names(tiny, (1,), None)
         inside = {name.rpartition(".")[2] for name in names}
         llama = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
         assert inside == ({"c_attn", "c_proj", "c_fc"} if tiny.layout.transposed else llama)
         assert all(name.startswith(f"{tiny.layout.layers}.1.") for name in names)
-        assert len(LoRA().targets(tiny)) == len(tiny.layers) * len(names)
+        assert len(linear_names(tiny, None, None)) == len(tiny.layers) * len(names)
 
     def test_what_was_an_adapter_before_stays_one(self, tiny_llama):
         tiny_llama.hf.peft_config = {"mine": object()}
@@ -545,7 +545,7 @@ class TestBadInput:
         assert {"ft", "ft-l", "lora", "regularised-lora", "kl-ft", "kl-lora"} <= set(EDITORS)
         assert make_editor("kl-lora", kl=3.0, layers=None) == KLLoRA(kl=3.0)
         assert all(
-            isinstance(QUICK[kind], GradientEditor) and not kind.needs_statistics for kind in QUICK
+            isinstance(QUICK[kind], GradientMethod) and not kind.needs_statistics for kind in QUICK
         )
         with pytest.raises(KnowEditError, match="wrong type"):
             make_editor("lora", steps="many")

@@ -18,10 +18,10 @@ from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.records import write_facts
 from knowedit.methods.learned.examples import examples, split, sums
 from knowedit.methods.learned.loop import Plan, train
-from knowedit.methods.learned.mend import method as mend
-from knowedit.methods.learned.mend.method import MEND, compressed
 from knowedit.methods.learned.mend.network import MendNetwork, token_factors
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
+from knowedit.methods.learned.named import mend
+from knowedit.methods.learned.named.mend import MEND, compressed
 from knowedit.models.upper import Texts, Upper
 
 NAMES = (
