@@ -242,10 +242,6 @@ def test_sessions_write_edit_after_edit(tiny_llama, tmp_path):
     assert tiny_llama.router is None
 
 
-# -- training
-# -----------------------------------------------------------------------------------------------------  # noqa: E501
-
-
 def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
     with pytest.raises(EditError, match="train one with: knowedit train serac tiny-llama"):

@@ -1,5 +1,5 @@
-"""What the gradient methods have in common; a method is a subclass that names its trainable part and
-its defaults (`named/`, one file a method).
+"""What the gradient methods have in common; a method is a subclass with its trainable part and its
+defaults (`named/`, one file a method).
 
 * Trainable part: whole weights (`trainable.WholeWeights`) or a LoRA adapter
   (`trainable.LoRAAdapter`).

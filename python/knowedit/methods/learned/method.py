@@ -1,4 +1,4 @@
-"""What the methods with a trained network have in common: which one, and how the edit records it."""
+"""What the methods with a trained network have in common: which, and how it is recorded."""
 
 from __future__ import annotations
 

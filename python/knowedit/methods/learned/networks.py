@@ -1,5 +1,5 @@
-"""What trained networks have in common: their file, the check against a model, and how a record names
-them.
+"""What trained networks have in common: their file, the check against a model, and how a record
+names them.
 """
 
 from __future__ import annotations

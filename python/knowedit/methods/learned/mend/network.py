@@ -30,7 +30,7 @@ from knowedit.models.upper import Batch, Texts, probed
 FORMAT = "knowedit-mend/1"
 DEPTH = 2  # residual layers, as published
 TINY = 1e-8
-# rates must learn faster than the rest, which Adam moves by its own step only (published: 100)
+# rates must learn faster than the rest, which Adam moves by one step size (published: 100)
 RATE_SPEED = 30.0
 
 #: Token factors of a batch's weight gradients: inputs `[n, in]`, gradients of the output `[n,

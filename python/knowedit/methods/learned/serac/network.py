@@ -33,8 +33,8 @@ LowRankAdapter = dict[str, tuple[Tensor, Tensor]]
 
 
 class Scope(nn.Module):
-    """A text's embedding from its hidden states, pooled by attention heads that each look for
-    something of their own.
+    """A text's embedding from its hidden states, pooled by attention heads that are each
+    trained for something of their own.
 
     Two texts ask for the same fact as far as their embeddings agree: `logit = scale cos + offset`.
     """
