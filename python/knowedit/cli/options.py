@@ -72,7 +72,7 @@ def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """`--config`: what the file says is the default of the command's options."""
     if path is None:
         return None
-    known = {}
+    known: dict[str, Any] = {}
     for param in ctx.command.get_params(ctx):
         spelled = [o.lstrip("-").replace("-", "_") for o in param.opts if o.startswith("--")]
         known |= dict.fromkeys(spelled or [str(param.name)], param)

@@ -20,13 +20,13 @@ from knowedit.io.memory import peak_memory
 from knowedit.methods import (
     FTL,
     FineTuning,
-    GradientMethod,
     KLFineTuning,
     KLLoRA,
     LoRA,
     RegularisedLoRA,
 )
 from knowedit.methods.gradient.descent import descend
+from knowedit.methods.gradient.method import GradientMethod
 from knowedit.methods.gradient.terms import Kept, Said, continued
 from knowedit.methods.gradient.trainable import NAME, WholeWeights, linear_names
 from knowedit.methods.session import Session
