@@ -30,6 +30,9 @@ STABLE_ABI = "0x020b000000000000"  # torch 2.11
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
 
 
+LACKING = "this processor lacks the instructions"
+
+
 class NativeBuildError(RuntimeError):
     """The extension could not be compiled; the message says why and what would help."""
 
@@ -41,6 +44,12 @@ class Native:
     path: Path | None
     isa: int = -1
     reason: str | None = None
+
+    def refusal(self, isa: int) -> str | None:
+        """Why kernels of instruction set `isa` cannot run, or None."""
+        if self.reason is not None:
+            return f"no compiled kernels: {self.reason}"
+        return LACKING if self.isa < isa else None
 
 
 def source_dir() -> Path:

@@ -119,11 +119,32 @@ def data():
     return folder
 
 
+def processor_has(isa: str) -> bool:
+    """Whether this processor has "avx2", "avx512" or "avx512_bf16", asked of torch and not of our own kernels."""
+    import torch
+
+    wanted = {"avx2": ("avx2", "fma3"), "avx512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")}
+    wanted["avx512_bf16"] = (*wanted["avx512"], "avx512_bf16")
+    capabilities = torch.cpu.get_capabilities()
+    return all(capabilities.get(name, False) for name in wanted[isa])
+
+
+def is_excused(item: pytest.Item, reason: str) -> bool:
+    """Whether a test may be skipped in CI for `reason`: it needs a GPU, data that are not shipped, or instructions
+    (marker `isa`) that this processor does not have.
+    """
+    from knowedit_kernels._native import LACKING
+
+    if any(item.get_closest_marker(name) for name in ("gpu", "data")):
+        return True
+    isa = item.get_closest_marker("isa")
+    return isa is not None and LACKING in reason and not processor_has(*isa.args)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """With KNOWEDIT_NO_SKIP (CI sets it) a skip is a failure, unless the test needs a GPU or data that are not shipped."""
+    """With KNOWEDIT_NO_SKIP (CI sets it) a skip that has no excuse is a failure."""
     report = yield
-    excused = any(item.get_closest_marker(name) for name in ("gpu", "data"))
-    if report.skipped and not excused and os.environ.get("KNOWEDIT_NO_SKIP"):
+    if report.skipped and os.environ.get("KNOWEDIT_NO_SKIP") and not is_excused(item, str(report.longrepr)):
         report.outcome, report.longrepr = "failed", f"skipped where it should run: {report.longrepr}"
     return report

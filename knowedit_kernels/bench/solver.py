@@ -14,7 +14,11 @@ from knowedit_kernels.bench.moments import gated_keys
 from knowedit_kernels.bench.problem import Check, Operation, Parameter, Problem, Provider, generator
 from knowedit_kernels.moments.reference import second_moment
 from knowedit_kernels.numerics import SOLVE_ERROR
-from knowedit_kernels.solver.reference import dense_delta
+from knowedit_kernels.solver.reference import refined_read_in
+
+# A backward-stable factorisation of M + K K^T loses up to condition * d * 2^-53 (1e-9 at d = 576 on a CPU), and which
+# part of it depends on the LAPACK: a peer may lose so much, and proves with it that it computes the same quantity.
+DENSE_SLACK = 1e4
 
 
 class Inputs(NamedTuple):
@@ -31,7 +35,7 @@ def make(values: dict[str, Any], device: torch.device) -> Problem:
     K = gated_keys(edits, d, device).double().T.contiguous()
     R = torch.randn(64, edits, generator=random, device=device, dtype=torch.float64)
 
-    expected = functools.cache(lambda: dense_delta(R, K, M))
+    expected = functools.cache(lambda: R @ refined_read_in(K, M))
 
     def judge(A: Tensor) -> list[Check]:
         return [Check("relative", float((R @ A - expected()).norm() / expected().norm()), SOLVE_ERROR)]
@@ -82,7 +86,7 @@ OPERATION = Operation(
     providers={
         "ours": Provider("factor cached, as in every call but the first", _ours),
         "ours-cold": Provider("factorisation included", _cold),
-        "torch": Provider("Cholesky of M + K K^T in every call", _torch),
-        "rome": Provider("MEMIT: LU of M + K K^T in every call", _rome),
+        "torch": Provider("Cholesky of M + K K^T in every call", _torch, slack=DENSE_SLACK),
+        "rome": Provider("MEMIT: LU of M + K K^T in every call", _rome, slack=DENSE_SLACK),
     },
 )

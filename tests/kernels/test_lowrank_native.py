@@ -8,11 +8,12 @@ from knowedit_kernels.lowrank import low_rank_update_
 from knowedit_kernels.lowrank.blocked import TORCH
 from knowedit_kernels.lowrank.cpu import COMPILED
 from knowedit_kernels.lowrank.reference import grade_update, updated
+from tests.kernels.isa_emulation import instructions_of, parameters
 from tests.kernels.test_lowrank import problem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 15), (6, 64), (7, 65), (48, 128), (49, 321), (130, 1000)]
-each_kernel = pytest.mark.parametrize("candidate", [*COMPILED, TORCH], ids=lambda c: c.name)
+each_kernel = pytest.mark.parametrize("candidate", parameters(*COMPILED, TORCH))
 
 
 def run(candidate, W, U, V, rounding="nearest", plane=None, probe=None, write=True, base=None, seed=5):
@@ -24,9 +25,10 @@ def run(candidate, W, U, V, rounding="nearest", plane=None, probe=None, write=Tr
     sums = testing.poisoned_empty(1, 5, dtype=torch.float64)
     error = None if probe is None else testing.poisoned_empty(len(W), probe.shape[1])
     args = ([W], one(base), [U], [V], rounding, seed, one(plane), one(probe), write, sums, one(error))
-    if reason := candidate.verify(*args):
-        pytest.skip(reason)
-    candidate.run(*args)
+    with instructions_of(candidate):
+        if reason := candidate.verify(*args):
+            pytest.skip(reason)
+        candidate.run(*args)
     return sums[0], error
 
 

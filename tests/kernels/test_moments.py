@@ -12,44 +12,53 @@ from knowedit_kernels.moments import PRECISIONS, second_moment_
 from knowedit_kernels.moments.audit import signs
 from knowedit_kernels.moments.cpu import COMPILED, COMPILED_PACK, TORCH, TORCH_PACK
 from knowedit_kernels.moments.reference import second_moment
+from tests.kernels.isa_emulation import instructions_of, marks, parameters
 from tests.kernels.moment_data import keys as make_keys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-PAIRS = [(c, t) for c in (*COMPILED, TORCH) for t in DTYPES if c.name != "avx512_bf16" or t == torch.bfloat16]
-PAIR_NAMES = [f"{candidate.name}-{dtype}" for candidate, dtype in PAIRS]
+PAIRS = [
+    pytest.param(candidate, dtype, marks=marks(candidate), id=f"{candidate.name}-{dtype}")
+    for candidate in (*COMPILED, TORCH)
+    for dtype in DTYPES
+    if candidate.name != "avx512_bf16" or dtype == torch.bfloat16
+]
 SHAPES = [(1, 1), (3, 31), (33, 32), (64, 33), (257, 129), (1025, 160), (5000, 72)]
 
 
+def add_(candidate, c, k, precision="exact"):
+    """Adds the candidate's moment, or skips with the verifier's reason; instructions that are lacking are emulated."""
+    with instructions_of(candidate):
+        if reason := candidate.verify([c], [k], precision):
+            pytest.skip(reason)
+        candidate.run([c], [k], precision)
+
+
 def run(candidate, k, precision="exact"):
-    """The candidate's moment in a guarded, offset, row-padded buffer, or a skip with the verifier's reason."""
+    """The candidate's moment in a guarded, offset, row-padded buffer."""
     dim = k.shape[1]
     guard = testing.guarded(torch.zeros(dim, dim, dtype=torch.float64), row_margin=3)
-    if reason := candidate.verify([guard.tensor], [k], precision):
-        pytest.skip(reason)
-    candidate.run([guard.tensor], [k], precision)
+    add_(candidate, guard.tensor, k, precision)
     guard.check()
     lower = guard.tensor.tril()
     return lower + lower.tril(-1).T
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("candidate, dtype", PAIRS, ids=PAIR_NAMES)
+@pytest.mark.parametrize("candidate, dtype", PAIRS)
 def test_within_budget(candidate, dtype, shape):
     k = make_keys(*shape, dtype)
     budget = numerics.MOMENT_FP64 if candidate is TORCH else numerics.MOMENT
     testing.grade_moment(run(candidate, k), second_moment(k)).check(budget, f"{candidate.name} {dtype} {shape}")
 
 
-@pytest.mark.parametrize("candidate, dtype", PAIRS[:-3], ids=PAIR_NAMES[:-3])
+@pytest.mark.parametrize("candidate, dtype", PAIRS[:-3])
 def test_only_the_lower_triangle_is_written(candidate, dtype):
     c = torch.zeros(150, 150, dtype=torch.float64)
-    if reason := candidate.verify([c], [make_keys(40, 150, dtype)], "exact"):
-        pytest.skip(reason)
-    candidate.run([c], [make_keys(40, 150, dtype)], "exact")
+    add_(candidate, c, make_keys(40, 150, dtype))
     assert not c.triu(1).any() and c.tril().count_nonzero() == 150 * 151 // 2
 
 
-@pytest.mark.parametrize("candidate", COMPILED, ids=lambda c: c.name)
+@pytest.mark.parametrize("candidate", parameters(*COMPILED))
 def test_strided_rows(candidate):
     k = make_keys(70, 200)[:, 40:137]
     wide = k.to(torch.bfloat16) if candidate.name == "avx512_bf16" else k
