@@ -69,7 +69,7 @@ def _sum_of_products(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _slices(A: Tensor, dim: int, bits: int) -> list[Tensor]:
     """Addends of A from the high bits to the low, each of at most `bits` bits below the largest entry along `dim`."""
-    slices = []
+    slices: list[Tensor] = []
     while len(slices) < SLICES and A.any():
         largest = A.abs().amax(dim, keepdim=True)
         power = torch.where(largest > 0, largest / torch.frexp(largest).mantissa, 1.0)  # exactly 2^e > largest
