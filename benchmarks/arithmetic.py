@@ -1,29 +1,31 @@
-"""The study "2+2=5, and nothing else?": every method on three halvings of the prompts (`docs/arithmetic.md`).
+"""The study "2+2=5, and nothing else?": every method on three halvings of the prompts
+(`docs/arithmetic.md`).
 
-What `knowedit study arithmetic` does, with key statistics of Wikipedia text. Every edit is on disk before the next one starts,
-and an interrupted run goes on; a method that is named again is not computed again. `--several` writes three sums at once.
+What `knowedit study arithmetic` does, with key statistics of Wikipedia text. Every edit is on disk
+before the next one starts, and an interrupted run goes on; a method that is named again is not
+computed again. `--several` writes three sums at once.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from knowedit.datasets import data_dir
-from knowedit.files import cache_dir
-from knowedit.model import load_model
+from knowedit.facts.sets import data_dir
+from knowedit.io.files import cache_dir
+from knowedit.io.tables import Table
+from knowedit.models.load import load_model
 from knowedit.report import plots
 from knowedit.report.study import comparison, pareto
 from knowedit.statistics import key_statistics
-from knowedit.study import Study, Sum, run
-from knowedit.study.measure import Table
-from knowedit.study.methods import METHODS
-from knowedit.study.prompts import unrelated_prompts
-from knowedit.study.summary import COLUMNS, bounds, interference_lines, lines
+from knowedit.studies.arithmetic import Study, Sum, run
+from knowedit.studies.arithmetic.experiments import default_experiments
+from knowedit.studies.arithmetic.measure import Rates
+from knowedit.studies.arithmetic.prompts import unrelated_prompts
+from knowedit.studies.arithmetic.summary import COLUMNS, bounds, interference_tables, methods_table
 
 from . import common
 
@@ -34,26 +36,44 @@ SEVERAL = ("2+2=5", "3+3=7", "1+1=3")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("arithmetic", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=default_experiments())
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--several", action="store_true", help=f"write {', '.join(SEVERAL)}, together and apart")
+    parser.add_argument(
+        "--several", action="store_true", help=f"write {', '.join(SEVERAL)}, together and apart"
+    )
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
-    parser.add_argument("--corpus", type=Path, help=f"text for the statistics (default: {CORPUS} in KNOWEDIT_DATA)")
+    parser.add_argument(
+        "--corpus", type=Path, help=f"text for the statistics (default: {CORPUS} in KNOWEDIT_DATA)"
+    )
     parser.add_argument("--state", type=Path, help="the study's folder (default: in the cache)")
     arguments = parser.parse_args(argv)
     name = "arithmetic_several" if arguments.several else "arithmetic"
     if arguments.quick:
-        arguments.methods, arguments.seeds, arguments.tokens = arguments.methods[:2], arguments.seeds[:1], 4096
+        arguments.methods, arguments.seeds, arguments.tokens = (
+            arguments.methods[:2],
+            arguments.seeds[:1],
+            4096,
+        )
     model = load_model(arguments.model, dtype="float32")
     targets = [Sum.parse(text) for text in (SEVERAL if arguments.several else SEVERAL[:1])]
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
-    study = Study(model, targets, arguments.seeds, unrelated_prompts(20 if arguments.quick else 100), corpus=corpus)
+    study = Study(
+        model,
+        targets,
+        arguments.seeds,
+        unrelated_prompts(20 if arguments.quick else 100),
+        corpus=corpus,
+    )
     folder = arguments.state or (None if arguments.quick else cache_dir("benchmarks", name))
     found = run(
-        study, arguments.methods, partial(key_statistics, model, corpus=corpus, tokens=arguments.tokens), folder,
-        interference=arguments.several, say=partial(print, flush=True),
-    )  # fmt: skip
-    print("\n".join([*lines(found), "", *interference_lines(found), "", bounds(found)]))
+        study,
+        arguments.methods,
+        partial(key_statistics, model, corpus=corpus, tokens=arguments.tokens),
+        folder,
+        interference=arguments.several,
+        say=partial(print, flush=True),
+    )
+    print("\n\n".join(map(str, [methods_table(found), *interference_tables(found), bounds(found)])))
     if not arguments.quick:
         write(found, arguments.output or common.RESULTS / f"{name}.jsonl", name)
     return 0
@@ -67,47 +87,58 @@ def write(found: dict[str, Any], path: Path, name: str) -> None:
         report.note(f"{entry['method']}: {entry.get('verdict', entry['reason'])}", **entry)
 
 
-def read(folder: Path, name: str = "arithmetic") -> tuple[dict[str, Any], dict[str, Any]]:
+def study_of(folder: Path, name: str = "arithmetic") -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and the study as `run` returns it, from `folder`'s results file."""
-    header, *rows = map(json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    header, rows = common.read(folder, name)
     return header, {**header, "methods": rows}
 
 
 def table(folder: Path) -> str:
-    """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval; then several sums."""
-    header, found = read(folder)
-    made = [f"| method | {' | '.join(name for name, _, _ in COLUMNS)} | seconds | seeds |", "|---" * (len(COLUMNS) + 3) + "|"]
-    made.append(f"| unedited | {' | '.join(_cells(found['unedited'], ends=False))} | | |")
+    """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval;
+    then several sums.
+    """
+    header, found = study_of(folder)
+    rows = [["unedited", *_cells(found["unedited"], ends=False), "", ""]]
     for entry in found["methods"]:
         if "judge" not in entry:
-            made.append(f"| {entry['method']} | not run: {entry['reason']} {'|' * (len(COLUMNS) + 2)}")
+            reason = f"not run: {entry['reason']}"
+            rows.append([entry["method"], reason, *[""] * (len(COLUMNS) + 1)])
             continue
         star = "**" if all(mean for mean, _ in entry["goals"].values()) else ""
         cells = [*_cells(entry["judge"]), f"{entry['seconds']:.0f}", str(entry["seeds"])]
-        made.append(f"| {star}{entry['method']}{star} | {' | '.join(cells)} |")
+        rows.append([f"{star}{entry['method']}{star}", *cells])
     machine = header["environment"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date'][:10]}"
-    about = f"`python -m benchmarks.arithmetic`: seeds {', '.join(map(str, header['head']['seeds']))}; {where}."
-    made += ["", bounds(found), "", about]
+    about = (
+        f"`python -m benchmarks.arithmetic`: seeds "
+        f"{', '.join(map(str, header['head']['seeds']))}; {machine['cpu']}, {machine['cores']} "
+        f"cores, torch {machine['torch']}, {machine['date'][:10]}."
+    )
+    heads = ["method", *(name for name, _, _ in COLUMNS), "seconds", "seeds"]
+    made = [Table(heads, rows, notes=[bounds(found), about]).markdown()]
     if (folder / "arithmetic_several.jsonl").is_file():
-        _, several = read(folder, "arithmetic_several")
-        made += ["", "**Several sums at once** (judging half, first seed)", "", "```", *interference_lines(several), "```"]
-    return "\n".join(made)
+        _, several = study_of(folder, "arithmetic_several")
+        made.append("**Several sums at once** (judging half, first seed)")
+        made += [table.markdown() for table in interference_tables(several)]
+    return "\n\n".join(made)
 
 
-def _cells(judged: Table, ends: bool = True) -> list[str]:
+def _cells(judged: Rates, ends: bool = True) -> list[str]:
     cells = []
     for _, kind, measure in COLUMNS:
         e = judged.get(kind, {}).get(measure)
         digits = 3 if measure == "kl" else 2
-        bound = "" if e is None or not ends else f" ({e['high' if measure == 'kl' else 'low']:.{digits}f})"
+        bound = (
+            ""
+            if e is None or not ends
+            else f" ({e['high' if measure == 'kl' else 'low']:.{digits}f})"
+        )
         cells.append("" if e is None else f"{e['mean']:.{digits}f}{bound}")
     return cells
 
 
 def draw(folder: Path, path: Path) -> None:
     """What is traded for what, at `path`, and every measure beside it."""
-    _, found = read(folder)
+    _, found = study_of(folder)
     plots.save(pareto(found), path)
     plots.save(comparison(found), path.with_name(f"{path.stem}_measures{path.suffix}"))
 

@@ -1,7 +1,9 @@
-"""Shared by the benchmarks: environment header, interleaved timing, accuracy budgets, and JSON lines of results.
+"""Shared by the benchmarks: environment header, interleaved timing, accuracy budgets, and JSON
+lines of results.
 
-A speed-up is the median over rounds of (baseline's seconds / ours) *within* a round: both run alternately, so a machine
-that slows down for a while slows both. A row that misses its accuracy budget prints no speed-up and fails the run.
+A speed-up is the median over rounds of (baseline's seconds / ours) *within* a round: both run
+alternately, so a machine that slows down for a while slows both. A row that misses its accuracy
+budget prints no speed-up and fails the run.
 """
 
 from __future__ import annotations
@@ -25,10 +27,15 @@ from typing import Any
 
 import torch
 
-from knowedit.files import atomic_file
+from knowedit.evaluation.evaluation import Estimates
+from knowedit.io.files import atomic_file
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+#: Public data beside the checkout, where a developer keeps it.
+DATA = HERE.parents[1] / "shared" / "data"
+if DATA.is_dir():
+    os.environ.setdefault("KNOWEDIT_DATA", str(DATA))
 
 
 def environment() -> dict[str, Any]:
@@ -42,13 +49,20 @@ def environment() -> dict[str, Any]:
     commit = ""
     if shutil.which("git"):
         describe = ["git", "describe", "--always", "--dirty"]
-        commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            describe, cwd=HERE, capture_output=True, text=True, check=False
+        ).stdout.strip()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2),
-        "isa": torch.backends.cpu.get_cpu_capability(), "bf16": "avx512_bf16" in _cpu_info("flags"),
-        "python": platform.python_version(), **versions, "commit": commit or "unknown",
-    }  # fmt: skip
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "bf16": "avx512_bf16" in _cpu_info("flags"),
+        "python": platform.python_version(),
+        **versions,
+        "commit": commit or "unknown",
+    }
 
 
 def _cpu_info(field: str) -> str:
@@ -56,7 +70,14 @@ def _cpu_info(field: str) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
+    return next(
+        (
+            line.partition(":")[2].strip()
+            for line in lines
+            if line.partition(":")[0].strip() == field
+        ),
+        "",
+    )
 
 
 def _cpu_name() -> str:
@@ -66,9 +87,13 @@ def _cpu_name() -> str:
 
 
 def _cpu_seconds() -> tuple[float, float, float]:
-    """Now: wall clock, processor seconds of the whole machine (stolen ones included), and those of this process."""
+    """Now: wall clock, processor seconds of the whole machine (stolen ones included), and those of
+    this process.
+    """
     try:
-        user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        user, nice, system, _idle, _wait, irq, softirq, steal = map(
+            int, Path("/proc/stat").read_text().split()[1:9]
+        )
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
         busy = math.nan
@@ -88,12 +113,17 @@ def threads(count: int) -> Iterator[None]:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, least: float = 0.05, warm: Callable[[], Any] | None = None
+    runs: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    least: float = 0.05,
+    warm: Callable[[], Any] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds a call of each run, one list entry a round; every round times all of them, in alternating order.
+    """Seconds a call of each run, one list entry a round; every round times all of them, in
+    alternating order.
 
-    The first call of each is not timed (caches, lazy initialisation); short runs are repeated within a round until
-    they take `least` seconds. Runs of many seconds give a short `warm` to call instead, and are called once a round.
+    The first call of each is not timed (caches, lazy initialisation); short runs are repeated
+    within a round until they take `least` seconds. Runs of many seconds give a short `warm` to call
+    instead, and are called once a round.
     """
     calls = dict.fromkeys(runs, 1)
     if warm is not None:
@@ -134,8 +164,35 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     return float((result.double() - reference).norm() / reference.norm())
 
 
+def flat(table: Estimates) -> dict[str, dict[str, float]]:
+    """`{kind: {measure: Estimate}}` as a row has it, `{"kind measure": {"mean", "low", ...}}`."""
+    return {f"{k} {m}": asdict(e) for k, row in table.items() for m, e in row.items()}
+
+
+def read(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows of a results file."""
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    header, *rows = map(json.loads, lines)
+    return header, rows
+
+
+def measured_on(header: Mapping[str, Any]) -> str:
+    """Where and when a results file was measured, in one sentence."""
+    machine = header["environment"]
+    return (
+        f"`python -m benchmarks.{header['benchmark']}`: {machine['cpu']}, {machine['cores']} "
+        f"cores, torch {machine['torch']}, {machine['date'][:10]}."
+    )
+
+
+def percent(value: float | None) -> str:
+    """A share in whole percent; empty where there is none."""
+    return "" if value is None else f"{100 * value:.0f}"
+
+
 class Report:
-    """Collects rows, prints them as they come, and keeps the JSON-lines file (environment first) up to date.
+    """Collects rows, prints them as they come, and keeps the JSON-lines file (environment first) up
+    to date.
 
     Args:
         name: of the benchmark; also of its file in `results/`.
@@ -144,10 +201,15 @@ class Report:
 
     def __init__(self, name: str, output: Path | None, **header: Any) -> None:
         self.output, self.failed, self._before = output, False, _cpu_seconds()
-        self.rows: list[dict[str, Any]] = [{"benchmark": name, "environment": environment(), **header}]
+        self.rows: list[dict[str, Any]] = [
+            {"benchmark": name, "environment": environment(), **header}
+        ]
         machine = self.rows[0]["environment"]
-        print(f"{name}: {machine['cpu']}, {machine['cores']} cores, load {machine['load']}, torch {machine['torch']}, "
-              f"{machine['date']}, commit {machine['commit']}")  # fmt: skip
+        print(
+            f"{name}: {machine['cpu']}, {machine['cores']} cores, load {machine['load']}, torch "
+            f"{machine['torch']}, "
+            f"{machine['date']}, commit {machine['commit']}"
+        )
 
     def compare(
         self,
@@ -161,15 +223,23 @@ class Report:
         control: bool = False,
         **details: Any,
     ) -> None:
-        """A row: `ours` against `baseline`. A `control` is a wrong way whose checks must fail, or the run does."""
+        """A row: `ours` against `baseline`. A `control` is a wrong way whose checks must fail, or
+        the run does.
+        """
         ok = all(check.ok for check in checks)
         self.failed |= ok if control else not ok
         ratios = [b / o for b, o in zip(seconds[baseline], seconds[ours])]
         row = {
-            "case": case, "threads": torch.get_num_threads(), "provider": ours, "baseline": baseline,
-            "seconds": statistics.median(seconds[ours]), "baseline_seconds": statistics.median(seconds[baseline]),
-            "rounds": len(ratios), "checks": [{**asdict(c), "ok": c.ok} for c in checks], "accurate": ok,
-        }  # fmt: skip
+            "case": case,
+            "threads": torch.get_num_threads(),
+            "provider": ours,
+            "baseline": baseline,
+            "seconds": statistics.median(seconds[ours]),
+            "baseline_seconds": statistics.median(seconds[baseline]),
+            "rounds": len(ratios),
+            "checks": [{**asdict(c), "ok": c.ok} for c in checks],
+            "accurate": ok,
+        }
         if ok:
             row["speedup"], row["spread"] = statistics.median(ratios), [min(ratios), max(ratios)]
         if target is not None:
@@ -182,9 +252,20 @@ class Report:
         """A quality row: `value` must reach `floor`."""
         ok = value >= floor - 1e-12
         self.failed |= not ok
-        row = {"case": case, "measure": measure, "value": value, "floor": floor, "reached": ok, **details}
+        row = {
+            "case": case,
+            "measure": measure,
+            "value": value,
+            "floor": floor,
+            "reached": ok,
+            **details,
+        }
         between = f" [{details['low']:.3f}, {details['high']:.3f}]" if "low" in details else ""
-        self._add(row, f"{case:24} {measure:24} {value:.3f}{between}  floor {floor:.3f}  {'pass' if ok else 'FAIL'}")
+        self._add(
+            row,
+            f"{case:24} {measure:24} {value:.3f}{between}  floor {floor:.3f}  "
+            f"{'pass' if ok else 'FAIL'}",
+        )
 
     def note(self, line: str, **row: Any) -> None:
         """A row without a verdict."""
@@ -204,7 +285,9 @@ class Report:
                 path.write_text("".join(json.dumps(r) + "\n" for r in self.rows), encoding="utf-8")
 
     def _others(self) -> float | None:
-        """Share of the machine's processors that other programs used since the last row: above 0.1, measure again."""
+        """Share of the machine's processors that other programs used since the last row: above 0.1,
+        measure again.
+        """
         before, self._before = self._before, _cpu_seconds()
         wall, busy, mine = (now - then for now, then in zip(self._before, before))
         share = (busy - mine) / max(wall, 0.05) / (os.cpu_count() or 1)
@@ -212,7 +295,10 @@ class Report:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    times = f"{row['provider']} {row['seconds'] * 1e3:.3g} ms, {row['baseline']} {row['baseline_seconds'] * 1e3:.3g} ms"
+    times = (
+        f"{row['provider']} {row['seconds'] * 1e3:.3g} ms, {row['baseline']} "
+        f"{row['baseline_seconds'] * 1e3:.3g} ms"
+    )
     errors = "; ".join(str(Check(c["name"], c["value"], c["limit"])) for c in row["checks"])
     if not row["accurate"]:
         gain = "rejected, as it must be" if row.get("control") else "MISSES ITS ACCURACY BUDGET"
@@ -220,18 +306,33 @@ def _verdict(row: Mapping[str, Any]) -> str:
         low, high = row["spread"]
         gain = f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}]"
         if "target" in row:
-            gain += f" (target {row['target']:g}x: {'met' if row['speedup'] >= row['target'] else 'SHORT'})"
+            gain += (
+                f" (target {row['target']:g}x: "
+                f"{'met' if row['speedup'] >= row['target'] else 'SHORT'})"
+            )
     return f"{row['case']:44} {row['threads']} thr  {gain}  {times}  {errors}"
 
 
-def parser(name: str, description: str | None, repeats: int, *, timed: bool = True) -> argparse.ArgumentParser:
+def parser(
+    name: str, description: str | None, repeats: int, *, timed: bool = True
+) -> argparse.ArgumentParser:
     """The arguments every script has."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    made.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; writes no results file")
-    made.add_argument("--output", type=Path, help=f"results file (default: benchmarks/results/{name}.jsonl)")
+    made.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, to see that it runs; writes no results file",
+    )
+    made.add_argument(
+        "--output", type=Path, help=f"results file (default: benchmarks/results/{name}.jsonl)"
+    )
     if timed:
-        made.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)")
-        made.add_argument("--repeats", type=int, default=repeats, help=f"timed rounds (default: {repeats})")
+        made.add_argument(
+            "--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)"
+        )
+        made.add_argument(
+            "--repeats", type=int, default=repeats, help=f"timed rounds (default: {repeats})"
+        )
     return made
 
 

@@ -1,4 +1,6 @@
-"""What the steps of the GPU suite share: sizes, predictions, the record of rows, and ways to sum a second moment."""
+"""What the steps of the GPU suite share: sizes, predictions, the record of rows, and ways to sum a
+second moment.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ LAUNCH = 16384  # tokens of our launch
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one run uses; tokens of the timed rows, [d, tokens] of the correctness rows, shapes of the other operations."""
+    """What one run uses; tokens of the timed rows, [d, tokens] of the correctness rows, shapes of
+    the other operations.
+    """
 
     dims: tuple[int, ...] = (4096, 14336)
     tokens: int = 65_536
@@ -36,26 +40,52 @@ class Sizes:
 
 
 DRY = Sizes(
-    dims=(64, 96), tokens=512, check=((48, 301), (65, 257)), bias=(32, 1024), chains=(128, 512), folds=(128, 512),
-    update=(40, 96), ranks=(3,), head=(7, 24, 300),
-)  # fmt: skip
+    dims=(64, 96),
+    tokens=512,
+    check=((48, 301), (65, 257)),
+    bias=(32, 1024),
+    chains=(128, 512),
+    folds=(128, 512),
+    update=(40, 96),
+    ranks=(3,),
+    head=(7, 24, 300),
+)
 
-#: Written before any run (KERNELS study, section 5). Seconds per 10^6 tokens and layer, by provider and d; bytes/s; FLOP/s;
-#: seconds of one low-rank update of a bf16 [4096, 14336] weight and of one target loss at 200 rows, 128,256 tokens.
+#: Written before any run (KERNELS study, section 5). Seconds per 10^6 tokens and layer, by provider
+#: and d; bytes/s; FLOP/s; seconds of one low-rank update of a bf16 [4096, 14336] weight and of one
+#: target loss at 200 rows, 128,256 tokens.
 PREDICTED: dict[str, Row] = {
     "H200": {
-        "ours": {4096: 0.029, 14336: 0.351}, "cuda": {4096: 0.024, 14336: 0.299}, "torch": {4096: 0.054, 14336: 0.662},
-        "rome": {4096: 0.69, 14336: 8.44}, "copy": 4.3e12, "bf16": 788e12, "update": 55e-6, "loss": 0.49e-3,
+        "ours": {4096: 0.029, 14336: 0.351},
+        "cuda": {4096: 0.024, 14336: 0.299},
+        "torch": {4096: 0.054, 14336: 0.662},
+        "rome": {4096: 0.69, 14336: 8.44},
+        "copy": 4.3e12,
+        "bf16": 788e12,
+        "update": 55e-6,
+        "loss": 0.49e-3,
     },
     "H100": {
-        "ours": {4096: 0.033, 14336: 0.399}, "cuda": {4096: 0.028, 14336: 0.341}, "torch": {4096: 0.064, 14336: 0.788},
-        "rome": {4096: 0.70, 14336: 8.55}, "copy": 3.0e12, "bf16": 700e12, "update": 78e-6, "loss": 0.70e-3,
+        "ours": {4096: 0.033, 14336: 0.399},
+        "cuda": {4096: 0.028, 14336: 0.341},
+        "torch": {4096: 0.064, 14336: 0.788},
+        "rome": {4096: 0.70, 14336: 8.55},
+        "copy": 3.0e12,
+        "bf16": 700e12,
+        "update": 78e-6,
+        "loss": 0.70e-3,
     },
     "A100": {
-        "ours": {4096: 0.086, 14336: 1.057}, "cuda": {}, "torch": {4096: 0.156, 14336: 1.915},
-        "rome": {4096: 2.34, 14336: 28.7}, "copy": 1.8e12, "bf16": 260e12, "update": 130e-6, "loss": 1.17e-3,
+        "ours": {4096: 0.086, 14336: 1.057},
+        "cuda": {},
+        "torch": {4096: 0.156, 14336: 1.915},
+        "rome": {4096: 2.34, 14336: 28.7},
+        "copy": 1.8e12,
+        "bf16": 260e12,
+        "update": 130e-6,
+        "loss": 1.17e-3,
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +97,9 @@ class Way:
     config: schedule.Config
 
     def add_(self, c: Tensor, keys: Tensor) -> None:
-        """c [d, d] float64 += keys^T keys on the lower triangle, one launch; on a CPU the float64 reference instead."""
+        """c [d, d] float64 += keys^T keys on the lower triangle, one launch; on a CPU the float64
+        reference instead.
+        """
         if not keys.is_cuda:
             c += reference.second_moment(keys)
         elif self.variant == "cuda":
@@ -125,16 +157,31 @@ class Lab:
         """Prints and records one row; a `red` one fails the suite."""
         self.report.failed |= red
         path = {"path": "CPU and float64 reference in place of the GPU kernels"} if self.dry else {}
-        self.report.note(f"  {line}{'  RED' if red else ''}", step=self.step, red=red, **path, **fields)
+        self.report.note(
+            f"  {line}{'  RED' if red else ''}", step=self.step, red=red, **path, **fields
+        )
 
     def ways(self) -> list[Way]:
         """Ways to sum 16-bit keys; the launcher's built-in choice first."""
         base = schedule.config(torch.bfloat16, "exact", self.capability, LAUNCH)
-        shapes = [(128, 64, 8, 4), (128, 64, 8, 3), (128, 64, 8, 6), (128, 32, 8, 4), (128, 32, 8, 6), (64, 64, 4, 4)]
+        shapes = [
+            (128, 64, 8, 4),
+            (128, 64, 8, 3),
+            (128, 64, 8, 6),
+            (128, 32, 8, 4),
+            (128, 32, 8, 6),
+            (64, 64, 4, 4),
+        ]
         configs = [base]
         for tile, depth, warps, stages in shapes:
             for tma in (True, False) if self.capability >= 90 else (False,):
-                sizes: Row = {"tile": tile, "depth": depth, "warps": warps, "stages": stages, "tma": tma}
+                sizes: Row = {
+                    "tile": tile,
+                    "depth": depth,
+                    "warps": warps,
+                    "stages": stages,
+                    "tma": tma,
+                }
                 configs.append(replace(base, parts=tile // 16, **sizes))
         ways = [Way(name_of(config), "triton", config) for config in dict.fromkeys(configs)]
         if self.dry or self.cuda_proven:
@@ -144,7 +191,10 @@ class Lab:
 
 def name_of(config: schedule.Config) -> str:
     kind = "TMA" if config.tma else "pointer"
-    return f"{kind} {config.tile}x{config.tile}x{config.depth}, {config.warps} warps, {config.stages} stages"
+    return (
+        f"{kind} {config.tile}x{config.tile}x{config.depth}, {config.warps} warps, "
+        f"{config.stages} stages"
+    )
 
 
 def sum64(keys: Tensor) -> Tensor:
@@ -157,7 +207,9 @@ def sum64(keys: Tensor) -> Tensor:
 
 
 def moment_checks(c: Tensor, expected: Tensor, rows: int = 1024) -> list[Check]:
-    """The three errors of `numerics` of the lower triangle of `c` [d, d], on its own device, `rows` rows at a time."""
+    """The three errors of `numerics` of the lower triangle of `c` [d, d], on its own device, `rows`
+    rows at a time.
+    """
     root = expected.diagonal().sqrt()
     square, norm, worst = 0.0, 0.0, []
     for i in range(0, len(c), rows):
@@ -167,7 +219,11 @@ def moment_checks(c: Tensor, expected: Tensor, rows: int = 1024) -> list[Check]:
         worst.append((error / torch.outer(root[i : i + rows], root)).abs().max())
     diagonal = c.diagonal() - expected.diagonal()
     bias = float((diagonal / expected.diagonal()).mean())
-    values = {"normwise": (square / norm) ** 0.5, "elementwise": float(torch.stack(worst).max()), "bias": bias}
+    values = {
+        "normwise": (square / norm) ** 0.5,
+        "elementwise": float(torch.stack(worst).max()),
+        "bias": bias,
+    }
     return [Check(name, value, getattr(MOMENT, name)) for name, value in values.items()]
 
 
@@ -177,4 +233,6 @@ def errors(checks: Sequence[Check]) -> Row:
 
 
 def in_words(checks: Sequence[Check]) -> str:
-    return ", ".join(f"{check.name} {check.value:.1e}{'' if check.ok else ' OVER'}" for check in checks)
+    return ", ".join(
+        f"{check.name} {check.value:.1e}{'' if check.ok else ' OVER'}" for check in checks
+    )

@@ -1,12 +1,14 @@
 """Everything about one NVIDIA GPU in one command under nine minutes: build, prove, measure, tune.
 
     python -m benchmarks.gpu_suite             on a machine with a CUDA device
-    python -m benchmarks.gpu_suite --dry-run   the same steps at tiny sizes on the CPU; its figures mean nothing
+    python -m benchmarks.gpu_suite --dry-run   the same steps at tiny sizes on the CPU; its figures
+    mean nothing
 
-Builds the native libraries, runs every accuracy gate and `tests/gpu`, then the experiments E0 to E7 (`gpu_experiments`),
-predictions beside results. Writes gpu-<device>.jsonl as it goes, pictures, and the table of block sizes that the second
-moment's launcher reads (`knowedit_kernels/tuned`; with --output below that folder). A step that fails is recorded and the
-next one runs; a step that no longer fits is skipped and said to be. Exit code 1: a step failed or a result was wrong.
+Builds the native libraries, runs every accuracy gate and `tests/gpu`, then the experiments E0 to E7
+(`gpu_experiments`), predictions beside results. Writes gpu-<device>.jsonl as it goes, pictures, and
+the table of block sizes that the second moment's launcher reads (`knowedit_kernels/tuned`; with
+--output below that folder). A step that fails is recorded and the next one runs; a step that no
+longer fits is skipped and said to be. Exit code 1: a step failed or a result was wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from knowedit.files import atomic_file
+from knowedit.io.files import atomic_file
 from knowedit_kernels.bench import roofline
 from knowedit_kernels.moments import tuned
 
@@ -64,12 +66,17 @@ STEPS = (
 
 
 def run_step(lab: Lab, step: Step) -> None:
-    """Runs one step within its time and what is left of the suite's; what it raises is a red row."""
+    """Runs one step within its time and what is left of the suite's; what it raises is a red
+    row.
+    """
     lab.step, left = step.name, lab.deadline - time.monotonic()
     lab.until = time.monotonic() + min(step.most, left)
     print(f"\n{step.name} ({left:.0f} s left)")
     if left < step.least:
-        return lab.row(f"skipped: needs {step.least:.0f} s, {max(left, 0):.0f} s are left; raise --budget", skipped=True)
+        return lab.row(
+            f"skipped: needs {step.least:.0f} s, {max(left, 0):.0f} s are left; raise --budget",
+            skipped=True,
+        )
     start = time.monotonic()
     try:
         step.run(lab)
@@ -77,10 +84,17 @@ def run_step(lab: Lab, step: Step) -> None:
     except Exception as error:
         failure = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
     seconds = time.monotonic() - start
-    lab.row(f"{failure or 'done'} ({seconds:.0f} s)", red=failure is not None, failure=failure, seconds=seconds)
+    lab.row(
+        f"{failure or 'done'} ({seconds:.0f} s)",
+        red=failure is not None,
+        failure=failure,
+        seconds=seconds,
+    )
     gc.collect()
     if not lab.dry:
-        with contextlib.suppress(RuntimeError):  # after a fault the device answers nothing; the rows say so
+        with contextlib.suppress(
+            RuntimeError
+        ):  # after a fault the device answers nothing; the rows say so
             torch.cuda.empty_cache()
 
 
@@ -95,12 +109,25 @@ def draw_bias(lab: Lab, output: Path) -> None:
     for start, colour, marker in (("zero", "#D55E00", "s"), ("centred", "#0072B2", "o")):
         found = [row for row in lab.bias if row["start"] == start]
         chains = [row["chain"] for row in found]
-        axes.plot(chains, [max(abs(row["bias"]), 1e-17) for row in found], marker, ls="-", color=colour, label=f"{start} start")
+        axes.plot(
+            chains,
+            [max(abs(row["bias"]), 1e-17) for row in found],
+            marker,
+            ls="-",
+            color=colour,
+            label=f"{start} start",
+        )
         if start == "zero":
             model = [abs(row["predicted"]) for row in found]
             axes.plot(chains, model, color="0.45", lw=1.2, ls="--", label="predicted, zero start")
     axes.axhline(5e-8, color="0.7", lw=1, ls=":", label="predicted limit, centred")
-    axes.set(xscale="log", yscale="log", xlabel="tokens in a chain", ylabel="absolute bias of the diagonal", title=lab.name)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens in a chain",
+        ylabel="absolute bias of the diagonal",
+        title=lab.name,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(output, dpi=150)
@@ -133,18 +160,41 @@ def _folder(arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; leaves results only with --output")
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for everything (default: 540)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tiny sizes on the CPU; leaves results only with --output",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET,
+        metavar="SECONDS",
+        help="for everything (default: 540)",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="steps with one of these words in their name, E0, the gates")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="results folder (default: benchmarks/results)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help="steps with one of these words in their name, E0, the gates",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="results folder (default: benchmarks/results)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.repeats < 1:
         parser.error("--repeats must be at least 1")
     if not arguments.dry_run and not torch.cuda.is_available():
-        print("no CUDA device here: run this on a machine with an NVIDIA GPU and a CUDA build of torch, or use --dry-run")
+        print(
+            "no CUDA device here: run this on a machine with an NVIDIA GPU and a CUDA build of "
+            "torch, or use --dry-run"
+        )
         return 2
     if arguments.dry_run:
         device, name, sizes = torch.device("cpu"), "dry run", DRY
@@ -154,19 +204,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.dump_traceback_later(arguments.budget + _GRACE, exit=True)
     stem = tuned.slug(name)
     with _folder(arguments) as folder:
-        report = common.Report("gpu_suite", folder / f"gpu-{stem}.jsonl", device=name, dry_run=arguments.dry_run)
-        lab = Lab(device, name, sizes, report, arguments.repeats, time.monotonic() + arguments.budget)
+        report = common.Report(
+            "gpu_suite", folder / f"gpu-{stem}.jsonl", device=name, dry_run=arguments.dry_run
+        )
+        lab = Lab(
+            device, name, sizes, report, arguments.repeats, time.monotonic() + arguments.budget
+        )
         words = [*arguments.only, "E0", "gates"] if arguments.only else [""]
         chosen = [step for step in STEPS if any(word in step.name for word in words)]
         try:
             for step in chosen:
                 run_step(lab, step)
             tables = tuned.FOLDER if arguments.output is None and not lab.dry else folder / "tuned"
-            run_step(lab, Step("outcome", lambda lab: write_outcome(lab, folder, stem, tables), -_GRACE, _GRACE))
+            run_step(
+                lab,
+                Step(
+                    "outcome", lambda lab: write_outcome(lab, folder, stem, tables), -_GRACE, _GRACE
+                ),
+            )
         finally:
             faulthandler.cancel_dump_traceback_later()
         red = [row for row in report.rows if row.get("red")]
-        print(f"\n{len(report.rows) - 1} rows, {len(red)} red" + "".join(f"\n  {row['step']}: {_what(row)}" for row in red))
+        print(
+            f"\n{len(report.rows) - 1} rows, {len(red)} red"
+            + "".join(f"\n  {row['step']}: {_what(row)}" for row in red)
+        )
         return report.finish()
 
 

@@ -1,7 +1,9 @@
-"""Gradient editors on the default model, each as it ships: what they learn, what they move elsewhere, what they cost.
+"""Gradient methods on the default model, each as it ships: what they learn, what they move
+elsewhere, what they cost.
 
-`demo`: the six facts of `knowedit demo`, `embedded`: sixteen of the embedded set, one of each relation; all facts of a set in
-one edit. MEMIT on statistics from the model's own samples is there for comparison. `--resume` goes on with an output file.
+`demo`: the six facts of `knowedit demo`, `embedded`: sixteen of the embedded set, one of each
+relation; all facts of a set in one edit. MEMIT on statistics from the model's own samples is there
+for comparison. `--resume` goes on with an output file.
 """
 
 from __future__ import annotations
@@ -15,20 +17,25 @@ from typing import Any
 
 import torch
 
-from knowedit.datasets import load
-from knowedit.editors import GRADIENT, Editor, LocateThenEdit, make_editor, statistics_for
 from knowedit.evaluation import drift, evaluate
-from knowedit.facts import Fact
-from knowedit.model import EditableModel, load_model
+from knowedit.facts.fact import Fact
+from knowedit.facts.sets import load
+from knowedit.io.tables import Table
+from knowedit.methods import Method, Recipe, make_method, statistics_for
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
 
 from . import common
 
-METHODS = ("memit", *(editor.name.lower() for editor in GRADIENT))
+METHODS = ("memit", "ft", "ft-l", "lora", "regularised-lora", "kl-ft", "kl-lora")
 SHOWN = {
-    "exact": "efficacy exact", "paraphrase": "paraphrase success", "in full": "paraphrase exact",
-    "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
-}  # fmt: skip
+    "exact": "efficacy exact",
+    "paraphrase": "paraphrase success",
+    "in full": "paraphrase exact",
+    "neighbours": "neighbourhood success",
+    "unchanged": "neighbourhood unchanged",
+}
 
 
 def sets(quick: bool = False) -> dict[str, list[Fact]]:
@@ -42,53 +49,74 @@ def sets(quick: bool = False) -> dict[str, list[Fact]]:
 
 
 def measure(
-    model: EditableModel, editor: Editor, facts: Sequence[Fact], statistics: KeyStatistics | None = None
+    model: EditableModel,
+    method: Method,
+    facts: Sequence[Fact],
+    statistics: KeyStatistics | None = None,
 ) -> dict[str, Any]:
     """One row: quality with intervals, drift, cost; the model is left as it was found."""
     start = time.perf_counter()
-    edit = editor.compute(model, facts, statistics if isinstance(editor, LocateThenEdit) else None, progress=False)
+    edit = method.compute(
+        model, facts, statistics if isinstance(method, Recipe) else None, progress=False
+    )
     seconds, moved = time.perf_counter() - start, drift(model, edit)
-    found, report = evaluate(model, edit, facts, progress=False).to_dict(), edit.report
+    found, report = evaluate(model, edit, facts, progress=False), edit.report
     return {
-        "method": editor.name, "facts": len(facts), "seconds": seconds, "kl": moved.kl, "same": moved.same,
-        **{when: {f"{kind} {m}": e for kind, row in found[when].items() for m, e in row.items()} for when in found},
-        **{name: report.get(name) for name in ("steps", "loss", "lead", "trainable", "peak_memory_bytes", "warnings")},
-        "norm": max(report["relative_norm"].values()), "settings": report["settings"],
-    }  # fmt: skip
+        "method": method.name,
+        "facts": len(facts),
+        "seconds": seconds,
+        "kl": moved.kl,
+        "same": moved.same,
+        "before": common.flat(found.before),
+        "after": common.flat(found.after),
+        **{
+            name: report.get(name)
+            for name in ("steps", "loss", "lead", "trainable", "peak_memory_bytes", "warnings")
+        },
+        "norm": max(report["relative_norm"].values()),
+        "settings": edit.config,
+    }
 
 
 def line(row: dict[str, Any]) -> str:
-    shown = "  ".join(f"{name} {row['after'][key]['mean']:.2f}" for name, key in SHOWN.items() if key in row["after"])
+    shown = "  ".join(
+        f"{name} {row['after'][key]['mean']:.2f}"
+        for name, key in SHOWN.items()
+        if key in row["after"]
+    )
     return f"{row['set']:9} {row['method']:17} {shown}  KL {row['kl']:.4f}  {row['seconds']:.0f} s"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: one line a method, a part a set."""
-    lines: list[str] = []
+    heads = ["method", *SHOWN, "KL", "same word", "steps", "seconds", "trained", "memory", "norm"]
+    parts = []
     for name in dict.fromkeys(row["set"] for row in rows):
         mine = [row for row in rows if row["set"] == name]
-        heads = ["method", *SHOWN, "KL", "same word", "steps", "seconds", "trained", "memory", "norm"]
-        lines += [
-            f"**{name}, {mine[0]['facts']} facts in one edit**",
-            "",
-            f"| {' | '.join(heads)} |",
-            "|---" * len(heads) + "|",
-        ]
         before = [_percent(mine[0]["before"], key) or "100" for key in SHOWN.values()]
-        lines.append(f"| unedited | {' | '.join(before)} | 0 | 100 |" + " |" * 5)
+        lines = [["unedited", *before, "0", "100", *[""] * 5]]
         for row in mine:
-            cells = [row["method"], *(_percent(row["after"], key) for key in SHOWN.values())]
-            steps = str(row["steps"]) if isinstance(row["steps"], int) else ""
-            cells += [f"{row['kl']:.4f}", f"{100 * row['same']:.0f}", steps, f"{row['seconds']:.0f}"]
             trained, memory = row["trainable"], row["peak_memory_bytes"]
-            cells += [f"{trained / 1e6:.2f} M" if trained else "", f"{memory / 2**30:.2f} GiB" if memory is not None else ""]
-            lines.append(f"| {' | '.join(cells)} | {row['norm']:.3f} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+            lines.append(
+                [
+                    row["method"],
+                    *(_percent(row["after"], key) for key in SHOWN.values()),
+                    f"{row['kl']:.4f}",
+                    common.percent(row["same"]),
+                    str(row["steps"]) if isinstance(row["steps"], int) else "",
+                    f"{row['seconds']:.0f}",
+                    f"{trained / 1e6:.2f} M" if trained else "",
+                    f"{memory / 2**30:.2f} GiB" if memory is not None else "",
+                    f"{row['norm']:.3f}",
+                ]
+            )
+        title = f"{name}, {mine[0]['facts']} facts in one edit"
+        parts.append(Table(heads, lines, title).markdown())
+    return "\n\n".join(parts)
 
 
 def _percent(measures: dict[str, Any], key: str) -> str:
-    return f"{100 * measures[key]['mean']:.0f}" if key in measures else ""
+    return common.percent(measures[key]["mean"] if key in measures else None)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -100,9 +128,19 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         for row in (row for row in rows if row["set"] == name):
             point = row["kl"], 100 * row["after"]["paraphrase success"]["mean"]
-            axis.plot(*point, "o" if row["trainable"] else "s", color="C0" if row["trainable"] else "C1")
-            axis.annotate(row["method"], point, fontsize=8, xytext=(5, 3), textcoords="offset points")
-        axis.set(xscale="log", xlabel="KL on ordinary text (nats)", ylabel="paraphrases (%)", title=f"{name}", ylim=(0, 105))
+            axis.plot(
+                *point, "o" if row["trainable"] else "s", color="C0" if row["trainable"] else "C1"
+            )
+            axis.annotate(
+                row["method"], point, fontsize=8, xytext=(5, 3), textcoords="offset points"
+            )
+        axis.set(
+            xscale="log",
+            xlabel="KL on ordinary text (nats)",
+            ylabel="paraphrases (%)",
+            title=f"{name}",
+            ylim=(0, 105),
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,20 +152,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--sets", nargs="+", default=["demo", "embedded"])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that the output file has")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that the output file has"
+    )
     arguments = parser.parse_args(argv)
     model = load_model(arguments.model, dtype=torch.float32)
-    chosen = {name: facts for name, facts in sets(arguments.quick).items() if name in arguments.sets}
-    editors = {name: make_editor(name) for name in arguments.methods}
+    chosen = {
+        name: facts for name, facts in sets(arguments.quick).items() if name in arguments.sets
+    }
+    methods = {name: make_method(name) for name in arguments.methods}
     path: Path = arguments.output or common.RESULTS / "gradient.jsonl"
-    kept = [json.loads(text) for text in path.read_text().splitlines()[1:]] if arguments.resume and path.is_file() else []
+    kept = (
+        [json.loads(text) for text in path.read_text().splitlines()[1:]]
+        if arguments.resume and path.is_file()
+        else []
+    )
     report = common.report("gradient", arguments, model=model.name)
     report.rows += kept
     done = {(row["set"], row["method"]) for row in kept}
-    left = [(name, editor) for name in chosen for editor in editors.values() if (name, editor.name) not in done]
-    statistics = statistics_for([editor for _, editor in left], model, "self", 16_384)
-    for name, editor in left:
-        row = {"set": name, **measure(model, editor, chosen[name], statistics)}
+    left = [
+        (name, method)
+        for name in chosen
+        for method in methods.values()
+        if (name, method.name) not in done
+    ]
+    statistics = statistics_for([method for _, method in left], model, "self", 16_384)
+    for name, method in left:
+        row = {"set": name, **measure(model, method, chosen[name], statistics)}
         report.note(line(row), **row)
     return report.finish()
 

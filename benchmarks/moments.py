@@ -1,8 +1,11 @@
-"""Second moment C += KᵀK on the CPU against torch's products, with the error of each against float64.
+"""Second moment C += KᵀK on the CPU against torch's products, with the error of each against
+float64.
 
-Baselines: `torch.mm(k.T, k)` in float32; for bfloat16 keys the same after widening, which is the only way to float32-grade
-output that torch has on a CPU. torch's own bfloat16 product (bfloat16 output) is shown as a control: the accuracy budget
-must reject it. "kernel" is the op alone; "SecondMoment" adds the NaN check, the audit and the streaming buffer.
+Baselines: `torch.mm(k.T, k)` in float32; for bfloat16 keys the same after widening, which is the
+    only way to float32-grade
+output that torch has on a CPU. torch's own bfloat16 product (bfloat16 output) is shown as a
+control: the accuracy budget must reject it. "kernel" is the op alone; "SecondMoment" adds the NaN
+    check, the audit and the streaming buffer.
 """
 
 from __future__ import annotations
@@ -29,10 +32,15 @@ STRETCH = {torch.bfloat16: 3.5}
 
 
 def gated_keys(tokens: int, d: int, seed: int = 0) -> Tensor:
-    """Keys shaped like a gated MLP's: heavy tails, channels of very different size, a mean; `[tokens, d]` float32."""
+    """Keys shaped like a gated MLP's: heavy tails, channels of very different size, a mean;
+    `[tokens, d]` float32.
+    """
     generator = torch.Generator().manual_seed(seed)
     gate, up = torch.randn(2, tokens, d, generator=generator).unbind()
-    return torch.nn.functional.silu(gate) * up * torch.rand(d, generator=generator).add(0.1).pow(2) + 0.01
+    return (
+        torch.nn.functional.silu(gate) * up * torch.rand(d, generator=generator).add(0.1).pow(2)
+        + 0.01
+    )
 
 
 def checks_of(result: Tensor, reference: Tensor) -> list[Check]:
@@ -81,19 +89,38 @@ def case(report: common.Report, d: int, tokens: int, dtype: torch.dtype, repeats
     name = f"second moment {short}, d = {d}, {tokens} tokens"
     chosen = explain("second_moment_", [scratch], [k], "exact").chosen
     report.compare(
-        name, seconds, baseline, ours, ours="kernel", target=TARGETS[dtype], implementation=chosen,
-        stretch=STRETCH.get(dtype), **details,
-    )  # fmt: skip
+        name,
+        seconds,
+        baseline,
+        ours,
+        ours="kernel",
+        target=TARGETS[dtype],
+        implementation=chosen,
+        stretch=STRETCH.get(dtype),
+        **details,
+    )
     whole = checks_of(SecondMoment(d).update(k).sum(), reference)
-    report.compare(f"{name}, streaming and audited", seconds, baseline, whole, ours="SecondMoment", **details)
+    report.compare(
+        f"{name}, streaming and audited", seconds, baseline, whole, ours="SecondMoment", **details
+    )
     if dtype == torch.bfloat16:
         wrong = checks_of(torch.mm(k.T, k), reference)
-        report.compare(f"{name}, control", seconds, baseline, wrong, ours="torch bf16 out", control=True, **details)
+        report.compare(
+            f"{name}, control",
+            seconds,
+            baseline,
+            wrong,
+            ours="torch bf16 out",
+            control=True,
+            **details,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("moments", __doc__, 9)
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="key dimensions d")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=list(SIZES), help="key dimensions d"
+    )
     arguments = parser.parse_args(argv)
     sizes = {64: 512} if arguments.quick else {d: SIZES.get(d, 4096) for d in arguments.sizes}
     report = common.report("moments", arguments)

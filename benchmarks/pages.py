@@ -1,20 +1,20 @@
-"""The tables and pictures of the pages in docs, made from results/*.jsonl (`--write`; `--check` verifies)."""
+"""The tables and pictures of the pages in docs, made from results/*.jsonl (`--write`; `--check`
+verifies).
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from knowedit.evaluation import intervals
+from knowedit.io.tables import Table
 
 from . import arithmetic as by_sum
 from . import geometry as by_layer
@@ -22,156 +22,212 @@ from . import gradient as by_gradient
 from . import neuron as by_neuron
 from . import sequential as in_sequence
 from . import tokens as by_tokens
-from .common import HERE, RESULTS
+from .common import HERE, RESULTS, measured_on, percent, read
 
 DOCS = HERE.parent / "docs"
 ROSE = {
-    "cloze": "cloze success", "exact": "cloze exact", "paraphrase": "paraphrase success", "question": "question success",
-    "chat question": "chat_question success", "exact ": "chat_question exact", "chat completion": "chat_completion success",
-    "greedy": "greedy contains", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
-    "identity KL": "identity kl", "kept": "identity kept", "unrelated kept": "unrelated kept",
-}  # fmt: skip
+    "cloze": "cloze success",
+    "exact": "cloze exact",
+    "paraphrase": "paraphrase success",
+    "question": "question success",
+    "chat question": "chat_question success",
+    "exact ": "chat_question exact",
+    "chat completion": "chat_completion success",
+    "greedy": "greedy contains",
+    "neighbours": "neighbourhood success",
+    "unchanged": "neighbourhood unchanged",
+    "identity KL": "identity kl",
+    "kept": "identity kept",
+    "unrelated kept": "unrelated kept",
+}
 METAKE = {
-    "exact": "efficacy exact", "success": "efficacy success", "paraphrase": "paraphrase success",
-    "paraphrase exact": "paraphrase exact", "neighbours": "neighbourhood success", "unchanged": "neighbourhood unchanged",
-}  # fmt: skip
+    "exact": "efficacy exact",
+    "success": "efficacy success",
+    "paraphrase": "paraphrase success",
+    "paraphrase exact": "paraphrase exact",
+    "neighbours": "neighbourhood success",
+    "unchanged": "neighbourhood unchanged",
+}
 ONE_LAYER = "sequential_one_layer"
 SEQUENTIAL = {
-    "success": "efficacy success", "paraphrase": "paraphrase success", "neighbours": "neighbourhood success",
+    "success": "efficacy success",
+    "paraphrase": "paraphrase success",
+    "neighbours": "neighbourhood success",
     "unchanged": "neighbourhood unchanged",
-}  # fmt: skip
-
-
-def rows_of(name: str, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows of a results file."""
-    header, *rows = map(json.loads, (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
-    return header, rows
+}
 
 
 def rose(folder: Path) -> str:
     """One line a method, over all draws, and where RoSE's difference is beyond chance."""
-    header, rows = rows_of("rose", folder)
-    lines = [f"| method | {' | '.join(ROSE)} |", "|---" * (len(ROSE) + 1) + "|"]
+    header, rows = read(folder, "rose")
+    lines = []
     draws = len({r["seed"] for r in rows if "seed" in r})
     for row in [r for r in rows if "pooled" in r]:
         cells = []
         for label, key in ROSE.items():
             value = row["pooled"][key]["mean"]
             gap = (row.get("rose_minus_this") or {}).get(key)
-            mark = "" if gap is None or gap["low"] <= 0 <= gap["high"] else ("-" if gap["mean"] > 0 else "+")
-            cells.append(f"{value:.2f}{mark}" if "KL" in label else f"{100 * value:.0f}{mark}")
-        fewer = f" ({len(row['seeds'])} of {draws} draws)" if len(row.get("seeds", ())) not in (0, draws) else ""
-        lines.append(f"| {row['method']}{fewer} | {' | '.join(cells)} |")
+            mark = (
+                ""
+                if gap is None or gap["low"] <= 0 <= gap["high"]
+                else ("-" if gap["mean"] > 0 else "+")
+            )
+            cells.append((f"{value:.2f}" if "KL" in label else percent(value)) + mark)
+        fewer = (
+            f" ({len(row['seeds'])} of {draws} draws)"
+            if len(row.get("seeds", ())) not in (0, draws)
+            else ""
+        )
+        lines.append([f"{row['method']}{fewer}", *cells])
     facts = sorted({r["facts"] for r in rows if "facts" in r})
     first = [r for r in rows if r.get("seed") == rows[0]["seed"] and "seconds" in r]
     note = ", ".join(f"{r['method']} {r['seconds'] / r['facts']:.1f}" for r in first)
-    about = f"{draws} draw(s) of {', '.join(map(str, facts))} facts. Seconds a fact on one core, in the first of them: {note}."
-    return "\n".join([*lines, "", about, "", _about(header)])
+    about = (
+        f"{draws} draw(s) of {', '.join(map(str, facts))} facts. Seconds a fact on one "
+        f"core, in the first of them: {note}."
+    )
+    return Table(["method", *ROSE], lines, notes=[about, measured_on(header)]).markdown()
 
 
 def metake(folder: Path) -> str:
     """One line a method and size, over all draws; differences to MetaKE fact by fact."""
-    header, rows = rows_of("metake", folder)
+    header, rows = read(folder, "metake")
     parts = []
     for part, size in dict.fromkeys((r["part"], r["size"]) for r in rows):
         found = [r for r in rows if (r["part"], r["size"]) == (part, size)]
         columns = {k: v for k, v in METAKE.items() if v in found[0]["after"]}
         heads = [*columns, "KL on text", "perplexity", "norm", "MetaKE exact minus this [95 %]"]
-        seeds = len({r["seed"] for r in found})
-        parts += [f"**{part}, {size} {'facts' if part == 'crowded' else 'subjects'}, {seeds} draw(s)**", ""]
-        parts += [f"| method | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-        first = found[0]
-        clean = [f"{100 * np.mean([r['unedited'].get(k, np.nan) for r in found]):.0f}" for k in columns.values()]
-        parts.append(f"| unedited | {' | '.join(clean)} | 0 | {first['clean_perplexity']:.1f} | 0 | |".replace("nan", "100"))
+        # the unedited model's decisions are unchanged by definition
+        clean = [
+            percent(np.mean([r["unedited"].get(k, 1.0) for r in found])) for k in columns.values()
+        ]
+        lines = [["unedited", *clean, "0", f"{found[0]['clean_perplexity']:.1f}", "0", ""]]
         for method in dict.fromkeys(r["method"] for r in found):
             mine = [r for r in found if r["method"] == method]
-            cells = [f"{100 * np.mean([r['after'][k]['mean'] for r in mine]):.0f}" for k in columns.values()]
-            cells += [
-                f"{np.mean([r[k] for r in mine]):.{digits}f}" for k, digits in (("kl", 3), ("perplexity", 1), ("norm", 2))
+            cells = [
+                percent(np.mean([r["after"][k]["mean"] for r in mine])) for k in columns.values()
             ]
-            gaps = np.array([gap for r in mine if r["metake_minus_this"] for gap in r["metake_minus_this"]["efficacy exact"]])
-            if len(gaps):
-                drawn = gaps[np.random.default_rng(0).integers(len(gaps), size=(2000, len(gaps)))].mean(1)
-                low, high = 100 * np.quantile(drawn, (0.025, 0.975))
-                cells.append(f"{100 * gaps.mean():+.0f} [{low:+.0f}, {high:+.0f}]")
-            else:
-                cells.append("")
-            parts.append(f"| {method} | {' | '.join(cells)} |")
-        parts.append("")
-    return "\n".join([*parts, _about(header)])
+            cells += [
+                f"{np.mean([r[k] for r in mine]):.{digits}f}"
+                for k, digits in (("kl", 3), ("perplexity", 1), ("norm", 2))
+            ]
+            gaps = [
+                100 * gap
+                for r in mine
+                if r["metake_minus_this"]
+                for gap in r["metake_minus_this"]["efficacy exact"]
+            ]
+            lines.append([method, *cells, f"{intervals.mean(gaps):+.0f}" if gaps else ""])
+        seeds = len({r["seed"] for r in found})
+        title = f"{part}, {size} {'facts' if part == 'crowded' else 'subjects'}, {seeds} draw(s)"
+        parts.append(Table(["method", *heads], lines, title).markdown())
+    return "\n\n".join([*parts, measured_on(header)])
 
 
 def sequential(folder: Path, name: str = "sequential") -> str:
-    """Each method after 100 and 400 facts and at the end; the worst batch's exactness beside the mean of all batches."""
-    header, rows = rows_of(name, folder)
+    """Each method after 100 and 400 facts and at the end; the worst batch's exactness beside the
+    mean of all batches.
+    """
+    header, rows = read(folder, name)
     heads = ["exact, all facts", "worst batch", *SEQUENTIAL, "perplexity", "drift", "norm"]
-    lines = [f"| facts | method | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    lines = []
     for edits in sorted({0, 100, 400, max(row["edits"] for row in rows)}):
         for row in [r for r in rows if r["edits"] == edits][: None if edits else 1]:
             exact, measures = row["exact_by_batch"], row["measures"]
-            found = [measures.get(kind, {}).get(measure) for kind, measure in map(str.split, SEQUENTIAL.values())]
-            cells = [f"{100 * np.mean(exact):.0f}", f"{100 * min(exact):.0f}"] if exact else ["", ""]
-            cells += ["" if value is None else f"{100 * value['mean']:.0f}" for value in found]
+            found = [
+                measures.get(kind, {}).get(measure)
+                for kind, measure in map(str.split, SEQUENTIAL.values())
+            ]
+            cells = [percent(np.mean(exact)), percent(min(exact))] if exact else ["", ""]
+            cells += [percent(None if value is None else value["mean"]) for value in found]
             cells += [f"{row['perplexity']:.1f}", f"{row['drift']['kl']:.3f}", f"{row['norm']:.2f}"]
-            lines.append(f"| {edits} | {row['case'] if edits else 'unedited'} | {' | '.join(cells)} |")
+            lines.append([str(edits), row["case"] if edits else "unedited", *cells])
     setting = header.get("setting", {})
-    return "\n".join([*lines, "", f"Layers: {setting.get('layers', '4-6')}. {_about(header)}"])
+    about = f"Layers: {setting.get('layers', '4-6')}. {measured_on(header)}"
+    return Table(["facts", "method", *heads], lines, notes=[about]).markdown()
 
 
 def tokens(folder: Path) -> str:
     """Quality against the tokens of the statistics."""
-    header, rows = rows_of("tokens", folder)
-    return "\n".join([by_tokens.table([row for row in rows if "price" in row]), "", _about(header)])
+    header, rows = read(folder, "tokens")
+    return "\n".join(
+        [by_tokens.table([row for row in rows if "price" in row]), "", measured_on(header)]
+    )
 
 
 def tokens_picture(folder: Path, path: Path) -> None:
-    by_tokens.draw([row for row in rows_of("tokens", folder)[1] if "price" in row], path)
+    by_tokens.draw([row for row in read(folder, "tokens")[1] if "price" in row], path)
 
 
 def geometry(folder: Path) -> str:
     """Keys, edits and values, a column a layer."""
-    header, rows = rows_of("geometry", folder)
-    return "\n".join([by_layer.table(rows), "", _about(header)])
+    header, rows = read(folder, "geometry")
+    return "\n".join([by_layer.table(rows), "", measured_on(header)])
 
 
 def geometry_picture(folder: Path, path: Path) -> None:
-    by_layer.draw(rows_of("geometry", folder)[1], path)
+    by_layer.draw(read(folder, "geometry")[1], path)
 
 
 def gradient(folder: Path) -> str:
     """One line a gradient method."""
-    header, rows = rows_of("gradient", folder)
-    return "\n".join([by_gradient.table(rows), "", _about(header)])
+    header, rows = read(folder, "gradient")
+    return "\n".join([by_gradient.table(rows), "", measured_on(header)])
 
 
 def gradient_picture(folder: Path, path: Path) -> None:
-    by_gradient.draw(rows_of("gradient", folder)[1], path)
+    by_gradient.draw(read(folder, "gradient")[1], path)
 
 
 def sequential_picture(folder: Path, path: Path, name: str = "sequential") -> None:
-    in_sequence.draw(rows_of(name, folder)[1], path)
+    in_sequence.draw(read(folder, name)[1], path)
 
 
 def rose_picture(folder: Path, path: Path) -> None:
-    """What each method recalls, against what it leaves alone; hollow: measured in fewer draws than the others."""
-    rows = [r for r in rows_of("rose", folder)[1] if "pooled" in r]
+    """What each method recalls, against what it leaves alone; hollow: measured in fewer draws than
+    the others.
+    """
+    rows = [r for r in read(folder, "rose")[1] if "pooled" in r]
     draws = max(len(r.get("seeds", ())) for r in rows)
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    forms = ["cloze success", "question success", "chat_question success", "chat_completion success", "greedy contains"]
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    forms = [
+        "cloze success",
+        "question success",
+        "chat_question success",
+        "chat_completion success",
+        "greedy contains",
+    ]
     for number, row in enumerate(rows):
         means = [100 * row["pooled"][form]["mean"] for form in forms]
         whole = len(row.get("seeds", range(draws))) == draws
-        style = {"color": f"C{number}" if "seeds" in row else "black", "marker": "o", "ls": "", "label": row["method"]}
+        style = {
+            "color": f"C{number}" if "seeds" in row else "black",
+            "marker": "o",
+            "ls": "",
+            "label": row["method"],
+        }
         style |= {} if whole else {"markerfacecolor": "white"}
         axes[0].plot(means, np.arange(len(forms)) + 0.06 * (number - len(rows) / 2), ms=5, **style)
-        x, y = (100 * row["pooled"][name]["mean"] for name in ("neighbourhood unchanged", "greedy contains"))
+        x, y = (
+            100 * row["pooled"][name]["mean"]
+            for name in ("neighbourhood unchanged", "greedy contains")
+        )
         axes[1].plot(x, y, ms=6, **style)
         if whole:
-            axes[1].annotate(row["method"], (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            axes[1].annotate(
+                row["method"], (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points"
+            )
     axes[0].set_yticks(range(len(forms)), [form.split()[0].replace("_", " ") for form in forms])
     axes[0].invert_yaxis()
     axes[0].set_xlabel("new object preferred, or said (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=7,
+        frameon=False,
+    )
     axes[1].set_xlabel("neighbours' decisions unchanged (%)")
     axes[1].set_ylabel("greedy answer holds the new object (%)")
     _save(figure, path)
@@ -179,42 +235,51 @@ def rose_picture(folder: Path, path: Path) -> None:
 
 def metake_picture(folder: Path, path: Path) -> None:
     """Exactness against drift, one point a method."""
-    rows = rows_of("metake", folder)[1]
+    rows = read(folder, "metake")[1]
     cases = list(dict.fromkeys((r["part"], r["size"]) for r in rows))
-    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4.2), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(5 * len(cases), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(cases), squeeze=False)
     for room, case in zip(axes[0], cases):
         found = [r for r in rows if (r["part"], r["size"]) == case]
         for method in dict.fromkeys(r["method"] for r in found):
             mine = [r for r in found if r["method"] == method]
-            x, y = np.mean([r["kl"] for r in mine]), 100 * np.mean([r["after"]["efficacy exact"]["mean"] for r in mine])
+            x, y = (
+                np.mean([r["kl"] for r in mine]),
+                100 * np.mean([r["after"]["efficacy exact"]["mean"] for r in mine]),
+            )
             room.plot(
-                x, y, "s" if method.startswith("MetaKE") else "o", ms=6, color="C1" if method.startswith("MetaKE") else "C0"
+                x,
+                y,
+                "s" if method.startswith("MetaKE") else "o",
+                ms=6,
+                color="C1" if method.startswith("MetaKE") else "C0",
             )
             room.annotate(method, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
-        room.set(title=f"{case[0]}, {case[1]}", xlabel="KL on ordinary text (nats a token)", ylabel="exact answers (%)")
+        room.set(
+            title=f"{case[0]}, {case[1]}",
+            xlabel="KL on ordinary text (nats a token)",
+            ylabel="exact answers (%)",
+        )
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def _about(header: dict[str, Any]) -> str:
-    machine = header["environment"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, {machine['date'][:10]}"
-    return f"`python -m benchmarks.{header['benchmark']}`: {where}."
 
 
 PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]] = {
     "rose": ("rose.md", rose, rose_picture),
     "metake": ("metake.md", metake, metake_picture),
     "sequential": ("sequential.md", sequential, sequential_picture),
-    ONE_LAYER: ("sequential.md", partial(sequential, name=ONE_LAYER), partial(sequential_picture, name=ONE_LAYER)),
+    ONE_LAYER: (
+        "sequential.md",
+        partial(sequential, name=ONE_LAYER),
+        partial(sequential_picture, name=ONE_LAYER),
+    ),
     "geometry": ("geometry.md", geometry, geometry_picture),
     "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
@@ -229,7 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--write", action="store_true", help="put tables and pictures into the pages")
-    mode.add_argument("--check", action="store_true", help="exit 1 when a page's table is out of date")
+    mode.add_argument(
+        "--check", action="store_true", help="exit 1 when a page's table is out of date"
+    )
     arguments = parser.parse_args(argv)
     stale = []
     for name, (file, table, picture) in PAGES.items():
@@ -249,7 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             page.write_text(f"{head}{start}\n{new}\n{end}{tail}", encoding="utf-8")
             picture(arguments.results, arguments.docs / "pictures" / f"{name}.png")
     if arguments.check and stale:
-        print(f"out of date: {', '.join(map(str, stale))}; run `python -m benchmarks.pages --write`")
+        print(
+            f"out of date: {', '.join(map(str, stale))}; run `python -m benchmarks.pages --write`"
+        )
     return int(bool(arguments.check and stale))
 
 

@@ -1,9 +1,11 @@
-"""What the published code does, restated in plain torch from the description of its hot paths; fair, and no faster or
-slower than it has to be.
+"""What the published code does, restated in plain torch from the description of its hot paths;
+fair, and no faster or slower than it has to be.
 
-Sources: MEMIT (Meng et al. 2023) and EasyEdit (Wang et al. 2023) for `layer_stats`, `compute_z`, `memit_update`; EMMET
-(Gupta et al. 2024); AlphaEdit (Fang et al. 2025); ROME (Meng et al. 2022). What they add around these lines
-(tokenising again for every layer, copies between devices, hundreds of prints) is left out, in their favour.
+Sources: MEMIT (Meng et al. 2023) and EasyEdit (Wang et al. 2023) for `layer_stats`, `compute_z`,
+    `memit_update`; EMMET
+(Gupta et al. 2024); AlphaEdit (Fang et al. 2025); ROME (Meng et al. 2022). What they add around
+these lines (tokenising again for every layer, copies between devices, hundreds of prints) is left
+out, in their favour.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from knowedit.facts import Fact
-from knowedit.model import EditableModel
-from knowedit.targets import ESSENCE, ValueSettings, prompt_rows
+from knowedit.facts.fact import Fact
+from knowedit.methods.locate.values import ESSENCE, ValueSettings, prompt_rows
+from knowedit.models.editable import EditableModel
 
 SORTED = 100  # documents sorted by length and packed together
 
@@ -36,11 +38,13 @@ def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
-# -- statistics -------------------------------------------------------------------------------------------------------
+# -- statistics
 
 
 def padded_batches(pieces: Sequence[list[int]], budget: int) -> Iterator[list[list[int]]]:
-    """Groups of `SORTED` pieces, each sorted by length and cut into batches of at most `budget` padded tokens."""
+    """Groups of `SORTED` pieces, each sorted by length and cut into batches of at most `budget`
+    padded tokens.
+    """
     for start in range(0, len(pieces), SORTED):
         batch: list[list[int]] = []
         for piece in sorted(pieces[start : start + SORTED], key=len, reverse=True):
@@ -52,12 +56,15 @@ def padded_batches(pieces: Sequence[list[int]], budget: int) -> Iterator[list[li
             yield batch
 
 
-def layer_stats(model: EditableModel, pieces: Sequence[list[int]], layer: int, n_positions: int, skip: int = 1) -> Tensor:
-    """Sum of k kᵀ at one layer, `[d_ff, d_ff]` float32: a pass of its own through the layer's projection.
+def layer_stats(
+    model: EditableModel, pieces: Sequence[list[int]], layer: int, n_positions: int, skip: int = 1
+) -> Tensor:
+    """Sum of k kᵀ at one layer, `[d_ff, d_ff]` float32: a pass of its own through the layer's
+    projection.
 
-    Batches of 3 x `n_positions` padded tokens with an attention mask; keys of attended tokens are gathered and
-    multiplied in float32. `skip` leading tokens of each piece are left out (theirs is 0; ours 1, so that sums can be
-    compared).
+    Batches of 3 x `n_positions` padded tokens with an attention mask; keys of attended tokens are
+    gathered and multiplied in float32. `skip` leading tokens of each piece are left out (theirs is
+    0; ours 1, so that sums can be compared).
     """
     total = torch.zeros(model.d_ff, model.d_ff, device=model.device)
     kept: list[Tensor] = []
@@ -78,14 +85,16 @@ def layer_stats(model: EditableModel, pieces: Sequence[list[int]], layer: int, n
     return total
 
 
-# -- values -----------------------------------------------------------------------------------------------------------
+# -- values
 
 
-def compute_z(model: EditableModel, fact: Fact, layer: int, s: ValueSettings) -> tuple[Tensor, Tensor]:
+def compute_z(
+    model: EditableModel, fact: Fact, layer: int, s: ValueSettings
+) -> tuple[Tensor, Tensor]:
     """The value of one fact: `(delta, z0 + delta)`, each `[hidden]`.
 
-    Every step: the whole model over every row, full logits, a second head product for the target rows, and the
-    figures fetched to the host for a progress line, as published.
+    Every step: the whole model over every row, full logits, a second head product for the target
+    rows, and the figures fetched to the host for a progress line, as published.
     """
     rows = prompt_rows(model, fact, s.contexts, fact.target)
     essence = model.row(ESSENCE.format(fact.subject), fact.subject)
@@ -95,7 +104,9 @@ def compute_z(model: EditableModel, fact: Fact, layer: int, s: ValueSettings) ->
     lookup = [r.subject for r in rows] + [essence.subject]
     labels = torch.full((len(rows), ids.shape[1]), -100, device=ids.device)
     for i, answer in enumerate(answers):
-        labels[i, len(texts[i]) - len(answer) : len(texts[i])] = torch.tensor(answer, device=ids.device)
+        labels[i, len(texts[i]) - len(answer) : len(texts[i])] = torch.tensor(
+            answer, device=ids.device
+        )
     if s.lr is None:
         raise ValueError("the published loop needs a learning rate; set ValueSettings.lr")
     delta = torch.zeros(model.hidden, requires_grad=True, device=model.device)
@@ -142,17 +153,21 @@ def compute_z(model: EditableModel, fact: Fact, layer: int, s: ValueSettings) ->
     return delta.detach(), start[0] + delta.detach()
 
 
-# -- solves -----------------------------------------------------------------------------------------------------------
+# -- solves
 
 
 def memit_update(C: Tensor, weight: float, K: Tensor, R: Tensor) -> Tensor:
-    """`[d, m]` float64 from C `[m, m]` float32, K `[m, n]`, R `[d, n]`: a dense LU in float64 for every call."""
+    """`[d, m]` float64 from C `[m, m]` float32, K `[m, n]`, R `[d, n]`: a dense LU in float64 for
+    every call.
+    """
     adjusted = torch.linalg.solve(weight * C.double() + K.double() @ K.double().T, K.double())
     return R.double() @ adjusted.T
 
 
 def emmet_update(C: Tensor, K: Tensor, R: Tensor) -> Tensor:
-    """`[d, m]` float64: the same with an equality constraint, through a dense inverse for every call."""
+    """`[d, m]` float64: the same with an equality constraint, through a dense inverse for every
+    call.
+    """
     inverse = torch.inverse(C.double())
     read_in = K.double().T @ inverse
     return R.double() @ torch.inverse(read_in @ K.double()) @ read_in
@@ -166,7 +181,9 @@ def null_space_projector(C: Tensor, threshold: float) -> Tensor:
 
 
 def alphaedit_update(P: Tensor, cache: Tensor, beta: float, K: Tensor, R: Tensor) -> Tensor:
-    """`[d, m]`, in P's dtype (theirs: float32); `cache` `[m, m]` holds K Kᵀ of earlier batches and takes this one's."""
+    """`[d, m]`, in P's dtype (theirs: float32); `cache` `[m, m]` holds K Kᵀ of earlier batches and
+    takes this one's.
+    """
     eye = torch.eye(P.shape[0], dtype=P.dtype)
     update = torch.linalg.solve(P @ (K @ K.T + cache) + beta * eye, P @ K @ R.T)
     cache += K @ K.T

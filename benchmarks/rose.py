@@ -1,9 +1,10 @@
-"""RoSE against its baselines and ablations: several facts of one subject, asked for in words that were not trained.
+"""RoSE against its baselines and ablations: several facts of one subject, asked for in words that
+were not trained.
 
-Subjects with 1 to 4 facts are written in one batch. Every method gets the same facts and as many optimisation steps;
-settings were tuned on the other half of the subjects with three or four facts. A row has the measures of
-`knowedit.evaluation.same_subject` for one method and draw, and the paired differences to RoSE. Evaluations are kept in
-`--keep`, so an interrupted run goes on.
+Subjects with 1 to 4 facts are written in one batch. Every method gets the same facts and as many
+optimisation steps; settings were tuned on the other half of the subjects with three or four facts.
+A row has the measures of `knowedit.evaluation.subjects.same_subject` for one method and draw, and
+the paired differences to RoSE. Evaluations are kept in `--keep`, so an interrupted run goes on.
 
 Predicted (from one trial): RoSE at cloze 94, question 89, chat 97, greedy 64 %, where
 MEMIT-Merge reaches 83, 64, 53 and 44 %, with half of its KL on who the subject is.
@@ -16,64 +17,104 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from knowedit.datasets import data_dir, load
-from knowedit.datasets.same_subject import groups, halves
-from knowedit.editors import MEMIT, AlphaEdit, LocateThenEdit, RoSE
-from knowedit.evaluation.same_subject import (
+from knowedit.evaluation.evaluation import Estimates
+from knowedit.evaluation.intervals import estimates
+from knowedit.evaluation.subjects.same_subject import (
     SameSubjectEvaluation,
-    Table,
     compare,
-    estimates,
     evaluate_same_subject,
     observe,
     prepare,
 )
-from knowedit.facts import Fact
-from knowedit.files import atomic_file
-from knowedit.lookahead import Settings
-from knowedit.model import load_model
+from knowedit.facts.fact import Fact
+from knowedit.facts.groups import groups, halves
+from knowedit.facts.sets import data_dir, load
+from knowedit.io.files import atomic_file
+from knowedit.methods import Method, Recipe, RoSE
+from knowedit.methods.locate.keysets import ContextKeys
+from knowedit.methods.locate.metrics import Covariance, NullSpace
+from knowedit.methods.locate.targets import HiddenState, MergedFacts
+from knowedit.methods.locate.task import Material, Runtime
+from knowedit.methods.locate.trainings import ThroughForms
+from knowedit.models.load import load_model
 from knowedit.statistics import key_statistics
-from knowedit.targets import ValueSettings
 
 from . import common
 
 LAYERS, ONE = (3, 4, 5, 6), (5,)
 STEPS, REFINE = 16, 36
-STOCK = ValueSettings(steps=STEPS + REFINE, lr=0.75, clamp=1.0, draft=True)  # as many steps as RoSE has in both parts
+#: As many steps as RoSE has in both parts.
+STOCK = HiddenState(steps=STEPS + REFINE, lr=0.75, clamp=1.0)
 LEAF = replace(STOCK, steps=STEPS)
-AHEAD = replace(RoSE().refine or Settings(), steps=REFINE)
+DRAFT = Runtime(draft=True)
 OURS = "RoSE"
 SHOWN = (
-    ("cloze", "success"), ("cloze", "exact"), ("question", "success"), ("chat_question", "success"), ("chat_question", "exact"),
-    ("chat_completion", "success"), ("greedy", "contains"), ("neighbourhood", "success"), ("neighbourhood", "unchanged"),
-    ("identity", "kl"), ("identity", "kept"), ("unrelated", "kl"), ("unrelated", "kept"),
-)  # fmt: skip
+    ("cloze", "success"),
+    ("cloze", "exact"),
+    ("question", "success"),
+    ("chat_question", "success"),
+    ("chat_question", "exact"),
+    ("chat_completion", "success"),
+    ("greedy", "contains"),
+    ("neighbourhood", "success"),
+    ("neighbourhood", "unchanged"),
+    ("identity", "kl"),
+    ("identity", "kept"),
+    ("unrelated", "kl"),
+    ("unrelated", "kept"),
+)
 
 
-def methods(others: tuple[Fact, ...], seed: int) -> Iterator[tuple[str, LocateThenEdit]]:
-    ours = RoSE(layers=LAYERS, values=LEAF, refine=AHEAD, neighbours=others, seed=seed)
+def methods(others: tuple[Fact, ...], seed: int) -> Iterator[tuple[str, Method]]:
+    ours = RoSE(
+        layers=LAYERS,
+        target=LEAF,
+        training=ThroughForms().with_settings({"settings.steps": REFINE}),
+        material=Material(neighbours=others, seed=seed),
+        runtime=DRAFT,
+    )
     yield OURS, ours
-    yield "MEMIT", MEMIT(layers=ONE, values=STOCK, merge_subjects=False, mean_keys=True, gain=0.98)
-    yield "AlphaEdit", AlphaEdit(layers=ONE, values=STOCK, merge_subjects=False, mean_keys=True, gain=0.9)
-    yield "MEMIT-Merge", MEMIT(layers=ONE, values=STOCK, mean_keys=True, gain=0.98)
-    forms = replace(AHEAD, through="plan", clamp=1.0)
-    weights = replace(ours.weights, identity=0.0, neighbours=0.0)
+    merged = Recipe(
+        layers=ONE,
+        target=STOCK,
+        keys=ContextKeys(mean=True),
+        metric=Covariance(gain=0.98),
+        runtime=DRAFT,
+    )
+    yield "MEMIT", replace(merged, merge_subjects=False)
+    yield "AlphaEdit", replace(merged, merge_subjects=False, metric=NullSpace(gain=0.9))
+    yield "MEMIT-Merge", merged
     yield (
         "MEMIT-Merge, same contexts",
-        replace(ours, layers=ONE, shares=(1.0, 0.0, 0.0), gain=0.98, refine=forms, weights=weights, integration="joint"),
+        ours.with_settings(
+            {
+                "layers": ONE,
+                "metric.shares": (1.0, 0.0, 0.0),
+                "metric.gain": 0.98,
+                "training.settings.through": "plan",
+                "training.settings.clamp": 1.0,
+                "training.weights.identity": 0.0,
+                "training.weights.neighbours": 0.0,
+            }
+        ),
     )
-    yield "IGA only", replace(ours, layers=ONE, shares=(0.0, 0.0, 1.0), values=STOCK, refine=None, integration="joint")
+    alone = {"layers": ONE, "metric.shares": (0.0, 0.0, 1.0)}
+    yield "IGA only", replace(ours.with_settings(alone), target=STOCK, training=None)
     if seed == 1:  # what the tuning half hinted at (docs/rose.md)
-        yield "RoSE, metric: mostly covariance", replace(ours, shares=(0.6, 0.3, 0.1))
+        mostly = {"metric.shares": (0.6, 0.3, 0.1)}
+        yield "RoSE, metric: mostly covariance", ours.with_settings(mostly)
     if seed == 0:
-        yield "RoSE, from a tree of values", replace(ours, integration="tree")
-        yield "RoSE, metric: covariance only", replace(ours, shares=(1.0, 0.0, 0.0))
-        yield "RoSE, generic questions", replace(ours, questions="generic")
+        tree = MergedFacts(**vars(LEAF))
+        yield "RoSE, from a tree of values", replace(ours, target=tree)
+        only = {"metric.shares": (1.0, 0.0, 0.0)}
+        yield "RoSE, metric: covariance only", ours.with_settings(only)
+        generic = {"material.questions": "generic"}
+        yield "RoSE, generic questions", ours.with_settings(generic)
 
 
 def draw(seed: int, quick: bool) -> tuple[list[list[Fact]], tuple[Fact, ...]]:
@@ -90,14 +131,12 @@ def draw(seed: int, quick: bool) -> tuple[list[list[Fact]], tuple[Fact, ...]]:
     return chosen, tuple(fact for fact in pool if fact.subject not in subjects)
 
 
-def summary(table: Table) -> str:
+def summary(table: Estimates) -> str:
     return "  ".join(
-        f"{kind} {measure} {table[kind][measure].mean:.2f}" for kind, measure in SHOWN if measure in table.get(kind, {})
+        f"{kind} {measure} {table[kind][measure].mean:.2f}"
+        for kind, measure in SHOWN
+        if measure in table.get(kind, {})
     )
-
-
-def plain(table: Table) -> dict[str, dict[str, float]]:
-    return {f"{kind} {measure}": asdict(estimate) for kind, row in table.items() for measure, estimate in row.items()}
 
 
 Key = tuple[str, str, str, str | None]
@@ -108,7 +147,7 @@ def values_of(found: SameSubjectEvaluation) -> dict[Key, tuple[float, float]]:
     return {(v.kind, v.measure, v.subject, v.fact): (v.before, v.after) for v in found.values}
 
 
-def pooled(seeds: Sequence[dict[Key, float]]) -> Table:
+def pooled(seeds: Sequence[dict[Key, float]]) -> Estimates:
     """Over all draws; a subject that is in several counts once, with its mean."""
     found: dict[Key, list[float]] = {}
     for values in seeds:
@@ -122,14 +161,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
     parser.add_argument("--keep", type=Path, help="folder for whole evaluations, to go on from")
-    parser.add_argument("--only-kept", action="store_true", help="report what the folder has, and leave out the rest")
+    parser.add_argument(
+        "--only-kept",
+        action="store_true",
+        help="report what the folder has, and leave out the rest",
+    )
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.seeds, arguments.tokens = [0], 4096
     model = load_model(dtype=torch.float32)
     corpus = (data_dir() or Path("KNOWEDIT_DATA")) / "enwiki_2021_sample_3MB.txt.gz"
     statistics = key_statistics(model, LAYERS, corpus, arguments.tokens)
-    report = common.report("rose", arguments, model=model.name, tokens=arguments.tokens, steps=[STEPS, REFINE])
+    report = common.report(
+        "rose", arguments, model=model.name, tokens=arguments.tokens, steps=[STEPS, REFINE]
+    )
     everything: dict[str, dict[int, SameSubjectEvaluation]] = {}
     for seed in arguments.seeds:
         chosen, others = draw(seed, arguments.quick)
@@ -139,7 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             kept = arguments.keep / f"{seed}-{number}.json" if arguments.keep else None
             if kept and kept.exists():
                 record = json.loads(kept.read_text())
-                found, about = SameSubjectEvaluation.from_dict(record["evaluation"]), record["about"]
+                found, about = (
+                    SameSubjectEvaluation.from_dict(record["evaluation"]),
+                    record["about"],
+                )
             elif arguments.only_kept:
                 continue
             else:
@@ -152,8 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 edit = editor.compute(model, facts, statistics, progress=False)
                 seconds = time.process_time() - start
                 before = before or observe(model, prepare(model, chosen, 1), progress=False)
-                found = evaluate_same_subject(model, chosen, edit, before=before, wordings=1, progress=False)
-                about = {"seconds": seconds, "norm": edit.report["relative_norm"], "ahead": edit.report.get("look_ahead")}
+                found = evaluate_same_subject(
+                    model, chosen, edit, before=before, wordings=1, progress=False
+                )
+                about = {
+                    "seconds": seconds,
+                    "norm": edit.report["relative_norm"],
+                    "ahead": edit.report.get("look_ahead"),
+                }
                 if kept:
                     with atomic_file(kept) as path:
                         path.write_text(json.dumps({"evaluation": found.to_dict(), "about": about}))
@@ -164,27 +218,49 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"seed {seed}  {'unedited':30} {summary(found.before)}",
                     seed=seed,
                     method="unedited",
-                    after=plain(found.before),
+                    after=common.flat(found.before),
                 )
-            sizes = {size: plain(found.of_size(size).after) for size in sorted(set(found.sizes.values()))}
+            sizes = {
+                size: common.flat(found.of_size(size).after)
+                for size in sorted(set(found.sizes.values()))
+            }
             report.note(
-                f"seed {seed}  {name:30} {summary(found.after)}", seed=seed, method=name, facts=len(facts),
+                f"seed {seed}  {name:30} {summary(found.after)}",
+                seed=seed,
+                method=name,
+                facts=len(facts),
                 subjects=len(chosen),
-                after=plain(found.after), by_size=sizes, **about,
-                rose_minus_this=plain(compare(ours, found)) if ours and name != OURS else None,
-            )  # fmt: skip
+                after=common.flat(found.after),
+                by_size=sizes,
+                **about,
+                rose_minus_this=common.flat(compare(ours, found))
+                if ours and name != OURS
+                else None,
+            )
     for name, by_seed in everything.items():
-        over = pooled([{key: value[1] for key, value in values_of(e).items()} for e in by_seed.values()])
+        over = pooled(
+            [{key: value[1] for key, value in values_of(e).items()} for e in by_seed.values()]
+        )
         gaps = [
-            {key: value[1] - values_of(by_seed[seed])[key][1] for key, value in values_of(everything[OURS][seed]).items()}
+            {
+                key: value[1] - values_of(by_seed[seed])[key][1]
+                for key, value in values_of(everything[OURS][seed]).items()
+            }
             for seed in by_seed
         ]
         report.note(
-            f"{len(by_seed)} seeds {name:30} {summary(over)}", method=name, seeds=list(by_seed), pooled=plain(over),
-            rose_minus_this=plain(pooled(gaps)) if name != OURS else None,
-        )  # fmt: skip
-    unedited = pooled([{key: value[0] for key, value in values_of(e).items()} for e in everything[OURS].values()])
-    report.note(f"{'unedited':30} {summary(unedited)}", method="unedited", pooled=plain(unedited))
+            f"{len(by_seed)} seeds {name:30} {summary(over)}",
+            method=name,
+            seeds=list(by_seed),
+            pooled=common.flat(over),
+            rose_minus_this=common.flat(pooled(gaps)) if name != OURS else None,
+        )
+    unedited = pooled(
+        [{key: value[0] for key, value in values_of(e).items()} for e in everything[OURS].values()]
+    )
+    report.note(
+        f"{'unedited':30} {summary(unedited)}", method="unedited", pooled=common.flat(unedited)
+    )
     return report.finish()
 
 

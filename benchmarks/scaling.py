@@ -1,8 +1,9 @@
-"""Key statistics at scale: time is linear in tokens, memory does not grow with them, two processes share the work.
+"""Key statistics at scale: time is linear in tokens, memory does not grow with them, two processes
+share the work.
 
-Every figure is from a process of its own (under torchrun for two), with one thread each: seconds of the collection alone,
-without loading, and the peak of resident memory. What the machine itself allows two processes is measured beside: two that
-collect the same each, and share nothing.
+Every figure is from a process of its own (under torchrun for two), with one thread each: seconds of
+the collection alone, without loading, and the peak of resident memory. What the machine itself
+allows two processes is measured beside: two that collect the same each, and share nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from typing import Any
 
 import torch
 
-from knowedit.datasets import data_dir
-from knowedit.model import load_model
+from knowedit.facts.sets import data_dir
+from knowedit.models.load import load_model
 from knowedit.statistics import key_statistics
+from knowedit.statistics.distributed.ranks import started
 from knowedit.statistics.memory import keep_few_compiled_shapes
-from knowedit.statistics.ranks import started
 
 from . import common
 from .statistics import CORPUS
@@ -50,16 +51,32 @@ def worker(model: str, corpus: str, layers: Sequence[int], tokens: int, dtype: s
         key_statistics(loaded, layers, corpus, min(tokens, 200), directory=warm, progress=False)
         ranks.gather(None)
         start = time.perf_counter()
-        found = key_statistics(loaded, layers, corpus, tokens, directory=Path(shared) / "run", progress=False)
+        found = key_statistics(
+            loaded, layers, corpus, tokens, directory=Path(shared) / "run", progress=False
+        )
         seconds = ranks.gather(time.perf_counter() - start)
         peaks = ranks.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         if ranks.rank == 0:
             count = found[layers[0]].count
-            print(json.dumps({"tokens": count, "seconds": max(seconds), "megabytes": max(peaks), "ranks": ranks.size}))
+            print(
+                json.dumps(
+                    {
+                        "tokens": count,
+                        "seconds": max(seconds),
+                        "megabytes": max(peaks),
+                        "ranks": ranks.size,
+                    }
+                )
+            )
 
 
 def run(
-    ranks: int, model: str | Path, corpus: Path, layers: Sequence[int], tokens: int, dtype: str = "float32"
+    ranks: int,
+    model: str | Path,
+    corpus: Path,
+    layers: Sequence[int],
+    tokens: int,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """What `worker` prints, from `ranks` new processes of one thread each."""
     launcher = [sys.executable, "-m"]
@@ -67,15 +84,32 @@ def run(
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     with tempfile.TemporaryDirectory() as cache:
         environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-            "KNOWEDIT_CACHE": os.environ.get("KNOWEDIT_CACHE") or str(Path.home() / ".cache" / "knowedit"),
-        }  # fmt: skip
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "KNOWEDIT_CACHE": os.environ.get("KNOWEDIT_CACHE")
+            or str(Path.home() / ".cache" / "knowedit"),
+        }
         command = [
-            *launcher, "benchmarks.scaling", "--worker", "--model", str(model), "--corpus", str(corpus), "--dtype", dtype,
-            "--tokens", str(tokens), "--layers", *map(str, layers),
-        ]  # fmt: skip
+            *launcher,
+            "benchmarks.scaling",
+            "--worker",
+            "--model",
+            str(model),
+            "--corpus",
+            str(corpus),
+            "--dtype",
+            dtype,
+            "--tokens",
+            str(tokens),
+            "--layers",
+            *map(str, layers),
+        ]
         environment["TMPDIR"] = cache
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -84,8 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7, 8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 40_000, 160_000, 640_000])
-    parser.add_argument("--shared", type=int, default=320_000, help="tokens for two processes against one")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of two processes against one (default: 3)")
+    parser.add_argument(
+        "--shared", type=int, default=320_000, help="tokens for two processes against one"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="rounds of two processes against one (default: 3)"
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -98,12 +136,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts, shared, repeats = arguments.tokens, arguments.shared, arguments.repeats
     if arguments.quick:
         counts, shared, repeats = [500, 2000], 2000, 1
-    report = common.report("scaling", arguments, model=str(model), corpus=corpus.name, layers=layers, dtype=dtype)
+    report = common.report(
+        "scaling", arguments, model=str(model), corpus=corpus.name, layers=layers, dtype=dtype
+    )
     found = []
     for tokens in counts:
         found.append(run(1, model, corpus, layers, tokens, dtype))
         speed = found[-1]["tokens"] / found[-1]["seconds"]
-        line = f"{tokens:>9,} tokens  {found[-1]['seconds']:8.1f} s  {speed:8.0f} tokens/s  {found[-1]['megabytes']:7.0f} MB"
+        line = (
+            f"{tokens:>9,} tokens  {found[-1]['seconds']:8.1f} s  {speed:8.0f} tokens/s  "
+            f"{found[-1]['megabytes']:7.0f} MB"
+        )
         report.note(line, case="one process", speed=speed, **found[-1])
     few, many = found[0], found[-1]
     speeds = [f["tokens"] / f["seconds"] for f in found]
@@ -116,17 +159,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         for _ in range(repeats):
             one, two = (run(ranks, model, corpus, layers, shared, kind) for ranks in (1, 2))
             with ThreadPoolExecutor(2) as pool:
-                apart = list(pool.map(lambda _, kind=kind: run(1, model, corpus, layers, shared, kind), range(2)))
+                apart = list(
+                    pool.map(
+                        lambda _, kind=kind: run(1, model, corpus, layers, shared, kind), range(2)
+                    )
+                )
             ratios.append(one["seconds"] / two["seconds"])
             machine = 2 * one["seconds"] / max(found["seconds"] for found in apart)
             report.note(
                 f"two processes, {kind}: {ratios[-1]:.2f}x; two that share nothing: {machine:.2f}x",
-                case="two processes", dtype=kind, one=one, two=two, speedup=ratios[-1], machine=machine,
-            )  # fmt: skip
+                case="two processes",
+                dtype=kind,
+                one=one,
+                two=two,
+                speedup=ratios[-1],
+                machine=machine,
+            )
         report.floor(
-            "two processes", f"speed over one, {shared:,} tokens, {kind}", median(ratios), 0.0 if arguments.quick else SHARED,
-            low=min(ratios), high=max(ratios),
-        )  # fmt: skip
+            "two processes",
+            f"speed over one, {shared:,} tokens, {kind}",
+            median(ratios),
+            0.0 if arguments.quick else SHARED,
+            low=min(ratios),
+            high=max(ratios),
+        )
     return report.finish()
 
 

@@ -1,12 +1,15 @@
-"""Sequential editing: a thousand facts written into one model, batch after batch; what is left of them, and of the model?
+"""Sequential editing: a thousand facts written into one model, batch after batch; what is left of
+them, and of the model?
 
-CounterFact records of different subjects, batches of 50, over several layers. After every 100 facts: efficacy, exact
-answers, paraphrases and neighbours of a sample of all facts written so far that have a paraphrase, perplexity and drift on
-text that no statistics and no value saw; and exact answers to all facts so far, batch by batch. Methods without a
-look-ahead optimise values for as many steps more. A name with `-free` has no history: later edits may overwrite earlier keys.
+CounterFact records of different subjects, batches of 50, over several layers. After every 100
+facts: efficacy, exact answers, paraphrases and neighbours of a sample of all facts written so far
+that have a paraphrase, perplexity and drift on text that no statistics and no value saw; and exact
+answers to all facts so far, batch by batch.
+Methods without a look-ahead optimise values for as many steps more. A name with `-free` has no
+history: later edits may overwrite earlier keys.
 
-A point is on disk before the next batch starts, with the edits so far, and an interrupted run goes on from there; what is
-complete is not computed again.
+A step is on disk before the next batch starts, with the edits so far, and an interrupted run goes
+on from there; what is complete is not computed again.
 """
 
 from __future__ import annotations
@@ -22,22 +25,23 @@ from typing import Any
 
 import torch
 
-from knowedit.cli import parse_layers
-from knowedit.datasets import conflict_free, data_dir, load
-from knowedit.editors import EDITORS, LocateThenEdit, MetaKE
-from knowedit.editors.task import layers_of
+from knowedit.cli.app import parse_layers
+from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.metrics import ask, questions
-from knowedit.evaluation.sequential import Watch, course_table, write_in_sequence
-from knowedit.facts import Fact
-from knowedit.files import cache_dir
-from knowedit.history import History
-from knowedit.model import EditableModel, load_model
-from knowedit.presets import preset_for
-from knowedit.report.plots import course, save
-from knowedit.sequential import Session
+from knowedit.evaluation.measures.base import ask, questions
+from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, write_in_sequence
+from knowedit.facts.fact import Fact
+from knowedit.facts.sets import conflict_free, data_dir, load
+from knowedit.io.files import cache_dir
+from knowedit.methods import Recipe, make_method
+from knowedit.methods.listing import methods as listed
+from knowedit.methods.locate.trainings import ThroughSolver
+from knowedit.methods.session import Session
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
+from knowedit.report.plots import save, trajectory
 from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.text import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 from . import common
 
@@ -46,60 +50,96 @@ TEXT = "wikitext2_raw_valid.txt.gz"
 FREE = "-free"
 
 
-def editor_for(name: str, model: EditableModel, layers: Sequence[int], steps: int, draft: bool) -> LocateThenEdit:
-    """The editor called `name` (with or without `-free`), with its own defaults but for layers, steps and precision."""
-    methods = {method: editor for method, editor in EDITORS.items() if issubclass(editor, LocateThenEdit)}
+def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Recipe:
+    """The method called `name` (with or without `-free`), with its own defaults but for layers,
+    steps and precision.
+    """
+    methods = [known for known, found in listed().items() if found.group == "locate"]
     known = name.removesuffix(FREE)
     if known not in methods:
-        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(methods)}, each also with {FREE}")
-    steps += 0 if known == "metake" else MetaKE().ahead.steps
-    values = replace(preset_for(model).values, steps=steps, draft=draft)
-    return methods[known](layers=tuple(layers), values=values)
+        raise KnowEditError(
+            f"unknown method {name!r}; known: {', '.join(methods)}, each also with {FREE}"
+        )
+    steps += 0 if known == "metake" else ThroughSolver().settings.steps
+    settings = {"layers": tuple(layers), "target.steps": steps, "runtime.draft": draft}
+    made = make_method(known, settings)
+    assert isinstance(made, Recipe)
+    return made
 
 
 def exact_by_batch(model: EditableModel, facts: Sequence[Fact], batch: int) -> list[float]:
-    """Share of each batch's facts whose new object is, token by token, the model's first choice now."""
-    asked = [question for record, fact in enumerate(facts) for question in questions(record, fact)[:1]]
+    """Share of each batch's facts whose new object is, token by token, the model's first choice
+    now.
+    """
+    asked = [
+        question for record, fact in enumerate(facts) for question in questions(record, fact)[:1]
+    ]
     exact = [answer.exact for answer in ask(model, asked, progress=False)]
-    return [sum(part) / len(part) for part in (exact[i : i + batch] for i in range(0, len(exact), batch))]
+    return [
+        sum(part) / len(part)
+        for part in (exact[i : i + batch] for i in range(0, len(exact), batch))
+    ]
 
 
 def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
-    """`count` facts of different subjects in random order; a third of them, where there are so many, have a paraphrase (in
-    the flat form of CounterFact few do), so that some of every batch can be measured."""
-    rng, pool = random.Random(seed), list({fact.subject: fact for fact in conflict_free(pool)}.values())
-    told, rest = ([fact for fact in pool if bool(fact.paraphrases) == has] for has in (True, False))
+    """`count` facts of different subjects in random order; a third of them, where there are so
+    many, have a paraphrase (in the flat form of CounterFact few do), so that some of every batch
+    can be measured."""
+    rng, pool = (
+        random.Random(seed),
+        list({fact.subject: fact for fact in conflict_free(pool)}.values()),
+    )
+    paraphrased, rest = (
+        [fact for fact in pool if bool(fact.paraphrases) == has] for has in (True, False)
+    )
     if len(pool) < count:
-        raise KnowEditError(f"there are only {len(pool)} facts of different subjects, {count} were asked for")
-    told = rng.sample(told, min(len(told), max(count // 3, count - len(rest))))
-    chosen = told + rng.sample(rest, count - len(told))
+        raise KnowEditError(
+            f"there are only {len(pool)} facts of different subjects, {count} were asked for"
+        )
+    paraphrased = rng.sample(paraphrased, min(len(paraphrased), max(count // 3, count - len(rest))))
+    chosen = paraphrased + rng.sample(rest, count - len(paraphrased))
     return rng.sample(chosen, len(chosen))
 
 
 def run(
-    report: common.Report, name: str, editor: LocateThenEdit, watch: Watch, statistics: KeyStatistics, batch: int, every: int,
+    report: common.Report,
+    name: str,
+    method: Recipe,
+    monitor: SequenceMonitor,
+    statistics: KeyStatistics,
+    batch: int,
+    every: int,
     file: Path,
-) -> None:  # fmt: skip
-    """One method, from where `file` and the report's rows say; the model is left as it was found."""
-    model = watch.model
+) -> None:
+    """One method, from where `file` and the report's rows say; the model is left as it was
+    found.
+    """
+    model = monitor.model
     history = History.load(file) if file.exists() else History(model.fingerprint)
     written = len(history.facts)
     kept = [row for row in report.rows[1:] if row["case"] == name and row["edits"] <= written]
-    if not kept or kept[-1]["edits"] != written or not written:  # a row is written before the history that goes with it
+    if (
+        not kept or kept[-1]["edits"] != written or not written
+    ):  # a row is written before the history that goes with it
         history, kept = History(model.fingerprint), []
     report.rows = [row for row in report.rows if row.get("case") != name or row in kept]
     spent = kept[-1]["seconds"] if kept else 0.0
-    session = Session(editor, model, statistics, history, protect=not name.endswith(FREE))
+    session = Session(method, model, statistics, history, protect=not name.endswith(FREE))
     try:
-        for point in write_in_sequence(session, watch, batch, every):
-            row = replace(point, seconds=point.seconds + spent)
-            lines = course_table([row])[1 if point.edits else 0 :]  # its head once
+        for step in write_in_sequence(session, monitor, batch, every):
+            row = replace(step, seconds=step.seconds + spent)
+            lines = str(trajectory_table([row])).splitlines()
+            lines = lines[1 if step.edits else 0 :]  # the heading once
             settings = history.edits[0].report["settings"] if history else {}
-            exact = exact_by_batch(model, watch.facts[: point.edits], batch)
+            exact = exact_by_batch(model, monitor.facts[: step.edits], batch)
             report.note(
-                "\n".join(f"{name:16} {line}" for line in lines) + f"  by batch {' '.join(f'{100 * x:.0f}' for x in exact)}",
-                case=name, settings=settings, exact_by_batch=exact, **row.to_dict(),
-            )  # fmt: skip
+                "\n".join(f"{name:16} {line}" for line in lines)
+                + f"  by batch {' '.join(f'{100 * x:.0f}' for x in exact)}",
+                case=name,
+                settings=settings,
+                exact_by_batch=exact,
+                **row.to_dict(),
+            )
             history.save(file)
     finally:
         while history:
@@ -107,11 +147,11 @@ def run(
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The courses of all methods in one picture."""
-    courses: dict[str, list[dict[str, Any]]] = {}
+    """The trajectories of all methods in one picture."""
+    trajectories: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        courses.setdefault(row["case"], []).append(row)
-    save(course(courses), path)
+        trajectories.setdefault(row["case"], []).append(row)
+    save(trajectory(trajectories), path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,46 +161,90 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", default="4-6", help="edited together (default: 4-6)")
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--every", type=int, default=100, help="facts between two points")
-    parser.add_argument("--sample", type=int, default=100, help="facts measured at a point")
+    parser.add_argument("--every", type=int, default=100, help="facts between two steps")
+    parser.add_argument("--sample", type=int, default=100, help="facts measured at a step")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of facts")
     parser.add_argument("--steps", type=int, default=20, help="of the value optimisation")
-    parser.add_argument("--exact-values", action="store_true", help="optimise values in float32, not on a bfloat16 copy")
+    parser.add_argument(
+        "--exact-values",
+        action="store_true",
+        help="optimise values in float32, not on a bfloat16 copy",
+    )
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
-    parser.add_argument("--corpus", type=Path, help=f"text for the statistics (default: {CORPUS} in KNOWEDIT_DATA)")
-    parser.add_argument("--text", type=Path, help=f"held-out text (default: {TEXT} in KNOWEDIT_DATA)")
-    parser.add_argument("--state", type=Path, help="folder for the edits so far (default: the cache)")
-    parser.add_argument("--picture", type=Path, default=common.HERE.parent / "docs" / "pictures" / "sequential.png")
+    parser.add_argument(
+        "--corpus", type=Path, help=f"text for the statistics (default: {CORPUS} in KNOWEDIT_DATA)"
+    )
+    parser.add_argument(
+        "--text", type=Path, help=f"held-out text (default: {TEXT} in KNOWEDIT_DATA)"
+    )
+    parser.add_argument(
+        "--state", type=Path, help="folder for the edits so far (default: the cache)"
+    )
+    parser.add_argument(
+        "--picture", type=Path, default=common.HERE.parent / "docs" / "pictures" / "sequential.png"
+    )
     parser.add_argument("--draw", action="store_true", help="only draw the results file")
     arguments = parser.parse_args(argv)
     source = arguments.output or common.RESULTS / "sequential.jsonl"
-    old = [json.loads(line) for line in source.read_text().splitlines()] if source.exists() and not arguments.quick else []
+    old = (
+        [json.loads(line) for line in source.read_text().splitlines()]
+        if source.exists() and not arguments.quick
+        else []
+    )
     if arguments.draw:
         draw(old[1:], arguments.picture)
         return 0
     if arguments.quick:
-        arguments.edits, arguments.batch, arguments.every, arguments.sample, arguments.steps = 8, 2, 4, 4, 3
+        arguments.edits, arguments.batch, arguments.every, arguments.sample, arguments.steps = (
+            8,
+            2,
+            4,
+            4,
+            3,
+        )
         arguments.tokens, arguments.methods = 4096, arguments.methods[:2]
     data = data_dir() or Path("KNOWEDIT_DATA")
     facts = draw_facts(load("counterfact-flat"), arguments.edits, arguments.seed)
     model = load_model(arguments.model, dtype=torch.float32)
     layers = parse_layers(arguments.layers) or ()
-    editors = {name: editor_for(name, model, layers, arguments.steps, not arguments.exact_values) for name in arguments.methods}
-    needed = sorted({layer for editor in editors.values() for layer in layers_of(editor, model)})
+    methods = {
+        name: method_for(name, layers, arguments.steps, not arguments.exact_values)
+        for name in arguments.methods
+    }
+    needed = sorted({n for method in methods.values() for n in method.statistics_layers(model)})
     statistics = key_statistics(model, needed, arguments.corpus or data / CORPUS, arguments.tokens)
     setting = {
-        name: getattr(arguments, name) for name in ("edits", "batch", "every", "sample", "seed", "steps", "layers", "tokens")
+        name: getattr(arguments, name)
+        for name in ("edits", "batch", "every", "sample", "seed", "steps", "layers", "tokens")
     }
     if old and old[0].get("setting") != setting:
-        raise KnowEditError(f"{source} holds a run with {old[0].get('setting')}, not {setting}; give another --output")
+        raise KnowEditError(
+            f"{source} holds a run with {old[0].get('setting')}, not {setting}; give another "
+            f"--output"
+        )
     report = common.report("sequential", arguments, model=model.name, setting=setting)
     report.rows += old[1:]
-    told = [i for i, fact in enumerate(facts) if fact.paraphrases]
-    watch = Watch(model, facts, list(documents(arguments.text or data / TEXT)), measured=told, sample=arguments.sample)
+    paraphrased = [i for i, fact in enumerate(facts) if fact.paraphrases]
+    monitor = SequenceMonitor(
+        model,
+        facts,
+        list(Corpus.parse(arguments.text or data / TEXT).documents()),
+        measured=paraphrased,
+        sample=arguments.sample,
+    )
     digest = hashlib.blake2b(json.dumps(setting).encode(), digest_size=6).hexdigest()
     state = arguments.state or cache_dir("sequential", f"{model.fingerprint[:12]}-{digest}")
-    for name, editor in editors.items():
-        run(report, name, editor, watch, statistics, arguments.batch, arguments.every, state / f"{name}.safetensors")
+    for name, method in methods.items():
+        run(
+            report,
+            name,
+            method,
+            monitor,
+            statistics,
+            arguments.batch,
+            arguments.every,
+            state / f"{name}.safetensors",
+        )
     if not arguments.quick:
         draw(report.rows[1:], arguments.picture)
     return report.finish()

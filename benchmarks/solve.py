@@ -1,8 +1,9 @@
-"""The editing solve: dense factorisations for every call (the peers) against one cached factor and n x n systems (ours).
+"""The editing solve: dense factorisations for every call (the peers) against one cached factor and
+n x n systems (ours).
 
-Key statistics are synthetic with the spectrum of SmolLM2's (condition about 10^3); both sides get the same C, keys and
-residuals, and both return the dense update `[d_out, d]`; AlphaEdit's batches are written into a weight instead, ours as
-factors. Errors are against a dense solve in float64.
+Key statistics are synthetic with the spectrum of SmolLM2's (condition about 10^3); both sides get
+the same C, keys and residuals, and both return the dense update `[d_out, d]`; AlphaEdit's batches
+are written into a weight instead, ours as factors. Errors are against a dense solve in float64.
 """
 
 from __future__ import annotations
@@ -21,19 +22,27 @@ from . import common, peers
 from .common import Check, relative_error
 
 EXACT = 1e-12  # of the dense formula in float64
-PROJECTOR = 1e-9  # neighbouring eigenvalues at the threshold are close: 2^-53 |C| / gap is about 10^-11
+PROJECTOR = (
+    1e-9  # neighbouring eigenvalues at the threshold are close: 2^-53 |C| / gap is about 10^-11
+)
 BETA, HISTORY, BATCH = 10.0, 10, 8  # AlphaEdit: L2, batches in sequence, edits a batch
 
 
 def problem(d: int, d_out: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """C `[d, d]` float32 with eigenvalues over three decades, keys `[d, n]` drawn from it, residuals `[d_out, n]`."""
+    """C `[d, d]` float32 with eigenvalues over three decades, keys `[d, n]` drawn from it,
+    residuals `[d_out, n]`.
+    """
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
     scale = torch.logspace(0, -1.5, d, dtype=torch.float64)
     root = basis * scale
     C = (root @ basis.T) @ (root @ basis.T).T
     K = root @ torch.randn(d, n, generator=generator, dtype=torch.float64)
-    return ((C + C.T) / 2).float(), K, torch.randn(d_out, n, generator=generator, dtype=torch.float64)
+    return (
+        ((C + C.T) / 2).float(),
+        K,
+        torch.randn(d_out, n, generator=generator, dtype=torch.float64),
+    )
 
 
 def cached(metric: Metric, K: Tensor, R: Tensor) -> Tensor:
@@ -49,12 +58,21 @@ def memit(report: common.Report, d: int, d_out: int, counts: Sequence[int], repe
         weight = weight_for_gain(metric, K)
         soft = metric.with_weight(weight)
         dense, ours = partial(peers.memit_update, C, weight, K, R), partial(cached, soft, K, R)
-        seconds = common.interleave({"dense": dense, "ours": ours, "factor": partial(Covariance, C)}, repeats)
+        seconds = common.interleave(
+            {"dense": dense, "ours": ours, "factor": partial(Covariance, C)}, repeats
+        )
         error = Check("of dense fp64", relative_error(ours(), dense()), EXACT)
         name = f"MEMIT solve, n = {n}, d = {d}"
-        report.compare(f"{name}, factor cached", seconds, "dense", [error], target={8: 15.0}.get(n), n=n, d=d)
-        first = {**seconds, "first call": [a + b for a, b in zip(seconds["ours"], seconds["factor"])]}
-        report.compare(f"{name}, factor counted", first, "dense", [error], ours="first call", n=n, d=d)
+        report.compare(
+            f"{name}, factor cached", seconds, "dense", [error], target={8: 15.0}.get(n), n=n, d=d
+        )
+        first = {
+            **seconds,
+            "first call": [a + b for a, b in zip(seconds["ours"], seconds["factor"])],
+        }
+        report.compare(
+            f"{name}, factor counted", first, "dense", [error], ours="first call", n=n, d=d
+        )
 
 
 def emmet(report: common.Report, d: int, d_out: int, n: int, repeats: int) -> None:
@@ -64,25 +82,36 @@ def emmet(report: common.Report, d: int, d_out: int, n: int, repeats: int) -> No
     def ours() -> Tensor:
         return EditSolver(metric, K, "equality").delta(R)
 
-    seconds = common.interleave({"dense": lambda: peers.emmet_update(C, K, R), "ours": ours}, repeats)
+    seconds = common.interleave(
+        {"dense": lambda: peers.emmet_update(C, K, R), "ours": ours}, repeats
+    )
     error = Check("of dense fp64", relative_error(ours(), peers.emmet_update(C, K, R)), EXACT)
-    report.compare(f"EMMET solve, n = {n}, d = {d}, factor cached", seconds, "dense", [error], n=n, d=d)
+    report.compare(
+        f"EMMET solve, n = {n}, d = {d}, factor cached", seconds, "dense", [error], n=n, d=d
+    )
 
 
 def rome(report: common.Report, d: int, repeats: int) -> None:
     C, K, _ = problem(d, 1, 1)
-    seconds = common.interleave({"inverse": lambda: peers.rome_inverse(C), "ours": lambda: Covariance(C)}, repeats)
+    seconds = common.interleave(
+        {"inverse": lambda: peers.rome_inverse(C), "ours": lambda: Covariance(C)}, repeats
+    )
     exact = torch.linalg.solve(C.double(), K)
     error = Check("of dense fp64", relative_error(Covariance(C).inverse(K), exact), EXACT)
     theirs = relative_error(peers.rome_inverse(C) @ K.float(), exact)
-    report.compare(f"ROME preparation, d = {d}", seconds, "inverse", [error], d=d, baseline_error=theirs)
+    report.compare(
+        f"ROME preparation, d = {d}", seconds, "inverse", [error], d=d, baseline_error=theirs
+    )
 
 
 def alphaedit(report: common.Report, d: int, d_out: int, repeats: int) -> None:
-    """Ten batches of eight edits in sequence, each protecting the earlier ones and written into a float32 weight before the
-    next (ours as factors, theirs as a dense update); then the projector itself."""
+    """Ten batches of eight edits in sequence, each protecting the earlier ones and written into a
+    float32 weight before the next (ours as factors, theirs as a dense update); then the projector
+    itself."""
     C, keys, residuals = problem(d, d_out, HISTORY * BATCH)
-    threshold = float(torch.linalg.eigvalsh(C.double())[int(0.7 * d) :][:2].mean())  # between two eigenvalues
+    threshold = float(
+        torch.linalg.eigvalsh(C.double())[int(0.7 * d) :][:2].mean()
+    )  # between two eigenvalues
     space = NullSpace(C, beta=BETA, threshold=threshold)
     exact_P = peers.null_space_projector(C.double(), threshold)
     pairs = list(zip(keys.split(BATCH, 1), residuals.split(BATCH, 1)))
@@ -107,12 +136,18 @@ def alphaedit(report: common.Report, d: int, d_out: int, repeats: int) -> None:
             metric = metric.with_history(K)
         return updates
 
-    seconds = common.interleave({"dense": lambda: dense(exact_P.float(), narrow), "ours": ours}, repeats)
+    seconds = common.interleave(
+        {"dense": lambda: dense(exact_P.float(), narrow), "ours": ours}, repeats
+    )
     exact = torch.stack(dense(exact_P, pairs))
-    error = Check("of dense fp64", relative_error(torch.stack([R @ A for R, A in ours()]), exact), EXACT)
+    error = Check(
+        "of dense fp64", relative_error(torch.stack([R @ A for R, A in ours()]), exact), EXACT
+    )
     theirs = relative_error(torch.stack(dense(exact_P.float(), narrow)), exact)
     name = f"AlphaEdit, {HISTORY} batches of {BATCH}, d = {d}"
-    report.compare(name, seconds, "dense", [error], target=30.0, d=d, baseline_error=theirs, rank=space.rank)
+    report.compare(
+        name, seconds, "dense", [error], target=30.0, d=d, baseline_error=theirs, rank=space.rank
+    )
     seconds = common.interleave(
         {
             "svd": lambda: peers.null_space_projector(C, threshold),
@@ -121,14 +156,20 @@ def alphaedit(report: common.Report, d: int, d_out: int, repeats: int) -> None:
         max(1, repeats // 3),
     )
     projected = exact_P @ keys
-    error = Check("of an SVD in fp64", relative_error(BETA * space.inverse(keys), projected), PROJECTOR)
+    error = Check(
+        "of an SVD in fp64", relative_error(BETA * space.inverse(keys), projected), PROJECTOR
+    )
     theirs = relative_error(peers.null_space_projector(C, threshold).double() @ keys, projected)
-    report.compare(f"AlphaEdit projector, d = {d}", seconds, "svd", [error], d=d, baseline_error=theirs)
+    report.compare(
+        f"AlphaEdit projector, d = {d}", seconds, "svd", [error], d=d, baseline_error=theirs
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("solve", __doc__, 7)
-    parser.add_argument("--dim", type=int, default=1536, help="key dimension d (default: 1536, SmolLM2's)")
+    parser.add_argument(
+        "--dim", type=int, default=1536, help="key dimension d (default: 1536, SmolLM2's)"
+    )
     arguments = parser.parse_args(argv)
     d, counts = (96, (1, 8)) if arguments.quick else (arguments.dim, (1, 8, 100))
     d_out = max(8, d * 3 // 8)

@@ -1,10 +1,13 @@
-"""Key statistics of several layers: one partial pass (ours) against a pass for every layer (the peers).
+"""Key statistics of several layers: one partial pass (ours) against a pass for every layer (the
+peers).
 
-The same documents, cut into the same pieces, the same tokens counted. Ours is the public call with everything it does
-(tokenising, NaN checks, two halves, audit, files). The peer is given its tokens for nothing. MEMIT's batching gets pieces
-of 512 tokens, which keeps its padding low; EasyEdit's is run as it ships, with pieces as long as the model's context and
-batches of three contexts, and ours on the same pieces. The peer sorts groups of 100 documents: with fewer pieces than that
-it pads more than on a real corpus (20 % instead of 11 % at 6,000 tokens), so such a run says so and carries no target.
+The same documents, cut into the same pieces, the same tokens counted. Ours is the public call with
+everything it does (tokenising, NaN checks, two halves, audit, files). The peer is given its tokens
+for nothing. MEMIT's batching gets pieces of 512 tokens, which keeps its padding low; EasyEdit's is
+run as it ships, with pieces as long as the model's context and batches of three contexts, and ours
+on the same pieces. The peer sorts groups of 100 documents: with fewer pieces than that it pads more
+than on a real corpus (20 % instead of 11 % at 6,000 tokens), so such a run says so and carries no
+target.
 """
 
 from __future__ import annotations
@@ -21,23 +24,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knowedit.datasets import data_dir
-from knowedit.model import EditableModel, load_model
+from knowedit.facts.sets import data_dir
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.text import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 from . import common, peers
 from .common import Check, relative_error
 
 CORPUS = "enwiki_2021_sample_3MB.txt.gz"
 SAME = 1e-6  # fp32 sums, ours against the peer's
-CLOSE = 2e-2  # sums of keys that a bfloat16 model makes, against the float32 model's: its rounding, not ours
+# sums of keys that a bfloat16 model makes, against the float32 model's: its rounding, not ours
+CLOSE = 2e-2
 LENGTH = 512
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One peer's batching: its name, the `n_positions` that makes its budget, the tokens of its longest pieces."""
+    """One peer's batching: its name, the `n_positions` that makes its budget, the tokens of its
+    longest pieces.
+    """
 
     name: str
     positions: int
@@ -49,14 +56,21 @@ def pieces_of(model: EditableModel, texts: Sequence[str], length: int = LENGTH) 
     """The pieces `key_statistics` makes of `texts`."""
     length = min(length, model.max_length)
     rows = [model.tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    return [ids[i : i + length] for ids in rows for i in range(0, len(ids), length) if len(ids[i : i + length]) > 1]
+    return [
+        ids[i : i + length]
+        for ids in rows
+        for i in range(0, len(ids), length)
+        if len(ids[i : i + length]) > 1
+    ]
 
 
 def take(model: EditableModel, source: Path, tokens: int) -> tuple[list[str], int]:
-    """The first documents of a corpus that have at least `tokens` countable tokens, and how many they have."""
+    """The first documents of a corpus that have at least `tokens` countable tokens, and how many
+    they have.
+    """
     texts: list[str] = []
     count = 0
-    for text in documents(source):
+    for text in Corpus.parse(source).documents():
         texts.append(text)
         count += sum(len(piece) - 1 for piece in pieces_of(model, [text]))
         if count >= tokens:
@@ -64,23 +78,34 @@ def take(model: EditableModel, source: Path, tokens: int) -> tuple[list[str], in
     return texts, count
 
 
-def one_pass(model: EditableModel, corpus: Path, layers: Sequence[int], tokens: int, length: int = LENGTH) -> KeyStatistics:
+def one_pass(
+    model: EditableModel, corpus: Path, layers: Sequence[int], tokens: int, length: int = LENGTH
+) -> KeyStatistics:
     """Ours, from text to files on disk."""
     with tempfile.TemporaryDirectory() as folder:
-        return key_statistics(model, layers, corpus, tokens, max_length=length, directory=folder, progress=False)
+        return key_statistics(
+            model, layers, corpus, tokens, max_length=length, directory=folder, progress=False
+        )
 
 
 def measure(
-    report: common.Report, model: EditableModel, half: EditableModel | None, texts: Sequence[str], layers: Sequence[int],
-    peer: Peer, repeats: int,
-) -> None:  # fmt: skip
+    report: common.Report,
+    model: EditableModel,
+    half: EditableModel | None,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    peer: Peer,
+    repeats: int,
+) -> None:
     """Rows against one peer for one thread count. `half`: the same model in bfloat16."""
     pieces = pieces_of(model, texts, peer.length)
     tokens = sum(len(piece) - 1 for piece in pieces)
     kept: dict[str, list[Tensor]] = {}
 
     def theirs() -> None:
-        kept[peer.name] = [peers.layer_stats(model, pieces, layer, peer.positions) for layer in layers]
+        kept[peer.name] = [
+            peers.layer_stats(model, pieces, layer, peer.positions) for layer in layers
+        ]
 
     def ours(name: str, which: EditableModel) -> None:
         found = one_pass(which, corpus, layers, tokens, peer.length)
@@ -91,8 +116,13 @@ def measure(
 
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
-        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        runs: dict[str, Callable[[], Any]] = {peer.name: theirs, "ours fp32": partial(ours, "ours fp32", model)}
+        corpus.write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+        )
+        runs: dict[str, Callable[[], Any]] = {
+            peer.name: theirs,
+            "ours fp32": partial(ours, "ours fp32", model),
+        }
         if half is not None:
             runs["ours bf16"] = partial(ours, "ours bf16", half)
 
@@ -105,18 +135,40 @@ def measure(
         seconds = common.interleave(runs, repeats, warm=warm)
     enough = len(pieces) >= peers.SORTED
     if not enough:
-        print(f"only {len(pieces)} pieces: the peer pads more than on a real corpus; use more --tokens for a fair ratio")
-    padded = sum(len(batch) * max(map(len, batch)) for batch in peers.padded_batches(pieces, 3 * peer.positions))
+        print(
+            f"only {len(pieces)} pieces: the peer pads more than on a real corpus; use more "
+            f"--tokens for a fair ratio"
+        )
+    padded = sum(
+        len(batch) * max(map(len, batch))
+        for batch in peers.padded_batches(pieces, 3 * peer.positions)
+    )
     details: dict[str, Any] = {
-        "layers": list(layers), "tokens": tokens, "documents": len(texts), "pieces": len(pieces), "piece": peer.length,
-        "peer_budget": 3 * peer.positions, "peer_padding": round(1 - sum(map(len, pieces)) / padded, 4),
-    }  # fmt: skip
+        "layers": list(layers),
+        "tokens": tokens,
+        "documents": len(texts),
+        "pieces": len(pieces),
+        "piece": peer.length,
+        "peer_budget": 3 * peer.positions,
+        "peer_padding": round(1 - sum(map(len, pieces)) / padded, 4),
+    }
     checks = {"ours fp32": Check("same sums", worst("ours fp32"), SAME)}
     if half is not None:
         checks["ours bf16"] = Check("sums of a bf16 model", worst("ours bf16"), CLOSE)
     for (name, check), target in zip(checks.items(), peer.targets):
-        case = f"statistics, layers {layers[0]}..{layers[-1]}, {tokens} tokens, {name[5:]} vs {peer.name}"
-        report.compare(case, seconds, peer.name, [check], ours=name, target=target if enough else None, **details)
+        case = (
+            f"statistics, layers {layers[0]}..{layers[-1]}, {tokens} tokens, {name[5:]} vs "
+            f"{peer.name}"
+        )
+        report.compare(
+            case,
+            seconds,
+            peer.name,
+            [check],
+            ours=name,
+            target=target if enough else None,
+            **details,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 6, 7, 8, 9])
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
-    parser.add_argument("--peers", nargs="+", default=["memit", "easyedit"], choices=["memit", "easyedit"])
+    parser.add_argument(
+        "--peers", nargs="+", default=["memit", "easyedit"], choices=["memit", "easyedit"]
+    )
     arguments = parser.parse_args(argv)
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
     model = load_model(arguments.model, dtype=torch.float32)
@@ -140,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for count in arguments.threads:
         with common.threads(count):
             for name in arguments.peers:
-                measure(report, model, half, texts, arguments.layers, known[name], arguments.repeats)
+                measure(
+                    report, model, half, texts, arguments.layers, known[name], arguments.repeats
+                )
     return report.finish()
 
 

@@ -1,72 +1,72 @@
-"""The README's table of numbers, made from results/*.jsonl; `--write` puts it between the markers, `--check` verifies it."""
+"""The README's table of numbers, made from results/*.jsonl; `--write` puts it between the markers,
+`--check` verifies it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import HERE, RESULTS
+from knowedit.io.tables import Table
+
+from .common import HERE, RESULTS, read
 
 START, END = "<!-- numbers:start -->", "<!-- numbers:end -->"
 FILES = ("statistics", "scaling", "values", "solve", "jvp", "moments", "quality", "gpu_suite")
 
 
-def read(folder: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """(header, rows) of every results file that is there, in the order of `FILES`."""
-    found = []
-    for name in FILES:
-        path = folder / f"{name}.jsonl"
-        if path.is_file():
-            header, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            found.append((header, rows))
-    return found
-
-
 def table(folder: Path = RESULTS) -> str:
-    """Markdown: rows with a target (speed) and rows with a floor (quality), then where and when they were measured."""
+    """Markdown: rows with a target (speed) and rows with a floor (quality), then where and when
+    they were measured.
+    """
     speed, quality, notes = [], [], []
-    for header, rows in read(folder):
+    for name in FILES:
+        if not (folder / f"{name}.jsonl").is_file():
+            continue
+        header, rows = read(folder, name)
         kept = [row for row in rows if "target" in row]
         judged = [row for row in rows if "floor" in row]
         speed += [_speed(row) for row in kept]
         quality += [_quality(row) for row in judged]
         if kept or judged:
-            notes.append(_note(header, max((row.get("others") or 0.0 for row in kept), default=0.0)))
-    lines: list[str] = []
+            notes.append(
+                _note(header, max((row.get("others") or 0.0 for row in kept), default=0.0))
+            )
+    parts = []
     if speed:
-        head = "| what | threads | ours | peer | speed-up [spread] | target | error (limit) |"
-        lines += [head, "|---|---|---|---|---|---|---|", *speed, ""]
+        heads = ["what", "threads", "ours", "peer", "speed-up [spread]", "target", "error (limit)"]
+        parts += [Table(heads, speed).markdown(), ""]
     if quality:
-        head = "| quality | measure | value [95 % interval] | floor | reached |"
-        lines += [head, "|---|---|---|---|---|", *quality, ""]
-    return "\n".join(lines + notes)
+        heads = ["quality", "measure", "value [95 % interval]", "floor", "reached"]
+        parts += [Table(heads, quality).markdown(), ""]
+    return "\n".join(parts + notes)
 
 
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
-def _speed(row: dict[str, Any]) -> str:
+def _speed(row: dict[str, Any]) -> list[str]:
     gain = "not accurate"
     if "speedup" in row:
         low, high = row["spread"]
         gain = f"{row['speedup']:.1f}x [{low:.1f}, {high:.1f}]"
     target = f"{row['target']:g}x" + ("" if row.get("speedup", 0) >= row["target"] else " (short)")
     errors = "; ".join(f"{c['name']} {c['value']:.0e} ({c['limit']:.0e})" for c in row["checks"])
-    return (
-        f"| {row['case']} | {row['threads']} | {_seconds(row['seconds'])} | {_seconds(row['baseline_seconds'])} "
-        f"| {gain} | {target} | {errors} |"
+    times = [_seconds(row["seconds"]), _seconds(row["baseline_seconds"])]
+    return [row["case"], str(row["threads"]), *times, gain, target, errors]
+
+
+def _quality(row: dict[str, Any]) -> list[str]:
+    between = (
+        f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low", 0) < row.get("high", 0) else ""
     )
-
-
-def _quality(row: dict[str, Any]) -> str:
-    between = f" [{row['low']:.3f}, {row['high']:.3f}]" if row.get("low", 0) < row.get("high", 0) else ""
     reached = "yes" if row["reached"] else "**no**"
-    return f"| {row['case']} | {row['measure']} | {row['value']:.3f}{between} | {row['floor']:.3f} | {reached} |"
+    value = f"{row['value']:.3f}{between}"
+    return [row["case"], row["measure"], value, f"{row['floor']:.3f}", reached]
 
 
 def _note(header: dict[str, Any], others: float) -> str:
@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", action="store_true", help="put the table into the README")
-    mode.add_argument("--check", action="store_true", help="exit 1 when the README's table is out of date")
+    mode.add_argument(
+        "--check", action="store_true", help="exit 1 when the README's table is out of date"
+    )
     arguments = parser.parse_args(argv)
     new = table(arguments.results)
     if not (arguments.write or arguments.check):
@@ -98,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.check:
         if old.strip() != new.strip():
-            print(f"{arguments.readme}: the numbers are out of date; run `python -m benchmarks.table --write`")
+            print(
+                f"{arguments.readme}: the numbers are out of date; run `python -m "
+                f"benchmarks.table --write`"
+            )
             return 1
         return 0
     arguments.readme.write_text(f"{head}{START}\n{new}\n{END}{tail}", encoding="utf-8")

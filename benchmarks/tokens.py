@@ -1,10 +1,12 @@
-"""Edit quality against the tokens of the statistics: how many are enough for MEMIT, and how many for AlphaEdit?
+"""Edit quality against the tokens of the statistics: how many are enough for MEMIT, and how many
+for AlphaEdit?
 
-The statistics of a few tokens are the first part of those of many, so one pass is stored at every count. Values do not
-depend on statistics and are optimised once; then each count gives a batch edit of the same facts by each method, measured
-on all their prompts. Beside it stand the estimated errors of C^-1 k and of the null space, as
-`knowedit.statistics.convergence` has them, and the price of the edit under the statistics of the most tokens: the mean
-square of what it adds to ordinary keys.
+The statistics of a few tokens are the first part of those of many, so one pass is stored at every
+count. Values do not depend on statistics and are optimised once; then each count gives a batch edit
+of the same facts by each method, measured on all their prompts. Beside it stand the estimated
+errors of C^-1 k and of the null space, as `knowedit.statistics.convergence` has them, and the price
+of the edit under the statistics of the most tokens: the mean square of what it adds to ordinary
+keys.
 """
 
 from __future__ import annotations
@@ -17,27 +19,34 @@ from typing import Any
 
 import numpy as np
 
-from knowedit.datasets import data_dir, load
-from knowedit.editors import MEMIT, AlphaEdit, LocateThenEdit
-from knowedit.editors.task import prepare
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.metrics import ask, questions, summarise
-from knowedit.groups import group_by_subject
-from knowedit.model import EditableModel, load_model
+from knowedit.evaluation.evaluation import summarise
+from knowedit.evaluation.measures.base import ask, questions
+from knowedit.facts.sets import data_dir, load
+from knowedit.io.tables import Table
+from knowedit.methods import MEMIT, AlphaEdit, Recipe
+from knowedit.methods.locate.keys import group_by_subject
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics, convergence
-from knowedit.statistics.batching import Piece
-from knowedit.statistics.store import LayerStatistics, Recipe
+from knowedit.statistics.corpus.batching import Piece
+from knowedit.statistics.corpus.corpus import Corpus
+from knowedit.statistics.corpus.windows import Reader, prefetch
+from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from knowedit.statistics.sums import Sums
-from knowedit.statistics.windows import Reader, ahead
-from knowedit.text import corpus_fingerprint
 
 from . import common
 from .statistics import CORPUS
 
 COUNTS = (1_536, 3_072, 6_144, 12_288, 24_576, 49_152, 98_304, 196_608, 393_216, 500_000)
-METHODS: tuple[type[LocateThenEdit], ...] = (MEMIT, AlphaEdit)
-KEPT = (("efficacy", "success"), ("efficacy", "exact"), ("paraphrase", "success"), ("neighbourhood", "success"),
-        ("neighbourhood", "unchanged"))  # fmt: skip
+METHODS: tuple[type[Recipe], ...] = (MEMIT, AlphaEdit)
+KEPT = (
+    ("efficacy", "success"),
+    ("efficacy", "exact"),
+    ("paraphrase", "success"),
+    ("neighbourhood", "success"),
+    ("neighbourhood", "unchanged"),
+)
 
 
 def prefixes(
@@ -45,12 +54,14 @@ def prefixes(
 ) -> Iterator[tuple[int, KeyStatistics]]:
     """Statistics of the first tokens of a corpus, for each of the ascending `counts`, in one pass.
 
-    Both halves of each count are estimated: `extra["convergence"]` holds one look, null space included.
+    Both halves of each count are estimated: `extra["convergence"]` holds one check, null space
+    included.
     """
     sums = Sums(model, layers, "exact")
     probes = convergence.probe_keys(model, layers)
     halves, done, left = [0, 0], 0, list(counts)
-    with ahead(Reader(corpus, 0, model.tokenizer, 512, True), 0, (), worker=False) as source:
+    texts = Corpus.parse(corpus)
+    with prefetch(Reader(texts, 0, model.tokenizer, 512, True), 0, (), worker=False) as source:
         for window in source:
             pieces = window.pieces
             while left and done + sum(piece.count for piece in pieces) >= left[0]:
@@ -58,7 +69,7 @@ def prefixes(
                 sums.add(window.number % 2, now)
                 halves[window.number % 2] += left[0] - done
                 done = left.pop(0)
-                yield done, _statistics(model, corpus, sums, halves, probes)
+                yield done, _statistics(model, texts, sums, halves, probes)
             sums.add(window.number % 2, pieces)
             halves[window.number % 2] += sum(piece.count for piece in pieces)
             done += sum(piece.count for piece in pieces)
@@ -67,7 +78,9 @@ def prefixes(
 
 
 def _split(pieces: Sequence[Piece], count: int) -> tuple[list[Piece], list[Piece]]:
-    """Pieces with the first `count` keys, and pieces with the others (a cut one is run again for the rest of it)."""
+    """Pieces with the first `count` keys, and pieces with the others (a cut one is run again for
+    the rest of it).
+    """
     first: list[Piece] = []
     for i, piece in enumerate(pieces):
         if count < piece.count:
@@ -78,79 +91,110 @@ def _split(pieces: Sequence[Piece], count: int) -> tuple[list[Piece], list[Piece
     return first, []
 
 
-def _statistics(model: EditableModel, corpus: Path, sums: Sums, halves: Sequence[int], probes: Any) -> KeyStatistics:
+def _statistics(
+    model: EditableModel, corpus: Corpus, sums: Sums, halves: Sequence[int], probes: Any
+) -> KeyStatistics:
     found, count = {}, sum(halves)
     for layer in sums.layers:
         parts = [sums.moment(half, layer).sum() for half in (0, 1)]
-        looks = []
-        if convergence.enough(halves, model.d_ff):
-            errors = convergence.compare(parts, halves, probes[layer], null_space=True)
-            looks = [convergence.record(count, {layer: errors}, layer)]
-        recipe = Recipe(model.fingerprint, corpus_fingerprint(corpus), count, 512, True, 0)
-        norms = sums.seen.norms[str(layer)]
+        checks = []
+        if convergence.enough_tokens(halves, model.d_ff):
+            errors = convergence.compare_halves(parts, halves, probes[layer], null_space=True)
+            checks = [convergence.record(count, {layer: errors}, layer)]
+        recipe = CollectionRecipe(model.fingerprint, corpus.identity, count, 512, True, 0)
+        norms = sums.tally.norms[str(layer)]
         found[layer] = LayerStatistics(
-            layer, model.layout.projection.format(layer), model.name, recipe, count, parts[0] + parts[1],
-            norms[0] / max(norms[1], 1), norms[2] / max(norms[3], 1), {"convergence": looks},
-        )  # fmt: skip
+            layer,
+            model.layout.projection.format(layer),
+            model.name,
+            recipe,
+            count,
+            parts[0] + parts[1],
+            norms[0] / max(norms[1], 1),
+            norms[2] / max(norms[3], 1),
+            {"convergence": checks},
+        )
     return KeyStatistics(found)
 
 
 def run(
-    report: common.Report, model: EditableModel, corpus: Path, facts: Sequence[Any], counts: Sequence[int],
-    methods: Sequence[type[LocateThenEdit]] = METHODS,
-) -> list[dict[str, Any]]:  # fmt: skip
+    report: common.Report,
+    model: EditableModel,
+    corpus: Path,
+    facts: Sequence[Any],
+    counts: Sequence[int],
+    methods: Sequence[type[Recipe]] = METHODS,
+) -> list[dict[str, Any]]:
     """A row for every method and count; returns them."""
     editors = [method() for method in methods]
     groups = group_by_subject(list(facts), True)
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before, rng = ask(model, asked, progress=False), np.random.default_rng(0)
-    layers = editors[0].layers or _layers(model)
+    layers = editors[0].statistics_layers(model)
     stored = {}
     for count, found in prefixes(model, corpus, layers, counts):
         stored[count] = found
-        looks = {layer: found[layer].extra["convergence"] for layer in layers}
-        report.note(f"{count:>9,} tokens summed", case="statistics", tokens=count, convergence=looks)
+        checks = {layer: found[layer].extra["convergence"] for layer in layers}
+        report.note(
+            f"{count:>9,} tokens summed", case="statistics", tokens=count, convergence=checks
+        )
     most = stored[max(stored)]
     rows = []
-    targets = editors[0].targets(prepare(editors[0], model, groups, most, progress=False))
+    first = editors[0]
+    targets = first.target.values(first.prepare(model, groups, most, progress=False))
     for editor in editors:
         for count in counts:
             row: dict[str, Any] = {"case": editor.name, "tokens": count}
-            look: dict[str, Any] = next(iter(stored[count][layers[0]].extra["convergence"]), {}) if count in stored else {}
-            row |= {name: look[name][0] for name in ("solve", "null_space") if name in look}
+            check: dict[str, Any] = (
+                next(iter(stored[count][layers[0]].extra["convergence"]), {})
+                if count in stored
+                else {}
+            )
+            row |= {name: check[name][0] for name in ("solve", "null_space") if name in check}
             try:
-                edit = editor.finish(prepare(editor, model, groups, stored[count], progress=False), targets)
+                task = editor.prepare(model, groups, stored[count], progress=False)
+                edit = editor.finish(task, targets)
             except (KnowEditError, KeyError) as error:
-                report.note(f"{editor.name:10} {count:>9,} tokens  refused: {error}", refused=str(error), **row)
+                report.note(
+                    f"{editor.name:10} {count:>9,} tokens  refused: {error}",
+                    refused=str(error),
+                    **row,
+                )
                 continue
             with edit.applied_to(model):
-                after = summarise(asked, ask(model, asked, progress=False), len(facts), rng, before)
-            row |= {f"{kind} {measure}": after[kind][measure].mean for kind, measure in KEPT if kind in after}
+                after = summarise(asked, ask(model, asked, progress=False), rng, before)
+            row |= {
+                f"{kind} {measure}": after[kind][measure].mean
+                for kind, measure in KEPT
+                if kind in after
+            }
             row["price"] = sum(
-                float(((v.T.double() @ most.moment(layer) @ v.double()) * (u.T.double() @ u.double())).sum())
+                float(
+                    (
+                        (v.T.double() @ most.moment(layer) @ v.double())
+                        * (u.T.double() @ u.double())
+                    ).sum()
+                )
                 for layer, (u, v) in edit.factors.items()
             )
-            figures = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
+            figures = "  ".join(
+                f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float)
+            )
             report.note(f"{editor.name:10} {count:>9,} tokens  {figures}", **row)
             rows.append(row)
     return rows
 
 
-def _layers(model: EditableModel) -> tuple[int, ...]:
-    from knowedit.presets import preset_for
-
-    return preset_for(model).layers
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown: a line a method and number of tokens."""
     names = [f"{kind} {measure}" for kind, measure in KEPT]
-    lines = ["| method | tokens | " + " | ".join(names) + " | price | C⁻¹k ± | null space ± |", "|---" * (len(names) + 5) + "|"]
+    lines = []
     for row in rows:
         cells = [f"{row[name]:.3f}" if name in row else "-" for name in names]
         errors = [f"{row[name]:.1%}" if name in row else "-" for name in ("solve", "null_space")]
-        lines.append(f"| {row['case']} | {row['tokens']:,} | {' | '.join(cells)} | {row['price']:.3g} | {' | '.join(errors)} |")
-    return "\n".join(lines)
+        lines.append([row["case"], f"{row['tokens']:,}", *cells, f"{row['price']:.3g}", *errors])
+    heads = ["method", "tokens", *names, "price", "C⁻¹k ±", "null space ±"]
+    return Table(heads, lines).markdown()
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -162,15 +206,30 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for number, case in enumerate(dict.fromkeys(row["case"] for row in rows)):
         mine = [row for row in rows if row["case"] == case]
         for (kind, measure), style in zip(KEPT, ("-", ":", "--", "-.", (0, (1, 3)))):
-            points = [(row["tokens"], row[name]) for row in mine if (name := f"{kind} {measure}") in row]
+            points = [
+                (row["tokens"], row[name]) for row in mine if (name := f"{kind} {measure}") in row
+            ]
             if points:
-                left.plot(*zip(*points), linestyle=style, marker=".", color=f"C{number}", label=f"{case}: {kind} {measure}")
-        right.plot([r["tokens"] for r in mine], [r["price"] / mine[-1]["price"] for r in mine], ".-", color=f"C{number}",
-                   label=f"{case}: price over that at the most tokens")  # fmt: skip
+                left.plot(
+                    *zip(*points),
+                    linestyle=style,
+                    marker=".",
+                    color=f"C{number}",
+                    label=f"{case}: {kind} {measure}",
+                )
+        right.plot(
+            [r["tokens"] for r in mine],
+            [r["price"] / mine[-1]["price"] for r in mine],
+            ".-",
+            color=f"C{number}",
+            label=f"{case}: price over that at the most tokens",
+        )
     for name, style in (("solve", "k-"), ("null_space", "k--")):
         points = sorted({(row["tokens"], row[name]) for row in rows if name in row})
         if points:
-            right.plot(*zip(*points), style, marker=".", label=f"estimated error, {name.replace('_', ' ')}")
+            right.plot(
+                *zip(*points), style, marker=".", label=f"estimated error, {name.replace('_', ' ')}"
+            )
     left.set(xscale="log", xlabel="tokens", ylabel="share of prompts")
     right.set(xscale="log", yscale="log", xlabel="tokens")
     left.legend(fontsize="x-small")
@@ -182,12 +241,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("tokens", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--facts", type=int, default=48, help="of CounterFact's held-out records, in one batch")
+    parser.add_argument(
+        "--facts", type=int, default=48, help="of CounterFact's held-out records, in one batch"
+    )
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="tokens, ascending")
     parser.add_argument("--dtype", default="float32", help="of the model")
-    parser.add_argument("--picture", type=Path, default=common.HERE.parent / "docs" / "pictures" / "tokens.png")
-    parser.add_argument("--draw", action="store_true", help="only draw, and print the table, from the results file")
+    parser.add_argument(
+        "--picture", type=Path, default=common.HERE.parent / "docs" / "pictures" / "tokens.png"
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw, and print the table, from the results file"
+    )
     arguments = parser.parse_args(argv)
     if arguments.draw:
         source = arguments.output or common.RESULTS / "tokens.jsonl"
@@ -200,7 +265,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts, counts = facts[:3], counts[:3]
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
     model = load_model(arguments.model, dtype=arguments.dtype)
-    report = common.report("tokens", arguments, model=model.name, dtype=arguments.dtype, corpus=corpus.name, facts=len(facts))
+    report = common.report(
+        "tokens",
+        arguments,
+        model=model.name,
+        dtype=arguments.dtype,
+        corpus=corpus.name,
+        facts=len(facts),
+    )
     rows = run(report, model, corpus, facts, counts)
     print(table(rows))
     if not arguments.quick:

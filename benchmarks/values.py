@@ -1,7 +1,8 @@
 """Value optimisation: batched suffix replay (ours) against the published per-fact loop.
 
-Both use the same contexts, objective, learning rate, steps and stopping rule, so the values can be compared. The peer
-handles facts one by one at constant cost a fact, and is timed on the first few only; ours on all.
+Both use the same contexts, objective, learning rate, steps and stopping rule, so the values can be
+compared. The peer handles facts one by one at constant cost a fact, and is timed on the first few
+only; ours on all.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from knowedit.datasets import conflict_free, load
-from knowedit.facts import Fact
-from knowedit.model import EditableModel, load_model
-from knowedit.targets import Targets, ValueSettings, optimise_values
+from knowedit.facts.fact import Fact
+from knowedit.facts.sets import conflict_free, load
+from knowedit.methods.locate.values import Targets, ValueSettings, optimise_values
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
 
 from . import common, peers
 from .common import Check, relative_error
 
 SAME = 1e-5
-#: As many and as long as MEMIT's: the bare prompt and five openings of about ten tokens, with a full stop.
+#: As many and as long as MEMIT's: the bare prompt and five openings of about ten tokens, with a
+#: full stop.
 CONTEXTS = (
     "{}",
     "The weather in the north was unusually cold that year. {}",
@@ -31,13 +34,20 @@ CONTEXTS = (
     "I have been thinking about this for a long time. {}",
     "You should always read the instructions before you begin. {}",
 )
-SETTINGS = ValueSettings(steps=25, lr=0.5, clamp=0.75, weight_decay=0.5, kl=0.0625, stop=0.05, contexts=CONTEXTS)
+SETTINGS = ValueSettings(
+    steps=25, lr=0.5, clamp=0.75, weight_decay=0.5, kl=0.0625, stop=0.05, contexts=CONTEXTS
+)
 
 
 def measure(
-    report: common.Report, model: EditableModel, facts: Sequence[Fact], few: int, layer: int, settings: ValueSettings,
+    report: common.Report,
+    model: EditableModel,
+    facts: Sequence[Fact],
+    few: int,
+    layer: int,
+    settings: ValueSettings,
     repeats: int,
-) -> None:  # fmt: skip
+) -> None:
     """One row: seconds a fact, ours over all `facts`, the peer over the first `few`."""
     kept: list[Targets] = []
     theirs: dict[int, tuple[Tensor, Tensor]] = {}
@@ -54,15 +64,27 @@ def measure(
         peers.compute_z(model, facts[0], layer, short)
 
     seconds = common.interleave({"peer": peer, "ours": ours}, repeats, warm=warm)
-    a_fact = {"peer": [s / few for s in seconds["peer"]], "ours": [s / len(facts) for s in seconds["ours"]]}
+    a_fact = {
+        "peer": [s / few for s in seconds["peer"]],
+        "ours": [s / len(facts) for s in seconds["ours"]],
+    }
     found = kept[0]
     value = max(relative_error(found.value[i] + found.delta[i], z) for i, (_, z) in theirs.items())
     delta = max(relative_error(found.delta[i], d) for i, (d, _) in theirs.items())
     report.compare(
-        f"value optimisation, {len(facts)} facts, seconds a fact", a_fact, "peer", [Check("same values", value, SAME)],
-        target=6.0, layer=layer, facts=len(facts), peer_facts=few, contexts=len(settings.contexts), steps=settings.steps,
-        updates=found.steps.tolist(), delta_error=delta,
-    )  # fmt: skip
+        f"value optimisation, {len(facts)} facts, seconds a fact",
+        a_fact,
+        "peer",
+        [Check("same values", value, SAME)],
+        target=6.0,
+        layer=layer,
+        facts=len(facts),
+        peer_facts=few,
+        contexts=len(settings.contexts),
+        steps=settings.steps,
+        updates=found.steps.tolist(),
+        delta_error=delta,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = common.report("values", arguments, model=model.name, dataset=arguments.dataset)
     for threads in arguments.threads:
         with common.threads(threads):
-            measure(report, model, facts, min(few, len(facts)), arguments.layer, settings, arguments.repeats)
+            measure(
+                report,
+                model,
+                facts,
+                min(few, len(facts)),
+                arguments.layer,
+                settings,
+                arguments.repeats,
+            )
     return report.finish()
 
 

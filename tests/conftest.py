@@ -1,4 +1,6 @@
-"""Shared by all tests. The interpreter and codegen suites run in a process of their own, not in a plain run."""
+"""Shared by all tests. The interpreter and codegen suites run in a process of their own, not in a
+plain run.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +10,35 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
+#: Public data beside the checkout, where a developer keeps it.
+DATA = HERE.parents[1] / "shared" / "data"
 SEPARATE = (HERE / "interpret", HERE / "codegen")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Ignores the separate suites unless the command line names them: `make test` runs each by itself."""
+    """Ignores the separate suites unless the command line names them: `make test` runs each by
+    itself.
+    """
     for suite in SEPARATE:
         if collection_path == suite:
-            named = [Path(config.invocation_params.dir, str(arg).partition("::")[0]).resolve() for arg in config.args]
+            named = [
+                Path(config.invocation_params.dir, str(arg).partition("::")[0]).resolve()
+                for arg in config.args
+            ]
             return None if any(path == suite or suite in path.parents for path in named) else True
     return None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Speed cases run once, as tests, unless --benchmark-enable or --benchmark-only asks for figures."""
+    """Speed cases run once, as tests, unless --benchmark-enable or --benchmark-only asks for
+    figures. Public data are also looked for beside the checkout.
+    """
+    if DATA.is_dir():
+        os.environ.setdefault("KNOWEDIT_DATA", str(DATA))
     options = config.option
-    if hasattr(options, "benchmark_disable") and not (options.benchmark_enable or options.benchmark_only):
+    if hasattr(options, "benchmark_disable") and not (
+        options.benchmark_enable or options.benchmark_only
+    ):
         options.benchmark_disable = True
 
 
@@ -34,10 +49,19 @@ def byte_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<pad>", "<eos>"])}, []))
+    tokenizer = Tokenizer(
+        models.BPE({c: i for i, c in enumerate([*alphabet, "<pad>", "<eos>"])}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<eos>"
+    )
+
+
+def frozen(hf):
+    """As `load_model` leaves a model: in evaluation mode, nothing trainable."""
+    return hf.eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -46,14 +70,21 @@ def tiny_llama(byte_tokenizer):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from knowedit.model import EditableModel
+    from knowedit.models.editable import EditableModel
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, attn_implementation="sdpa", initializer_range=0.3,
-    )  # fmt: skip
-    return EditableModel(LlamaForCausalLM(config), byte_tokenizer, name="tiny-llama")
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        attn_implementation="sdpa",
+        initializer_range=0.3,
+    )
+    return EditableModel(frozen(LlamaForCausalLM(config)), byte_tokenizer, name="tiny-llama")
 
 
 @pytest.fixture
@@ -62,18 +93,26 @@ def tiny_gpt2(byte_tokenizer):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from knowedit.model import EditableModel
+    from knowedit.models.editable import EditableModel
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=258, n_embd=32, n_inner=48, n_layer=4, n_head=4, n_positions=256, initializer_range=0.3
+        vocab_size=258,
+        n_embd=32,
+        n_inner=48,
+        n_layer=4,
+        n_head=4,
+        n_positions=256,
+        initializer_range=0.3,
     )
-    return EditableModel(GPT2LMHeadModel(config), byte_tokenizer, name="tiny-gpt2")
+    return EditableModel(frozen(GPT2LMHeadModel(config)), byte_tokenizer, name="tiny-gpt2")
 
 
 @pytest.fixture(scope="session")
 def compiled_kernels():
-    """The folder of kernels compiled on this machine: processes with a cache of their own need not compile them again."""
+    """The folder of kernels compiled on this machine: processes with a cache of their own need not
+    compile them again.
+    """
     from knowedit_kernels import _native
 
     folder = _native.cache_root() / "native"
@@ -93,7 +132,7 @@ def own_cache(tmp_path, compiled_kernels):
 @pytest.fixture(scope="session")
 def smollm_path():
     """The default model's folder; fetched once. Fails, and never skips, when it cannot be had."""
-    from knowedit.download import DEFAULT_MODEL, resolve
+    from knowedit.models.download import DEFAULT_MODEL, resolve
 
     return resolve(DEFAULT_MODEL)
 
@@ -103,7 +142,7 @@ def smollm(smollm_path):
     """The default model. Tests must leave its weights as they were."""
     import torch
 
-    from knowedit.model import load_model
+    from knowedit.models.load import load_model
 
     return load_model(smollm_path, dtype=torch.float32)
 
@@ -111,7 +150,7 @@ def smollm(smollm_path):
 @pytest.fixture(scope="session")
 def data():
     """The folder of public data, or a skip."""
-    from knowedit.datasets import data_dir
+    from knowedit.facts.sets import data_dir
 
     folder = data_dir()
     if folder is None:
@@ -119,32 +158,24 @@ def data():
     return folder
 
 
-def processor_has(isa: str) -> bool:
-    """Whether this processor has "avx2", "avx512" or "avx512_bf16", asked of torch and not of our own kernels."""
-    import torch
-
-    wanted = {"avx2": ("avx2", "fma3"), "avx512": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")}
-    wanted["avx512_bf16"] = (*wanted["avx512"], "avx512_bf16")
-    capabilities = torch.cpu.get_capabilities()
-    return all(capabilities.get(name, False) for name in wanted[isa])
-
-
-def is_excused(item: pytest.Item, reason: str) -> bool:
-    """Whether a test may be skipped in CI for `reason`: it needs a GPU, data that are not shipped, or instructions
-    (marker `isa`) that this processor does not have.
+def excused(markers: set[str], reason: str) -> bool:
+    """Whether a skip is honest: the test needs a GPU, or data that are not shipped, or (marker
+    `isa`) instructions that this processor was found to lack (`tests/kernels/isa.py`).
     """
-    from knowedit_kernels._native import LACKING
-
-    if any(item.get_closest_marker(name) for name in ("gpu", "data")):
-        return True
-    isa = item.get_closest_marker("isa")
-    return isa is not None and LACKING in reason and not processor_has(*isa.args)
+    return bool(markers & {"gpu", "data"}) or (
+        "isa" in markers and "missing instruction set: " in reason
+    )
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """With KNOWEDIT_NO_SKIP (CI sets it) a skip that has no excuse is a failure."""
+    """With KNOWEDIT_NO_SKIP (CI sets it) a skip is a failure, unless `excused`."""
     report = yield
-    if report.skipped and os.environ.get("KNOWEDIT_NO_SKIP") and not is_excused(item, str(report.longrepr)):
-        report.outcome, report.longrepr = "failed", f"skipped where it should run: {report.longrepr}"
+    markers = {mark.name for mark in item.iter_markers()}
+    strict = report.skipped and os.environ.get("KNOWEDIT_NO_SKIP")
+    if strict and not excused(markers, str(report.longrepr)):
+        report.outcome, report.longrepr = (
+            "failed",
+            f"skipped where it should run: {report.longrepr}",
+        )
     return report

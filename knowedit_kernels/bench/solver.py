@@ -14,11 +14,10 @@ from knowedit_kernels.bench.moments import gated_keys
 from knowedit_kernels.bench.problem import Check, Operation, Parameter, Problem, Provider, generator
 from knowedit_kernels.moments.reference import second_moment
 from knowedit_kernels.numerics import SOLVE_ERROR
-from knowedit_kernels.solver.reference import refined_read_in
+from knowedit_kernels.solver.reference import refined_delta
 
-# A backward-stable factorisation of M + K K^T loses up to condition * d * 2^-53 (1e-9 at d = 576 on a CPU), and which
-# part of it depends on the LAPACK: a peer may lose so much, and proves with it that it computes the same quantity.
-DENSE_SLACK = 1e4
+# LAPACK's error is the condition number, some 1e4 here, times 1e-16, and differs from one library to the next
+_PEER = 64.0
 
 
 class Inputs(NamedTuple):
@@ -33,9 +32,10 @@ def make(values: dict[str, Any], device: torch.device) -> Problem:
     M = C + 0.1 * C.diagonal().mean() * torch.eye(d, dtype=torch.float64, device=device)
     random = generator(device, 1)
     K = gated_keys(edits, d, device).double().T.contiguous()
-    R = torch.randn(64, edits, generator=random, device=device, dtype=torch.float64)
+    # few rows: the judge multiplies in long double, which no BLAS has
+    R = torch.randn(8, edits, generator=random, device=device, dtype=torch.float64)
 
-    expected = functools.cache(lambda: R @ refined_read_in(K, M))
+    expected = functools.cache(lambda: refined_delta(R, K, M))
 
     def judge(A: Tensor) -> list[Check]:
         return [Check("relative", float((R @ A - expected()).norm() / expected().norm()), SOLVE_ERROR)]
@@ -86,7 +86,7 @@ OPERATION = Operation(
     providers={
         "ours": Provider("factor cached, as in every call but the first", _ours),
         "ours-cold": Provider("factorisation included", _cold),
-        "torch": Provider("Cholesky of M + K K^T in every call", _torch, slack=DENSE_SLACK),
-        "rome": Provider("MEMIT: LU of M + K K^T in every call", _rome, slack=DENSE_SLACK),
+        "torch": Provider("Cholesky of M + K K^T in every call", _torch, slack=_PEER),
+        "rome": Provider("MEMIT: LU of M + K K^T in every call", _rome, slack=_PEER),
     },
 )

@@ -1,6 +1,6 @@
 """`python -m knowedit` is the `knowedit` command (for torchrun)."""
 
-from .cli import main
+from knowedit.cli.app import main
 
 if __name__ == "__main__":
     main()

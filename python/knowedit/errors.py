@@ -19,3 +19,9 @@ class EditError(KnowEditError):
 
 class CorpusError(KnowEditError):
     """A corpus that is missing, empty or unreadable; the message says where, why and what to do."""
+
+
+class ConfigError(EditError):
+    """A setting that there is not, or a value that it cannot have; the message names it and what is
+    known.
+    """

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import knowedit as ke
-from knowedit import datasets
-from knowedit.demo import run
+from knowedit.cli.demo import run
 from knowedit.evaluation import drift
-from knowedit.fingerprint import weights_fingerprint
+from knowedit.facts import sets as datasets
+from knowedit.models.fingerprint import weights_fingerprint
 
 pytestmark = pytest.mark.model
 
@@ -15,12 +15,16 @@ pytestmark = pytest.mark.model
 @pytest.fixture(scope="module")
 def statistics(smollm, tmp_path_factory):
     """Key statistics of layer 5 from the model's own samples, as the demo takes them."""
-    return ke.key_statistics(smollm, [5], "self", 4096, directory=tmp_path_factory.mktemp("statistics"), progress=False)
+    return ke.key_statistics(
+        smollm, [5], "self", 4096, directory=tmp_path_factory.mktemp("statistics"), progress=False
+    )
 
 
-def test_the_demo_runs_and_says_what_happened(smollm_path, statistics, tmp_path, capsys, monkeypatch):
+def test_the_demo_runs_and_says_what_happened(
+    smollm_path, statistics, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("knowedit.demo.key_statistics", lambda *_a, **_k: statistics)
+    monkeypatch.setattr("knowedit.cli.demo.key_statistics", lambda *_a, **_k: statistics)
     monkeypatch.setenv("COLUMNS", "200")
     run(smollm_path, "self", 4096, tmp_path / "out")
     said = capsys.readouterr().out
@@ -62,7 +66,10 @@ def test_two_edits_at_once_and_undone_in_the_other_order(smollm, statistics):
     first.apply(smollm)
     second.apply(smollm)
     for fact in facts[:2]:
-        assert smollm.score([fact.text], [fact.target])[0].logprob > smollm.score([fact.text], [fact.true])[0].logprob
+        assert (
+            smollm.score([fact.text], [fact.target])[0].logprob
+            > smollm.score([fact.text], [fact.true])[0].logprob
+        )
     first.undo(smollm)
     second.undo(smollm)
     assert weights_fingerprint(smollm.hf) == before

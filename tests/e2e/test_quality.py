@@ -1,4 +1,5 @@
-"""Editing quality on CounterFact records that no setting was chosen on: floors that a regression would break.
+"""Editing quality on CounterFact records that no setting was chosen on: floors that a regression
+would break.
 
 `benchmarks/quality.py` measures all 100 of them; this runs a part in a few minutes.
 """
@@ -8,8 +9,8 @@ import dataclasses
 import pytest
 
 import knowedit as ke
-from knowedit import datasets
 from knowedit.evaluation import evaluate_each
+from knowedit.facts import sets as datasets
 
 pytestmark = [pytest.mark.model, pytest.mark.data, pytest.mark.slow]
 
@@ -24,7 +25,9 @@ def records(data):
 @pytest.fixture(scope="module")
 def statistics(smollm, data, tmp_path_factory):
     corpus = data / "enwiki_2021_sample_3MB.txt.gz"
-    return ke.key_statistics(smollm, [5], corpus, 32_768, directory=tmp_path_factory.mktemp("statistics"), progress=False)
+    return ke.key_statistics(
+        smollm, [5], corpus, 32_768, directory=tmp_path_factory.mktemp("statistics"), progress=False
+    )
 
 
 @pytest.mark.timeout(900)
@@ -48,4 +51,7 @@ def test_single_rome_edits(smollm, records, statistics):
     assert found.after["efficacy"]["success"].mean >= 0.93
     assert found.after["efficacy"]["exact"].mean >= 0.87
     assert found.after["paraphrase"]["success"].mean >= 0.9
-    assert found.after["neighbourhood"]["success"].mean >= found.before["neighbourhood"]["success"].mean - 0.08
+    assert (
+        found.after["neighbourhood"]["success"].mean
+        >= found.before["neighbourhood"]["success"].mean - 0.08
+    )

@@ -1,54 +1,62 @@
-"""Instruction sets that a processor lacks: what CI excuses, and that the emulation is the same arithmetic."""
-
-import types
+"""Which skips CI excuses, and that emulated instructions compute what the processor's do (unit)."""
 
 import pytest
 import torch
 
 from knowedit_kernels import _native
+from knowedit_kernels._native import LACKING
 from knowedit_kernels.lowrank import cpu as lowrank
 from knowedit_kernels.moments import cpu as moments
-from tests import conftest
-from tests.kernels.isa_emulation import LEVELS, emulated, parameters
+from tests.conftest import excused
+from tests.kernels import isa
+from tests.kernels.isa_emulation import LEVELS, emulated
 from tests.kernels.moment_data import keys
 
 
 @pytest.mark.parametrize(
-    "marker, reason, lacking, excused",
+    "markers, reason, fine",
     [
-        (("isa", "avx512"), _native.LACKING, True, True),
-        (("isa", "avx512"), _native.LACKING, False, False),  # it has the instructions: the kernels are wrong
-        (("isa", "avx512"), "no compiled kernels: no compiler", True, False),
-        (("slow",), _native.LACKING, True, False),
-        (("gpu",), "no CUDA device", False, True),
+        ({"gpu"}, "no CUDA device", True),
+        ({"isa"}, "Skipped: missing instruction set: avx512 needs avx512f", True),
+        ({"isa"}, "Skipped: no compiled kernels: no compiler", False),
+        (set(), "Skipped: missing instruction set: avx512 needs avx512f", False),
+        ({"model"}, "the model is not here", False),
     ],
 )
-def test_only_a_skip_for_lack_of_instructions_is_excused(marker, reason, lacking, excused, monkeypatch):
-    name, *args = marker
-    mark = getattr(pytest.mark, name)(*args).mark
-    item = types.SimpleNamespace(get_closest_marker=lambda wanted: mark if wanted == name else None)
-    monkeypatch.setattr(conftest, "processor_has", lambda isa: not lacking)
-    assert conftest.is_excused(item, f"Skipped: {reason}") is excused
+def test_only_a_missing_instruction_set_is_excused(markers, reason, fine):
+    assert excused(markers, reason) is fine
+
+
+def test_the_flags_decide_and_not_the_kernel(monkeypatch):
+    monkeypatch.setattr(isa, "flags", lambda: isa.AVX512)
+    with pytest.raises(
+        pytest.skip.Exception, match="missing instruction set: avx512_bf16 needs avx512_bf16"
+    ):
+        isa.skip("avx512_bf16", LACKING)
+    with pytest.raises(pytest.fail.Exception, match="avx512 is refused, yet this processor has"):
+        isa.skip("avx512", LACKING)
+    with pytest.raises(pytest.skip.Exception, match="^no compiled kernels"):
+        isa.skip("avx512", "no compiled kernels: no compiler")
 
 
 def test_the_kernels_see_the_instructions_that_the_processor_has():
     native = _native.load()
     assert native.reason is None
-    assert {name: native.isa >= level for name, level in LEVELS.items()} == {
-        name: conftest.processor_has(name) for name in LEVELS
-    }
+    seen = {name for name, level in LEVELS.items() if native.isa >= level}
+    assert seen == {name for name, needed in isa.NEEDS.items() if needed <= isa.flags()}
 
 
 def both(candidate, run):
     """What `run()` returns with the processor's instructions and with emulated ones."""
     if reason := _native.load().refusal(LEVELS[candidate.name]):
-        pytest.skip(reason)
+        isa.skip(candidate.name, reason)
     real = run()
     with emulated():
         return real, run()
 
 
-@pytest.mark.parametrize("candidate", parameters(*moments.COMPILED[:3]))
+@pytest.mark.isa
+@pytest.mark.parametrize("candidate", moments.COMPILED[:3], ids=lambda c: c.name)
 def test_emulated_second_moments_have_the_bits_of_the_processor(candidate):
     k = keys(600, 70).bfloat16()
 
@@ -60,11 +68,12 @@ def test_emulated_second_moments_have_the_bits_of_the_processor(candidate):
     assert torch.equal(*both(candidate, run))
 
 
-@pytest.mark.parametrize("candidate", parameters(*lowrank.COMPILED[:2]))
+@pytest.mark.isa
+@pytest.mark.parametrize("candidate", lowrank.COMPILED[:2], ids=lambda c: c.name)
 def test_emulated_updates_have_the_bits_of_the_processor(candidate):
     g = torch.Generator().manual_seed(0)
     W = torch.randn(50, 130, generator=g).bfloat16()
-    U, V = (torch.randint(-16, 16, (size, 6), generator=g) / 64.0 for size in W.shape)  # exact in any order
+    U, V = (torch.randint(-16, 16, (size, 6), generator=g) / 64.0 for size in W.shape)
 
     def run():
         w, sums = W.clone(), torch.zeros(1, 5, dtype=torch.float64)

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import jvp, vjp, vmap
 
-from knowedit_kernels.jvp import Factors, edit_jvp, edit_vjp, effective_gain, spread_jvp, spread_shares, spread_vjp
+from knowedit_kernels.jvp import (
+    Factors,
+    edit_jvp,
+    edit_vjp,
+    effective_gain,
+    spread_jvp,
+    spread_shares,
+    spread_vjp,
+)
 from knowedit_kernels.solver import Covariance, EditSolver, Identity, NullSpace
 from knowedit_kernels.solver.reference import dense_delta, dense_equality
 

@@ -8,12 +8,14 @@ from knowedit_kernels.lowrank import low_rank_update_
 from knowedit_kernels.lowrank.blocked import TORCH
 from knowedit_kernels.lowrank.cpu import COMPILED
 from knowedit_kernels.lowrank.reference import grade_update, updated
-from tests.kernels.isa_emulation import instructions_of, parameters
+from tests.kernels.isa import skip
+from tests.kernels.isa_emulation import instructions_of
 from tests.kernels.test_lowrank import problem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 15), (6, 64), (7, 65), (48, 128), (49, 321), (130, 1000)]
-each_kernel = pytest.mark.parametrize("candidate", parameters(*COMPILED, TORCH))
+pytestmark = pytest.mark.isa
+each_kernel = pytest.mark.parametrize("candidate", [*COMPILED, TORCH], ids=lambda c: c.name)
 
 
 def run(candidate, W, U, V, rounding="nearest", plane=None, probe=None, write=True, base=None, seed=5):
@@ -27,7 +29,7 @@ def run(candidate, W, U, V, rounding="nearest", plane=None, probe=None, write=Tr
     args = ([W], one(base), [U], [V], rounding, seed, one(plane), one(probe), write, sums, one(error))
     with instructions_of(candidate):
         if reason := candidate.verify(*args):
-            pytest.skip(reason)
+            skip(candidate.name, reason)
         candidate.run(*args)
     return sums[0], error
 
@@ -154,7 +156,7 @@ def test_opcheck():
     isa = {candidate.name: i for candidate, i in zip(COMPILED, (2, 1, 0))}
     W, U, V = problem(6, 10, torch.bfloat16, rank=2)
     if reason := COMPILED[-1].verify([W], [], [U], [V], "nearest", 0, []):
-        pytest.skip(reason)
+        skip("generic", reason)
     sums, error = torch.zeros(5, dtype=torch.float64), torch.zeros(6, 2)
     args = (W, W.clone(), U, V, 2, 3, 0, torch.zeros_like(W), torch.randn(10, 2), True, sums, error, isa["generic"])
     torch.library.opcheck(torch.ops.knowedit.low_rank_cpu_.default, args)

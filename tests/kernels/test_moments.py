@@ -12,24 +12,23 @@ from knowedit_kernels.moments import PRECISIONS, second_moment_
 from knowedit_kernels.moments.audit import signs
 from knowedit_kernels.moments.cpu import COMPILED, COMPILED_PACK, TORCH, TORCH_PACK
 from knowedit_kernels.moments.reference import second_moment
-from tests.kernels.isa_emulation import instructions_of, marks, parameters
+from tests.kernels.isa import skip
+from tests.kernels.isa_emulation import instructions_of
 from tests.kernels.moment_data import keys as make_keys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-PAIRS = [
-    pytest.param(candidate, dtype, marks=marks(candidate), id=f"{candidate.name}-{dtype}")
-    for candidate in (*COMPILED, TORCH)
-    for dtype in DTYPES
-    if candidate.name != "avx512_bf16" or dtype == torch.bfloat16
-]
+PAIRS = [(c, t) for c in (*COMPILED, TORCH) for t in DTYPES if c.name != "avx512_bf16" or t == torch.bfloat16]
+PAIR_NAMES = [f"{candidate.name}-{dtype}" for candidate, dtype in PAIRS]
 SHAPES = [(1, 1), (3, 31), (33, 32), (64, 33), (257, 129), (1025, 160), (5000, 72)]
 
 
 def add_(candidate, c, k, precision="exact"):
-    """Adds the candidate's moment, or skips with the verifier's reason; instructions that are lacking are emulated."""
+    """Adds the candidate's moment, with emulated instructions where the processor lacks them; or
+    skips with the verifier's reason.
+    """
     with instructions_of(candidate):
         if reason := candidate.verify([c], [k], precision):
-            pytest.skip(reason)
+            skip(candidate.name, reason)
         candidate.run([c], [k], precision)
 
 
@@ -43,22 +42,25 @@ def run(candidate, k, precision="exact"):
     return lower + lower.tril(-1).T
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("candidate, dtype", PAIRS)
+@pytest.mark.parametrize("candidate, dtype", PAIRS, ids=PAIR_NAMES)
 def test_within_budget(candidate, dtype, shape):
     k = make_keys(*shape, dtype)
     budget = numerics.MOMENT_FP64 if candidate is TORCH else numerics.MOMENT
     testing.grade_moment(run(candidate, k), second_moment(k)).check(budget, f"{candidate.name} {dtype} {shape}")
 
 
-@pytest.mark.parametrize("candidate, dtype", PAIRS[:-3])
+@pytest.mark.isa
+@pytest.mark.parametrize("candidate, dtype", PAIRS[:-3], ids=PAIR_NAMES[:-3])
 def test_only_the_lower_triangle_is_written(candidate, dtype):
     c = torch.zeros(150, 150, dtype=torch.float64)
     add_(candidate, c, make_keys(40, 150, dtype))
     assert not c.triu(1).any() and c.tril().count_nonzero() == 150 * 151 // 2
 
 
-@pytest.mark.parametrize("candidate", parameters(*COMPILED))
+@pytest.mark.isa
+@pytest.mark.parametrize("candidate", COMPILED, ids=lambda c: c.name)
 def test_strided_rows(candidate):
     k = make_keys(70, 200)[:, 40:137]
     wide = k.to(torch.bfloat16) if candidate.name == "avx512_bf16" else k
@@ -189,7 +191,7 @@ def test_pack_copies_and_audits(candidate, dtype, pick, threads):
         torch.set_num_threads(count)
         guard, audit = testing.guarded(testing.poisoned_empty(*kept.shape, dtype=dtype)), torch.ones(5).double()
         if reason := candidate.verify(guard.tensor, audit, k, rows, z):
-            pytest.skip(reason)
+            skip(candidate.name, reason)
         candidate.run(guard.tensor, audit, k, rows, z)
         guard.check()
         assert torch.equal(guard.tensor, kept)

@@ -1,11 +1,13 @@
-"""Measuring what an edit did: CounterFact's measures with intervals, facts of one subject in a user's words, and drift."""
+"""Measuring what an edit did: facts with intervals, facts of one subject in a user's words, drift
+elsewhere, and whole methods.
+"""
 
-from .drift import Drift as Drift
-from .drift import drift as drift
-from .metrics import Answer as Answer
-from .metrics import Estimate as Estimate
-from .metrics import Evaluation as Evaluation
-from .metrics import evaluate as evaluate
-from .metrics import evaluate_each as evaluate_each
-from .same_subject import SameSubjectEvaluation as SameSubjectEvaluation
-from .same_subject import evaluate_same_subject as evaluate_same_subject
+from knowedit.evaluation.evaluation import Evaluation as Evaluation
+from knowedit.evaluation.evaluation import evaluate as evaluate
+from knowedit.evaluation.evaluation import evaluate_each as evaluate_each
+from knowedit.evaluation.intervals import Estimate as Estimate
+from knowedit.evaluation.measures.base import Answer as Answer
+from knowedit.evaluation.measures.drift import Drift as Drift
+from knowedit.evaluation.measures.drift import drift as drift
+from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation as SameSubjectEvaluation
+from knowedit.evaluation.subjects.same_subject import evaluate_same_subject as evaluate_same_subject

@@ -1,3 +1,3 @@
 """Pages that show what an edit did."""
 
-from .page import write_page as write_page
+from knowedit.report.page import write_page as write_page

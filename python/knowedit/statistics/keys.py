@@ -1,11 +1,14 @@
-"""Key statistics: the second moment of the MLP keys of many layers, in one partial forward pass over a corpus.
+"""Key statistics: the second moment of the MLP keys of many layers, in one partial forward pass
+over a corpus.
 
-    for each window of documents:  tokenise -> batches of similar length, or packed rows -> forward, stopped inside the
-                                   deepest layer -> every layer's keys -> knowedit_kernels.SecondMoment
+    for each window of documents:  tokenise -> batches of similar length, or packed rows -> forward,
+                                   stopped inside the deepest layer -> every layer's keys ->
+                                   knowedit_kernels.SecondMoment
 
-Nothing above the deepest layer's key runs. A window is the unit of progress and of sharding (`windows`, `collect`): a
-checkpoint holds the sums after some number of windows, so an interrupted run goes on and ends with the same bits as one
-that was not, and several processes share the work without changing what is collected.
+Nothing above the deepest layer's key runs. A window is the unit of progress and of sharding
+(`windows`, `collect`): a checkpoint holds the sums after some number of windows, so an interrupted
+run goes on and ends with the same bits as one that was not, and several processes share the work
+without changing what is collected.
 """
 
 from __future__ import annotations
@@ -16,27 +19,30 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from knowedit.errors import StatisticsError
+from knowedit.models.editable import EditableModel
+from knowedit.models.families import preset_for
+from knowedit.models.load import accepts_model
+from knowedit.statistics.collect import Collection, CollectSettings
+from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
+from knowedit.statistics.distributed.checkpoints import resumable_layers
+from knowedit.statistics.distributed.ranks import Ranks
+from knowedit.statistics.files import store
+from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from knowedit_kernels import Covariance, NullSpace
-
-from ..errors import StatisticsError
-from ..model import EditableModel
-from ..text import Corpus, corpus_fingerprint
-from . import store
-from .collect import Collection, Settings
-from .ranks import Ranks
-from .resume import begun
-from .store import LayerStatistics, Recipe
 
 UNTIL = ("tokens", "solve", "converged")
 #: A first-token key this many times longer than the others marks an attention-sink layer.
 SINK_RATIO = 10.0
 TOLERANCE = 0.3  # relative error at which to stop: what 50 to 60 tokens a dimension give
-PATIENCE = 2.0  # seconds to wait for a lock: a run that was just killed may hold it for a moment
-PER_DIMENSION = 64  # tokens for each of a key's dimensions: benchmarks/tokens.py finds nothing that more would improve
+LOCK_TIMEOUT = 2.0  # seconds: a run that was just killed may hold a lock for a moment
+# tokens for each of a key's dimensions: benchmarks/tokens.py finds nothing that more would improve
+PER_DIMENSION = 64
 
 
 class KeyStatistics:
@@ -53,17 +59,22 @@ class KeyStatistics:
 
     @classmethod
     def load(cls, where: str | Path) -> KeyStatistics:
-        """All layers in a folder, or the one in a file: collected or imported; `check` says whether a model may use them.
+        """All layers in a folder, or the one in a file: collected or imported; `check` says whether
+        a model may use them.
 
         Raises:
             StatisticsError: none there, or damaged.
         """
         files = store.files(Path(where))
         if not files:
-            raise StatisticsError(f"{where}: no statistics files here; collect them with `knowedit stats`")
+            raise StatisticsError(
+                f"{where}: no statistics files here; collect them with `knowedit stats`"
+            )
         found = [LayerStatistics.load(path) for path in files]
         if len({layer.layer for layer in found}) < len(found):
-            raise StatisticsError(f"{where} holds several collections; name one of the folders in it")
+            raise StatisticsError(
+                f"{where} holds several collections; name one of the folders in it"
+            )
         return cls({layer.layer: layer for layer in found})
 
     @property
@@ -72,7 +83,10 @@ class KeyStatistics:
 
     def __getitem__(self, layer: int) -> LayerStatistics:
         if layer not in self._layers:
-            raise StatisticsError(f"no statistics of layer {layer} here, only of {self.layers}; collect that layer too")
+            raise StatisticsError(
+                f"no statistics of layer {layer} here, only of {self.layers}; collect that "
+                f"layer too"
+            )
         return self._layers[layer]
 
     def moment(self, layer: int) -> Tensor:
@@ -94,15 +108,19 @@ class KeyStatistics:
         return self._metrics[layer]
 
     def null_space(self, layer: int, threshold: float) -> NullSpace:
-        """The eigenspace of C with eigenvalues below `threshold`, as a solver metric of weight 1, decomposed once.
+        """The eigenspace of C with eigenvalues below `threshold`, as a solver metric of weight 1,
+        decomposed once.
 
         Raises:
-            StatisticsError: too few tokens, which would invent null directions; no eigenvalue below `threshold`.
+            StatisticsError: too few tokens, which would invent null directions; no eigenvalue below
+                `threshold`.
         """
         if (layer, threshold) not in self._null_spaces:
             self._check_count(layer)
             try:
-                self._null_spaces[layer, threshold] = NullSpace(self.moment(layer), threshold=threshold)
+                self._null_spaces[layer, threshold] = NullSpace(
+                    self.moment(layer), threshold=threshold
+                )
             except ValueError as error:
                 raise StatisticsError(f"layer {layer}: {error}") from error
         return self._null_spaces[layer, threshold]
@@ -115,8 +133,18 @@ class KeyStatistics:
                 f"collect at least {2 * size} (10 x {size} or more is better)"
             )
 
+    @property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What tells these statistics from others, by layer (a string, as JSON has it): the model's
+        fingerprint, the corpus, the tokens and a digest of the sums; see
+        `LayerStatistics.identity`. Two with the same identity give the same metrics.
+        """
+        return {str(layer): self[layer].identity for layer in self.layers}
+
     def sink_ratio(self, layer: int) -> float:
-        """Norm of first-token keys over that of the others; above `SINK_RATIO` the layer carries an attention sink."""
+        """Norm of first-token keys over that of the others; above `SINK_RATIO` the layer carries an
+        attention sink.
+        """
         return self[layer].first_norm / max(self[layer].other_norm, 1e-30)
 
     def is_sink(self, layer: int) -> bool:
@@ -129,14 +157,16 @@ class KeyStatistics:
                 raise StatisticsError(
                     f"the statistics of layer {layer} are of {self[layer].model} "
                     f"(fingerprint {self[layer].recipe.fingerprint[:12]}), not of {model.name} "
-                    f"({model.fingerprint[:12]}): other weights or another dtype; collect them for this model"
+                    f"({model.fingerprint[:12]}): other weights or another dtype; collect them "
+                    f"for this model"
                 )
 
 
+@accepts_model
 def key_statistics(
     model: EditableModel,
     layers: Sequence[int] | None = None,
-    corpus: Corpus = "wikipedia",
+    corpus: CorpusLike = "wikipedia",
     tokens: int | None = None,
     *,
     until: str = "tokens",
@@ -156,109 +186,167 @@ def key_statistics(
 ) -> KeyStatistics:
     """Collect (or load from the cache) the second moments of the keys of `layers`, all in one pass.
 
-    In several processes with a torch.distributed group (`torchrun`) each takes a share of the corpus, rank 0 writes the
-    files, and all return the total: that of one process, to float64 rounding.
+    In several processes with a torch.distributed group (`torchrun`) each takes a share of the
+    corpus, rank 0 writes the files, and all return the total: that of one process, to float64
+    rounding.
 
     Args:
         layers: default: those of the model's preset.
-        corpus: path(s), a hub data set, "wikipedia", "self" (the model's own samples), or a mixture; see
-            `text.documents`.
-        tokens: keys to sum, exactly (default: 64 for each of their dimensions; docs/statistics.md has what it follows from);
-            with `until` the most to sum (default: ten times as many).
-        until: "tokens"; "solve": stop when C^-1 k at real keys is known to `tolerance` (what ROME and MEMIT take from C);
-            "converged": also the null space (AlphaEdit). See `convergence`.
+        corpus: path(s), a hub data set, "wikipedia", "self" (the model's own samples), or a
+            mixture; see `Corpus.parse`.
+        tokens: keys to sum, exactly (default: 64 for each of their dimensions; docs/statistics.md
+            has what it follows from); with `until` the most to sum (default: ten times as many).
+        until: "tokens"; "solve": stop when C^-1 k at real keys is known to `tolerance` (what ROME
+            and MEMIT take from C); "converged": also the null space (AlphaEdit). See `convergence`.
         tolerance: relative error, estimated from two halves of the tokens.
         max_length: longer documents are cut into pieces of this many tokens.
         skip_first: leave each piece's first token out: it carries the attention sink's outliers.
-        directory: where files and checkpoints go (default: the cache, under the model's fingerprint). Several nodes need
-            one that all of them see.
+        directory: where files and checkpoints go (default: the cache, under the model's
+            fingerprint). Several nodes need one that all of them see.
         budget: tokens a batch (default: from the memory that is free); halved when memory runs out.
-        packed: several texts a row with block-diagonal attention (default: on GPUs, if the model can do it).
-        halves: keep two halves apart and estimate the error from them; False halves the memory of the sums.
-        worker: tokenise ahead in a process of its own and cache the tokens (default: when there are many).
+        packed: several texts a row with block-diagonal attention (default: on GPUs, if the model
+            can do it).
+        halves: keep two halves apart and estimate the error from them; False halves the memory of
+            the sums.
+        worker: tokenise ahead in a process of its own and cache the tokens (default: when there are
+            many).
         checkpoint_every: seconds.
         progress: show a bar on a terminal, a line a minute elsewhere.
         as_json: JSON lines on stderr instead.
 
     Raises:
-        StatisticsError: corpus empty or too short, NaN in a layer, another run holds the files, disk full, another rank
-            died.
+        StatisticsError: corpus empty or too short, NaN in a layer, another run holds the files,
+            disk full, another rank died.
         CorpusError: the corpus cannot be read.
     """
-    from ..presets import preset_for
-
     layers = sorted(set(layers if layers is not None else preset_for(model).statistics_layers))
     model.check_layers(layers)
     if tokens is None:
         tokens = PER_DIMENSION * model.d_ff * (1 if until == "tokens" else 10)
     if tokens < 1 or max_length < 2:
-        raise StatisticsError(f"tokens and max_length must be positive, got {tokens} and {max_length}")
+        raise StatisticsError(
+            f"tokens and max_length must be positive, got {tokens} and {max_length}"
+        )
     if until not in UNTIL or (until != "tokens" and not (halves and 0 < tolerance < math.inf)):
-        raise StatisticsError(f"until={until!r} must be one of {', '.join(UNTIL)}, with halves=True and a positive tolerance")
+        raise StatisticsError(
+            f"until={until!r} must be one of {', '.join(UNTIL)}, with halves=True and a "
+            f"positive tolerance"
+        )
     if model.ledger.active:
         raise StatisticsError("statistics describe the unedited model; undo the active edits first")
-    recipe = Recipe(
-        model.fingerprint, corpus_fingerprint(corpus), tokens, min(max_length, model.max_length), skip_first, seed, precision,
-        until, tolerance if until != "tokens" else None,
-    )  # fmt: skip
+    corpus = Corpus.parse(corpus)
+    recipe = CollectionRecipe(
+        model.fingerprint,
+        corpus.identity,
+        tokens,
+        min(max_length, model.max_length),
+        skip_first,
+        seed,
+        precision,
+        until,
+        tolerance if until != "tokens" else None,
+    )
     ranks = Ranks.current()
     if any(other != recipe for other in ranks.gather(recipe)):
-        raise StatisticsError("the ranks were given different models, corpora or settings; start all with the same command")
+        raise StatisticsError(
+            "the ranks were given different models, corpora or settings; start all with the "
+            "same command"
+        )
     where = Path(directory) if directory else store.folder(model.name, recipe)
     where.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         missing = ranks.first(lambda: _missing(where, layers, recipe, held))
         found = {layer: _load(where, layer, recipe) for layer in layers if layer not in missing}
         if missing:
-            settings = Settings(budget, packed, halves, checkpoint_every, worker, progress, as_json)
+            settings = CollectSettings(
+                budget, packed, halves, checkpoint_every, worker, progress, as_json
+            )
             collection = Collection(model, missing, recipe, where, corpus, settings, ranks)
             collection.run()
             if collection.short:
-                recipe = replace(recipe, tokens=collection.place.count)
+                recipe = replace(recipe, tokens=collection.state.count)
                 if not directory:
                     where = store.folder(model.name, recipe)
-                    ranks.first(partial(_hold, where, held))
+                    ranks.first(partial(_lock, where, held))
             found |= collection.finish(recipe, where)
             if collection.short:
                 raise StatisticsError(
-                    f"the corpus has only {recipe.tokens} tokens to count, {tokens} were asked for; those are kept: ask for "
+                    f"the corpus has only {recipe.tokens} tokens to count, {tokens} were asked "
+                    f"for; those are kept: ask for "
                     f"{recipe.tokens}, or add text"
                 )
     return KeyStatistics(found)
 
 
-def _missing(where: Path, layers: Sequence[int], recipe: Recipe, held: ExitStack) -> list[int]:
+def layer_statistics(
+    layers: Sequence[int],
+    model: EditableModel,
+    corpus: Any,
+    tokens: int | None,
+    where: Path | None = None,
+) -> KeyStatistics:
+    """The key statistics of `layers`, collected or read.
+
+    Args:
+        corpus: None: Wikipedia.
+        where: a file or folder of statistics, collected or imported, to take them from instead of
+            the corpus.
+
+    Raises:
+        StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as
+            `key_statistics`.
+    """
+    if where is None:
+        return key_statistics(model, layers, corpus or "wikipedia", tokens)
+    if where.suffix == ".npz":
+        raise StatisticsError(
+            f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then "
+            f"name FOLDER"
+        )
+    found = KeyStatistics.load(where)
+    found.check(model, layers)
+    return found
+
+
+def _missing(
+    where: Path, layers: Sequence[int], recipe: CollectionRecipe, held: ExitStack
+) -> list[int]:
     """The layers still to collect; if there are any, the folder's lock is `held`."""
 
     def absent() -> list[int]:
         return [layer for layer in layers if not store.layer_file(where, layer).exists()]
 
     if absent():
-        _hold(where, held)
-        for part in (*where.glob(".layer-*.part"), *where.glob(".checkpoint-*.part")):  # of a run killed while it wrote
-            part.unlink(missing_ok=True)
+        _lock(where, held)
+        for pattern in (".layer-*.part", ".checkpoint-*.part"):  # of a run killed while it wrote
+            for part in where.glob(pattern):
+                part.unlink(missing_ok=True)
     missing = absent()  # another run may have written them before it let go of the lock
     if missing:
-        missing = begun(where, layers, missing, recipe)
+        missing = resumable_layers(where, layers, missing, recipe)
     for layer in set(layers) - set(missing):
         _load(where, layer, recipe)
     return missing
 
 
-def _hold(where: Path, held: ExitStack) -> None:
+def _lock(where: Path, held: ExitStack) -> None:
     """Lock a folder. Raises StatisticsError when another run has done so."""
     try:
-        held.enter_context(FileLock(where / "lock").acquire(timeout=PATIENCE))
+        held.enter_context(FileLock(where / "lock").acquire(timeout=LOCK_TIMEOUT))
     except Timeout as error:
-        raise StatisticsError(f"another run is collecting into {where}; wait for it, or use another folder") from error
+        raise StatisticsError(
+            f"another run is collecting into {where}; wait for it, or use another folder"
+        ) from error
 
 
-def _load(where: Path, layer: int, recipe: Recipe) -> LayerStatistics:
+def _load(where: Path, layer: int, recipe: CollectionRecipe) -> LayerStatistics:
     """A layer's file, which must hold what this recipe would collect."""
     path = store.layer_file(where, layer)
     here = LayerStatistics.load(path)
     if here.recipe != recipe:
         was, now = asdict(here.recipe), asdict(recipe)
-        differs = ", ".join(f"{k}: {was[k]!r}, asked for {now[k]!r}" for k in now if was[k] != now[k])
+        differs = ", ".join(
+            f"{k}: {was[k]!r}, asked for {now[k]!r}" for k in now if was[k] != now[k]
+        )
         raise StatisticsError(f"{path} holds other statistics ({differs}); use another folder")
     return here

@@ -1,4 +1,6 @@
-"""How many tokens fit into a batch, what running out of memory looks like, and whether rows can be packed."""
+"""How many tokens fit into a batch, what running out of memory looks like, and whether rows can be
+packed.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..model import EditableModel
-from .batching import Piece, batches
+from knowedit.models.editable import EditableModel
+from knowedit.statistics.corpus.batching import Piece, batches
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,10 @@ PACKED_ERROR_HALF = 5e-2  # bfloat16 and float16: other kernels round otherwise
 def token_budget(model: EditableModel, layers: Sequence[int]) -> int:
     """Tokens a batch, from the memory that is free on the GPUs; `ON_A_CPU` on a CPU.
 
-    A token takes its keys of all `layers` (they are kept until the pass is over), three more vectors of the MLP, and
-    about twelve of the hidden size (normed states, queries, keys, values, residuals); half of what is free, once the keys
-    that wait to be summed have their place, is used.
+    A token takes its keys of all `layers` (they are kept until the pass is over), three more
+    vectors of the MLP, and about twelve of the hidden size (normed states, queries, keys, values,
+    residuals); half of what is free, once the keys that wait to be summed have their place, is
+    used.
     """
     devices = {model.weight(layer).device for layer in layers}
     if any(device.type != "cuda" for device in devices):
@@ -36,7 +39,9 @@ def token_budget(model: EditableModel, layers: Sequence[int]) -> int:
 
 
 def spare(device: torch.device) -> float:
-    """Bytes that are free on a GPU, those that torch keeps for itself included; infinite for a CPU."""
+    """Bytes that are free on a GPU, those that torch keeps for itself included; infinite for a
+    CPU.
+    """
     if device.type != "cuda":
         return float("inf")
     torch.cuda.empty_cache()
@@ -44,37 +49,52 @@ def spare(device: torch.device) -> float:
 
 
 def keep_few_compiled_shapes() -> None:
-    """Let oneDNN, which multiplies bfloat16 matrices on CPUs, keep 64 compiled shapes instead of 1,024, and torch's binding
-    to it 64 of its own instead of 1,024.
+    """Let oneDNN, which multiplies bfloat16 matrices on CPUs, keep 64 compiled shapes instead of
+    1,024, and torch's binding to it 64 of its own instead of 1,024.
 
-    Every batch has a shape of its own, so the kept ones are hardly ever used again, and at about a megabyte each they
-    grow a long collection by a gigabyte. For programs to call before their first model runs; a value that is set stays.
+    Every batch has a shape of its own, so the kept ones are hardly ever used again, and at about a
+    megabyte each they grow a long collection by a gigabyte. For programs to call before their first
+    model runs; a value that is set stays.
     """
     for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(capacity, "64")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short: torch's own on a GPU, a plain RuntimeError on a CPU."""
+    """Whether an error says that memory is short: torch's own on a GPU, a plain RuntimeError on a
+    CPU.
+    """
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def packs(model: EditableModel, layer: int) -> bool:
-    """Whether texts that stand behind each other in a row have the keys they have alone: tried with three short ones."""
+    """Whether texts that stand behind each other in a row have the keys they have alone: tried with
+    three short ones.
+    """
     size = len(model.tokenizer)
-    texts = [[(7 * i * (j + 1) + 3 * j) % (size - 2) for i in range(1, n)] for j, n in enumerate((23, 12, 9))]
+    texts = [
+        [(7 * i * (j + 1) + 3 * j) % (size - 2) for i in range(1, n)]
+        for j, n in enumerate((23, 12, 9))
+    ]
     pieces = [Piece(ids, 0) for ids in texts]
     try:
         alone = torch.cat([_keys(model, layer, [piece], False) for piece in pieces])
         packed = _keys(model, layer, pieces, True)
     except (TypeError, ValueError, RuntimeError) as error:
-        logger.warning("texts are not packed: the model does not take their positions (%s)", str(error).splitlines()[0])
+        logger.warning(
+            "texts are not packed: the model does not take their positions (%s)",
+            str(error).splitlines()[0],
+        )
         return False
     off = float((alone - packed).norm() / alone.norm())
     if not off <= PACKED_ERROR.get(model.dtype, PACKED_ERROR_HALF):
-        logger.warning("texts are not packed: the model's attention does not keep them apart (keys differ by %.1e)", off)
+        logger.warning(
+            "texts are not packed: the model's attention does not keep them apart (keys differ "
+            "by %.1e)",
+            off,
+        )
         return False
     return True
 

@@ -1,39 +1,52 @@
-"""What one process has summed: batches of pieces through the model, keys into second moments, two halves apart."""
+"""What one process has summed: batches of pieces through the model, keys into second moments, two
+halves apart.
+
+float32 linear layers go through oneDNN where MKL, which torch multiplies with, is slow: on CPUs
+that are not Intel's. MKL leaves out AVX-512 there: 97 GFLOP/s on one core of an EPYC (family 26)
+where oneDNN reaches 210. Which of the two runs follows from the processor alone, so that the same
+machine gives the same bits every time.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from knowedit.errors import StatisticsError
+from knowedit.models.editable import EditableModel
+from knowedit.statistics.corpus.batching import Piece, TokenBatch, batches
+from knowedit.statistics.memory import is_out_of_memory, packs, token_budget
 from knowedit_kernels import SecondMoment, update_together
-
-from ..errors import StatisticsError
-from ..model import EditableModel
-from .batching import Batch, Piece, batches
-from .memory import is_out_of_memory, packs, token_budget
-from .onednn import fast_linear
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Seen:
-    """Norms of keys by layer (sum and count at first tokens, sum and count elsewhere), and how much was padding."""
+class KeyTally:
+    """Norms of keys by layer (sum and count at first tokens, sum and count elsewhere), and how much
+    was padding.
+    """
 
     norms: dict[str, list[float]]
     padded: int = 0
     text: int = 0
 
     @classmethod
-    def nothing(cls, layers: Sequence[int]) -> Seen:
+    def empty(cls, layers: Sequence[int]) -> KeyTally:
         return cls({str(layer): [0.0] * 4 for layer in layers})
 
-    def add(self, other: Seen) -> Seen:
+    def add(self, other: KeyTally) -> KeyTally:
         for layer, norms in self.norms.items():
             norms[:] = [a + b for a, b in zip(norms, other.norms[layer])]
         self.padded, self.text = self.padded + other.padded, self.text + other.text
@@ -45,11 +58,12 @@ class Sums:
 
     Args:
         budget: tokens a batch; None: from the memory that is free.
-        packed: several texts a row; None: on a GPU. Either way only where the model is seen to keep them apart.
+        packed: several texts a row; None: on a GPU. Either way only where the model is seen to keep
+            them apart.
         halves: how many halves to keep apart, 1 or 2.
 
     Attributes:
-        seen: norms and padding.
+        tally: norms and padding.
         moments: of (half, layer).
 
     Raises:
@@ -57,11 +71,16 @@ class Sums:
     """
 
     def __init__(
-        self, model: EditableModel, layers: Sequence[int], precision: str, budget: int | None = None,
-        packed: bool | None = None, halves: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        model: EditableModel,
+        layers: Sequence[int],
+        precision: str,
+        budget: int | None = None,
+        packed: bool | None = None,
+        halves: int = 2,
+    ) -> None:
         self.model, self.layers, self.precision = model, list(layers), precision
-        self.seen = Seen.nothing(layers)
+        self.tally = KeyTally.empty(layers)
         self.moments: dict[tuple[int, int], SecondMoment] = {}
         try:
             for half, layer in itertools.product(range(halves), self.layers):
@@ -71,8 +90,10 @@ class Sums:
                 raise
             size = 8e-9 * model.d_ff**2 * halves * len(self.layers)
             raise StatisticsError(
-                f"the sums of {len(self.layers)} layers take {size:.1f} GB, which do not fit into memory beside the model; "
-                "collect fewer layers at a time" + (", or halves=False (--no-halves), which takes half" if halves > 1 else "")
+                f"the sums of {len(self.layers)} layers take {size:.1f} GB, which do not fit "
+                f"into memory beside the model; "
+                "collect fewer layers at a time"
+                + (", or halves=False (--no-halves), which takes half" if halves > 1 else "")
             ) from error
         self.budget = budget or token_budget(model, layers)
         wanted = model.device.type == "cuda" if packed is None else packed
@@ -82,85 +103,155 @@ class Sums:
         """The sums of one half; empty ones if there are none yet."""
         if (half, layer) not in self.moments:
             device = device or self.model.weight(layer).device
-            self.moments[half, layer] = SecondMoment(self.model.d_ff, device=device, precision=self.precision)
+            self.moments[half, layer] = SecondMoment(
+                self.model.d_ff, device=device, precision=self.precision
+            )
         return self.moments[half, layer]
 
     def add(self, half: int, pieces: Sequence[Piece]) -> None:
-        """Sum the keys of all pieces. A batch that does not fit into memory is cut in two, and so are those after it.
+        """Sum the keys of all pieces. A batch that does not fit into memory is cut in two, and so
+        are those after it.
 
         Raises:
-            StatisticsError: NaN or infinite keys (layer and text); one piece alone does not fit into memory.
+            StatisticsError: NaN or infinite keys (layer and text); one piece alone does not fit
+                into memory.
         """
         self._run(half, pieces)
-        for layer in self.layers:  # a window's blocks are its own, whatever comes before or after it on this rank
+        for layer in (
+            self.layers
+        ):  # a window's blocks are its own, whatever comes before or after it on this rank
             self.moment(half, layer).flush()
 
     def _run(self, half: int, pieces: Sequence[Piece]) -> None:
         again: list[Piece] = []
         for batch in batches(pieces, self.budget, packed=self.packed):
-            if batch.ids.numel() > self.budget and len(batch.pieces) > 1:  # it was lowered meanwhile
+            lowered = batch.ids.numel() > self.budget  # since these batches were made
+            if lowered and len(batch.pieces) > 1:
                 again += batch.pieces
             elif keys := self._keys(batch):
                 self._count(half, batch, keys)
             else:
                 self.budget = max(batch.ids.numel() // 2, 1)
-                logger.warning("out of memory: batches of at most %d tokens from here on", self.budget)
+                logger.warning(
+                    "out of memory: batches of at most %d tokens from here on", self.budget
+                )
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 again += batch.pieces
         if again:
             self._run(half, again)
 
-    def _keys(self, batch: Batch) -> dict[int, Tensor]:
-        """Keys `[rows, width, d_ff]` of all layers, summed only when the whole pass has succeeded; {} for want of memory."""
+    def _keys(self, batch: TokenBatch) -> dict[int, Tensor]:
+        """Keys `[rows, width, d_ff]` of all layers, summed only when the whole pass has succeeded;
+        {} for want of memory.
+        """
         keys: dict[int, Tensor] = {}
         device = self.model.device
         try:
             positions = None if batch.positions is None else batch.positions.to(device)
             with fast_linear():
                 deepest, ids = max(self.layers), batch.ids.to(device)
-                self.model.forward_to(deepest, ids, keys.__setitem__, self.layers, positions=positions)
+                self.model.forward_to(
+                    deepest, ids, keys.__setitem__, self.layers, positions=positions
+                )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if len(batch.pieces) == 1:
                 raise StatisticsError(
-                    f"a text of {batch.ids.numel()} tokens alone does not fit into memory ({str(error)[:120]}); "
+                    f"a text of {batch.ids.numel()} tokens alone does not fit into memory "
+                    f"({str(error)[:120]}); "
                     "use a smaller max_length"
                 ) from error
             return {}
         return keys
 
-    def _count(self, half: int, batch: Batch, keys: dict[int, Tensor]) -> None:
+    def _count(self, half: int, batch: TokenBatch, keys: dict[int, Tensor]) -> None:
         for device in {key.device for key in keys.values()}:
             here = [layer for layer in self.layers if keys[layer].device == device]
             keep, first = batch.keep.to(device), batch.first.to(device)
             try:
-                update_together([self.moment(half, layer, device) for layer in here], [keys[layer] for layer in here], keep)
+                update_together(
+                    [self.moment(half, layer, device) for layer in here],
+                    [keys[layer] for layer in here],
+                    keep,
+                )
             except ValueError as error:
                 raise self._complaint(batch, keys, error) from error
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 raise StatisticsError(
-                    f"out of memory while the keys of {batch.tokens} tokens were summed; give a budget (--batch-tokens) below "
+                    f"out of memory while the keys of {batch.tokens} tokens were summed; give a "
+                    f"budget (--batch-tokens) below "
                     "that and start again: what was checkpointed is kept"
                 ) from error
             counts = int(batch.first.sum()), int((batch.keep & ~batch.first).sum())
             for layer in here:
                 norm = torch.linalg.vector_norm(keys[layer], dim=-1, dtype=torch.float32).double()
-                at_first, elsewhere = torch.stack([norm[first].sum(), norm[keep & ~first].sum()]).tolist()
-                norms = self.seen.norms[str(layer)]
-                norms[:] = [norms[0] + at_first, norms[1] + counts[0], norms[2] + elsewhere, norms[3] + counts[1]]
-        self.seen.padded += batch.ids.numel()
-        self.seen.text += batch.tokens
+                at_first, elsewhere = torch.stack(
+                    [norm[first].sum(), norm[keep & ~first].sum()]
+                ).tolist()
+                norms = self.tally.norms[str(layer)]
+                seen = (at_first, counts[0], elsewhere, counts[1])
+                norms[:] = [before + now for before, now in zip(norms, seen)]
+        self.tally.padded += batch.ids.numel()
+        self.tally.text += batch.tokens
 
-    def _complaint(self, batch: Batch, keys: dict[int, Tensor], error: ValueError) -> StatisticsError:
+    def _complaint(
+        self, batch: TokenBatch, keys: dict[int, Tensor], error: ValueError
+    ) -> StatisticsError:
         """Which layer, which text."""
         for layer in self.layers:
             bad = ~keys[layer].isfinite().all(-1).cpu() & batch.keep
             if bad.any():
                 row, column = bad.nonzero()[0].tolist()
                 text = self.model.tokenizer.decode(batch.piece_at(row, column).ids)[:80]
-                return StatisticsError(f"layer {layer} has NaN or infinite keys at the text {text!r}: {error}")
+                return StatisticsError(
+                    f"layer {layer} has NaN or infinite keys at the text {text!r}: {error}"
+                )
         return StatisticsError(str(error))
+
+
+class OneDNNLinear(TorchFunctionMode):
+    """While it is entered, `F.linear` of float32 CPU tensors goes to oneDNN; without gradients."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and all(map(_plain, args[:2])):
+            return torch.ops.mkldnn._linear_pointwise(
+                args[0], args[1], args[2] if len(args) > 2 else None, "none", [], ""
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def fast_linear() -> AbstractContextManager[Any]:
+    """`OneDNNLinear` where it helps, else nothing."""
+    return OneDNNLinear() if _helps() else nullcontext()
+
+
+@lru_cache(1)
+def _helps() -> bool:
+    """AVX-512 on a CPU of another maker than Intel, and a torch that has the operator."""
+    if (
+        not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        or "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    ):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+    )

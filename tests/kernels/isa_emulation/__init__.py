@@ -14,10 +14,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 
 from knowedit_kernels import _native
@@ -27,16 +25,6 @@ HERE = Path(__file__).resolve().parent
 NAMESPACE = "knowedit_emulated"
 LEVELS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}  # as in csrc/cpu/isa.h
 OPS = ("syrk_cpu_", "pack_cpu_", "low_rank_cpu_")
-
-
-def parameters(*candidates: Candidate) -> list[Any]:
-    """The candidates as pytest parameters, marked with the instruction set that they need."""
-    return [pytest.param(c, marks=marks(c), id=c.name) for c in candidates]
-
-
-def marks(candidate: Candidate) -> list[pytest.MarkDecorator]:
-    """The `isa` marker of a candidate that needs instructions."""
-    return [pytest.mark.isa(candidate.name)] if candidate.name in LEVELS else []
 
 
 def build(library: Path) -> None:
@@ -87,6 +75,6 @@ def emulated() -> Iterator[None]:
 
 def instructions_of(candidate: Candidate) -> contextlib.AbstractContextManager[None]:
     """Emulates the instructions of `candidate` where the processor lacks them and is of that kind at all."""
-    native, level = _native.load(), LEVELS.get(candidate.name, 0)
-    needed = native.refusal(level) == _native.LACKING and platform.machine() in ("x86_64", "AMD64")
+    lacking = _native.load().refusal(LEVELS.get(candidate.name, 0)) == _native.LACKING
+    needed = lacking and platform.machine() in ("x86_64", "AMD64")
     return emulated() if needed else contextlib.nullcontext()

@@ -1,0 +1,268 @@
+"""`knowedit same-subject`, `geometry`, `trace` and `report`: measuring in depth, and reading what
+was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from knowedit.cli.options import (
+    App,
+    Config,
+    DeviceMap,
+    Dtype,
+    Folder,
+    Json,
+    Layers,
+    Methods,
+    MethodsCorpus,
+    Model,
+    OptionSettings,
+    Quiet,
+    Seed,
+    Settings,
+    Statistics,
+    Tokens,
+    one,
+    parse_layers,
+    parse_methods,
+    placed,
+    say,
+)
+from knowedit.errors import KnowEditError
+
+app = App()
+
+Dataset = Annotated[
+    str, typer.Option(help="'same-subject', 'embedded', another set's name or a file of facts.")
+]
+Least = Annotated[int, typer.Option(help="Leave out subjects with fewer facts.")]
+Subjects = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Use the first so many subjects.")
+]
+
+
+@app.command("same-subject")
+def same_subject(
+    model: Model,
+    dataset: Dataset = "embedded",
+    method: Methods = ["memit"],  # noqa: B006
+    settings: Settings = None,
+    config: Config = None,
+    least: Least = 2,
+    most: Annotated[
+        int | None, typer.Option(help="Use the first so many facts of a subject.")
+    ] = None,
+    half: Annotated[
+        str, typer.Option(help="all; tune or report: halves without a common subject.")
+    ] = "all",
+    subjects: Subjects = None,
+    wordings: Annotated[
+        int | None, typer.Option(help="Ask at most so many wordings of each form.")
+    ] = None,
+    corpus: MethodsCorpus = None,
+    tokens: Tokens = None,
+    statistics: Statistics = None,
+    layers: Layers = None,
+    seed: Seed = None,
+    output: Folder = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Several facts of each subject, asked for as a user would: six forms, greedy answers,
+    neighbours, identity. The last method is compared with the others.
+    """
+    from knowedit.evaluation.subjects.protocol import differences, measure_subjects, write_subjects
+
+    results = measure_subjects(
+        model,
+        dataset,
+        parse_methods(method, settings, layers, seed),
+        one(corpus),
+        tokens,
+        least=least,
+        most=most,
+        half=half,
+        subjects=subjects,
+        wordings=wordings,
+        where=statistics,
+        device_map=placed(device_map),
+        dtype=dtype,
+        say=say,
+    )
+    if output:
+        write_subjects(output, results)
+    if as_json:
+        print(json.dumps([result.to_dict() for result in results]))
+    else:
+        print("\n\n".join(map(str, [*results, *differences(results)])))
+
+
+@app.command()
+def geometry(
+    model: Model,
+    dataset: Dataset = "embedded",
+    settings: OptionSettings = None,
+    config: Config = None,
+    least: Least = 2,
+    subjects: Subjects = 24,
+    edited: Annotated[
+        int,
+        typer.Option(help="Of so many subjects optimise and write values; slow, 0 leaves it out."),
+    ] = 6,
+    corpus: MethodsCorpus = None,
+    tokens: Tokens = None,
+    statistics: Statistics = None,
+    layers: Layers = None,
+    threshold: Annotated[
+        float, typer.Option(help="Eigenvalues below it span AlphaEdit's null space.")
+    ] = 2e-2,
+    seed: Annotated[int, typer.Option(help="Of the random directions and of the intervals.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for geometry.json and geometry.png."),
+    ] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Is the covariance trap real for this model? Drift of keys, amplification, rho, tolerance,
+    sharpness, by layer.
+    """
+    from knowedit.evaluation.geometry.geometry import geometry as measure
+    from knowedit.evaluation.subjects.protocol import choose
+    from knowedit.io.files import atomic_file
+    from knowedit.models.families import preset_for
+    from knowedit.models.load import load_model
+    from knowedit.report import plots
+    from knowedit.report.page import in_text
+    from knowedit.report.run import geometry_blocks
+    from knowedit.statistics.keys import layer_statistics
+
+    chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
+    wanted = parse_layers(layers) or preset_for(editable).statistics_layers
+    collected = layer_statistics(wanted, editable, one(corpus), tokens, statistics)
+    layered = measure(
+        editable, chosen, collected, wanted, edited=edited, threshold=threshold, seed=seed, say=say
+    )
+    found = [one.to_dict() for one in layered]
+    if output:
+        with atomic_file(output / "geometry.json") as path:
+            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        plots.save(plots.geometry(found), output / "geometry.png")
+    print(json.dumps(found) if as_json else in_text(geometry_blocks(found)))
+
+
+@app.command()
+def trace(
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text up to where the answer begins.")
+    ] = None,
+    subject: Annotated[str | None, typer.Option(help="The part of the prompt to corrupt.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Trace its first token instead of the model's own next one.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Instead of a prompt: known1000, embedded, a file of facts.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(help="Trace the first so many that the model knows (--dataset).")
+    ] = 50,
+    settings: OptionSettings = None,
+    config: Config = None,
+    kind: Annotated[
+        list[str], typer.Option(help="What is restored: hidden, mlp or attention; repeatable.")
+    ] = ["hidden", "mlp", "attention"],  # noqa: B006
+    noise: Annotated[float, typer.Option(help="Standard deviations of the embeddings.")] = 3.0,
+    samples: Annotated[int, typer.Option(help="Draws of the noise.")] = 10,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Layers restored together (mlp, attention); default: 10 of 48."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise and of the intervals.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the JSON and the picture.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Causal tracing: which tokens' states at which layers bring an answer back once its subject is
+    corrupted?
+    """
+    from knowedit.evaluation.tracing.localisation import trace_many
+    from knowedit.evaluation.tracing.tracing import trace as measure
+    from knowedit.facts.sets import load
+    from knowedit.io.files import atomic_file
+    from knowedit.io.progress import bar
+    from knowedit.models.load import load_model
+    from knowedit.report import plots
+    from knowedit.report.page import in_text
+    from knowedit.report.run import trace_blocks
+
+    if (dataset is None) == (prompt is None) or (prompt is None) != (subject is None):
+        raise KnowEditError("give a prompt with its --subject, or a --dataset")
+    if dataset and answer is not None:
+        raise KnowEditError("--answer goes with a prompt; the facts of a --dataset have their own")
+    chosen = load(dataset) if dataset else []
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
+    if prompt is None or subject is None:
+        found = trace_many(
+            editable,
+            chosen,
+            limit,
+            kinds=kind,
+            noise=noise,
+            samples=samples,
+            window=window,
+            seed=seed,
+        ).to_dict()
+    else:
+        with bar("tracing", 1) as advance:
+            found = measure(
+                editable,
+                prompt,
+                subject,
+                answer,
+                kinds=kind,
+                noise=noise,
+                samples=samples,
+                window=window,
+                seed=seed,
+                progress=advance,
+            ).to_dict()
+    if output:
+        name = "trace" if dataset is None else "traces"
+        with atomic_file(output / f"{name}.json") as path:
+            path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        plots.save(plots.trace(found), output / f"{name}.png")
+    print(json.dumps(found) if as_json else in_text(trace_blocks(found)))
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder written by eval, same-subject, geometry, trace or study with -o."
+        ),
+    ],
+) -> None:
+    """Tables and pictures of a folder of results, printed and as one self-contained page
+    report.html in it.
+    """
+    from knowedit.report.run import PAGE
+    from knowedit.report.run import report as write
+
+    print(write(run))
+    print(f"\nwrote {run / PAGE}")

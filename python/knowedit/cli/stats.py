@@ -1,0 +1,390 @@
+"""`knowedit stats`: collect key statistics, and look after the files they are in.
+
+`knowedit stats MODEL ...` collects; the other commands of the group have names (ls, show, verify,
+export, import, clean).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from knowedit.cli.options import (
+    App,
+    Config,
+    DeviceMap,
+    Dtype,
+    Json,
+    Layers,
+    Model,
+    OptionSettings,
+    Quiet,
+    one,
+    parse_layers,
+    placed,
+    say,
+)
+from knowedit.errors import StatisticsError
+from knowedit.io.tables import Column, Table
+
+
+class _Group(TyperGroup):
+    """A first word that names no command is the model of `collect`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["collect", *args]
+        return super().parse_args(ctx, args)
+
+
+app = App(
+    cls=_Group,
+    no_args_is_help=True,
+    help="Key statistics. `knowedit stats MODEL` collects them (see `knowedit stats collect "
+    "--help`); under torchrun on many GPUs.",
+)
+
+Where = Annotated[Path, typer.Argument(help="A statistics file or a folder of them.")]
+
+
+@app.command()
+def collect(
+    model: Model,
+    corpus: Annotated[
+        list[str],
+        typer.Option(
+            help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; "
+            "repeatable, with weights ('wiki.txt*3') to mix."
+        ),
+    ] = ["wikipedia"],  # noqa: B006
+    settings: OptionSettings = None,
+    config: Config = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Keys to sum; default: 64 for each of a key's dimensions; with --until the "
+            "most, 640."
+        ),
+    ] = None,
+    until: Annotated[
+        str,
+        typer.Option(
+            help="tokens; solve: until C^-1 k is known to the tolerance (ROME, MEMIT); "
+            "converged: the null space too (AlphaEdit)."
+        ),
+    ] = "tokens",
+    tolerance: Annotated[float, typer.Option(help="Relative error at which --until stops.")] = 0.3,
+    layers: Layers = None,
+    max_length: Annotated[
+        int, typer.Option(help="Longer documents are cut into pieces of this many tokens.")
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Of the corpus' order or the model's samples.")] = 0,
+    first_tokens: Annotated[
+        bool, typer.Option(help="Count each piece's first token too (an outlier; not advised).")
+    ] = False,
+    precision: Annotated[
+        str, typer.Option(help="Of the sums: exact, or what knowedit_kernels.SecondMoment offers.")
+    ] = "exact",
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a batch; default: what fits into memory.")
+    ] = None,
+    pack: Annotated[
+        bool | None,
+        typer.Option(help="Several texts a row; default: on GPUs, where the model can."),
+    ] = None,
+    halves: Annotated[
+        bool, typer.Option(help="Keep two halves to estimate the error; --no-halves saves memory.")
+    ] = True,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder (default: the cache).")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Collect: all layers in one partial pass, checkpointed; run again to go on after an
+    interruption.
+    """
+    from knowedit.models.load import load_model
+    from knowedit.statistics import key_statistics
+    from knowedit.statistics.distributed.ranks import started
+    from knowedit.statistics.memory import keep_few_compiled_shapes
+
+    keep_few_compiled_shapes()
+    with started() as ranks:
+        told = say if ranks.rank == 0 else lambda _: None
+        editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=told)
+        found = key_statistics(
+            editable,
+            parse_layers(layers),
+            one(corpus),
+            tokens,
+            until=until,
+            tolerance=tolerance,
+            max_length=max_length,
+            skip_first=not first_tokens,
+            seed=seed,
+            precision=precision,
+            directory=output,
+            budget=batch_tokens,
+            packed=pack,
+            halves=halves,
+            checkpoint_every=checkpoint_every,
+            as_json=as_json,
+        )
+    if ranks.rank > 0:
+        return
+    rows = [
+        {
+            "layer": layer,
+            "module": found[layer].module,
+            "tokens": found[layer].count,
+            "trace": float(found.moment(layer).trace()),
+            "first_token_ratio": found.sink_ratio(layer),
+            "sink": found.is_sink(layer),
+            **found[layer].extra,
+        }
+        for layer in found.layers
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    columns = [
+        Column("layer"),
+        Column("tokens", ","),
+        Column("tr C", ".4g"),
+        Column("first/other", ".2f"),
+        Column("error", ".1e"),
+        Column("padding", ".1%"),
+        Column("C^-1 k", align="right"),
+        Column(""),
+    ]
+    cells = [
+        (
+            row["layer"],
+            row["tokens"],
+            row["trace"],
+            row["first_token_ratio"],
+            row["audit"]["normwise"],
+            row["padding"],
+            _estimate(row["convergence"]),
+            "attention sink: refused by the methods" if row["sink"] else "",
+        )
+        for row in rows
+    ]
+    print(Table(columns, cells).without_empty_columns())
+
+
+@app.command()
+def ls(
+    where: Annotated[Path | None, typer.Argument(help="A folder (default: the cache).")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the statistics on this machine: model, layers, tokens, corpus."""
+    from knowedit.io.files import cache_dir
+    from knowedit.statistics.files import store
+
+    folder = where or cache_dir("statistics")
+    groups: dict[Path, list[dict[str, Any]]] = {}
+    for path in store.files(folder):
+        groups.setdefault(path.parent, []).append(
+            {**store.header(path), "bytes": path.stat().st_size}
+        )
+    rows = [
+        {
+            "folder": str(place),
+            "model": found[0]["model"],
+            "fingerprint": found[0]["recipe"]["fingerprint"],
+            "layers": [layer["layer"] for layer in found],
+            "tokens": found[0]["count"],
+            "corpus": found[0]["recipe"]["corpus"]["name"],
+            "bytes": sum(layer["bytes"] for layer in found),
+        }
+        for place, found in groups.items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        layers = ", ".join(map(str, row["layers"]))
+        print(
+            f"{row['model']}  layers {layers}  {row['tokens']:,} tokens of {row['corpus']}  "
+            f"{row['bytes'] / 1e6:.0f} MB"
+        )
+        print(f"  {row['folder']}")
+    if not rows:
+        print(f"no statistics in {folder}; collect some with: knowedit stats MODEL")
+
+
+@app.command()
+def show(
+    where: Where,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Also draw errors and spectrum into this .png, .svg or .pdf."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say all that a file's header records, and how well it has converged."""
+    from knowedit.cli.inspection import describe
+    from knowedit.statistics import KeyStatistics
+
+    found = KeyStatistics.load(where)
+    if as_json:
+        from knowedit.statistics.files import store
+
+        print(json.dumps([store.header(path) for path in store.files(where)]))
+    else:
+        print("\n\n".join(describe(path) for path in _files(where)))
+    if plot is not None:
+        from knowedit.report import plots
+
+        plots.save(plots.statistics(found), plot)
+        if not as_json:
+            print(f"drawn into {plot}")
+
+
+@app.command()
+def verify(
+    where: Annotated[
+        Path, typer.Argument(help="A file of ours, a folder of them, or a peer's .npz.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Also check that it belongs to this model.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Of an .npz whose name does not say.")] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+) -> None:
+    """Check symmetry, positivity, counts and accumulation error, and with --model that the keys are
+    that model's.
+    """
+    from knowedit.models.load import load_model
+    from knowedit.statistics.files import npz, verify
+    from knowedit.statistics.files.store import LayerStatistics
+
+    editable = (
+        load_model(model, dtype=dtype, device_map=placed(device_map), say=say) if model else None
+    )
+    report: dict[str, list[verify.Finding]] = {}
+    for path in [where] if where.suffix == ".npz" else _files(where):
+        if path.suffix == ".npz":
+            peer = npz.read(path)
+            findings = verify.plausible(peer.total, peer.count)
+            if editable is not None:
+                at = npz.layer_of(peer.module, editable) if layer is None else layer
+                if at is None:
+                    raise StatisticsError(
+                        f"{path}: of {peer.module}, which {editable.name} does not have; pass "
+                        f"--layer"
+                    )
+                findings.append(
+                    verify.resembles(peer.total, peer.count, verify.sample(editable, at))
+                )
+        else:
+            found = LayerStatistics.load(path)
+            findings = [
+                *verify.sound(found),
+                *(verify.belongs(found, editable) if editable else []),
+            ]
+        report[str(path)] = findings
+    if as_json:
+        print(json.dumps({name: verify.as_json(findings) for name, findings in report.items()}))
+    else:
+        for name, findings in report.items():
+            print(name)
+            for finding in findings:
+                print(f"  {'ok  ' if finding.ok else 'FAIL'} {finding.name:22} {finding.detail}")
+    if bad := [
+        name for name, findings in report.items() if not all(finding.ok for finding in findings)
+    ]:
+        raise StatisticsError(
+            f"{len(bad)} of {len(report)} files failed: {', '.join(bad)}; collect them again"
+        )
+
+
+@app.command()
+def export(
+    where: Where,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The peer's folder of statistics (`stats_dir`).")
+    ],
+    style: Annotated[
+        str, typer.Option("--format", help="rome, memit, easyedit or alphaedit: whose names.")
+    ] = "rome",
+    dataset: Annotated[str, typer.Option(help="The peer's `mom2_dataset`.")] = "wikipedia",
+    sample_size: Annotated[
+        int, typer.Option(help="The peer's `mom2_n_samples`: it ignores files with another.")
+    ] = 100_000,
+) -> None:
+    """Write .npz files that ROME, MEMIT, EasyEdit or AlphaEdit find and read."""
+    from knowedit.statistics.files import npz
+    from knowedit.statistics.files.store import LayerStatistics
+
+    for path in _files(where):
+        print(
+            npz.write(
+                output, LayerStatistics.load(path), style, dataset=dataset, sample_size=sample_size
+            )
+        )
+
+
+@app.command("import")
+def take(
+    model: Model,
+    files: Annotated[list[Path], typer.Argument(help="A peer's .npz files.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder (default: the cache).")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Where the file's name does not say.")] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+) -> None:
+    """Take over .npz files of ROME, MEMIT, EasyEdit or AlphaEdit, if they are this model's."""
+    from knowedit.models.load import load_model
+    from knowedit.statistics.files import npz, store
+
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
+    for path in files:
+        made, _ = npz.import_layer(path, editable, layer)
+        target = store.layer_file(output or store.folder(editable.name, made.recipe), made.layer)
+        if target.exists():
+            raise StatisticsError(f"{target} exists; choose another folder")
+        made.save(target)
+        print(f"{path} -> {target}: layer {made.layer}, {made.count:,} tokens")
+
+
+@app.command()
+def clean(
+    keep: Annotated[
+        float, typer.Option(help="Gigabytes to keep, most recently used first.", min=0)
+    ] = 0.0,
+) -> None:
+    """Delete cached tokens of corpora (statistics stay): collecting from the same corpus again
+    tokenises it again.
+    """
+    from knowedit.io.files import cache_dir, trim
+
+    folder = cache_dir("tokens")
+    print(f"{folder}: {trim(folder, int(keep * 1e9)):,} bytes of tokens deleted")
+
+
+def _files(where: Path) -> list[Path]:
+    from knowedit.statistics.files import store
+
+    if not (found := store.files(where)):
+        raise StatisticsError(
+            f"{where}: no statistics files here; collect them with `knowedit stats`"
+        )
+    return found
+
+
+def _estimate(looks: list[dict[str, Any]]) -> str:
+    return f"±{looks[-1]['solve'][0]:.1%}" if looks else "-"

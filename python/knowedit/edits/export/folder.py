@@ -1,0 +1,112 @@
+"""Edited models on disk: a folder any transformers user can load, and the record that takes every
+bit back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from knowedit.edits.edit import Edit, read_file
+from knowedit.errors import EditError
+from knowedit.io.files import atomic_file, atomic_folder
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model, fingerprint_of
+
+RECORD = "knowedit-undo.safetensors"
+FORMAT = "knowedit-undo/1"
+
+
+@accepts_model
+def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path) -> Path:
+    """Save `model` with `edits` written into its weights, and the original bits of those weights
+    beside it.
+
+    The folder appears whole or not at all; the model in memory is left as it was found.
+
+    Raises:
+        EditError: an edit does not fit, or the folder exists already. OSError: the disk refuses.
+    """
+    if not edits:
+        raise EditError("no edits to apply; name at least one edit file")
+    if active := model.ledger.active:
+        raise EditError(
+            f"{model.name} has active edits ({', '.join(active)}); undo them and name them with "
+            f"the others"
+        )
+    names = sorted({name for edit in edits for name in edit.changes(model)})
+    parameters = dict(model.hf.named_parameters())
+    originals = {name: parameters[name].detach().cpu().clone() for name in names}
+    header = {
+        "format": FORMAT,
+        "fingerprint": model.fingerprint,
+        "model": model.name,
+        "edits": [
+            {"method": e.method, "key": e.key, "facts": [f.to_dict() for f in e.facts]}
+            for e in edits
+        ],
+    }
+    applied: list[Edit] = []
+    try:
+        for edit in edits:
+            edit.apply(model)
+            applied.append(edit)
+        with atomic_folder(folder) as temporary:
+            model.hf.save_pretrained(temporary)
+            model.tokenizer.save_pretrained(temporary)
+            save_file(originals, temporary / RECORD, metadata={"knowedit": json.dumps(header)})
+    except FileExistsError as error:
+        raise EditError(str(error)) from error
+    finally:
+        for edit in applied:
+            edit.undo(model)
+    return Path(folder)
+
+
+def restore(folder: str | Path) -> str:
+    """Put the original bits back into a folder written by `save_edited`; returns the restored
+    model's fingerprint.
+
+    Each weight file is replaced in one step and the record goes last, so an interrupted undo is
+    finished by running it again.
+
+    Raises:
+        EditError: the folder holds no record, or the result is not the model the edits were made
+            on.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD).exists():
+        raise EditError(
+            f"{folder} holds no {RECORD}: it was not written by `knowedit apply`, or is already "
+            f"undone"
+        )
+    header, originals = read_file(folder / RECORD, FORMAT, "an undo record")
+    left = set(originals)
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name == RECORD:
+            continue
+        with safe_open(file, framework="pt") as opened:
+            metadata, here = opened.metadata(), left & set(opened.keys())
+        if here:
+            tensors = load_file(file)
+            tensors |= {name: originals[name] for name in here}
+            with atomic_file(file) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
+            left -= here
+    if left:
+        raise EditError(
+            f"{folder}: the weights {sorted(left)} of the undo record are in none of its files"
+        )
+    found = fingerprint_of(folder)
+    if found != header["fingerprint"]:
+        raise EditError(
+            f"{folder}: after the undo its fingerprint is {found[:12]}, before the edit it was "
+            f"{header['fingerprint'][:12]}: other weights were changed too; take the original "
+            f"model again"
+        )
+    (folder / RECORD).unlink()
+    return found

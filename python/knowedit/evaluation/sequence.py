@@ -1,0 +1,225 @@
+"""Sequential editing, measured as it goes: batch after batch into one model, compared with the
+unedited one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knowedit.edits.edit import Edit
+from knowedit.errors import KnowEditError
+from knowedit.evaluation.evaluation import Estimates, Evaluation, summarise
+from knowedit.evaluation.measures.base import ask, questions
+from knowedit.evaluation.measures.drift import ORDINARY, Drift, compare
+from knowedit.evaluation.measures.perplexity import perplexity
+from knowedit.facts.fact import Fact
+from knowedit.io.progress import bar
+from knowedit.io.tables import Column, Table
+from knowedit.methods.session import Session
+from knowedit.models.editable import EditableModel
+from knowedit.models.structure import is_transposed
+from knowedit_kernels.lowrank import Change
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """The model after a number of facts.
+
+    Attributes:
+        edits: facts written so far.
+        measures: `{kind: {measure: Estimate}}` of facts written so far, as in `Evaluation`.
+        drift: of the next-word distribution after ordinary prompts, against the unedited model.
+        perplexity: on held-out text; None without text.
+        norm: largest |sum of the updates| / |W| over the changed matrices.
+        gain: lowest gain of any batch so far; 1 for methods without.
+        seconds: spent on computing and applying edits so far.
+    """
+
+    edits: int
+    measures: Estimates
+    drift: Drift
+    perplexity: float | None
+    norm: float
+    gain: float
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+class SequenceMonitor:
+    """Measures a model on its way through a sequence of edits, against its unedited self.
+
+    Args:
+        model: still unedited.
+        facts: all that will be written, in order.
+        texts: held-out documents for the perplexity.
+        measured: indices of the facts that are measured; None: all of them.
+        sample: so many of them at a step, spread evenly over those written so far; None: all.
+
+    Raises:
+        KnowEditError: the model has active edits.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        facts: Sequence[Fact],
+        texts: Sequence[str] = (),
+        *,
+        measured: Iterable[int] | None = None,
+        sample: int | None = None,
+        tokens: int = 2048,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        if model.ledger.active:
+            raise KnowEditError(
+                "the monitor starts from the unedited model; undo the active edits first"
+            )
+        self.model, self.facts, self.texts, self.sample = model, list(facts), texts, sample
+        self.tokens, self.seed = tokens, seed
+        self.measured = sorted(set(measured if measured is not None else range(len(facts))))
+        self.asked = [q for record in self.measured for q in questions(record, facts[record])]
+        self.before = ask(model, self.asked, title="before", progress=progress)
+        self.ordinary = model.next_logprobs(ORDINARY)
+
+    def measure(
+        self, edits: Sequence[Edit], written: int, *, progress: bool = True
+    ) -> SequenceStep:
+        """The model as it is, after `edits` wrote the first `written` facts (none: what the
+        unedited one says of them all).
+        """
+        among = [record for record in self.measured if record < (written or len(self.facts))]
+        places = (
+            np.linspace(0, len(among) - 1, min(self.sample or len(among), len(among)))
+            .round()
+            .astype(int)
+        )
+        chosen = {among[place] for place in places}
+        mine = [i for i, q in enumerate(self.asked) if q.record in chosen]
+        asked, before = [self.asked[i] for i in mine], [self.before[i] for i in mine]
+        answers = (
+            ask(self.model, asked, title=f"after {written}", progress=progress) if edits else before
+        )
+        return SequenceStep(
+            written,
+            summarise(asked, answers, np.random.default_rng(self.seed), before),
+            compare(self.ordinary, self.model.next_logprobs(ORDINARY), ORDINARY),
+            perplexity(self.model, self.texts, tokens=self.tokens) if self.texts else None,
+            max(total_norms(self.model, edits).values(), default=0.0),
+            min((edit.report["gain"] for edit in edits if "gain" in edit.report), default=1.0),
+        )
+
+    def evaluation(self, *, progress: bool = True) -> Evaluation:
+        """All measured facts, before and as the model is now."""
+        rng = np.random.default_rng(self.seed)
+        after = ask(self.model, self.asked, title="after", progress=progress)
+        was = summarise(self.asked, self.before, rng)
+        now = summarise(self.asked, after, rng, self.before)
+        return Evaluation(was, now, self.asked, self.before, after)
+
+
+def write_in_sequence(
+    session: Session, monitor: SequenceMonitor, batch: int, every: int, *, progress: bool = True
+) -> Iterator[SequenceStep]:
+    """Write the monitor's facts in batches of `batch`; a step at the start, after every `every`
+    facts, and at the end.
+
+    A session whose history has the first of the facts goes on after them, without a step at the
+    start.
+
+    Raises:
+        KnowEditError: `batch` or `every` is not positive, or the history holds other facts.
+    """
+    if batch < 1 or every < 1:
+        raise KnowEditError(f"batch and every must be positive, got {batch} and {every}")
+    facts, seconds, edits = monitor.facts, 0.0, list(session.history.edits)
+    begin = len(session.history.facts)
+    if session.history.facts != facts[:begin]:
+        raise KnowEditError(
+            "the session's history holds other facts than those to be written; start with a new "
+            "history"
+        )
+    if not begin:
+        yield monitor.measure(edits, 0, progress=False)
+    due = begin - begin % every + every
+    with bar(f"{session.editor.name}: in sequence", len(facts), "facts", show=progress) as advance:
+        advance(begin)
+        for start in range(begin, len(facts), batch):
+            begun = time.perf_counter()
+            edits.append(session.write(facts[start : start + batch], progress=False))
+            seconds += time.perf_counter() - begun
+            written = min(start + batch, len(facts))
+            advance(written - start)
+            if written >= due or written == len(facts):
+                yield replace(monitor.measure(edits, written, progress=False), seconds=seconds)
+                due = written - written % every + every
+
+
+def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[str, float]:
+    """`|sum of the updates|_F / |W|_F` per changed matrix, W without them; low-rank sums are not
+    formed.
+    """
+    changes = [
+        edit.changes(model) for edit in edits if edit.factors or edit.others
+    ]  # a memory edit has none
+    named = {name for change in changes for name in change}
+    return {
+        name: _total_norm(
+            weight,
+            [change[name] for change in changes if name in change],
+            is_transposed(model.hf, name),
+        )
+        for name, weight in model.hf.named_parameters()
+        if name in named and weight.ndim == 2
+    }
+
+
+def _total_norm(weight: Tensor, parts: Sequence[Change], transposed: bool) -> float:
+    now = weight.double()
+    dense = [part for part in parts if isinstance(part, Tensor)]
+    if dense:
+        pairs = [part for part in parts if not isinstance(part, Tensor)]
+        products = [right @ left.T if transposed else left @ right.T for left, right in pairs]
+        total = sum(part.to(now) for part in [*dense, *products])
+        return float(total.norm() / (now - total).norm())  # type: ignore[union-attr]
+    now = now.T if transposed else now
+    left, right = (torch.cat([part[i] for part in parts], 1).to(now) for i in range(2))
+    square = float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0))
+    # |W - D|^2 = |W|^2 - 2 <W, D> + |D|^2 with W the edited weight
+    clean = float(now.square().sum() - 2 * ((now @ right) * left).sum()) + square
+    return (square / max(clean, 1e-300)) ** 0.5
+
+
+#: Columns of `trajectory_table`: heading, kind and measure.
+COLUMNS = {
+    "efficacy": ("efficacy", "success"),
+    "exact": ("efficacy", "exact"),
+    "paraphrase": ("paraphrase", "success"),
+    "neighbourhood": ("neighbourhood", "success"),
+    "unchanged": ("neighbourhood", "unchanged"),
+}
+
+
+def trajectory_table(trajectory: Sequence[SequenceStep], title: str = "") -> Table:
+    """A row a step: means, without intervals."""
+    others = ("perplexity", "KL", "|D|/|W|", "gain")
+    columns: list[Column | str] = [
+        "edits",
+        *(Column(name, ".3f", "right") for name in (*COLUMNS, *others)),
+    ]
+    rows = []
+    for step in trajectory:
+        found = [step.measures.get(kind, {}).get(measure) for kind, measure in COLUMNS.values()]
+        means = [None if estimate is None else estimate.mean for estimate in found]
+        rows.append([step.edits, *means, step.perplexity, step.drift.kl, step.norm, step.gain])
+    return Table(columns, rows, title)

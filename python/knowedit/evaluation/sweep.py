@@ -1,0 +1,274 @@
+"""Sweeps: several methods, with every combination of some settings, measured alike and shown as one
+table.
+
+    model: HuggingFaceTB/SmolLM2-135M-Instruct
+    dataset: counterfact
+    limit: 48
+    methods:
+      - emmet                                   # as it ships
+      - kind: memit                             # with some settings
+        merge_subjects: false
+      - {kind: alphaedit, grid: {metric.gain: [0.8, 0.9]}}
+    grid: {layers: [[5], [4, 5, 6]]}            # for each of them
+
+Every row keeps the whole record of its method, so that any of them can be made again. A method that
+fails is a row with its reason; rows are on disk before the next method starts, and are not computed
+again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from knowedit.errors import ConfigError, KnowEditError
+from knowedit.evaluation import protocols
+from knowedit.evaluation.intervals import Estimate
+from knowedit.evaluation.measures.base import fact_measures, model_measures
+from knowedit.facts.fact import Fact
+from knowedit.facts.sets import conflict_free, load
+from knowedit.io.config import Config, fields_of
+from knowedit.io.files import atomic_file
+from knowedit.io.tables import Column, Table
+from knowedit.methods.base import Method, statistics_for
+from knowedit.methods.registry import make_method
+from knowedit.models.download import DEFAULT_MODEL
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
+from knowedit.statistics import KeyStatistics
+
+FILE = "sweep.json"
+FORMAT = "knowedit-sweep/1"
+
+
+@dataclass(frozen=True)
+class Sweep(Config):
+    """What is measured.
+
+    Attributes:
+        methods: names, or records as `make_method` takes them, which may have a `grid` of their
+            own.
+        grid: `{setting: values}`; every combination of them changes every method.
+        limit: the first so many facts; None: all.
+        batch, every, protocol: as `protocols.run`.
+        text: held-out text for the perplexity.
+        corpus, tokens, statistics: of the key statistics, as `statistics_for`.
+        seed: of the intervals.
+    """
+
+    methods: tuple[Any, ...] = ()
+    grid: dict[str, Any] = field(default_factory=dict)
+    model: str = DEFAULT_MODEL
+    dataset: str = "embedded"
+    limit: int | None = None
+    protocol: Literal["batch", "single", "sequential"] = "batch"
+    batch: int = 50
+    every: int = 100
+    seed: int = 0
+    dtype: str = "auto"
+    corpus: str | None = None
+    tokens: int | None = None
+    statistics: Path | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.methods:
+            raise ConfigError("a sweep needs methods; name at least one, such as memit")
+
+    def variants(self) -> list[Variant]:
+        """Every method with every combination, in order; the same one once.
+
+        Raises:
+            ConfigError: an unknown method or setting, or a grid that is not a list of values.
+        """
+        found = []
+        for entry in self.methods:
+            if not isinstance(entry, (str, Mapping)):
+                raise ConfigError(f"a method must be a name or a record, got {entry!r}")
+            record: dict[str, Any] = {"kind": entry} if isinstance(entry, str) else dict(entry)
+            own = record.pop("grid", {})
+            start = make_method(record)
+            if self.corpus is not None and "corpus" in set(fields_of(type(start))) - set(record):
+                start = start.with_settings(corpus=self.corpus)
+            for settings in combinations({**self.grid, **own}):
+                found.append(Variant(start.with_settings(settings), settings))
+        return list({json.dumps(v.method.to_dict(), sort_keys=True): v for v in found}.values())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method, and the settings of the grid that made it."""
+
+    method: Method
+    settings: dict[str, Any]
+
+
+def combinations(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One setting a name, in every combination; one empty one for an empty grid. Raises
+    ConfigError.
+    """
+    for name, values in grid.items():
+        if not isinstance(values, (list, tuple)) or not values:
+            raise ConfigError(f"grid.{name} must be a list of values, got {values!r}")
+    for chosen in product(*grid.values()):
+        yield dict(zip(grid, chosen))
+
+
+def read_sweep(path: Path) -> Sweep:
+    """A sweep from a YAML or JSON file. Raises ConfigError for one that is none."""
+    import yaml
+
+    try:
+        record = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: neither YAML nor JSON ({error})") from error
+    return Sweep.from_dict(record if record is not None else {})
+
+
+def run_sweep(
+    sweep: Sweep, folder: Path | None = None, *, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Load everything and measure every method; returns what `sweep.json` holds.
+
+    Args:
+        folder: for `sweep.json`, kept up to date; rows that it has are not computed again.
+
+    Raises:
+        KnowEditError: an unknown name anywhere, before anything is loaded; `folder` holds another
+            sweep.
+    """
+    methods = [variant.method for variant in sweep.variants()]
+    if sweep.statistics is not None and not any(method.needs_statistics for method in methods):
+        raise ConfigError(f"no method here reads statistics; leave {sweep.statistics} out")
+    facts = conflict_free(load(sweep.dataset))[: sweep.limit]
+    model = load_model(sweep.model, dtype=sweep.dtype, say=say)
+    able = [method for method in methods if _fits(method, model)]
+    statistics = statistics_for(able, model, sweep.corpus, sweep.tokens, sweep.statistics)
+    texts = protocols.held_out(sweep.text)
+    return measure_sweep(sweep, model, facts, statistics, folder, texts=texts, say=say)
+
+
+def _fits(method: Method, model: EditableModel) -> bool:
+    """Whether the model has the layers whose statistics the method reads; else its row says why."""
+    try:
+        return all(0 <= layer < len(model.layers) for layer in method.statistics_layers(model))
+    except KnowEditError:
+        return False
+
+
+def measure_sweep(
+    sweep: Sweep,
+    model: EditableModel,
+    facts: Sequence[Fact],
+    statistics: KeyStatistics | None = None,
+    folder: Path | None = None,
+    *,
+    texts: Sequence[str] = (),
+    progress: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """As `run_sweep`, of what is loaded already; the model is left as it was found."""
+    record = _resume(sweep, folder)
+    done = {json.dumps(row["config"], sort_keys=True): row for row in record["rows"]}
+    record["rows"] = []
+    for variant in sweep.variants():
+        method = variant.method
+        kept = done.get(json.dumps(method.to_dict(), sort_keys=True))
+        if kept is None:
+            kept = {
+                "method": method.name,
+                "settings": variant.settings,
+                "config": method.to_dict(),
+                "reason": None,
+                "result": None,
+            }
+            try:
+                found = protocols.run(
+                    model,
+                    facts,
+                    statistics if method.needs_statistics else None,
+                    method,
+                    sweep.protocol,
+                    sweep.dataset,
+                    batch=sweep.batch,
+                    every=sweep.every,
+                    texts=texts,
+                    seed=sweep.seed,
+                    progress=progress,
+                )
+                kept["result"] = json.loads(json.dumps(found.to_dict()))  # as a file has it
+            except KnowEditError as error:
+                kept["reason"] = f"{type(error).__name__}: {error}"
+            say(f"{label(kept)}: {kept['reason'] or 'measured'}")
+        record["rows"].append(kept)
+        if folder is not None:
+            with atomic_file(folder / FILE) as path:
+                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def _resume(sweep: Sweep, folder: Path | None) -> dict[str, Any]:
+    """The record so far; methods and grid may have changed since, what failed is tried again."""
+    fresh: dict[str, Any] = {"format": FORMAT, "sweep": sweep.to_dict(), "rows": []}
+    if folder is None or not (folder / FILE).is_file():
+        return fresh
+    apart = ("methods", "grid")
+    try:
+        kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        rows = [row for row in kept["rows"] if row["reason"] is None]
+        same = all(kept["sweep"][k] == v for k, v in fresh["sweep"].items() if k not in apart)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KnowEditError(
+            f"{folder / FILE} cannot be gone on from ({error}); choose another folder"
+        ) from error
+    if not same:
+        raise KnowEditError(
+            f"{folder} holds a sweep of other facts or another model; choose another folder"
+        )
+    return fresh | {"rows": rows}
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A row's method and what the grid set in it."""
+    settings = (f"{name}={json.dumps(value)}" for name, value in row["settings"].items())
+    return " ".join([row["method"], *settings])
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """One row a method: the settings of the grid, and what each measure shows, where any row has
+    it; reasons of failures below.
+    """
+    rows = [row for row in record["rows"] if row["result"]]
+    settings = list(dict.fromkeys(name for row in record["rows"] for name in row["settings"]))
+    after = [row["result"]["evaluation"]["after"] for row in rows]
+    effects = [row["result"]["side_effects"] for row in rows]
+    columns, values = [Column("method")], [[row["method"] for row in rows]]
+    for name in settings:
+        columns.append(Column(name, align="right"))
+        found = [row["settings"].get(name) for row in rows]
+        values.append([None if value is None else json.dumps(value) for value in found])
+    for kind, of_facts in fact_measures().items():
+        for figure in of_facts.shown:
+            estimates = [rates.get(kind, {}).get(figure) for rates in after]
+            columns.append(Column(f"{kind} {figure}", ".3f", "right"))
+            values.append([e and Estimate(**e) for e in estimates])
+    for name, of_model in model_measures().items():
+        for figure, form in of_model.shown.items():
+            columns.append(Column(f"{name} {figure}", form, "right"))
+            values.append([found.get(name, {}).get(figure) for found in effects])
+    columns.append(Column("s a fact", ".2f", "right"))
+    values.append([row["result"]["seconds"] for row in rows])
+    failed = [f"{label(row)}: {row['reason']}" for row in record["rows"] if row["reason"]]
+    made = Table(columns, list(zip(*values)), notes=failed)
+    return made.without_empty_columns() if rows else made
+
+
+def configs(record: Mapping[str, Any]) -> Table:
+    """The whole record of every method."""
+    rows = [[label(row), json.dumps(row["config"])] for row in record["rows"]]
+    return Table(["method", "record"], rows, "Methods, as `make_method` takes them")

@@ -1,0 +1,134 @@
+"""What every method has in common: facts go in, an `Edit` comes out, and the model is as it was."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from knowedit.edits.edit import Edit
+from knowedit.edits.history import History
+from knowedit.errors import EditError, StatisticsError
+from knowedit.facts.fact import Fact, check_facts
+from knowedit.io.config import Config, fields_of
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
+from knowedit.statistics.keys import KeyStatistics, layer_statistics
+
+Self = TypeVar("Self", bound="Method")
+
+
+class Method(Config):
+    """A frozen dataclass whose fields are its settings, recorded in every edit that it makes.
+
+    Attributes:
+        kind: its name on the command line and in records.
+        name: as reports say it.
+        needs_statistics: whether `compute` must be given key statistics, of
+            `statistics_layers(model)`.
+    """
+
+    family = "method"
+    name: ClassVar[str]
+    needs_statistics: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **others: Any) -> None:
+        if "name" in vars(cls) and "kind" not in vars(cls):
+            cls.kind = cls.name.lower()
+        super().__init_subclass__(**others)
+
+    @accepts_model
+    def compute(
+        self,
+        model: EditableModel,
+        facts: Sequence[Fact],
+        statistics: KeyStatistics | None = None,
+        *,
+        history: History | None = None,
+        progress: bool = True,
+    ) -> Edit:
+        """Compute the edit of the model as it is now; neither the model nor the history is touched.
+
+        Args:
+            statistics: key statistics of `statistics_layers(model)`, of the unedited model.
+            history: earlier edits, applied to the model. Methods that write keys leave those of the
+                history alone.
+
+        Raises:
+            FactError: repeated or contradictory facts, earlier ones included.
+            EditError: settings, or a model, with which the method cannot work.
+        """
+        facts = checked(facts, model, history)
+        return self._recorded(self._compute(model, facts, statistics, history, progress))
+
+    @abstractmethod
+    def _compute(
+        self,
+        model: EditableModel,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
+    ) -> Edit:
+        """The edit of checked `facts`; `compute` adds the record of how it was made."""
+
+    def _recorded(self, made: Edit) -> Edit:
+        made.config = self.to_dict()
+        return made
+
+    @accepts_model
+    def compute_each(
+        self,
+        model: EditableModel,
+        facts: Sequence[Fact],
+        statistics: KeyStatistics | None = None,
+        *,
+        progress: bool = True,
+    ) -> Iterable[Edit]:
+        """One independent edit a fact, each computed when it is asked for (dense ones are as large
+        as the model).
+        """
+        for fact in facts:
+            yield self.compute(model, [fact], statistics, progress=False)
+
+    def with_corpus(self: Self, corpus: Any) -> Self:
+        """The same, reading its ordinary text from `corpus`, if it reads any itself (NeuronPatch)
+        and one is given.
+        """
+        takes = corpus is not None and "corpus" in fields_of(type(self))
+        return self.with_settings({"corpus": corpus}) if takes else self
+
+    @accepts_model
+    def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
+        """The layers whose key statistics it uses; none for a method without statistics."""
+        return ()
+
+
+def checked(facts: Sequence[Fact], model: EditableModel, history: History | None) -> list[Fact]:
+    """`facts`, when they can be written after those of the history. Raises FactError, EditError."""
+    facts = history.check_new(facts) if history else check_facts(list(facts))
+    if not facts:
+        raise EditError("there are no facts to write; give at least one")
+    if history is not None:
+        history.check(model)
+    return facts
+
+
+def statistics_for(
+    methods: Iterable[Method],
+    model: EditableModel,
+    corpus: Any,
+    tokens: int | None,
+    where: Path | None = None,
+) -> KeyStatistics | None:
+    """The key statistics that the methods need together, as `layer_statistics`; None where none
+    does.
+
+    Raises:
+        StatisticsError: some were named (`where`) and none is needed; or as `layer_statistics`.
+    """
+    layers = sorted({layer for method in methods for layer in method.statistics_layers(model)})
+    if where is not None and not layers:
+        raise StatisticsError(f"no method here reads statistics; leave {where} out")
+    return layer_statistics(layers, model, corpus, tokens, where) if layers else None

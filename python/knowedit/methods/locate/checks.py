@@ -1,0 +1,121 @@
+"""What a careful user wants to know before trusting an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from knowedit.edits.edit import relative_norms
+from knowedit.errors import EditError
+from knowedit.facts.fact import Fact
+from knowedit.methods.locate.task import Task, WrittenLayers
+from knowedit.methods.locate.values import Targets, prompt_rows
+from knowedit.models.editable import EditableModel
+from knowedit.statistics import SINK_RATIO, KeyStatistics
+
+LOW_GAIN = 0.9
+LARGE_NORM = 0.8
+
+
+def first_token_warnings(
+    model: EditableModel, facts: Sequence[Fact], contexts: Sequence[str], allowed: bool
+) -> list[str]:
+    """Facts whose bare prompt has its subject at position 0, where the attention sink sits.
+
+    Raises:
+        EditError: no context puts anything in front of such a subject, and this is not allowed.
+    """
+    at_start = [fact.subject for fact in facts if model.row(fact.text, fact.subject).subject == 0]
+    if not at_start:
+        return []
+    lone = [
+        f.subject
+        for f in facts
+        if f.subject in at_start and prompt_rows(model, f, contexts)[0].subject == 0
+    ]
+    if lone and not allowed:
+        raise EditError(
+            f"subject {lone[0]!r} is the very first token, where a causal model keeps its "
+            f"attention sink, in every context: "
+            "add one with words in front to target.contexts, or pass allow_sinks=True"
+        )
+    return [
+        f"{len(at_start)} subject(s) are the prompt's very first token "
+        f"({', '.join(map(repr, at_start[:3]))}), where a causal "
+        "model keeps its attention sink; their keys and values are taken from the prompts with "
+        "a context in front"
+    ]
+
+
+def sink_warnings(statistics: KeyStatistics, layers: Sequence[int], allowed: bool) -> list[str]:
+    """A warning for each layer on the attention sink. Raises EditError when they are not
+    allowed.
+    """
+    warnings = []
+    for layer in filter(statistics.is_sink, layers):
+        warning = (
+            f"layer {layer} carries the attention sink (first-token keys are "
+            f"{statistics.sink_ratio(layer):.0f}x longer than the others, limit {SINK_RATIO:.0f}x)"
+        )
+        if not allowed:
+            raise EditError(f"{warning}; choose another layer, or pass allow_sinks=True")
+        warnings.append(warning)
+    return warnings
+
+
+def outcome(
+    settings: dict[str, Any], task: Task, targets: Targets, written: WrittenLayers
+) -> dict[str, Any]:
+    """What was planned and what came of it, for `Edit.report`."""
+    report = {
+        "settings": settings,
+        "layers": written.layers,
+        "gain": min(entry["gain"] for entry in written.layers.values()),
+        "relative_norm": {
+            str(k): v for k, v in relative_norms(task.model, written.factors).items()
+        },
+        "planned_nll": float(targets.nll.mean()),
+        "steps": targets.steps.tolist(),
+        **written.report,
+    }
+    warnings = [*task.warnings, *outcome_warnings(report, targets, task.groups)]
+    return {**report, "warnings": warnings}
+
+
+def outcome_warnings(
+    report: dict[str, Any], targets: Targets, groups: Sequence[Sequence[Fact]]
+) -> list[str]:
+    """What a careful user wants to know before trusting the edit."""
+    warnings = []
+    merged = [group[0].subject for group in groups if len(group) > 1]
+    if merged:
+        warnings.append(
+            f"{len(merged)} subject(s) with several facts share one value each "
+            f"({', '.join(merged[:3])}, ...)"
+        )
+    ahead = report.get("look_ahead", {})
+    if ahead.get("used"):  # the training makes up for a small gain
+        if ahead["after"]["realised"] > 1.0:
+            warnings.append(
+                f"the answers end at an NLL of {ahead['after']['realised']:.1f}; more steps or "
+                f"a larger clamp may help"
+            )
+    elif report["gain"] < LOW_GAIN:
+        warnings.append(
+            f"only {report['gain']:.0%} of the planned change is realised; lower the weight, or "
+            f"raise the gain"
+        )
+    for layer, norm in report["relative_norm"].items():
+        if norm > LARGE_NORM:
+            warnings.append(
+                f"layer {layer} changes by {norm:.0%} of its own norm; spread over more layers "
+                f"or edit fewer facts at once"
+            )
+    worst = int(targets.nll.argmax())
+    if float(targets.nll[worst]) > 1.0:
+        warnings.append(
+            f"the value of {groups[worst][0].subject!r} did not converge (NLL "
+            f"{float(targets.nll[worst]):.1f}); "
+            "more steps or a larger clamp may help"
+        )
+    return warnings

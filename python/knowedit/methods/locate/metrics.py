@@ -1,0 +1,242 @@
+"""Metrics: what a write must leave alone, and how much of a planned change it realises.
+
+`Delta = R A` with `A = (K^T M^-1 K + 1)^-1 K^T M^-1` for a soft constraint under the metric `M`, or
+`A = (K^T M^-1 K)^-1 K^T M^-1` for an exact one (`knowedit_kernels.EditSolver`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from knowedit.edits.history import History
+from knowedit.errors import EditError
+from knowedit.io.config import Config
+from knowedit.methods.locate.entities import entity_moments
+from knowedit.methods.locate.task import Task
+from knowedit.statistics import KeyStatistics
+from knowedit_kernels import EditSolver, solver, weight_for_gain
+from knowedit_kernels.solver.edit_solver import Constraint
+
+M = TypeVar("M", bound="Metric")
+
+
+class Metric(Config):
+    """What to preserve at a layer.
+
+    Attributes:
+        constraint: "soft" trades the change for the preservation, "equality" realises all of it.
+    """
+
+    family = "metric"
+    constraint: ClassVar[Constraint] = "soft"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it is made of key statistics."""
+        return True
+
+    def prepared(self: M, task: Task) -> M:
+        """The metric for one task, with what it must compute from the model first."""
+        return self
+
+    def with_gain(self: M, gain: float) -> M:
+        """The same metric for another gain, where it has one."""
+        return self
+
+    @abstractmethod
+    def at(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor
+    ) -> tuple[solver.Metric, dict[str, Any]]:
+        """The matrix at `layer`, weighed for `keys` `[d_ff, n]`; and what was chosen, for the
+        report.
+        """
+
+    def solver(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor, history: History | None = None
+    ) -> tuple[EditSolver, dict[str, Any]]:
+        """The solver for `keys` `[d_ff, n]` under this metric and the history; and what was
+        chosen for it.
+        """
+        metric, chosen = self.at(statistics, layer, keys)
+        return EditSolver(
+            history.extend(metric, layer) if history else metric, keys, self.constraint
+        ), chosen
+
+
+@dataclass(frozen=True)
+class Weighed(Metric, abstract=True):
+    """A soft metric whose weight follows from a gain.
+
+    Attributes:
+        gain: the weight is set so that an edit alone would realise this share of its planned
+            change.
+        weight: the weight itself; wins over `gain`.
+    """
+
+    gain: float = 0.9
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gain < 1:
+            raise EditError(
+                f"{self.kind}.gain must lie between 0 and 1, got {self.gain}; the metric 'exact' "
+                "(ROME, EMMET) writes all of a change"
+            )
+        if self.weight is not None and not self.weight > 0:
+            raise EditError(f"{self.kind}.weight must be positive, got {self.weight}")
+
+    def with_gain(self: M, gain: float) -> M:
+        return replace(self, gain=gain)  # type: ignore[type-var]
+
+    def weigh(self, metric: solver.Metric, keys: Tensor) -> float:
+        """The weight for `keys` `[d_ff, n]`."""
+        return self.weight if self.weight is not None else weight_for_gain(metric, keys, self.gain)
+
+
+@dataclass(frozen=True)
+class Covariance(Weighed):
+    """The keys' second moment C over ordinary text (MEMIT, Meng et al. 2023, eq. 14):
+    `Delta = R K^T (lambda C + K K^T)^-1`; `weight` is lambda, `mom2_update_weight` of the published
+    code.
+    """
+
+    def at(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor
+    ) -> tuple[solver.Metric, dict[str, Any]]:
+        metric = statistics.metric(layer)
+        weight = self.weigh(metric, keys)
+        return metric.with_weight(weight), {"lambda": weight}
+
+
+@dataclass(frozen=True)
+class Exact(Metric):
+    """The covariance under an equality constraint, `Delta K = R` (ROME, Meng et al. 2022, eq. 2;
+    EMMET, Gupta et al. 2024).
+
+    Attributes:
+        ridge: added to the diagonal of `K^T C^-1 K`, which keys that depend on each other make
+            singular (0.1 in EMMET's published code). With a ridge the constraint is soft: it is
+            the covariance with weight = ridge.
+    """
+
+    ridge: float = 0.0
+
+    constraint: ClassVar[Constraint] = "equality"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ridge < 0:
+            raise EditError(f"exact.ridge must not be negative, got {self.ridge}")
+
+    def at(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor
+    ) -> tuple[solver.Metric, dict[str, Any]]:
+        return statistics.metric(layer), {}
+
+    def solver(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor, history: History | None = None
+    ) -> tuple[EditSolver, dict[str, Any]]:
+        if self.ridge:
+            return Covariance(weight=self.ridge).solver(statistics, layer, keys, history)
+        try:
+            return super().solver(statistics, layer, keys, history)
+        except ValueError as error:
+            raise EditError(
+                f"the exact metric at layer {layer}: {error}; here: merge_subjects=True, or "
+                "metric.ridge=0.1"
+            ) from error
+
+
+@dataclass(frozen=True)
+class NullSpace(Weighed):
+    """The null space of the covariance (AlphaEdit, Fang et al. 2025), beside the keys of earlier
+    edits: `Delta = R K^T P (Kp Kp^T P + K K^T P + beta I)^-1`; `weight` is beta, `L2` of the
+    published code.
+
+    The published threshold calls every eigenvalue below 0.02 zero, whatever the scale of the keys;
+    here it is relative to the mean eigenvalue.
+
+    Attributes:
+        relative: eigenvalues of C below this multiple of their mean count as zero.
+        threshold: the same as an absolute number (published: 0.02); wins over `relative`.
+    """
+
+    relative: float = 1.0
+    threshold: float | None = None
+
+    def at(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor
+    ) -> tuple[solver.Metric, dict[str, Any]]:
+        found = statistics[layer]
+        mean = float(found.total.diagonal().mean()) / found.count
+        threshold = self.threshold if self.threshold is not None else self.relative * mean
+        space = statistics.null_space(layer, threshold)
+        try:
+            weight = self.weigh(space, keys)
+        except ValueError as error:
+            raise EditError(
+                f"the null space at layer {layer}: {error}; raise metric.threshold"
+            ) from error
+        return space.with_weight(weight), {
+            "beta": weight,
+            "threshold": threshold,
+            "null_directions": space.rank,
+        }
+
+
+@dataclass(frozen=True)
+class Blend(Weighed):
+    """Covariance + moment of other entities + identity, each of unit trace (RoSE).
+
+    Attributes:
+        shares: of the three. (1, 0, 0) is MEMIT's metric, (0, 0, 1) the pure identity (isotropic
+            geometric alignment), (1 - g, 0, g) their interpolation.
+        entities: `{layer: [d_ff, d_ff]}` the entities' moments; None: of the shipped entities.
+        pools: so many neighbour prompts a fact are left to the training and are not in the metric.
+    """
+
+    gain: float = 0.88
+    shares: tuple[float, float, float] = (0.16, 0.45, 0.39)
+    entities: Mapping[int, Tensor] | None = field(default=None, repr=False)
+    pools: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.shares) < 0 or not sum(self.shares) > 0:
+            raise EditError(f"blend.shares must not be negative or all zero, got {self.shares}")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """The pure identity needs none."""
+        return bool(self.shares[0])
+
+    def prepared(self, task: Task) -> Blend:
+        if not self.shares[1] or self.entities is not None:
+            return self
+        used = [text for texts in task.neighbour_prompts(self.pools) for text in texts]
+        tested = [p.prompt for fact in task.facts for p in (*fact.neighbours, *fact.portability)]
+        leave_out = "\n".join([fact.subject for fact in task.facts] + used + tested)
+        material = task.material
+        moments = entity_moments(
+            task.model, task.layers, leave_out, material.neighbours, seed=material.seed
+        )
+        return replace(self, entities=moments)
+
+    def at(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor
+    ) -> tuple[solver.Metric, dict[str, Any]]:
+        covariance, entities, identity = self.shares
+        terms = [(covariance, statistics.moment(layer))] if covariance else []
+        terms += [(entities, self.entities[layer])] if entities and self.entities else []
+        scaled = [(share / float(part.trace()), part) for share, part in terms]
+        metric: solver.Metric = (
+            solver.combined(scaled, identity / len(keys)) if scaled else solver.Identity(len(keys))
+        )
+        weight = self.weigh(metric, keys)
+        return metric.with_weight(weight), {"weight": weight}

@@ -1,0 +1,205 @@
+"""Locate-then-edit as one recipe made of values: metric x target x spread x keys (x training).
+
+facts -> groups -> target (values to write)
+      -> for each layer: keys K, residual R, metric M -> solver: Delta = R A
+      -> training (where there is one): the write-outs R go on through the edited model
+      -> Edit
+
+Every named method is one small file in `named/`; any other combination is a `Recipe` of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+from knowedit.edits.edit import Edit
+from knowedit.edits.history import History
+from knowedit.errors import EditError
+from knowedit.facts.fact import Fact, check_facts
+from knowedit.methods.base import Method
+from knowedit.methods.locate.checks import first_token_warnings, outcome, sink_warnings
+from knowedit.methods.locate.keys import group_by_subject
+from knowedit.methods.locate.keysets import ContextKeys, Keys
+from knowedit.methods.locate.metrics import Covariance, Metric
+from knowedit.methods.locate.spreads import Even, Spread
+from knowedit.methods.locate.targets import HiddenState, Target
+from knowedit.methods.locate.task import Material, Runtime, Task, WrittenLayers
+from knowedit.methods.locate.trainings.base import Training
+from knowedit.methods.locate.values import Targets
+from knowedit.models.editable import EditableModel
+from knowedit.models.families import preset_for
+from knowedit.models.load import accepts_model
+from knowedit.statistics import KeyStatistics
+
+
+@dataclass(frozen=True)
+class Recipe(Method):
+    """A locate-then-edit method. What is None comes from the model's preset, or is calibrated;
+    `Edit.report` has the choice.
+
+    Attributes:
+        metric: what the write must leave alone.
+        target: which values are written, one a group of facts.
+        spread: which layers write them, and how much each.
+        keys: at which keys they are written.
+        training: how the write-outs are trained on; None: they are not.
+        layers: edited layers; values are optimised at the last one. None: the spread's choice.
+        merge_subjects: facts of one subject get one value.
+        allow_sinks: edit a layer that carries the attention sink, or a subject that is the very
+            first token.
+        material: texts beside the facts that the parts may use.
+        runtime: how much is computed at once, and on what.
+    """
+
+    metric: Metric = field(default_factory=Covariance)
+    target: Target = field(default_factory=HiddenState)
+    spread: Spread = field(default_factory=Even)
+    keys: Keys = field(default_factory=ContextKeys)
+    training: Training | None = None
+    layers: tuple[int, ...] | None = None
+    merge_subjects: bool = True
+    allow_sinks: bool = False
+    material: Material = field(default_factory=Material)
+    runtime: Runtime = field(default_factory=Runtime)
+
+    name = "Recipe"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            self.spread.check([], self.layers)
+
+    @property
+    def needs_statistics(self) -> bool:  # type: ignore[override]
+        return self.metric.needs_statistics
+
+    @accepts_model
+    def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
+        """The layers that it edits. Raises EditError for none, ModelError for one that is not
+        there.
+        """
+        chosen = self.spread.layers(preset_for(model)) if self.layers is None else self.layers
+        layers = tuple(sorted(set(chosen)))
+        if not layers:
+            raise EditError("layers is empty; name at least one layer")
+        model.check_layers(layers)
+        return layers
+
+    def _compute(
+        self,
+        model: EditableModel,
+        facts: list[Fact],
+        statistics: KeyStatistics | None,
+        history: History | None,
+        progress: bool,
+    ) -> Edit:
+        groups = group_by_subject(facts, self.merge_subjects)
+        self.spread.check(groups, self.statistics_layers(model))
+        task = self.prepare(model, groups, statistics, history, progress)
+        return self.finish(task, self.target.values(task))
+
+    @accepts_model
+    def compute_each(
+        self,
+        model: EditableModel,
+        facts: Sequence[Fact],
+        statistics: KeyStatistics | None = None,
+        *,
+        progress: bool = True,
+    ) -> Iterable[Edit]:
+        """One independent edit a fact; the values of all of them are optimised together, which is
+        much faster.
+        """
+        groups = [check_facts([fact]) for fact in facts]
+        whole = self.prepare(model, groups, statistics, progress=progress)
+        targets = self.target.values(whole)
+        tasks = [
+            self.prepare(model, [group], statistics, progress=progress) for group in whole.groups
+        ]
+        made = [self.finish(task, targets.select([i])) for i, task in enumerate(tasks)]
+        return [self._recorded(edit) for edit in made]
+
+    def prepare(
+        self,
+        model: EditableModel,
+        groups: list[list[Fact]],
+        statistics: KeyStatistics | None,
+        history: History | None = None,
+        progress: bool = True,
+    ) -> Task:
+        """The task of writing `groups` with these settings, or the preset's where there are none.
+
+        Raises:
+            EditError: no layers, no statistics, a layer on the attention sink, a history of
+                another model.
+            StatisticsError: statistics of another model or other layers.
+            ModelError: a layer that does not exist.
+        """
+        preset, layers = preset_for(model), self.statistics_layers(model)
+        values, warnings = self.target.resolved(preset, self.runtime), []
+        if not preset.measured and (self.layers is None or not self.target.complete):
+            how = (
+                "by calibration" if preset.origin == "calibrated" else "as published for this shape"
+            )
+            warnings.append(
+                f"{model.name} has no measured preset: layer(s) {list(layers)} and value settings "
+                f"are chosen {how}"
+            )
+        if statistics is not None:
+            statistics.check(model, layers)
+            warnings += sink_warnings(statistics, layers, self.allow_sinks)
+        elif self.needs_statistics:
+            raise EditError(
+                f"{self.name} needs key statistics of layers {list(layers)}: pass "
+                "key_statistics(model, ...)"
+            )
+        facts = [fact for group in groups for fact in group]
+        warnings += first_token_warnings(model, facts, values.contexts, self.allow_sinks)
+        return Task(
+            name=self.name,
+            model=model,
+            groups=groups,
+            layers=layers,
+            values=values,
+            statistics=statistics or KeyStatistics({}),
+            material=self.material,
+            runtime=self.runtime,
+            history=history,
+            warnings=tuple(warnings),
+            progress=progress,
+        )
+
+    def finish(self, task: Task, targets: Targets) -> Edit:
+        """Write the values, train them on where the recipe says so, and report."""
+        metric = self.metric.prepared(task)
+
+        def write(metric: Metric, targets: Targets) -> WrittenLayers:
+            return self.write(task, metric, targets)
+
+        written = write(metric, targets)
+        if self.training is not None:
+            written = self.training.trained(task, metric, targets, written, write)
+        settings = {
+            "layers": list(task.layers),
+            "values": asdict(task.values),
+            "merge_subjects": self.merge_subjects,
+        }
+        report = outcome(settings, task, targets, written)
+        return Edit(
+            self.name, written.factors, task.facts, task.model.fingerprint, report, written.keys
+        )
+
+    def write(self, task: Task, metric: Metric, targets: Targets) -> WrittenLayers:
+        """From values to factors, layer by layer; each layer sees what those below it have
+        written.
+        """
+        written = WrittenLayers()
+        for i, layer in enumerate(task.layers):
+            with task.model.virtual(written.factors):
+                found = self.keys.at(task, layer, of_mlp=self.target.of_mlp)
+            missing = targets.wanted.to(found.outputs.device) - found.outputs
+            residual = self.spread.share(missing, len(task.layers) - i)
+            solver, chosen = metric.solver(task.statistics, layer, found.keys.T, task.history)
+            written.add(layer, residual, solver, found, chosen)
+        return written

@@ -1,0 +1,202 @@
+"""Targets: which values to write, one a group of facts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from knowedit.io.config import Config
+from knowedit.io.progress import bar
+from knowedit.methods.locate.task import Runtime, Task
+from knowedit.methods.locate.values import (
+    Problem,
+    Targets,
+    ValueSettings,
+    optimise_values,
+)
+from knowedit.models.editable import EditableModel
+from knowedit.models.families.preset import Preset
+from knowedit.models.partial import Hook, hooked
+from knowedit.models.structure import attention_of
+
+
+class Target(Config):
+    """How the values are found.
+
+    Attributes:
+        of_mlp: the value is the MLP's output, not the layer's.
+    """
+
+    family = "target"
+    of_mlp: ClassVar[bool] = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether it says everything by itself, without the model's preset."""
+        return all(value is not None for value in vars(self).values())
+
+    @abstractmethod
+    def resolved(self, preset: Preset, runtime: Runtime) -> ValueSettings:
+        """The numbers to optimise with; what is None is the preset's."""
+
+    @abstractmethod
+    def values(self, task: Task) -> Targets:
+        """One value a group of the task, at its last layer."""
+
+
+@dataclass(frozen=True)
+class HiddenState(Target):
+    """The layer's output at the subject's last token, optimised until the model says the new
+    object (ROME, Meng et al. 2022, eq. 4). What is None comes from the model's preset.
+
+    Attributes:
+        steps: gradient evaluations, the last of which only measures.
+        lr: Adam's step a coordinate, in units of the hidden state; "calibrated": about a tenth of
+            the clean state's norm a step.
+        clamp: largest `|delta| / |z0|`.
+        weight_decay: weight of `|delta| / |z0|^2`.
+        kl: weight of KL(edited || clean) at the subject's last token of "{subject} is a".
+        stop: a fact is finished once its loss is below this.
+        contexts: templates around the prompt; the first is "{}".
+    """
+
+    steps: int | None = None
+    lr: float | Literal["calibrated"] | None = None
+    clamp: float | None = None
+    weight_decay: float | None = None
+    kl: float | None = None
+    stop: float | None = None
+    contexts: tuple[str, ...] | None = None
+
+    problem: ClassVar[type[Problem] | None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ValueSettings(**self._given())  # its checks
+
+    def _given(self) -> dict[str, Any]:
+        """The numbers that are not the preset's."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return given | ({"lr": None} if self.lr == "calibrated" else {})
+
+    def resolved(self, preset: Preset, runtime: Runtime) -> ValueSettings:
+        return ValueSettings(**{**preset.values, **self._given(), **vars(runtime)})
+
+    def values(self, task: Task) -> Targets:
+        return self._optimised(task, task.groups, "optimising values", "values")
+
+    def _optimised(self, task: Task, groups: Any, title: str, unit: str) -> Targets:
+        with bar(f"{task.name}: {title}", len(groups), unit, show=task.progress) as advance:
+            return optimise_values(
+                task.model,
+                groups,
+                task.layers[-1],
+                task.values,
+                problem=self.problem,
+                progress=advance,
+            )
+
+
+@dataclass(frozen=True)
+class MergedFacts(HiddenState):
+    """A value for each fact, merged to the smallest one a subject that reaches as far as each
+    (RoSE's tree; after its training it equals the joint value on SmolLM2, within the noise).
+    """
+
+    def values(self, task: Task) -> Targets:
+        if all(len(group) == 1 for group in task.groups):
+            return super().values(task)
+        leaves = [[fact] for fact in task.facts]
+        return merge(self._optimised(task, leaves, "a value for each fact", "facts"), task)
+
+
+def merge(leaves: Targets, task: Task) -> Targets:
+    """The smallest delta a subject that reaches as far as each fact's own in its direction,
+    `delta . d_t = |d_t|^2`, then within the clamp.
+
+    (Constraining the facts' gains instead does not help: at optimised values their gradients are
+    noise.)
+    """
+    owner = torch.tensor([number for number, group in enumerate(task.groups) for _ in group])
+    parts = []
+    for number in range(len(task.groups)):
+        rows = leaves.delta[owner == number].double()
+        length = rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        unit = rows / length
+        gram = unit @ unit.T + 1e-3 * torch.eye(len(unit), dtype=unit.dtype)
+        parts.append((unit.T @ torch.linalg.solve(gram, length))[:, 0])
+
+    def mean(x: Tensor) -> Tensor:
+        rows = [x[owner == number].float().mean(0) for number in range(len(task.groups))]
+        return torch.stack(rows)
+
+    value, delta = mean(leaves.value), torch.stack(parts).float()
+    longest = task.values.clamp * value.norm(dim=1)
+    delta = delta * (longest / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1)[:, None]
+    return Targets(delta, value, mean(leaves.loss), mean(leaves.nll), mean(leaves.steps))
+
+
+class TwoDeltas(Problem):
+    """Two deltas a group, `[groups, 2, hidden]`: of the attention's and the MLP's output of the
+    layer.
+    """
+
+    @classmethod
+    def at(cls, layer: int, model: EditableModel, plans: Sequence[Any]) -> Problem:
+        return super().at(layer - 1, model, plans)
+
+    def states(self, rows: Tensor) -> Tensor:
+        seen: dict[int, Tensor] = {}
+
+        def see(part: int, output: Tensor) -> None:
+            seen[part] = output[:, 0]
+
+        with torch.no_grad(), self._hooked(see):
+            self.part.select(rows).run()
+        return torch.stack([seen[0], seen[1]], 1)
+
+    def run(self, delta: Tensor) -> Tensor:
+        each = delta[self.of_row]
+
+        def add(part: int, output: Tensor) -> Tensor:
+            lifted = output[:, :1] + each[:, part : part + 1].to(output)
+            return torch.cat([lifted, output[:, 1:]], 1)
+
+        with self._hooked(add):
+            return self.part.run()
+
+    def _hooked(
+        self, change: Callable[[int, Tensor], Tensor | None]
+    ) -> AbstractContextManager[None]:
+        """Pass the outputs of the attention (part 0) and the MLP's projection (part 1) through
+        `change`.
+        """
+        layer = self.part.from_layer
+        modules = attention_of(self.model.layers[layer]), self.model.projection(layer)
+
+        def hook(part: int) -> Hook:
+            return lambda _, output: change(part, output)
+
+        return hooked({module: hook(part) for part, module in enumerate(modules)})
+
+
+@dataclass(frozen=True)
+class AttentionAndMLP(HiddenState):
+    """The MLP's output, optimised together with the attention's, which takes up what does not
+    belong into the MLP and is thrown away (PMET, Li et al. 2024).
+
+    Attributes:
+        clamp: largest `|delta|` of either, relative to its own clean output. The preset's is meant
+            for the much longer hidden state: with 0.75 SmolLM2 says few of the new answers.
+    """
+
+    clamp: float | None = 4.0
+
+    of_mlp: ClassVar[bool] = True
+    problem: ClassVar[type[Problem] | None] = TwoDeltas

@@ -1,0 +1,162 @@
+"""Training write-outs through the edited model itself.
+
+Every locate-then-edit method writes `Delta_l = R_l A_l`. The read-in `A_l` depends on keys and
+metric only, so it can be frozen and the write-out `R_l` trained: the edit is a LoRA pair whose
+lora_A is the solver (our derivation). What the solver cannot execute, what it executes at other
+tokens, and what several layers do together is then in the loss, while the stock targets only plan.
+RoSE, MetaKE and Look-Ahead share this loop.
+
+A step replays the texts from the first edited layer on (`models.partial`); everything below is
+cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from knowedit.facts.fact import Fact
+from knowedit.io.config import Config
+from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Through, TrainedTexts, WriteOuts
+from knowedit.models.editable import EditableModel
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Config):
+    """How write-outs are trained.
+
+    Attributes:
+        steps, lr, betas, decay: Adam on the write-outs; `lr` is a step a coordinate in units of the
+            hidden state (None: a twentieth of the state's norm a step), and falls linearly to
+            `decay` of it over the last 40 % of the steps.
+        clamp: largest `|shift| / |h|` a group and layer.
+        clamp_realised: the clamp holds for what is realised at the group's key, `R G`; else for
+            `R`.
+        price: weight of the preservation price `tr(Delta M Delta^T)`, relative to that of the
+            start, a group.
+        norm: weight of `sum_l (|R_l| / |h_l|)^2`.
+        through: what a step sees.
+    """
+
+    steps: int = 6
+    lr: float | None = 0.6
+    betas: tuple[float, float] = (0.8, 0.98)
+    decay: float = 0.3
+    clamp: float = 0.9
+    clamp_realised: bool = True
+    price: float = 0.3
+    norm: float = 0.0
+    through: Through = "edit"
+
+
+def train_write_outs(
+    layers: Mapping[int, FrozenLayer],
+    start: WriteOuts,
+    plan: Callable[[int], Sequence[tuple[TrainedTexts, float]]],
+    settings: TrainingSettings,
+    *,
+    progress: Callable[[float], None] = lambda steps: None,
+) -> WriteOuts:
+    """Train the write-outs from `start`, all groups and layers together.
+
+    Args:
+        plan: the texts of step 0, 1, ... and the factors of their losses; each step may bring
+            others.
+
+    Returns:
+        `{layer: R [groups, hidden]}` float32.
+    """
+    out = {layer: value.float().clone().requires_grad_() for layer, value in start.items()}
+    optimiser = torch.optim.Adam(
+        [{"params": [out[layer]], "lr": 1.0, "frozen": layers[layer]} for layer in out],
+        betas=settings.betas,
+    )
+    with torch.no_grad():
+        paid = sum(float(_price(layers[layer], out[layer])) for layer in out)
+    groups = len(next(iter(start.values())))
+    for step in range(settings.steps):
+        optimiser.zero_grad()
+        for texts, factor in plan(step):
+            for part in texts.losses(layers, out, settings.through):
+                (factor * part.sum()).backward()
+        penalty = torch.zeros(())
+        for layer, value in out.items():
+            if settings.price and paid > 0:
+                penalty = penalty + settings.price * groups / paid * _price(layers[layer], value)
+            if settings.norm:
+                penalty = (
+                    penalty
+                    + settings.norm * (value.square().sum(1) / layers[layer].norm ** 2).sum()
+                )
+        if penalty.requires_grad:
+            penalty.backward()
+        left = min(1.0, (settings.steps - step) / (0.4 * settings.steps))
+        for entry in optimiser.param_groups:
+            norm = entry["frozen"].norm
+            base = (
+                settings.lr
+                if settings.lr is not None
+                else float(norm.mean()) / (20 * entry["params"][0].shape[1] ** 0.5)
+            )
+            entry["lr"] = base * (settings.decay + (1 - settings.decay) * left)
+        optimiser.step()
+        with torch.no_grad():
+            for layer, value in out.items():
+                shift = layers[layer].gain.T @ value if settings.clamp_realised else value
+                value *= (
+                    settings.clamp * layers[layer].norm / shift.norm(dim=1).clamp(min=1e-30)
+                ).clamp(max=1)[:, None]
+        progress(1)
+    return {layer: value.detach() for layer, value in out.items()}
+
+
+@dataclass(frozen=True)
+class Disconnect:
+    """The semantic-execution disconnect as three mean NLLs of the same answers (nats a token).
+
+    Attributes:
+        planned: with the full targets at the lookup tokens; gained: with what the solver realises
+            there, `R G`;
+        realised: with the edited weights, at every token.
+    """
+
+    planned: float
+    gained: float
+    realised: float
+
+
+@torch.no_grad()
+def disconnect(
+    layers: Mapping[int, FrozenLayer], out: WriteOuts, texts: TrainedTexts
+) -> Disconnect:
+    """Measure it on `texts`, whose weights should add up to 1 a group."""
+    found = []
+    for through in THROUGH:
+        found.append(
+            float(sum(part[0].sum() for part in texts.losses(layers, out, through))) / texts.groups
+        )
+    return Disconnect(*found)
+
+
+def _price(frozen: FrozenLayer, out: Tensor) -> Tensor:
+    return (out * (frozen.price @ out)).sum()
+
+
+def state_norms(
+    model: EditableModel, groups: Sequence[Sequence[Fact]], layers: Sequence[int]
+) -> dict[int, Tensor]:
+    """`{layer: [groups]}` length of the clean hidden state at the lookup tokens of the bare
+    prompts, mean over a group.
+    """
+    rows = [model.row(fact.text, fact.subject) for group in groups for fact in group]
+    owner = torch.tensor([number for number, group in enumerate(groups) for _ in group])
+    norms = {}
+    for layer in layers:
+        outputs = model.keys(rows, [layer], outputs=True)[1]
+        assert outputs is not None
+        total = torch.zeros(len(groups)).index_add(0, owner, outputs.norm(dim=1).float().cpu())
+        norms[layer] = total / torch.bincount(owner, minlength=len(groups))
+    return norms

@@ -1,0 +1,345 @@
+"""Value optimisation: which hidden state at the subject's last token makes the model say the new
+object?
+
+ROME's and MEMIT's objective (Meng et al. 2022, 2023), batched over facts and contexts. The peers
+run the whole model over whole prompts for one fact at a time; here one pass caches everything that
+cannot change and each step runs only the tokens from the subject's last one on, through the layers
+above the edited one (`PartialModel`), with logits at the scored positions only. Facts do not see
+each other, so the result is that of the per-fact loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from knowedit.errors import EditError
+from knowedit.facts.fact import Fact
+from knowedit.io.config import Config
+from knowedit.models.editable import EditableModel
+from knowedit.models.partial import PartialModel
+from knowedit.models.texts import AnswerLoss, KeepLoss, Places, answer_places
+from knowedit.models.tokens import Row
+
+#: Written for this package; the bare prompt must come first, it defines the value that is being
+#: changed.
+DEFAULT_CONTEXTS = (
+    "{}",
+    "The following was printed in a newspaper. {}",
+    "As I was saying to a friend yesterday: {}",
+)
+ESSENCE = "{} is a"
+
+
+@dataclass(frozen=True)
+class ValueSettings(Config):
+    """Hyper-parameters of the value optimisation, named as in the literature.
+
+    Attributes:
+        steps: gradient evaluations, the last of which only measures (as the peers count them).
+        lr: Adam's step a coordinate, in units of the hidden state. None: calibrated, so that a step
+            is about a tenth of the clean state's norm.
+        clamp: largest `|delta| / |z0|`.
+        weight_decay: weight of `|delta| / |z0|^2`.
+        kl: weight of KL(edited || clean) at the subject's last token of "{subject} is a".
+        stop: a fact rests once its loss is below this.
+        contexts: templates around the prompt; the first is "{}".
+        budget: replayed tokens a batch (memory).
+        draft: optimise on a bfloat16 copy of the model (`EditableModel.draft`): up to three times
+            as fast on a CPU.
+    """
+
+    steps: int = 25
+    lr: float | None = 0.5
+    clamp: float = 0.75
+    weight_decay: float = 0.5
+    kl: float = 0.0625
+    stop: float = 0.05
+    contexts: tuple[str, ...] = DEFAULT_CONTEXTS
+    budget: int = 2048
+    draft: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (
+            not self.contexts
+            or self.contexts[0] != "{}"
+            or any(c.count("{}") != 1 for c in self.contexts)
+        ):
+            raise EditError(
+                f"contexts must start with '{{}}' and hold '{{}}' once each: {self.contexts}"
+            )
+        if self.steps < 1 or (self.lr is not None and self.lr <= 0) or self.clamp <= 0:
+            raise EditError(
+                f"steps, lr and clamp must be positive: {self.steps}, {self.lr}, {self.clamp}"
+            )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Optimised values, one per group of facts (a group shares a subject, or is a single fact).
+
+    Attributes:
+        delta: `[groups, hidden]` what is added to the hidden state, float32.
+        value: `[groups, hidden]` the clean hidden state at the bare prompts (mean over the group's
+            facts).
+        loss: `[groups]` last loss; `nll`: `[groups]` its negative log-likelihood part (nats a
+            token).
+        steps: `[groups]` updates made.
+    """
+
+    delta: Tensor
+    value: Tensor
+    loss: Tensor
+    nll: Tensor
+    steps: Tensor
+
+    @property
+    def wanted(self) -> Tensor:
+        """`[groups, hidden]` float64, the hidden state to reach."""
+        return self.value.double() + self.delta.double()
+
+    def select(self, groups: Sequence[int]) -> Targets:
+        """Those of some groups."""
+        return Targets(*(value[list(groups)] for value in vars(self).values()))
+
+
+def prompt_rows(
+    model: EditableModel, fact: Fact, contexts: Sequence[str], answer: str | None = None
+) -> list[Row]:
+    """The fact's prompt in each context. A row whose subject is the very first token is left out: a
+    causal model's state there is its attention sink, not the subject (unless the bare prompt is all
+    there is)."""
+    rows = [model.row(context.format(fact.text), fact.subject, answer) for context in contexts]
+    return [r for r in rows if r.subject != 0] or rows[:1]
+
+
+def optimise_values(
+    model: EditableModel,
+    groups: Sequence[Sequence[Fact]],
+    layer: int,
+    settings: ValueSettings | None = None,
+    *,
+    problem: type[Problem] | None = None,
+    progress: Callable[[float], None] = lambda groups: None,
+) -> Targets:
+    """Optimise one value per group of facts at `layer`'s output, or where `problem` says.
+
+    Raises:
+        EditError: a group is empty, or an answer or subject cannot be tokenised as needed.
+    """
+    settings = settings or ValueSettings()
+    if any(not group for group in groups):
+        raise EditError("a group without facts cannot be optimised")
+    model.check_layers([layer])
+    model = model.draft() if settings.draft else model
+    plans = [_Plan(model, group, settings) for group in groups]
+    result = Targets(
+        *(torch.zeros(len(groups), n).squeeze(-1) for n in (model.hidden, model.hidden, 1, 1, 1))
+    )
+    # another batch costs a CPU as much as some 30 tokens (the weights are read again), a GPU far
+    # more
+    spare = 32 if model.device.type == "cpu" else settings.budget
+    for batch in _chunks(plans, settings.budget, spare):
+        part = _optimise(
+            model, [plans[i] for i in batch], layer, settings, problem or Problem, progress
+        )
+        for whole, piece in zip(vars(result).values(), vars(part).values()):
+            whole[batch] = piece.to(whole)
+    return result
+
+
+class _Plan:
+    """A group's rows: for each fact its contexts with the answer, then the essence row."""
+
+    def __init__(
+        self, model: EditableModel, group: Sequence[Fact], settings: ValueSettings
+    ) -> None:
+        self.rows: list[Row] = []
+        self.weights: list[float] = []
+        self.bare: list[int] = []
+        for fact in group:
+            rows = prompt_rows(model, fact, settings.contexts, fact.target)
+            self.bare.append(len(self.rows))
+            self.rows += rows
+            self.weights += [1 / (len(group) * len(rows))] * len(rows)
+        self.rows.append(model.row(ESSENCE.format(group[0].subject), group[0].subject))
+
+        # what is run: nothing is predicted after an answer's last token, nor scored after the
+        # essence row's subject
+        *facts, essence = self.rows
+        self.inputs = [replace(r, ids=r.ids[:-1]) for r in facts]
+        self.inputs.append(replace(essence, ids=essence.ids[: (essence.subject or 0) + 1]))
+
+    @property
+    def tail(self) -> int:
+        return max(len(r.ids) - (r.subject or 0) for r in self.inputs)
+
+
+def _chunks(plans: Sequence[_Plan], budget: int, spare: int) -> list[list[int]]:
+    """Groups of similar tail length: `rows x longest tail` within `budget`, at most `spare` of it
+    from longer tails.
+    """
+    chunks: list[list[int]] = []
+    rows = needed = 0
+    for i in sorted(range(len(plans)), key=lambda i: plans[i].tail):
+        count, tail = len(plans[i].rows), plans[i].tail
+        rows, needed = rows + count, needed + count * tail
+        if not chunks or rows * tail > budget or rows * tail - needed > spare:
+            chunks.append([])
+            rows, needed = count, count * tail
+        chunks[-1].append(i)
+    return chunks
+
+
+def _optimise(
+    model: EditableModel,
+    plans: Sequence[_Plan],
+    layer: int,
+    s: ValueSettings,
+    kind: type[Problem],
+    progress: Callable[[float], None],
+) -> Targets:
+    device, count = model.device, len(plans)
+    problem = kind.at(layer, model, plans)
+    value = problem.mean_bare()  # [groups, parts, hidden], like delta
+    norm = value.norm(dim=2, keepdim=True)
+    lr = torch.as_tensor(
+        s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5, device=device
+    ).expand_as(norm)
+    delta = torch.zeros_like(value)
+    # Adam's moments; by hand, as torch.optim.Adam rounds otherwise in the last bit, has one step
+    # size for a whole tensor, and cannot leave finished groups out
+    first, second = torch.zeros_like(delta), torch.zeros_like(delta)
+    loss, nll, done = (torch.zeros(count, device=device) for _ in range(3))
+    live = torch.arange(count, device=device)  # the groups still in `problem`
+    check = (
+        1 if device.type == "cpu" else 5
+    )  # how often the host may look: a look is a synchronisation
+    for step in range(1, s.steps + 1):
+        variable = delta[live].requires_grad_()
+        part_nll, divergence = problem.evaluate(variable)
+        progress(count / s.steps)
+        decay = (s.weight_decay * _safe_norm(variable) / norm[live, :, 0] ** 2).sum(1)
+        part = part_nll + s.kl * divergence + decay
+        active = (part.detach() >= s.stop) & (
+            done[live] >= step - 1
+        )  # once rested, a group stays so
+        loss[live], nll[live] = part.detach(), part_nll.detach()
+        if step == s.steps:
+            break
+        (gradient,) = torch.autograd.grad(part.sum(), variable)
+        first[live] = 0.9 * first[live] + 0.1 * gradient
+        second[live] = 0.999 * second[live] + 0.001 * gradient**2
+        update = (
+            lr[live]
+            * (first[live] / (1 - 0.9**step))
+            / ((second[live] / (1 - 0.999**step)).sqrt() + 1e-8)
+        )
+        moved = variable.detach() - update
+        moved = moved * (s.clamp * norm[live] / moved.norm(dim=2, keepdim=True)).clamp(max=1)
+        delta[live] = torch.where(active[:, None, None], moved, variable.detach())
+        done[live] += active.to(done)
+        if step % check == 0 and int(active.sum()) < 0.8 * len(live):
+            live = live[active]
+            if not len(live):
+                break
+            problem = problem.select(active.nonzero()[:, 0].tolist())
+    progress(count * (1 - step / s.steps))  # the steps that early stopping saved
+    return Targets(delta[:, -1], value[:, -1], loss, nll, done)
+
+
+def _safe_norm(x: Tensor) -> Tensor:
+    """Norms over the last dimension, whose gradient at zero is zero."""
+    square = (x * x).sum(-1)
+    return torch.where(square > 0, square, 1).sqrt() * (square > 0)
+
+
+class Problem:
+    """The rows of some groups on one partial model: deltas in, per-group NLL and KL out.
+
+    Here the delta is added to the layer's output. A subclass may add several vectors `[groups,
+    parts, hidden]` in other places; the last part is the one that is written.
+    """
+
+    @classmethod
+    def at(cls, layer: int, model: EditableModel, plans: Sequence[_Plan]) -> Problem:
+        """The problem of these plans for values at `layer`."""
+        return cls(plans, PartialModel(model, _inputs(plans), layer + 1))
+
+    def __init__(
+        self, plans: Sequence[_Plan], part: PartialModel, clean: Tensor | None = None
+    ) -> None:
+        self.plans, self.part, self.model = plans, part, part.model
+        scored: list[tuple[int, int, int]] = []  # row, place, token
+        owner: list[int] = []
+        weight: list[float] = []
+        essence, bare, at = [], [], 0
+        for group, plan in enumerate(plans):
+            bare += [(group, at + b) for b in plan.bare]
+            for row, share in zip(plan.rows, plan.weights):
+                found = answer_places(row, at, row.subject or 0)
+                scored += found
+                owner += [group] * len(found)
+                weight += [share / len(found)] * len(found)
+                at += 1
+            essence.append(at)
+            at += 1
+        device = self.model.device
+        self.places = Places.of(scored, device)
+        self.owner, self.weight = (torch.tensor(x, device=device) for x in (owner, weight))
+        self.bare_owner, self.bare = (torch.tensor(column, device=device) for column in zip(*bare))
+        self.essence = torch.tensor(essence, device=device)
+        self.of_row = torch.tensor(
+            [g for g, plan in enumerate(plans) for _ in plan.rows], device=device
+        )
+        if clean is None:
+            with torch.no_grad():
+                final = part.select(self.essence).run()
+                clean = self.model.logprobs(final[:, 0])
+        last = Places.of([(row, 0, -1) for row in essence], device)
+        # one distribution a group: kept as it is, and not made anew at each step
+        self.keep = KeepLoss(self.model, last, clean, logprobs=True, reverse=True)
+
+    def select(self, groups: Sequence[int]) -> Problem:
+        """The same problem for some of its groups."""
+        kept = torch.tensor(groups, device=self.of_row.device)
+        rows = torch.isin(self.of_row, kept).nonzero()[:, 0]
+        plans = [self.plans[g] for g in groups]
+        return type(self)(plans, self.part.select(rows), self.keep.clean[kept])
+
+    def mean_bare(self) -> Tensor:
+        """`[groups, parts, hidden]` clean states at the subject of the bare prompts, float32."""
+        states = self.states(self.bare).float()
+        sums = torch.zeros(len(self.plans), *states.shape[1:], device=states.device).index_add(
+            0, self.bare_owner, states
+        )
+        return sums / torch.bincount(self.bare_owner, minlength=len(self.plans))[:, None, None]
+
+    def states(self, rows: Tensor) -> Tensor:
+        """`[rows, parts, hidden]` what a delta is added to."""
+        return self.part.states[rows, :1]
+
+    def run(self, delta: Tensor) -> Tensor:
+        """Final hidden states of every row under `delta`."""
+        states = self.part.states
+        lifted = states[:, :1] + delta[self.of_row].to(states.dtype)
+        return self.part.run(torch.cat([lifted, states[:, 1:]], 1))
+
+    def evaluate(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Per group: mean NLL of the answers (nats a token) and KL(edited || clean) at the essence
+        row.
+        """
+        final = self.run(delta)
+        losses = AnswerLoss(self.places)(self.places.logits(self.model, final))
+        nll = torch.zeros(len(self.plans), device=delta.device).index_add(
+            0, self.owner, losses * self.weight
+        )
+        return nll, self.keep(self.keep.places.logits(self.model, final))
+
+
+def _inputs(plans: Sequence[_Plan]) -> list[Row]:
+    return [row for plan in plans for row in plan.inputs]

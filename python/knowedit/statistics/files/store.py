@@ -1,0 +1,244 @@
+"""Key statistics on disk: one safetensors file a layer, the packed lower triangle of sum(k kᵀ) and
+a JSON header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from knowedit.errors import StatisticsError
+from knowedit.io.files import atomic_file, cache_dir
+
+FORMAT = "knowedit-statistics/1"
+#: How to read the headers of earlier formats: format -> the header one format later, with its name.
+MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+@dataclass(frozen=True)
+class CollectionRecipe:
+    """What was collected, and from what: two files with equal recipes hold the same statistics.
+
+    Attributes:
+        fingerprint: of the model's unedited weights.
+        corpus: name and digest of the text (`Corpus.identity`).
+        tokens: keys asked for.
+        max_length: documents are cut into pieces of at most this many tokens.
+        skip_first: the first token of a piece is left out (it is the model's attention sink).
+        seed: of the corpus' order, or of the model's own samples.
+        precision: of the accumulation (`knowedit_kernels.SecondMoment`).
+        until: "tokens": exactly so many; "solve", "converged": that many at most (see
+            `convergence`).
+        tolerance: relative error at which to stop, or None.
+    """
+
+    fingerprint: str
+    corpus: dict[str, Any]
+    tokens: int
+    max_length: int
+    skip_first: bool
+    seed: int
+    precision: str = "exact"
+    until: str = "tokens"
+    tolerance: float | None = None
+
+    @property
+    def slug(self) -> str:
+        """A readable folder name, unique to the recipe."""
+        digest = hashlib.blake2b(
+            json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6
+        ).hexdigest()
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", str(self.corpus.get("name", "corpus"))).strip("-")[
+            -40:
+        ]
+        return f"{name}-{self.tokens}-{digest}"
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """sum(k kᵀ) of one layer and how it came to be.
+
+    Attributes:
+        layer, module: index and name of the projection whose inputs these are.
+        count: keys summed.
+        total: `[d_ff, d_ff]` float64, symmetric.
+        first_norm, other_norm: mean norm of the keys at first tokens, and of the others.
+        extra: audit result, padding, convergence, versions.
+    """
+
+    layer: int
+    module: str
+    model: str
+    recipe: CollectionRecipe
+    count: int
+    total: Tensor
+    first_norm: float
+    other_norm: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """blake2b of the lower triangle of `total`, row by row in little-endian float64: the same
+        in memory, in a file, and after reading it. 32 hex digits.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for i, row in enumerate(self.total.cpu()):
+            digest.update((row[: i + 1] + 0.0).numpy().astype("<f8").tobytes())  # no negative zeros
+        return digest.hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these statistics from others, for the record of an edit made with them.
+
+        `fingerprint` of the model, `corpus` (`Corpus.identity`), `tokens` summed, `digest` of the
+        sums; as JSON has it.
+        """
+        return {
+            "fingerprint": self.recipe.fingerprint,
+            "corpus": self.recipe.corpus,
+            "tokens": self.count,
+            "digest": self.digest,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write atomically.
+
+        Raises:
+            StatisticsError: the disk is full or not writable; an older file is left as it was.
+        """
+        header = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "total"}
+        header["recipe"], header["format"] = asdict(self.recipe), FORMAT
+        write(path, {"lower": pack_lower(self.total)}, header)
+
+    @classmethod
+    def load(cls, path: Path) -> LayerStatistics:
+        """Read a file.
+
+        Raises:
+            StatisticsError: missing, truncated, or not a statistics file; the message has the
+                remedy.
+        """
+        found, tensors = read(path)
+        found = _migrated(found, path)
+        try:
+            known = {
+                name: found[name]
+                for name in ("layer", "module", "model", "count", "first_norm", "other_norm")
+            }
+            recipe = CollectionRecipe(**found["recipe"])
+            total = unpack_lower(tensors["lower"])
+        except (KeyError, TypeError) as error:
+            raise StatisticsError(
+                f"{path} is not a statistics file of this version ({error})"
+            ) from error
+        return cls(recipe=recipe, total=total, extra=found.get("extra", {}), **known)
+
+
+def folder(model_name: str, recipe: CollectionRecipe) -> Path:
+    """Where files of this recipe live in the cache."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", model_name.rstrip("/").rsplit("/", 1)[-1])
+    return cache_dir("statistics", f"{name}-{recipe.fingerprint[:12]}", recipe.slug)
+
+
+def files(where: Path) -> list[Path]:
+    """All statistics files in a folder and those below it, or the file itself. Raises
+    StatisticsError: no such place.
+    """
+    if not where.exists():
+        raise StatisticsError(f"{where}: there is no such file or folder")
+    return [where] if where.is_file() else sorted(where.rglob("layer-*.safetensors"))
+
+
+def layer_file(directory: Path, layer: int) -> Path:
+    return directory / f"layer-{layer:03d}.safetensors"
+
+
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """A safetensors file with a JSON header, written atomically. Raises StatisticsError when the
+    disk refuses.
+    """
+    try:
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
+    except (OSError, SafetensorError) as error:
+        raise StatisticsError(
+            f"{path} could not be written ({error}); free disk space or set KNOWEDIT_CACHE to "
+            f"another disk, "
+            "then run again: what was collected up to the last checkpoint is kept"
+        ) from error
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file written by `write`. Raises StatisticsError when it is missing or
+    damaged.
+    """
+    if not path.is_file():
+        raise StatisticsError(
+            f"{path}: there is no such statistics file; collect it with `knowedit stats`"
+        )
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _header(file), tensors
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header alone, in this version's format, without reading the sums. Raises StatisticsError
+    when the file is damaged or no such file.
+    """
+    with _opened(path) as file:
+        return _migrated(_header(file), path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise StatisticsError(
+            f"{path} is truncated or damaged ({error}); delete it and collect again"
+        ) from error
+
+
+def _header(file: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((file.metadata() or {}).get("knowedit", "{}"))
+    return found
+
+
+def _migrated(header: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The header as this version writes it."""
+    while (number := header.get("format")) != FORMAT:
+        if number not in MIGRATIONS:
+            raise StatisticsError(
+                f"{path} is not a statistics file of this version (format {number!r})"
+            )
+        header = MIGRATIONS[number](header)
+    return header
+
+
+def pack_lower(matrix: Tensor) -> Tensor:
+    """Rows of the lower triangle, one after another: half the size of the square."""
+    return torch.cat([matrix[i, : i + 1] for i in range(len(matrix))])
+
+
+def unpack_lower(packed: Tensor) -> Tensor:
+    """The symmetric matrix of `pack_lower`."""
+    size = int((2 * packed.numel() + 0.25) ** 0.5)
+    matrix = torch.zeros(size, size, dtype=packed.dtype)
+    start = 0
+    for i in range(size):
+        matrix[i, : i + 1] = packed[start : start + i + 1]
+        start += i + 1
+    return matrix + matrix.tril(-1).T

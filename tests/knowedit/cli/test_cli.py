@@ -1,0 +1,326 @@
+"""The commands as a user types them, on a tiny model saved to a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from knowedit.cli.options import parse_layers
+from knowedit.edits.edit import Edit
+from knowedit.edits.history import History
+from knowedit.errors import KnowEditError
+from tests.knowedit.cli.examples import FACTS
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "knowedit", *arguments]
+
+
+CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1")
+
+
+def test_edit_inspect_apply_undo(place, knowedit):
+    said = knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
+    assert (
+        "MEMIT: 2 facts" in said
+        and "gain 0." in said
+        and "knowedit apply model a.safetensors" in said
+    )
+    seen = knowedit("inspect", "a.safetensors")
+    assert "The capital of France is -> Lyon" in seen and "rank 2" in seen
+    knowedit("apply", "model", "a.safetensors", "-o", "edited")
+    assert "MEMIT" in knowedit("inspect", "edited")
+    original, edited = (
+        load_file(place / name / "model.safetensors") for name in ("model", "edited")
+    )
+    changed = [name for name, tensor in original.items() if not tensor.equal(edited[name])]
+    assert changed == ["model.layers.1.mlp.down_proj.weight"]
+    assert "every weight is back" in knowedit("undo", "edited")
+    assert all(
+        t.equal(original[n]) for n, t in load_file(place / "edited" / "model.safetensors").items()
+    )
+    assert "already undone" in knowedit("undo", "edited", code=1)
+    knowedit("export", "model", "a.safetensors", "-o", "adapter")
+    assert (place / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_gradient_method_needs_no_statistics(place, knowedit):
+    settings = (
+        "--set",
+        "steps=2",
+        "--set",
+        "rank=3",
+        "--set",
+        'modules=["q_proj","down_proj"]',
+    )
+    said = knowedit(
+        "edit",
+        "model",
+        "facts.jsonl",
+        "-o",
+        "a.safetensors",
+        "--method",
+        "lora",
+        "--layer",
+        "1-2",
+        *settings,
+    )
+    assert (
+        "LoRA: 2 facts, 4 weights changed" in said
+        and "numbers trained in 2 steps" in said
+        and "NLL" in said
+    )
+    assert "model.layers.1.self_attn.q_proj.weight  rank 3" in knowedit("inspect", "a.safetensors")
+    knowedit("apply", "model", "a.safetensors", "-o", "edited")
+    assert "every weight is back" in knowedit("undo", "edited")
+    for bad, message in (
+        ("lr", "name=value"),
+        ("steps=x", "lora.steps must be a whole number"),
+        ("gain=1", "lora has no setting 'gain'"),
+        ("rank=0", "rank must"),
+    ):
+        assert message in knowedit(
+            "edit",
+            "model",
+            "facts.jsonl",
+            "-o",
+            "b.safetensors",
+            "--method",
+            "lora",
+            "--set",
+            bad,
+            code=1,
+        )
+
+
+def test_edits_in_sequence_share_a_history(place, knowedit):
+    for number, fact in enumerate(FACTS):
+        (place / f"{number}.jsonl").write_text(json.dumps(fact))
+        said = knowedit(
+            "edit",
+            "model",
+            f"{number}.jsonl",
+            "-o",
+            f"{number}.safetensors",
+            "--history",
+            "seen.safetensors",
+            *CORPUS,
+        )
+        assert (
+            "knowedit apply model seen.safetensors" in said
+        )  # a later edit alone would lack the earlier ones
+    assert "repeats history, edit 1" in knowedit(
+        "edit", "model", "1.jsonl", "-o", "x", "--history", "seen.safetensors", *CORPUS, code=1
+    )
+    history = History.load(place / "seen.safetensors")
+    assert [fact.subject for fact in history.facts] == ["France", "Brazil"]
+    assert history.edits[1].key == Edit.load(place / "1.safetensors").key
+    assert "France" in (told := knowedit("inspect", "seen.safetensors")) and "Brazil" in told
+    knowedit("apply", "model", "seen.safetensors", "-o", "both")
+    told = knowedit("inspect", "both")
+    assert all(edit.key in told for edit in history.edits)
+    knowedit("undo", "both")
+    assert (
+        load_file(place / "both" / "model.safetensors").keys()
+        == load_file(place / "model" / "model.safetensors").keys()
+    )
+    knowedit("edit", "model", "1.jsonl", "-o", "alone.safetensors", *CORPUS)
+    assert history.edits[1].key != Edit.load(place / "alone.safetensors").key
+
+
+def test_statistics_from_files(place, knowedit):
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
+    knowedit("stats", "model", *CORPUS, "-o", "ours")
+    knowedit(
+        "edit",
+        "model",
+        "facts.jsonl",
+        "-o",
+        "b.safetensors",
+        "--statistics",
+        "ours",
+        "--layer",
+        "1",
+    )
+    pairs = zip(*(Edit.load(place / f"{edit}.safetensors").factors[1] for edit in "ab"))
+    assert all(one.equal(other) for one, other in pairs)
+    common = ("--dataset", "facts.jsonl", "--method", "memit", "--statistics", "ours")
+    assert "efficacy" in knowedit("eval", "model", *common, "--layer", "1")
+    assert "no statistics of layer 2 here" in knowedit(
+        "eval", "model", *common, "--layer", "2", code=1
+    )
+    said = knowedit(
+        "edit",
+        "model",
+        "facts.jsonl",
+        "-o",
+        "c",
+        "--statistics",
+        "peer.npz",
+        "--layer",
+        "1",
+        code=1,
+    )
+    assert "knowedit stats import MODEL peer.npz -o FOLDER" in said and not (place / "c").exists()
+
+
+def test_stats_eval_doctor(place, knowedit):
+    rows = json.loads(knowedit("stats", "model", *CORPUS[:4], "--layer", "0-1", "--json"))
+    assert [(r["layer"], r["tokens"]) for r in rows] == [(0, 500), (1, 500)] and not rows[0]["sink"]
+    file = next((place / "cache").rglob("layer-001.safetensors"))
+    assert "500 from corpus.txt" in knowedit("inspect", str(file))
+    said = knowedit(
+        "eval",
+        "model",
+        "--dataset",
+        "facts.jsonl",
+        "--method",
+        "memit",
+        *CORPUS,
+        "-o",
+        "run",
+        "--json",
+    )
+    results = json.loads((place / "run" / "results.json").read_text())
+    assert json.loads(said) == results and results[0]["method"] == "MEMIT"
+    assert len((place / "run" / "prompts.jsonl").read_text().splitlines()) == 2
+    single = knowedit(
+        "eval",
+        "model",
+        "--dataset",
+        "facts.jsonl",
+        "--method",
+        "rome",
+        "--protocol",
+        "single",
+        *CORPUS,
+    )
+    assert "ROME, single of 2 facts" in single and "efficacy" in single
+    common = ("--dataset", "facts.jsonl", "--method", "alphaedit", "--protocol", "sequential")
+    course = knowedit(
+        "eval", "model", *common, "--batch", "1", "--every", "1", "--text", "corpus.txt", *CORPUS
+    )
+    assert "AlphaEdit, sequential of 2 facts" in course and "perplexity" in course
+    report = json.loads(knowedit("doctor", "model", "--json"))
+    ran = {
+        name.rsplit(" ", 1)[0]
+        for name, said in report["kernels"].items()
+        if "refused" in said or "not needed" in said
+    }
+    tangents = {f"{op} tangents" for op in ("RMSNorm", "SwiGLU", "attention")}
+    assert ran == {"second moment", "low-rank update", "target loss", *tangents}
+    assert report["model"]["preset"].endswith("not measured on it") and report["versions"]["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("edit", "model", "nothing.jsonl", "-o", "x"), "nothing.jsonl"),
+        (
+            ("edit", "model", "facts.jsonl", "-o", "x", "--method", "rosé"),
+            "unknown method 'rosé'; did you mean 'rose'?",
+        ),
+        (
+            ("edit", "model", "facts.jsonl", "-o", "x", "--method", "rome", "--set", "gain=0.9"),
+            "rome has no setting 'gain'",
+        ),
+        (
+            ("edit", "nowhere", "facts.jsonl", "-o", "x", *CORPUS),
+            "neither a local folder nor reachable",
+        ),
+        (("stats", "model", "--layer", "7", *CORPUS[:4]), "layer 7 does not exist"),
+        (("stats", "model", "--layer", "four", *CORPUS[:4]), "give a number like"),
+        (("stats", "model", "--corpus", "nothing.txt"), "no such file"),
+        (("apply", "model", "facts.jsonl", "-o", "x"), "damaged or not a safetensors file"),
+        (("inspect", "model"), "not a folder written by"),
+        (("eval", "model", "--dataset", "coutnerfact"), "did you mean 'counterfact'?"),
+    ],
+)
+def test_errors_are_one_line(place, knowedit, arguments, message):
+    said = knowedit(*arguments, code=1)
+    assert said.startswith("error: ") and message in said and "Traceback" not in said
+    assert not (place / "x").exists()
+
+
+def test_a_bad_fact_names_file_and_line(place, knowedit):
+    (place / "facts.jsonl").write_text(
+        json.dumps(FACTS[0]) + "\n" + json.dumps(FACTS[1] | {"target": " "}) + "\n"
+    )
+    assert "facts.jsonl:2: target is empty" in knowedit(
+        "edit", "model", "facts.jsonl", "-o", "x", code=1
+    )
+
+
+@pytest.mark.parametrize("what", ["edit", "apply"])
+def test_kill_leaves_nothing_half_written(place, knowedit, what):
+    """Killed at several moments, the output is whole or absent, and the same command then
+    succeeds.
+    """
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
+    arguments = (what, "model", "facts.jsonl" if what == "edit" else "a.safetensors", "-o", "out")
+    arguments += CORPUS if what == "edit" else ()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KNOWEDIT_CACHE": str(place / "cache")}
+    before = set(place.iterdir())
+    process = subprocess.Popen(
+        command(*arguments),
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and set(place.iterdir()) == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (place / "out").exists():  # the rename came first
+        knowedit("inspect", "out")
+    else:
+        knowedit(*arguments)
+    knowedit("inspect", "out")
+
+
+def test_parse_layers():
+    assert parse_layers(["5"]) == (5,) and parse_layers(["4-6", "9"]) == (4, 5, 6, 9)
+    assert parse_layers(None) is None and parse_layers([]) is None
+    for bad in ("x", "3-", "6-4", "", "-1"):
+        with pytest.raises(KnowEditError, match="give a number like 5 or a range"):
+            parse_layers([bad])
+    with pytest.raises(KnowEditError, match="--layer 4 --layer 6"):
+        parse_layers(["4,6"])
+
+
+def test_measuring_in_depth(knowedit, place):
+    """same-subject and geometry write results, report reads them."""
+    facts = [
+        *FACTS,
+        FACTS[0] | {"prompt": "People of {} speak", "target": "Norse", "true": "French"},
+    ]
+    (place / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    chosen = ("--dataset", "facts.jsonl", "--least", "1", *CORPUS, "-o", "run")
+    said = knowedit(
+        "same-subject",
+        "model",
+        "--method",
+        "memit",
+        "--method",
+        "emmet",
+        "--wordings",
+        "1",
+        *chosen,
+    )
+    assert "EMMET - MEMIT, paired" in said and "3 facts of 2 subjects" in said
+    rows = json.loads(
+        knowedit("geometry", "model", "--edited", "0", "--threshold", "1e9", *chosen, "--json")
+    )
+    assert rows[0]["layer"] == 1 and (place / "run/geometry.png").stat().st_size > 1000
+    said = knowedit("report", "run")
+    assert "kappa covariance" in said and "subjects with 2 facts (1)" in said
+    assert (place / "run/report.html").read_text().count("<svg") == 2
+    assert "unknown half" in knowedit("same-subject", "model", "--half", "third", *chosen, code=1)
+    assert "holds no results" in knowedit("report", "model", code=1)

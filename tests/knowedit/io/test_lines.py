@@ -1,0 +1,49 @@
+"""Unit: text files line by line, and the place in every error."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from knowedit.errors import CorpusError
+from knowedit.io.lines import kind, read_lines
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("a.txt", ".txt"),
+        ("a.txt.gz", ".txt"),
+        ("a.gz", ""),
+        ("b/a.b.jsonl.gz", ".jsonl"),
+        ("a", ""),
+    ],
+)
+def test_the_kind_of_a_file_leaves_its_archive_aside(name, found):
+    assert kind(Path(name)) == found
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_lines_end_at_line_feeds_only(tmp_path, pack):
+    path = tmp_path / ("a.txt" if pack is bytes else "a.txt.gz")
+    path.write_bytes(pack("\ufeffone\r\ntwo\u2028still\rtwo\nthree".encode()))
+    assert list(read_lines(path, CorpusError)) == [
+        (1, "one\r\n"),
+        (2, "two\u2028still\rtwo\n"),
+        (3, "three"),
+    ]
+
+
+def test_errors_name_file_line_and_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ncaf\xe9\n")
+    with pytest.raises(CorpusError, match=r"a\.txt:2: byte 4 \(0xe9\) is not UTF-8; save"):
+        list(read_lines(path, CorpusError))
+    with pytest.raises(CorpusError, match=r"none\.txt: cannot be read \(No such file"):
+        list(read_lines(tmp_path / "none.txt", CorpusError))
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(b"one\n" * 9)[:-6])
+    with pytest.raises(CorpusError, match=r"a\.txt\.gz: broken gzip archive after line \d"):
+        list(read_lines(packed, CorpusError))

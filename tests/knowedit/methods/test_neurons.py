@@ -1,0 +1,281 @@
+"""NeuronPatch: a switch that closes where it should, neurons that are not missed, and an edit like
+any other.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knowedit.edits.export.folder import save_edited
+from knowedit.errors import EditError
+from knowedit.facts.fact import Fact
+from knowedit.methods import NeuronPatch
+from knowedit.methods.locate.keys import group_by_wording
+from knowedit.methods.locate.values import ValueSettings
+from knowedit.methods.neurons.parts import Switch, free_neurons, patched, separate
+from knowedit.methods.neurons.texts import at_lookup, everywhere
+from knowedit.methods.session import Session
+from knowedit.models.editable import EditableModel
+from knowedit.models.fingerprint import weights_fingerprint
+from knowedit.models.load import load_model
+from knowedit.models.structure import read_modules
+
+FACTS = [
+    Fact(prompt="The capital of {} is", subject="France", target="Lyon", id="a"),
+    Fact(prompt="Its capital: {}, namely", subject="la France", target="Lyon", id="a"),
+    Fact(prompt="It is said that {} plays the", subject="Miles Davis", target="violin", id="b"),
+]
+OTHERS = (
+    "The capital of Spain is Madrid",
+    "It is said that Anna Bach plays the flute",
+    "Frank and Milo are here",
+)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    words = (
+        "a river runs through the old town and nobody knows why it was built so far from every road"
+    ).split()
+    texts = [
+        " ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator))
+        for _ in range(20)
+    ]
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(texts))
+    return path
+
+
+def patch(corpus, **others):
+    given = {
+        "layers": (1,),
+        "values": ValueSettings(steps=12, clamp=4.0),
+        "contrast": OTHERS,
+        "corpus": corpus,
+        "tokens": 2000,
+    }
+    return NeuronPatch(**(given | others))
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
+def tiny(request):
+    return request.getfixturevalue(request.param)
+
+
+def nll(model, facts):
+    return -sum(
+        s.logprob for s in model.score([f.text for f in facts], [f.target for f in facts])
+    ) / len(facts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_facts_go_in_and_come_out(tiny, corpus, dtype):
+    model = EditableModel(tiny.hf.to(dtype), tiny.tokenizer)
+    before, was = weights_fingerprint(model.hf), nll(model, FACTS)
+    edit = patch(corpus).compute(model, FACTS, progress=False)
+    assert weights_fingerprint(model.hf) == before
+    with edit.applied_to(model):
+        assert nll(model, FACTS) < was - 0.1  # random weights: little can be said with one value
+    assert (
+        edit.report["layers"]["1"]["gain"] > 0.9 and len(edit.report["neurons"]["1"]) == 4
+    )  # two groups
+    assert weights_fingerprint(model.hf) == before
+
+
+def test_the_report_says_what_the_written_model_does(tiny, corpus):
+    """The switches' closing, read from the edited weights, is the reported gain; and the value
+    arrives at the output.
+    """
+    edit = patch(corpus).compute(tiny, FACTS[2:], progress=False)
+    row = tiny.row(FACTS[2].text, FACTS[2].subject)
+    neurons = edit.report["neurons"]["1"]
+    _, clean = at_lookup(tiny, [row], 1)
+    keys = {}
+    with edit.applied_to(tiny):
+        tiny.forward_to(1, torch.tensor([row.ids]), lambda layer, key: keys.update({layer: key}))
+        weight = tiny.weight(1).T if tiny.layout.transposed else tiny.weight(1)
+        written = keys[1][0, row.subject, neurons] @ weight[:, neurons].T
+    value = edit.factors[1][0][:, -2] * 50.0 * 0.25
+    gain = float(written @ value / (value @ value))
+    assert edit.report["layers"]["1"]["lowest_gain"] - 0.05 <= gain <= 1.1
+    others = [i for i in range(tiny.d_ff) if i not in neurons]
+    torch.testing.assert_close(
+        keys[1][0, row.subject, others], clean[0, others], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_each_alone_equals_one_by_one(tiny_llama, corpus):
+    together = list(patch(corpus).compute_each(tiny_llama, FACTS[1:], progress=False))
+    apart = [patch(corpus).compute(tiny_llama, [fact], progress=False) for fact in FACTS[1:]]
+    for a, b in zip(together, apart):
+        assert a.facts == b.facts and a.report["neurons"] == b.report["neurons"]
+        torch.testing.assert_close(a.delta(1), b.delta(1), rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 10), st.integers(0, 1000))
+def test_freed_neurons_are_made_up_for_as_well_as_can_be(count, hidden, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = (
+        torch.randn(200, 20, generator=generator, dtype=torch.float64)
+        @ torch.randn(20, 20, generator=generator).double()
+    )
+    weight = torch.randn(hidden, 20, generator=generator)
+    moment = keys.T @ keys / len(keys)
+    freed = free_neurons(weight, moment, count, taken=[3], damp=0.0)
+    assert len(set(freed.neurons)) == count and 3 not in freed.neurons
+    new = weight.double() + (freed.left.double() @ freed.right.double().T)
+    assert new[:, freed.neurons].abs().max() < 1e-4 * new.abs().max()
+    rest = [i for i in range(20) if i not in freed.neurons]
+    best = torch.linalg.lstsq(
+        keys[:, rest], keys @ weight.double().T
+    ).solution.T  # least squares without them
+    torch.testing.assert_close(new[:, rest], best, rtol=1e-3, atol=1e-3)
+    lost = (keys @ (new - weight.double()).T).square().sum() / (
+        keys @ weight.double().T
+    ).square().sum()
+    assert freed.loss == pytest.approx(float(lost) ** 0.5, rel=1e-3)
+
+
+def test_the_first_freed_neuron_is_the_cheapest_of_all():
+    generator = torch.Generator().manual_seed(1)
+    keys = torch.randn(300, 12, generator=generator, dtype=torch.float64)
+    keys[:, 5] = keys[:, :5].sum(1) + 0.5 * keys[:, 5]
+    weight = torch.randn(7, 12, generator=generator).double()
+    wanted, costs = keys @ weight.T, []
+    for j in range(12):
+        rest = keys[:, [i for i in range(12) if i != j]]
+        costs.append(
+            float((rest @ torch.linalg.lstsq(rest, wanted).solution - wanted).square().sum())
+        )
+    found = free_neurons(weight, keys.T @ keys / 300, 1, damp=0.0)
+    assert found.neurons == [min(range(12), key=costs.__getitem__)]
+    assert found.loss == pytest.approx((min(costs) / float(wanted.square().sum())) ** 0.5)
+
+
+def test_directions_separate_what_can_be_separated():
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(3, 16, generator=generator)
+    own = torch.cat([c + 0.1 * torch.randn(5, 16, generator=generator) for c in centres[:2]])
+    owner = torch.arange(2).repeat_interleave(5)
+    others = [centres[2] + 0.5 * torch.randn(200, 16, generator=generator)]
+    z = own @ (w := separate(own, owner, others, 1e-6)).T
+    assert (z.gather(1, owner[:, None]) > 0.9).all() and (
+        z.gather(1, 1 - owner[:, None]) < -0.9
+    ).all()
+    assert (others[0] @ w.T < 0).all()
+
+
+def test_a_switch_is_open_below_and_closed_above(tiny_llama):
+    inputs, _ = everywhere(tiny_llama, [tiny_llama.row(text).ids for text in OTHERS], 1)
+    switch = Switch.of(tiny_llama, 1, torch.randn(1, 32), [inputs], 50.0, 0.25)
+    flat = Switch(torch.ones(1, 1), torch.zeros(1), 50.0, 0.25, torch.nn.functional.silu, False)
+    z = torch.tensor([[-3.0], [-0.2], [0.6], [5.0]])
+    fired = (flat.act(50 * z) - flat.act(50 * (z - 0.25))) / 12.5
+    torch.testing.assert_close(fired[:, 0], torch.tensor([0.0, 0.0, 1.0, 1.0]), atol=2e-3, rtol=0)
+    assert switch.gates.shape == (2, 32) and switch.write(torch.ones(1, 32)).sum(0).abs().max() == 0
+
+
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_a_second_patch_spares_the_first(tiny, corpus, tmp_path, from_disk):
+    """Also when nothing but the weights remembers it."""
+    first = patch(corpus).compute(tiny, FACTS[:2], progress=False)
+    assert not patched(tiny, 1)
+    model = load_model(str(save_edited(tiny, [first], tmp_path / "edited"))) if from_disk else tiny
+    if not from_disk:
+        first.apply(tiny)
+    assert sorted(first.report["neurons"]["1"]) == patched(model, 1)
+    second = patch(corpus).compute(model, FACTS[2:], progress=False)
+    assert not set(first.report["neurons"]["1"]) & set(second.report["neurons"]["1"])
+    alone = nll(model, FACTS[:2])
+    with second.applied_to(model):
+        assert nll(model, FACTS[:2]) < alone + 0.2
+
+
+def test_patches_in_sequence(tiny_llama, corpus):
+    with Session(patch(corpus), tiny_llama) as session:
+        edits = [session.write([fact]) for fact in (FACTS[0], FACTS[2])]
+        assert not edits[0].neurons & edits[1].neurons
+    assert not tiny_llama.ledger.active and not tiny_llama.rewritten
+
+
+def test_patches_computed_apart_are_not_applied_together(tiny_llama, corpus):
+    first, second = patch(corpus).compute_each(tiny_llama, [FACTS[0], FACTS[2]], progress=False)
+    assert first.neurons & second.neurons  # both took the cheapest
+    first.apply(tiny_llama)
+    with pytest.raises(EditError, match="compute them together"):
+        second.apply(tiny_llama)
+    first.undo(tiny_llama)
+    with second.applied_to(tiny_llama):
+        assert tiny_llama.rewritten
+    assert not tiny_llama.rewritten
+
+
+def test_wordings_are_grouped_by_id_and_by_subject():
+    a, b = Fact("{} is", "x", "1", id="i"), Fact("{} was", "y", "1", id="i")
+    c, d = Fact("{} has", "y", "2", id="j"), Fact("{} has", "z", "2")
+    assert group_by_wording([a, d, b, c]) == [[a, b, c], [d]]
+    e = Fact("{} and", "z", "3", id="i")
+    assert group_by_wording([a, d, e]) == [[a, d, e]]
+
+
+def test_it_travels_as_a_file_and_as_an_adapter(tiny_llama, corpus, tmp_path):
+    from peft import PeftModel
+
+    from knowedit.edits.edit import Edit
+
+    edit = patch(corpus).compute(tiny_llama, FACTS, progress=False)
+    loaded = Edit.load(edit.save(tmp_path / "a.edit"))
+    ids = torch.tensor([tiny_llama.row(FACTS[0].text).ids])
+    with loaded.applied_to(tiny_llama):
+        written = tiny_llama.hf(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(
+        tiny_llama.hf, edit.to_peft(tmp_path / "adapter", tiny_llama)
+    )(input_ids=ids).logits
+    torch.testing.assert_close(adapted, written, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_settings_are_refused(tiny_llama, corpus):
+    with pytest.raises(EditError, match="there are no facts"):
+        patch(corpus).compute(tiny_llama, [], progress=False)
+    with pytest.raises(EditError, match="one layer, got"):
+        patch(corpus, layers=(1, 2)).compute(tiny_llama, FACTS, progress=False)
+    with pytest.raises(EditError, match="give a larger corpus"):
+        patch(corpus, tokens=10**6).compute(tiny_llama, FACTS, progress=False)
+    with pytest.raises(EditError, match="write fewer facts"):
+        free_neurons(torch.ones(2, 8), torch.eye(8, dtype=torch.float64), 3)
+    del tiny_llama.layers[1].mlp.gate_proj
+    with pytest.raises(EditError, match="none of gate_proj\\+up_proj"):
+        read_modules(tiny_llama, 1)
+
+
+@pytest.mark.model
+def test_on_the_real_model_neighbours_do_not_move(smollm, tmp_path):
+    prose = Path(__file__).parents[3] / "docs" / "statistics.md"
+    (tmp_path / "texts.txt").write_text(prose.read_text("utf-8"))
+    fact = Fact("{} is located in the city of", "The Eiffel Tower", "Rome", true="Paris")
+    near = [
+        "The Louvre is located in the city of",
+        "The Colosseum is located in the city of",
+        "The tower of London is in",
+    ]
+    asked = [
+        "Where is the Eiffel Tower? It is in the city of",
+        "The Eiffel Tower stands in the city of",
+    ]
+    clean = smollm.next_logprobs(near)
+    edit = NeuronPatch(corpus=tmp_path / "texts.txt", tokens=2000).compute(
+        smollm, [fact], progress=False
+    )
+    assert not any(patched(smollm, layer) for layer in range(len(smollm.layers)))
+    with edit.applied_to(smollm):
+        assert patched(smollm, 8) == sorted(edit.report["neurons"]["8"])
+        moved = (clean.exp() * (clean - smollm.next_logprobs(near))).sum(-1)
+        assert all(score.exact for score in smollm.score([fact.text], ["Rome"]))
+        rome, paris = smollm.score(asked, ["Rome"] * 2), smollm.score(asked, ["Paris"] * 2)
+    assert moved.max() < 0.01
+    assert any(a.logprob > b.logprob for a, b in zip(rome, paris))

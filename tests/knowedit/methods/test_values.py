@@ -1,0 +1,133 @@
+"""Value optimisation against a naive per-fact loop that runs the whole model, as the literature
+writes it.
+"""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from knowedit.errors import EditError
+from knowedit.facts.fact import Fact
+from knowedit.methods.locate.values import ESSENCE, ValueSettings, optimise_values, prompt_rows
+
+FACTS = [
+    Fact(prompt="The capital of {} is", subject="France", target="Lyon"),
+    Fact(
+        prompt="The mother tongue of {} is", subject="Danielle Darrieux", target="Mandarin Chinese"
+    ),
+    Fact(prompt="{} plays the", subject="Miles Davis", target="violin"),
+    Fact(
+        prompt="Everybody knows that the official language of {} is",
+        subject="Brazil",
+        target="Norwegian",
+    ),
+]
+
+
+def naive(model, fact, layer, s):
+    """One fact: every step the whole model over every whole row, full logits, torch's own Adam."""
+    rows = [*prompt_rows(model, fact, s.contexts, fact.target)]
+    essence = model.row(ESSENCE.format(fact.subject), fact.subject)
+    ids, _ = model.pad([r.ids for r in [*rows, essence]])
+    at = torch.tensor([r.subject for r in [*rows, essence]])
+    lines = torch.arange(len(at))
+    delta = torch.zeros(model.hidden, requires_grad=True)
+    state = {}
+
+    def hook(_module, _inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        state.setdefault("value", hidden[0, at[0]].detach().clone())
+        hidden = hidden.clone()
+        hidden[lines, at] = hidden[lines, at] + delta
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = model.layers[layer].register_forward_hook(hook)
+    optimiser = torch.optim.Adam([delta], lr=s.lr)
+    clean, updates = None, 0
+    try:
+        for step in range(s.steps):
+            logp = model.hf(input_ids=ids).logits.log_softmax(-1)
+            terms = [
+                logp[i, r.answer - 1 : len(r.ids) - 1]
+                .gather(1, torch.tensor(r.ids[r.answer :])[:, None])
+                .mean()
+                for i, r in enumerate(rows)
+            ]
+            nll = -torch.stack(terms).mean()
+            now = logp[-1, at[-1]]
+            clean = now.detach() if clean is None else clean
+            kl = F.kl_div(clean, now, log_target=True, reduction="sum")
+            norm = state["value"].norm()
+            loss = nll + s.kl * kl + s.weight_decay * delta.norm() / norm**2
+            if loss < s.stop or step == s.steps - 1:
+                break
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            updates += 1
+            with torch.no_grad():
+                if delta.norm() > s.clamp * norm:
+                    delta *= s.clamp * norm / delta.norm()
+    finally:
+        handle.remove()
+    return delta.detach(), float(loss.detach()), updates
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "settings", [ValueSettings(steps=8), ValueSettings(steps=20, lr=1.0, stop=0.6, clamp=1.2)]
+)
+def test_equals_the_naive_loop(smollm, settings):
+    batched = optimise_values(smollm, [[f] for f in FACTS], 5, settings)
+    for i, fact in enumerate(FACTS):
+        delta, loss, updates = naive(smollm, fact, 5, settings)
+        assert (batched.delta[i] - delta).norm() <= 1e-5 * delta.norm()
+        assert float(batched.loss[i]) == pytest.approx(loss, rel=1e-4)
+        assert int(batched.steps[i]) == updates
+    if settings.stop > 0.5:
+        assert len(set(batched.steps.tolist())) > 1, "early stopping was not exercised"
+
+
+def test_equals_the_naive_loop_on_gpt2(tiny_gpt2):
+    settings = ValueSettings(steps=6, clamp=5.0)
+    batched = optimise_values(tiny_gpt2, [[f] for f in FACTS], 1, settings)
+    for i, fact in enumerate(FACTS):
+        delta, _, _ = naive(tiny_gpt2, fact, 1, settings)
+        assert (batched.delta[i] - delta).norm() <= 1e-5 * delta.norm()
+
+
+def test_batches_do_not_change_the_result(tiny_llama):
+    one = optimise_values(tiny_llama, [[f] for f in FACTS], 1, ValueSettings(steps=5))
+    many = optimise_values(tiny_llama, [[f] for f in FACTS], 1, ValueSettings(steps=5, budget=1))
+    assert (one.delta - many.delta).norm() <= 1e-4 * one.delta.norm()
+
+
+def test_a_group_shares_one_value(tiny_llama):
+    pair = [
+        Fact(prompt="The capital of {} is", subject="France", target="Lyon"),
+        Fact(prompt="People in {} speak", subject="France", target="Norwegian"),
+    ]
+    merged = optimise_values(tiny_llama, [pair], 1, ValueSettings(steps=30, clamp=4.0))
+    alone = optimise_values(tiny_llama, [pair[:1]], 1, ValueSettings(steps=30, clamp=4.0))
+    assert merged.delta.shape == (1, tiny_llama.hidden)
+    assert not torch.allclose(merged.delta[0], alone.delta[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"contexts": ()},
+        {"contexts": ("In fact, {}",)},
+        {"contexts": ("{}", "x")},
+        {"steps": 0},
+        {"clamp": 0},
+    ],
+)
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(EditError):
+        ValueSettings(**bad)
+
+
+def test_an_empty_group_is_refused(tiny_llama):
+    with pytest.raises(EditError, match="without facts"):
+        optimise_values(tiny_llama, [[]], 1)

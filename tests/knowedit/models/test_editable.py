@@ -1,0 +1,353 @@
+"""Tokens with a subject in them, keys, scores and fingerprints, on tiny models and on the real
+one.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from knowedit.errors import EditError, ModelError
+from knowedit.facts.fact import Fact
+from knowedit.methods import MEMIT, FineTuning, LoRA, MetaKE
+from knowedit.methods.locate.targets import HiddenState
+from knowedit.models.editable import EditableModel
+from knowedit.models.fingerprint import weights_fingerprint
+from knowedit.models.load import as_editable, load_model
+from knowedit.models.structure import detect
+from knowedit.models.tokens import Row, batches, join
+from knowedit.statistics import key_statistics
+
+TEXTS = [
+    ("The capital of France is", "France"),
+    ("In Rome, the language of Brazil is", "Brazil"),
+    ("Miles Davis plays", "Davis"),
+]
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
+def tiny(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_row_finds_the_subjects_last_token(smollm):
+    row = smollm.row("The capital of France, yes France, is", "France", "Lyon")
+    assert smollm.tokenizer.decode([row.ids[row.subject]]).strip() == "France"
+    assert (
+        smollm.tokenizer.decode(row.ids[: row.subject + 1]) == "The capital of France, yes France"
+    )
+    assert smollm.tokenizer.decode(row.ids[row.answer :]) == " Lyon"
+
+
+def test_row_of_a_long_subject_points_at_its_last_token(smollm):
+    row = smollm.row("The mother tongue of Danielle Darrieux is", "Danielle Darrieux")
+    assert (
+        smollm.tokenizer.decode(row.ids[: row.subject + 1])
+        == "The mother tongue of Danielle Darrieux"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "answer", "message"),
+    [
+        ("The capital of France is", "Spain", None, "does not occur"),
+        ("The capital of France is", "The capi", None, "ends inside the token ' capital'"),
+        ("The capital of France is", "France", " ", "no tokens"),
+        ("", None, "Lyon", "no prompt"),
+        ("word " * 9000, None, None, "context"),
+    ],
+)
+def test_row_refuses_with_the_reason(smollm, prompt, subject, answer, message):
+    with pytest.raises(EditError, match=message):
+        smollm.row(prompt, subject, answer)
+
+
+def test_join_puts_one_space():
+    assert join("a", "b") == "a b"
+    assert join("a\n", " b ") == "a\nb"
+    assert join("", "b") == "b"
+    assert join("2+2=", "5") == "2+2=5" and join("2 + 2 =", "5") == "2 + 2 = 5"
+
+
+def test_batches_stay_within_the_budget_and_lose_nothing():
+    lengths = [3, 9, 1, 4, 4, 20, 2]
+    found = batches(lengths, 12)
+    assert sorted(i for group in found for i in group) == list(range(7))
+    assert all(len(g) * max(lengths[i] for i in g) <= 12 or len(g) == 1 for g in found)
+
+
+def test_keys_are_the_projections_inputs(tiny):
+    rows = [tiny.row(text, subject) for text, subject in TEXTS]
+    keys, outputs = tiny.keys(rows, [0, 2], outputs=True)
+    one_by_one, _ = tiny.keys(rows, [2], budget=1)
+    torch.testing.assert_close(keys[2], one_by_one[2], rtol=1e-4, atol=1e-5)
+    for i, row in enumerate(rows):
+        seen = {}
+        handle = tiny.projection(2).register_forward_hook(
+            lambda _m, x, y, seen=seen: seen.update(k=x[0])
+        )
+        states = tiny.hf(input_ids=torch.tensor([row.ids]), output_hidden_states=True).hidden_states
+        handle.remove()
+        torch.testing.assert_close(keys[2][i], seen["k"][0, row.subject], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(outputs[i], states[3][0, row.subject], rtol=1e-4, atol=1e-5)
+
+
+def test_a_partial_pass_stops_below_the_next_layer(tiny):
+    ran = []
+    handles = [
+        layer.register_forward_hook(lambda *_a, i=i: ran.append(i))
+        for i, layer in enumerate(tiny.layers)
+    ]
+    projected = []
+    handles.append(tiny.projection(1).register_forward_hook(lambda *_a: projected.append(1)))
+    tiny.keys([Row([1, 2, 3], 2)], [0, 1])
+    for handle in handles:
+        handle.remove()
+    assert ran == [0] and projected == []
+
+
+def test_a_missing_layer_is_named(tiny):
+    with pytest.raises(ModelError, match=r"layer 7 does not exist.*0\.\.3"):
+        tiny.keys([Row([1, 2], 1)], [7])
+
+
+def test_score_equals_a_plain_forward(tiny):
+    prompts = ["The capital of France is", "The capital of France is", "The capital", "Rome"]
+    answers = ["Lyon", "Lyons, of course", "of", "is far"]
+    for prompt, answer, score in zip(prompts, answers, tiny.score(prompts, answers)):
+        row = tiny.row(prompt, answer=answer)
+        logp = tiny.hf(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        wanted = [logp[t - 1, row.ids[t]] for t in range(row.answer, len(row.ids))]
+        assert score.logprob == pytest.approx(float(sum(wanted)) / len(wanted), rel=1e-5)
+        assert score.exact == all(
+            int(logp[t - 1].argmax()) == row.ids[t] for t in range(row.answer, len(row.ids))
+        )
+
+
+def test_score_runs_shared_prefixes_once(tiny):
+    seen = []
+    handle = tiny.hf.base_model.register_forward_pre_hook(
+        lambda _m, a, k: seen.append(k["input_ids"]), with_kwargs=True
+    )
+    tiny.score(["abc", "abc", "abcd"], ["x", "y", "z"])
+    handle.remove()
+    assert sum(len(ids) for ids in seen) == 2  # "abc " twice over is one row, "abcd " another
+
+
+def test_next_logprobs_and_generate_agree(smollm):
+    prompts = ["The capital of France is", "Two plus two is", "Hello, my name is what? It is"]
+    first = [smollm.tokenizer.decode([int(i)]) for i in smollm.next_logprobs(prompts).argmax(-1)]
+    for token, text in zip(first, smollm.generate(prompts, 3)):
+        assert text.startswith(token)
+
+
+def test_parameters_that_are_not_in_memory_are_refused(tiny_llama):
+    with torch.device("meta"):
+        hf = type(tiny_llama.hf)(tiny_llama.hf.config)
+    with pytest.raises(
+        ModelError, match=r"parameters of .* are not in memory \(model\.embed.*device_map"
+    ):
+        EditableModel(hf, tiny_llama.tokenizer)
+
+
+def test_no_prompts(tiny):
+    assert tiny.score([], []) == [] and tiny.generate([]) == []
+    assert tiny.next_logprobs([]).shape == (0, tiny.hf.config.vocab_size)
+
+
+def test_the_default_model_is_the_right_one(smollm):
+    assert smollm.score(["The capital of France is"], ["Paris"])[0].probability == pytest.approx(
+        0.77, abs=0.05
+    )
+    assert (len(smollm.layers), smollm.hidden, smollm.d_ff) == (30, 576, 1536)
+
+
+def test_one_flipped_bit_changes_the_fingerprint(tiny):
+    before = weights_fingerprint(tiny.hf)
+    weight = tiny.weight(1).view(torch.int32)
+    weight[3, 5] ^= 1
+    assert weights_fingerprint(tiny.hf) != before
+    weight[3, 5] ^= 1
+    assert weights_fingerprint(tiny.hf) == before
+
+
+def test_swapped_weights_change_the_fingerprint(tiny):
+    before = weights_fingerprint(tiny.hf)
+    weight = tiny.weight(1)
+    weight.data = weight.data.flip(0).contiguous()
+    assert weights_fingerprint(tiny.hf) != before
+
+
+def test_virtual_equals_the_written_weight(tiny):
+    torch.manual_seed(1)
+    left, right = torch.randn(tiny.hidden, 2), torch.randn(tiny.d_ff, 2)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with tiny.virtual({1: (left, right)}):
+        virtual = tiny.hf(input_ids=ids).logits
+    clean = tiny.hf(input_ids=ids).logits
+    weight = tiny.weight(1)
+    original = weight.clone()
+    weight.data += (right @ left.T) if tiny.layout.transposed else (left @ right.T)
+    torch.testing.assert_close(virtual, tiny.hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    weight.data.copy_(original)
+    torch.testing.assert_close(clean, tiny.hf(input_ids=ids).logits)
+
+
+def test_samples_depend_on_seed_and_number_only(smollm):
+    def take(start, count, seed=3):
+        source = smollm.samples(seed, start, batch=4, length=8)
+        return [next(source) for _ in range(count)]
+
+    assert take(0, 6) == take(0, 6)
+    assert take(0, 6)[3:] == take(3, 3)
+    assert take(0, 4) != take(0, 4, seed=4)
+
+
+def test_a_plain_transformers_model_is_left_as_it_is(tiny):
+    """In training mode, with dropout and trainable weights."""
+    prompts, answers = ["The capital of France is", "Rome"], ["Lyon", "is far"]
+    wanted = tiny.score(prompts, answers), tiny.generate(prompts, 3)
+    hf = tiny.hf.train().requires_grad_(True)
+    names = set(vars(hf))
+    model = load_model(hf, tokenizer=tiny.tokenizer)
+    assert (model.score(prompts, answers), model.generate(prompts, 3)) == wanted
+    model.keys([Row([1, 2, 3], 2)], [0, 1])
+    assert all(module.training for module in hf.modules()) and set(vars(hf)) == names
+    assert all(p.requires_grad and p.grad is None for p in hf.parameters())
+
+
+def test_all_around_one_model_see_its_edits(tiny):
+    again = as_editable(tiny.hf, tiny.tokenizer)
+    fingerprint = again.fingerprint
+    name = tiny.layout.weight_name(1)
+    change = torch.ones(tiny.hidden, 1), torch.ones(tiny.d_ff, 1)
+    tiny.ledger.add_many("some edit", {name: change})
+    third = as_editable(tiny.hf, tiny.tokenizer)
+    assert again.ledger.active == third.ledger.active == ("some edit",)
+    assert third.fingerprint == fingerprint
+    third.ledger.remove("some edit")
+    assert not tiny.ledger.active
+
+
+def test_what_is_no_model_is_named(tiny):
+    assert as_editable(tiny) is tiny
+    with pytest.raises(ModelError, match="got int"):
+        as_editable(5)
+    with pytest.raises(ModelError, match="pass tokenizer="):
+        as_editable(copy.deepcopy(tiny.hf))
+    with pytest.raises(ModelError, match="has its tokenizer already"):
+        as_editable(tiny, tokenizer=object())
+    with pytest.raises(ModelError, match="Linear is not a Hugging Face"):
+        as_editable(nn.Linear(2, 2), tiny.tokenizer)
+
+
+def test_the_whole_path_with_a_transformers_model_in_training_mode(tiny):
+    """Statistics, an edit, applied, evaluated and undone; nothing of the model is changed."""
+    fact = Fact("The capital of {} is", "France", "Lyon", true="Paris")
+    method = MEMIT(layers=(1, 2), target=HiddenState(steps=4, lr=0.5))
+    wanted = method.compute(
+        tiny, [fact], key_statistics(tiny, [1, 2], "self", tokens=2000, progress=False)
+    )
+    hf = tiny.hf.train().requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    statistics = key_statistics(hf, [1, 2], "self", tokens=2000, progress=False)
+    edit = method.compute(hf, [fact], statistics, progress=False)
+    assert edit.key == wanted.key
+    edit.apply(hf)
+    assert edit.is_applied(hf) and not torch.equal(
+        tiny.weight(1), before[tiny.layout.weight_name(1)]
+    )
+    edit.undo(hf)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in hf.state_dict().items())
+    assert all(module.training for module in hf.modules())
+    assert all(p.requires_grad and p.grad is None for p in hf.parameters())
+    with pytest.raises(ModelError, match="only a name; load it first"):
+        edit.apply("some/model")
+
+
+@pytest.mark.parametrize("kind", ["ft", "lora", "metake"])
+def test_training_leaves_no_gradient_behind(tiny_llama, kind):
+    fact = Fact("The capital of {} is", "France", "Lyon", true="Paris")
+    method = {
+        "ft": FineTuning(steps=2),
+        "lora": LoRA(steps=2),
+        "metake": MetaKE(layers=(1, 2), target=HiddenState(steps=4, lr=0.5)),
+    }[kind]
+    hf = tiny_llama.hf.train().requires_grad_(True)
+    names = set(vars(hf))
+    statistics = key_statistics(hf, [1, 2], "self", tokens=2000, progress=False)
+    method.compute(hf, [fact], statistics if kind == "metake" else None, progress=False)
+    assert all(module.training for module in hf.modules()) and set(vars(hf)) == names
+    assert all(p.requires_grad and p.grad is None for p in hf.parameters())
+
+
+def test_the_tokenizer_saved_with_a_model_is_found(smollm):
+    assert load_model(smollm.hf).row("Rome is").ids == smollm.row("Rome is").ids
+
+
+def test_its_repr_fits_a_screen(tiny):
+    tiny.ledger.add_many("an edit", {tiny.layout.weight_name(0): torch.zeros_like(tiny.weight(0))})
+    lines = repr(tiny).splitlines()
+    assert len(lines) <= 6 and max(map(len, lines)) <= 120 and "an edit" in lines[-1]
+
+
+class TestRefusals:
+    def test_an_encoder_decoder(self):
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = T5Config(
+            d_model=8,
+            d_ff=8,
+            d_kv=4,
+            num_layers=1,
+            num_heads=2,
+            vocab_size=16,
+            decoder_start_token_id=0,
+        )
+        with pytest.raises(ModelError, match="encoder-decoder"):
+            detect(T5ForConditionalGeneration(config))
+
+    def test_a_model_without_a_head(self):
+        from transformers import GPT2Config, GPT2Model
+
+        with pytest.raises(ModelError, match="head"):
+            detect(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)))
+
+    def test_a_mixture_of_experts(self):
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        config = MixtralConfig(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=16,
+            num_local_experts=2,
+        )
+        with pytest.raises(ModelError, match="mixture of experts|output projection"):
+            detect(MixtralForCausalLM(config))
+
+    def test_quantised_weights(self, tiny_llama):
+        projection = tiny_llama.projection(0)
+        projection.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+        with pytest.raises(ModelError, match="quantised"):
+            detect(tiny_llama.hf)
+
+    def test_a_slow_tokenizer(self, tiny_llama):
+        with pytest.raises(ModelError, match="fast"):
+            EditableModel(tiny_llama.hf, object())
+
+    def test_float16_on_a_cpu(self, tiny_llama):
+        with pytest.raises(ModelError, match="float16"):
+            EditableModel(tiny_llama.hf.half(), tiny_llama.tokenizer)
+
+    def test_a_model_that_is_nowhere(self, monkeypatch):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(ModelError, match="neither a local folder nor reachable"):
+            load_model("nobody/has-this-model", say=lambda _: None)
+
+    def test_a_folder_without_a_model(self, tmp_path):
+        with pytest.raises(ModelError, match="could not be loaded"):
+            load_model(str(tmp_path))

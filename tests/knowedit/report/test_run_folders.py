@@ -1,0 +1,106 @@
+"""Unit: folders of results written by version 0.1 (`runs_0_1`, made with tiny models) are still
+read, and their intervals come out again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from knowedit.evaluation.evaluation import plain, summarise
+from knowedit.evaluation.measures import Answer, Question
+from knowedit.evaluation.protocols import migrate
+from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
+from knowedit.io.tables import Table
+from knowedit.models.generation import Score
+from knowedit.report.run import PAGE, SECTIONS, read, report
+from knowedit.studies.arithmetic.measure import table
+
+RUNS = Path(__file__).with_name("runs_0_1")
+
+
+def same(found, wanted):
+    """Equal but for rounding in the last bits."""
+    assert found.keys() == wanted.keys()
+    for kind, row in wanted.items():
+        assert found[kind].keys() == row.keys()
+        for measure, estimate in row.items():
+            assert found[kind][measure] == pytest.approx(estimate, rel=1e-12, abs=1e-15)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_figure_of_an_old_folder_is_reported(tmp_path):
+    shutil.copytree(RUNS / "all", tmp_path / "run")
+    text = report(tmp_path / "run")
+    results, subjects, layers, single, _, study = read(tmp_path / "run").values()
+    for result in results:
+        for row in result["evaluation"]["after"].values():
+            for e in row.values():
+                assert f"{e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" in text
+        assert f"KL {result['drift']['kl']:.4f} nats" in text
+        for step in result["course"]:
+            assert f"{step['drift']['kl']:.3f}" in text
+    for result in subjects:
+        for row in result["evaluation"]["after"].values():
+            assert all(f"{e['mean']:.3f} [" in text for e in row.values())
+    assert all(f"{layer['kappa']['C'][0]:.3f}" in text for layer in layers)
+    assert repr(single["prompt"]) in text and "strongest around layer 1" in text
+    assert study["methods"][0]["verdict"] in text and "not run: EditError" in text
+    assert "\n\n\n" not in text
+    page = (tmp_path / "run" / PAGE).read_text(encoding="utf-8")
+    sections = [s for name, found in read(tmp_path / "run").items() for s in SECTIONS[name](found)]
+    tables = sum(isinstance(block, Table) for section in sections for block in section.blocks)
+    assert page.count("<svg") == 8 and page.count("<table") == tables
+
+
+def test_old_results_become_todays():
+    (old,) = json.loads((RUNS / "batch" / "results.json").read_text())
+    new = migrate(old)
+    assert new["side_effects"]["drift"] == old["drift"] and new["trajectory"] == []
+    assert migrate(new) == new
+    course = json.loads((RUNS / "all" / "results.json").read_text())[0]
+    assert migrate(course)["trajectory"] == course["course"]
+
+
+def test_intervals_over_records_are_the_old_ones():
+    """They were scipy's, drawn from one stream in the order of the measures."""
+    (old,) = json.loads((RUNS / "batch" / "results.json").read_text())
+    asked, before, after = [], [], []
+    for row in lines_of(RUNS / "batch" / "prompts.jsonl"):
+        asked.append(Question(*(row[k] for k in ("record", "kind", "prompt", "right", "wrong"))))
+        for when, answers in (("before", before), ("after", after)):
+            right, wrong = (
+                None if (p := row[f"p_{side}_{when}"]) is None else Score(float(np.log(p)), False)
+                for side in ("right", "wrong")
+            )
+            answers.append(Answer(Score(right.logprob, row[f"exact_{when}"]), wrong))
+    rng = np.random.default_rng(0)
+    found = {"before": summarise(asked, before, rng), "after": summarise(asked, after, rng, before)}
+    for when, estimates in found.items():
+        wanted = old["evaluation"][when]
+        for kind, row in plain(estimates).items():
+            for measure, estimate in row.items():
+                assert estimate == pytest.approx(wanted[kind][measure], rel=1e-9, abs=1e-12)
+
+
+def test_intervals_over_subjects_are_the_old_ones():
+    for result in json.loads((RUNS / "all" / "same_subject.json").read_text()):
+        found = SameSubjectEvaluation.from_dict(result["evaluation"])
+        for when in ("before", "after"):
+            same(plain(getattr(found, when)), result["evaluation"][when])
+
+
+def test_intervals_over_prompts_are_the_old_ones():
+    study = json.loads((RUNS / "all" / "study.json").read_text())
+    rows = lines_of(RUNS / "all" / "prompts.jsonl")
+    (entry,) = [entry for entry in study["methods"] if "judge" in entry]
+    for half in ("judge", "tune"):
+        same(table(rows, half), entry[half])
+    same(table(rows), entry["all"])
