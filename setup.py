@@ -1,4 +1,5 @@
-"""Puts csrc, and where possible the compiled CPU library, into the wheel; the rest is in pyproject.toml.
+"""Puts csrc, and where possible the compiled CPU library, into the wheel; the rest is in
+pyproject.toml.
 
 torch is not imported, and may be absent: then the library is compiled at first use instead.
 """
@@ -22,7 +23,8 @@ class BuildWithNative(build_py):
 
     def run(self) -> None:
         super().run()
-        # an editable install compiles at first use, into the cache, so that no stale library stays in the tree
+        # an editable install compiles at first use, into the cache, so that no stale library stays
+        # in the tree
         if not self.editable_mode:
             try:
                 NATIVE["build"](Path(self.build_lib) / "knowedit_kernels")

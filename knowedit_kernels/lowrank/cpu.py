@@ -1,4 +1,6 @@
-"""The compiled CPU kernels (csrc/cpu/lowrank*): the product stays in registers, W is read and written once."""
+"""The compiled CPU kernels (csrc/cpu/lowrank*): the product stays in registers, W is read and
+written once.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ WRONG = [
 def test_wrong_losses_are_rejected(change, monkeypatch):
     monkeypatch.setattr(gpu, "losses", lambda *args: change(chunked.losses, args))
     failure = gpu.gate(torch.device("cpu"))
-    assert failure is not None and ("gradient" in failure) >= ("gradient" in change.__name__), failure
+    assert failure is not None and ("gradient" in failure) >= ("gradient" in change.__name__), (
+        failure
+    )
 
 
 def test_the_right_one_passes_the_same_gate(monkeypatch):

@@ -1,7 +1,8 @@
 """Runs the kernels of csrc/cpu for instruction sets that this processor lacks.
 
-Where the processor has the instructions, a candidate runs as it is. Elsewhere on x86 the sources are compiled with
-instructions that `include/immintrin.h` emulates lane by lane, and registered under a namespace of their own.
+Where the processor has the instructions, a candidate runs as it is. Elsewhere on x86 the sources
+are compiled with instructions that `include/immintrin.h` emulates lane by lane, and registered
+under a namespace of their own.
 """
 
 from __future__ import annotations
@@ -28,9 +29,15 @@ OPS = ("syrk_cpu_", "pack_cpu_", "low_rank_cpu_")
 
 
 def build(library: Path) -> None:
-    """Compiles csrc/cpu into `library` with emulated instructions; the file appears whole or not at all."""
+    """Compiles csrc/cpu into `library` with emulated instructions; the file appears whole or not at
+    all.
+    """
     sources, home = _native.source_dir() / "cpu", _native.torch_dir()
-    flags = ["-Wno-psabi", *(flag for flag in _native.FLAGS[1:] if flag != "-shared"), f"-Dknowedit={NAMESPACE}"]
+    flags = [
+        "-Wno-psabi",
+        *(flag for flag in _native.FLAGS[1:] if flag != "-shared"),
+        f"-Dknowedit={NAMESPACE}",
+    ]
     flags += [f"-I{sources}", "-include", str(HERE / "every_isa.h")]
     links = [f"-L{home / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     drivers = [sources / "lowrank.cpp", sources / "syrk.cpp"]
@@ -39,8 +46,25 @@ def build(library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         part, whole = Path(folder, "kernels.o"), Path(folder, "whole.so")
         # apart from the drivers, because torch's own headers need the compiler's <immintrin.h>
-        emulating = ["-O2", "-march=native", "-r", f"-I{HERE / 'include'}", *map(str, kernels), "-o", str(part)]
-        linking = ["-O1", "-shared", f"-I{home / 'include'}", *map(str, drivers), str(part), "-o", str(whole), *links]
+        emulating = [
+            "-O2",
+            "-march=native",
+            "-r",
+            f"-I{HERE / 'include'}",
+            *map(str, kernels),
+            "-o",
+            str(part),
+        ]
+        linking = [
+            "-O1",
+            "-shared",
+            f"-I{home / 'include'}",
+            *map(str, drivers),
+            str(part),
+            "-o",
+            str(whole),
+            *links,
+        ]
         for arguments in (emulating, linking):
             subprocess.run([*_native.compiler(), *flags, *arguments], check=True)
         whole.replace(library)
@@ -48,9 +72,16 @@ def build(library: Path) -> None:
 
 @functools.cache
 def load() -> _native.Native:
-    """Loads the emulated library and registers its ops as `knowedit_emulated`; it is compiled once per machine."""
+    """Loads the emulated library and registers its ops as `knowedit_emulated`; it is compiled once
+    per machine.
+    """
     processor = str(sorted(torch.cpu.get_capabilities().items()))
-    keys = (_native.source_key(_native.source_dir() / "cpu"), _native.source_key(HERE), processor, torch.__version__)
+    keys = (
+        _native.source_key(_native.source_dir() / "cpu"),
+        _native.source_key(HERE),
+        processor,
+        torch.__version__,
+    )
     digest = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
     library = _native.cache_dir() / f"emulated_{digest}.so"
     if not library.exists():
@@ -74,7 +105,9 @@ def emulated() -> Iterator[None]:
 
 
 def instructions_of(candidate: Candidate) -> contextlib.AbstractContextManager[None]:
-    """Emulates the instructions of `candidate` where the processor lacks them and is of that kind at all."""
+    """Emulates the instructions of `candidate` where the processor lacks them and is of that kind
+    at all.
+    """
     lacking = _native.load().refusal(LEVELS.get(candidate.name, 0)) == _native.LACKING
     needed = lacking and platform.machine() in ("x86_64", "AMD64")
     return emulated() if needed else contextlib.nullcontext()
