@@ -37,6 +37,9 @@ FLAGS = (
 )
 
 
+LACKING = "this processor lacks the instructions"
+
+
 class NativeBuildError(RuntimeError):
     """The extension could not be compiled; the message says why and what would help."""
 
@@ -50,6 +53,12 @@ class Native:
     path: Path | None
     isa: int = -1
     reason: str | None = None
+
+    def refusal(self, isa: int) -> str | None:
+        """Why kernels of instruction set `isa` cannot run, or None."""
+        if self.reason is not None:
+            return f"no compiled kernels: {self.reason}"
+        return LACKING if self.isa < isa else None
 
 
 def source_dir() -> Path:

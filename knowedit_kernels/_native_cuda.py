@@ -21,15 +21,10 @@ from knowedit_kernels._native import STABLE_ABI, NativeBuildError, cache_root, s
 
 ARCHITECTURE = "compute_90a,code=sm_90a"
 FLAGS = (
-    "-O3",
-    "-std=c++20",
-    "-shared",
-    "-Xcompiler",
-    "-fPIC,-fvisibility=hidden",
+    "-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
     f"-gencode=arch={ARCHITECTURE}",
-    "-DUSE_CUDA",
-    f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
-)
+    "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+)  # fmt: skip
 logger = logging.getLogger("knowedit_kernels")
 
 
@@ -42,8 +37,8 @@ class NativeCuda:
 
 
 def compiler() -> str:
-    """nvcc's path: $NVCC, else on PATH or in $CUDA_HOME. Raises NativeBuildError if there is
-    none.
+    """nvcc's path: $NVCC, else on PATH or in $CUDA_HOME. Raises NativeBuildError if there
+    is none.
     """
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("nvcc", path=f"{home}/bin")

@@ -20,8 +20,8 @@ LIBRARY = torch.library.Library("knowedit", "DEF")
 
 
 def _mutates_only(*args: Any, **kwargs: Any) -> None:
-    """The fake of an op that returns nothing: its effect is on its arguments, whose metadata
-    stay.
+    """The fake of an op that returns nothing: its effect is on its arguments, whose
+    metadata stay.
     """
 
 
@@ -75,8 +75,8 @@ _define(
 _define(
     "low_rank_cpu_(Tensor(a!) w, Tensor base, Tensor u, Tensor v, int rounding, int seed, int "
     "stream, "
-    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!) sums, Tensor(d!)? error, int "
-    "isa) -> ()",
+    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!) sums, Tensor(d!)? error, int isa) "
+    "-> ()",
     compiled=True,
 )
 
@@ -91,8 +91,8 @@ def _target_losses(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]
 # where not asked for). hidden, ref_hidden [rows, d]; weight [V, d]; targets [rows]; bias [V];
 # reference [rows, V] logits; softcap 0: none
 _define(
-    "target_losses(Tensor hidden, Tensor weight, Tensor? targets, Tensor? bias, Tensor? "
-    "reference, Tensor? ref_hidden, "
+    "target_losses(Tensor hidden, Tensor weight, Tensor? targets, Tensor? bias, Tensor? reference, "
+    "Tensor? ref_hidden, "
     "float scale, float softcap, bool reverse, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     _target_losses,
 )

@@ -4,7 +4,7 @@ Errors are against float64 on the same (already rounded) inputs. For a second mo
 
 * normwise:    ||C' - C||_F / ||C||_F
 * elementwise: max |c'_ij - c_ij| / sqrt(c_ii c_jj)      (the scale in which every entry is at most
-    1)
+  1)
 * bias:        |mean_i (c'_ii - c_ii) / c_ii|            (signed: truncation shows here first)
 """
 

@@ -58,10 +58,8 @@ def _positive(text: str) -> int:
 def _add_parameters(parser: argparse.ArgumentParser, operation: Operation) -> None:
     for name, parameter in operation.parameters.items():
         kind = type(parameter.cpu[0])
-        defaults = (
-            f"{','.join(map(str, parameter.cpu))} on a CPU, "
-            f"{','.join(map(str, parameter.cuda))} on a GPU"
-        )
+        on_cpu, on_gpu = (",".join(map(str, values)) for values in (parameter.cpu, parameter.cuda))
+        defaults = f"{on_cpu} on a CPU, {on_gpu} on a GPU"
         listed = _list(kind, parameter.choices)
         parser.add_argument(
             f"--{name}", type=listed, metavar="LIST", help=f"{parameter.help} ({defaults})"

@@ -173,18 +173,10 @@ def _cublas(inputs: Inputs) -> Callable[[], Tensor]:
     def run() -> Tensor:
         handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
         status = library.cublasSsyrk_v2(  # type: ignore[union-attr]
-            handle,
-            upper,
-            not_transposed,
+            handle, upper, not_transposed, d, tokens, ctypes.byref(one),
+            ctypes.c_void_p(keys.data_ptr()), d, ctypes.byref(one), ctypes.c_void_p(c.data_ptr()),
             d,
-            tokens,
-            ctypes.byref(one),
-            ctypes.c_void_p(keys.data_ptr()),
-            d,
-            ctypes.byref(one),
-            ctypes.c_void_p(c.data_ptr()),
-            d,
-        )
+        )  # fmt: skip
         if status != 0:
             raise RuntimeError(f"cublasSsyrk returned status {status}")
         return c

@@ -10,8 +10,8 @@ from typing import Any
 Row = dict[str, Any]
 
 HEADINGS = (
-    "provider            ms p50 [p20, p80]        useful / nominal TFLOP/s  % peak    GB/s  % "
-    "copy  "
+    "provider            ms p50 [p20, p80]        useful / nominal TFLOP/s  % peak    GB/s  % copy "
+    " "
     "error (of our limit)          speed-up       energy"
 )
 
@@ -50,8 +50,8 @@ def format_row(row: Row) -> str:
     speed = f"{row['speedup']:.2f}x {row['baseline']}" if "speedup" in row else "-"
     energy = f"n/a ({row['joules_reason']})" if row["joules"] is None else f"{row['joules']:.3g} J"
     return (
-        f"{row['provider']:<12}{time:<36}{rate:<24}{row['peak_percent']:7.1f}"
-        f"{row['gbps']:9.1f}{row['copy_percent']:8.1f}  "
+        f"{row['provider']:<12}{time:<36}{rate:<24}{row['peak_percent']:7.1f}{row['gbps']:9.1f}"
+        f"{row['copy_percent']:8.1f}  "
         f"{_error(row):<30}{speed:<15}{energy}"
     )
 
@@ -67,8 +67,8 @@ def format_environment(environment: dict[str, Any]) -> str:
         f"TFLOP/s: {rates}"
         + "\nuseful counts the flops the answer needs (a second moment: N d (d + 1)); nominal "
         "those of the textbook method."
-        + "\n% are of the measured ceilings, with useful flops. An error's (number) is in units "
-        "of our own limit."
+        + "\n% are of the measured ceilings, with useful flops. An error's (number) is in units of "
+        "our own limit."
     )
 
 
@@ -100,7 +100,7 @@ def compare(before: list[Row], after: list[Row], tolerance: float) -> tuple[list
     """Lines about every row of both files, and whether anything got worse.
 
     Worse: slower by more than the factor `tolerance` with p20-p80 ranges that do not overlap, or
-        newly red, or gone.
+    newly red, or gone.
     """
     old, new = ({_key(row): row for row in rows} for rows in (before, after))
     lines, worse = [], False
@@ -120,8 +120,8 @@ def compare(before: list[Row], after: list[Row], tolerance: float) -> tuple[list
                 else "same"
             )
             lines.append(
-                f"{' '.join(key)}: {a['ms']['p50']:.3f} -> {b['ms']['p50']:.3f} ms "
-                f"({ratio:.2f}x time), {verdict}"
+                f"{' '.join(key)}: {a['ms']['p50']:.3f} -> {b['ms']['p50']:.3f} ms ({ratio:.2f}x "
+                f"time), {verdict}"
             )
             worse |= slower or red
         else:

@@ -209,8 +209,8 @@ class Tangent(torch.autograd.Function):
 def _of_given(
     layer: Layer, saved: Tensors
 ) -> tuple[Callable[..., Any], tuple[Tensor, ...], list[int]]:
-    """`_pushed` as a function of those inputs that are not None, these, and their places among
-    all.
+    """`_pushed` as a function of those inputs that are not None, these, and their places
+    among all.
     """
     half, places = len(saved) // 2, [place for place, x in enumerate(saved) if x is not None]
 

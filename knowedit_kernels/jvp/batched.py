@@ -109,8 +109,8 @@ def attention(
 
 
 def _existing(x: Tensor, spans: Tensor | None, keys: int) -> Tensor:
-    """Zeros in place of padding, which may hold anything; x [..., batch, shared, the last keys,
-    d].
+    """Zeros in place of padding, which may hold anything; x [..., batch, shared, the last
+    keys, d].
     """
     if spans is None:
         return x

@@ -134,8 +134,8 @@ def attention(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``attention_jvp`` of `_ops.py`. The softmax's statistics first, unless one pass can do
-    all.
+    """``attention_jvp`` of `_ops.py`. The softmax's statistics first, unless one pass can
+    do all.
     """
     from knowedit_kernels.jvp.triton import attention_kernel
 
@@ -150,7 +150,10 @@ def attention(
     if not q.numel():
         return o.to(q.dtype), do
     if (tk is None) != (tv is None):
-        tk, tv = (torch.zeros_like(other) if t is None else t for t, other in ((tk, tv), (tv, tk)))  # type: ignore[arg-type]
+        tk, tv = (
+            torch.zeros_like(other) if t is None else t  # type: ignore[arg-type]
+            for t, other in ((tk, tv), (tv, tk))
+        )
     spans = None if spans is None else spans.to(torch.int32).contiguous()
 
     def launch(known: bool, tangents: int) -> None:
@@ -158,29 +161,12 @@ def attention(
         strides = [(*x.stride()[:3], 0) for x in (q, k, v)]
         strides += [(0, 0, 0, 0) if t is None else (*t.stride()[1:4], t.stride(0)) for t in moving]
         attention_kernel[(_ceil(queries, tile["BM"]) * batch * heads, max(1, tangents))](
-            q,
-            k,
-            v,
-            *moving,
-            o,
-            do,
-            peaks,
-            spans,
-            *strides,
-            heads,
-            heads // shared,
-            queries,
-            keys,
-            keys - (0 if moving[1] is None else moving[1].shape[3]),
-            d,
-            scale,
-            KNOWN=known,
-            WITH_TQ=moving[0] is not None,
-            WITH_TKV=moving[1] is not None,
-            CAUSAL=causal,
-            SPANS=spans is not None,
-            **tile,
-        )
+            q, k, v, *moving, o, do, peaks, spans, *strides,
+            heads, heads // shared, queries, keys,
+            keys - (0 if moving[1] is None else moving[1].shape[3]), d, scale, KNOWN=known,
+            WITH_TQ=moving[0] is not None, WITH_TKV=moving[1] is not None, CAUSAL=causal,
+            SPANS=spans is not None, **tile,
+        )  # fmt: skip
 
     launch(False, 0 if two_passes else count)
     if two_passes:

@@ -23,9 +23,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean x^2 + eps) * weight (Zhang and Sennrich, 2019) over the last dimension.
 
     x: [..., d]; weight: [d], as it multiplies (Gemma's is 1 + its parameter); one floating dtype.
-        The arithmetic is
-    float32 (float64 for float64). All of torch.func composes; forward mode runs the fused kernel,
-    also under vmap. Raises ValueError naming the argument.
+    The arithmetic is float32 (float64 for float64). All of torch.func composes; forward mode runs
+    the fused kernel, also under vmap.
+    Raises ValueError naming the argument.
     """
     _check_rows("x", x)
     _check_weight(x, weight)
@@ -33,8 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate sigmoid(gate) up (Shazeer, 2020); gate, up: [..., d]. As `rms_norm` in everything
-    else.
+    """gate sigmoid(gate) up (Shazeer, 2020); gate, up: [..., d]. As `rms_norm` in
+    everything else.
     """
     _check_rows("gate", gate)
     _check_like("up", up, gate.shape, gate)
@@ -56,16 +56,15 @@ def attention(
     (pytorch#128971).
 
     q: [batch, heads, queries, d]; k, v: [batch, shared, keys, d]; each of the `shared` heads serves
-        heads / shared
-    consecutive query heads. With ``causal`` the queries are the last positions: query i sees keys
-    up to i + keys - queries. scale: d ** -0.5 by default. spans: integer [batch, 2], row b has keys
-    first <= j < end only (padding on either side may hold anything); a query that sees no key gives
-    zero.
+    heads / shared consecutive query heads. With ``causal`` the queries are the last positions:
+    query i sees keys up to i + keys - queries. scale: d ** -0.5 by default. spans: integer [batch,
+    2], row b has keys first <= j < end only (padding on either side may hold anything); a query
+    that sees no key gives zero.
 
     Tangents cost memory in proportion to their own size. Reverse mode holds all scores, and is
     there so that everything
     composes: where only gradients are wanted, torch's fused attention is the better one. Raises
-        ValueError.
+    ValueError.
     """
     layer = _attention_layer(q, k, v, causal, scale, spans)
     return Primal.apply(layer, q, k, v)
@@ -86,8 +85,8 @@ def rms_norm_jvp(x: Tensor, weight: Tensor, tangents: Tensor, eps: float = 1e-6)
 def swiglu_jvp(
     gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor
 ) -> WithTangents:
-    """`swiglu` of gate, up [..., d] and its tangents for those of both, [T, ..., d], in one
-    pass.
+    """`swiglu` of gate, up [..., d] and its tangents for those of both, [T, ..., d], in
+    one pass.
     """
     _check_rows("gate", gate)
     _check_like("up", up, gate.shape, gate)
@@ -113,9 +112,8 @@ def attention_jvp(
     """`attention` and its tangents for T directions at once, never holding all scores.
 
     tq: [T, *q]; tk, tv: [T, batch, shared, t, d], tangents of the *last* t keys and values: what
-        lies before an edit does
-    not move and costs nothing. None means zero; at least one is given. Other arguments and errors
-    as of `attention`.
+    lies before an edit does not move and costs nothing. None means zero; at least one is given.
+    Other arguments and errors as of `attention`.
     Source: forward differentiation of online softmax, KERNELS (c), our derivation.
     """
     layer = _attention_layer(q, k, v, causal, scale, spans)
@@ -153,12 +151,12 @@ def _attention_layer(
     if shared == 0 or heads % shared:
         raise ValueError(
             f"the {heads} heads of q cannot share {shared} heads of k: their number must be a "
-            f"multiple"
+            "multiple"
         )
     if causal and queries > keys:
         raise ValueError(
             f"causal attention of {queries} queries to {keys} keys: queries are the last "
-            f"positions; pass all keys"
+            "positions; pass all keys"
         )
     if spans is not None and (
         spans.shape != (batch, 2) or spans.is_floating_point() or spans.device != q.device

@@ -57,9 +57,8 @@ def edit_jvp(
     directions at once.
 
     solvers, residuals: one per layer, R [d, n]. d_residuals: [T, d, n] per layer; d_keys: [T, m, n]
-        per layer; None is
-    zero, not both. One solve with T n columns a layer. Where R depends on K (R = Z - W K), so must
-    ``d_residuals``.
+    per layer; None is zero, not both. One solve with T n columns a layer. Where R depends on K (R =
+    Z - W K), so must ``d_residuals``.
 
         dDelta = (dR - R A dK) A + (R B) (H^-1 dK)^T,    H^-1 X = M^-1 (X - K A X)
 
@@ -111,9 +110,9 @@ def edit_vjp(
     of `edit_jvp`.
 
     cotangents: dL/dDelta per layer as factors; with output gradients g [T, d, t] at keys X [m, t]
-        that is
-    ``Factors(g, X.T[None])``, and the solve then has t columns, however many T. ``keys=False``
-    freezes the keys (the structural gradient proxy: no solve at all).
+    that is ``Factors(g, X.T[None])``, and the solve then has t columns, however many T.
+    ``keys=False`` freezes the keys (the
+    structural gradient proxy: no solve at all).
 
         dL/dR = Gamma A^T,    dL/dK = H^-1 Gamma^T R B - A^T R^T Gamma A^T    (not counting R's own
         dependence on K)
@@ -159,10 +158,9 @@ def spread_shares(layers: int, how: Spread = "linear") -> list[float]:
     time (BLUE).
     """
     rules: dict[str, Callable[[int], float]] = {
-        "linear": lambda left: 1 / left,
-        "sqrt": lambda left: 1 / math.sqrt(left),
+        "linear": lambda left: 1 / left, "sqrt": lambda left: 1 / math.sqrt(left),
         "full": lambda left: 1.0,
-    }
+    }  # fmt: skip
     if how not in rules:
         raise ValueError(f"how must be one of {', '.join(rules)}, got {how!r}")
     return [rules[how](layers - i) for i in range(layers)]
@@ -208,8 +206,8 @@ def spread_jvp(
 
     The map is linear, so this is both it and its tangent, over any leading dimensions (directions).
     ``through[i]`` applies J_i, how a shift [..., d, n] of layer i's output at the edited positions
-    arrives at the last layer (None: unchanged). Raises ValueError. Source: our derivation
-    (`jvp/README.md`).
+    arrives at the last layer (None: unchanged).
+    Raises ValueError. Source: our derivation (`jvp/README.md`).
     """
     missing = start = _spread_input(solvers, d_residual, "d_residual")
     written = []
@@ -297,7 +295,7 @@ def _through(
     if through is not None and len(through) != len(solvers):
         raise ValueError(
             f"through has {len(through)} maps for {len(solvers)} layers: give one (or None) per "
-            f"layer"
+            "layer"
         )
     return [
         (lambda x: x) if apply is None else apply for apply in (through or [None] * len(solvers))

@@ -8,20 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(
-    X,
-    W,
-    TX,
-    Y,
-    TY,
-    count,
-    d,
-    eps,
-    stride,
-    t_plane,
-    t_stride,
-    GROUP: tl.constexpr,
-    BD: tl.constexpr,
-):
+    X, W, TX, Y, TY, count, d, eps, stride, t_plane, t_stride,
+    GROUP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """A row and GROUP of its tangents: Y [rows, d] (the first group's program), TY [count, rows,
     d].
     """
@@ -47,24 +36,9 @@ def rms_norm_kernel(
 
 @triton.jit
 def swiglu_kernel(
-    G,
-    U,
-    TG,
-    TU,
-    Y,
-    TY,
-    count,
-    rows,
-    d,
-    g_stride,
-    u_stride,
-    tg_plane,
-    tg_stride,
-    tu_plane,
-    tu_stride,
-    GROUP: tl.constexpr,
-    BD: tl.constexpr,
-):
+    G, U, TG, TU, Y, TY, count, rows, d, g_stride, u_stride, tg_plane, tg_stride, tu_plane,
+    tu_stride, GROUP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """BD entries of a row and GROUP of their tangents."""
     blocks = tl.cdiv(d, BD)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -101,36 +75,11 @@ def _tile(base, strides, row, first, end, column, d):
 
 @triton.jit
 def _absorb(
-    state,
-    Q,
-    TQ,
-    K,
-    V,
-    TK,
-    TV,
-    q_strides,
-    tq_strides,
-    k_strides,
-    v_strides,
-    tk_strides,
-    tv_strides,
-    row,
-    key,
-    queries,
-    begin,
-    end,
-    first,
-    last,
-    d,
-    scale,
-    KNOWN: tl.constexpr,
-    WITH_TQ: tl.constexpr,
-    WITH_TKV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BD: tl.constexpr,
-    BC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    state, Q, TQ, K, V, TK, TV, q_strides, tq_strides, k_strides, v_strides, tk_strides, tv_strides,
+    row, key, queries, begin, end, first, last, d, scale,
+    KNOWN: tl.constexpr, WITH_TQ: tl.constexpr, WITH_TKV: tl.constexpr, CAUSAL: tl.constexpr,
+    BD: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One block of keys into the running (max, sum p, O, centre, sum p s', T), all relative to the
     running maximum.
 
@@ -191,45 +140,17 @@ def _absorb(
 
 @triton.jit
 def attention_kernel(
-    Q,
-    K,
-    V,
-    TQ,
-    TK,
-    TV,
-    O,
-    TO,
-    peaks,
-    spans,
-    q_strides,
-    k_strides,
-    v_strides,
-    tq_strides,
-    tk_strides,
-    tv_strides,
-    heads,
-    group,
-    queries,
-    keys,
-    first,
-    d,
-    scale,
-    KNOWN: tl.constexpr,
-    WITH_TQ: tl.constexpr,
-    WITH_TKV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SPANS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    BC: tl.constexpr,
+    Q, K, V, TQ, TK, TV, O, TO, peaks, spans, q_strides, k_strides, v_strides, tq_strides,
+    tk_strides, tv_strides, heads, group, queries, keys, first, d, scale,
+    KNOWN: tl.constexpr, WITH_TQ: tl.constexpr, WITH_TKV: tl.constexpr, CAUSAL: tl.constexpr,
+    SPANS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """BM queries of one head and one tangent (or none). Keys from `first` on have tangents TK, TV
     [count, batch, shared, keys - first, d]. O [batch, heads, queries, d] and peaks [batch, heads,
     queries] (the largest score such that its exponential is the softmax's sum, base 2) are read if
-    KNOWN, else written by the first tangent's programs; TO [count, *O]. Strides are those of batch,
-    head, row and tangent.
+    KNOWN, else written by the first tangent's programs; TO [count,
+    *O]. Strides are those of batch, head, row and tangent.
     """
     blocks = tl.cdiv(queries, BM)
     block = blocks - 1 - tl.program_id(0) % blocks  # long rows first
@@ -270,70 +191,18 @@ def attention_kernel(
     for at in range(start, turn, BN):
         key = at + tl.arange(0, BN)
         state = _absorb(
-            state,
-            Q,
-            TQ,
-            K,
-            V,
-            TK,
-            TV,
-            q_strides,
-            tq_strides,
-            k_strides,
-            v_strides,
-            tk_strides,
-            tv_strides,
-            row,
-            key,
-            queries,
-            begin,
-            end,
-            first,
-            last,
-            d,
-            scale,
-            KNOWN,
-            WITH_TQ,
-            False,
-            CAUSAL,
-            BD,
-            BC,
-            PRECISION,
-        )
+            state, Q, TQ, K, V, TK, TV, q_strides, tq_strides, k_strides, v_strides, tk_strides,
+            tv_strides, row, key, queries, begin, end, first, last, d, scale, KNOWN, WITH_TQ, False,
+            CAUSAL, BD, BC, PRECISION,
+        )  # fmt: skip
     if WITH_TKV:
         for at in range(turn, stop, BN):
             key = at + tl.arange(0, BN)
             state = _absorb(
-                state,
-                Q,
-                TQ,
-                K,
-                V,
-                TK,
-                TV,
-                q_strides,
-                tq_strides,
-                k_strides,
-                v_strides,
-                tk_strides,
-                tv_strides,
-                row,
-                key,
-                queries,
-                begin,
-                end,
-                first,
-                last,
-                d,
-                scale,
-                KNOWN,
-                WITH_TQ,
-                True,
-                CAUSAL,
-                BD,
-                BC,
-                PRECISION,
-            )
+                state, Q, TQ, K, V, TK, TV, q_strides, tq_strides, k_strides, v_strides, tk_strides,
+                tv_strides, row, key, queries, begin, end, first, last, d, scale, KNOWN, WITH_TQ,
+                True, CAUSAL, BD, BC, PRECISION,
+            )  # fmt: skip
     top, mass, o, _, mu, to = state
     mass = tl.where(mass > 0, mass, 1.0)  # a query that sees nothing gives zero
     column = tl.arange(0, BD)

@@ -58,11 +58,8 @@ def compiled(name: str) -> Candidate:
         residual: list[Tensor],
         *rest: object,
     ) -> str | None:
-        native = _native.load()
-        if native.reason is not None:
-            return f"no compiled kernels: {native.reason}"
-        if native.isa < ISA[name]:
-            return "this processor lacks the instructions"
+        if reason := _native.load().refusal(ISA[name]):
+            return reason
         for tensor in (*w, *base, *residual):
             if tensor.dtype == torch.float64:
                 return "float64 weights need float64 arithmetic"

@@ -125,24 +125,12 @@ def _launch(
     out = torch.empty(len(programs), sums.shape[1], dtype=torch.float64, device=device)
     most = max(len(probe[i]) for i in members) if probe else 0
     update_kernel[(len(programs),)](
-        *tables,
-        out,
-        seed,
-        DT=getattr(tl, str(dtype).removeprefix("torch.")),
-        ROUNDING=rounding,
-        COMPENSATED=rounding == "compensated",
-        WRITE=write,
-        BP=max(16, 1 << (most - 1).bit_length()) if most else 0,
-        ALIGNED=aligned,
-        ROUNDS=ROUNDS,
-        FIELDS=_FIELDS,
-        BM=BM,
-        BN=BN,
-        BR=BR,
-        TILES=TILES,
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
+        *tables, out, seed,
+        DT=getattr(tl, str(dtype).removeprefix("torch.")), ROUNDING=rounding,
+        COMPENSATED=rounding == "compensated", WRITE=write,
+        BP=max(16, 1 << (most - 1).bit_length()) if most else 0, ALIGNED=aligned, ROUNDS=ROUNDS,
+        FIELDS=_FIELDS, BM=BM, BN=BN, BR=BR, TILES=TILES, num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
     first = 0
     for i, tensors, count in alive:
         sums[i] = out[first : first + count].sum(0)

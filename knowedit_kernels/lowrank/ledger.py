@@ -43,10 +43,9 @@ class WeightLedger:
     """Records edits of named weights by key, low-rank or dense, and undoes any of them exactly.
 
     weights: name -> tensor, edited in place. transposed: names of weights stored [in, out] (GPT-2's
-        Conv1D); factors
-    are U [out, r], V [in, r] all the same, a dense delta has the weight's own shape. rounding:
-    "nearest" or "stochastic" (with ``seed``; low-rank edits only). offload: keep the pristine
-    copies in host memory.
+    Conv1D); factors are U [out, r], V [in, r] all the same, a dense delta has the weight's own
+    shape. rounding: "nearest" or "stochastic" (with ``seed``; low-rank edits only). offload: keep
+    the pristine copies in host memory.
 
     With no active edit a weight has its original bits and no copy is kept. Before every change the
     ledger checks that nobody else wrote to the weight, and raises LedgerError if so. Not
@@ -64,7 +63,7 @@ class WeightLedger:
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(
                 f"a ledger rounds 'nearest' or 'stochastic', got {rounding!r}: it must be "
-                f"recomputable"
+                "recomputable"
             )
         unknown = set(transposed) - set(weights or {})
         if unknown:
@@ -245,7 +244,7 @@ class WeightLedger:
         if entry.pristine is not None and fingerprint(entry.weight) != entry.fingerprint:
             raise LedgerError(
                 f"weight {entry.name!r} was changed outside the ledger since its last edit: put "
-                f"the ledger's state "
+                "the ledger's state "
                 "back, or call reset() to return to the pristine weights"
             )
 
@@ -255,8 +254,8 @@ class WeightLedger:
             weight.dtype != pristine.dtype or weight.shape != pristine.shape
         ):
             raise LedgerError(
-                f"weight {entry.name!r} was {pristine.dtype} {tuple(pristine.shape)} when "
-                f"edited and is now "
+                f"weight {entry.name!r} was {pristine.dtype} {tuple(pristine.shape)} when edited "
+                "and is now "
                 f"{weight.dtype} {tuple(weight.shape)}: undo edits before converting a model"
             )
 

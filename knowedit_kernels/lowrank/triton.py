@@ -16,24 +16,11 @@ def _pointer(table, entry, FIELD: tl.constexpr, dtype: tl.constexpr, FIELDS: tl.
 
 @triton.jit(do_not_specialize=["seed"])
 def update_kernel(
-    pointers,
-    shapes,
-    programs,
-    sums,
-    seed,
-    DT: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    COMPENSATED: tl.constexpr,
-    WRITE: tl.constexpr,
-    BP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    FIELDS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    TILES: tl.constexpr,
-):
+    pointers, shapes, programs, sums, seed,
+    DT: tl.constexpr, ROUNDING: tl.constexpr, COMPENSATED: tl.constexpr, WRITE: tl.constexpr,
+    BP: tl.constexpr, ALIGNED: tl.constexpr, ROUNDS: tl.constexpr, FIELDS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """One program: rows [i BM, ...) and column tiles [j TILES, ...) of one weight; BP > 0 adds the
     probe.
     """

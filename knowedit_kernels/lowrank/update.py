@@ -47,8 +47,8 @@ class UpdateReport:
 
     @property
     def survived(self) -> float:
-        """<applied, ideal> / ||ideal||^2: the share of the edit that arrived; 1 for an empty
-        edit.
+        """<applied, ideal> / ||ideal||^2: the share of the edit that arrived; 1 for an
+        empty edit.
         """
         ideal, applied, error = self._figures[:3]
         return (ideal + applied - error) / (2 * ideal) if ideal else 1.0
@@ -93,8 +93,8 @@ def low_rank_update_(
       * "nearest": ties to even.
       * "stochastic" (16-bit W): unbiased; bits depend on ``seed`` and the element's position alone.
       * "compensated" (16-bit W): ``residual`` (bfloat16, shaped like W, zeros at first) carries
-        what rounding cut off into the next update: eight more effective bits over a sequence of
-        edits.
+        what rounding cut off
+        into the next update: eight more effective bits over a sequence of edits.
       * "corrected" (needs ``probe``): measures the loss at the probe keys first and adds it to U,
         with V unchanged, so that the output there is right after rounding (least squares). Norms in
         the report are then of the corrected update; probe_error is against the requested one.
@@ -224,8 +224,8 @@ def check_update(
     if U.ndim != 2 or V.ndim != 2 or U.shape != (rows, V.shape[1]) or V.shape[0] != columns:
         hint = "; W looks transposed: swap U and V" if (len(U), len(V)) == (columns, rows) else ""
         raise ValueError(
-            f"W [{rows}, {columns}] needs U [{rows}, r] and V [{columns}, r], got "
-            f"{_describe(U)} and {_describe(V)}{hint}"
+            f"W [{rows}, {columns}] needs U [{rows}, r] and V [{columns}, r], got {_describe(U)} "
+            f"and {_describe(V)}{hint}"
         )
     if not (U.is_floating_point() and V.is_floating_point()):
         raise ValueError(f"U and V must be floating point, got {U.dtype} and {V.dtype}")

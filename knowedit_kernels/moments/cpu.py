@@ -17,11 +17,8 @@ GENERIC, AVX2, AVX512, AVX512_BF16 = range(4)
 
 
 def _refusal(isa: int, keys: Sequence[torch.Tensor]) -> str | None:
-    native = _native.load()
-    if native.reason is not None:
-        return f"no compiled kernels: {native.reason}"
-    if native.isa < isa:
-        return "this processor lacks the instructions"
+    if reason := _native.load().refusal(isa):
+        return reason
     if any(key.dtype not in NARROW for key in keys):
         return "float64 keys need float64 arithmetic"
     if isa == AVX512_BF16 and any(key.dtype != torch.bfloat16 for key in keys):

@@ -101,8 +101,8 @@ def gate_apart(device: torch.device, seconds: float | None = None) -> str | None
 def refusal(
     capability: tuple[int, int], cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str
 ) -> str | None:
-    """Why the kernel does not apply to these arguments on a GPU of `capability`; None if it
-    does.
+    """Why the kernel does not apply to these arguments on a GPU of `capability`; None if
+    it does.
     """
     if capability != (9, 0):
         return f"for Hopper (9.0) only, this GPU has {capability[0]}.{capability[1]}"

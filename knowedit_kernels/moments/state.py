@@ -139,7 +139,8 @@ class SecondMoment:
     def flush(self) -> SecondMoment:
         """Accumulates the buffered rows now. What came before then rounds independently of what
         comes after, so parts that were flushed alike sum to the same matrix in any order and on any
-        number of ranks, to float64 rounding."""
+        number of ranks, to float64 rounding.
+        """
         for block in self._take_pending():
             torch.ops.knowedit.second_moment_([self._lower], [block], self.precision)
         return self
@@ -257,8 +258,8 @@ def _complaint(keys: torch.Tensor, mask: torch.Tensor | None, limit: float) -> s
         else "is too large"
     )
     return (
-        f"keys[{', '.join(map(str, where[0].tolist()))}] {what}; {len(where)} such tokens in "
-        f"this batch, of which "
+        f"keys[{', '.join(map(str, where[0].tolist()))}] {what}; {len(where)} such tokens in this "
+        "batch, of which "
         "nothing was added. Mask them out, or run the model in a wider dtype"
     )
 

@@ -49,19 +49,13 @@ class Entry:
     tma: bool
 
     def sizes(self, config: Config) -> Config:
-        """`config` with this entry's sizes; without tensor descriptors where `config` forbids
-        them.
+        """`config` with this entry's sizes; without tensor descriptors where `config`
+        forbids them.
         """
         parts = self.tile // 16
-        return replace(
-            config,
-            tile=self.tile,
-            depth=self.depth,
-            warps=self.warps,
-            stages=self.stages,
-            parts=parts,
-            tma=self.tma and config.tma,
-        )
+        return replace(config, tile=self.tile, depth=self.depth, warps=self.warps,
+        stages=self.stages, parts=parts,
+                       tma=self.tma and config.tma)  # fmt: skip
 
 
 def slug(name: str) -> str:

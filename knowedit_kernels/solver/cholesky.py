@@ -30,7 +30,7 @@ def check_symmetric(C: Tensor, name: str) -> None:
     if C.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name} must be float32 or float64, got {C.dtype}: sums kept in fewer bits are "
-            f"unusable here"
+            "unusable here"
         )
     largest = torch.zeros((), dtype=C.dtype, device=C.device)
     skew = largest.clone()
@@ -60,7 +60,7 @@ class EquilibratedCholesky:
     iterative refinement in a form that stays symmetric.
 
     C: [m, m] float32 or float64. Raises ``NotPositiveDefiniteError`` when the matrix is singular to
-        working precision.
+    working precision.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class EquilibratedCholesky:
         if not bool((diagonal > 0).all()):
             dead = torch.nonzero(diagonal <= 0).flatten().tolist()
             raise NotPositiveDefiniteError(
-                f"{name} has {len(dead)} non-positive diagonal entries (first: {dead[:5]}): "
-                f"these units never fired "
+                f"{name} has {len(dead)} non-positive diagonal entries (first: {dead[:5]}): these "
+                "units never fired "
                 "in the statistics; collect more tokens, or pass ridge=1e-6"
             )
         self.scaling = diagonal.rsqrt()
@@ -97,8 +97,8 @@ class EquilibratedCholesky:
             raise NotPositiveDefiniteError(
                 f"{name} is singular to working precision (smallest pivot {pivot:.1e} of 1"
                 + (f", breakdown at row {int(info)}" if int(info) else "")
-                + f"): it was probably collected from fewer than {C.shape[0]} independent "
-                f"tokens; collect more, pass "
+                + f"): it was probably collected from fewer than {C.shape[0]} independent tokens; "
+                "collect more, pass "
                 "ridge=1e-6, use ShrunkCovariance"
                 + ("" if dtype == torch.float64 else ", or dtype=torch.float64")
             )
@@ -206,7 +206,7 @@ class EquilibratedCholesky:
             norm = float(v.norm())
         if not norm < 0.125:
             raise NotPositiveDefiniteError(
-                f"the matrix is too ill-conditioned for a float32 factor (relative error "
+                "the matrix is too ill-conditioned for a float32 factor (relative error "
                 f"{norm:.2g} after rounding): "
                 "use dtype=torch.float64"
             )

@@ -32,7 +32,8 @@ class EditSolver:
       under equality. gain [n]   diag G.
 
     n = 0, n > m (soft), duplicate and zero keys (soft) are ordinary cases. Under equality keys must
-    be independent. Raises ValueError naming the keys at fault and the remedy.
+    be independent.
+    Raises ValueError naming the keys at fault and the remedy.
     """
 
     def __init__(self, metric: Metric, K: Tensor, constraint: Constraint = "soft") -> None:

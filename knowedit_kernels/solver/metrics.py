@@ -121,8 +121,7 @@ class Covariance(ScaledMetric):
     """M = weight * (C + ridge * mean(diag C) * I): what MEMIT, ROME, EMMET and PMET preserve.
 
     C: [m, m] second moment of keys, float32 or float64. ``ridge`` is relative to the mean diagonal.
-        ``dtype`` is the
-    precision of the factorisation only (see ``EquilibratedCholesky``).
+    ``dtype`` is the precision of the factorisation only (see ``EquilibratedCholesky``).
     """
 
     def __init__(

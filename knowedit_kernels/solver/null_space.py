@@ -43,7 +43,7 @@ class NullSpace(ScaledMetric):
             raise ValueError(
                 f"the null space is empty or too large ({rank} of {m} directions; eigenvalues "
                 f"run from {float(eigenvalues[0]):.3g} to {float(eigenvalues[-1]):.3g}): choose "
-                f"another one"
+                "another one"
             )
         super().__init__(m, beta, C.device)
         self.rank = rank

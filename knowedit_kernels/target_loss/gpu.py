@@ -55,27 +55,15 @@ def losses(
         return ce, kl, d_ce, d_kl
     old = reference if reference is not None else ref_hidden
     arguments: dict[str, Any] = {
-        "H": hidden,
-        "W": weight,
-        "targets": targets,
-        "bias": bias,
-        "R": old,
-        "rows": rows,
-        "vocabulary": vocabulary,
-        "D": D,
-        "h_stride": hidden.stride(0),
-        "w_stride": weight.stride(0),
-        "r_stride": 0 if old is None else old.stride(0),
-        "scale": scale,
-        "softcap": softcap,
-        "CE": targets is not None,
-        "REF": 0 if old is None else 1 if reference is not None else 2,
-        "REVERSE": reverse,
-        "BIAS": bias is not None,
-        "CAP": softcap != 0,
+        "H": hidden, "W": weight, "targets": targets, "bias": bias, "R": old,
+        "rows": rows, "vocabulary": vocabulary, "D": D,
+        "h_stride": hidden.stride(0), "w_stride": weight.stride(0),
+        "r_stride": 0 if old is None else old.stride(0), "scale": scale, "softcap": softcap,
+        "CE": targets is not None, "REF": 0 if old is None else 1 if reference is not None else 2,
+        "REVERSE": reverse, "BIAS": bias is not None, "CAP": softcap != 0,
         "PRECISION": "tf32x3" if weight.dtype == torch.float32 else "tf32",
         **TILE[weight.element_size()],
-    }
+    }  # fmt: skip
     tiles = _ceil(vocabulary, arguments["BV"])
     partial = torch.empty(6, tiles, rows, dtype=torch.float32, device=hidden.device)
     loss_kernel[(tiles, _ceil(rows, arguments["BP"]))](partial=partial, **arguments)
@@ -122,20 +110,9 @@ def _gradients(outs: list[Tensor], state: dict[str, Tensor], arguments: dict[str
         places = {"ce": dz[:rows], "kl": dz[-rows:], "first": first, "out_stride": dz.stride(0)}
         logit_grad_kernel[grid](**places, **state, **arguments)
         hidden_grad_kernel[(_ceil(D, tile["BD"]), _ceil(stacked, tile["BP"]))](
-            dz,
-            weight,
-            out,
-            first,
-            count,
-            stacked,
-            D,
-            dz.stride(0),
-            weight.stride(0),
-            out.stride(0),
-            lift,
-            SPLIT=weight.dtype != torch.float32,
-            **tile,
-        )
+            dz, weight, out, first, count, stacked, D, dz.stride(0), weight.stride(0),
+            out.stride(0), lift, SPLIT=weight.dtype != torch.float32, **tile,
+        )  # fmt: skip
     for target, part in zip(outs, out.split(rows)):
         target.copy_(part / lift)
 

@@ -43,10 +43,9 @@ def target_loss(
       It is a constant.
 
     hidden: [rows, d], the states before the head at the scored positions only. head_weight: [V, d],
-        may be tied to the
-    embeddings. Both bfloat16, float16, float32 or float64; the arithmetic is float32 (float64 for
-    float64 hidden). Differentiable once, in ``hidden`` (the gradient is found during the forward
-    pass); deterministic.
+    may be tied to the embeddings. Both bfloat16, float16, float32 or float64; the arithmetic is
+    float32 (float64 for float64 hidden). Differentiable once, in ``hidden`` (the gradient is found
+    during the forward pass); deterministic.
 
     Raises ValueError naming the argument. Source: KERNELS (d), our derivation; cut-cross-entropy
     (arXiv 2411.09009) has the idea of never storing logits.

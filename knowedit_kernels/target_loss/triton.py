@@ -87,30 +87,11 @@ def _reference(
 
 @triton.jit
 def loss_kernel(
-    H,
-    W,
-    targets,
-    bias,
-    R,
-    partial,
-    rows,
-    vocabulary,
-    D,
-    h_stride,
-    w_stride,
-    r_stride,
-    scale,
-    softcap,
-    CE: tl.constexpr,
-    REF: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BIAS: tl.constexpr,
-    CAP: tl.constexpr,
-    BP: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
+    H, W, targets, bias, R, partial, rows, vocabulary, D, h_stride, w_stride, r_stride, scale,
+    softcap, CE: tl.constexpr, REF: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr,
+    CAP: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """partial [6, tiles, rows]: max, sum exp(z - max), the target's logit; the reference's max and
     sum; sum of gaps.
     """
@@ -119,25 +100,8 @@ def loss_kernel(
     token = tile * BV + tl.arange(0, BV)
     inside = (token < vocabulary)[None, :]
     if REF > 0:  # first, while few registers are taken
-        z_ref = _reference(
-            R,
-            W,
-            bias,
-            row,
-            token,
-            rows,
-            vocabulary,
-            D,
-            r_stride,
-            w_stride,
-            scale,
-            softcap,
-            REF,
-            BIAS,
-            CAP,
-            BD,
-            PRECISION,
-        )
+        z_ref = _reference(R, W, bias, row, token, rows, vocabulary, D, r_stride, w_stride, scale,
+                           softcap, REF, BIAS, CAP, BD, PRECISION)  # fmt: skip
     z = _product(H, W, row, token, rows, vocabulary, D, h_stride, w_stride, BD, PRECISION)
     z = _cap(z, bias, token, vocabulary, scale, softcap, BIAS, CAP)
     largest = tl.max(tl.where(inside, z, -float("inf")), 1)
@@ -164,36 +128,12 @@ def loss_kernel(
 
 @triton.jit
 def logit_grad_kernel(
-    H,
-    W,
-    targets,
-    bias,
-    R,
-    lse,
-    ref_lse,
-    gap,
-    ce,
-    kl,
-    first,
-    rows,
-    vocabulary,
-    D,
-    h_stride,
-    w_stride,
-    r_stride,
-    out_stride,
-    scale,
-    softcap,
-    CE: tl.constexpr,
-    REF: tl.constexpr,
-    REVERSE: tl.constexpr,
-    BIAS: tl.constexpr,
-    CAP: tl.constexpr,
-    BP: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
+    H, W, targets, bias, R, lse, ref_lse, gap, ce, kl, first, rows, vocabulary, D,
+    h_stride, w_stride, r_stride, out_stride, scale, softcap,
+    CE: tl.constexpr, REF: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr,
+    CAP: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """ce, kl [rows, chunk] float32: gradients in hidden W^T of tokens first, first + 1, ...; 0 past
     the vocabulary.
     """
@@ -202,25 +142,8 @@ def logit_grad_kernel(
     token = first + column
     live = row < rows
     if REF > 0:  # first, while few registers are taken
-        z_ref = _reference(
-            R,
-            W,
-            bias,
-            row,
-            token,
-            rows,
-            vocabulary,
-            D,
-            r_stride,
-            w_stride,
-            scale,
-            softcap,
-            REF,
-            BIAS,
-            CAP,
-            BD,
-            PRECISION,
-        )
+        z_ref = _reference(R, W, bias, row, token, rows, vocabulary, D, r_stride, w_stride, scale,
+                           softcap, REF, BIAS, CAP, BD, PRECISION)  # fmt: skip
     z = _product(H, W, row, token, rows, vocabulary, D, h_stride, w_stride, BD, PRECISION)
     z = _cap(z, bias, token, vocabulary, scale, softcap, BIAS, CAP)
     p = tl.exp(z - tl.load(lse + row, mask=live, other=0.0)[:, None])
@@ -244,22 +167,9 @@ def logit_grad_kernel(
 
 @triton.jit
 def hidden_grad_kernel(
-    dz,
-    W,
-    out,
-    first,
-    count,
-    rows,
-    D,
-    dz_stride,
-    w_stride,
-    out_stride,
-    lift,
-    BP: tl.constexpr,
-    BV: tl.constexpr,
-    BD: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    dz, W, out, first, count, rows, D, dz_stride, w_stride, out_stride, lift,
+    BP: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """out [rows, D] float32 += dz W[first : first + count]; dz as two 16-bit parts where W is 16
     bits wide.
     """
@@ -270,17 +180,11 @@ def hidden_grad_kernel(
     where = out + row.to(tl.int64)[:, None] * out_stride + d[None, :]
     acc = tl.load(where, mask=live, other=0.0)
     for k in range(0, count, BV):
-        g = tl.load(
-            dz + row.to(tl.int64)[:, None] * dz_stride + (k + column)[None, :],
-            mask=(row < rows)[:, None],
-            other=0.0,
-        )
+        g = tl.load(dz + row.to(tl.int64)[:, None] * dz_stride + (k + column)[None, :],
+                    mask=(row < rows)[:, None], other=0.0)  # fmt: skip
         token = (first + k + column).to(tl.int64)
-        w = tl.load(
-            W + token[:, None] * w_stride + d[None, :],
-            mask=((k + column) < count)[:, None] & (d < D)[None, :],
-            other=0.0,
-        )
+        w = tl.load(W + token[:, None] * w_stride + d[None, :],
+                    mask=((k + column) < count)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
         g *= lift
         if SPLIT:
             high = g.to(w.dtype)

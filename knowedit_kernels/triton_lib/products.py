@@ -13,7 +13,7 @@ def gram_product(a, b, acc, PRODUCTS: tl.constexpr):
 
     1: rounded to bf16. 4: all products of bf16 high and low parts (16 bits); still a Gram matrix.
     3: the same without low^T low, which is not, and loses the small eigenvalues (a negative
-        control).
+    control).
     6: the products of three bf16 parts (24 bits) that are not below 2^-24.
     """
     if a.dtype != tl.float32:

@@ -1,5 +1,5 @@
-"""`compile_for`: what a launch would compile for an architecture, and what the machine code
-says.
+"""`compile_for`: what a launch would compile for an architecture, and what the machine
+code says.
 """
 
 from __future__ import annotations

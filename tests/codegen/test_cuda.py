@@ -100,8 +100,9 @@ def call(d=64, layers=1, chain=512, first=64, dtype=torch.bfloat16, tiles=torch.
         op.redispatch(keys_on_cuda, c, keys, torch.zeros(1, 4, dtype=tiles), chain, first)
     except RuntimeError as error:
         print(str(error).partition("\\n")[0])
-for changes in ({"d": 12}, {"layers": 17}, {"layers": 0}, {"chain": 500}, {"first": 32, "chain": 32},
-                {"dtype": torch.float32}, {"tiles": torch.int64}, {}):
+for changes in ({"d": 12}, {"layers": 17}, {"layers": 0}, {"chain": 500},
+{"first": 32, "chain": 32}, {"dtype": torch.float32},
+                {"tiles": torch.int64}, {}):
     call(**changes)
 """
 
@@ -119,15 +120,11 @@ def test_loads_into_torch_and_checks_its_arguments(library, tmp_path):
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     expected = [
-        "multiples of 8",
-        "1 to 16 layers",
-        "1 to 16 layers",
-        "chain lengths must be multiples of 64",
-        "chain lengths must be multiples of 64",
-        "all float16 or all bfloat16",
-        "tiles must be",
+        "multiples of 8", "1 to 16 layers", "1 to 16 layers", "chain lengths must be multiples of "
+        "64",
+        "chain lengths must be multiples of 64", "all float16 or all bfloat16", "tiles must be",
         "cuTensorMapEncodeTiled",
-    ]
+    ]  # fmt: skip
     assert len(said) == len(expected) and all(
         words in line for words, line in zip(expected, said)
     ), said

@@ -36,27 +36,10 @@ def attention(
     x = meta(dtype)
     tangents = [x if tq else None, x if tkv else None, x if tkv else None]
     return compile_for(
-        attention_kernel,
-        architecture,
-        x,
-        x,
-        x,
-        *tangents,
-        x,
-        x,
-        meta(),
-        None if plain else meta(torch.int32),
-        *[strides] * 6,
-        *sizes,
-        d,
-        0.125,
-        KNOWN=known,
-        WITH_TQ=tq,
-        WITH_TKV=tkv,
-        CAUSAL=not plain,
-        SPANS=not plain,
-        **tile,
-    )
+        attention_kernel, architecture, x, x, x, *tangents, x, x, meta(),
+        None if plain else meta(torch.int32), *[strides] * 6, *sizes, d, 0.125, KNOWN=known,
+        WITH_TQ=tq, WITH_TKV=tkv, CAUSAL=not plain, SPANS=not plain, **tile,
+    )  # fmt: skip
 
 
 def mma(architecture, dtype, d):

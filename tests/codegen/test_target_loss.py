@@ -64,22 +64,9 @@ def test_logits(architecture, dtype, reference):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_hidden_gradient(architecture, dtype):
     built = compile_for(
-        hidden_grad_kernel,
-        architecture,
-        meta(),
-        meta(dtype),
-        meta(),
-        gpu.CHUNK,
-        gpu.CHUNK,
-        ROWS,
-        D,
-        gpu.CHUNK,
-        D,
-        D,
-        1.5,
-        **gpu.TILE_GRADIENT[dtype.itemsize],
-        SPLIT=dtype != torch.float32,
-    )
+        hidden_grad_kernel, architecture, meta(), meta(dtype), meta(), gpu.CHUNK, gpu.CHUNK, ROWS,
+        D, gpu.CHUNK, D, D, 1.5, **gpu.TILE_GRADIENT[dtype.itemsize], SPLIT=dtype != torch.float32,
+    )  # fmt: skip
     print(architecture, dtype, built.registers, built.shared, built.spills)
     built.check(mma=mma(architecture, dtype))
     assert built.count("LDGSTS"), "the head is not copied asynchronously"

@@ -3,7 +3,8 @@
 The interpreter stores bf16 as its 16-bit pattern. Left alone, `tl.dot`, arithmetic and comparisons
 act on the patterns as integers, and fp32 -> bf16 truncates. `install()` mends dot (of any float
 type), casts and elementwise operations to IEEE round-to-nearest-even; tests/interpret/test_bf16.py
-holds it to torch. Reductions of bf16 stay wrong: kernels widen to fp32 before they reduce.
+holds it to torch.
+Reductions of bf16 stay wrong: kernels widen to fp32 before they reduce.
 """
 
 from typing import Any

@@ -301,8 +301,8 @@ def fused(q, k, v):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_forward_mode_through_a_llama_block_where_torchs_attention_has_none(dtype):
-    """Against double backward through plain formulas in float64; the edit's own weight moves
-    along.
+    """Against double backward through plain formulas in float64; the edit's own weight
+    moves along.
     """
     block, exact = Block(dtype), Block(torch.float64)
     h, down = *draw((2, 6, 16), dtype=dtype), block.down
@@ -343,16 +343,10 @@ def test_forward_mode_through_a_llama_block_where_torchs_attention_has_none(dtyp
 
 @settings(max_examples=40, deadline=None)
 @given(
-    batch=st.integers(0, 2),
-    shared=st.integers(1, 2),
-    group=st.integers(1, 3),
-    queries=st.integers(0, 5),
-    before=st.integers(0, 4),
-    d=st.integers(1, 9),
-    count=st.integers(0, 3),
-    causal=st.booleans(),
-    seed=st.integers(0, 10**6),
-)
+    batch=st.integers(0, 2), shared=st.integers(1, 2), group=st.integers(1, 3),
+    queries=st.integers(0, 5), before=st.integers(0, 4), d=st.integers(1, 9),
+    count=st.integers(0, 3), causal=st.booleans(), seed=st.integers(0, 10**6),
+)  # fmt: skip
 def test_properties_of_attention(batch, shared, group, queries, before, d, count, causal, seed):
     primals, tangents = heads(
         queries, queries + before, count, batch=batch, group=group, shared=shared, d=d, seed=seed

@@ -11,6 +11,7 @@ from knowedit_kernels.lowrank.blocked import TORCH
 from knowedit_kernels.lowrank.cpu import COMPILED
 from knowedit_kernels.lowrank.reference import grade_update, updated
 from tests.kernels.isa import skip
+from tests.kernels.isa_emulation import instructions_of
 from tests.kernels.test_lowrank import problem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -44,9 +45,10 @@ def run(
         sums,
         one(error),
     )
-    if reason := candidate.verify(*args):
-        skip(candidate.name, reason)
-    candidate.run(*args)
+    with instructions_of(candidate):
+        if reason := candidate.verify(*args):
+            skip(candidate.name, reason)
+        candidate.run(*args)
     return sums[0], error
 
 

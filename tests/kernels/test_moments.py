@@ -15,6 +15,7 @@ from knowedit_kernels.moments.audit import signs
 from knowedit_kernels.moments.cpu import COMPILED, COMPILED_PACK, TORCH, TORCH_PACK
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.isa import skip
+from tests.kernels.isa_emulation import instructions_of
 from tests.kernels.moment_data import keys as make_keys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -28,15 +29,21 @@ PAIR_NAMES = [f"{candidate.name}-{dtype}" for candidate, dtype in PAIRS]
 SHAPES = [(1, 1), (3, 31), (33, 32), (64, 33), (257, 129), (1025, 160), (5000, 72)]
 
 
-def run(candidate, k, precision="exact"):
-    """The candidate's moment in a guarded, offset, row-padded buffer, or a skip with the verifier's
-    reason.
+def add_(candidate, c, k, precision="exact"):
+    """Adds the candidate's moment, with emulated instructions where the processor lacks them; or
+    skips with the verifier's reason.
     """
+    with instructions_of(candidate):
+        if reason := candidate.verify([c], [k], precision):
+            skip(candidate.name, reason)
+        candidate.run([c], [k], precision)
+
+
+def run(candidate, k, precision="exact"):
+    """The candidate's moment in a guarded, offset, row-padded buffer."""
     dim = k.shape[1]
     guard = testing.guarded(torch.zeros(dim, dim, dtype=torch.float64), row_margin=3)
-    if reason := candidate.verify([guard.tensor], [k], precision):
-        skip(candidate.name, reason)
-    candidate.run([guard.tensor], [k], precision)
+    add_(candidate, guard.tensor, k, precision)
     guard.check()
     lower = guard.tensor.tril()
     return lower + lower.tril(-1).T
@@ -57,9 +64,7 @@ def test_within_budget(candidate, dtype, shape):
 @pytest.mark.parametrize("candidate, dtype", PAIRS[:-3], ids=PAIR_NAMES[:-3])
 def test_only_the_lower_triangle_is_written(candidate, dtype):
     c = torch.zeros(150, 150, dtype=torch.float64)
-    if reason := candidate.verify([c], [make_keys(40, 150, dtype)], "exact"):
-        skip(candidate.name, reason)
-    candidate.run([c], [make_keys(40, 150, dtype)], "exact")
+    add_(candidate, c, make_keys(40, 150, dtype))
     assert not c.triu(1).any() and c.tril().count_nonzero() == 150 * 151 // 2
 
 

@@ -115,12 +115,9 @@ def test_large_logits_and_impossible_tokens():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    rows=st.integers(0, 9),
-    d=st.integers(1, 9),
-    vocabulary=st.integers(1, 3000),
-    seed=st.integers(0, 10**6),
-    reverse=st.booleans(),
-)
+    rows=st.integers(0, 9), d=st.integers(1, 9), vocabulary=st.integers(1, 3000),
+    seed=st.integers(0, 10**6), reverse=st.booleans(),
+)  # fmt: skip
 def test_properties(rows, d, vocabulary, seed, reverse):
     hidden, weight, targets, old = problem(rows, d, vocabulary, torch.float32, seed)
     leaf = hidden.clone().requires_grad_()

@@ -73,19 +73,12 @@ def online(flaw=""):
 
 
 FLAWS = [
-    "tangents not rescaled",
-    "mean not rescaled",
-    "mean not subtracted",
-    "keys' tangents missing",
+    "tangents not rescaled", "mean not rescaled", "mean not subtracted", "keys' tangents missing",
     "values' tangents missing",
-    "scores' tangents unscaled",
-    "tangents of the neighbouring key",
-    "sees the next key",
-    "queries at the start",
-    "padding seen",
-    "tangents rounded to 5 bits",
-    "sums in the tensors' dtype",
-]
+    "scores' tangents unscaled", "tangents of the neighbouring key", "sees the next key", "queries "
+    "at the start",
+    "padding seen", "tangents rounded to 5 bits", "sums in the tensors' dtype",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("flaw", FLAWS)
@@ -178,8 +171,8 @@ def test_the_last_tangents_of_a_program_count(monkeypatch):
 
 
 def test_the_specification_is_torchs_own():
-    """Attention and its norm against torch's functions, so that the gates judge by the right
-    thing.
+    """Attention and its norm against torch's functions, so that the gates judge by the
+    right thing.
     """
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 6, 4, generator=g, dtype=torch.float64) for h in (4, 2, 2))
