@@ -39,20 +39,4 @@ class PlatformDistribution(Distribution):
         return True
 
 
-ROOT = Path(__file__).parent
-SOURCES = [
-    ROOT / "csrc",
-    *sorted(folder for folder in (ROOT / "csrc").iterdir() if folder.is_dir()),
-]
-
-setup(
-    packages=[
-        *find_packages(str(ROOT / "python")),
-        *find_packages(str(ROOT), include=["knowedit_kernels", "knowedit_kernels.*"]),
-        # the sources travel with the wheel, for what is compiled at first use
-        *(".".join(("knowedit_kernels._csrc", *at.relative_to(ROOT).parts[1:])) for at in SOURCES),
-    ],
-    package_dir={"knowedit": "python/knowedit", "knowedit_kernels._csrc": "csrc"},
-    cmdclass={"build_py": BuildWithNative},
-    distclass=PlatformDistribution,
-)
+setup(cmdclass={"build_py": BuildWithNative}, distclass=PlatformDistribution)
