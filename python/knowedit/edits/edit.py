@@ -197,6 +197,7 @@ class Edit:
             "method": self.method,
             "fingerprint": self.fingerprint,
             "report": self.report,
+            "config": self.config,
             "facts": [fact.to_dict() for fact in self.facts],
         }
         with atomic_file(path) as temporary:
@@ -243,6 +244,7 @@ class Edit:
             facts=[Fact.from_dict(fact) for fact in about["facts"]],
             fingerprint=fingerprint,
             report=about["report"],
+            config=about.get("config", {}),
         )
 
     def to_peft(self, folder: str | Path, model: EditableModel) -> Path:

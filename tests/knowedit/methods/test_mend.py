@@ -18,10 +18,10 @@ from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.records import write_facts
 from knowedit.methods.learned.examples import examples, split, sums
 from knowedit.methods.learned.loop import Plan, train
-from knowedit.methods.learned.mend import method as mend
-from knowedit.methods.learned.mend.method import MEND, compressed
 from knowedit.methods.learned.mend.network import MendNetwork, token_factors
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
+from knowedit.methods.learned.named import mend
+from knowedit.methods.learned.named.mend import MEND, compressed
 from knowedit.models.partial import PartialModel, layer_outputs, with_weights
 from knowedit.models.texts import Texts
 
@@ -58,10 +58,6 @@ def dense(model, name, left, right):
     return delta.T if type(model.hf.get_submodule(name)).__name__ == "Conv1D" else delta
 
 
-# -- running the upper layers
-# -------------------------------------------------------------------------------------
-
-
 def test_the_upper_layers_say_what_the_model_says(tiny):
     rows = [tiny.row("Anna lives in Rome").ids, tiny.row("Oslo").ids]
     ids, mask = tiny.pad(rows)
@@ -86,10 +82,6 @@ def test_texts_measure_what_the_model_scores(tiny):
     }
     with tiny.virtual(moved):
         assert float(texts.kl(batch)) > 1e-3
-
-
-# -- gradients and network
-# ----------------------------------------------------------------------------------------
 
 
 def test_token_factors_add_up_to_each_texts_gradient(tiny):
@@ -162,8 +154,8 @@ def test_edits_of_several_facts_are_summed(tiny, monkeypatch):
     network.start_at(0.01)
     network.report = {"steps": 0}
     monkeypatch.setattr(mend, "AT_ONCE", 1)  # several chunks
-    editor = MEND(network, scale=0.5)
-    one, two, both = (editor.compute(tiny, facts) for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]))
+    method = MEND(network, scale=0.5)
+    one, two, both = (method.compute(tiny, facts) for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]))
     for layer in LAYERS:
         torch.testing.assert_close(
             both.delta(layer), one.delta(layer) + two.delta(layer), rtol=1e-3, atol=1e-5
@@ -183,10 +175,6 @@ def test_compressed_keeps_the_product_at_its_rank():
     u, v = compressed(left, right)
     assert u.shape == (20, 3) and v.shape == (30, 3)
     torch.testing.assert_close(u @ v.T, left @ right.T, rtol=1e-4, atol=1e-4)
-
-
-# -- training
-# -----------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
@@ -340,10 +328,6 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
         )
 
 
-# -- what it is trained on
-# ----------------------------------------------------------------------------------------
-
-
 def test_examples_ask_for_the_fact_and_leave_neighbours():
     made = examples(FACTS, seed=3)
     assert made == examples(FACTS, seed=3) != examples(FACTS, seed=4)
@@ -393,10 +377,6 @@ def test_training_and_validation_share_no_subject():
     told, held = split(twice, share=0.2)
     assert len(told) + len(held) == len(twice) and held
     assert not {f.subject for f in told} & {f.subject for f in held}
-
-
-# -- bad input
-# ----------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_too_few_facts_or_the_wrong_ones_are_refused(tiny_llama, tmp_path):
@@ -464,10 +444,6 @@ def test_without_a_file_the_network_of_the_cache_is_used(tiny_llama, tmp_path, m
     assert named.key == found.key and set(found.factors) == {3}
 
 
-# -- the command
-# --------------------------------------------------------------------------------------------------
-
-
 def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, monkeypatch, capsys):
     from knowedit.cli.app import main
 
@@ -502,7 +478,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
             "train",
             "mend",
             "model",
-            "--facts",
+            "--dataset",
             "told.jsonl",
             "--without",
             "tested.jsonl",
@@ -515,7 +491,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "1 facts" in knowedit("edit", "model", "asked.jsonl", "--method", "mend", "-o", "e")
     assert "MEND edit" in knowedit("inspect", "e")
     assert "saved to s" in knowedit(
-        "train", "serac", "model", "--facts", "told.jsonl", "--steps", "1", "-o", "s"
+        "train", "serac", "model", "--dataset", "told.jsonl", "--steps", "1", "-o", "s"
     )
     asked = (
         "edit",
@@ -523,7 +499,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
         "asked.jsonl",
         "--method",
         "serac",
-        "--setting",
+        "--set",
         'network="s"',
         "-o",
         "m",
@@ -531,5 +507,5 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "1 facts" in knowedit(*asked)
     assert "changes no weight" in knowedit("apply", "model", "m", "-o", "folder", code=1)
     assert "too few" in knowedit(
-        "train", "mend", "model", "--facts", "asked.jsonl", "-o", "n", code=1
+        "train", "mend", "model", "--dataset", "asked.jsonl", "-o", "n", code=1
     )

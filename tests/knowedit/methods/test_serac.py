@@ -14,8 +14,8 @@ from knowedit.errors import EditError
 from knowedit.evaluation import evaluate
 from knowedit.facts.fact import FactError
 from knowedit.methods.learned.loop import Plan
+from knowedit.methods.learned.named.serac import SERAC
 from knowedit.methods.learned.serac.memory import MemoryEdit
-from knowedit.methods.learned.serac.method import SERAC
 from knowedit.methods.learned.serac.network import Scope, SeracNetwork, in_view
 from knowedit.methods.learned.serac.training import SeracTraining, train_serac
 from knowedit.methods.session import Session
@@ -239,10 +239,6 @@ def test_sessions_write_edit_after_edit(tiny_llama, tmp_path):
         with pytest.raises(EditError, match="save the edit itself"):
             session.history.save(tmp_path / "h")
     assert tiny_llama.router is None
-
-
-# -- training
-# -----------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch):

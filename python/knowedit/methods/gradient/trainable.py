@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel, at_least_float32
 from knowedit.models.partial import with_weights
+from knowedit.models.structure import is_linear
 from knowedit_kernels.lowrank import Change
+
+NAME = "knowedit"  # of the adapter while it is in the model
 
 
 class Trainable(ABC):
@@ -59,7 +63,7 @@ class Trainable(ABC):
         return None
 
 
-class Weights(Trainable):
+class WholeWeights(Trainable):
     """Whole parameters, trained in float32 copies that take the model's place for each call.
 
     Args:
@@ -97,9 +101,9 @@ class Weights(Trainable):
         return found
 
 
-class Adapter(Trainable):
+class LoRAAdapter(Trainable):
     """A LoRA adapter of peft, `W + alpha / rank B A`: put into the model by `with`, taken out at
-    its end whatever happens.
+    its end whatever happens. (`LoraModel.unload` would take out the user's own adapters too.)
 
     Args:
         modules: names of the linear layers that get one.
@@ -113,7 +117,7 @@ class Adapter(Trainable):
         self.modules = {name: model.hf.get_submodule(name) for name in modules}
         self.rank, self.alpha, self.seed = rank, alpha, seed
 
-    def __enter__(self) -> Adapter:
+    def __enter__(self) -> LoRAAdapter:
         from peft import LoraConfig, LoraModel
 
         self._evaluating = self.model.evaluating()
@@ -126,20 +130,24 @@ class Adapter(Trainable):
             bias="none",
             fan_in_fan_out=self.model.layout.transposed,
         )
-        self._before = vars(self.model.hf).get("peft_config")
+        hf = self.model.hf
+        self._config = vars(hf).get("peft_config")
+        self._trainable = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
         try:
+            vars(hf).pop("peft_config", None)  # peft would add its own to it
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                LoraModel(self.model.hf, config, "default")
-            self.layers: dict[str, Any] = {
-                name: self.model.hf.get_submodule(name) for name in self.modules
-            }
+                LoraModel(hf, config, NAME)
+            self.layers: dict[str, Any] = {name: hf.get_submodule(name) for name in self.modules}
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-        self.leaves = {
-            name: leaf for name, leaf in self.model.hf.named_parameters() if leaf.requires_grad
+        own = {
+            id(leaf)
+            for layer in self.layers.values()
+            for leaf in (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
         }
+        self.leaves = {name: leaf for name, leaf in hf.named_parameters() if id(leaf) in own}
         for leaf in self.leaves.values():
             leaf.data = at_least_float32(leaf.data)
         return self
@@ -153,10 +161,12 @@ class Adapter(Trainable):
         hf = self.model.hf
         for name, module in self.modules.items():
             hf.set_submodule(name, module)
-        if self._before is None:
+        for name, parameter in hf.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+        if self._config is None:
             vars(hf).pop("peft_config", None)
         else:
-            hf.peft_config = self._before
+            hf.peft_config = self._config
         self._evaluating.__exit__(kind, error, trace)
 
     def run(self, function: Callable[[], Tensor]) -> Tensor:
@@ -166,6 +176,46 @@ class Adapter(Trainable):
     def changes(self) -> dict[str, Change]:
         found: dict[str, Change] = {}
         for name, layer in self.layers.items():
-            up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-            found[f"{name}.weight"] = layer.scaling["default"] * up, down.T.contiguous()
+            up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
+            found[f"{name}.weight"] = layer.scaling[NAME] * up, down.T.contiguous()
         return found
+
+
+def weight_names(model: EditableModel, layers: Sequence[int] | None) -> list[str]:
+    """Every parameter's name, or those of `layers`. Raises EditError for none, ModelError for a
+    layer that does not exist.
+    """
+    names = [name for name, _ in model.hf.named_parameters()]
+    if layers is not None:
+        model.check_layers(layers)
+        inside = tuple(f"{model.layout.layers}.{layer}." for layer in layers)
+        names = [name for name in names if name.startswith(inside)]
+    if not names:
+        raise EditError("layers is empty; name at least one layer, or None for every weight")
+    return names
+
+
+def linear_names(
+    model: EditableModel, layers: Sequence[int] | None, modules: Sequence[str] | None
+) -> list[str]:
+    """Full names of linear layers: `modules` of `layers`; None: all.
+
+    Args:
+        modules: names within a decoder layer, or their ends.
+
+    Raises:
+        EditError: a name that the decoder layers do not have, or nothing chosen.
+        ModelError: a layer that does not exist.
+    """
+    layers = range(len(model.layers)) if layers is None else layers
+    model.check_layers(layers)
+    known = [f".{name}" for name, module in model.layers[0].named_modules() if is_linear(module)]
+    wanted = known if modules is None else [f".{name}" for name in modules]
+    unknown = [name for name in wanted if not any(there.endswith(name) for there in known)]
+    if unknown or not wanted or not layers:
+        raise EditError(
+            f"there are no linear layers {', '.join(name[1:] for name in unknown) or 'chosen'}: "
+            f"name at least one layer, and modules among {', '.join(name[1:] for name in known)}"
+        )
+    chosen = [name for name in known if name.endswith(tuple(wanted))]
+    return [f"{model.layout.layers}.{layer}{name}" for layer in layers for name in chosen]

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_file
-from knowedit.methods.learned.loop import check_network, read_network
+from knowedit.methods.learned.networks import TrainedNetwork, read_network
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import probed
 from knowedit.models.structure import linears
@@ -31,7 +31,7 @@ from knowedit.models.texts import Batch, Texts
 FORMAT = "knowedit-mend/1"
 DEPTH = 2  # residual layers, as published
 TINY = 1e-8
-# rates must learn faster than the rest, which Adam moves by its own step only (published: 100)
+# rates must learn faster than the rest, which Adam moves by one step size (published: 100)
 RATE_SPEED = 30.0
 
 #: Token factors of a batch's weight gradients: inputs `[n, in]`, gradients of the output `[n,
@@ -81,7 +81,7 @@ class Mixer(nn.Module):
 
 
 @dataclass
-class MendNetwork:
+class MendNetwork(TrainedNetwork):
     """A hyper-network for some weights of one model.
 
     Attributes:
@@ -91,6 +91,8 @@ class MendNetwork:
         fingerprint: of the model it was trained for.
         report: of the training; empty for an untrained one.
     """
+
+    name: ClassVar[str] = "mend"
 
     weights: tuple[str, ...]
     layers: tuple[int, ...]
@@ -163,8 +165,8 @@ class MendNetwork:
             mixer.mean[index] = mean
             mixer.deviation[index] = (square / count - mean**2).clamp(min=0).sqrt() + TINY
 
-    # -- on disk
-    # ------------------------------------------------------------------------------------------------  # noqa: E501
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: t.contiguous().cpu() for name, t in self.mixers.state_dict().items()}
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file with a JSON header, written atomically."""
@@ -174,22 +176,19 @@ class MendNetwork:
             "layers": self.layers,
             "report": self.report,
         }
-        tensors = {
-            name: tensor.contiguous().cpu() for name, tensor in self.mixers.state_dict().items()
-        }
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
-        return Path(path)
+            save_file(self.tensors(), temporary, metadata={"knowedit": json.dumps(header)})
+        self.file = Path(path)
+        return self.file
 
     @classmethod
-    def load(cls, path: str | Path | None, model: EditableModel) -> MendNetwork:
-        """A trained network; see `read_network`."""
+    def read(cls, path: Path, model: EditableModel) -> MendNetwork:
         header, tensors = read_network("mend", path, model, FORMAT)
         rank = next(tensor for name, tensor in tensors.items() if name.endswith(".down")).shape[2]
         sizes = _sizes(model, header["layers"])
         mixers, places = _mixers(sizes, rank, 0)
         mixers.load_state_dict(tensors)
-        return cls(
+        network = cls(
             tuple(sizes),
             tuple(header["layers"]),
             mixers.to(model.device),
@@ -197,14 +196,8 @@ class MendNetwork:
             header["fingerprint"],
             header["report"],
         )
-
-    def check(self, model: EditableModel) -> None:
-        """Raise EditError unless it is trained, and for `model`."""
-        check_network("mend", self.fingerprint, model)
-        if not self.report:
-            raise EditError(
-                "this MEND network is not trained; use train_mend, or: knowedit train mend MODEL"
-            )
+        network.file = path
+        return network
 
 
 def token_factors(texts: Texts, batch: Batch, weights: Sequence[str]) -> Tokens:

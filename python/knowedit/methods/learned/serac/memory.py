@@ -57,7 +57,7 @@ class MemoryEdit(Edit):
         """A name made from the method, the facts and the network's bits."""
         digest = hashlib.blake2b(digest_size=8)
         digest.update(json.dumps([[fact.text, fact.target] for fact in self.facts]).encode())
-        digest.update(_bits(self.network))
+        digest.update(self.network.bits())
         return f"{self.method}-{digest.hexdigest()}"
 
     def changes(self, model: EditableModel) -> NoReturn:
@@ -74,9 +74,6 @@ class MemoryEdit(Edit):
         raise EditError(
             f"a {self.method} edit cannot be part of a history's file; save the edit itself"
         )
-
-    # -- on a model
-    # ---------------------------------------------------------------------------------------------
 
     def is_applied(self, model: EditableModel) -> bool:
         return isinstance(model.router, Memory) and self.key in model.router.edits
@@ -95,7 +92,7 @@ class MemoryEdit(Edit):
                 f"this {self.method} edit is already applied to {model.name}; undo it first"
             )
         refuse_edited_weights(model)
-        if memory.edits and _bits(memory.network) != _bits(self.network):
+        if memory.edits and memory.network.bits() != self.network.bits():
             raise EditError(
                 "edits of different SERAC networks cannot be applied together; undo the others "
                 "first"
@@ -113,9 +110,6 @@ class MemoryEdit(Edit):
         del memory.edits[self.key]
         model.router = memory.changed() if memory.edits else None
 
-    # -- on disk
-    # ------------------------------------------------------------------------------------------------  # noqa: E501
-
     def save(self, path: str | Path) -> Path:
         """Write facts, embeddings and network to one safetensors file, atomically."""
         header = {
@@ -123,6 +117,7 @@ class MemoryEdit(Edit):
             "method": self.method,
             "fingerprint": self.fingerprint,
             "report": self.report,
+            "config": self.config,
             "network": self.network.header(),
             "facts": [fact.to_dict() for fact in self.facts],
         }
@@ -137,13 +132,10 @@ class MemoryEdit(Edit):
     ) -> MemoryEdit:
         """From what `save` writes."""
         facts = [Fact.from_dict(fact) for fact in about["facts"]]
-        return cls(
-            SeracNetwork.of(about["network"], tensors),
-            tensors["embeddings"],
-            facts,
-            about["report"],
-            about["method"],
-        )
+        network = SeracNetwork.of(about["network"], tensors)
+        edit = cls(network, tensors["embeddings"], facts, about["report"], about["method"])
+        edit.config = about.get("config", {})
+        return edit
 
 
 @dataclass
@@ -200,10 +192,3 @@ def refuse_edited_weights(model: EditableModel) -> None:
             "memory edits and edits of weights cannot be in force together: "
             f"undo {', '.join(model.ledger.active)}, or the memory edits"
         )
-
-
-def _bits(network: SeracNetwork) -> bytes:
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(network.tensors().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.digest() + repr(network.threshold).encode()
