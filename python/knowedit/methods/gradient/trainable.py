@@ -132,7 +132,8 @@ class LoRAAdapter(Trainable):
         self._config = vars(hf).get("peft_config")
         self._trainable = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
         self._evaluating = self.model.evaluating()
-        self._evaluating.__enter__()  # left in `__exit__`: what is trainable within is the adapter's
+        # left in `__exit__`: what is trainable in between is the adapter's
+        self._evaluating.__enter__()
         try:
             vars(hf).pop("peft_config", None)  # peft would add its own to it
             with torch.random.fork_rng():
