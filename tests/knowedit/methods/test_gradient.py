@@ -458,10 +458,10 @@ class TestInSequence:
     def test_a_fingerprint_must_have_been_taken(self, tiny_llama):
         made = QUICK[LoRA].compute(tiny_llama, FACTS, progress=False)
         with made.applied_to(tiny_llama):
-            tiny_llama._fingerprint = None
+            tiny_llama._state.fingerprint = None
             with pytest.raises(EditError, match="undo the edit first"):
                 QUICK[LoRA].compute(tiny_llama, FACTS, progress=False)
-            tiny_llama._fingerprint = made.fingerprint
+            tiny_llama._state.fingerprint = made.fingerprint
 
     @pytest.mark.parametrize("protocol", ["batch", "single", "sequential"])
     def test_every_protocol_without_statistics(self, tiny_llama, protocol):
