@@ -1,4 +1,5 @@
-"""Puts the compiled CPU library into the wheel where that is possible; everything else is in pyproject.toml.
+"""Puts the compiled CPU library into the wheel where that is possible; everything else is in
+pyproject.toml.
 
 torch is not imported, and may be absent: then the library is compiled at first use instead.
 """
@@ -6,7 +7,7 @@ torch is not imported, and may be absent: then the library is compiled at first 
 import runpy
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.build_py import build_py
 
 NATIVE = runpy.run_path(str(Path(__file__).parent / "knowedit_kernels" / "_native.py"))
@@ -15,7 +16,8 @@ NATIVE = runpy.run_path(str(Path(__file__).parent / "knowedit_kernels" / "_nativ
 class BuildWithNative(build_py):
     def run(self) -> None:
         super().run()
-        # an editable install compiles at first use, into the cache, so that no stale library stays in the tree
+        # an editable install compiles at first use, into the cache, so that no stale library stays
+        # in the tree
         if not self.editable_mode:
             try:
                 NATIVE["build"](Path(self.build_lib) / "knowedit_kernels")
@@ -30,4 +32,20 @@ class PlatformDistribution(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": BuildWithNative}, distclass=PlatformDistribution)
+ROOT = Path(__file__).parent
+SOURCES = [
+    ROOT / "csrc",
+    *sorted(folder for folder in (ROOT / "csrc").iterdir() if folder.is_dir()),
+]
+
+setup(
+    packages=[
+        *find_packages(str(ROOT / "python")),
+        *find_packages(str(ROOT), include=["knowedit_kernels", "knowedit_kernels.*"]),
+        # the sources travel with the wheel, for what is compiled at first use
+        *(".".join(("knowedit_kernels._csrc", *at.relative_to(ROOT).parts[1:])) for at in SOURCES),
+    ],
+    package_dir={"knowedit": "python/knowedit", "knowedit_kernels._csrc": "csrc"},
+    cmdclass={"build_py": BuildWithNative},
+    distclass=PlatformDistribution,
+)

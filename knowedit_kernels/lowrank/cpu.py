@@ -1,4 +1,6 @@
-"""The compiled CPU kernels (csrc/cpu/lowrank*): the product stays in registers, W is read and written once."""
+"""The compiled CPU kernels (csrc/cpu/lowrank*): the product stays in registers, W is read and
+written once.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,20 @@ def compiled(name: str) -> Candidate:
     ) -> None:
         for i, weight in enumerate(w):
             torch.ops.knowedit.low_rank_cpu_(
-                weight, base[i] if base else weight, u[i], v[i], ROUNDING[rounding], seed, i,
-                residual[i] if residual else None, probe[i] if probe else None, write,
-                sums[i], errors[i] if probe else None, ISA[name],
-            )  # fmt: skip
+                weight,
+                base[i] if base else weight,
+                u[i],
+                v[i],
+                ROUNDING[rounding],
+                seed,
+                i,
+                residual[i] if residual else None,
+                probe[i] if probe else None,
+                write,
+                sums[i],
+                errors[i] if probe else None,
+                ISA[name],
+            )
 
     def verify(
         w: list[Tensor],

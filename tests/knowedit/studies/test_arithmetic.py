@@ -613,16 +613,8 @@ def test_the_command(chatty, tmp_path, monkeypatch, capsys, own_cache):
     )
     said = knowedit(
         *common,
-        "--method",
-        "ft-l",
-        "--method",
-        "rome",
-        "--corpus",
-        "self",
-        "--tokens",
-        "300",
-        "-o",
-        "run",
+        *("--method", "ft-l", "--method", "rome"),
+        *("--corpus", "self", "--tokens", "300", "-o", "run"),
     )
     assert (
         said.out.startswith("# “2+2=5”, and nothing else?")
