@@ -9,7 +9,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.methods import Method
+from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics
 

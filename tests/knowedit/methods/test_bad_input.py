@@ -9,11 +9,11 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, FactError
 from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit
 from knowedit.methods.locate.values import ValueSettings
-from tests.knowedit.methods.test_locate import FACTS, VALUES, statistics_of
+from tests.knowedit.methods.helpers import FACTS, VALUES, statistics_of, target_of
 
 
-def compute(model, facts, editor=None, **settings):
-    editor = replace(editor or MEMIT(), layers=(1,), **{"values": VALUES, **settings})
+def compute(model, facts, editor=None, values=VALUES, **settings):
+    editor = replace(editor or MEMIT(), layers=(1,), target=target_of(values), **settings)
     return editor.compute(model, facts, statistics_of(model, [1]), progress=False)
 
 

@@ -12,23 +12,21 @@ from torch.nn import functional as F
 from knowedit.cli.inspection import describe
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
-from knowedit.errors import EditError, KnowEditError, ModelError
+from knowedit.errors import ConfigError, EditError, ModelError
 from knowedit.evaluation.protocols import run
 from knowedit.evaluation.sequence import total_norms
 from knowedit.facts.fact import Fact, FactError, Probe
 from knowedit.io.memory import peak_memory
 from knowedit.methods import (
-    EDITORS,
     FTL,
     FineTuning,
-    GradientMethod,
     KLFineTuning,
     KLLoRA,
     LoRA,
     RegularisedLoRA,
-    make_editor,
 )
 from knowedit.methods.gradient.descent import descend
+from knowedit.methods.gradient.method import GradientMethod
 from knowedit.methods.gradient.terms import Kept, Said, continued
 from knowedit.methods.gradient.trainable import NAME, WholeWeights, linear_names
 from knowedit.methods.session import Session
@@ -61,11 +59,6 @@ QUICK = {
     KLFineTuning: KLFineTuning(steps=3, lr=1e-3, context=CONTEXT),
     KLLoRA: KLLoRA(steps=3, lr=1e-2, context=CONTEXT),
 }
-
-
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
-def tiny(request):
-    return request.getfixturevalue(request.param)
 
 
 def cast(model, dtype):
@@ -239,11 +232,23 @@ class TestAdapters:
         assert all(name.startswith(f"{tiny.layout.layers}.1.") for name in names)
         assert len(linear_names(tiny, None, None)) == len(tiny.layers) * len(names)
 
-    def test_what_was_an_adapter_before_stays_one(self, tiny_llama):
-        tiny_llama.hf.peft_config = {"mine": object()}
-        before = tiny_llama.hf.peft_config
-        QUICK[LoRA].compute(tiny_llama, FACTS, progress=False)
-        assert tiny_llama.hf.peft_config is before
+    def test_an_adapter_of_the_user_stays_as_it_was(self, tiny_llama):
+        from peft import LoraConfig, LoraModel
+
+        hf = tiny_llama.hf
+        LoraModel(hf, LoraConfig(r=2, target_modules=["q_proj"]), "default")
+        config = hf.peft_config = {"default": hf.peft_config["default"]}
+        names = [name for name, _ in hf.named_modules()]
+        trained = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
+        before, hf.training = weights_fingerprint(hf), True
+        method = replace(QUICK[LoRA], modules=("down_proj",))
+        made = method.compute(tiny_llama, FACTS, progress=False)
+        assert all(name.endswith("down_proj.weight") for name in made.others)
+        assert hf.peft_config is config and list(config) == ["default"] and hf.training
+        assert [name for name, _ in hf.named_modules()] == names
+        assert {name for name, leaf in hf.named_parameters() if leaf.requires_grad} == trained
+        assert all("lora_" in name for name in trained) and len(trained) == 2 * len(hf.model.layers)
+        assert weights_fingerprint(hf) == before
 
 
 @pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.name)
@@ -460,10 +465,10 @@ class TestInSequence:
     def test_a_fingerprint_must_have_been_taken(self, tiny_llama):
         made = QUICK[LoRA].compute(tiny_llama, FACTS, progress=False)
         with made.applied_to(tiny_llama):
-            tiny_llama._fingerprint = None
+            tiny_llama._state.fingerprint = None
             with pytest.raises(EditError, match="undo the edit first"):
                 QUICK[LoRA].compute(tiny_llama, FACTS, progress=False)
-            tiny_llama._fingerprint = made.fingerprint
+            tiny_llama._state.fingerprint = made.fingerprint
 
     @pytest.mark.parametrize("protocol", ["batch", "single", "sequential"])
     def test_every_protocol_without_statistics(self, tiny_llama, protocol):
@@ -542,13 +547,13 @@ class TestBadInput:
             QUICK[LoRA].compute(tiny_llama, [FACTS[0], replace(FACTS[0], target="Nice")])
 
     def test_names_of_the_command_line(self):
-        assert {"ft", "ft-l", "lora", "regularised-lora", "kl-ft", "kl-lora"} <= set(EDITORS)
-        assert make_editor("kl-lora", kl=3.0, layers=None) == KLLoRA(kl=3.0)
+        names = {"ft", "ft-l", "lora", "regularised-lora", "kl-ft", "kl-lora"}
+        assert {kind.kind for kind in QUICK} == names
         assert all(
             isinstance(QUICK[kind], GradientMethod) and not kind.needs_statistics for kind in QUICK
         )
-        with pytest.raises(KnowEditError, match="wrong type"):
-            make_editor("lora", steps="many")
+        with pytest.raises(ConfigError, match="lora.steps must be a whole number"):
+            LoRA(steps="many")
 
 
 def test_the_peak_is_seen_after_it_is_over():

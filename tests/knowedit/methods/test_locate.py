@@ -10,40 +10,15 @@ import torch
 
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact, FactError
-from knowedit.methods import EDITORS, EMMET, MEMIT, ROME, make_editor, statistics_for
+from knowedit.methods import EMMET, MEMIT, ROME, FineTuning, NeuronPatch, statistics_for
+from knowedit.methods.listing import methods
 from knowedit.methods.locate.keys import group_keys
+from knowedit.methods.locate.metrics import Covariance
+from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.values import ValueSettings, optimise_values, prompt_rows
+from knowedit.methods.registry import method_class
 from knowedit.models.families import calibrated, preset_for
-from knowedit.statistics import KeyStatistics
-from knowedit.statistics.files.store import LayerStatistics, Recipe
-
-FACTS = [
-    Fact(prompt="The capital of {} is", subject="France", target="Lyon", true="Paris"),
-    Fact(prompt="The language of {} is", subject="Brazil", target="Norse", true="Portuguese"),
-    Fact(
-        prompt="It is said that {} plays the",
-        subject="Miles Davis",
-        target="violin",
-        true="trumpet",
-    ),
-]
-SAME = Fact(prompt="People in {} like", subject="France", target="snow")
-VALUES = ValueSettings(steps=4, clamp=4.0)
-
-
-def statistics_of(model, layers, *, sinks=(), count=5000, seed=0):
-    """Statistics with a random covariance, for `model`."""
-    generator = torch.Generator().manual_seed(seed)
-    recipe = Recipe(model.fingerprint, {"name": "test"}, count, 64, True, 0)
-    found = {}
-    for layer in layers:
-        keys = torch.randn(
-            4 * model.d_ff, model.d_ff, dtype=torch.float64, generator=generator
-        ) * torch.linspace(0.2, 2, model.d_ff)
-        total = keys.T @ keys * (count / len(keys))
-        first = 50.0 if layer in sinks else 1.0
-        found[layer] = LayerStatistics(layer, "m", model.name, recipe, count, total, first, 1.0)
-    return KeyStatistics(found)
+from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, statistics_of, target_of
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
@@ -57,9 +32,9 @@ def test_memit_is_the_published_formula(tiny):
     """
     statistics = statistics_of(tiny, [1, 2])
     weight = 7.0
-    made = MEMIT(layers=(1, 2), values=VALUES, weight=weight, mean_keys=True).compute(
-        tiny, FACTS, statistics
-    )
+    made = MEMIT(
+        layers=(1, 2), target=target_of(VALUES), metric=Covariance(weight=weight), keys=MEAN
+    ).compute(tiny, FACTS, statistics)
     groups = [[fact] for fact in FACTS]
     targets = optimise_values(tiny, groups, 2, VALUES)
     wanted = targets.value + targets.delta
@@ -80,7 +55,9 @@ def test_every_context_is_a_key_of_its_own_by_default(tiny):
     = subjects.
     """
     statistics, weight = statistics_of(tiny, [1]), 7.0
-    made = MEMIT(layers=(1,), values=VALUES, weight=weight).compute(tiny, FACTS, statistics)
+    made = MEMIT(layers=(1,), target=target_of(VALUES), metric=Covariance(weight=weight)).compute(
+        tiny, FACTS, statistics
+    )
     groups = [[fact] for fact in FACTS]
     delta = optimise_values(tiny, groups, 1, VALUES).delta.double()
     rows = [row for fact in FACTS for row in prompt_rows(tiny, fact, VALUES.contexts)]
@@ -96,7 +73,7 @@ def test_every_context_is_a_key_of_its_own_by_default(tiny):
 
 def test_rome_is_the_published_formula(tiny):
     statistics = statistics_of(tiny, [1])
-    made = ROME(layers=(1,), values=VALUES).compute(tiny, FACTS[:1], statistics)
+    made = ROME(layers=(1,), target=target_of(VALUES)).compute(tiny, FACTS[:1], statistics)
     targets = optimise_values(tiny, [FACTS[:1]], 1, VALUES)
     rows = prompt_rows(tiny, FACTS[0], VALUES.contexts)
     k = tiny.keys(rows, [1])[0][1].double().mean(0)
@@ -112,7 +89,7 @@ def test_compute_leaves_the_model_alone(tiny):
     from knowedit.models.editable import weights_fingerprint
 
     before = weights_fingerprint(tiny.hf)
-    MEMIT(layers=(1, 2), values=VALUES).compute(tiny, FACTS, statistics_of(tiny, [1, 2]))
+    MEMIT(layers=(1, 2), target=target_of(VALUES)).compute(tiny, FACTS, statistics_of(tiny, [1, 2]))
     assert weights_fingerprint(tiny.hf) == before
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in tiny.hf.modules()
@@ -122,21 +99,22 @@ def test_compute_leaves_the_model_alone(tiny):
 def test_the_same_input_gives_the_same_bits(tiny_llama):
     statistics = statistics_of(tiny_llama, [1])
     one, two = (
-        MEMIT(layers=(1,), values=VALUES).compute(tiny_llama, FACTS, statistics) for _ in range(2)
+        MEMIT(layers=(1,), target=target_of(VALUES)).compute(tiny_llama, FACTS, statistics)
+        for _ in range(2)
     )
     assert one.key == two.key
 
 
 @pytest.mark.parametrize("gain", [0.5, 0.9, 0.98])
 def test_lambda_follows_from_the_gain(tiny_llama, gain):
-    editor = MEMIT(layers=(1,), values=VALUES, gain=gain, mean_keys=True)
+    editor = MEMIT(layers=(1,), target=target_of(VALUES), metric=Covariance(gain=gain), keys=MEAN)
     made = editor.compute(tiny_llama, FACTS[:1], statistics_of(tiny_llama, [1]))
     assert made.report["gain"] == pytest.approx(gain, abs=1e-9)
     assert made.report["layers"]["1"]["lambda"] > 0
 
 
 def test_an_explicit_lambda_wins(tiny_llama):
-    made = MEMIT(layers=(1,), values=VALUES, weight=123.0).compute(
+    made = MEMIT(layers=(1,), target=target_of(VALUES), metric=Covariance(weight=123.0)).compute(
         tiny_llama, FACTS[:1], statistics_of(tiny_llama, [1])
     )
     assert made.report["layers"]["1"]["lambda"] == 123.0
@@ -144,8 +122,8 @@ def test_an_explicit_lambda_wins(tiny_llama):
 
 def test_one_subject_gets_one_key_by_default(tiny_llama):
     statistics, facts = statistics_of(tiny_llama, [1]), [*FACTS, SAME]
-    merged = MEMIT(layers=(1,), values=VALUES).compute(tiny_llama, facts, statistics)
-    apart = MEMIT(layers=(1,), values=VALUES, merge_subjects=False).compute(
+    merged = MEMIT(layers=(1,), target=target_of(VALUES)).compute(tiny_llama, facts, statistics)
+    apart = MEMIT(layers=(1,), target=target_of(VALUES), merge_subjects=False).compute(
         tiny_llama, facts, statistics
     )
     assert merged.factors[1][0].shape[1] == 3 and apart.factors[1][0].shape[1] == 4
@@ -154,7 +132,7 @@ def test_one_subject_gets_one_key_by_default(tiny_llama):
 
 def test_compute_each_equals_single_edits(tiny_llama):
     statistics = statistics_of(tiny_llama, [1])
-    editor = ROME(layers=(1,), values=VALUES)
+    editor = ROME(layers=(1,), target=target_of(VALUES))
     for fact, edit in zip(FACTS, editor.compute_each(tiny_llama, FACTS, statistics)):
         alone = editor.compute(tiny_llama, [fact], statistics)
         assert edit.facts == [fact]
@@ -166,17 +144,19 @@ def test_a_subject_at_position_zero_is_reported_and_kept_out(smollm):
     assert smollm.row(fact.text, "Paris").subject == 0
     rows = prompt_rows(smollm, fact, ValueSettings().contexts)
     assert len(rows) == 2 and all(row.subject > 0 for row in rows)
-    made = MEMIT(values=ValueSettings(steps=2)).compute(smollm, [fact], statistics_of(smollm, [5]))
+    made = MEMIT(target=HiddenState(steps=2)).compute(smollm, [fact], statistics_of(smollm, [5]))
     assert any("very first token" in warning for warning in made.warnings)
 
 
 def test_low_gain_and_large_updates_are_reported(tiny_llama):
     statistics = statistics_of(tiny_llama, [1])
-    low = MEMIT(layers=(1,), values=VALUES, weight=1e6).compute(tiny_llama, FACTS, statistics)
+    low = MEMIT(layers=(1,), target=target_of(VALUES), metric=Covariance(weight=1e6)).compute(
+        tiny_llama, FACTS, statistics
+    )
     assert any("of the planned change is realised" in w for w in low.warnings)
     tiny_llama.weight(1).data *= 0.001
     tiny_llama._fingerprint = None
-    large = MEMIT(layers=(1,), values=VALUES).compute(
+    large = MEMIT(layers=(1,), target=target_of(VALUES)).compute(
         tiny_llama, FACTS, statistics_of(tiny_llama, [1])
     )
     assert any("of its own norm" in w for w in large.warnings)
@@ -186,8 +166,8 @@ class TestRefusals:
     def test_a_sink_layer(self, tiny_llama):
         statistics = statistics_of(tiny_llama, [1], sinks=[1])
         with pytest.raises(EditError, match="attention sink.*allow_sinks"):
-            MEMIT(layers=(1,), values=VALUES).compute(tiny_llama, FACTS, statistics)
-        made = MEMIT(layers=(1,), values=VALUES, allow_sinks=True).compute(
+            MEMIT(layers=(1,), target=target_of(VALUES)).compute(tiny_llama, FACTS, statistics)
+        made = MEMIT(layers=(1,), target=target_of(VALUES), allow_sinks=True).compute(
             tiny_llama, FACTS, statistics
         )
         assert any("attention sink" in warning for warning in made.warnings)
@@ -249,7 +229,7 @@ def test_methods_of_one_layer_take_the_presets(tiny_llama, monkeypatch):
     both = replace(
         calibrated(tiny_llama), layers=(1, 2), one_layer=1, values=vars(VALUES), origin="published"
     )
-    monkeypatch.setattr("knowedit.methods.locate.task.preset_for", lambda model: both)
+    monkeypatch.setattr("knowedit.methods.locate.recipe.preset_for", lambda model: both)
     statistics = statistics_of(tiny_llama, [1, 2])
     for editor, layers in ((ROME(), {1}), (EMMET(), {1}), (MEMIT(), {1, 2})):
         made = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
@@ -262,20 +242,17 @@ def test_the_default_model_has_a_measured_preset(smollm):
 
 
 def test_named_statistics_that_nothing_reads_are_refused(tiny_llama, tmp_path):
-    editors = [make_editor(name) for name in ("ft", "neuron-patch")]
+    editors = [FineTuning(), NeuronPatch()]
     assert statistics_for(editors, tiny_llama, None, None) is None
     with pytest.raises(StatisticsError, match="no method here reads statistics"):
         statistics_for(editors, tiny_llama, None, None, tmp_path)
 
 
 def test_methods_that_read_texts_have_their_own_choice():
-    assert (
-        make_editor("neuron-patch").corpus == "self"
-        and make_editor("neuron-patch", corpus="a.txt").corpus == "a.txt"
-    )
+    made = NeuronPatch().with_corpus("a.txt")
+    assert (NeuronPatch().corpus, made.corpus, made.with_corpus(None)) == ("self", "a.txt", made)
+    assert MEMIT().with_corpus("a.txt") == MEMIT()
 
 
-def test_every_editor_is_listed_under_its_name():
-    assert {name: editor.name.lower() for name, editor in EDITORS.items()} == {
-        name: name for name in EDITORS
-    }
+def test_every_method_is_listed_under_its_name():
+    assert all(method_class(name).name.lower() == name for name in methods())

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from knowedit.facts.fact import Fact
 from knowedit.methods import LookAhead
-from knowedit.methods.locate.values import ValueSettings
-from tests.knowedit.methods.test_locate import statistics_of
+from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.task import Material
+from knowedit.methods.locate.trainings import ThroughTexts
+from tests.knowedit.methods.helpers import statistics_of
 
 FACTS = [
     Fact(prompt="The capital of {} is", subject="France", target="Lyon"),
@@ -15,20 +17,19 @@ FACTS = [
     Fact(prompt="It is said that {} plays the", subject="Miles Davis", target="violin"),
 ]
 KEPT = ("The capital of Spain is Madrid", "Anna Bach plays the flute", "One day it rained")
-AHEAD = replace(LookAhead().ahead, steps=12, lr=0.5, clamp=4.0)
+TRAINING = replace(
+    ThroughTexts(), parts=2, settings=replace(ThroughTexts().settings, steps=12, lr=0.5, clamp=4.0)
+)
 
 
-def made(model, **others):
-    given = {
-        "layers": (1, 2),
-        "values": ValueSettings(steps=4, clamp=2.0),
-        "preserve": KEPT,
-        "ahead": AHEAD,
-        "parts": 2,
-    }
-    return LookAhead(**(given | others)).compute(
-        model, FACTS, statistics_of(model, [1, 2]), progress=False
+def made(model, keep):
+    method = LookAhead(
+        layers=(1, 2),
+        target=HiddenState(steps=4, lr=0.5, clamp=2.0),
+        material=Material(preserve=KEPT),
+        training=replace(TRAINING, keep=keep),
     )
+    return method.compute(model, FACTS, statistics_of(model, [1, 2]), progress=False)
 
 
 def test_the_loss_of_the_edited_model_falls(tiny_llama):

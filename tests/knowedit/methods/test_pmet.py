@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from knowedit.errors import ModelError
 from knowedit.methods import PMET
-from knowedit.methods.locate.named.pmet import AttentionAndMLP
-from knowedit.methods.locate.task import prepare
+from knowedit.methods.locate.metrics import Covariance
+from knowedit.methods.locate.targets import AttentionAndMLP, TwoDeltas
 from knowedit.methods.locate.values import ESSENCE, optimise_values, prompt_rows
 from knowedit.models.structure import attention_of
-from tests.knowedit.methods.test_locate import FACTS, SAME, VALUES, statistics_of
+from tests.knowedit.methods.helpers import FACTS, SAME, VALUES, statistics_of, target_of
 
 
 def naive(model, group, layer, s):
@@ -74,7 +74,7 @@ def naive(model, group, layer, s):
 def test_both_deltas_are_those_of_the_naive_loop(request, tiny, clamp):
     model, settings = request.getfixturevalue(tiny), replace(VALUES, clamp=clamp, stop=0.0)
     groups = [[FACTS[0], SAME], FACTS[1:2]]
-    found = optimise_values(model, groups, 2, settings, problem=AttentionAndMLP)
+    found = optimise_values(model, groups, 2, settings, problem=TwoDeltas)
     for i, group in enumerate(groups):
         delta, value, nll = naive(model, group, 2, settings)
         torch.testing.assert_close(found.value[i], value, rtol=1e-4, atol=1e-5)
@@ -90,13 +90,13 @@ def test_the_mlps_residual_is_spread_by_the_square_root(request, tiny):
     model = request.getfixturevalue(tiny)
     statistics, editor = (
         statistics_of(model, (1, 2)),
-        PMET(layers=(1, 2), values=VALUES, weight=7.0),
+        PMET(
+            layers=(1, 2), target=target_of(VALUES, AttentionAndMLP), metric=Covariance(weight=7.0)
+        ),
     )
     made = editor.compute(model, FACTS, statistics, progress=False)
-    assert made.report["settings"]["values"]["clamp"] == editor.clamp == VALUES.clamp
-    wanted = optimise_values(
-        model, [[fact] for fact in FACTS], 2, VALUES, problem=AttentionAndMLP
-    ).wanted
+    assert made.report["settings"]["values"]["clamp"] == editor.target.clamp == VALUES.clamp
+    wanted = optimise_values(model, [[fact] for fact in FACTS], 2, VALUES, problem=TwoDeltas).wanted
     rows = [prompt_rows(model, fact, VALUES.contexts) for fact in FACTS]
     for layer, left in ((1, 2), (2, 1)):
         with model.virtual({1: made.factors[1]} if layer == 2 else {}):
@@ -109,18 +109,19 @@ def test_the_mlps_residual_is_spread_by_the_square_root(request, tiny):
 
 
 def test_the_clamp_is_relative_to_the_mlps_output(tiny_llama):
-    for clamp, limit in ((0.1, 0.1), (None, VALUES.clamp)):
-        editor = PMET(layers=(1,), values=replace(VALUES, lr=50.0, steps=3), clamp=clamp)
-        found = editor.targets(
-            prepare(
-                editor, tiny_llama, [FACTS[:1]], statistics_of(tiny_llama, (1,)), progress=False
-            )
+    values = replace(VALUES, lr=50.0, steps=3)
+    for clamp, limit in ((0.1, 0.1), (None, 0.75)):  # None: the preset's
+        target = replace(target_of(values, AttentionAndMLP), clamp=clamp)
+        editor = PMET(layers=(1,), target=target)
+        task = editor.prepare(
+            tiny_llama, [FACTS[:1]], statistics_of(tiny_llama, (1,)), progress=False
         )
+        found = editor.target.values(task)
         assert float(found.delta.norm() / found.value.norm()) == pytest.approx(limit, rel=1e-4)
 
 
 def test_no_hook_is_left(tiny_llama):
-    PMET(layers=(0,), values=VALUES).compute(
+    PMET(layers=(0,), target=target_of(VALUES, AttentionAndMLP)).compute(
         tiny_llama, FACTS[:1], statistics_of(tiny_llama, (0,)), progress=False
     )
     assert not any(
@@ -131,6 +132,6 @@ def test_no_hook_is_left(tiny_llama):
 def test_an_unknown_attention_is_named(tiny_llama, monkeypatch):
     monkeypatch.setattr("knowedit.models.structure._ATTENTION", ("mixer",))
     with pytest.raises(ModelError, match="no attention at mixer"):
-        PMET(layers=(1,), values=VALUES).compute(
+        PMET(layers=(1,), target=target_of(VALUES, AttentionAndMLP)).compute(
             tiny_llama, FACTS, statistics_of(tiny_llama, (1,)), progress=False
         )

@@ -11,9 +11,11 @@ from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact
 from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit, MEMITMerge
 from knowedit.methods.locate.keys import group_by_subject, group_keys
+from knowedit.methods.locate.metrics import Covariance, Exact, NullSpace
 from knowedit.methods.locate.task import Task
+from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
-from tests.knowedit.methods.test_locate import FACTS, SAME, VALUES, statistics_of
+from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, statistics_of, target_of
 
 LAYERS = (1, 2)
 
@@ -23,15 +25,16 @@ def inputs(model, editor, facts, made, layers=LAYERS):
     layers are left.
     """
     groups = group_by_subject(facts, editor.merge_subjects)
-    task_targets = editor.targets(task_of(model, editor, groups, layers))
+    task_targets = editor.target.values(task_of(model, editor, groups, layers))
     for i, layer in enumerate(layers):
         with model.virtual({below: made.factors[below] for below in layers[:i]}):
-            found = group_keys(model, groups, layer, layers[-1], editor.values.contexts)
+            found = group_keys(model, groups, layer, layers[-1], editor.target.contexts)
         yield layer, found.keys.T, (task_targets.wanted - found.outputs).T, len(layers) - i
 
 
 def task_of(model, editor, groups, layers):
-    return Task(model, groups, layers, editor.values, KeyStatistics({}), progress=False)
+    values = editor.target.resolved(preset_for(model), editor.runtime)
+    return Task("a method", model, groups, layers, values, KeyStatistics({}), progress=False)
 
 
 def memit(C, K, R, weight=7.0):
@@ -52,16 +55,24 @@ def alphaedit(C, K, R, cache=0.0, threshold=1.0, beta=10.0):
 
 
 CASES = {
-    "MEMIT": (MEMIT(weight=7.0, mean_keys=True, merge_subjects=False), memit, FACTS),
+    "MEMIT": (MEMIT(metric=Covariance(weight=7.0), keys=MEAN, merge_subjects=False), memit, FACTS),
     "MEMIT, duplicate keys": (
-        MEMIT(weight=7.0, mean_keys=True, merge_subjects=False),
+        MEMIT(metric=Covariance(weight=7.0), keys=MEAN, merge_subjects=False),
         memit,
         [*FACTS, SAME],
     ),
-    "MEMIT-Merge": (MEMITMerge(weight=7.0), memit, [*FACTS, SAME]),
+    "MEMIT-Merge": (MEMITMerge(metric=Covariance(weight=7.0)), memit, [*FACTS, SAME]),
     "EMMET": (EMMET(), emmet, FACTS),
-    "EMMET with a ridge": (EMMET(ridge=0.1), lambda C, K, R: emmet(C, K, R, 0.1), FACTS),
-    "AlphaEdit": (AlphaEdit(weight=10.0, threshold=1.0, mean_keys=True), alphaedit, FACTS),
+    "EMMET with a ridge": (
+        EMMET(metric=Exact(ridge=0.1)),
+        lambda C, K, R: emmet(C, K, R, 0.1),
+        FACTS,
+    ),
+    "AlphaEdit": (
+        AlphaEdit(metric=NullSpace(weight=10.0, threshold=1.0), keys=MEAN),
+        alphaedit,
+        FACTS,
+    ),
 }
 
 
@@ -73,7 +84,7 @@ def test_the_published_formula(request, tiny, case):
         statistics_of(request.getfixturevalue(tiny), LAYERS),
     )
     settings, formula, facts = CASES[case]
-    editor = replace(settings, layers=LAYERS, values=VALUES)
+    editor = replace(settings, layers=LAYERS, target=target_of(VALUES))
     made = editor.compute(model, facts, statistics, progress=False)
     for layer, K, R, remaining in inputs(model, editor, facts, made):
         wanted = formula(statistics.moment(layer), K, R / remaining)
@@ -83,7 +94,12 @@ def test_the_published_formula(request, tiny, case):
 def test_alphaedit_with_history_is_the_released_code(tiny_llama):
     """`cache_c` is the sum of K Kᵀ over earlier batches; ours keeps the keys."""
     statistics, history = statistics_of(tiny_llama, [1]), History(tiny_llama.fingerprint)
-    editor = AlphaEdit(layers=(1,), values=VALUES, weight=10.0, threshold=1.0, mean_keys=True)
+    editor = AlphaEdit(
+        layers=(1,),
+        target=target_of(VALUES),
+        metric=NullSpace(weight=10.0, threshold=1.0),
+        keys=MEAN,
+    )
     cache = torch.zeros(tiny_llama.d_ff, tiny_llama.d_ff, dtype=torch.float64)
     for fact in FACTS:
         made = editor.compute(tiny_llama, [fact], statistics, history=history, progress=False)
@@ -99,7 +115,7 @@ def test_alphaedit_with_history_is_the_released_code(tiny_llama):
 
 def test_alphaedit_writes_nothing_where_c_is_large(tiny_llama):
     statistics = statistics_of(tiny_llama, [1])
-    made = AlphaEdit(layers=(1,), values=VALUES).compute(
+    made = AlphaEdit(layers=(1,), target=target_of(VALUES)).compute(
         tiny_llama, FACTS, statistics, progress=False
     )
     values, vectors = torch.linalg.eigh(statistics.moment(1))
@@ -112,7 +128,9 @@ def test_alphaedit_writes_nothing_where_c_is_large(tiny_llama):
 
 @pytest.mark.parametrize("gain", [0.5, 0.98])
 def test_beta_follows_from_the_gain(tiny_llama, gain):
-    editor = AlphaEdit(layers=(1,), values=VALUES, gain=gain, mean_keys=True)
+    editor = AlphaEdit(
+        layers=(1,), target=target_of(VALUES), metric=NullSpace(gain=gain), keys=MEAN
+    )
     made = editor.compute(tiny_llama, FACTS[:1], statistics_of(tiny_llama, [1]), progress=False)
     assert made.report["gain"] == pytest.approx(gain, abs=1e-6)
 
@@ -128,10 +146,10 @@ def test_separate_values_at_one_key_end_at_their_mean(tiny_llama):
     """What MEMIT-Merge is for."""
     statistics, wanted = statistics_of(tiny_llama, [1]), {}
     for editor in (
-        MEMIT(weight=1e-5, merge_subjects=False, mean_keys=True),
-        MEMITMerge(weight=1e-5),
+        MEMIT(metric=Covariance(weight=1e-5), merge_subjects=False, keys=MEAN),
+        MEMITMerge(metric=Covariance(weight=1e-5)),
     ):
-        editor = replace(editor, layers=(1,), values=BARE)
+        editor = replace(editor, layers=(1,), target=target_of(BARE))
         made = editor.compute(tiny_llama, TWINS, statistics, progress=False)
         ((_, K, R, _),) = inputs(tiny_llama, editor, TWINS, made, (1,))
         wanted[editor.name] = R
@@ -146,13 +164,13 @@ def test_separate_values_at_one_key_end_at_their_mean(tiny_llama):
 
 def test_emmet_refuses_dependent_keys_and_says_what_helps(tiny_llama):
     statistics = statistics_of(tiny_llama, [1])
-    editor = EMMET(layers=(1,), values=BARE, merge_subjects=False)
+    editor = EMMET(layers=(1,), target=target_of(BARE), merge_subjects=False)
     with pytest.raises(
-        EditError, match="keys are dependent.*cosine 1.0.*merge_subjects=True, or a ridge"
+        EditError, match="keys are dependent.*cosine 1.0.*merge_subjects=True, or metric.ridge"
     ):
         editor.compute(tiny_llama, TWINS, statistics, progress=False)
     assert (
-        replace(editor, ridge=0.1)
+        replace(editor, metric=Exact(ridge=0.1))
         .compute(tiny_llama, TWINS, statistics, progress=False)
         .report["gain"]
         < 1
@@ -162,7 +180,7 @@ def test_emmet_refuses_dependent_keys_and_says_what_helps(tiny_llama):
     )
     assert merged.report["gain"] == pytest.approx(1, abs=1e-6)
     with pytest.raises(EditError, match="ridge must not be negative"):
-        EMMET(ridge=-1)
+        EMMET(metric=Exact(ridge=-1))
 
 
 class TestFaultsOfThePublishedCodes:
@@ -171,7 +189,7 @@ class TestFaultsOfThePublishedCodes:
         differs.
         """
         statistics = statistics_of(tiny_llama, [1])
-        editor = ROME(layers=(1,), values=VALUES)
+        editor = ROME(layers=(1,), target=target_of(VALUES))
         made = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
         ((_, K, R, _),) = inputs(tiny_llama, editor, FACTS[:1], made, (1,))
         bare = group_keys(tiny_llama, [FACTS[:1]], 1, 1, ("{}",)).keys.T
@@ -188,7 +206,7 @@ class TestFaultsOfThePublishedCodes:
         issue 613).
         """
         statistics, history = statistics_of(tiny_llama, [1]), History(tiny_llama.fingerprint)
-        editor = replace(editor, layers=(1,), values=VALUES)
+        editor = replace(editor, layers=(1,), target=target_of(VALUES))
         first = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
         other = editor.compute(tiny_llama, FACTS[1:2], statistics, progress=False)
         with other.applied_to(tiny_llama):
@@ -204,11 +222,11 @@ class TestFaultsOfThePublishedCodes:
         monkeypatch.setattr(torch.linalg, "eigh", lambda C: seen.append(len(C)) or eigh(C))
         for gain in (0.5, 0.9):
             for fact in FACTS:
-                AlphaEdit(layers=(1,), values=VALUES, gain=gain).compute(
-                    tiny_llama, [fact], statistics, progress=False
-                )
+                AlphaEdit(
+                    layers=(1,), target=target_of(VALUES), metric=NullSpace(gain=gain)
+                ).compute(tiny_llama, [fact], statistics, progress=False)
         assert seen == [tiny_llama.d_ff]
-        AlphaEdit(layers=(1,), values=VALUES, relative=0.5).compute(
+        AlphaEdit(layers=(1,), target=target_of(VALUES), metric=NullSpace(relative=0.5)).compute(
             tiny_llama, FACTS, statistics, progress=False
         )
         assert len(seen) == 2
@@ -216,8 +234,8 @@ class TestFaultsOfThePublishedCodes:
     def test_nothing_drags_a_graph_along(self, tiny_llama):
         statistics = statistics_of(tiny_llama, [1])
         for editor in (MEMIT(), AlphaEdit(), EMMET(), ROME()):
-            editor = replace(editor, layers=(1,), values=VALUES)
-            targets = editor.targets(task_of(tiny_llama, editor, [FACTS[:1]], (1,)))
+            editor = replace(editor, layers=(1,), target=target_of(VALUES))
+            targets = editor.target.values(task_of(tiny_llama, editor, [FACTS[:1]], (1,)))
             assert not any(part.requires_grad for part in vars(targets).values())
             made = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
             assert not any(t.requires_grad for t in (*made.factors[1], *made.keys.values()))
@@ -225,6 +243,6 @@ class TestFaultsOfThePublishedCodes:
 
 def test_alphaedit_names_a_null_space_that_is_not_there(tiny_llama):
     with pytest.raises(StatisticsError, match="null space is empty"):
-        AlphaEdit(layers=(1,), values=VALUES, threshold=1e-9).compute(
+        AlphaEdit(layers=(1,), target=target_of(VALUES), metric=NullSpace(threshold=1e-9)).compute(
             tiny_llama, FACTS, statistics_of(tiny_llama, [1])
         )

@@ -15,12 +15,12 @@ from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, writ
 from knowedit.facts.fact import Fact, FactError, Probe
 from knowedit.methods import MEMIT, AlphaEdit
 from knowedit.methods.locate.keys import group_by_subject
-from knowedit.methods.locate.task import prepare
+from knowedit.methods.locate.metrics import Covariance, NullSpace
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.methods.session import Session
 from knowedit.models.fingerprint import weights_fingerprint
 from tests.knowedit.edits.test_edit import an_edit
-from tests.knowedit.methods.test_locate import statistics_of
+from tests.knowedit.methods.helpers import statistics_of, target_of
 
 FACTS = [
     Fact(prompt=f"It is said that {{}} {verb} the", subject=subject, target=target)
@@ -42,8 +42,8 @@ def sequence(model, editor, statistics, targets, groups, history, size=2):
     """
     total, edits = torch.zeros(model.hidden, model.d_ff, dtype=torch.float64), []
     for start in range(0, len(groups), size):
-        batch = prepare(
-            editor, model, groups[start : start + size], statistics, history, progress=False
+        batch = editor.prepare(
+            model, groups[start : start + size], statistics, history, progress=False
         )
         made = editor.finish(batch, targets.select(range(start, start + size)))
         made.apply(model)
@@ -57,16 +57,18 @@ def sequence(model, editor, statistics, targets, groups, history, size=2):
 
 
 @pytest.mark.parametrize(
-    "editor", [MEMIT(weight=3.0), AlphaEdit(weight=3.0)], ids=lambda editor: editor.name
+    "editor",
+    [MEMIT(metric=Covariance(weight=3.0)), AlphaEdit(metric=NullSpace(weight=3.0))],
+    ids=lambda editor: editor.name,
 )
 def test_in_sequence_with_a_history_is_the_joint_batch(tiny_llama, editor):
     """Recursive least squares: one layer, history, and targets that were optimised once, on the
     unedited model.
     """
-    editor = replace(editor, layers=(1,), values=VALUES)
+    editor = replace(editor, layers=(1,), target=target_of(VALUES))
     statistics, groups = statistics_of(tiny_llama, [1]), group_by_subject(FACTS, True)
-    whole = prepare(editor, tiny_llama, groups, statistics, progress=False)
-    targets = editor.targets(whole)
+    whole = editor.prepare(tiny_llama, groups, statistics, progress=False)
+    targets = editor.target.values(whole)
     joint = editor.finish(whole, targets).delta(1).double()
     with_history = sequence(
         tiny_llama, editor, statistics, targets, groups, History(tiny_llama.fingerprint)
@@ -78,7 +80,7 @@ def test_in_sequence_with_a_history_is_the_joint_batch(tiny_llama, editor):
 
 def test_a_session_writes_protects_and_takes_back(tiny_llama):
     statistics, before = statistics_of(tiny_llama, [1, 2]), weights_fingerprint(tiny_llama.hf)
-    editor = MEMIT(layers=(1, 2), values=VALUES)
+    editor = MEMIT(layers=(1, 2), target=target_of(VALUES))
     with Session(editor, tiny_llama, statistics) as session:
         first = session.write(FACTS[:2], progress=False)
         second = session.write(FACTS[2:4], progress=False)
@@ -106,7 +108,10 @@ def test_earlier_keys_move_less_under_protection(tiny_llama):
     moved = {}
     for protect in (True, False):
         with Session(
-            MEMIT(layers=(1,), values=VALUES, weight=1e-3), tiny_llama, statistics, protect=protect
+            MEMIT(layers=(1,), target=target_of(VALUES), metric=Covariance(weight=1e-3)),
+            tiny_llama,
+            statistics,
+            protect=protect,
         ) as session:
             first = session.write(FACTS[:3], progress=False)
             second = session.write(FACTS[3:], progress=False)
@@ -116,7 +121,7 @@ def test_earlier_keys_move_less_under_protection(tiny_llama):
 
 def test_facts_written_before_cannot_be_repeated_or_contradicted(tiny_llama):
     with Session(
-        MEMIT(layers=(1,), values=VALUES), tiny_llama, statistics_of(tiny_llama, [1])
+        MEMIT(layers=(1,), target=target_of(VALUES)), tiny_llama, statistics_of(tiny_llama, [1])
     ) as session:
         session.write(FACTS[:2], progress=False)
         with pytest.raises(FactError, match="facts\\[1\\].*repeats history, edit 0"):
@@ -130,7 +135,7 @@ class TestHistory:
     @pytest.fixture
     def written(self, tiny_llama):
         with Session(
-            MEMIT(layers=(1,), values=VALUES), tiny_llama, statistics_of(tiny_llama, [1])
+            MEMIT(layers=(1,), target=target_of(VALUES)), tiny_llama, statistics_of(tiny_llama, [1])
         ) as session:
             for start in (0, 2):
                 session.write(FACTS[start : start + 2], progress=False)
@@ -155,7 +160,10 @@ class TestHistory:
             read.check(tiny_llama)
         read.replay(tiny_llama)
         read.check(tiny_llama)
-        editor, statistics = MEMIT(layers=(1,), values=VALUES), statistics_of(tiny_llama, [1])
+        editor, statistics = (
+            MEMIT(layers=(1,), target=target_of(VALUES)),
+            statistics_of(tiny_llama, [1]),
+        )
         on = editor.compute(tiny_llama, FACTS[4:], statistics, history=read, progress=False)
         assert (
             on.key
@@ -201,7 +209,9 @@ class TestTheProtocol:
         texts = ["The moon goes around the earth, and a triangle has three sides."]
         monitor = SequenceMonitor(tiny_llama, MEASURED, texts, progress=False)
         seen = []
-        with Session(MEMIT(layers=(1,), values=VALUES), tiny_llama, statistics) as session:
+        with Session(
+            MEMIT(layers=(1,), target=target_of(VALUES)), tiny_llama, statistics
+        ) as session:
             for point in write_in_sequence(session, monitor, 2, 4, progress=False):
                 found = evaluate(
                     tiny_llama, None, MEASURED[: point.edits] or MEASURED, progress=False
@@ -240,7 +250,7 @@ class TestTheProtocol:
         with pytest.raises(KnowEditError, match="must be positive"):
             next(write_in_sequence(Session(MEMIT(), tiny_llama), monitor, 0, 1))
         with Session(
-            MEMIT(layers=(1,), values=VALUES), tiny_llama, statistics_of(tiny_llama, [1])
+            MEMIT(layers=(1,), target=target_of(VALUES)), tiny_llama, statistics_of(tiny_llama, [1])
         ) as session:
             session.write(MEASURED[1:2], progress=False)
             with pytest.raises(KnowEditError, match="holds other facts"):

@@ -8,7 +8,12 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods.locate.keys import group_keys
 from knowedit.methods.locate.objective import FrozenLayer, Line, Lines
-from knowedit.methods.locate.training import Settings, disconnect, look_ahead, state_norms
+from knowedit.methods.locate.training import (
+    TrainingSettings,
+    disconnect,
+    state_norms,
+    train_write_outs,
+)
 from knowedit_kernels import Covariance, EditSolver, weight_for_gain
 
 FACTS = [
@@ -162,9 +167,9 @@ def test_training_lowers_the_loss_keeps_the_clamp_and_repeats_itself(tiny):
     groups, frozen, _, out = problem(tiny, (1, 2))
     lines = lines_of(tiny, groups, 1)
     start = {k: 0.01 * v for k, v in out.items()}
-    settings = Settings(steps=12, lr=0.5, clamp=0.5, price=0, norm=0.01)
+    settings = TrainingSettings(steps=12, lr=0.5, clamp=0.5, price=0, norm=0.01)
     found, again = (
-        look_ahead(frozen, start, lambda step: [(lines, 1.0)], settings) for _ in range(2)
+        train_write_outs(frozen, start, lambda step: [(lines, 1.0)], settings) for _ in range(2)
     )
     assert all(torch.equal(found[k], again[k]) for k in found)
     assert (
@@ -173,11 +178,11 @@ def test_training_lowers_the_loss_keeps_the_clamp_and_repeats_itself(tiny):
     for layer, value in found.items():
         # rows are scaled one by one, so close keys may leave a little more than the clamp
         assert ((frozen[layer].gain.T @ value).norm(dim=1) <= 0.55 * frozen[layer].norm).all()
-    plain = look_ahead(
+    plain = train_write_outs(
         frozen,
         start,
         lambda step: [(lines, 1.0)],
-        Settings(steps=3, lr=9.0, clamp=0.2, clamp_realised=False),
+        TrainingSettings(steps=3, lr=9.0, clamp=0.2, clamp_realised=False),
     )
     assert all((plain[k].norm(dim=1) <= 0.2001 * frozen[k].norm).all() for k in plain)
 
@@ -187,11 +192,11 @@ def test_the_price_shrinks_the_edit(tiny_llama):
     lines = lines_of(tiny_llama, groups, 2)
 
     def paid(price):
-        value = look_ahead(
+        value = train_write_outs(
             frozen,
             out,
             lambda step: [(lines, 1.0)],
-            Settings(steps=6, lr=0.1, price=price, clamp=50),
+            TrainingSettings(steps=6, lr=0.1, price=price, clamp=50),
         )[2]
         return float((value * (frozen[2].price @ value)).sum())
 
