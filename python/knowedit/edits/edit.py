@@ -22,6 +22,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.files import atomic_file, atomic_folder
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit_kernels.lowrank import Change, LedgerError
 
 FORMAT = "knowedit-edit/1"
@@ -88,6 +89,7 @@ class Edit:
         left, right = self.factors[layer]
         return left @ right.T
 
+    @accepts_model
     def changes(self, model: EditableModel) -> dict[str, Change]:
         """Every changed weight by its parameter's name in `model.hf`."""
         return {
@@ -97,6 +99,7 @@ class Edit:
     # -- on a model
     # ---------------------------------------------------------------------------------------------
 
+    @accepts_model
     def check(self, model: EditableModel) -> None:
         """Raise EditError when this edit was made for another model."""
         if model.fingerprint != self.fingerprint:
@@ -116,9 +119,11 @@ class Edit:
         if unknown:
             raise EditError(f"{model.name} has no parameter {', '.join(unknown)}")
 
+    @accepts_model
     def is_applied(self, model: EditableModel) -> bool:
         return self.key in model.ledger.active
 
+    @accepts_model
     def apply(self, model: EditableModel) -> None:
         """Write it into the model's weights, rounded once to their dtype together with every other
         active edit.
@@ -155,6 +160,7 @@ class Edit:
         if self.neurons:
             model.rewritten[self.key] = self.neurons
 
+    @accepts_model
     def undo(self, model: EditableModel) -> None:
         """Take it back. With no edit left every bit is what it was; edits may be undone in any
         order.
@@ -171,6 +177,7 @@ class Edit:
             raise EditError(f"the {self.method} edit could not be undone: {error}") from error
         model.rewritten.pop(self.key, None)
 
+    @accepts_model
     @contextmanager
     def applied_to(self, model: EditableModel) -> Iterator[EditableModel]:
         """Apply within a `with` block; undone at its end, also after an error."""
@@ -190,6 +197,7 @@ class Edit:
             "method": self.method,
             "fingerprint": self.fingerprint,
             "report": self.report,
+            "config": self.config,
             "facts": [fact.to_dict() for fact in self.facts],
         }
         with atomic_file(path) as temporary:
@@ -236,6 +244,7 @@ class Edit:
             facts=[Fact.from_dict(fact) for fact in about["facts"]],
             fingerprint=fingerprint,
             report=about["report"],
+            config=about.get("config", {}),
         )
 
     def to_peft(self, folder: str | Path, model: EditableModel) -> Path:
@@ -297,7 +306,7 @@ def relative_norm(weight: Tensor, change: Change) -> float:
     else:
         left, right = (factor.double() for factor in change)
         size = ((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt()
-    return float(size.cpu() / weight.norm(dtype=torch.float64).cpu())
+    return float(size.cpu() / weight.detach().norm(dtype=torch.float64).cpu())
 
 
 def format_of(path: str | Path) -> str | None:

@@ -23,6 +23,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.io.files import atomic_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit_kernels.solver import Metric
 
 FORMAT = "knowedit-history/1"
@@ -129,6 +130,7 @@ class History:
         check_facts([*self.facts, *facts], places=places)
         return list(facts)
 
+    @accepts_model
     def replay(self, model: EditableModel) -> None:
         """Apply the edits that are not applied to `model` yet. Raises EditError when they are of
         another model.

@@ -19,25 +19,43 @@ of ours that names the field, and not a TypeError from somewhere below.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 import types
 import typing
+from abc import ABCMeta
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from knowedit.errors import ConfigError
+from knowedit.io.names import nearest
 
 _KINDS: dict[str, dict[str, type[Config]]] = {}
 TAGS = ("kind", "version")
 Self = TypeVar("Self", bound="Config")
 
 
-class Config:
+class ConfigType(ABCMeta):
+    """Makes wrong names and numbers of settings errors of ours, that say what is known."""
+
+    def __call__(cls, *values: Any, **named: Any) -> Any:
+        if not getattr(cls, "__abstractmethods__", None) and dataclasses.is_dataclass(cls):
+            fields = fields_of(cls)
+            if len(values) > len(fields):
+                raise ConfigError(
+                    f"{getattr(cls, 'kind', cls.__name__)} takes its settings by name: "
+                    f"{', '.join(fields)}"
+                )
+            for name in named:
+                if name not in fields:
+                    raise ConfigError(_unknown(cls, name, fields))
+        return super().__call__(*values, **named)
+
+
+class Config(metaclass=ConfigType):
     """Base of every recorded setting: a frozen dataclass of plain values and other configs.
 
     Attributes:
@@ -181,6 +199,20 @@ class Config:
         return type(self).from_dict({name: value}, base=self)
 
 
+def _unknown(cls: type, name: str, fields: Mapping[str, Any]) -> str:
+    """What to say of a setting that there is not: it may be one of a part."""
+    kind = getattr(cls, "kind", cls.__name__)
+    for part in fields:
+        default = _default(cls, part)
+        if isinstance(default, Config) and name in fields_of(type(default)):
+            made = type(default).__name__
+            return (
+                f"{kind} has no setting {name!r}; it is one of {part}: {part}={made}({name}=...), "
+                f"or with_settings(['{part}.{name}=...'])"
+            )
+    return f"{kind} has no setting {name!r}; {nearest(name, fields)}"
+
+
 def parse_setting(text: str) -> tuple[str, Any]:
     """`"metric.gain=0.95"` as name and value: JSON where it is JSON, else text. Raises
     ConfigError.
@@ -204,13 +236,6 @@ def fields_of(cls: Any) -> dict[str, Any]:
     """`{name: type}` of a dataclass' settings, in order."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say beside an unknown name."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 def plain(value: Any) -> Any:

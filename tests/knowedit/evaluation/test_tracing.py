@@ -23,7 +23,7 @@ from knowedit.facts.sets import load
 from knowedit.io.tables import Table
 from knowedit.report import plots
 from knowedit.report.run import report, trace_blocks
-from tests.knowedit.cli.test_cli import knowedit, place  # noqa: F401
+from tests.knowedit.cli.conftest import knowedit, place  # noqa: F401
 from tests.knowedit.models.test_partial import tiny_mistral  # noqa: F401
 
 PROMPT, SUBJECT = "In Oslo it is", "Oslo"
@@ -67,7 +67,7 @@ def test_the_model_is_as_before(tiny_llama):
     before, shown = tiny_llama.next_logprobs([PROMPT]), tiny_llama.fingerprint
     trace(tiny_llama, PROMPT, SUBJECT, samples=2)
     assert tiny_llama.next_logprobs([PROMPT]).equal(before)
-    tiny_llama._fingerprint = None
+    tiny_llama._state.fingerprint = None
     assert tiny_llama.fingerprint == shown
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_llama.hf.modules())
 

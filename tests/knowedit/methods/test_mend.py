@@ -24,7 +24,8 @@ from knowedit.methods.learned.named import mend
 from knowedit.methods.learned.named.mend import MEND, compressed
 from knowedit.methods.learned.networks import NetworkFile
 from knowedit.methods.registry import make_method
-from knowedit.models.upper import Texts, Upper
+from knowedit.models.partial import PartialModel, layer_outputs, with_weights
+from knowedit.models.texts import Texts
 from tests.knowedit.methods.trained import LAYERS, NAMES, PEOPLE, QUICK_MEND, QUICK_SERAC
 
 
@@ -43,9 +44,8 @@ def test_the_upper_layers_say_what_the_model_says(tiny):
     ids, mask = tiny.pad(rows)
     with torch.no_grad():
         whole = tiny.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    states: list = []
-    tiny.forward_to(1, ids, lambda *_: None, on_output=lambda _, state: states.append(state))
-    found = Upper(tiny, 2, 40).run(states[0])
+    ((order, states),) = layer_outputs(tiny, rows, 1)
+    found = PartialModel.for_texts(tiny, 2, 40).run(states[[order.index(i) for i in range(2)]])
     torch.testing.assert_close(found[mask], whole[mask], rtol=1e-4, atol=1e-5)
 
 
@@ -70,17 +70,17 @@ def test_token_factors_add_up_to_each_texts_gradient(tiny):
     texts = texts_of(tiny, PEOPLE[:3])
     tokens = token_factors(texts, texts.batch(range(3)), network.weights)
     for number in range(3):
-        tiny.hf.requires_grad_(True)
         alone = texts_of(tiny, PEOPLE[number : number + 1])
-        alone.nll(alone.batch([0])).backward()
-        for name, (x, delta, owner) in tokens.items():
+        weights = {f"{name}.weight": tiny.hf.get_submodule(name).weight for name in tokens}
+        leaves = {
+            name: weight.detach().clone().requires_grad_() for name, weight in weights.items()
+        }
+        loss = with_weights(tiny, leaves, lambda alone=alone: alone.nll(alone.batch([0])))
+        wanted = torch.autograd.grad(loss, list(leaves.values()))
+        for (name, (x, delta, owner)), gradient in zip(tokens.items(), wanted):
             mine = owner == number
-            weight = tiny.hf.get_submodule(name).weight
-            torch.testing.assert_close(
-                dense(tiny, name, delta[mine].T, x[mine].T), weight.grad, rtol=1e-3, atol=1e-5
-            )
-        tiny.hf.zero_grad()
-        tiny.hf.requires_grad_(False)
+            found = dense(tiny, name, delta[mine].T, x[mine].T)
+            torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_a_new_network_is_the_normalised_gradient(tiny_llama):
@@ -122,11 +122,11 @@ def test_grouped_factors_are_the_edits_of_the_groups(tiny):
     with tiny.virtual(
         {name: (left[whose], right[whose]) for name, (left, right) in grouped.items()}
     ):
-        together = texts.run(batch)
+        together = texts.logits(batch)
     for number, edit in enumerate(edits):
         with edit.applied_to(tiny):
-            alone = texts.run(batch)
-        mine = batch.line % 2 == number
+            alone = texts.logits(batch)
+        mine = batch.places.line % 2 == number
         torch.testing.assert_close(together[mine], alone[mine], rtol=1e-3, atol=1e-3)
 
 
@@ -461,7 +461,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
             "train",
             "mend",
             "model",
-            "--facts",
+            "--dataset",
             "told.jsonl",
             "--without",
             "tested.jsonl",
@@ -474,7 +474,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "1 facts" in knowedit("edit", "model", "asked.jsonl", "--method", "mend", "-o", "e")
     assert "MEND edit" in knowedit("inspect", "e")
     assert "saved to s" in knowedit(
-        "train", "serac", "model", "--facts", "told.jsonl", "--steps", "1", "-o", "s"
+        "train", "serac", "model", "--dataset", "told.jsonl", "--steps", "1", "-o", "s"
     )
     asked = (
         "edit",
@@ -482,7 +482,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
         "asked.jsonl",
         "--method",
         "serac",
-        "--setting",
+        "--set",
         'network="s"',
         "-o",
         "m",
@@ -490,7 +490,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "1 facts" in knowedit(*asked)
     assert "changes no weight" in knowedit("apply", "model", "m", "-o", "folder", code=1)
     assert "too few" in knowedit(
-        "train", "mend", "model", "--facts", "asked.jsonl", "-o", "n", code=1
+        "train", "mend", "model", "--dataset", "asked.jsonl", "-o", "n", code=1
     )
 
 

@@ -21,6 +21,7 @@ from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.load import load_model
+from knowedit.models.partial import read_keys
 from knowedit.models.structure import read_modules
 
 FACTS = [
@@ -91,7 +92,7 @@ def test_the_report_says_what_the_written_model_does(tiny, corpus):
     _, clean = at_lookup(tiny, [row], 1)
     keys = {}
     with edit.applied_to(tiny):
-        tiny.forward_to(1, torch.tensor([row.ids]), lambda layer, key: keys.update({layer: key}))
+        read_keys(tiny, torch.tensor([row.ids]), [1], keys.__setitem__)
         weight = tiny.weight(1).T if tiny.layout.transposed else tiny.weight(1)
         written = keys[1][0, row.subject, neurons] @ weight[:, neurons].T
     value = edit.factors[1][0][:, -2] * 50.0 * 0.25

@@ -5,16 +5,16 @@ is never written to.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from knowedit.errors import EditError
-from knowedit.models.editable import EditableModel
+from knowedit.models.editable import EditableModel, at_least_float32
+from knowedit.models.partial import with_weights
 from knowedit.models.structure import is_linear
 from knowedit_kernels.lowrank import Change
 
@@ -32,13 +32,11 @@ class Trainable(ABC):
     leaves: dict[str, Tensor]
 
     def __init__(self, model: EditableModel) -> None:
-        self.model, self.forward = model, Forward(model)
+        self.model = model
 
     @abstractmethod
-    def logits(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        """Logits `[n, vocab]` float32 at the tokens (`line`, `place`), each `[n]`, of right-padded
-        `ids` `[B, T]`.
-        """
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """What `function` gives with the model as the leaves make it; differentiable."""
 
     @abstractmethod
     def changes(self) -> dict[str, Change]:
@@ -65,23 +63,6 @@ class Trainable(ABC):
         return None
 
 
-class Forward(nn.Module):
-    """The model's logits at chosen tokens, as a module whose weights can be exchanged for one
-    call.
-    """
-
-    def __init__(self, model: EditableModel) -> None:
-        super().__init__()
-        self.hf, self.head = model.hf, model.head
-
-    def hidden(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        """Final hidden states `[n, hidden]`. Padding needs no mask: attention is causal."""
-        return self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[line, place]
-
-    def forward(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        return at_least_float32(self.head(self.hidden(ids, line, place)))
-
-
 class WholeWeights(Trainable):
     """Whole parameters, trained in float32 copies that take the model's place for each call.
 
@@ -101,11 +82,9 @@ class WholeWeights(Trainable):
             for name, weight in self.start.items()
         }
 
-    def logits(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        inside = {
-            f"hf.{name}": leaf.to(self.start[name].dtype) for name, leaf in self.leaves.items()
-        }
-        return functional_call(self.forward, inside, (ids, line, place))
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        inside = {name: leaf.to(self.start[name].dtype) for name, leaf in self.leaves.items()}
+        return with_weights(self.model, inside, function)
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -152,6 +131,9 @@ class LoRAAdapter(Trainable):
         hf = self.model.hf
         self._config = vars(hf).get("peft_config")
         self._trainable = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
+        self._evaluating = self.model.evaluating()
+        # left in `__exit__`: what is trainable in between is the adapter's
+        self._evaluating.__enter__()
         try:
             vars(hf).pop("peft_config", None)  # peft would add its own to it
             with torch.random.fork_rng():
@@ -186,9 +168,10 @@ class LoRAAdapter(Trainable):
             vars(hf).pop("peft_config", None)
         else:
             hf.peft_config = self._config
+        self._evaluating.__exit__(kind, error, trace)
 
-    def logits(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        return self.forward(ids, line, place)
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        return function()
 
     @torch.no_grad()
     def changes(self) -> dict[str, Change]:
@@ -237,8 +220,3 @@ def linear_names(
         )
     chosen = [name for name in known if name.endswith(tuple(wanted))]
     return [f"{model.layout.layers}.{layer}{name}" for layer in layers for name in chosen]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -24,8 +24,9 @@ from knowedit.errors import EditError
 from knowedit.io.files import atomic_file
 from knowedit.methods.learned.networks import TrainedNetwork, read_network
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial import probed
 from knowedit.models.structure import linears
-from knowedit.models.upper import Batch, Texts, probed
+from knowedit.models.texts import Batch, Texts
 
 FORMAT = "knowedit-mend/1"
 DEPTH = 2  # residual layers, as published
@@ -203,7 +204,7 @@ def token_factors(texts: Texts, batch: Batch, weights: Sequence[str]) -> Tokens:
     """The gradients of each text's mean NLL with respect to `weights`, as factors a token; tokens
     without any are left out.
     """
-    with torch.enable_grad(), probed(texts.upper.model, weights) as seen:
+    with torch.enable_grad(), probed(texts.model, weights) as seen:
         loss = texts.nll(batch)
         found = torch.autograd.grad(loss, [seen[name][1] for name in weights])
     tokens = {}

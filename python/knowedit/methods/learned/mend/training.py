@@ -23,8 +23,9 @@ from knowedit.methods.learned.loop import Plan, stamp, train
 from knowedit.methods.learned.mend.network import MendNetwork, token_factors
 from knowedit.methods.learned.networks import default_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
+from knowedit.models.texts import Texts
 from knowedit.models.tokens import Row
-from knowedit.models.upper import Texts
 
 RATES = tuple(10 ** (-k / 2) for k in range(2, 12))  # 0.1 ... 3e-6
 
@@ -54,6 +55,7 @@ class MendTraining(Config):
     plan: Plan = field(default_factory=lambda: Plan(steps=300, lr=1e-3, validate=50))
 
 
+@accepts_model
 def train_mend(
     model: EditableModel,
     facts: Sequence[Fact],

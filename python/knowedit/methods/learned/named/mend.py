@@ -18,7 +18,7 @@ from knowedit.methods.learned.mend.network import MendNetwork, Tokens, token_fac
 from knowedit.methods.learned.method import LearnedMethod
 from knowedit.methods.learned.networks import NetworkFile
 from knowedit.models.editable import EditableModel
-from knowedit.models.upper import Texts
+from knowedit.models.texts import Texts
 from knowedit.statistics import KeyStatistics
 from knowedit_kernels.lowrank import Change
 

@@ -22,8 +22,8 @@ from torch.nn.functional import layer_norm, normalize
 from knowedit.io.files import atomic_file
 from knowedit.methods.learned.networks import TrainedNetwork, read_network
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial import layer_outputs
 from knowedit.models.tokens import join
-from knowedit.models.upper import states_of
 
 FORMAT = "knowedit-serac/1"
 # of the classifier: attention heads, numbers a head, size of an embedding
@@ -99,7 +99,7 @@ class SeracNetwork(TrainedNetwork):
         """Embeddings `[n, SIZE]` of prompts; one pass through the layers up to `layer`."""
         inputs = [model.row(prompt).ids for prompt in prompts]
         found = torch.empty(len(inputs), SIZE, device=model.device)
-        for group, states in states_of(model, inputs, self.layer):
+        for group, states in layer_outputs(model, inputs, self.layer):
             lengths = torch.tensor([len(inputs[i]) for i in group], device=states.device)
             found[torch.tensor(group, device=found.device)] = self.scope(states, lengths).to(found)
         return found

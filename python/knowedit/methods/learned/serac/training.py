@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,9 +22,11 @@ from knowedit.methods.learned.loop import Plan, stamp, train
 from knowedit.methods.learned.networks import default_file
 from knowedit.methods.learned.serac.network import LowRankAdapter, Scope, SeracNetwork, in_view
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
+from knowedit.models.partial import layer_outputs
 from knowedit.models.structure import linears
+from knowedit.models.texts import Texts
 from knowedit.models.tokens import Row
-from knowedit.models.upper import Texts, states_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class SeracTraining(Config):
     reader: Plan = field(default_factory=lambda: Plan(steps=80, lr=1e-3, validate=40))
 
 
+@accepts_model
 def train_serac(
     model: EditableModel,
     facts: Sequence[Fact],
@@ -151,7 +154,7 @@ class _Gate:
         inputs = [row.ids for row in rows]
         self.states: list[Tensor] = [torch.empty(0)] * len(rows)
         with bar("reading the texts", len(rows), "texts", show=progress) as advance:
-            for group, states in states_of(draft, inputs, layer):
+            for group, states in layer_outputs(draft, inputs, layer):
                 for line, i in enumerate(group):
                     self.states[i] = states[line, : len(inputs[i])].clone()
                 advance(len(group))
@@ -306,5 +309,5 @@ class _Reader:
         asked, kept = (Texts(self.draft, rows, self.first, clean=False) for rows in (said, seen))
         with self.draft.virtual(self.adapter):
             nll = asked.nll(asked.batch(every))
-            kl = kept.kl(replace(kept.batch(every), clean=clean))
+            kl = kept.kl(kept.batch(every), clean)
         return (nll + self.settings.locality * kl) / len(chosen)
