@@ -1,4 +1,6 @@
-"""The order of the wings: imports go down only, in no circle, and none hides in a function (unit)."""
+"""The order of the wings: imports go down only, in no circle, and none hides in a function
+(unit).
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_imports_go_down_only(module):
     place = WINGS.index(wing(module))
     for name, _, line in imports(module):
         assert name not in TOP, f"{module}:{line} imports the package itself"
-        assert WINGS.index(wing(name)) <= place, f"{module}:{line} imports {name}, which is above it"
+        assert WINGS.index(wing(name)) <= place, (
+            f"{module}:{line} imports {name}, which is above it"
+        )
 
 
 def test_imports_go_in_no_circle():
