@@ -177,7 +177,7 @@ def edit(
         made = editor.compute(editable, wanted, keys)
         made.save(output)
     _print_edit(made)
-    if made.factors or made.others:
+    if made.changes:
         print(
             f"saved to {output}; apply it with: knowedit apply {model} {history or output} -o "
             f"FOLDER"
@@ -234,7 +234,7 @@ def export(
     from knowedit.models.load import load_model
 
     loaded = Edit.load(edit_file)
-    loaded.to_peft(output, load_model(model, dtype=dtype, device_map=placed(device_map), say=say))
+    loaded.export(output, load_model(model, dtype=dtype, device_map=placed(device_map), say=say))
     print(f"wrote {output}")
 
 
@@ -328,14 +328,8 @@ def doctor(
 
 
 def _print_edit(made: Any) -> None:
-    report = made.report
-    if made.factors:
-        print(
-            f"{made.method}: {len(made.facts)} facts, "
-            f"{next(iter(made.factors.values()))[0].shape[1]} keys"
-        )
-    else:
-        print(f"{made.method}: {len(made.facts)} facts, {len(made.others)} weights changed")
+    report = made.report.to_dict()
+    print(f"{made.method_name}: {len(made.facts)} facts, {len(made.changes)} weights changed")
     if "trainable" in report:
         memory = report["peak_memory_bytes"]
         print(

@@ -9,7 +9,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.methods import Method
+from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics
 
@@ -39,14 +39,14 @@ class Session:
 
     def __init__(
         self,
-        editor: Method,
+        method: Method,
         model: EditableModel,
         statistics: KeyStatistics | None = None,
         history: History | None = None,
         *,
         protect: bool = True,
     ) -> None:
-        self.editor, self.model, self.statistics, self.protect = editor, model, statistics, protect
+        self.method, self.model, self.statistics, self.protect = method, model, statistics, protect
         self.history = history if history is not None else History(model.fingerprint)
         self.history.replay(model)
         self.history.check(model)
@@ -57,12 +57,11 @@ class Session:
 
         Raises:
             FactError: a fact repeats or contradicts one that was written before. And what the
-                editor raises; the model
-            and the history are then as they were.
+                method raises; the model and the history are then as they were.
         """
         self.history.check_new(facts)
         history = self.history if self.protect else None
-        edit = self.editor.compute(
+        edit = self.method.compute(
             self.model, facts, self.statistics, history=history, progress=progress
         )
         edit.apply(self.model)

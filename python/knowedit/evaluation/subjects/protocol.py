@@ -143,7 +143,9 @@ def run_subjects(
                 probes, before, observe(model, probes, title=editor.name, progress=progress)
             )
         results.append(
-            SubjectsResult(model.name, dataset, editor.name, found, moved, seconds, edit.report)
+            SubjectsResult(
+                model.name, dataset, editor.name, found, moved, seconds, edit.report.to_dict()
+            )
         )
     return results
 

@@ -9,7 +9,6 @@ its own scales, offsets, normalisation and rate.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from knowedit.errors import EditError
-from knowedit.io.files import atomic_file
+from knowedit.io.tensors import write_file
 from knowedit.methods.learned.loop import check_network, read_network
 from knowedit.models.editable import EditableModel
 from knowedit.models.structure import linears
@@ -173,12 +171,7 @@ class MendNetwork:
             "layers": self.layers,
             "report": self.report,
         }
-        tensors = {
-            name: tensor.contiguous().cpu() for name, tensor in self.mixers.state_dict().items()
-        }
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
-        return Path(path)
+        return write_file(path, self.mixers.state_dict(), header)
 
     @classmethod
     def load(cls, path: str | Path | None, model: EditableModel) -> MendNetwork:

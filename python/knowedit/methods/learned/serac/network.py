@@ -8,19 +8,17 @@ model each.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
 from knowedit.errors import EditError
-from knowedit.io.files import atomic_file
+from knowedit.io.tensors import write_file
 from knowedit.methods.learned.loop import check_network, read_network
 from knowedit.models.editable import EditableModel
 from knowedit.models.tokens import join
@@ -171,13 +169,7 @@ class SeracNetwork:
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file with a JSON header, written atomically."""
-        with atomic_file(path) as temporary:
-            save_file(
-                self.tensors(),
-                temporary,
-                metadata={"knowedit": json.dumps({"format": FORMAT, **self.header()})},
-            )
-        return Path(path)
+        return write_file(path, self.tensors(), {"format": FORMAT, **self.header()})
 
     @classmethod
     def load(cls, path: str | Path | None, model: EditableModel) -> SeracNetwork:
