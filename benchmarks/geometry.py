@@ -96,13 +96,13 @@ def table(rows: Sequence[Row]) -> str:
     parts.append(_grid(rows, keys))
     if edited:
         facts, subjects = edited[0]["edited"]
-        told = (
+        about = (
             f"{facts} facts of {subjects} subjects, values optimised jointly, each metric at "
             f"gain 0.95"
         )
         parts += [
             "",
-            f'**Edits**: {told}. "Recalled": the new object is likelier than the true one.',
+            f'**Edits**: {about}. "Recalled": the new object is likelier than the true one.',
             "",
         ]
         parts.append(_grid(edited, edits))

@@ -21,14 +21,14 @@ from knowedit.evaluation import drift, evaluate
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
 from knowedit.io.tables import Table
-from knowedit.methods import GRADIENT, Method, Recipe, make_editor, statistics_for
+from knowedit.methods import Method, Recipe, make_method, statistics_for
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
 
 from . import common
 
-METHODS = ("memit", *(editor.name.lower() for editor in GRADIENT))
+METHODS = ("memit", "ft", "ft-l", "lora", "regularised-lora", "kl-ft", "kl-lora")
 SHOWN = {
     "exact": "efficacy exact",
     "paraphrase": "paraphrase success",
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = {
         name: facts for name, facts in sets(arguments.quick).items() if name in arguments.sets
     }
-    editors = {name: make_editor(name) for name in arguments.methods}
+    editors = {name: make_method(name) for name in arguments.methods}
     path: Path = arguments.output or common.RESULTS / "gradient.jsonl"
     kept = (
         [json.loads(text) for text in path.read_text().splitlines()[1:]]

@@ -43,7 +43,7 @@ def networks(
     """Those of the cache folder; trained where they are absent, or, for a quick run with `steps`,
     into no file that stays.
     """
-    told = facts_to_train_on(["counterfact-flat", "sums"], ["counterfact"], facts, 0)
+    training = facts_to_train_on(["counterfact-flat", "sums"], ["counterfact"], facts, 0)
     mend, serac = MendTraining(), SeracTraining()
     if steps:
         mend = replace(mend, rank=8, plan=replace(mend.plan, steps=steps))
@@ -53,10 +53,10 @@ def networks(
     files = [default_file(name + (".quick" if steps else ""), model) for name in ("mend", "serac")]
     if steps or not files[0].exists():
         print("training MEND's network ...", flush=True)
-        train_mend(model, told, mend, files[0])
+        train_mend(model, training, mend, files[0])
     if steps or not files[1].exists():
         print("training SERAC's gate and reader ...", flush=True)
-        train_serac(model, told, serac, files[1])
+        train_serac(model, training, serac, files[1])
     found = MendNetwork.load(files[0], model), SeracNetwork.load(files[1], model)
     for file in files if steps else ():
         file.unlink()

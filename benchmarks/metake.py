@@ -46,7 +46,7 @@ from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import key_statistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 from knowedit_kernels.target_loss import target_loss
 
 from . import common
@@ -63,7 +63,9 @@ class Text:
 
     def __init__(self, model: EditableModel, path: Path, tokens: int, window: int = 128) -> None:
         ids = [
-            i for text in documents(path) for i in model.tokenizer(text, verbose=False)["input_ids"]
+            i
+            for text in Corpus.parse(path).documents()
+            for i in model.tokenizer(text, verbose=False)["input_ids"]
         ][: tokens + 1]
         self.model, self.rows = (
             model,
@@ -80,7 +82,7 @@ class Text:
         ]
 
     @torch.no_grad()
-    def look(self) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """KL(unedited || now) a token in nats, and the perplexity."""
         head, nll, kl, count = self.model.hf.get_output_embeddings().weight, 0.0, 0.0, 0
         for row, clean, now in zip(self.rows, self.clean, self._hidden()):
@@ -148,8 +150,10 @@ def draw(part: str, size: int, seed: int) -> tuple[list[Fact], list[Fact]]:
         pool = list(
             {fact.subject: fact for fact in conflict_free(load("counterfact-flat"))}.values()
         )
-        told, rest = ([f for f in pool if bool(f.paraphrases) == has] for has in (True, False))
-        measured = rng.sample(told, min(100, size // 2))
+        paraphrased, rest = (
+            [f for f in pool if bool(f.paraphrases) == has] for has in (True, False)
+        )
+        measured = rng.sample(paraphrased, min(100, size // 2))
         return measured + rng.sample(rest, size - len(measured)), measured
     groups = by_subject(load("same-subject"), most=4)
     many, two = [g for g in groups if len(g) > 2], [g for g in groups if len(g) == 2]
@@ -165,7 +169,7 @@ def measure(
     model: EditableModel, asked: Sequence[Question], before: Any, text: Text, edit: Edit
 ) -> tuple[Evaluation, dict[str, float]]:
     with edit.applied_to(model):
-        after, moved = ask(model, asked, progress=False), text.look()
+        after, moved = ask(model, asked, progress=False), text.measure()
     rng = np.random.default_rng(0)
     was, now = (
         summarise(asked, before, rng),
@@ -208,7 +212,7 @@ def run(
     ]  # ours is what the others are paired with
     facts, measured = draw(part, size, seed)
     asked = [q for i, fact in enumerate(measured) for q in questions(i, fact)]
-    before, clean = ask(model, asked, progress=False), text.look()
+    before, clean = ask(model, asked, progress=False), text.measure()
     task = wanted[0][1].prepare(model, [[fact] for fact in facts], statistics)
     start = time.perf_counter()
     values = {"stock": VALUES.values(task)}

@@ -33,14 +33,15 @@ from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, writ
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.io.files import cache_dir
-from knowedit.methods import EDITORS, Recipe
+from knowedit.methods import Recipe, make_method
+from knowedit.methods.listing import methods as listed
 from knowedit.methods.locate.trainings import ThroughSolver
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.report.plots import save, trajectory
 from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 from . import common
 
@@ -53,7 +54,7 @@ def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Rec
     """The method called `name` (with or without `-free`), with its own defaults but for layers,
     steps and precision.
     """
-    methods = {known: found for known, found in EDITORS.items() if issubclass(found, Recipe)}
+    methods = [known for known, found in listed().items() if found.group == "locate"]
     known = name.removesuffix(FREE)
     if known not in methods:
         raise KnowEditError(
@@ -61,7 +62,9 @@ def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Rec
         )
     steps += 0 if known == "metake" else ThroughSolver().settings.steps
     settings = {"layers": tuple(layers), "target.steps": steps, "runtime.draft": draft}
-    return methods[known]().with_settings(settings)
+    made = make_method(known, settings)
+    assert isinstance(made, Recipe)
+    return made
 
 
 def exact_by_batch(model: EditableModel, facts: Sequence[Fact], batch: int) -> list[float]:
@@ -86,13 +89,15 @@ def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
         random.Random(seed),
         list({fact.subject: fact for fact in conflict_free(pool)}.values()),
     )
-    told, rest = ([fact for fact in pool if bool(fact.paraphrases) == has] for has in (True, False))
+    paraphrased, rest = (
+        [fact for fact in pool if bool(fact.paraphrases) == has] for has in (True, False)
+    )
     if len(pool) < count:
         raise KnowEditError(
             f"there are only {len(pool)} facts of different subjects, {count} were asked for"
         )
-    told = rng.sample(told, min(len(told), max(count // 3, count - len(rest))))
-    chosen = told + rng.sample(rest, count - len(told))
+    paraphrased = rng.sample(paraphrased, min(len(paraphrased), max(count // 3, count - len(rest))))
+    chosen = paraphrased + rng.sample(rest, count - len(paraphrased))
     return rng.sample(chosen, len(chosen))
 
 
@@ -219,12 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     report = common.report("sequential", arguments, model=model.name, setting=setting)
     report.rows += old[1:]
-    told = [i for i, fact in enumerate(facts) if fact.paraphrases]
+    paraphrased = [i for i, fact in enumerate(facts) if fact.paraphrases]
     monitor = SequenceMonitor(
         model,
         facts,
-        list(documents(arguments.text or data / TEXT)),
-        measured=told,
+        list(Corpus.parse(arguments.text or data / TEXT).documents()),
+        measured=paraphrased,
         sample=arguments.sample,
     )
     digest = hashlib.blake2b(json.dumps(setting).encode(), digest_size=6).hexdigest()

@@ -28,7 +28,7 @@ from knowedit.facts.sets import data_dir
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 from . import common, peers
 from .common import Check, relative_error
@@ -70,7 +70,7 @@ def take(model: EditableModel, source: Path, tokens: int) -> tuple[list[str], in
     """
     texts: list[str] = []
     count = 0
-    for text in documents(source):
+    for text in Corpus.parse(source).documents():
         texts.append(text)
         count += sum(len(piece) - 1 for piece in pieces_of(model, [text]))
         if count >= tokens:

@@ -30,10 +30,9 @@ from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics, convergence
 from knowedit.statistics.corpus.batching import Piece
-from knowedit.statistics.corpus.corpus import corpus_fingerprint
-from knowedit.statistics.corpus.windows import Reader, ahead
-from knowedit.statistics.files.store import LayerStatistics
-from knowedit.statistics.files.store import Recipe as Collection
+from knowedit.statistics.corpus.corpus import Corpus
+from knowedit.statistics.corpus.windows import Reader, prefetch
+from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from knowedit.statistics.sums import Sums
 
 from . import common
@@ -55,13 +54,14 @@ def prefixes(
 ) -> Iterator[tuple[int, KeyStatistics]]:
     """Statistics of the first tokens of a corpus, for each of the ascending `counts`, in one pass.
 
-    Both halves of each count are estimated: `extra["convergence"]` holds one look, null space
+    Both halves of each count are estimated: `extra["convergence"]` holds one check, null space
     included.
     """
     sums = Sums(model, layers, "exact")
     probes = convergence.probe_keys(model, layers)
     halves, done, left = [0, 0], 0, list(counts)
-    with ahead(Reader(corpus, 0, model.tokenizer, 512, True), 0, (), worker=False) as source:
+    texts = Corpus.parse(corpus)
+    with prefetch(Reader(texts, 0, model.tokenizer, 512, True), 0, (), worker=False) as source:
         for window in source:
             pieces = window.pieces
             while left and done + sum(piece.count for piece in pieces) >= left[0]:
@@ -69,7 +69,7 @@ def prefixes(
                 sums.add(window.number % 2, now)
                 halves[window.number % 2] += left[0] - done
                 done = left.pop(0)
-                yield done, _statistics(model, corpus, sums, halves, probes)
+                yield done, _statistics(model, texts, sums, halves, probes)
             sums.add(window.number % 2, pieces)
             halves[window.number % 2] += sum(piece.count for piece in pieces)
             done += sum(piece.count for piece in pieces)
@@ -92,17 +92,17 @@ def _split(pieces: Sequence[Piece], count: int) -> tuple[list[Piece], list[Piece
 
 
 def _statistics(
-    model: EditableModel, corpus: Path, sums: Sums, halves: Sequence[int], probes: Any
+    model: EditableModel, corpus: Corpus, sums: Sums, halves: Sequence[int], probes: Any
 ) -> KeyStatistics:
     found, count = {}, sum(halves)
     for layer in sums.layers:
         parts = [sums.moment(half, layer).sum() for half in (0, 1)]
-        looks = []
-        if convergence.enough(halves, model.d_ff):
-            errors = convergence.compare(parts, halves, probes[layer], null_space=True)
-            looks = [convergence.record(count, {layer: errors}, layer)]
-        recipe = Collection(model.fingerprint, corpus_fingerprint(corpus), count, 512, True, 0)
-        norms = sums.seen.norms[str(layer)]
+        checks = []
+        if convergence.enough_tokens(halves, model.d_ff):
+            errors = convergence.compare_halves(parts, halves, probes[layer], null_space=True)
+            checks = [convergence.record(count, {layer: errors}, layer)]
+        recipe = CollectionRecipe(model.fingerprint, corpus.identity, count, 512, True, 0)
+        norms = sums.tally.norms[str(layer)]
         found[layer] = LayerStatistics(
             layer,
             model.layout.projection.format(layer),
@@ -112,7 +112,7 @@ def _statistics(
             parts[0] + parts[1],
             norms[0] / max(norms[1], 1),
             norms[2] / max(norms[3], 1),
-            {"convergence": looks},
+            {"convergence": checks},
         )
     return KeyStatistics(found)
 
@@ -134,9 +134,9 @@ def run(
     stored = {}
     for count, found in prefixes(model, corpus, layers, counts):
         stored[count] = found
-        looks = {layer: found[layer].extra["convergence"] for layer in layers}
+        checks = {layer: found[layer].extra["convergence"] for layer in layers}
         report.note(
-            f"{count:>9,} tokens summed", case="statistics", tokens=count, convergence=looks
+            f"{count:>9,} tokens summed", case="statistics", tokens=count, convergence=checks
         )
     most = stored[max(stored)]
     rows = []
@@ -145,12 +145,12 @@ def run(
     for editor in editors:
         for count in counts:
             row: dict[str, Any] = {"case": editor.name, "tokens": count}
-            look: dict[str, Any] = (
+            check: dict[str, Any] = (
                 next(iter(stored[count][layers[0]].extra["convergence"]), {})
                 if count in stored
                 else {}
             )
-            row |= {name: look[name][0] for name in ("solve", "null_space") if name in look}
+            row |= {name: check[name][0] for name in ("solve", "null_space") if name in check}
             try:
                 task = editor.prepare(model, groups, stored[count], progress=False)
                 edit = editor.finish(task, targets)

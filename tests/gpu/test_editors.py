@@ -7,7 +7,7 @@ import torch
 
 from knowedit.edits.history import History
 from knowedit.facts.fact import Fact
-from knowedit.methods import make_editor
+from knowedit.methods import make_method
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from tests.knowedit.methods.test_locate import statistics_of
@@ -32,7 +32,7 @@ def model(tiny_llama):
 @pytest.mark.parametrize("method", ["memit", "alphaedit", "rose", "metake", "ft", "lora"])
 def test_computed_applied_and_taken_back(model, method):
     layers = {"layers": (1, 2)} if method not in ("ft", "lora") else {}
-    editor = make_editor(method, **layers, **({"when": "always"} if method == "metake" else {}))
+    editor = make_method(method, {**layers, **({"when": "always"} if method == "metake" else {})})
     before = model.fingerprint
     said = model.score([fact.text for fact in FACTS], [fact.target for fact in FACTS])
     with editor.compute(model, FACTS, statistics_of(model, [1, 2]), progress=False).applied_to(
@@ -45,7 +45,7 @@ def test_computed_applied_and_taken_back(model, method):
 
 
 def test_a_sequence_goes_on_from_a_file(model, tmp_path):
-    editor, statistics = make_editor("metake", layers=(1, 2)), statistics_of(model, [1, 2])
+    editor, statistics = make_method("metake", {"layers": (1, 2)}), statistics_of(model, [1, 2])
     first = Session(editor, model, statistics)
     first.write(FACTS[:1], progress=False)
     history = History.load(first.history.save(tmp_path / "history"))

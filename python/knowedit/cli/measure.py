@@ -11,31 +11,38 @@ from typing import Annotated
 import typer
 
 from knowedit.cli.options import (
+    App,
+    Config,
     DeviceMap,
     Dtype,
+    Folder,
     Json,
     Layers,
+    Methods,
     MethodsCorpus,
     Model,
+    OptionSettings,
+    Quiet,
+    Seed,
+    Settings,
     Statistics,
     Tokens,
     one,
     parse_layers,
+    parse_methods,
     placed,
     say,
 )
 from knowedit.errors import KnowEditError
 
-app = typer.Typer()
+app = App()
 
 Dataset = Annotated[
     str, typer.Option(help="'same-subject', 'embedded', another set's name or a file of facts.")
 ]
 Least = Annotated[int, typer.Option(help="Leave out subjects with fewer facts.")]
-Subjects = Annotated[int | None, typer.Option(help="Use the first so many subjects.")]
-Folder = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Folder for the results, read by `knowedit report`."),
+Subjects = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Use the first so many subjects.")
 ]
 
 
@@ -43,12 +50,9 @@ Folder = Annotated[
 def same_subject(
     model: Model,
     dataset: Dataset = "embedded",
-    method: Annotated[
-        str,
-        typer.Option(
-            help="One or more, separated by commas; the last is compared with the others."
-        ),
-    ] = "memit",
+    method: Methods = ["memit"],  # noqa: B006
+    settings: Settings = None,
+    config: Config = None,
     least: Least = 2,
     most: Annotated[
         int | None, typer.Option(help="Use the first so many facts of a subject.")
@@ -64,23 +68,24 @@ def same_subject(
     tokens: Tokens = None,
     statistics: Statistics = None,
     layers: Layers = None,
+    seed: Seed = None,
     output: Folder = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Several facts of each subject, asked for as a user would: six forms, greedy answers,
-    neighbours, identity.
+    neighbours, identity. The last method is compared with the others.
     """
     from knowedit.evaluation.subjects.protocol import differences, measure_subjects, write_subjects
 
     results = measure_subjects(
         model,
         dataset,
-        method.split(","),
+        parse_methods(method, settings, layers, seed),
         one(corpus),
         tokens,
-        parse_layers(layers),
         least=least,
         most=most,
         half=half,
@@ -103,6 +108,8 @@ def same_subject(
 def geometry(
     model: Model,
     dataset: Dataset = "embedded",
+    settings: OptionSettings = None,
+    config: Config = None,
     least: Least = 2,
     subjects: Subjects = 24,
     edited: Annotated[
@@ -124,6 +131,7 @@ def geometry(
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Is the covariance trap real for this model? Drift of keys, amplification, rho, tolerance,
     sharpness, by layer.
@@ -131,12 +139,12 @@ def geometry(
     from knowedit.evaluation.geometry.geometry import geometry as measure
     from knowedit.evaluation.subjects.protocol import choose
     from knowedit.io.files import atomic_file
-    from knowedit.methods import layer_statistics
     from knowedit.models.families import preset_for
     from knowedit.models.load import load_model
     from knowedit.report import plots
     from knowedit.report.page import in_text
     from knowedit.report.run import geometry_blocks
+    from knowedit.statistics.keys import layer_statistics
 
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
     editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
@@ -166,10 +174,14 @@ def trace(
     dataset: Annotated[
         str | None, typer.Option(help="Instead of a prompt: known1000, embedded, a file of facts.")
     ] = None,
-    facts: Annotated[
+    limit: Annotated[
         int, typer.Option(help="Trace the first so many that the model knows (--dataset).")
     ] = 50,
-    kinds: Annotated[str, typer.Option(help="What is restored.")] = "hidden,mlp,attention",
+    settings: OptionSettings = None,
+    config: Config = None,
+    kind: Annotated[
+        list[str], typer.Option(help="What is restored: hidden, mlp or attention; repeatable.")
+    ] = ["hidden", "mlp", "attention"],  # noqa: B006
     noise: Annotated[float, typer.Option(help="Standard deviations of the embeddings.")] = 3.0,
     samples: Annotated[int, typer.Option(help="Draws of the noise.")] = 10,
     window: Annotated[
@@ -183,6 +195,7 @@ def trace(
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Causal tracing: which tokens' states at which layers bring an answer back once its subject is
     corrupted?
@@ -202,16 +215,13 @@ def trace(
     if dataset and answer is not None:
         raise KnowEditError("--answer goes with a prompt; the facts of a --dataset have their own")
     chosen = load(dataset) if dataset else []
-    editable, parts = (
-        load_model(model, dtype=dtype, device_map=placed(device_map), say=say),
-        kinds.split(","),
-    )
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     if prompt is None or subject is None:
         found = trace_many(
             editable,
             chosen,
-            facts,
-            kinds=parts,
+            limit,
+            kinds=kind,
             noise=noise,
             samples=samples,
             window=window,
@@ -224,7 +234,7 @@ def trace(
                 prompt,
                 subject,
                 answer,
-                kinds=parts,
+                kinds=kind,
                 noise=noise,
                 samples=samples,
                 window=window,

@@ -14,17 +14,22 @@ import typer
 from typer.core import TyperGroup
 
 from knowedit.cli.options import (
+    App,
+    Config,
     DeviceMap,
     Dtype,
     Json,
     Layers,
     Model,
+    OptionSettings,
+    Quiet,
     one,
     parse_layers,
     placed,
     say,
 )
 from knowedit.errors import StatisticsError
+from knowedit.io.tables import Column, Table
 
 
 class _Group(TyperGroup):
@@ -36,12 +41,11 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
+app = App(
     cls=_Group,
     no_args_is_help=True,
     help="Key statistics. `knowedit stats MODEL` collects them (see `knowedit stats collect "
-    "--help`); "
-    "under torchrun on many GPUs.",
+    "--help`); under torchrun on many GPUs.",
 )
 
 Where = Annotated[Path, typer.Argument(help="A statistics file or a folder of them.")]
@@ -54,10 +58,11 @@ def collect(
         list[str],
         typer.Option(
             help="A .txt/.jsonl/.parquet(.gz) file, 'wikipedia', 'hf:owner/name' or 'self'; "
-            "repeatable, with "
-            "weights ('wiki.txt*3') to mix."
+            "repeatable, with weights ('wiki.txt*3') to mix."
         ),
     ] = ["wikipedia"],  # noqa: B006
+    settings: OptionSettings = None,
+    config: Config = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -69,8 +74,7 @@ def collect(
         str,
         typer.Option(
             help="tokens; solve: until C^-1 k is known to the tolerance (ROME, MEMIT); "
-            "converged: the null space "
-            "too (AlphaEdit)."
+            "converged: the null space too (AlphaEdit)."
         ),
     ] = "tokens",
     tolerance: Annotated[float, typer.Option(help="Relative error at which --until stops.")] = 0.3,
@@ -102,6 +106,7 @@ def collect(
         Path | None, typer.Option("--output", "-o", help="Folder (default: the cache).")
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Collect: all layers in one partial pass, checkpointed; run again to go on after an
     interruption.
@@ -150,18 +155,30 @@ def collect(
     if as_json:
         print(json.dumps(rows))
         return
-    print(
-        f"{'layer':>5} {'tokens':>10} {'tr C':>12} {'first/other':>12} {'error':>9}  "
-        f"{'padding':>7}  {'C^-1 k':>7}"
-    )
-    for row in rows:
-        note = "  attention sink: refused by the editors" if row["sink"] else ""
-        print(
-            f"{row['layer']:>5} {row['tokens']:>10,} {row['trace']:>12.4g} "
-            f"{row['first_token_ratio']:>12.2f} "
-            f"{row['audit']['normwise']:>9.1e}  {row['padding']:>7.1%}  "
-            f"{_estimate(row['convergence']):>7}{note}"
+    columns = [
+        Column("layer"),
+        Column("tokens", ","),
+        Column("tr C", ".4g"),
+        Column("first/other", ".2f"),
+        Column("error", ".1e"),
+        Column("padding", ".1%"),
+        Column("C^-1 k", align="right"),
+        Column(""),
+    ]
+    cells = [
+        (
+            row["layer"],
+            row["tokens"],
+            row["trace"],
+            row["first_token_ratio"],
+            row["audit"]["normwise"],
+            row["padding"],
+            _estimate(row["convergence"]),
+            "attention sink: refused by the methods" if row["sink"] else "",
         )
+        for row in rows
+    ]
+    print(Table(columns, cells).without_empty_columns())
 
 
 @app.command()
@@ -336,7 +353,7 @@ def take(
 
     editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     for path in files:
-        made, _ = npz.take(path, editable, layer)
+        made, _ = npz.import_layer(path, editable, layer)
         target = store.layer_file(output or store.folder(editable.name, made.recipe), made.layer)
         if target.exists():
             raise StatisticsError(f"{target} exists; choose another folder")

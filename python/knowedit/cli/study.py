@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from knowedit.cli.options import Corpus, DeviceMap, Json, Tokens, one, placed, say
+from knowedit.cli.options import (
+    App,
+    Config,
+    Corpus,
+    DeviceMap,
+    Dtype,
+    Json,
+    OptionSettings,
+    Quiet,
+    Tokens,
+    one,
+    placed,
+    say,
+)
 from knowedit.errors import KnowEditError
 from knowedit.models.download import DEFAULT_MODEL
 
@@ -18,7 +31,7 @@ if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
     from knowedit.studies.arithmetic import Sum
 
-app = typer.Typer(no_args_is_help=True, help="Studies: a question, every method, an answer.")
+app = App(no_args_is_help=True, help="Studies: a question, every method, an answer.")
 
 
 @app.callback()
@@ -29,11 +42,15 @@ def _group() -> None:
 @app.command()
 def arithmetic(
     model: Annotated[str, typer.Argument(help="A hub id or a folder.")] = DEFAULT_MODEL,
-    methods: Annotated[str | None, typer.Option(help="Separated by commas; default: all.")] = None,
-    targets: Annotated[
-        str, typer.Option(help="What to write, e.g. '2+2=5' or '2+2=5,3+3=7,1+1=3'.")
-    ] = "2+2=5",
-    seeds: Annotated[
+    method: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; default: all of the study's.")
+    ] = None,
+    target: Annotated[
+        list[str], typer.Option(help="What to write, e.g. 2+2=5; repeatable.")
+    ] = ["2+2=5"],  # noqa: B006
+    settings: OptionSettings = None,
+    config: Config = None,
+    halvings: Annotated[
         int, typer.Option(help="Random halvings of the prompts; the first has seed --seed.")
     ] = 3,
     seed: Annotated[int, typer.Option(help="Of the first halving.")] = 42,
@@ -44,7 +61,7 @@ def arithmetic(
         str | None,
         typer.Option(help="Data set of the unrelated prompts; default: KnowEdit's, else ours."),
     ] = None,
-    prompts: Annotated[int, typer.Option(help="How many of them.")] = 100,
+    limit: Annotated[int, typer.Option(help="Use the first so many unrelated prompts.")] = 100,
     paraphrases: Annotated[
         int | None, typer.Option(help="Ask an endpoint for so many; default: the shipped twenty.")
     ] = None,
@@ -58,6 +75,7 @@ def arithmetic(
     timeout: Annotated[float, typer.Option(help="Seconds a request to it.")] = 120.0,
     corpus: Corpus = ["self"],  # noqa: B006
     tokens: Tokens = 32_768,
+    dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     tracing: Annotated[bool, typer.Option(help="Also trace where the first sum is stored.")] = True,
     output: Annotated[
@@ -65,6 +83,7 @@ def arithmetic(
         typer.Option("--output", "-o", help="Folder for results; goes on where it stopped."),
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Can the model be made to say "2+2=5", and nothing else? Every method, judged on prompts that
     none was given.
@@ -76,24 +95,24 @@ def arithmetic(
     from knowedit.studies.arithmetic.prompts import unrelated_prompts
     from knowedit.studies.arithmetic.summary import summary
 
-    if seeds < 1 or prompts < 2:
+    if halvings < 1 or limit < 2:
         raise KnowEditError(
-            f"--seeds must be at least 1 and --prompts at least 2, got {seeds} and {prompts}"
+            f"--halvings must be at least 1 and --limit at least 2, got {halvings} and {limit}"
         )
-    edited = [Sum.parse(text) for text in targets.split(",")]
+    edited = [Sum.parse(text) for text in target]
     own, source = _paraphrases(
         edited, paraphrases, endpoint, paraphrase_model, key_variable, timeout
     )
-    others = unrelated_prompts(prompts, unrelated)
-    editable = load_model(model, dtype="float32", device_map=placed(device_map), say=say)
+    others = unrelated_prompts(limit, unrelated)
+    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
     study = Study(
-        editable, edited, [seed + n for n in range(seeds)], others, own, source, one(corpus)
+        editable, edited, [seed + n for n in range(halvings)], others, own, source, one(corpus)
     )
     for note in study.notes():
         say(f"note: {note}")
     found = run(
         study,
-        methods.split(",") if methods else default_experiments(),
+        method or default_experiments(),
         partial(key_statistics, editable, corpus=one(corpus), tokens=tokens),
         output,
         interference=interference,

@@ -80,8 +80,8 @@ class History:
             raise EditError(f"this {edit.method_name} edit is in the history already")
         if set(edit.key_layers) - set(edit.keys):
             raise EditError(
-                f"this {edit.method_name} edit came without its keys; compute it again, or load the "
-                f"history it is in"
+                f"this {edit.method_name} edit came without its keys; compute it again, or load "
+                f"the history it is in"
             )
         self.edits.append(edit)
 

@@ -25,13 +25,13 @@ from knowedit.evaluation.sequence import (
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.io.files import atomic_file
-from knowedit.methods import make_editor, statistics_for
-from knowedit.methods.base import Method
+from knowedit.methods.base import Method, statistics_for
+from knowedit.methods.registry import make_method
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
-from knowedit.statistics.corpus.corpus import documents
+from knowedit.statistics.corpus.corpus import Corpus
 
 PROTOCOLS = ("batch", "single", "sequential")
 RESULTS, PROMPTS = "results.json", "prompts.jsonl"
@@ -118,12 +118,11 @@ def migrate(record: Mapping[str, Any]) -> dict[str, Any]:
 def measure(
     name: str,
     dataset: str,
-    methods: Sequence[str],
+    methods: Sequence[str | Mapping[str, Any] | Method],
     limit: int | None,
     protocol: str,
     corpus: Any,
     tokens: int | None,
-    layers: tuple[int, ...] | None,
     dtype: str = "auto",
     *,
     device_map: Any = None,
@@ -137,6 +136,7 @@ def measure(
     """Load everything and measure each method; what `knowedit eval` calls.
 
     Args:
+        methods: as `make_method` takes them; those that read ordinary text read the corpus.
         batch, every: of `sequential`: facts an edit, and facts between two steps.
         text: held-out text for the perplexity (as `corpus`).
         where: statistics to take instead of collecting them from `corpus`.
@@ -145,18 +145,18 @@ def measure(
     Raises:
         KnowEditError: an unknown method, protocol or data set, or what the parts raise.
     """
-    editors = [make_editor(method, corpus=corpus, layers=layers) for method in methods]
+    made = [make_method(method).with_corpus(corpus) for method in methods]
     check_protocol(protocol)
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
-    statistics = statistics_for(editors, model, corpus, tokens, where)
+    statistics = statistics_for(made, model, corpus, tokens, where)
     texts = held_out(text)
     return [
         run(
             model,
             facts,
             statistics,
-            editor,
+            method,
             protocol,
             dataset,
             batch=batch,
@@ -164,7 +164,7 @@ def measure(
             texts=texts,
             seed=seed,
         )
-        for editor in editors
+        for method in made
     ]
 
 
@@ -176,7 +176,7 @@ def check_protocol(name: str) -> None:
 
 def held_out(text: Any) -> list[str]:
     """The documents of a corpus that the perplexity is measured on; none without one."""
-    return list(islice(documents(text), HELD_OUT)) if text else []
+    return list(islice(Corpus.parse(text).documents(), HELD_OUT)) if text else []
 
 
 def run(

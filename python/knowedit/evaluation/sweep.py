@@ -28,13 +28,13 @@ from typing import Any, Literal
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.evaluation import protocols
 from knowedit.evaluation.intervals import Estimate
+from knowedit.evaluation.measures.base import fact_measures, model_measures
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.io.config import Config, fields_of
 from knowedit.io.files import atomic_file
 from knowedit.io.tables import Column, Table
-from knowedit.methods import statistics_for
-from knowedit.methods.base import Method
+from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
 from knowedit.models.download import DEFAULT_MODEL
 from knowedit.models.editable import EditableModel
@@ -43,21 +43,6 @@ from knowedit.statistics import KeyStatistics
 
 FILE = "sweep.json"
 FORMAT = "knowedit-sweep/1"
-#: Columns of the table: heading, kind and measure; left out where no row has it.
-MEASURES = {
-    "efficacy": ("efficacy", "success"),
-    "exact": ("efficacy", "exact"),
-    "paraphrase": ("paraphrase", "success"),
-    "neighbourhood": ("neighbourhood", "success"),
-    "unchanged": ("neighbourhood", "unchanged"),
-    "portability": ("portability", "exact"),
-}
-#: Likewise for the whole model: heading, measure and figure, format.
-EFFECTS = {
-    "same next word": ("drift", "same", ".3f"),
-    "KL, nats": ("drift", "kl", ".4f"),
-    "perplexity": ("perplexity", "after", ".2f"),
-}
 
 
 @dataclass(frozen=True)
@@ -255,7 +240,9 @@ def label(row: Mapping[str, Any]) -> str:
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """One row a method, with a column for each setting of the grid; reasons of failures below."""
+    """One row a method: the settings of the grid, and what each measure shows, where any row has
+    it; reasons of failures below.
+    """
     rows = [row for row in record["rows"] if row["result"]]
     settings = list(dict.fromkeys(name for row in record["rows"] for name in row["settings"]))
     after = [row["result"]["evaluation"]["after"] for row in rows]
@@ -265,20 +252,20 @@ def table(record: Mapping[str, Any]) -> Table:
         columns.append(Column(name, align="right"))
         found = [row["settings"].get(name) for row in rows]
         values.append([None if value is None else json.dumps(value) for value in found])
-    for heading, (kind, measure) in MEASURES.items():
-        estimates = [rates.get(kind, {}).get(measure) for rates in after]
-        if any(estimates):
-            columns.append(Column(heading, ".3f", "right"))
+    for kind, of_facts in fact_measures().items():
+        for figure in of_facts.shown:
+            estimates = [rates.get(kind, {}).get(figure) for rates in after]
+            columns.append(Column(f"{kind} {figure}", ".3f", "right"))
             values.append([e and Estimate(**e) for e in estimates])
-    for heading, (name, figure, form) in EFFECTS.items():
-        figures = [found.get(name, {}).get(figure) for found in effects]
-        if any(value is not None for value in figures):
-            columns.append(Column(heading, form, "right"))
-            values.append(figures)
+    for name, of_model in model_measures().items():
+        for figure, form in of_model.shown.items():
+            columns.append(Column(f"{name} {figure}", form, "right"))
+            values.append([found.get(name, {}).get(figure) for found in effects])
     columns.append(Column("s a fact", ".2f", "right"))
     values.append([row["result"]["seconds"] for row in rows])
     failed = [f"{label(row)}: {row['reason']}" for row in record["rows"] if row["reason"]]
-    return Table(columns, list(zip(*values)), notes=failed)
+    made = Table(columns, list(zip(*values)), notes=failed)
+    return made.without_empty_columns() if rows else made
 
 
 def configs(record: Mapping[str, Any]) -> Table:

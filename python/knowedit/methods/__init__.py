@@ -1,117 +1,66 @@
-"""One short file per method; `EDITORS` maps the names of the command line to them."""
+"""Methods: facts go in, an `Edit` comes out. `listing` says which there are, `registry` makes them.
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+The classes are imported when they are first asked for: `from knowedit.methods import MEMIT`.
+"""
 
-from knowedit.errors import StatisticsError
-from knowedit.io.config import fields_of
-from knowedit.methods.base import Method as Method
-from knowedit.methods.gradient.fine_tuning import FTL as FTL
-from knowedit.methods.gradient.fine_tuning import FineTuning as FineTuning
-from knowedit.methods.gradient.fine_tuning import KLFineTuning as KLFineTuning
-from knowedit.methods.gradient.lora import KLLoRA as KLLoRA
-from knowedit.methods.gradient.lora import LoRA as LoRA
-from knowedit.methods.gradient.lora import RegularisedLoRA as RegularisedLoRA
-from knowedit.methods.gradient.recipe import GradientEditor as GradientEditor
-from knowedit.methods.learned.mend.method import MEND as MEND
-from knowedit.methods.learned.serac.memory import MemoryEdit as MemoryEdit
-from knowedit.methods.learned.serac.method import SERAC as SERAC
-from knowedit.methods.locate.named.alphaedit import AlphaEdit as AlphaEdit
-from knowedit.methods.locate.named.emmet import EMMET as EMMET
-from knowedit.methods.locate.named.look_ahead import LookAhead as LookAhead
-from knowedit.methods.locate.named.memit import MEMIT as MEMIT
-from knowedit.methods.locate.named.memit_merge import MEMITMerge as MEMITMerge
-from knowedit.methods.locate.named.metake import MetaKE as MetaKE
-from knowedit.methods.locate.named.pmet import PMET as PMET
-from knowedit.methods.locate.named.rome import ROME as ROME
-from knowedit.methods.locate.named.rose import RoSE as RoSE
-from knowedit.methods.locate.recipe import Recipe as Recipe
-from knowedit.methods.neurons.neuron_patch import NeuronPatch as NeuronPatch
-from knowedit.methods.registry import make_method
-from knowedit.models.editable import EditableModel
-from knowedit.statistics import KeyStatistics, key_statistics
+from __future__ import annotations
 
-LOCATE: tuple[type[Method], ...] = (
-    MEMIT,
-    ROME,
-    EMMET,
-    PMET,
-    MEMITMerge,
-    AlphaEdit,
-    RoSE,
-    MetaKE,
-    LookAhead,
-)
-GRADIENT: tuple[type[Method], ...] = (FineTuning, FTL, LoRA, RegularisedLoRA, KLFineTuning, KLLoRA)
-LEARNED: tuple[type[Method], ...] = (MEND, SERAC)
-NEURONS: tuple[type[Method], ...] = (NeuronPatch,)
-EDITORS: dict[str, type[Method]] = {
-    editor.name.lower(): editor for editor in (*LOCATE, *GRADIENT, *LEARNED, *NEURONS)
+from typing import TYPE_CHECKING, Any
+
+from knowedit.io.lazy import attributes
+
+if TYPE_CHECKING:
+    from knowedit.methods.base import Method as Method
+    from knowedit.methods.base import statistics_for as statistics_for
+    from knowedit.methods.gradient.fine_tuning import FTL as FTL
+    from knowedit.methods.gradient.fine_tuning import FineTuning as FineTuning
+    from knowedit.methods.gradient.fine_tuning import KLFineTuning as KLFineTuning
+    from knowedit.methods.gradient.lora import KLLoRA as KLLoRA
+    from knowedit.methods.gradient.lora import LoRA as LoRA
+    from knowedit.methods.gradient.lora import RegularisedLoRA as RegularisedLoRA
+    from knowedit.methods.learned.mend.method import MEND as MEND
+    from knowedit.methods.learned.serac.method import SERAC as SERAC
+    from knowedit.methods.locate.named.alphaedit import AlphaEdit as AlphaEdit
+    from knowedit.methods.locate.named.emmet import EMMET as EMMET
+    from knowedit.methods.locate.named.look_ahead import LookAhead as LookAhead
+    from knowedit.methods.locate.named.memit import MEMIT as MEMIT
+    from knowedit.methods.locate.named.memit_merge import MEMITMerge as MEMITMerge
+    from knowedit.methods.locate.named.metake import MetaKE as MetaKE
+    from knowedit.methods.locate.named.pmet import PMET as PMET
+    from knowedit.methods.locate.named.rome import ROME as ROME
+    from knowedit.methods.locate.named.rose import RoSE as RoSE
+    from knowedit.methods.locate.recipe import Recipe as Recipe
+    from knowedit.methods.neurons.neuron_patch import NeuronPatch as NeuronPatch
+    from knowedit.methods.registry import make_method as make_method
+    from knowedit.methods.session import Session as Session
+
+#: What the names above are, by module; a test holds the two together.
+MODULES = {
+    "knowedit.methods.base": ("Method", "statistics_for"),
+    "knowedit.methods.gradient.fine_tuning": ("FTL", "FineTuning", "KLFineTuning"),
+    "knowedit.methods.gradient.lora": ("KLLoRA", "LoRA", "RegularisedLoRA"),
+    "knowedit.methods.learned.mend.method": ("MEND",),
+    "knowedit.methods.learned.serac.method": ("SERAC",),
+    "knowedit.methods.locate.named.alphaedit": ("AlphaEdit",),
+    "knowedit.methods.locate.named.emmet": ("EMMET",),
+    "knowedit.methods.locate.named.look_ahead": ("LookAhead",),
+    "knowedit.methods.locate.named.memit": ("MEMIT",),
+    "knowedit.methods.locate.named.memit_merge": ("MEMITMerge",),
+    "knowedit.methods.locate.named.metake": ("MetaKE",),
+    "knowedit.methods.locate.named.pmet": ("PMET",),
+    "knowedit.methods.locate.named.rome": ("ROME",),
+    "knowedit.methods.locate.named.rose": ("RoSE",),
+    "knowedit.methods.locate.recipe": ("Recipe",),
+    "knowedit.methods.neurons.neuron_patch": ("NeuronPatch",),
+    "knowedit.methods.registry": ("make_method",),
+    "knowedit.methods.session": ("Session",),
 }
+__all__ = sorted(name for names in MODULES.values() for name in names)
 
 
-def make_editor(method: str, *, corpus: Any = None, **settings: Any) -> Method:
-    """The method of that name with the settings that were given (None: not given).
-
-    Args:
-        corpus: ordinary text, for methods that read some themselves (NeuronPatch); None: their own
-            choice.
-
-    Raises:
-        ConfigError: an unknown method, a setting that it does not have, or one that it cannot be.
-    """
-    made = make_method(
-        method, {name: value for name, value in settings.items() if value is not None}
-    )
-    takes = corpus is not None and "corpus" in fields_of(type(made))
-    return made.with_settings(corpus=corpus) if takes else made
+def __getattr__(name: str) -> Any:
+    return attributes(__name__, MODULES, globals(), name)
 
 
-def statistics_for(
-    editors: Iterable[Method],
-    model: EditableModel,
-    corpus: Any,
-    tokens: int | None,
-    where: Path | None = None,
-) -> KeyStatistics | None:
-    """The key statistics that the editors need together, as `layer_statistics`; None where none
-    does.
-
-    Raises:
-        StatisticsError: some were named (`where`) and none is needed; or as `layer_statistics`.
-    """
-    layers = sorted({layer for editor in editors for layer in editor.statistics_layers(model)})
-    if where is not None and not layers:
-        raise StatisticsError(f"no method here reads statistics; leave {where} out")
-    return layer_statistics(layers, model, corpus, tokens, where) if layers else None
-
-
-def layer_statistics(
-    layers: Sequence[int],
-    model: EditableModel,
-    corpus: Any,
-    tokens: int | None,
-    where: Path | None = None,
-) -> KeyStatistics:
-    """The key statistics of `layers`.
-
-    Args:
-        corpus: None: Wikipedia.
-        where: a file or folder of statistics, collected or imported, to take them from instead of
-            the corpus.
-
-    Raises:
-        StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as
-            `key_statistics`.
-    """
-    if where is None:
-        return key_statistics(model, layers, corpus or "wikipedia", tokens)
-    if where.suffix == ".npz":
-        raise StatisticsError(
-            f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then "
-            f"name FOLDER"
-        )
-    found = KeyStatistics.load(where)
-    found.check(model, layers)
-    return found
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
-from knowedit.errors import EditError
+from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact, check_facts
-from knowedit.io.config import Config
+from knowedit.io.config import Config, fields_of
 from knowedit.io.versions import software_versions
 from knowedit.models.editable import EditableModel
-from knowedit.statistics import KeyStatistics
+from knowedit.statistics.keys import KeyStatistics, layer_statistics
+
+Self = TypeVar("Self", bound="Method")
 
 
 class Method(Config):
@@ -94,6 +97,13 @@ class Method(Config):
         for fact in facts:
             yield self.compute(model, [fact], statistics, progress=False)
 
+    def with_corpus(self: Self, corpus: Any) -> Self:
+        """The same, reading its ordinary text from `corpus`, if it reads any itself (NeuronPatch)
+        and one is given.
+        """
+        takes = corpus is not None and "corpus" in fields_of(type(self))
+        return self.with_settings({"corpus": corpus}) if takes else self
+
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers whose key statistics it uses; none for a method without statistics."""
         return ()
@@ -107,3 +117,22 @@ def checked(facts: Sequence[Fact], model: EditableModel, history: History | None
     if history is not None:
         history.check(model)
     return facts
+
+
+def statistics_for(
+    methods: Iterable[Method],
+    model: EditableModel,
+    corpus: Any,
+    tokens: int | None,
+    where: Path | None = None,
+) -> KeyStatistics | None:
+    """The key statistics that the methods need together, as `layer_statistics`; None where none
+    does.
+
+    Raises:
+        StatisticsError: some were named (`where`) and none is needed; or as `layer_statistics`.
+    """
+    layers = sorted({layer for method in methods for layer in method.statistics_layers(model)})
+    if where is not None and not layers:
+        raise StatisticsError(f"no method here reads statistics; leave {where} out")
+    return layer_statistics(layers, model, corpus, tokens, where) if layers else None

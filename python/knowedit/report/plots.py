@@ -286,11 +286,11 @@ def geometry(layers: Sequence[Mapping[str, Any]]) -> Figure:
                 linewidth=1.4,
                 label="unedited" * (n == 0),
             )
-        for told, colour, label in (
+        for recalled, colour, label in (
             (True, "C2", "recalled exactly"),
             (False, "#98a2b3", "not recalled"),
         ):
-            points = [p for p in middle["points"] if p[2] == told]
+            points = [p for p in middle["points"] if p[2] == recalled]
             room.scatter(
                 [p[0] for p in points], [p[1] for p in points], s=14, color=colour, label=label
             )

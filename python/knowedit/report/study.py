@@ -136,7 +136,7 @@ def _front(axis: Axes, entries: Sequence[Mapping[str, Any]], key: tuple[str, str
     shown = [(e, x, y) for e, x, y in shown if y is not None]
     writing = [(x["mean"], y["mean"]) for e, x, y in shown if e["goals"]["target"][0]]
     for n, (entry, x, y) in enumerate(shown):
-        colour, told = _tab20()[n % 20], entry["goals"]["target"][0]
+        colour, written = _tab20()[n % 20], entry["goals"]["target"][0]
         ends = [[[e["mean"] - e["low"]], [e["high"] - e["mean"]]] for e in (x, y)]
         marker = "osD^v"[n % 5]
         axis.errorbar(
@@ -148,7 +148,7 @@ def _front(axis: Axes, entries: Sequence[Mapping[str, Any]], key: tuple[str, str
             color=colour,
             elinewidth=0.6,
             markersize=6,
-            markerfacecolor=colour if told else "none",
+            markerfacecolor=colour if written else "none",
             label=entry["method"],
         )
     best = [writing[i] for i in front(writing)]

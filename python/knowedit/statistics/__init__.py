@@ -1,10 +1,11 @@
-"""Key statistics: what editors preserve, collected in one pass over a corpus, by one process or
+"""Key statistics: what methods preserve, collected in one pass over a corpus, by one process or
 many.
 
-    windows -> batching -> collect (sums, memory, convergence, ranks, resume, meter) -> store; npz
-    and verify for the peers'
-
-`keys` has what users call.
+    keys          what users call: `key_statistics` and `KeyStatistics`
+    collect       one collection, round by round; sums, convergence, memory, throughput: its parts
+    corpus/       from what a user names to windows of tokens and batches
+    files/        our files, the peers', and whether one is sound
+    distributed/  ranks, rounds and checkpoints
 """
 
 from knowedit.statistics.keys import SINK_RATIO as SINK_RATIO

@@ -7,19 +7,19 @@ are the two things that editors take from C, at real keys k (those of the packag
 their subjects' last tokens):
 
     solve       the read-in a = C^-1 k / (k' C^-1 k), which ROME writes with and MEMIT's tends to:
-    the relative error of a
-                in the norm a' C a, the mean square of what the edit adds to ordinary tokens.
-                sqrt(d_ff / tokens) for independent Gaussian keys; twice that on SmolLM2, whose keys
-                are neither.
+                the relative error of a in the norm a' C a, the mean square of what the edit adds to
+                ordinary tokens. sqrt(d_ff / tokens) for independent Gaussian keys; twice that on
+                SmolLM2, whose keys are neither.
     null_space  the projection P k onto eigenvectors of C below the mean eigenvalue, which AlphaEdit
-    writes with: the
-                relative error of P k in length.
+                writes with: the relative error of P k in length.
 
-Each is the median over the keys, with quartiles.
+Each is the median over the keys, with quartiles. `ConvergenceChecks` says after which windows they
+are estimated, and spreads the layers over the ranks.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +27,27 @@ from typing import Any
 from torch import Tensor
 
 from knowedit.errors import EditError, StatisticsError
+from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
+from knowedit.statistics.distributed.checkpoints import CollectionState
+from knowedit.statistics.distributed.ranks import Ranks
+from knowedit.statistics.files.store import CollectionRecipe
+from knowedit.statistics.memory import spare
+from knowedit.statistics.sums import Sums
+from knowedit.statistics.throughput import Meter
 from knowedit_kernels import Covariance, NullSpace
 
+logger = logging.getLogger(__name__)
+
 PROBES = 48  # keys that are solved for
-LEAST = 2  # tokens of a half for each of C's rows: below, its inverse says little
-GROWTH = 1.4  # tokens from one look to the next while waiting for convergence
+MIN_TOKENS = 2  # of a half, for each of C's rows: below, its inverse says little
+GROWTH = 1.4  # tokens from one check to the next while waiting for convergence
+#: What must have converged for each `until`.
+MEASURES = {"tokens": (), "solve": ("solve",), "converged": ("solve", "null_space")}
 
 
 @dataclass(frozen=True)
-class Error:
+class ErrorEstimate:
     """A relative error: median over the probe keys, lower and upper quartile."""
 
     median: float
@@ -51,8 +62,6 @@ def probe_keys(model: EditableModel, layers: Sequence[int]) -> dict[int, Tensor]
     Raises:
         StatisticsError: the model's tokenizer can make nothing of any of them.
     """
-    from knowedit.facts.sets import load
-
     rows = []
     for fact in load("embedded"):
         try:
@@ -71,14 +80,14 @@ def probe_keys(model: EditableModel, layers: Sequence[int]) -> dict[int, Tensor]
     return {layer: keys.double() for layer, keys in model.keys(rows, layers)[0].items()}
 
 
-def enough(counts: Sequence[int], size: int) -> bool:
+def enough_tokens(counts: Sequence[int], size: int) -> bool:
     """Whether both halves are large enough to be compared."""
-    return min(counts) >= LEAST * size
+    return min(counts) >= MIN_TOKENS * size
 
 
-def compare(
+def compare_halves(
     sums: Sequence[Tensor], counts: Sequence[int], keys: Tensor, *, null_space: bool
-) -> dict[str, Error]:
+) -> dict[str, ErrorEstimate]:
     """The relative errors of what follows from both halves together.
 
     Args:
@@ -90,9 +99,8 @@ def compare(
     Raises:
         StatisticsError: C is singular.
     """
-    columns = keys.to(
-        sums[0]
-    ).T  # nothing below depends on the scale of C: the sums do, without copies of them
+    # nothing below depends on the scale of C: the sums serve as they are, without copies of them
+    columns = keys.to(sums[0]).T
     try:
         first, second = (_read_in(total, columns) for total in sums)
     except ValueError as error:
@@ -108,7 +116,7 @@ def compare(
     return found
 
 
-def worst(found: dict[int, dict[str, Error]], measure: str) -> float:
+def worst(found: dict[int, dict[str, ErrorEstimate]], measure: str) -> float:
     """The largest median over layers; infinite when nothing was measured."""
     return max(
         (errors[measure].median for errors in found.values() if measure in errors),
@@ -116,8 +124,8 @@ def worst(found: dict[int, dict[str, Error]], measure: str) -> float:
     )
 
 
-def record(tokens: int, found: dict[int, dict[str, Error]], layer: int) -> dict[str, Any]:
-    """One look at one layer, for a file's header."""
+def record(tokens: int, found: dict[int, dict[str, ErrorEstimate]], layer: int) -> dict[str, Any]:
+    """One check of one layer, for a file's header."""
     return {
         "tokens": tokens,
         **{name: [e.median, e.low, e.high] for name, e in found[layer].items()},
@@ -133,6 +141,96 @@ def _norm(columns: Tensor, sums: Sequence[Tensor]) -> Tensor:
     return (columns * (sums[0] @ columns + sums[1] @ columns)).sum(0).clamp_min(0).sqrt()
 
 
-def _error(values: Tensor) -> Error:
+def _error(values: Tensor) -> ErrorEstimate:
     low, median, high = (float(values.quantile(q)) for q in (0.25, 0.5, 0.75))
-    return Error(median, low, high)
+    return ErrorEstimate(median, low, high)
+
+
+class ConvergenceChecks:
+    """Estimates of how well the two halves of some sums have converged, spread over the ranks."""
+
+    def __init__(self, sums: Sums, recipe: CollectionRecipe, ranks: Ranks) -> None:
+        self.sums, self.recipe, self.ranks = sums, recipe, ranks
+        self._probes: dict[int, Tensor] = {}
+
+    def schedule(self, until: int) -> list[int]:
+        """The numbers of windows after which to check, up to the first beyond `until`; rarely when
+        the collection does not stop by them.
+        """
+        often = self.recipe.until != "tokens"
+        numbers = [2 if often else 8]
+        while (last := numbers[-1]) <= until:
+            numbers.append(max(last + 1, int(last * GROWTH)) if often else 4 * last)
+        return numbers
+
+    def next_after(self, windows: int) -> int:
+        """The first number of windows after `windows` at which to check."""
+        return self.schedule(windows)[-1]
+
+    def is_due(self, state: CollectionState) -> bool:
+        """Whether to check now; when the collection does not stop by it only during the first half,
+        for there is one more check at the end.
+        """
+        early = self.recipe.until != "tokens" or 2 * state.count <= self.recipe.tokens
+        return early and state.windows in self.schedule(state.windows)
+
+    def check_at_end(self, state: CollectionState, meter: Meter) -> None:
+        """Check, unless the last check was of all tokens that are here."""
+        checks = next(iter(state.checks.values()), [])
+        if not checks or checks[-1]["tokens"] != state.count:
+            self.check(state, meter)
+
+    def check(self, state: CollectionState, meter: Meter) -> None:
+        """Estimate the error of each layer, where there are enough tokens and memory, and record it
+        in `state`, which may be converged then.
+        """
+        model, layers, recipe = self.sums.model, self.sums.layers, self.recipe
+        if not enough_tokens(state.counts, model.d_ff):
+            return
+        if not all(self.ranks.gather(self._has_room())):
+            logger.warning(
+                "no estimate after %d tokens: too little memory for it beside the sums", state.count
+            )
+            return
+        self._probes = self._probes or probe_keys(model, layers)
+        own: dict[int, dict[str, ErrorEstimate]] = {}
+        size = self.ranks.size
+        for start in range(0, len(layers), size):  # a layer for each rank, then all of them compute
+            added = self._added(layers[start : start + size], state.windows // size)
+            for layer, sums in added.items():
+                null_space = recipe.until == "converged"
+                try:
+                    own[layer] = compare_halves(
+                        sums, state.counts, self._probes[layer], null_space=null_space
+                    )
+                except StatisticsError as error:
+                    logger.info("layer %d: no estimate yet: %s", layer, error)
+        found = {layer: errors for part in self.ranks.gather(own) for layer, errors in part.items()}
+        for layer in found:
+            state.checks.setdefault(str(layer), []).append(record(state.count, found, layer))
+        if recipe.tolerance is not None and len(found) == len(layers):
+            state.converged = all(
+                worst(found, measure) <= recipe.tolerance for measure in MEASURES[recipe.until]
+            )
+        shown = MEASURES[recipe.until] or ("solve",)
+        meter.on_check({measure: worst(found, measure) for measure in shown} if found else {})
+
+    def _added(self, layers: Sequence[int], turn: int) -> dict[int, list[Tensor]]:
+        """The halves of one of the layers, added up over all ranks; each rank has another layer, or
+        none. `turn` changes who begins, for where there are fewer layers than ranks.
+        """
+        own: dict[int, list[Tensor]] = {}
+        for number, layer in enumerate(layers, turn):
+            owner = number % self.ranks.size
+            sums = [self.ranks.add(self.sums.moment(half, layer).sum(), owner) for half in (0, 1)]
+            if owner == self.ranks.rank:
+                own[layer] = sums
+        return own
+
+    def _has_room(self) -> bool:
+        """Whether this rank can estimate: both halves' sums, and the factor and workspace of one of
+        them.
+        """
+        model = self.sums.model
+        free = min(spare(model.weight(layer).device) for layer in self.sums.layers)
+        return free > 6 * 8 * model.d_ff**2

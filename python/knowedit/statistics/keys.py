@@ -2,8 +2,7 @@
 over a corpus.
 
     for each window of documents:  tokenise -> batches of similar length, or packed rows -> forward,
-    stopped inside the
-                                   deepest layer -> every layer's keys ->
+                                   stopped inside the deepest layer -> every layer's keys ->
                                    knowedit_kernels.SecondMoment
 
 Nothing above the deepest layer's key runs. A window is the unit of progress and of sharding
@@ -20,25 +19,27 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
-from knowedit.statistics.collect import Collection, Settings
-from knowedit.statistics.corpus.corpus import Corpus, corpus_fingerprint
-from knowedit.statistics.distributed.checkpoints import begun
+from knowedit.models.families import preset_for
+from knowedit.statistics.collect import Collection, CollectSettings
+from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
+from knowedit.statistics.distributed.checkpoints import resumable_layers
 from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files import store
-from knowedit.statistics.files.store import LayerStatistics, Recipe
+from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from knowedit_kernels import Covariance, NullSpace
 
 UNTIL = ("tokens", "solve", "converged")
 #: A first-token key this many times longer than the others marks an attention-sink layer.
 SINK_RATIO = 10.0
 TOLERANCE = 0.3  # relative error at which to stop: what 50 to 60 tokens a dimension give
-PATIENCE = 2.0  # seconds to wait for a lock: a run that was just killed may hold it for a moment
+LOCK_TIMEOUT = 2.0  # seconds: a run that was just killed may hold a lock for a moment
 # tokens for each of a key's dimensions: benchmarks/tokens.py finds nothing that more would improve
 PER_DIMENSION = 64
 
@@ -131,6 +132,14 @@ class KeyStatistics:
                 f"collect at least {2 * size} (10 x {size} or more is better)"
             )
 
+    @property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What tells these statistics from others, by layer (a string, as JSON has it): the model's
+        fingerprint, the corpus, the tokens and a digest of the sums; see
+        `LayerStatistics.identity`. Two with the same identity give the same metrics.
+        """
+        return {str(layer): self[layer].identity for layer in self.layers}
+
     def sink_ratio(self, layer: int) -> float:
         """Norm of first-token keys over that of the others; above `SINK_RATIO` the layer carries an
         attention sink.
@@ -155,7 +164,7 @@ class KeyStatistics:
 def key_statistics(
     model: EditableModel,
     layers: Sequence[int] | None = None,
-    corpus: Corpus = "wikipedia",
+    corpus: CorpusLike = "wikipedia",
     tokens: int | None = None,
     *,
     until: str = "tokens",
@@ -182,7 +191,7 @@ def key_statistics(
     Args:
         layers: default: those of the model's preset.
         corpus: path(s), a hub data set, "wikipedia", "self" (the model's own samples), or a
-            mixture; see `text.documents`.
+            mixture; see `Corpus.parse`.
         tokens: keys to sum, exactly (default: 64 for each of their dimensions; docs/statistics.md
             has what it follows from); with `until` the most to sum (default: ten times as many).
         until: "tokens"; "solve": stop when C^-1 k at real keys is known to `tolerance` (what ROME
@@ -208,8 +217,6 @@ def key_statistics(
             disk full, another rank died.
         CorpusError: the corpus cannot be read.
     """
-    from knowedit.models.families import preset_for
-
     layers = sorted(set(layers if layers is not None else preset_for(model).statistics_layers))
     model.check_layers(layers)
     if tokens is None:
@@ -225,9 +232,10 @@ def key_statistics(
         )
     if model.ledger.active:
         raise StatisticsError("statistics describe the unedited model; undo the active edits first")
-    recipe = Recipe(
+    corpus = Corpus.parse(corpus)
+    recipe = CollectionRecipe(
         model.fingerprint,
-        corpus_fingerprint(corpus),
+        corpus.identity,
         tokens,
         min(max_length, model.max_length),
         skip_first,
@@ -248,14 +256,16 @@ def key_statistics(
         missing = ranks.first(lambda: _missing(where, layers, recipe, held))
         found = {layer: _load(where, layer, recipe) for layer in layers if layer not in missing}
         if missing:
-            settings = Settings(budget, packed, halves, checkpoint_every, worker, progress, as_json)
+            settings = CollectSettings(
+                budget, packed, halves, checkpoint_every, worker, progress, as_json
+            )
             collection = Collection(model, missing, recipe, where, corpus, settings, ranks)
             collection.run()
             if collection.short:
-                recipe = replace(recipe, tokens=collection.place.count)
+                recipe = replace(recipe, tokens=collection.state.count)
                 if not directory:
                     where = store.folder(model.name, recipe)
-                    ranks.first(partial(_hold, where, held))
+                    ranks.first(partial(_lock, where, held))
             found |= collection.finish(recipe, where)
             if collection.short:
                 raise StatisticsError(
@@ -266,38 +276,68 @@ def key_statistics(
     return KeyStatistics(found)
 
 
-def _missing(where: Path, layers: Sequence[int], recipe: Recipe, held: ExitStack) -> list[int]:
+def layer_statistics(
+    layers: Sequence[int],
+    model: EditableModel,
+    corpus: Any,
+    tokens: int | None,
+    where: Path | None = None,
+) -> KeyStatistics:
+    """The key statistics of `layers`, collected or read.
+
+    Args:
+        corpus: None: Wikipedia.
+        where: a file or folder of statistics, collected or imported, to take them from instead of
+            the corpus.
+
+    Raises:
+        StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as
+            `key_statistics`.
+    """
+    if where is None:
+        return key_statistics(model, layers, corpus or "wikipedia", tokens)
+    if where.suffix == ".npz":
+        raise StatisticsError(
+            f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then "
+            f"name FOLDER"
+        )
+    found = KeyStatistics.load(where)
+    found.check(model, layers)
+    return found
+
+
+def _missing(
+    where: Path, layers: Sequence[int], recipe: CollectionRecipe, held: ExitStack
+) -> list[int]:
     """The layers still to collect; if there are any, the folder's lock is `held`."""
 
     def absent() -> list[int]:
         return [layer for layer in layers if not store.layer_file(where, layer).exists()]
 
     if absent():
-        _hold(where, held)
-        for part in (
-            *where.glob(".layer-*.part"),
-            *where.glob(".checkpoint-*.part"),
-        ):  # of a run killed while it wrote
-            part.unlink(missing_ok=True)
+        _lock(where, held)
+        for pattern in (".layer-*.part", ".checkpoint-*.part"):  # of a run killed while it wrote
+            for part in where.glob(pattern):
+                part.unlink(missing_ok=True)
     missing = absent()  # another run may have written them before it let go of the lock
     if missing:
-        missing = begun(where, layers, missing, recipe)
+        missing = resumable_layers(where, layers, missing, recipe)
     for layer in set(layers) - set(missing):
         _load(where, layer, recipe)
     return missing
 
 
-def _hold(where: Path, held: ExitStack) -> None:
+def _lock(where: Path, held: ExitStack) -> None:
     """Lock a folder. Raises StatisticsError when another run has done so."""
     try:
-        held.enter_context(FileLock(where / "lock").acquire(timeout=PATIENCE))
+        held.enter_context(FileLock(where / "lock").acquire(timeout=LOCK_TIMEOUT))
     except Timeout as error:
         raise StatisticsError(
             f"another run is collecting into {where}; wait for it, or use another folder"
         ) from error
 
 
-def _load(where: Path, layer: int, recipe: Recipe) -> LayerStatistics:
+def _load(where: Path, layer: int, recipe: CollectionRecipe) -> LayerStatistics:
     """A layer's file, which must hold what this recipe would collect."""
     path = store.layer_file(where, layer)
     here = LayerStatistics.load(path)

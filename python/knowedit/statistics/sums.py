@@ -1,29 +1,39 @@
 """What one process has summed: batches of pieces through the model, keys into second moments, two
 halves apart.
+
+float32 linear layers go through oneDNN where MKL, which torch multiplies with, is slow: on CPUs
+that are not Intel's. MKL leaves out AVX-512 there: 97 GFLOP/s on one core of an EPYC (family 26)
+where oneDNN reaches 210. Which of the two runs follows from the processor alone, so that the same
+machine gives the same bits every time.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
-from knowedit.statistics.corpus.batching import Batch, Piece, batches
+from knowedit.statistics.corpus.batching import Piece, TokenBatch, batches
 from knowedit.statistics.memory import is_out_of_memory, packs, token_budget
-from knowedit.statistics.onednn import fast_linear
 from knowedit_kernels import SecondMoment, update_together
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Seen:
+class KeyTally:
     """Norms of keys by layer (sum and count at first tokens, sum and count elsewhere), and how much
     was padding.
     """
@@ -33,10 +43,10 @@ class Seen:
     text: int = 0
 
     @classmethod
-    def nothing(cls, layers: Sequence[int]) -> Seen:
+    def empty(cls, layers: Sequence[int]) -> KeyTally:
         return cls({str(layer): [0.0] * 4 for layer in layers})
 
-    def add(self, other: Seen) -> Seen:
+    def add(self, other: KeyTally) -> KeyTally:
         for layer, norms in self.norms.items():
             norms[:] = [a + b for a, b in zip(norms, other.norms[layer])]
         self.padded, self.text = self.padded + other.padded, self.text + other.text
@@ -53,7 +63,7 @@ class Sums:
         halves: how many halves to keep apart, 1 or 2.
 
     Attributes:
-        seen: norms and padding.
+        tally: norms and padding.
         moments: of (half, layer).
 
     Raises:
@@ -70,7 +80,7 @@ class Sums:
         halves: int = 2,
     ) -> None:
         self.model, self.layers, self.precision = model, list(layers), precision
-        self.seen = Seen.nothing(layers)
+        self.tally = KeyTally.empty(layers)
         self.moments: dict[tuple[int, int], SecondMoment] = {}
         try:
             for half, layer in itertools.product(range(halves), self.layers):
@@ -115,9 +125,8 @@ class Sums:
     def _run(self, half: int, pieces: Sequence[Piece]) -> None:
         again: list[Piece] = []
         for batch in batches(pieces, self.budget, packed=self.packed):
-            if (
-                batch.ids.numel() > self.budget and len(batch.pieces) > 1
-            ):  # it was lowered meanwhile
+            lowered = batch.ids.numel() > self.budget  # since these batches were made
+            if lowered and len(batch.pieces) > 1:
                 again += batch.pieces
             elif keys := self._keys(batch):
                 self._count(half, batch, keys)
@@ -132,7 +141,7 @@ class Sums:
         if again:
             self._run(half, again)
 
-    def _keys(self, batch: Batch) -> dict[int, Tensor]:
+    def _keys(self, batch: TokenBatch) -> dict[int, Tensor]:
         """Keys `[rows, width, d_ff]` of all layers, summed only when the whole pass has succeeded;
         {} for want of memory.
         """
@@ -157,7 +166,7 @@ class Sums:
             return {}
         return keys
 
-    def _count(self, half: int, batch: Batch, keys: dict[int, Tensor]) -> None:
+    def _count(self, half: int, batch: TokenBatch, keys: dict[int, Tensor]) -> None:
         for device in {key.device for key in keys.values()}:
             here = [layer for layer in self.layers if keys[layer].device == device]
             keep, first = batch.keep.to(device), batch.first.to(device)
@@ -183,18 +192,14 @@ class Sums:
                 at_first, elsewhere = torch.stack(
                     [norm[first].sum(), norm[keep & ~first].sum()]
                 ).tolist()
-                norms = self.seen.norms[str(layer)]
-                norms[:] = [
-                    norms[0] + at_first,
-                    norms[1] + counts[0],
-                    norms[2] + elsewhere,
-                    norms[3] + counts[1],
-                ]
-        self.seen.padded += batch.ids.numel()
-        self.seen.text += batch.tokens
+                norms = self.tally.norms[str(layer)]
+                seen = (at_first, counts[0], elsewhere, counts[1])
+                norms[:] = [before + now for before, now in zip(norms, seen)]
+        self.tally.padded += batch.ids.numel()
+        self.tally.text += batch.tokens
 
     def _complaint(
-        self, batch: Batch, keys: dict[int, Tensor], error: ValueError
+        self, batch: TokenBatch, keys: dict[int, Tensor], error: ValueError
     ) -> StatisticsError:
         """Which layer, which text."""
         for layer in self.layers:
@@ -206,3 +211,47 @@ class Sums:
                     f"layer {layer} has NaN or infinite keys at the text {text!r}: {error}"
                 )
         return StatisticsError(str(error))
+
+
+class OneDNNLinear(TorchFunctionMode):
+    """While it is entered, `F.linear` of float32 CPU tensors goes to oneDNN; without gradients."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and all(map(_plain, args[:2])):
+            return torch.ops.mkldnn._linear_pointwise(
+                args[0], args[1], args[2] if len(args) > 2 else None, "none", [], ""
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def fast_linear() -> AbstractContextManager[Any]:
+    """`OneDNNLinear` where it helps, else nothing."""
+    return OneDNNLinear() if _helps() else nullcontext()
+
+
+@lru_cache(1)
+def _helps() -> bool:
+    """AVX-512 on a CPU of another maker than Intel, and a torch that has the operator."""
+    if (
+        not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        or "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    ):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+    )

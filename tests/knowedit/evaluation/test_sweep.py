@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +38,17 @@ def test_a_file_says_every_variant(tmp_path):
     assert read_sweep(tmp_path / "grid.json") == sweep == Sweep.from_dict(sweep.to_dict())
     same = Sweep(methods=("memit", "memit"), grid={"gain": [0.5, 0.5, 0.6]})
     assert [v.method.metric.gain for v in same.variants()] == [0.5, 0.6]
+
+
+def test_the_example_is_a_sweep():
+    sweep = read_sweep(Path(__file__).parents[3] / "examples" / "sweep.yaml")
+    found = [(v.method.kind, v.method.metric.kind, v.method.metric.gain) for v in sweep.variants()]
+    assert [gain for _, _, gain in found] == [0.8, 0.95] * 3
+    assert [kinds for *kinds, _ in found[::2]] == [
+        ["memit", "covariance"],
+        ["alphaedit", "null-space"],
+        ["recipe", "blend"],
+    ]
 
 
 def test_every_combination():
@@ -77,8 +89,10 @@ def test_one_table_and_rows_that_can_be_made_again(tiny_llama, tmp_path, monkeyp
     assert [row["reason"] is None for row in record["rows"]] == [True, False] * 2
     shown = table(record)
     heads = [column.header for column in shown.heads]
-    assert heads[:3] == ["method", "layers", "efficacy"] and "KL, nats" in heads
-    assert "portability" not in heads and "perplexity" not in heads
+    assert heads == [
+        *("method", "layers", "efficacy success", "efficacy exact", "drift same", "drift kl"),
+        "s a fact",
+    ]
     assert [row[:2] for row in shown.cells()] == [["MEMIT", "[1]"], ["EMMET", "[1]"]]
     assert shown.notes[0].startswith("MEMIT layers=[9]: ")
     row = record["rows"][0]

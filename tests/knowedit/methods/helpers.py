@@ -9,7 +9,7 @@ from knowedit.methods.locate.keysets import ContextKeys
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.statistics import KeyStatistics
-from knowedit.statistics.files.store import LayerStatistics, Recipe
+from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 
 FACTS = [
     Fact(prompt="The capital of {} is", subject="France", target="Lyon", true="Paris"),
@@ -28,7 +28,7 @@ VALUES = ValueSettings(steps=4, clamp=4.0)
 def statistics_of(model, layers, *, sinks=(), count=5000, seed=0):
     """Statistics with a random covariance, for `model`."""
     generator = torch.Generator().manual_seed(seed)
-    recipe = Recipe(model.fingerprint, {"name": "test"}, count, 64, True, 0)
+    recipe = CollectionRecipe(model.fingerprint, {"name": "test"}, count, 64, True, 0)
     found = {}
     for layer in layers:
         keys = torch.randn(

@@ -10,11 +10,13 @@ import torch
 
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact, FactError
-from knowedit.methods import EDITORS, EMMET, MEMIT, ROME, make_editor, statistics_for
+from knowedit.methods import EMMET, MEMIT, ROME, FineTuning, NeuronPatch, statistics_for
+from knowedit.methods.listing import methods
 from knowedit.methods.locate.keys import group_keys
 from knowedit.methods.locate.metrics import Covariance
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.values import ValueSettings, optimise_values, prompt_rows
+from knowedit.methods.registry import method_class
 from knowedit.models.families import calibrated, preset_for
 from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, statistics_of, target_of
 
@@ -240,20 +242,17 @@ def test_the_default_model_has_a_measured_preset(smollm):
 
 
 def test_named_statistics_that_nothing_reads_are_refused(tiny_llama, tmp_path):
-    editors = [make_editor(name) for name in ("ft", "neuron-patch")]
+    editors = [FineTuning(), NeuronPatch()]
     assert statistics_for(editors, tiny_llama, None, None) is None
     with pytest.raises(StatisticsError, match="no method here reads statistics"):
         statistics_for(editors, tiny_llama, None, None, tmp_path)
 
 
 def test_methods_that_read_texts_have_their_own_choice():
-    assert (
-        make_editor("neuron-patch").corpus == "self"
-        and make_editor("neuron-patch", corpus="a.txt").corpus == "a.txt"
-    )
+    made = NeuronPatch().with_corpus("a.txt")
+    assert (NeuronPatch().corpus, made.corpus, made.with_corpus(None)) == ("self", "a.txt", made)
+    assert MEMIT().with_corpus("a.txt") == MEMIT()
 
 
-def test_every_editor_is_listed_under_its_name():
-    assert {name: editor.name.lower() for name, editor in EDITORS.items()} == {
-        name: name for name in EDITORS
-    }
+def test_every_method_is_listed_under_its_name():
+    assert all(method_class(name).name.lower() == name for name in methods())

@@ -15,7 +15,7 @@ from knowedit.evaluation.geometry.geometry import geometry
 from knowedit.evaluation.protocols import run, write_run
 from knowedit.evaluation.subjects.protocol import choose, differences, run_subjects, write_subjects
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
-from knowedit.methods import make_editor
+from knowedit.methods import make_method
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.report import plots
 from knowedit.report.run import PAGE, grid, report
@@ -37,7 +37,7 @@ def test_a_report_has_every_figure_and_stands_alone(tiny_llama, tmp_path):
             tiny_llama,
             FACTS,
             statistics,
-            make_editor(m, layers=(1,)),
+            make_method(m, {"layers": 1}),
             "sequential",
             "a <set>",
             batch=1,
@@ -51,8 +51,7 @@ def test_a_report_has_every_figure_and_stands_alone(tiny_llama, tmp_path):
         tiny_llama,
         GROUPS,
         statistics,
-        ["memit", "memit-merge"],
-        (1,),
+        [make_method(m, {"layers": 1}) for m in ("memit", "memit-merge")],
         "ours",
         wordings=1,
         progress=False,

@@ -12,16 +12,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from knowedit.errors import CorpusError
 from knowedit.statistics.corpus import hub
-from knowedit.statistics.corpus.corpus import (
-    LONGEST,
-    CorpusError,
-    at_commits,
-    commits,
-    corpus_fingerprint,
-    documents,
-    lanes_of,
-)
+from knowedit.statistics.corpus.corpus import Corpus
+from knowedit.statistics.corpus.text import LONGEST
+
+
+def documents(corpus, **options):
+    return Corpus.parse(corpus).documents(**options)
+
+
+def identity(corpus):
+    return Corpus.parse(corpus).identity
 
 
 def write(path, data: str | bytes):
@@ -110,7 +112,7 @@ def test_reading_is_lazy(tmp_path):
             r"a\.txt:3: byte 5 \(0xff\) is not UTF-8; save the file as UTF-8",
         ),
         ("a.txt.gz", b"fine\nna\xefve\n", r"a\.txt\.gz:2: byte 3 \(0xef\) is not UTF-8"),
-        ("a.txt", b" \n\n", r"a\.txt'\) holds no text; give one with documents, or corpus='self'"),
+        ("a.txt", b" \n\n", r"a\.txt' holds no text; give one with documents, or corpus='self'"),
         ("a.txt", b"", "holds no text"),
         (
             "a.jsonl",
@@ -176,7 +178,7 @@ def test_self_asks_the_model():
     def samples(seed, start):
         return (f"{seed}-{n}" for n in itertools.count(start))
 
-    assert list(itertools.islice(documents("self", model=samples, seed=3, start=5), 2)) == [
+    assert list(itertools.islice(documents("self", samples=samples, seed=3, start=5), 2)) == [
         "3-5",
         "3-6",
     ]
@@ -233,32 +235,39 @@ def test_a_row_without_a_text_is_no_document(monkeypatch):
         list(documents("wikipedia"))
 
 
-def test_a_hub_data_set_stays_at_its_commit(monkeypatch, own_cache, caplog):
+def test_a_hub_data_set_stays_at_its_commit(monkeypatch, own_cache, caplog, tmp_path):
     head = {"main": "a" * 40, "v2": "b" * 40}
     monkeypatch.setattr(
         "huggingface_hub.HfApi.dataset_info",
         lambda _, name, revision, timeout: SimpleNamespace(sha=head[revision or "main"]),
     )
-    corpus = ["wikipedia*4700000.00001", "hf:o/n@v2::body", "notes.txt"]
-    found = commits(corpus)
-    assert (
-        list(found.values()) == ["a" * 40, "b" * 40]
-        and commits("self") == commits("notes.txt") == {}
-    )
-    pinned = at_commits(corpus, found)
+    notes = write(tmp_path / "notes.txt", "text")
+    corpus = Corpus.parse(["wikipedia*4700000.00001", "hf:o/n@v2::body", notes])
+    found = corpus.commits()
+    assert list(found.values()) == ["a" * 40, "b" * 40]
+    assert Corpus.parse("self").commits() == Corpus.parse(notes).commits() == {}
+    pinned = corpus.at_commits(found)
     wikipedia = f"hf:wikimedia/wikipedia@{'a' * 40}:20231101.en:text"
-    assert pinned == [wikipedia + "*4700000.00001", f"hf:o/n@{'b' * 40}::body", "notes.txt"]
-    assert at_commits("notes.txt", {}) == "notes.txt"
-    assert hub.hub_source(pinned[1]) == hub.HubSource("o/n", "b" * 40, None, "body")
+    assert [str(part.source) for part in pinned.parts] == [
+        wikipedia,
+        f"hf:o/n@{'b' * 40}::body",
+        str(notes),
+    ]
+    assert [part.weight for part in pinned.parts] == [4700000.00001, None, None]
+    assert corpus.at_commits({}) == corpus and Corpus.parse(pinned) is pinned
+    assert hub.HubSource.parse(str(pinned.parts[1].source)) == hub.HubSource(
+        "o/n", "b" * 40, None, "body"
+    )
 
     def unreachable(*_, **__):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
-    assert commits(corpus) == found and "wikimedia/wikipedia as it was the last time" in caplog.text
-    assert commits(pinned) == {wikipedia: "a" * 40, pinned[1]: "b" * 40}
+    assert corpus.commits() == found
+    assert "wikimedia/wikipedia as it was the last time" in caplog.text
+    assert list(pinned.commits().values()) == ["a" * 40, "b" * 40]
     with pytest.raises(CorpusError, match="other/set.*cannot be streamed from the hub.*no route"):
-        commits("hf:other/set")
+        Corpus.parse("hf:other/set").commits()
 
 
 def test_an_unreachable_hub_names_both_remedies(monkeypatch):
@@ -332,7 +341,7 @@ def test_lanes_part_a_stream_and_the_same_seed_gives_the_same(monkeypatch, shard
         assert all(len({int(n) // 10 for n in lane}) == 2 for lane in lanes)
 
 
-def test_lanes_of_local_files_are_every_so_manieth_document(tmp_path):
+def test_lanes_of_local_files_are_every_so_many_documents(tmp_path):
     path = write(tmp_path / "a.txt", "\n\n".join(map(str, range(10))))
     assert [list(documents(path, lane=lane, lanes=4)) for lane in range(4)] == [
         ["0", "4", "8"],
@@ -341,12 +350,8 @@ def test_lanes_of_local_files_are_every_so_manieth_document(tmp_path):
         ["3", "7"],
     ]
     assert list(documents(path, lane=11, lanes=12)) == []
-    assert (
-        lanes_of(path),
-        lanes_of("self"),
-        lanes_of("wikipedia"),
-        lanes_of([str(path), "hf:a/b*2"]),
-    ) == (1, 1, 8, 8)
+    corpora = (path, "self", "wikipedia", [str(path), "hf:a/b*2"])
+    assert [Corpus.parse(corpus).lanes for corpus in corpora] == [1, 1, 8, 8]
 
 
 def test_weights_mix_by_characters(tmp_path, caplog):
@@ -368,7 +373,7 @@ def test_weights_mix_by_characters(tmp_path, caplog):
     with pytest.raises(CorpusError, match="weight 0; leave it out"):
         documents([f"{a}*0"])
     with pytest.raises(CorpusError, match="'self' stands alone"):
-        documents([str(a), "self"], model=lambda **_: [])
+        documents([str(a), "self"], samples=lambda **_: [])
 
 
 def test_files_and_the_hub_go_together(tmp_path, monkeypatch):
@@ -382,7 +387,7 @@ def test_files_and_the_hub_go_together(tmp_path, monkeypatch):
         "one",
         "two",
     ]
-    known = corpus_fingerprint([f"{path}*2", "wikipedia"])
+    known = identity([f"{path}*2", "wikipedia"])
     assert known["name"] == "a.txt*2, wikimedia/wikipedia" and [
         part["weight"] for part in known["parts"]
     ] == [2.0, None]
@@ -390,7 +395,7 @@ def test_files_and_the_hub_go_together(tmp_path, monkeypatch):
         known["parts"][0]["files"][0]["name"] == "a.txt"
         and known["parts"][1]["config"] == "20231101.en"
     )
-    assert known != corpus_fingerprint([f"{path}*3", "wikipedia"])
+    assert known != identity([f"{path}*3", "wikipedia"])
 
 
 def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
@@ -408,20 +413,20 @@ def test_fingerprints_know_contents_and_nothing_else(tmp_path):
     here = write(tmp_path / "a.txt", "one")
     (tmp_path / "other").mkdir()
     there = shutil.copy(here, tmp_path / "other" / "a.txt")
-    assert corpus_fingerprint(here) == corpus_fingerprint([there])
-    assert corpus_fingerprint(here)["files"] == [{"name": "a.txt", "sha256": "7692c3ad3540bb80"}]
+    assert identity(here) == identity([there])
+    assert identity(here)["files"] == [{"name": "a.txt", "sha256": "7692c3ad3540bb80"}]
     write(here, "two")
-    assert corpus_fingerprint(here) != corpus_fingerprint(there)
-    assert corpus_fingerprint("self") == {"name": "self"}
-    assert corpus_fingerprint("hf:a/b@c:d:e") == {
+    assert identity(here) != identity(there)
+    assert identity("self") == {"name": "self"}
+    assert identity("hf:a/b@c:d:e") == {
         "name": "a/b",
         "revision": "c",
         "config": "d",
         "column": "e",
     }
-    assert corpus_fingerprint("wikipedia")["config"] == "20231101.en"
+    assert identity("wikipedia")["config"] == "20231101.en"
     with pytest.raises(CorpusError, match="no such file"):
-        corpus_fingerprint(tmp_path / "none.txt")
+        identity(tmp_path / "none.txt")
 
 
 @pytest.mark.data

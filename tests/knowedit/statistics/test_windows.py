@@ -18,8 +18,10 @@ from knowedit.cli import stats as cli_stats
 from knowedit.errors import CorpusError, StatisticsError
 from knowedit.statistics import key_statistics
 from knowedit.statistics.corpus import windows
-from knowedit.statistics.corpus.windows import Reader, ahead, token_cache
+from knowedit.statistics.corpus.corpus import Corpus
+from knowedit.statistics.corpus.windows import Reader, prefetch, token_cache
 from knowedit.statistics.files import store
+from tests.knowedit.statistics.helpers import save_model, varied_texts
 
 
 @pytest.fixture
@@ -38,12 +40,12 @@ def small(monkeypatch, tmp_path):
 
 
 def first(reader, count, start=0, taken=(), worker=False):
-    with ahead(reader, start, taken, worker=worker) as found:
+    with prefetch(reader, start, taken, worker=worker) as found:
         return list(itertools.islice(found, count))
 
 
 def test_a_worker_makes_the_same_windows(tiny_llama, corpus, small):
-    reader = Reader(corpus, 0, tiny_llama.tokenizer, 50, True)
+    reader = Reader(Corpus.parse(corpus), 0, tiny_llama.tokenizer, 50, True)
     here, there = first(reader, 12), first(reader, 12, worker=True)
     assert here == there and all(len(piece.ids) <= 50 for window in here for piece in window.pieces)
     assert (
@@ -58,7 +60,7 @@ def test_a_worker_reads_parquet_though_this_process_did(tiny_llama, tmp_path, sm
     pyarrow.parquet.write_table(
         pyarrow.table({"text": [f"Row {i} " * 20 for i in range(2000)]}), path
     )
-    reader = Reader(path, 0, tiny_llama.tokenizer, 50, True)
+    reader = Reader(Corpus.parse(path), 0, tiny_llama.tokenizer, 50, True)
     here = first(reader, 6)
     assert pyarrow.parquet.read_table(path).num_rows == 2000  # with all threads
     assert first(reader, 6, worker=True) == here
@@ -67,8 +69,8 @@ def test_a_worker_reads_parquet_though_this_process_did(tiny_llama, tmp_path, sm
 def test_a_workers_error_is_the_readers_own(tiny_llama, tmp_path, small):
     path = tmp_path / "bad.txt"
     path.write_bytes(b"fine and long enough to be a window of its own " * 30 + b"\n\nbad \xff\n")
-    reader = Reader(path, 0, tiny_llama.tokenizer, 50, True)
-    with ahead(reader, 0, (), worker=True) as found:
+    reader = Reader(Corpus.parse(path), 0, tiny_llama.tokenizer, 50, True)
+    with prefetch(reader, 0, (), worker=True) as found:
         assert next(found).documents == 1
         with pytest.raises(CorpusError, match=r"bad\.txt:3: byte 5 \(0xff\) is not UTF-8"):
             next(found)
@@ -76,7 +78,7 @@ def test_a_workers_error_is_the_readers_own(tiny_llama, tmp_path, small):
 
 def test_tokens_are_cached_for_any_number_of_ranks(tiny_llama, corpus, small, monkeypatch):
     def reader(rank=0, ranks=1):
-        made = Reader(corpus, 0, tiny_llama.tokenizer, 50, True, rank, ranks)
+        made = Reader(Corpus.parse(corpus), 0, tiny_llama.tokenizer, 50, True, rank, ranks)
         made.cache = token_cache(tiny_llama, made)
         return made
 
@@ -88,7 +90,7 @@ def test_tokens_are_cached_for_any_number_of_ranks(tiny_llama, corpus, small, mo
     file = reader()._file(3)
     file.write_bytes(file.read_bytes()[:60])  # damaged: made again
     assert first(reader(), 8) == whole
-    other = Reader(corpus, 1, tiny_llama.tokenizer, 50, True)
+    other = Reader(Corpus.parse(corpus), 1, tiny_llama.tokenizer, 50, True)
     assert token_cache(tiny_llama, other) != reader().cache
 
 
@@ -96,7 +98,7 @@ def test_of_cached_tokens_the_least_recently_used_go_first(
     tiny_llama, corpus, small, monkeypatch, tmp_path, capsys
 ):
     def used(seed):
-        reader = Reader(corpus, seed, tiny_llama.tokenizer, 50, True)
+        reader = Reader(Corpus.parse(corpus), seed, tiny_llama.tokenizer, 50, True)
         reader.cache = token_cache(tiny_llama, reader)
         return reader, first(reader, 3)
 
@@ -128,7 +130,7 @@ def test_of_cached_tokens_the_least_recently_used_go_first(
 
 
 def test_a_full_disk_only_costs_the_cache(tiny_llama, corpus, small, monkeypatch, caplog):
-    reader = Reader(corpus, 0, tiny_llama.tokenizer, 50, True)
+    reader = Reader(Corpus.parse(corpus), 0, tiny_llama.tokenizer, 50, True)
     plain = first(reader, 4)
 
     def full(*_a, **_k):
@@ -145,13 +147,49 @@ def test_the_models_own_samples_go_to_any_number_of_ranks(tiny_llama):
 
     def read(rank, ranks):
         return first(
-            Reader("self", 3, tiny_llama.tokenizer, 50, True, rank, ranks, samples), 6 // ranks
+            Reader(Corpus.parse("self"), 3, tiny_llama.tokenizer, 50, True, rank, ranks, samples),
+            6 // ranks,
         )
 
     whole = read(0, 1)
     assert sorted(read(0, 2) + read(1, 2), key=lambda window: window.number) == whole
     assert [window.documents for window in whole] == [64] * 6
     assert tiny_llama.tokenizer.decode(whole[2].pieces[5].ids) == "sample 3 133"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5, 16])
+def test_windows_are_dealt_out_to_any_number_of_ranks(tiny_llama, tmp_path, monkeypatch, ranks):
+    """Every window goes to one rank, and is the one that a single process makes; also from the
+    middle on.
+    """
+    (tmp_path / "varied.txt").write_text(varied_texts(60))
+    varied = Corpus.parse(tmp_path / "varied.txt")
+    monkeypatch.setattr(windows, "SIZE", 200)
+    monkeypatch.setattr(Corpus, "lanes", 4)
+
+    def read(rank, size, start=0, taken=()):
+        reader = windows.Reader(varied, 0, tiny_llama.tokenizer, 64, True, rank, size)
+        found = []
+        for window in reader.windows(start, taken):
+            if window.number >= 40:
+                return found
+            found.append(window)
+
+    whole = read(0, 1)
+    assert sum(window.documents for window in whole) == 60 and [
+        window.number for window in whole
+    ] == list(range(40))
+    parts = sorted(
+        (window for rank in range(ranks) for window in read(rank, ranks)),
+        key=lambda window: window.number,
+    )
+    assert parts == whole
+    taken = [
+        sum(window.documents for window in whole[:10] if window.number % 4 == lane)
+        for lane in range(4)
+    ]
+    later = [window for rank in range(ranks) for window in read(rank, ranks, 10, taken)]
+    assert sorted(later, key=lambda window: window.number) == whole[10:]
 
 
 def test_large_collections_use_worker_and_cache_and_are_the_same(
@@ -171,7 +209,7 @@ def test_an_error_in_the_middle_keeps_what_was_collected(
     tiny_llama, corpus, small, tmp_path, monkeypatch
 ):
     whole = key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "whole")
-    real = windows.documents
+    real = Corpus.documents
 
     def goes_away(*arguments, **named):
         for number, text in enumerate(real(*arguments, **named)):
@@ -179,12 +217,12 @@ def test_an_error_in_the_middle_keeps_what_was_collected(
                 raise CorpusError("the hub cannot be reached")
             yield text
 
-    monkeypatch.setattr(windows, "documents", goes_away)
+    monkeypatch.setattr(Corpus, "documents", goes_away)
     with pytest.raises(CorpusError, match="cannot be reached"):
         key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "cut")
     (kept,) = (tmp_path / "cut").glob("checkpoint*")
     assert sum(store.read(kept)[0]["counts"]) > 2000  # though no checkpoint was due
-    monkeypatch.setattr(windows, "documents", real)
+    monkeypatch.setattr(Corpus, "documents", real)
     again = key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "cut")
     assert torch.equal(again[1].total, whole[1].total) and not list(
         (tmp_path / "cut").glob("checkpoint*")
@@ -244,18 +282,19 @@ def test_an_unforeseen_error_in_the_worker_is_raised_as_it_is(
     tiny_llama, corpus, small, monkeypatch
 ):
     monkeypatch.setattr(Reader, "_tokenised", lambda self, number, texts: 1 // 0)
-    reader = Reader(corpus, 0, tiny_llama.tokenizer, 50, True)
-    with pytest.raises(ZeroDivisionError), ahead(reader, 0, (), worker=True) as found:
+    reader = Reader(Corpus.parse(corpus), 0, tiny_llama.tokenizer, 50, True)
+    with pytest.raises(ZeroDivisionError), prefetch(reader, 0, (), worker=True) as found:
         next(found)
 
 
 ORPHAN = """
 import sys, time
-from knowedit.statistics import windows
-from knowedit.model import load_model
-reader = windows.Reader(sys.argv[2], 0, load_model(sys.argv[1]).tokenizer, 50, True)
+from knowedit.models.load import load_model
+from knowedit.statistics.corpus import windows
+from knowedit.statistics.corpus.corpus import Corpus
+reader = windows.Reader(Corpus.parse(sys.argv[2]), 0, load_model(sys.argv[1]).tokenizer, 50, True)
 windows.SIZE = 1000
-with windows.ahead(reader, 0, (), worker=True) as found:
+with windows.prefetch(reader, 0, (), worker=True) as found:
     next(found)
     from multiprocessing import active_children
     print(active_children()[0].pid, flush=True)
@@ -265,8 +304,7 @@ with windows.ahead(reader, 0, (), worker=True) as found:
 
 def test_a_killed_run_leaves_no_worker_behind(tiny_llama, corpus, tmp_path):
     """At once, since it has the lock too."""
-    tiny_llama.hf.save_pretrained(tmp_path / "model")
-    tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tiny_llama, tmp_path / "model")
     command = [sys.executable, "-c", ORPHAN, str(tmp_path / "model"), str(corpus)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())

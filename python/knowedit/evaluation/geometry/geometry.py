@@ -197,11 +197,7 @@ def geometry(
         }
         at, away = (k[layer].double().cpu().T for k in (keys, others))
         kappa = {name: amplification(metric, at) for name, metric in metrics.items()}
-        landed = (
-            landscape(model, some, layer, values, seed=seed)
-            if some
-            else None
-        )
+        landed = landscape(model, some, layer, values, seed=seed) if some else None
         recall, points = (
             _written(model, asked, layer, metrics, at[:, :n], landed, unedited)
             if landed

@@ -80,7 +80,13 @@ class Measure(ABC):
 
 
 class FactMeasure(Measure):
-    """A measure of each fact, from how the model rates two answers."""
+    """A measure of each fact, from how the model rates two answers.
+
+    Attributes:
+        shown: the figures that a table with one row a method has.
+    """
+
+    shown: ClassVar[tuple[str, ...]] = ("success",)
 
     @abstractmethod
     def questions(self, record: int, fact: Fact) -> list[Question]:
@@ -100,9 +106,11 @@ class ModelMeasure(Measure):
     """A measure of the model as a whole.
 
     Attributes:
+        shown: the figures that a table with one row a method has, and their formats.
         needs_text: whether `observe` must be given held-out text.
     """
 
+    shown: ClassVar[dict[str, str]] = {}
     needs_text: ClassVar[bool] = False
 
     @abstractmethod

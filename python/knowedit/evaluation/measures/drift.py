@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -79,6 +79,7 @@ class OrdinaryDrift(ModelMeasure):
     """`Drift` on `ORDINARY`."""
 
     name, about = "drift", "the next word after ordinary openings stays the same"
+    shown: ClassVar = {"same": ".3f", "kl": ".4f"}
 
     def observe(self, model: EditableModel, texts: Sequence[str]) -> Tensor:
         return model.next_logprobs(ORDINARY)

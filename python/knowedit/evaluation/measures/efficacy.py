@@ -11,6 +11,7 @@ class Efficacy(FactMeasure):
     """The edited prompt itself: success = p(new) > p(true)."""
 
     name, about, place = "efficacy", "the edited prompt prefers the new answer", 0
+    shown = ("success", "exact")
 
     def questions(self, record: int, fact: Fact) -> list[Question]:
         return [Question(record, self.name, fact.text, fact.target, fact.true)]

@@ -15,6 +15,7 @@ class Neighbourhood(FactMeasure):
     """
 
     name, about, place = "neighbourhood", "other subjects keep their true answer", 2
+    shown = ("success", "unchanged")
 
     def questions(self, record: int, fact: Fact) -> list[Question]:
         answers = [(probe.prompt, probe.answer or fact.true) for probe in fact.neighbours]

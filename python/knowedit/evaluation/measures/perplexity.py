@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,6 +17,7 @@ class Perplexity(ModelMeasure):
     """`perplexity` of held-out text, before the edit and under it."""
 
     name, about, place = "perplexity", "ordinary language stays as likely", 101
+    shown: ClassVar = {"after": ".2f"}
     needs_text = True
 
     def observe(self, model: EditableModel, texts: Sequence[str]) -> float:

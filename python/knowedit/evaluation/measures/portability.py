@@ -13,6 +13,7 @@ class Portability(FactMeasure):
     """
 
     name, about, place = "portability", "what follows from the new fact holds", 3
+    shown = ("exact",)
 
     def questions(self, record: int, fact: Fact) -> list[Question]:
         return [

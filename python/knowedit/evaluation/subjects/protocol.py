@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load
 from knowedit.io.files import atomic_file
 from knowedit.io.tables import Column, Table
-from knowedit.methods import make_editor, statistics_for
+from knowedit.methods.base import Method, statistics_for
+from knowedit.methods.registry import make_method
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
@@ -36,8 +37,11 @@ FILE = "same_subject.json"
 
 @dataclass(frozen=True)
 class SubjectsResult:
-    """One method on the facts of some subjects, all written in one edit; `seconds`: computing it, a
-    fact.
+    """One method on the facts of some subjects, all written in one edit.
+
+    Attributes:
+        seconds: computing the edit, a fact.
+        config: the whole method, as `make_method` takes it.
     """
 
     model: str
@@ -47,12 +51,13 @@ class SubjectsResult:
     drift: Drift
     seconds: float
     report: dict[str, Any]
+    config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         plain = {
             name: getattr(self, name)
-            for name in ("model", "dataset", "method", "seconds", "report")
+            for name in ("model", "dataset", "method", "seconds", "report", "config")
         }
         return {**plain, "drift": asdict(self.drift), "evaluation": self.evaluation.to_dict()}
 
@@ -89,10 +94,9 @@ def choose(
 def measure_subjects(
     name: str,
     dataset: str,
-    methods: Sequence[str],
+    methods: Sequence[str | Mapping[str, Any] | Method],
     corpus: Any,
     tokens: int | None,
-    layers: tuple[int, ...] | None = None,
     *,
     least: int = 2,
     most: int | None = None,
@@ -109,25 +113,21 @@ def measure_subjects(
     Raises:
         KnowEditError: an unknown method or half, no subjects, or what the parts raise.
     """
-    editors = [make_editor(method, layers=layers) for method in methods]
+    made = [make_method(method).with_corpus(corpus) for method in methods]
     chosen = choose(dataset, least, most, half, subjects)
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
-    statistics = statistics_for(editors, model, corpus, tokens, where)
-    return run_subjects(
-        model, chosen, statistics, methods, layers, dataset, wordings=wordings, corpus=corpus
-    )
+    statistics = statistics_for(made, model, corpus, tokens, where)
+    return run_subjects(model, chosen, statistics, made, dataset, wordings=wordings)
 
 
 def run_subjects(
     model: EditableModel,
     chosen: Sequence[Sequence[Fact]],
     statistics: KeyStatistics | None,
-    methods: Sequence[str],
-    layers: tuple[int, ...] | None = None,
+    methods: Sequence[Method],
     dataset: str = "",
     *,
     wordings: int | None = None,
-    corpus: Any = None,
     progress: bool = True,
 ) -> list[SubjectsResult]:
     """Compute and measure each method on the same subjects; the model is left as it was found."""
@@ -135,16 +135,23 @@ def run_subjects(
     before = observe(model, probes, title="before", progress=progress)
     results = []
     for method in methods:
-        editor, start = make_editor(method, corpus=corpus, layers=layers), time.perf_counter()
-        edit = editor.compute(model, facts, statistics, progress=progress)
+        start = time.perf_counter()
+        edit = method.compute(model, facts, statistics, progress=progress)
         seconds, moved = (time.perf_counter() - start) / len(facts), drift(model, edit)
         with edit.applied_to(model):
             found = judge(
-                probes, before, observe(model, probes, title=editor.name, progress=progress)
+                probes, before, observe(model, probes, title=method.name, progress=progress)
             )
         results.append(
             SubjectsResult(
-                model.name, dataset, editor.name, found, moved, seconds, edit.report.to_dict()
+                model.name,
+                dataset,
+                method.name,
+                found,
+                moved,
+                seconds,
+                edit.report.to_dict(),
+                method.to_dict(),
             )
         )
     return results

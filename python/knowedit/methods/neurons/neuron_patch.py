@@ -33,7 +33,7 @@ from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
-from knowedit.statistics.corpus.corpus import Corpus
+from knowedit.statistics.corpus.corpus import CorpusLike
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class NeuronPatch(Method):
     layers: tuple[int, ...] | None = None
     values: ValueSettings | None = None
     contrast: tuple[str, ...] = ()
-    corpus: Corpus = "self"
+    corpus: CorpusLike = "self"
     tokens: int = 30_000
     sharpness: float = 50.0
     width: float = 0.25

@@ -14,12 +14,12 @@ from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel
 from knowedit.models.structure import mlp_of
 from knowedit.models.tokens import Row, batches
-from knowedit.statistics.corpus.corpus import Corpus, documents
+from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit_kernels import SecondMoment
 
 
 def windows(
-    model: EditableModel, corpus: Corpus, tokens: int, length: int = 256, seed: int = 0
+    model: EditableModel, corpus: CorpusLike, tokens: int, length: int = 256, seed: int = 0
 ) -> list[list[int]]:
     """About `tokens` tokens of the corpus in rows of at most `length`.
 
@@ -28,7 +28,7 @@ def windows(
     """
     rows: list[list[int]] = []
     left, length = tokens, min(length, model.max_length)
-    for text in documents(corpus, model=model.samples, seed=seed):
+    for text in Corpus.parse(corpus).documents(samples=model.samples, seed=seed):
         ids = model.tokenizer(text)["input_ids"][:left]
         rows += [ids[i : i + length] for i in range(0, len(ids), length)]
         left -= len(ids)

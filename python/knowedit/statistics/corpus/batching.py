@@ -30,7 +30,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Rows ready to run.
 
     Attributes:
@@ -75,7 +75,7 @@ def trim(pieces: Sequence[Piece], count: int) -> list[Piece]:
     return kept
 
 
-def batches(pieces: Sequence[Piece], budget: int, *, packed: bool = False) -> Iterator[Batch]:
+def batches(pieces: Sequence[Piece], budget: int, *, packed: bool = False) -> Iterator[TokenBatch]:
     """All pieces, in batches of at most `budget` tokens (or one row) of which at most `MAX_PADDING`
     are padding.
 
@@ -124,7 +124,7 @@ def _similar(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield group
 
 
-def _batch(rows: list[list[Piece]]) -> Batch:
+def _batch(rows: list[list[Piece]]) -> TokenBatch:
     width = max(sum(len(piece.ids) for piece in row) for row in rows)
     ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
     keep, first = torch.zeros(2, len(rows), width, dtype=torch.bool)
@@ -142,4 +142,4 @@ def _batch(rows: list[list[Piece]]) -> Batch:
             positions[i, at:] = torch.arange(width - at)
         tokens += at
     several = any(len(row) > 1 for row in rows)
-    return Batch(ids, positions if several else None, keep, first, tokens, rows)
+    return TokenBatch(ids, positions if several else None, keep, first, tokens, rows)

@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from knowedit.errors import CorpusError
 from knowedit.io.files import atomic_file, cache_dir
 
 logger = logging.getLogger(__name__)
 
-SHUFFLE_BUFFER = (
-    1000  # documents held while shuffling a stream, over all its lanes; its shards are shuffled too
-)
+# documents held while shuffling a stream, over all its lanes; its shards are shuffled too
+SHUFFLE_BUFFER = 1000
 RETRIES = 8  # in a row; with waits of 2, 4, ... 64 seconds between them that is about five minutes
 
 
@@ -33,8 +34,31 @@ class HubSource:
     config: str | None
     column: str
 
+    @staticmethod
+    def named_by(text: object) -> bool:
+        """Whether `text` names a data set of the hub, and not a file."""
+        return text == "wikipedia" or (isinstance(text, str) and text.startswith("hf:"))
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> HubSource:
+        """The data set that "wikipedia" or "hf:owner/name[@revision][:config[:column]]" names.
+
+        Raises:
+            CorpusError: it does not read like that.
+        """
+        if text == "wikipedia":
+            return cls("wikimedia/wikipedia", None, "20231101.en", "text")
+        place, *rest = str(text).removeprefix("hf:").split(":")
+        name, _, revision = place.partition("@")
+        if name.count("/") != 1 or not all(name.split("/")) or len(rest) > 2:
+            raise CorpusError(
+                f"corpus {text!r} must read 'hf:owner/name', 'hf:owner/name@revision:config:column'"
+            )
+        config, column = (rest + ["", ""])[:2]
+        return cls(name, revision or None, config or None, column or "text")
+
     def __str__(self) -> str:
-        """As `hub_source` reads it."""
+        """As `parse` reads it."""
         place = self.name + (f"@{self.revision}" if self.revision else "")
         return f"hf:{place}:{self.config or ''}:{self.column}"
 
@@ -54,9 +78,8 @@ class HubSource:
         )
         try:
             found = str(HfApi().dataset_info(self.name, revision=self.revision, timeout=8).sha)
-        except (
-            Exception
-        ) as e:  # the hub client raises its own, the http library's and the system's errors
+        # the hub client raises its own, the http library's and the system's errors
+        except Exception as e:
             if not known.is_file():
                 raise self._unreachable(e) from e
             logger.warning(
@@ -114,18 +137,16 @@ class HubSource:
         import datasets
         from huggingface_hub import HfApi
 
-        HfApi().dataset_info(
-            self.name, revision=self.revision, timeout=8
-        )  # fails at once; streaming retries long
+        # fails at once; streaming retries long
+        HfApi().dataset_info(self.name, revision=self.revision, timeout=8)
         rows = datasets.load_dataset(
             self.name, self.config, split=split, revision=self.revision, streaming=True
         )
-        apart = (
-            rows.num_shards >= lanes
-        )  # whole files for each lane; else every lane reads all and keeps its share
+        # whole files for each lane; else every lane reads all and keeps its share
+        apart = rows.num_shards >= lanes
         if lanes > 1 and apart:
             rows = rows.shard(num_shards=lanes, index=lane)
-        shuffled: Iterator[dict] = iter(
+        shuffled: Iterator[dict[str, Any]] = iter(
             rows.shuffle(seed=seed, buffer_size=max(SHUFFLE_BUFFER // lanes, 1))
         )
         for row in shuffled if apart else itertools.islice(shuffled, lane, None, lanes):
@@ -135,24 +156,3 @@ class HubSource:
                     f"{self.name}: no text in column {self.column!r}; columns: {', '.join(row)}"
                 )
             yield text or ""
-
-
-def hub_source(corpus: object) -> HubSource | None:
-    """The data set that "wikipedia" or "hf:owner/name[@revision][:config[:column]]" names, or None
-    for anything else.
-
-    Raises:
-        CorpusError: it starts with "hf:" and does not read like that.
-    """
-    if corpus == "wikipedia":
-        return HubSource("wikimedia/wikipedia", None, "20231101.en", "text")
-    if not isinstance(corpus, str) or not corpus.startswith("hf:"):
-        return None
-    place, *rest = corpus[3:].split(":")
-    name, _, revision = place.partition("@")
-    if name.count("/") != 1 or not all(name.split("/")) or len(rest) > 2:
-        raise CorpusError(
-            f"corpus {corpus!r} must read 'hf:owner/name', 'hf:owner/name@revision:config:column'"
-        )
-    config, column = (rest + ["", ""])[:2]
-    return HubSource(name, revision or None, config or None, column or "text")

@@ -3,13 +3,12 @@
 A window is the unit of work, of progress and of sharing: window `n` goes to rank `n mod ranks`,
 whatever the number of ranks, and a checkpoint says how many windows are done. Windows are cut by
 characters, so that a rank finds its own without tokenising those of the others. A hub data set has
-lanes (`text.lanes_of`), and window `n` is the next one of lane `n mod lanes`: a rank opens the
+lanes (`Corpus.lanes`), and window `n` is the next one of lane `n mod lanes`: a rank opens the
 lanes it needs. Window `n` of "self" is the model's samples 64 n to 64 n + 63.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import itertools
 import json
@@ -20,7 +19,7 @@ import os
 import signal
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,13 +33,13 @@ from knowedit.errors import CorpusError
 from knowedit.io.files import atomic_file, cache_dir, trim
 from knowedit.models.editable import EditableModel
 from knowedit.statistics.corpus.batching import Piece
-from knowedit.statistics.corpus.corpus import Corpus, corpus_fingerprint, documents, lanes_of
+from knowedit.statistics.corpus.corpus import Corpus
 
 logger = logging.getLogger(__name__)
 
 SIZE = 32_768  # characters of a window: about 8,000 tokens, enough to sort and to fill a batch
 SAMPLES = 64  # documents of a window of the model's own samples
-AHEAD = 16  # windows the worker process is ahead, and that a rank takes at most in one round
+PREFETCH = 16  # windows the worker process reads ahead, and that a rank takes at most in one round
 WORTH_A_WORKER = 65_536  # tokens from which on a worker process and a cache of tokens pay
 CACHED = 2 << 30  # bytes of cached tokens to keep: about 500 million tokens
 
@@ -66,7 +65,7 @@ class Reader:
     """What it takes to make windows; small enough to travel to a worker process.
 
     Attributes:
-        corpus, seed: as of `text.documents`.
+        corpus, seed: as of `Corpus.documents`.
         tokenizer: a fast one.
         max_length: longer documents are cut into pieces of this many tokens.
         skip_first: the first token of a piece does not count.
@@ -95,13 +94,13 @@ class Reader:
         Raises:
             CorpusError: the corpus cannot be read (on).
         """
-        if self.corpus == "self":
+        if self.corpus.is_self:
             for number in _own(start, self.rank, self.ranks):
                 texts = list(
                     itertools.islice(self.samples(seed=self.seed, start=SAMPLES * number), SAMPLES)
                 )
                 yield self._tokenised(number, texts)
-        lanes = lanes_of(self.corpus)
+        lanes = self.corpus.lanes
         position = list(taken) or [0] * lanes
         opened: dict[int, Iterator[list[str]]] = {}
         shared = math.gcd(lanes, self.ranks)
@@ -115,8 +114,8 @@ class Reader:
                     if own:
                         yield found
                     continue
-                source = documents(
-                    self.corpus, seed=self.seed, start=position[lane], lane=lane, lanes=lanes
+                source = self.corpus.documents(
+                    seed=self.seed, start=position[lane], lane=lane, lanes=lanes
                 )
                 opened[lane] = _cut(source)
             texts = next(opened[lane], [])
@@ -134,8 +133,7 @@ class Reader:
         cut = (list(ids[i : i + length]) for ids in encoded for i in range(0, len(ids), length))
         return [Piece(ids, skip) for ids in cut if len(ids) > 1]
 
-    # -- windows that were tokenised before
-    # ---------------------------------------------------------------------
+    # -- windows that were tokenised before --
 
     def _file(self, number: int) -> Path:
         assert self.cache is not None
@@ -149,14 +147,8 @@ class Reader:
                 ends = np.cumsum(found["lengths"])
                 encoded = [ids.tolist() for ids in np.split(found["ids"], ends)[:-1]]
                 return Window(number, int(found["documents"]), self._pieces(encoded))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            zipfile.BadZipFile,
-        ):  # absent, or damaged: it is made again
-            return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None  # absent, or damaged: it is made again
 
     def _kept(self, window: Window) -> Window:
         """The window, which is now in the cache; a disk that is full only costs the next run some
@@ -183,10 +175,10 @@ def token_cache(model: EditableModel, reader: Reader) -> Path:
     Of the others the least recently used are deleted where all take more than `CACHED` bytes.
     """
     what = {
-        "corpus": corpus_fingerprint(reader.corpus),
+        "corpus": reader.corpus.identity,
         "seed": reader.seed,
         "max_length": reader.max_length,
-        "lanes": lanes_of(reader.corpus),
+        "lanes": reader.corpus.lanes,
         "size": SIZE,
         "tokenizer": hashlib.blake2b(
             model.tokenizer.backend_tokenizer.to_str().encode(), digest_size=8
@@ -202,10 +194,10 @@ def token_cache(model: EditableModel, reader: Reader) -> Path:
 
 
 @contextmanager
-def ahead(
+def prefetch(
     reader: Reader, start: int, taken: Sequence[int], *, worker: bool
 ) -> Iterator[Iterator[Window]]:
-    """The reader's windows; with `worker` a process of their own reads and tokenises `AHEAD` of
+    """The reader's windows; with `worker` a process of their own reads and tokenises `PREFETCH` of
     them in advance.
 
     It is forked, so that it needs no importable main module; where that is not possible the windows
@@ -214,11 +206,11 @@ def ahead(
     Raises:
         CorpusError: with a worker, also when that process was killed.
     """
-    if (
-        not worker
-        or reader.corpus == "self"
-        or "fork" not in multiprocessing.get_all_start_methods()
-    ):
+    # A plain process and not the worker of a torch DataLoader: that installs a handler for SIGCHLD,
+    # which raises in the middle of whatever the program does when a worker is killed, also after
+    # the corpus was closed. And when the program itself is killed such a worker lives on for
+    # seconds, and with it the lock on the folder.
+    if not worker or reader.corpus.is_self or "fork" not in multiprocessing.get_all_start_methods():
         yield reader.windows(start, taken)
         return
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -254,14 +246,12 @@ def _received(receiver: Connection) -> Iterator[Window]:
 
 
 def _work(sender: Connection, reader: Reader, start: int, taken: list[int]) -> None:
-    """In the worker process: it ends with its parent (or it would keep the lock on the folder for a
-    while), and leaves signals, which go to all processes of a job, to its parent, who saves
-    first."""
+    """In the worker process: leave signals, which go to all processes of a job, to the parent, who
+    saves first; end with the parent, or this process would keep the lock on the folder.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux only
-    made: Queue[Window | Exception] = Queue(AHEAD)
+    made: Queue[Window | Exception] = Queue(PREFETCH)
 
     def make() -> None:
         try:
@@ -271,8 +261,16 @@ def _work(sender: Connection, reader: Reader, start: int, taken: list[int]) -> N
             made.put(error)
 
     Thread(target=make, daemon=True).start()
+    Thread(target=_end_with_parent, daemon=True).start()
     while True:
         sender.send(made.get())
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _own(start: int, rank: int, ranks: int) -> Iterator[int]:

@@ -24,42 +24,69 @@ from torch import Tensor
 from knowedit.errors import StatisticsError
 from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files import store
-from knowedit.statistics.files.store import Recipe
-from knowedit.statistics.sums import Seen
+from knowedit.statistics.files.store import CollectionRecipe
+from knowedit.statistics.sums import KeyTally
 from knowedit_kernels import SecondMoment
 
 logger = logging.getLogger(__name__)
 
 INCOMPLETE = ".incomplete"  # behind the name of a checkpoint that could not be gone on from
-State = dict[tuple[int, int], dict[str, Tensor]]  # of (half, layer): `SecondMoment.state_dict`
+MomentStates = dict[tuple[int, int], dict[str, Tensor]]  # of (half, layer): their state_dict
 
 
 @dataclass
-class Place:
-    """How far a collection is, the same on every rank: windows done, documents of each lane, keys
-    of each half, what was estimated, and which commits of hub data sets are read."""
+class CollectionState:
+    """How far a collection is, the same on every rank.
+
+    Attributes:
+        windows: how many are done.
+        documents: read of each lane.
+        counts: keys of each half.
+        checks: what the convergence checks found, by layer.
+        converged: whether the last of them found it good enough.
+        commits: of the hub data sets that are read.
+    """
 
     windows: int
-    taken: list[int]
+    documents: list[int]
     counts: list[int]
-    looks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    checks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     converged: bool = False
     commits: dict[str, str] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
+        """Keys of both halves."""
         return sum(self.counts)
+
+    def header(self) -> dict[str, Any]:
+        """As a checkpoint's header has it: two names there are older than those here."""
+        return {_HEADER_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> CollectionState:
+        """The inverse of `header`; what else is there is left."""
+        names = {name: _HEADER_NAMES.get(name, name) for name in cls.__dataclass_fields__}
+        return cls(**{name: header[key] for name, key in names.items() if key in header})
+
+
+_HEADER_NAMES = {"documents": "taken", "checks": "looks"}
 
 
 class Checkpoints:
     """The files of one recipe and set of layers in a folder."""
 
-    def __init__(self, where: Path, layers: Sequence[int], recipe: Recipe, ranks: Ranks) -> None:
+    def __init__(
+        self, where: Path, layers: Sequence[int], recipe: CollectionRecipe, ranks: Ranks
+    ) -> None:
         self.where, self.ranks, self.layers = where, ranks, set(layers)
         self._tag = _tag(layers, recipe)
 
     def save(
-        self, place: Place, seen: Seen, moments: Mapping[tuple[int, int], SecondMoment]
+        self,
+        state: CollectionState,
+        tally: KeyTally,
+        moments: Mapping[tuple[int, int], SecondMoment],
     ) -> bool:
         """Write this rank's file; when all have, drop the older ones, else these. A full disk is a
         warning: the run goes on. Returns whether all have."""
@@ -68,22 +95,22 @@ class Checkpoints:
             for (half, layer), m in moments.items()
             for k, v in m.state_dict().items()
         }
-        path, written = self._file(place.windows, self.ranks.rank, self.ranks.size), True
+        path, written = self._file(state.windows, self.ranks.rank, self.ranks.size), True
         try:
-            store.write(path, tensors, {**asdict(place), **asdict(seen)})
+            store.write(path, tensors, {**state.header(), **asdict(tally)})
         except StatisticsError as error:
             written = False
             logger.warning("no checkpoint: %s", error)
         if complete := all(self.ranks.gather(written)):
             for windows, rank, size in self._visible():
-                if windows < place.windows:
+                if windows < state.windows:
                     self._file(windows, rank, size).unlink(missing_ok=True)
         else:
             path.unlink(missing_ok=True)
         return complete
 
-    def load(self) -> tuple[Place, Seen | None, State] | None:
-        """What this rank goes on from (a rank that starts from zero: only the place), or None.
+    def load(self) -> tuple[CollectionState, KeyTally | None, MomentStates] | None:
+        """What this rank goes on from (a rank that starts from zero: only the state), or None.
 
         Raises:
             StatisticsError: a file is damaged.
@@ -102,12 +129,12 @@ class Checkpoints:
                     if self.ranks.rank == 0
                     else None
                 )
-                place = self.ranks.gather(mine and mine[0])[0]
+                state = self.ranks.gather(mine[0] if mine else None)[0]
+                assert state is not None  # rank 0 has read it
                 self._keep_only(windows, size)
-                return mine or (place, None, {})  # type: ignore[return-value]
-        for (
-            file
-        ) in self._visible():  # out of the way, or files of another run could complete their set
+                return mine or (state, None, {})
+        # out of the way, or files of another run could complete their set
+        for file in self._visible():
             path = self._file(*file)
             logger.warning(
                 "starting from zero: %s is there, but not those of all %d ranks, which it takes",
@@ -139,27 +166,24 @@ class Checkpoints:
             if _layers_in(path) & self.layers:
                 path.unlink(missing_ok=True)
 
-    def _read(self, files: Sequence[tuple[int, int, int]]) -> tuple[Place, Seen, State]:
+    def _read(
+        self, files: Sequence[tuple[int, int, int]]
+    ) -> tuple[CollectionState, KeyTally, MomentStates]:
         """The sum of some ranks' files."""
-        place: Place | None = None
-        seen: Seen | None = None
-        total: State = {}
+        state: CollectionState | None = None
+        tally: KeyTally | None = None
+        total: MomentStates = {}
         for file in files:
             header, tensors = store.read(self._file(*file))
-            part = Seen(header["norms"], header["padded"], header["text"])
-            known = {
-                name: header[name] for name in ("windows", "taken", "counts", "looks", "converged")
-            }
-            place = Place(**known, commits=header.get("commits", {}))
-            seen = seen.add(part) if seen else part
+            part = KeyTally(header["norms"], header["padded"], header["text"])
+            state = CollectionState.from_header(header)
+            tally = tally.add(part) if tally else part
             for name, tensor in tensors.items():
                 half, layer, kind = name.split(".")
-                state = total.setdefault((int(half), int(layer)), {})
-                state[kind] = (
-                    state[kind] + tensor if kind in state and kind != "pending" else tensor
-                )
-        assert place is not None and seen is not None
-        return place, seen, total
+                sums = total.setdefault((int(half), int(layer)), {})
+                sums[kind] = sums[kind] + tensor if kind in sums and kind != "pending" else tensor
+        assert state is not None and tally is not None
+        return state, tally, total
 
     def _file(self, windows: int, rank: int, size: int) -> Path:
         return self.where / f"checkpoint-{self._tag}.{windows:08d}.{rank}-of-{size}.safetensors"
@@ -172,7 +196,9 @@ class Checkpoints:
         return {(int(m[1]), int(m[2]), int(m[3])) for m in found if m}
 
 
-def begun(where: Path, layers: Sequence[int], missing: Sequence[int], recipe: Recipe) -> list[int]:
+def resumable_layers(
+    where: Path, layers: Sequence[int], missing: Sequence[int], recipe: CollectionRecipe
+) -> list[int]:
     """The layers to collect when `missing` of `layers` are: with those that an earlier run
     collected together with them, if it ended while it wrote its results and left its checkpoint."""
     for path in sorted(where.glob("checkpoint-*.safetensors")):
@@ -183,7 +209,7 @@ def begun(where: Path, layers: Sequence[int], missing: Sequence[int], recipe: Re
     return list(missing)
 
 
-def _tag(layers: Sequence[int], recipe: Recipe) -> str:
+def _tag(layers: Sequence[int], recipe: CollectionRecipe) -> str:
     what = json.dumps([list(layers), asdict(recipe)], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
 

@@ -1,7 +1,7 @@
 """The processes that collect together: those of `torchrun`, or this one alone.
 
-Everything that is said between them goes through four collectives of torch.distributed; with one
-process they cost nothing and change nothing, so that the collection is written once.
+All that they exchange goes through five collectives of torch.distributed; with one process they
+cost nothing and change nothing, so that the collection is written once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from knowedit.errors import KnowEditError, StatisticsError
 from knowedit_kernels import SecondMoment
 
 T = TypeVar("T")
-TIMEOUT = timedelta(
-    minutes=30
-)  # one rank may wait for a hub that went away, or write a large checkpoint
+# one rank may wait for a hub that went away, or write a large checkpoint
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Ranks:
         return items
 
     def post(self, numbers: Sequence[int]) -> Callable[[], list[list[int]]]:
-        """Begin to tell everyone the `numbers`, of which all have as many; what it returns waits
-        for everyone's, by rank.
+        """Begin to send the `numbers`, of which all have as many, to every rank; what it returns
+        waits for everyone's, by rank.
 
         No other collective may come between the two.
         """
@@ -144,9 +143,7 @@ def _another_died() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (
-        RuntimeError
-    ) as error:  # what gloo and NCCL raise when a connection ends or nobody answers
+    except RuntimeError as error:  # what gloo and NCCL raise when nobody answers (any more)
         raise StatisticsError(
             f"another rank ended or does not answer ({str(error).splitlines()[0][:200]}); "
             "what was checkpointed is kept: start again, with as many ranks as you like"

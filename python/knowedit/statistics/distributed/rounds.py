@@ -1,8 +1,8 @@
-"""Which windows every rank takes next, told to all of them one round ahead.
+"""Which windows every rank takes next, sent to all of them one round ahead.
 
-    announce:  read some windows, begin to tell how many keys each has -> (the round before is
-        summed meanwhile)
-    told:      what all ranks have announced
+    announce:  read some windows, begin to send how many keys each has -> (the round before is
+               summed meanwhile)
+    receive:   what all ranks have announced
 
 So a rank waits for the others only when they are more than a round behind: what slows one of them
 for a moment, or windows that are longer than others, even out.
@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from knowedit.errors import KnowEditError
-from knowedit.statistics.corpus.windows import AHEAD, Window
-from knowedit.statistics.distributed.checkpoints import Place
+from knowedit.statistics.corpus.windows import PREFETCH, Window
+from knowedit.statistics.distributed.checkpoints import CollectionState
 from knowedit.statistics.distributed.ranks import Ranks
 
-# that a round of several ranks takes; a SIGTERM is answered after one or two, and torchrun waits
-# for 30
+# of a round of several ranks; a SIGTERM is answered after one or two, and torchrun waits for 30
 SECONDS = 8.0
 
 
@@ -28,87 +27,92 @@ class Round:
     """Windows `start` to `end - 1`, which every rank knows the sizes of.
 
     Attributes:
-        mine: this rank's windows.
+        own: this rank's windows.
         sizes: keys that count and documents of every window.
         problem: the corpus could not be read on at window `end`.
-        due: rank 0 wants a checkpoint of everything before this round.
-        ended: a rank was told to end.
+        checkpoint: rank 0 wants a checkpoint of everything before this round.
+        stop: a rank was sent a SIGTERM.
     """
 
     start: int
     end: int
-    mine: dict[int, Window] = field(default_factory=dict)
+    own: dict[int, Window] = field(default_factory=dict)
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     problem: KnowEditError | None = None
-    due: bool = False
-    ended: bool = False
+    checkpoint: bool = False
+    stop: bool = False
 
 
 class Rounds:
     """The rounds of one collection.
 
     Attributes:
-        each: windows of each rank in the next round.
-        announced: whether there is a round that nobody has taken yet.
+        width: windows of each rank in the next round.
+        announced: whether there is a round that was not received yet.
     """
 
     def __init__(self, source: Iterator[Window], ranks: Ranks, tokens: int) -> None:
-        self.source, self.ranks, self.tokens, self.each = source, ranks, tokens, 1
+        self.source, self.ranks, self.tokens, self.width = source, ranks, tokens, 1
         self._pace = 0.0  # seconds a window
-        self._now: tuple[Round, Callable[[], list[list[int]]]] | None = None
+        self._coming: tuple[Round, Callable[[], list[list[int]]]] | None = None
 
     @property
     def announced(self) -> bool:
-        return self._now is not None
+        return self._coming is not None
 
-    def took(self, seconds: float, windows: int) -> None:
+    def record_time(self, seconds: float, windows: int) -> None:
         """How long this rank's windows of the last round took."""
         self._pace = seconds / windows if windows else self._pace
 
-    def announce(self, place: Place, limit: int, *, due: bool, ended: bool) -> None:
-        """Begin the round after `place`, with windows below `limit`; `due` is rank 0's to say."""
+    def announce(self, state: CollectionState, limit: int, *, checkpoint: bool, stop: bool) -> None:
+        """Begin the round after `state`, with windows below `limit`; of all ranks' `checkpoint` the
+        one of rank 0 counts.
+        """
         size, rank = self.ranks.size, self.ranks.rank
-        now = Round(place.windows, min(place.windows + self.each * size, limit))
-        unread = now.end
+        coming = Round(state.windows, min(state.windows + self.width * size, limit))
+        unread = coming.end
         try:
-            for number in range(now.start + (rank - now.start) % size, now.end, size):
+            for number in range(coming.start + (rank - coming.start) % size, coming.end, size):
                 unread = number
-                now.mine[number] = next(self.source)
-            unread = now.end
+                coming.own[number] = next(self.source)
+            unread = coming.end
         except KnowEditError as error:
-            now.problem = error
-        sizes = [n for w in now.mine.values() for n in (w.count, w.documents)]
-        sizes += [0] * (2 * self.each - len(sizes))
-        self._now = now, self.ranks.post([unread, due, ended, self._wanted(), *sizes])
+            coming.problem = error
+        sizes = [n for w in coming.own.values() for n in (w.count, w.documents)]
+        sizes += [0] * (2 * self.width - len(sizes))
+        posted = self.ranks.post([unread, checkpoint, stop, self._wanted_width(), *sizes])
+        self._coming = coming, posted
 
-    def told(self) -> Round:
+    def receive(self) -> Round:
         """The round that was announced, once all ranks have announced theirs.
 
         Raises:
             StatisticsError: another rank died.
         """
-        assert self._now is not None
-        (now, wait), self._now = self._now, None
-        said = wait()
+        assert self._coming is not None
+        (now, wait), self._coming = self._coming, None
+        rows = wait()
         first, size = now.start, self.ranks.size
-        if (end := min(row[0] for row in said)) < now.end:
+        if (end := min(row[0] for row in rows)) < now.end:
             problems = self.ranks.gather(now.problem)
             now.problem, now.end = problems[end % size], end
-        now.due, now.ended, self.each = bool(said[0][1]), any(row[2] for row in said), said[0][3]
+        now.checkpoint, now.stop = bool(rows[0][1]), any(row[2] for row in rows)
+        self.width = rows[0][3]
         for number in range(first, now.end):
-            mine = 4 + 2 * ((number - first) // size)
-            now.sizes[number] = (said[number % size][mine], said[number % size][mine + 1])
+            at = 4 + 2 * ((number - first) // size)
+            now.sizes[number] = (rows[number % size][at], rows[number % size][at + 1])
         return now
 
-    def fit(self, place: Place) -> None:
-        """No more windows in the next round than are still needed behind `place`."""
-        needed = (self.tokens - place.count) * place.windows / max(place.count, 1) / self.ranks.size
-        self.each = max(1, min(self.each, int(needed)))
+    def narrow(self, state: CollectionState) -> None:
+        """Let the next round have no more windows than are still needed after `state`."""
+        left = self.tokens - state.count
+        needed = left * state.windows / max(state.count, 1) / self.ranks.size
+        self.width = max(1, min(self.width, int(needed)))
 
-    def _wanted(self) -> int:
+    def _wanted_width(self) -> int:
         """How many windows of each rank fill a round; one process, which waits for nobody, takes
         them one by one.
         """
         if self.ranks.size == 1 or not self._pace:
             return 1
-        return max(1, min(AHEAD, int(SECONDS / self._pace)))
+        return max(1, min(PREFETCH, int(SECONDS / self._pace)))

@@ -25,7 +25,7 @@ from torch import Tensor
 from knowedit.errors import StatisticsError
 from knowedit.io.files import atomic_file
 from knowedit.models.editable import EditableModel
-from knowedit.statistics.files.store import LayerStatistics, Recipe
+from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from knowedit.statistics.files.verify import Finding, plausible, require, resembles, sample
 
 FORMATS = ("rome", "memit", "easyedit", "alphaedit")
@@ -55,7 +55,7 @@ class PeerFile:
     module: str | None
 
 
-def place(
+def peer_path(
     folder: Path,
     found: LayerStatistics,
     style: str,
@@ -91,7 +91,7 @@ def write(
     Raises:
         StatisticsError: no such format; the disk is full.
     """
-    path = place(folder, found, style, dataset, sample_size)
+    path = peer_path(folder, found, style, dataset, sample_size)
     members = {
         "mom2.constructor": np.array(CONSTRUCTORS[style]),
         "mom2.count": np.array(found.count, np.int64),
@@ -146,9 +146,8 @@ def read(path: Path) -> PeerFile:
             f"second moment"
         )
     named = re.fullmatch(r"(.+)_float\d\d_.*mom2.*", path.stem)
-    documents = (
-        int(size) if size is not None and np.issubdtype(size.dtype, np.integer) else None
-    )  # None: a special NaN
+    # a peer that took all documents writes NaN
+    documents = None if size is None or not np.issubdtype(size.dtype, np.integer) else int(size)
     return PeerFile(
         torch.from_numpy(total.astype(np.float64)),
         int(count),
@@ -163,7 +162,7 @@ def layer_of(module: str | None, model: EditableModel) -> int | None:
     return names.get(module or "")
 
 
-def take(
+def import_layer(
     path: Path, model: EditableModel, layer: int | None = None
 ) -> tuple[LayerStatistics, list[Finding]]:
     """A peer's file as statistics of `model`, after everything about it was checked.
@@ -196,7 +195,7 @@ def take(
         str(path),
         "use a file of this model and layer, or collect your own with `knowedit stats`",
     )
-    recipe = Recipe(
+    recipe = CollectionRecipe(
         model.fingerprint,
         {"name": f"imported {path.name}", "sample_size": found.sample_size},
         found.count,

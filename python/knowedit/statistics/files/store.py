@@ -4,9 +4,13 @@ a JSON header.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +23,17 @@ from knowedit.errors import StatisticsError
 from knowedit.io.files import atomic_file, cache_dir
 
 FORMAT = "knowedit-statistics/1"
+#: How to read the headers of earlier formats: format -> the header one format later, with its name.
+MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CollectionRecipe:
     """What was collected, and from what: two files with equal recipes hold the same statistics.
 
     Attributes:
         fingerprint: of the model's unedited weights.
-        corpus: name and digest of the text (`text.corpus_fingerprint`).
+        corpus: name and digest of the text (`Corpus.identity`).
         tokens: keys asked for.
         max_length: documents are cut into pieces of at most this many tokens.
         skip_first: the first token of a piece is left out (it is the model's attention sink).
@@ -51,8 +57,6 @@ class Recipe:
     @property
     def slug(self) -> str:
         """A readable folder name, unique to the recipe."""
-        import hashlib
-
         digest = hashlib.blake2b(
             json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6
         ).hexdigest()
@@ -70,20 +74,43 @@ class LayerStatistics:
         layer, module: index and name of the projection whose inputs these are.
         count: keys summed.
         total: `[d_ff, d_ff]` float64, symmetric.
-        first_norm, other_norm: root mean square norm of the keys at first tokens, and median-like
-            norm of the others.
-        extra: audit result, padding, versions.
+        first_norm, other_norm: mean norm of the keys at first tokens, and of the others.
+        extra: audit result, padding, convergence, versions.
     """
 
     layer: int
     module: str
     model: str
-    recipe: Recipe
+    recipe: CollectionRecipe
     count: int
     total: Tensor
     first_norm: float
     other_norm: float
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """blake2b of the lower triangle of `total`, row by row in little-endian float64: the same
+        in memory, in a file, and after reading it. 32 hex digits.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for i, row in enumerate(self.total.cpu()):
+            digest.update((row[: i + 1] + 0.0).numpy().astype("<f8").tobytes())  # no negative zeros
+        return digest.hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these statistics from others, for the record of an edit made with them.
+
+        `fingerprint` of the model, `corpus` (`Corpus.identity`), `tokens` summed, `digest` of the
+        sums; as JSON has it.
+        """
+        return {
+            "fingerprint": self.recipe.fingerprint,
+            "corpus": self.recipe.corpus,
+            "tokens": self.count,
+            "digest": self.digest,
+        }
 
     def save(self, path: Path) -> None:
         """Write atomically.
@@ -91,10 +118,9 @@ class LayerStatistics:
         Raises:
             StatisticsError: the disk is full or not writable; an older file is left as it was.
         """
-        header = {k: v for k, v in asdict_shallow(self).items() if k != "total"}
+        header = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "total"}
         header["recipe"], header["format"] = asdict(self.recipe), FORMAT
-        tensors = {"lower": pack_lower(self.total)}
-        write(path, tensors, header)
+        write(path, {"lower": pack_lower(self.total)}, header)
 
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
@@ -104,19 +130,23 @@ class LayerStatistics:
             StatisticsError: missing, truncated, or not a statistics file; the message has the
                 remedy.
         """
-        header, tensors = read(path)
-        if header.get("format") != FORMAT or "lower" not in tensors:
+        found, tensors = read(path)
+        found = _migrated(found, path)
+        try:
+            known = {
+                name: found[name]
+                for name in ("layer", "module", "model", "count", "first_norm", "other_norm")
+            }
+            recipe = CollectionRecipe(**found["recipe"])
+            total = unpack_lower(tensors["lower"])
+        except (KeyError, TypeError) as error:
             raise StatisticsError(
-                f"{path} is not a statistics file of this version (format {header.get('format')!r})"
-            )
-        known = {
-            name: header[name]
-            for name in ("layer", "module", "model", "count", "first_norm", "other_norm", "extra")
-        }
-        return cls(recipe=Recipe(**header["recipe"]), total=unpack_lower(tensors["lower"]), **known)
+                f"{path} is not a statistics file of this version ({error})"
+            ) from error
+        return cls(recipe=recipe, total=total, extra=found.get("extra", {}), **known)
 
 
-def folder(model_name: str, recipe: Recipe) -> Path:
+def folder(model_name: str, recipe: CollectionRecipe) -> Path:
     """Where files of this recipe live in the cache."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", model_name.rstrip("/").rsplit("/", 1)[-1])
     return cache_dir("statistics", f"{name}-{recipe.fingerprint[:12]}", recipe.slug)
@@ -158,36 +188,44 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StatisticsError(
             f"{path}: there is no such statistics file; collect it with `knowedit stats`"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("knowedit", "{}"))
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise StatisticsError(
-            f"{path} is truncated or damaged ({error}); delete it and collect again"
-        ) from error
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _header(file), tensors
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The header alone, without reading the sums. Raises StatisticsError when the file is damaged
-    or no such file.
+    """The header alone, in this version's format, without reading the sums. Raises StatisticsError
+    when the file is damaged or no such file.
     """
+    with _opened(path) as file:
+        return _migrated(_header(file), path)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get("knowedit", "{}"))
+            yield file
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise StatisticsError(
             f"{path} is truncated or damaged ({error}); delete it and collect again"
         ) from error
-    if found.get("format") != FORMAT:
-        raise StatisticsError(
-            f"{path} is not a statistics file of this version (format {found.get('format')!r})"
-        )
+
+
+def _header(file: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((file.metadata() or {}).get("knowedit", "{}"))
     return found
 
 
-def asdict_shallow(item: Any) -> dict[str, Any]:
-    return {name: getattr(item, name) for name in item.__dataclass_fields__}
+def _migrated(header: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The header as this version writes it."""
+    while (number := header.get("format")) != FORMAT:
+        if number not in MIGRATIONS:
+            raise StatisticsError(
+                f"{path} is not a statistics file of this version (format {number!r})"
+            )
+        header = MIGRATIONS[number](header)
+    return header
 
 
 def pack_lower(matrix: Tensor) -> Tensor:

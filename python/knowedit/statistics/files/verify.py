@@ -5,11 +5,13 @@ which say neither.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from knowedit.errors import StatisticsError
+from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
 from knowedit.statistics.corpus.batching import Piece, batches
 from knowedit.statistics.files.store import LayerStatistics
@@ -83,7 +85,7 @@ def sound(found: LayerStatistics) -> list[Finding]:
 
 
 @dataclass(frozen=True)
-class Sample:
+class KeySample:
     """Keys of one layer on the package's own facts: mean square of each channel `[d_ff]`, and norms
     by place.
     """
@@ -93,14 +95,12 @@ class Sample:
     other_norm: float
 
 
-def sample(model: EditableModel, layer: int) -> Sample:
+def sample(model: EditableModel, layer: int) -> KeySample:
     """A few hundred keys of the model itself to compare a file with.
 
     Raises:
         ModelError: there is no such layer.
     """
-    from knowedit.facts.sets import load
-
     texts = [f"{fact.text} {fact.true or fact.target}" for fact in load("embedded")]
     pieces = [
         Piece(ids, 1)
@@ -116,14 +116,14 @@ def sample(model: EditableModel, layer: int) -> Sample:
         first.append(key[batch.first])
         other.append(key[batch.keep])
     keys_first, keys_other = torch.cat(first), torch.cat(other)
-    return Sample(
+    return KeySample(
         keys_other.square().mean(0),
         float(keys_first.norm(dim=1).mean()),
         float(keys_other.norm(dim=1).mean()),
     )
 
 
-def resembles(total: Tensor, count: int, seen: Sample) -> Finding:
+def resembles(total: Tensor, count: int, seen: KeySample) -> Finding:
     """Whether the channels' energies go with those of the model's keys: unrelated layers and models
     do not correlate.
     """
@@ -180,5 +180,5 @@ def require(findings: list[Finding], what: str, remedy: str) -> None:
         raise StatisticsError(f"{what} is refused ({'; '.join(wrong)}); {remedy}")
 
 
-def as_json(findings: list[Finding]) -> list[dict]:
+def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
     return [asdict(finding) for finding in findings]

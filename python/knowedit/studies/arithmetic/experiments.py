@@ -29,7 +29,7 @@ from knowedit.studies.arithmetic.prompts import forms as forms_of
 
 
 @dataclass(frozen=True)
-class Material:
+class TuningMaterial:
     """What a method may know.
 
     Attributes:
@@ -65,7 +65,7 @@ def material(
     seed: int,
     only: Sequence[Sum] | None = None,
     corpus: Any = "self",
-) -> Material:
+) -> TuningMaterial:
     """The tuning half of halved prompts; `only` some of the targets (the others are then neither
     written nor kept).
     """
@@ -79,10 +79,10 @@ def material(
         str(t): [p.form for _, p in tune if p.kind == "paraphrase" and p.about == t and p.form]
         for t in edited
     }
-    told = [
+    bare = [
         fact(model, t, paraphrases=[form.prompt(model) for form in forms[str(t)]]) for t in edited
     ]
-    facts = [*told, *(fact(model, t, form) for t in edited for form in forms[str(t)])]
+    facts = [*bare, *(fact(model, t, form) for t in edited for form in forms[str(t)])]
     chats = bool(getattr(model.tokenizer, "chat_template", None))
     more = [
         fact(model, t, form) for t in edited for form in forms_of(t, chats=chats, training=True)
@@ -93,10 +93,12 @@ def material(
         kind: [(p.prompt, before.texts[i]) for i, p in tune if p.kind == kind]
         for kind in ("sums", "unrelated")
     }
-    return Material(model, told, facts, more, forms, said["sums"], said["unrelated"], seed, corpus)
+    return TuningMaterial(
+        model, bare, facts, more, forms, said["sums"], said["unrelated"], seed, corpus
+    )
 
 
-def contrast(given: Material) -> tuple[str, ...]:
+def contrast(given: TuningMaterial) -> tuple[str, ...]:
     """What must not be taken for the target: what is kept, the tuning half's sums in the wordings
     for training, sums with larger numbers, and other operations."""
     rng, model = random.Random(given.seed), given.model
@@ -123,7 +125,7 @@ def contrast(given: Material) -> tuple[str, ...]:
 
 
 #: What `given` may name, as the study's material has it.
-GIVEN: dict[str, Callable[[Material], Any]] = {
+GIVEN: dict[str, Callable[[TuningMaterial], Any]] = {
     "seed": lambda material: material.seed,
     "corpus": lambda material: material.corpus,
     "prompts": lambda material: tuple(prompt for prompt, _ in material.kept),
@@ -131,7 +133,7 @@ GIVEN: dict[str, Callable[[Material], Any]] = {
     "contrast": contrast,
 }
 #: What `facts` may name.
-FACTS: dict[str, Callable[[Material], list[Fact]]] = {
+FACTS: dict[str, Callable[[TuningMaterial], list[Fact]]] = {
     "targets": lambda material: material.targets,
     "forms": lambda material: material.facts,
     "forms and training": lambda material: material.facts + material.more,
@@ -171,14 +173,14 @@ class Experiment:
                     f"experiment {self.method}: {where} is {name!r}; known: {', '.join(known)}"
                 )
 
-    def settings(self, material: Material) -> dict[str, Any]:
+    def settings(self, material: TuningMaterial) -> dict[str, Any]:
         """The method's settings under `material`, as `Config.with_settings` takes them."""
         found = {name: GIVEN[what](material) for name, what in self.given.items()}
         if self.layers and preset_for(material.model).measured:
             found["layers"] = LAYERS[self.layers](len(material.model.layers))
         return found | dict(self.set)
 
-    def build(self, material: Material) -> tuple[Method, list[Fact]]:
+    def build(self, material: TuningMaterial) -> tuple[Method, list[Fact]]:
         """The method, and the facts for it.
 
         Raises:

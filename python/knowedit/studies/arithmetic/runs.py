@@ -225,8 +225,8 @@ def _write(found: dict[str, Any], rows: Sequence[Row], folder: Path | None) -> N
     """Tables from the rows, and everything to disk, the rows first: a run is in `study.json` only
     with its rows.
     """
-    order = [*dict.fromkeys([*experiments(), *known_methods()])]
-    found["runs"].sort(key=lambda run: (order.index(run["method"]), run["seed"]))
+    order = {name: i for i, name in enumerate(dict.fromkeys([*experiments(), *known_methods()]))}
+    found["runs"].sort(key=lambda run: (order.get(run["method"], len(order)), run["seed"]))
     found["methods"] = []
     for name in dict.fromkeys(run["method"] for run in found["runs"]):
         mine = [row for row in rows if row["method"] == name]

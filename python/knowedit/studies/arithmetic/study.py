@@ -13,7 +13,7 @@ import torch
 
 from knowedit.errors import KnowEditError
 from knowedit.models.editable import EditableModel
-from knowedit.studies.arithmetic.experiments import Material, material
+from knowedit.studies.arithmetic.experiments import TuningMaterial, material
 from knowedit.studies.arithmetic.measure import (
     LONGER,
     MARGIN,
@@ -143,6 +143,6 @@ class Study:
         """The same rows with their halves under `seed`."""
         return [{**row, "half": probe.half} for row, probe in zip(rows, split(self.asked, seed))]
 
-    def material(self, seed: int, only: Sequence[Sum] | None = None) -> Material:
+    def material(self, seed: int, only: Sequence[Sum] | None = None) -> TuningMaterial:
         """What a method is given under `seed`."""
         return material(self.model, split(self.asked, seed), self.before, seed, only, self.corpus)

@@ -65,9 +65,9 @@ class MemoryEdit(Edit):
 
     def by_parameter(self, model: EditableModel) -> NoReturn:
         raise EditError(
-            f"a {self.method_name} edit changes no weight: it cannot be merged, exported or written "
-            f"into a copy of the model; "
-            "apply it to the model in memory, or save the edit itself"
+            f"a {self.method_name} edit changes no weight: it cannot be merged, exported or "
+            "written into a copy of the model; apply it to the model in memory, or save the edit "
+            "itself"
         )
 
     def delta(self, at: int | str, model: EditableModel | None = None) -> NoReturn:

@@ -1,5 +1,5 @@
-"""What a collection says while it runs: a bar on a terminal, a line a minute elsewhere, JSON lines
-for machines.
+"""Tokens a second of a collection, shown while it runs: a bar on a terminal, a line a minute
+elsewhere, JSON lines for machines.
 """
 
 from __future__ import annotations
@@ -18,44 +18,45 @@ EVERY_JSON = 1.0
 
 
 class Meter:
-    """Counts tokens and says how fast, how long still, and how well the estimate has converged."""
+    """Counts tokens and shows the speed, the time left and how well the estimate has converged."""
 
     def __init__(
         self, total: int, advance: Any, *, lines: bool, as_json: bool, out: TextIO
     ) -> None:
-        self.total, self.done, self.convergence = total, 0, {}  # type: ignore[var-annotated]
+        self.total, self.done = total, 0
+        self.convergence: dict[str, float] = {}
         self._advance, self._lines, self._json, self._out = advance, lines, as_json, out
-        self._start = self._said = time.monotonic()
+        self._start = self._written = time.monotonic()
         self._before = 0
 
-    def resumed(self, tokens: int) -> None:
+    def on_resume(self, tokens: int) -> None:
         """Tokens that an earlier run counted: they are done, and not part of this run's speed."""
         self.done = self._before = tokens
         self._advance(tokens)
 
-    def counted(self, tokens: int) -> None:
-        """More tokens; says so when it is time."""
+    def on_tokens(self, tokens: int) -> None:
+        """More tokens are summed; writes a line when it is time."""
         self.done += tokens
         self._advance(tokens, self._note())
         now = time.monotonic()
-        if (self._json and now - self._said >= EVERY_JSON) or (
-            self._lines and now - self._said >= EVERY
+        if (self._json and now - self._written >= EVERY_JSON) or (
+            self._lines and now - self._written >= EVERY
         ):
-            self._said = now
-            self.say("progress")
+            self._written = now
+            self.write("progress")
 
-    def looked(self, errors: dict[str, float]) -> None:
+    def on_check(self, errors: dict[str, float]) -> None:
         """Relative errors estimated from the tokens so far: `{"solve": 0.1, "null_space": 0.2}`."""
         self.convergence = errors
         if self._json:
-            self.say("convergence")
+            self.write("convergence")
 
     @property
     def rate(self) -> float:
         """Tokens a second of this run."""
         return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
 
-    def say(self, event: str) -> None:
+    def write(self, event: str) -> None:
         """One line now: "progress", "convergence" or "done"."""
         left = (self.total - self.done) / max(self.rate, 1e-9)
         if self._json:

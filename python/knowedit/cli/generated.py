@@ -1,0 +1,153 @@
+"""Options made from the fields of a dataclass of settings: types, defaults, and help from its
+docstring.
+
+A field of a nested part is an option of its own name, and sets every part that has it; `--set
+part.field=value` sets one. What is no number, text or switch, and what has the name of an option of
+an earlier version, is set by `--set` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import typer
+from typer.main import get_command
+
+from knowedit.cli.options import OLD, Command
+from knowedit.errors import ConfigError
+from knowedit.io.config import parse_setting
+from knowedit.io.names import nearest
+
+SETTINGS = "knowedit.settings"  # what was given, in a context's `meta`, by field
+Dataclass = TypeVar("Dataclass")
+
+
+class ConfigCommand(Command):
+    """A command with the fields of `config` ("module:Class") as options; it finds what was given in
+    `ctx.meta[SETTINGS]`. The module is imported when the options are asked for.
+    """
+
+    config: ClassVar[str]
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        own = super().get_params(ctx)
+        taken = {str(param.name) for param in own}
+        module, _, name = self.config.partition(":")
+        made = options_of(getattr(import_module(module), name)())
+        return [*own[:-1], *(o for o in made if o.name not in taken), *own[-1:]]  # --help is last
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        left = super().parse_args(ctx, args)
+        own = {str(param.name) for param in self.params}
+        given = {name: ctx.params.pop(name) for name in set(ctx.params) - own}
+        ctx.meta[SETTINGS] = {name: value for name, value in given.items() if value is not None}
+        return left
+
+
+def command(config: str) -> type[ConfigCommand]:
+    """The class of a command with the fields of `config` as options."""
+    return type("ConfigCommand", (ConfigCommand,), {"config": config})
+
+
+def options_of(settings: Any) -> list[Any]:
+    """An option a field of `settings`, an instance with the defaults, and of its parts."""
+    found: dict[str, tuple[type, str, list[str]]] = {}
+    for path, value, hint, text in _leaves(settings):
+        name = path.rpartition(".")[2]
+        if f"--{name.replace('_', '-')}" in OLD or (kind := _plain(hint)) is None:
+            continue
+        part = f"{path.rpartition('.')[0]}: " if "." in path else ""
+        shown = "none" if value is None else str(value)
+        kind, help_, defaults = found.get(name, (kind, text, []))
+        found[name] = kind, help_, [*defaults, f"{part}{shown}"]
+    options = {name: _option(name, *about) for name, about in found.items()}
+
+    def fields() -> None: ...
+
+    fields.__annotations__ = options
+    fields.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what typer reads
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+            for name, option in options.items()
+        ]
+    )
+    alone = typer.Typer(add_completion=False)
+    alone.command()(fields)
+    return list(get_command(alone).params)
+
+
+def _option(name: str, kind: type, text: str, defaults: list[str]) -> Any:
+    """The annotation of typer for it."""
+    spelled = f"--{name.replace('_', '-')}"
+    if kind is bool:
+        spelled += f"/--no-{name.replace('_', '-')}"
+    return Annotated[  # type: ignore[return-value]
+        kind | None, typer.Option(spelled, help=text, show_default=", ".join(defaults))
+    ]
+
+
+def changed(settings: Dataclass, given: dict[str, Any], paths: list[str]) -> Dataclass:
+    """`settings` with the options that were given, and with `name=value` of `--set`.
+
+    Raises ConfigError.
+    """
+    for path in [path for path, *_ in _leaves(settings)]:
+        if (name := path.rpartition(".")[2]) in given:
+            settings = _with(settings, path.split("."), given[name])
+    for text in paths:
+        name, value = parse_setting(text)
+        known = [path for path, *_ in _leaves(settings)]
+        places = [path for path in known if name in (path, path.rpartition(".")[2])]
+        if not places:
+            raise ConfigError(f"there is no setting {name!r}; {nearest(name, known)}")
+        for place in places:
+            settings = _with(settings, place.split("."), value)
+    return settings
+
+
+def _with(settings: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    if rest:
+        value = _with(getattr(settings, name), rest, value)
+    try:
+        value = tuple(value) if isinstance(value, list) else value
+        return dataclasses.replace(settings, **{name: value})
+    except TypeError as error:
+        raise ConfigError(f"{name}={value!r}: {error}") from None
+
+
+def _leaves(settings: Any, path: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Path, value, type and help of every field that is no part."""
+    cls = type(settings)
+    hints, texts = typing.get_type_hints(cls), attribute_help(cls)
+    for field in dataclasses.fields(cls):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{path}{field.name}.")
+        else:
+            yield path + field.name, value, hints[field.name], texts.get(field.name, "")
+
+
+def _plain(hint: Any) -> type | None:
+    """The type of one number, text or switch; None for anything else."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [option for option in options if option is not type(None)]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool, str) else None
+
+
+def attribute_help(cls: type) -> dict[str, str]:
+    """`{field: sentence}` of the docstring's section "Attributes"."""
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    texts = {}
+    for names, text in entries:
+        sentence = " ".join(text.split())
+        texts |= dict.fromkeys(names.split(", "), sentence[:1].upper() + sentence[1:])
+    return texts

@@ -1,0 +1,111 @@
+"""`knowedit methods`, `datasets` and `models`: what there is, by name. None of them imports
+torch, but for the settings of one method.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from knowedit.cli.options import App, Json
+from knowedit.io.tables import Column, Table
+
+app = App()
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show the settings of this method.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or the settings of one with their defaults."""
+    from knowedit.methods.listing import methods as listed
+
+    if name is None:
+        found = [
+            {"name": method.name, "group": method.group, "what": method.summary}
+            for method in listed().values()
+        ]
+        _show(["name", "group", "what"], found, as_json)
+        return
+    from knowedit.methods.registry import make_method
+
+    record = make_method(name).to_dict()
+    if as_json:
+        print(json.dumps(record))
+        return
+    print(listed()[name].summary or name)
+    print(Table(["setting", Column("default", code=True)], list(_settings(record))))
+
+
+def _settings(record: dict[str, Any], path: str = "") -> list[tuple[str, str]]:
+    """Every setting of a record with its value, parts as `metric.gain`."""
+    rows: list[tuple[str, str]] = []
+    for name, value in record.items():
+        if name in ("kind", "version"):
+            continue
+        if isinstance(value, dict) and "kind" in value:
+            rows += [(path + name, value["kind"]), *_settings(value, f"{path}{name}.")]
+        else:
+            rows.append((path + name, json.dumps(value)))
+    return rows
+
+
+@app.command()
+def datasets(as_json: Json = False) -> None:
+    """List the sets of facts that have a name, and which of them are here (KNOWEDIT_DATA)."""
+    from knowedit.facts.sets import known_sets
+
+    found = [
+        {
+            "name": known.name,
+            "here": known.present,
+            "bytes": known.size,
+            "files": list(known.files),
+            "what": known.what,
+        }
+        for known in known_sets()
+    ]
+    if as_json:
+        print(json.dumps(found))
+        return
+    rows = [
+        (f["name"], "yes" if f["here"] else "no", f["bytes"], " or ".join(f["files"]), f["what"])
+        for f in found
+    ]
+    print(Table(["name", "here", Column("bytes", ","), "file", "what"], rows))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the shapes of models that have a preset; every other model gets a calibrated default."""
+    from knowedit.models.families import FAMILIES
+
+    found = [
+        {
+            "family": family,
+            "layers": depth,
+            "hidden": hidden,
+            "keys": keys,
+            "edited": list(preset.layers),
+            "one layer": preset.one_layer,
+            "origin": preset.origin,
+        }
+        for family, presets in FAMILIES.items()
+        for (depth, hidden, keys), preset in presets.items()
+    ]
+    _show(["family", "layers", "hidden", "keys", "edited", "one layer", "origin"], found, as_json)
+
+
+def _show(columns: list[str], found: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found))
+        return
+    rows = [[_text(record[column]) for column in columns] for record in found]
+    print(Table(columns, rows))
+
+
+def _text(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value

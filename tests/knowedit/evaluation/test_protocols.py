@@ -1,0 +1,67 @@
+"""Unit: whole methods measured by each protocol."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from knowedit.errors import KnowEditError
+from knowedit.evaluation import drift, evaluate
+from knowedit.evaluation.measures.perplexity import perplexity
+from knowedit.evaluation.protocols import PROMPTS, PROTOCOLS, RESULTS, migrate, run, write_run
+from knowedit.methods.registry import make_method
+from knowedit.models.fingerprint import weights_fingerprint
+from tests.knowedit.methods.test_locate import FACTS, statistics_of
+
+TEXTS = ["The sea is wet, and the sky above it is blue."]
+MEMIT = {"kind": "memit", "layers": [1], "target": {"steps": 2}}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_result_says_what_was_measured_and_how(tiny_llama, tmp_path, protocol):
+    statistics, method = statistics_of(tiny_llama, [1]), make_method(MEMIT)
+    before = weights_fingerprint(tiny_llama.hf)
+    found = run(
+        tiny_llama,
+        FACTS,
+        statistics,
+        method,
+        protocol,
+        "ours",
+        batch=2,
+        every=2,
+        texts=TEXTS,
+        progress=False,
+    )
+    assert weights_fingerprint(tiny_llama.hf) == before and not tiny_llama.ledger.active
+    assert make_method(found.config) == method and found.facts == len(FACTS)
+    assert len(found.trajectory) == (3 if protocol == "sequential" else 0)
+    assert list(found.side_effects) == ([] if protocol == "single" else ["drift", "perplexity"])
+    if protocol == "batch":
+        edit = method.compute(tiny_llama, FACTS, statistics, progress=False)
+        assert found.evaluation.after == evaluate(tiny_llama, edit, FACTS, progress=False).after
+        assert found.side_effects["drift"]["kl"] == pytest.approx(drift(tiny_llama, edit).kl)
+        clean = perplexity(tiny_llama, TEXTS)
+        with edit.applied_to(tiny_llama):
+            wanted = {"before": clean, "after": perplexity(tiny_llama, TEXTS)}
+        assert found.side_effects["perplexity"] == pytest.approx(wanted)
+        assert f"perplexity of held-out text: {clean:.2f}, then" in str(found)
+    if protocol == "sequential":
+        last = found.trajectory[-1]
+        assert last.edits == len(FACTS)
+        assert found.side_effects["drift"]["kl"] == pytest.approx(last.drift.kl)
+        assert found.side_effects["perplexity"]["after"] == pytest.approx(last.perplexity)
+        assert found.evaluation.after["efficacy"] == last.measures["efficacy"]
+    write_run(tmp_path, [found])
+    (record,) = json.loads((tmp_path / RESULTS).read_text())
+    assert migrate(record) == record
+    rows = [json.loads(line) for line in (tmp_path / PROMPTS).read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [q.prompt for q in found.evaluation.questions]
+
+
+def test_nothing_to_measure_is_refused(tiny_llama):
+    with pytest.raises(KnowEditError, match="unknown protocol 'bulk'; known: batch"):
+        run(tiny_llama, FACTS, None, make_method(MEMIT), "bulk")
+    with pytest.raises(KnowEditError, match="no facts to measure"):
+        run(tiny_llama, [], None, make_method(MEMIT))

@@ -1,0 +1,134 @@
+"""Key statistics as users call for them: the cache, what is refused, what identifies them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from filelock import FileLock
+
+from knowedit.errors import ModelError, StatisticsError
+from knowedit.facts.sets import load
+from knowedit.statistics import (
+    KeyStatistics,
+    collect,
+    key_statistics,
+    keys,
+)
+from knowedit.statistics.corpus.corpus import Corpus
+from knowedit.statistics.files import store
+from tests.knowedit.statistics.helpers import naive
+
+
+def test_the_second_call_reads_the_files(tiny_llama, corpus, tmp_path, monkeypatch):
+    first = key_statistics(tiny_llama, [0, 1], corpus, 200, directory=tmp_path / "s")
+    monkeypatch.setattr(keys, "Collection", None)  # would raise if anything were collected
+    again = key_statistics(tiny_llama, [1], corpus, 200, directory=tmp_path / "s")
+    assert torch.equal(again[1].total, first[1].total) and again[1].recipe == first[1].recipe
+
+
+def test_the_cache_is_keyed_by_the_weights(tiny_llama, corpus, own_cache, monkeypatch):
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(own_cache))
+    key_statistics(tiny_llama, [1], corpus, 50)
+    tiny_llama.weight(0).data[0, 0] += 1
+    tiny_llama._state.fingerprint = None
+    key_statistics(tiny_llama, [1], corpus, 50)
+    assert len(list(own_cache.rglob("layer-001.safetensors"))) == 2
+
+
+def test_another_models_statistics_are_refused(tiny_llama, tiny_gpt2, corpus, tmp_path):
+    found = key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+    with pytest.raises(StatisticsError, match="are of tiny-llama.*not of tiny-gpt2"):
+        found.check(tiny_gpt2, [1])
+    with pytest.raises(StatisticsError, match="holds other statistics .*fingerprint"):
+        key_statistics(tiny_gpt2, [1], corpus, 100, directory=tmp_path / "s")
+
+
+def test_a_missing_layer_is_named(tiny_llama, corpus, tmp_path):
+    found = key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+    with pytest.raises(StatisticsError, match=r"no statistics of layer 2 here, only of \[1\]"):
+        found.moment(2)
+    with pytest.raises(ModelError, match="layer 9 does not exist"):
+        key_statistics(tiny_llama, [9], corpus, 100, directory=tmp_path / "s")
+
+
+def test_too_few_tokens_for_a_metric(tiny_llama, corpus, tmp_path):
+    found = key_statistics(tiny_llama, [1], corpus, 60, directory=tmp_path / "s")
+    with pytest.raises(StatisticsError, match="too few"):
+        found.metric(1)
+
+
+def test_a_truncated_file_is_refused(tiny_llama, corpus, tmp_path):
+    key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+    path = store.layer_file(tmp_path / "s", 1)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(
+        StatisticsError, match=r"layer-001\.safetensors is truncated or damaged.*delete it"
+    ):
+        key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+
+
+@pytest.mark.parametrize("folder", [True, False], ids=["folder", "cache"])
+def test_what_a_short_corpus_had_is_kept(
+    tiny_llama, corpus, tmp_path, monkeypatch, own_cache, folder
+):
+    where = {"directory": tmp_path / "s"} if folder else {}
+    _, count = naive(tiny_llama, corpus, 1, 512)
+    with pytest.raises(
+        StatisticsError,
+        match=f"only {count} tokens .* 10000000 were asked for.* kept: ask for {count}",
+    ):
+        key_statistics(tiny_llama, [1], corpus, 10**7, **where)
+    monkeypatch.setattr(collect.Collection, "run", None)  # nothing is run any more
+    found = key_statistics(tiny_llama, [1], corpus, count, **where)
+    assert found[1].count == found[1].recipe.tokens == count
+
+
+def test_two_runs_do_not_share_a_folder(tiny_llama, corpus, tmp_path):
+    (tmp_path / "s").mkdir()
+    with FileLock(tmp_path / "s" / "lock"), pytest.raises(StatisticsError, match="another run"):
+        key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+
+
+def test_an_edited_model_is_refused(tiny_llama, corpus, tmp_path):
+    from tests.knowedit.edits.test_edit import an_edit
+
+    with an_edit(tiny_llama).applied_to(tiny_llama), pytest.raises(StatisticsError, match="undo"):
+        key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
+
+
+def test_sinks_are_found(smollm, tmp_path):
+    """Layer 11 of SmolLM2 is known to carry the attention sink, layer 5 not."""
+    facts = tmp_path / "facts.txt"
+    facts.write_text(
+        "\n\n".join(
+            f"{fact.text} {fact.true}. {'. '.join(fact.paraphrases)}" for fact in load("embedded")
+        )
+    )
+    found = key_statistics(smollm, [5, 11], facts, 2000, directory=tmp_path / "s", progress=False)
+    assert found.is_sink(11) and not found.is_sink(5)
+    assert found.sink_ratio(11) > 100
+
+
+def test_key_statistics_is_a_plain_container():
+    with pytest.raises(StatisticsError, match=r"only of \[\]"):
+        KeyStatistics({})[3]
+
+
+def test_the_identity_is_that_of_the_sums(tiny_llama, corpus, tmp_path):
+    """The same in memory and read from the files, JSON, and another one for other sums."""
+    found = key_statistics(tiny_llama, [1, 2], corpus, 300, directory=tmp_path / "s")
+    identity = found.identity
+    assert KeyStatistics.load(tmp_path / "s").identity == json.loads(json.dumps(identity))
+    assert list(identity) == ["1", "2"] and identity["1"] == {
+        "fingerprint": tiny_llama.fingerprint,
+        "corpus": Corpus.parse(corpus).identity,
+        "tokens": 300,
+        "digest": found[1].digest,
+    }
+    changed = found[1].total.clone()
+    changed[5, 3] = changed[3, 5] = changed[5, 3] * (1 + 2e-16)
+    others = [found[2], replace(found[1], total=changed), replace(found[1], total=-found[1].total)]
+    assert len({found[1].digest, *(other.digest for other in others)}) == 4
+    zeros = torch.zeros(2, 2, dtype=torch.float64)
+    assert replace(found[1], total=zeros).digest == replace(found[1], total=-zeros).digest

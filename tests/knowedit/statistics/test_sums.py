@@ -1,0 +1,143 @@
+"""Sums: the same keys packed or not, less memory than there is, linear layers through oneDNN."""
+
+import pytest
+import torch
+
+from knowedit.errors import StatisticsError
+from knowedit.statistics import key_statistics, sums
+from knowedit.statistics.corpus.batching import MAX_PADDING
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(f"Text {i} " + "and so on " * (i * i % 17) for i in range(80)))
+    return path
+
+
+def test_packed_rows_have_the_keys_of_single_texts(tiny, corpus, tmp_path):
+    alone, packed = (
+        key_statistics(
+            tiny, [0, 2], corpus, 5000, directory=tmp_path / str(p), packed=p, max_length=64
+        )
+        for p in (False, True)
+    )
+    assert (alone[2].extra["batches"], packed[2].extra["batches"]) == ("by length", "packed")
+    for layer in (0, 2):
+        assert (packed[layer].total - alone[layer].total).norm() <= 1e-6 * alone[layer].total.norm()
+        assert packed[layer].first_norm == pytest.approx(alone[layer].first_norm, rel=1e-6)
+        assert packed[layer].extra["padding"] <= MAX_PADDING
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_shrink_when_memory_runs_out(
+    tiny_llama, corpus, tmp_path, monkeypatch, caplog, error, packed
+):
+    whole = key_statistics(
+        tiny_llama, [1, 2], corpus, 5000, directory=tmp_path / "whole", packed=packed
+    )
+    real, sizes = tiny_llama.forward_to, []
+
+    def small(layer, ids, on_key, *more, **named):
+        sizes.append(ids.numel())
+        if ids.numel() > 300:
+            real(1, ids, lambda *_: None)  # layer 1's keys were made before memory ran out
+            raise error
+        real(layer, ids, on_key, *more, **named)
+
+    monkeypatch.setattr(tiny_llama, "forward_to", small)
+    monkeypatch.setattr(sums, "packs", lambda *_: packed)
+    found = key_statistics(
+        tiny_llama, [1, 2], corpus, 5000, directory=tmp_path / "s", packed=packed, max_length=250
+    )
+    assert found[1].count == 5000 and "out of memory: batches of at most" in caplog.text
+    assert max(sizes) > 300 and max(sizes[-5:]) <= 300
+    for layer in (1, 2):
+        assert (found[layer].total - whole[layer].total).norm() <= 1e-6 * whole[layer].total.norm()
+
+
+def test_a_text_that_never_fits_and_other_errors(tiny_llama, corpus, tmp_path, monkeypatch):
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny_llama, "forward_to", none)
+    with pytest.raises(
+        StatisticsError, match="tokens alone does not fit into memory.*smaller max_length"
+    ):
+        key_statistics(tiny_llama, [1], corpus, 500, directory=tmp_path / "s")
+
+    def broken(*_, **__):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(tiny_llama, "forward_to", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        key_statistics(tiny_llama, [1], corpus, 500, directory=tmp_path / "t")
+
+
+def test_sums_that_do_not_fit_are_refused_with_their_size(tiny_llama, monkeypatch):
+    def none_left(self, half, layer, device=None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sums.Sums, "moment", none_left)
+    with pytest.raises(
+        StatisticsError, match=r"sums of 2 layers take 0\.0 GB.*fewer layers.*--no-halves"
+    ):
+        sums.Sums(tiny_llama, [1, 2], "exact")
+    with pytest.raises(StatisticsError, match=r"fewer layers at a time$"):
+        sums.Sums(tiny_llama, [1, 2], "exact", halves=1)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """oneDNN, whatever the CPU; and how often it is called."""
+    calls = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(sums, "_helps", lambda: True)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(1) or real(*given)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 48), (7, 48), (1, 1, 48), (0, 48), (48,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fast_linear_layers_are_linear_layers(fast, shape, bias):
+    layer, x = torch.nn.Linear(48, 33, bias=bias).requires_grad_(False), torch.randn(shape)
+    wanted = layer.double()(x.double())
+    with sums.fast_linear():
+        found = layer.float()(x)
+    assert found.shape == wanted.shape and found.dtype == torch.float32 and len(fast) == 1
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    layer(x)
+    assert len(fast) == 1  # only inside
+
+
+def test_other_linear_layers_are_left_alone(fast):
+    with sums.fast_linear():
+        for dtype in (torch.bfloat16, torch.float64):
+            assert torch.nn.Linear(4, 3, dtype=dtype)(torch.ones(2, 4, dtype=dtype)).dtype == dtype
+        assert torch.nn.functional.linear(torch.ones(2, 4), weight=torch.ones(3, 4)).sum() == 24
+        with pytest.raises(RuntimeError):
+            torch.nn.functional.linear(torch.ones(2, 4), torch.ones(3, 5, dtype=torch.float64))
+    assert not fast
+
+
+@pytest.mark.parametrize(
+    "cpu, capability, helps",
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("GenuineIntel", "AVX512", False),
+        ("AuthenticAMD", "AVX2", False),
+    ],
+)
+def test_who_is_helped(monkeypatch, cpu, capability, helps):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(sums.Path, "read_text", lambda *_, **__: f"vendor_id : {cpu}")
+    assert sums._helps.__wrapped__() is helps
