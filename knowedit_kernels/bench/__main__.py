@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from knowedit_kernels import _gate
-from knowedit_kernels.bench import jvp, lowrank, machine, moments, results, roofline, runner, solver, target_loss
+from knowedit_kernels.bench import (
+    jvp,
+    lowrank,
+    machine,
+    moments,
+    results,
+    roofline,
+    runner,
+    solver,
+    target_loss,
+)
 from knowedit_kernels.bench.problem import DTYPES, Operation
 
 OPERATIONS: dict[str, Operation] = {

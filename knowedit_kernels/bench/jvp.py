@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels import _dispatch, jvp
-from knowedit_kernels.bench.problem import DTYPES, Check, Operation, Parameter, Problem, Provider, generator
+from knowedit_kernels.bench.problem import (
+    DTYPES,
+    Check,
+    Operation,
+    Parameter,
+    Problem,
+    Provider,
+    generator,
+)
 from knowedit_kernels.jvp import reference
 from knowedit_kernels.numerics import tangent_error
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels import _dispatch, lowrank
-from knowedit_kernels.bench.problem import DTYPES, Check, Operation, Parameter, Problem, Provider, generator
+from knowedit_kernels.bench.problem import (
+    DTYPES,
+    Check,
+    Operation,
+    Parameter,
+    Problem,
+    Provider,
+    generator,
+)
 from knowedit_kernels.lowrank.reference import grade_update
 from knowedit_kernels.numerics import UPDATE_NEAREST, UPDATE_STOCHASTIC
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels import _dispatch, moments, testing
-from knowedit_kernels.bench.problem import DTYPES, Check, Operation, Parameter, Problem, Provider, generator
+from knowedit_kernels.bench.problem import (
+    DTYPES,
+    Check,
+    Operation,
+    Parameter,
+    Problem,
+    Provider,
+    generator,
+)
 from knowedit_kernels.moments import reference
 from knowedit_kernels.moments.functional import mirror_
 from knowedit_kernels.numerics import MOMENT, MOMENT_FP64

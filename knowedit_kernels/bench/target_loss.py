@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from knowedit_kernels import _dispatch
-from knowedit_kernels.bench.problem import DTYPES, Check, Operation, Parameter, Problem, Provider, generator
+from knowedit_kernels.bench.problem import (
+    DTYPES,
+    Check,
+    Operation,
+    Parameter,
+    Problem,
+    Provider,
+    generator,
+)
 from knowedit_kernels.numerics import GRADIENT_ERROR, LOSS_ERROR, UNIT_ROUNDOFF
 from knowedit_kernels.target_loss import target_loss
 from knowedit_kernels.target_loss.reference import target_loss as specification

@@ -171,9 +171,9 @@ def test_edits_of_several_facts_are_summed(tiny, monkeypatch):
     whole = MEND(network).compute(tiny, FACTS[:1])
     torch.testing.assert_close(whole.delta(2), 2 * one.delta(2), rtol=1e-4, atol=1e-6)
     assert (
-        set(both.others) == set(one.others)
-        and both.others
-        and all("mlp" in name for name in both.others)
+        set(both.changes) == set(one.changes)
+        and both.changes
+        and all("mlp" in name for name in both.changes)
     )
 
 
@@ -461,7 +461,7 @@ def test_without_a_file_the_network_of_the_cache_is_used(tiny_llama, tmp_path, m
         MEND(network).compute(tiny_llama, FACTS[:1]),
         MEND().compute(tiny_llama, FACTS[:1]),
     )
-    assert named.key == found.key and set(found.factors) == {3}
+    assert named.key == found.key and set(found.keys) == {3}
 
 
 # -- the command
