@@ -1,4 +1,4 @@
-"""Gradient editors on the default model, each as it ships: what they learn, what they move
+"""Gradient methods on the default model, each as it ships: what they learn, what they move
 elsewhere, what they cost.
 
 `demo`: the six facts of `knowedit demo`, `embedded`: sixteen of the embedded set, one of each
@@ -50,19 +50,19 @@ def sets(quick: bool = False) -> dict[str, list[Fact]]:
 
 def measure(
     model: EditableModel,
-    editor: Method,
+    method: Method,
     facts: Sequence[Fact],
     statistics: KeyStatistics | None = None,
 ) -> dict[str, Any]:
     """One row: quality with intervals, drift, cost; the model is left as it was found."""
     start = time.perf_counter()
-    edit = editor.compute(
-        model, facts, statistics if isinstance(editor, Recipe) else None, progress=False
+    edit = method.compute(
+        model, facts, statistics if isinstance(method, Recipe) else None, progress=False
     )
     seconds, moved = time.perf_counter() - start, drift(model, edit)
     found, report = evaluate(model, edit, facts, progress=False), edit.report.to_dict()
     return {
-        "method": editor.name,
+        "method": method.name,
         "facts": len(facts),
         "seconds": seconds,
         "kl": moved.kl,
@@ -74,7 +74,7 @@ def measure(
             for name in ("steps", "loss", "lead", "trainable", "peak_memory_bytes", "warnings")
         },
         "norm": max(report["relative_norm"].values()),
-        "settings": report["settings"],
+        "settings": edit.config,
     }
 
 
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = {
         name: facts for name, facts in sets(arguments.quick).items() if name in arguments.sets
     }
-    editors = {name: make_method(name) for name in arguments.methods}
+    methods = {name: make_method(name) for name in arguments.methods}
     path: Path = arguments.output or common.RESULTS / "gradient.jsonl"
     kept = (
         [json.loads(text) for text in path.read_text().splitlines()[1:]]
@@ -171,14 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.rows += kept
     done = {(row["set"], row["method"]) for row in kept}
     left = [
-        (name, editor)
+        (name, method)
         for name in chosen
-        for editor in editors.values()
-        if (name, editor.name) not in done
+        for method in methods.values()
+        if (name, method.name) not in done
     ]
-    statistics = statistics_for([editor for _, editor in left], model, "self", 16_384)
-    for name, editor in left:
-        row = {"set": name, **measure(model, editor, chosen[name], statistics)}
+    statistics = statistics_for([method for _, method in left], model, "self", 16_384)
+    for name, method in left:
+        row = {"set": name, **measure(model, method, chosen[name], statistics)}
         report.note(line(row), **row)
     return report.finish()
 

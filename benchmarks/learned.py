@@ -2,7 +2,7 @@
 
 Training: CounterFact's flat records without the subjects of the complete ones, and wrong sums. The
     trained networks stay in
-the cache folder, where `MEND()` and `SERAC()` look for them, and are trained only where they are
+the cache folder, where `MEND()` and `SERAC()` find them, and are trained only where they are
 absent. Test: the last complete records, as edits of one fact and of several, with all their
 paraphrases and neighbourhood prompts.
 """
@@ -25,10 +25,11 @@ from knowedit.evaluation.evaluation import summarise
 from knowedit.evaluation.measures.base import Answer, Question, ask, questions
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
-from knowedit.methods import MEND, SERAC, MemoryEdit, Method
-from knowedit.methods.learned.loop import default_file
+from knowedit.methods import MEND, SERAC, Method
 from knowedit.methods.learned.mend.network import MendNetwork
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
+from knowedit.methods.learned.networks import default_file
+from knowedit.methods.learned.serac.memory import MemoryEdit
 from knowedit.methods.learned.serac.network import SeracNetwork
 from knowedit.methods.learned.serac.training import SeracTraining, train_serac
 from knowedit.models.editable import EditableModel
@@ -43,7 +44,7 @@ def networks(
     """Those of the cache folder; trained where they are absent, or, for a quick run with `steps`,
     into no file that stays.
     """
-    training = facts_to_train_on(["counterfact-flat", "sums"], ["counterfact"], facts, 0)
+    chosen = facts_to_train_on(["counterfact-flat", "sums"], ["counterfact"], facts, 0)
     mend, serac = MendTraining(), SeracTraining()
     if steps:
         mend = replace(mend, rank=8, plan=replace(mend.plan, steps=steps))
@@ -53,10 +54,10 @@ def networks(
     files = [default_file(name + (".quick" if steps else ""), model) for name in ("mend", "serac")]
     if steps or not files[0].exists():
         print("training MEND's network ...", flush=True)
-        train_mend(model, training, mend, files[0])
+        train_mend(model, chosen, mend, files[0])
     if steps or not files[1].exists():
         print("training SERAC's gate and reader ...", flush=True)
-        train_serac(model, training, serac, files[1])
+        train_serac(model, chosen, serac, files[1])
     found = MendNetwork.load(files[0], model), SeracNetwork.load(files[1], model)
     for file in files if steps else ():
         file.unlink()
@@ -65,7 +66,7 @@ def networks(
 
 def edited(
     model: EditableModel,
-    editor: Method,
+    method: Method,
     facts: Sequence[Fact],
     size: int,
     asked: Sequence[Question],
@@ -74,7 +75,7 @@ def edited(
     answers.
     """
     for start in range(0, len(facts), size):
-        edit = editor.compute(model, facts[start : start + size], progress=False)
+        edit = method.compute(model, facts[start : start + size], progress=False)
         mine = [i for i, question in enumerate(asked) if start <= question.record < start + size]
         with edit.applied_to(model):
             yield edit, mine, ask(model, [asked[i] for i in mine], progress=False)
@@ -83,7 +84,7 @@ def edited(
 def measure(
     report: common.Report,
     model: EditableModel,
-    editor: Method,
+    method: Method,
     facts: Sequence[Fact],
     size: int,
     asked: Sequence[Question],
@@ -92,7 +93,7 @@ def measure(
     """One row: CounterFact's measures, and what an edit costs."""
     after: list[Any] = [None] * len(asked)
     edits, inside = [], {kind: [0, 0] for kind in ("efficacy", "paraphrase", "neighbourhood")}
-    for edit, mine, answers in edited(model, editor, facts, size, asked):
+    for edit, mine, answers in edited(model, method, facts, size, asked):
         edits.append(edit)
         if isinstance(edit, MemoryEdit) and model.router:
             for i, text in zip(mine, model.router.route([asked[i].prompt for i in mine])):
@@ -112,8 +113,8 @@ def measure(
         if m != "magnitude"
     }
     report.note(
-        f"{editor.name:6} {size:3} facts an edit  {short}  {1e3 * seconds:.0f} ms",
-        method=editor.name,
+        f"{method.name:6} {size:3} facts an edit  {short}  {1e3 * seconds:.0f} ms",
+        method=method.name,
         size=size,
         edits=len(edits),
         records=len(facts),
@@ -125,7 +126,7 @@ def measure(
             (m for m in costs["peak_memory_bytes"] if m is not None), default=None
         ),
         in_scope={kind: n / total for kind, (n, total) in inside.items() if total},
-        rank=[max(r["ranks"].values()) for r in reports] if editor.name == "MEND" else None,
+        rank=[max(r["ranks"].values()) for r in reports] if method.name == "MEND" else None,
     )
 
 
@@ -150,21 +151,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = conflict_free(load("counterfact"))[-arguments.records :]
     asked = [question for i, fact in enumerate(facts) for question in questions(i, fact)]
     before = ask(model, asked, progress=False)
-    for editor, trained, sizes in (
+    for method, trained, sizes in (
         (MEND(mend), mend.report, (1, 10)),
         (SERAC(serac), serac.report, (1, 10, len(facts))),
     ):
-        if editor.name not in arguments.methods:
+        if method.name not in arguments.methods:
             continue
         line = (
-            f"{editor.name}: {trained['trainable_parameters']:,} parameters, "
+            f"{method.name}: {trained['trainable_parameters']:,} parameters, "
             f"{trained['cpu_seconds']:.0f} s of processor time"
         )
         report.note(
-            f"{line}, validation {trained['validation']}", method=editor.name, training=trained
+            f"{line}, validation {trained['validation']}", method=method.name, training=trained
         )
         for size in sizes:
-            measure(report, model, editor, facts, size, asked, before)
+            measure(report, model, method, facts, size, asked, before)
     return report.finish()
 
 

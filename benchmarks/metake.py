@@ -41,7 +41,7 @@ from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime, Task
 from knowedit.methods.locate.training import TrainingSettings, train_write_outs
 from knowedit.methods.locate.trainings import ThroughSolver
-from knowedit.methods.locate.trainings.base import answer_lines
+from knowedit.methods.locate.trainings.base import answer_texts
 from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -100,7 +100,7 @@ def refined(task: Task, targets: Targets) -> Targets:
     norm = targets.value.norm(dim=1)
     eye = torch.eye(len(norm))
     layer = {LAYER: FrozenLayer(torch.zeros(len(norm), task.model.d_ff), eye, eye, norm)}
-    lines = answer_lines(task.model.draft(), task.groups, LAYER, ("{}",), task.runtime.budget)
+    lines = answer_texts(task.model.draft(), task.groups, LAYER, ("{}",), task.runtime.budget)
     settings = replace(AHEAD, through="plan", price=0.0)
     start = {LAYER: targets.delta}
     found = train_write_outs(layer, start, lambda step: [(lines, 1.0)], settings)

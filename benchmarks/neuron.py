@@ -31,13 +31,13 @@ def run(
     report: common.Report,
     model: EditableModel,
     facts: Sequence[Fact],
-    editor: NeuronPatch,
+    method: NeuronPatch,
     size: int,
     singles: int,
 ) -> None:
     """Both protocols; the model is left as it was found."""
     start = time.perf_counter()
-    edits, covered = batch_edits(editor, model, facts, None, size)
+    edits, covered = batch_edits(method, model, facts, None, size)
     seconds = (time.perf_counter() - start) / len(covered)
     judge(report, "batch", f"Neuron-Patch, batches of {size}", evaluate_each(model, edits, covered))
     about(report, f"Neuron-Patch, batches of {size}", list(dict.fromkeys(edits)), seconds)
@@ -48,7 +48,7 @@ def run(
         same=moved.same,
     )
     start = time.perf_counter()
-    alone = list(editor.compute_each(model, facts[-singles:]))
+    alone = list(method.compute_each(model, facts[-singles:]))
     seconds = (time.perf_counter() - start) / len(alone)
     judge(
         report,
@@ -141,15 +141,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
     arguments = parser.parse_args(argv)
     facts, size, singles = load("counterfact")[-HELD_OUT:], arguments.batch, arguments.singles
-    editor = NeuronPatch(corpus=arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS)
+    method = NeuronPatch(corpus=arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS)
     if arguments.quick:
         facts, size, singles = facts[:4], 2, 2
-        editor = NeuronPatch(corpus=editor.corpus, tokens=4096)
+        method = NeuronPatch(corpus=method.corpus, tokens=4096)
     model = load_model(arguments.model, dtype=torch.float32)
     report = common.report(
-        "neuron", arguments, model=model.name, dataset="counterfact", tokens=editor.tokens
+        "neuron", arguments, model=model.name, dataset="counterfact", tokens=method.tokens
     )
-    run(report, model, facts, editor, size, singles)
+    run(report, model, facts, method, size, singles)
     return report.finish()
 
 

@@ -1,10 +1,11 @@
 """The benchmarks of RoSE and MetaKE: what they draw, how they pool, what their pages say."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import metake, pages, rose
+from benchmarks import common, metake, pages, rose
 from knowedit.evaluation.evaluation import Evaluation
 from knowedit.evaluation.measures.base import Answer, Question
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation, Value
@@ -12,6 +13,8 @@ from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load
 from knowedit.models.generation import Score
 from knowedit.studies.arithmetic.summary import COLUMNS, goals, verdict
+from tests.knowedit.evaluation.test_geometry import GROUPS
+from tests.knowedit.methods.test_locate import statistics_of
 
 
 @pytest.mark.data
@@ -43,6 +46,39 @@ def test_every_method_has_a_name_of_its_own():
         assert names[0] == metake.KNOWN and len(set(names)) == len(names)
     names = [name for name, _ in rose.methods((), 0)]
     assert names[0] == rose.OURS and len(set(names)) == len(names) > len(list(rose.methods((), 1)))
+
+
+def test_every_method_of_rose_runs(tiny_llama, monkeypatch):
+    monkeypatch.setattr(rose, "LAYERS", (1, 2))
+    monkeypatch.setattr(rose, "ONE", (1,))
+    facts, statistics = (
+        [fact for group in GROUPS for fact in group],
+        statistics_of(tiny_llama, [1, 2]),
+    )
+    methods = dict([*rose.methods((), 1), *rose.methods((), 0)])
+    assert len({json.dumps(method.to_dict()) for method in methods.values()}) == len(methods) == 10
+    for name, method in methods.items():
+        steps = {"target.steps": 2}
+        steps |= {"training.settings.steps": 2} if method.training else {}
+        made = method.with_settings(steps)
+        edit = made.compute(tiny_llama, facts, statistics, progress=False)
+        assert (edit.report.get("look_ahead") is not None) == bool(method.training), name
+
+
+@pytest.mark.parametrize("part", ["crowded", "same-subject"])
+def test_metake_and_its_controls_run(tiny_llama, monkeypatch, tmp_path, part):
+    facts = [fact for group in GROUPS for fact in group]
+    monkeypatch.setattr(metake, "LAYER", 1)
+    monkeypatch.setattr(metake, "draw", lambda part, size, seed: (facts, facts[:2]))
+    text = SimpleNamespace(measure=lambda: {"kl": 0.5, "perplexity": 3.0})
+    report = common.Report("metake", tmp_path / "metake.jsonl")
+    statistics = statistics_of(tiny_llama, [1])
+    done = {(part, 4, 0, "MEMIT 0.98")}
+    metake.run(report, tiny_llama, statistics, text, part, 4, 0, done)
+    names = [row["method"] for row in report.rows[1:]]
+    assert names == [n for n, _, _ in metake.methods(part) if n != "MEMIT 0.98"]
+    assert not tiny_llama.ledger.active and report.rows[1]["metake_minus_this"] is None
+    assert all(row["metake_minus_this"]["efficacy exact"] for row in report.rows[2:])
 
 
 def evaluation(exact):

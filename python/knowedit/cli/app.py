@@ -47,7 +47,7 @@ def main() -> None:
     """Run the command line; errors a user can mend end with one line and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        app()
+        app(prog_name="knowedit")
     except KnowEditError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -103,8 +103,7 @@ def evaluate(
 
 
 #: Options that a grid takes from the command line, by the name of its field.
-GRID_OPTIONS = ("model", "dataset", "limit", "protocol", "batch", "every", "text", "tokens")
-GRID_OPTIONS += ("statistics", "seed", "dtype")
+GRID_OPTIONS = "model dataset limit protocol batch every text tokens statistics seed dtype".split()
 
 
 def _sweep(ctx: typer.Context, output: Path | None, as_json: bool) -> None:

@@ -88,7 +88,7 @@ def _option(name: str, kind: type, text: str, defaults: list[str]) -> Any:
     spelled = f"--{name.replace('_', '-')}"
     if kind is bool:
         spelled += f"/--no-{name.replace('_', '-')}"
-    return Annotated[  # type: ignore[return-value]
+    return Annotated[
         kind | None, typer.Option(spelled, help=text, show_default=", ".join(defaults))
     ]
 
@@ -146,7 +146,7 @@ def attribute_help(cls: type) -> dict[str, str]:
     """`{field: sentence}` of the docstring's section "Attributes"."""
     section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
-    texts = {}
+    texts: dict[str, str] = {}
     for names, text in entries:
         sentence = " ".join(text.split())
         texts |= dict.fromkeys(names.split(", "), sentence[:1].upper() + sentence[1:])

@@ -58,7 +58,7 @@ def datasets(as_json: Json = False) -> None:
     """List the sets of facts that have a name, and which of them are here (KNOWEDIT_DATA)."""
     from knowedit.facts.sets import known_sets
 
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": known.name,
             "here": known.present,

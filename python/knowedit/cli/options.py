@@ -72,11 +72,11 @@ def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """`--config`: what the file says is the default of the command's options."""
     if path is None:
         return None
-    known = {}
+    known: dict[str, Any] = {}
     for param in ctx.command.get_params(ctx):
         spelled = [o.lstrip("-").replace("-", "_") for o in param.opts if o.startswith("--")]
         known |= dict.fromkeys(spelled or [str(param.name)], param)
-    record = _read(ctx, path)
+    record = _read(ctx, path, "method" in known)
     if "methods" in record or "grid" in record:
         ctx.meta[SWEEP] = path
         return path
@@ -103,7 +103,7 @@ def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _read(ctx: typer.Context, path: Path) -> dict[str, Any]:
+def _read(ctx: typer.Context, path: Path, has_method: bool) -> dict[str, Any]:
     """Options from a YAML or JSON file, or from the record in an edit file."""
     if path.suffix in (".yaml", ".yml", ".json"):
         import yaml
@@ -114,7 +114,7 @@ def _read(ctx: typer.Context, path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: neither YAML nor JSON ({error})") from None
         if not isinstance(record, Mapping):
             raise ConfigError(f"{path}: expected names and values, got {type(record).__name__}")
-        return {"method": dict(record)} if "kind" in record else dict(record)
+        return {"method": dict(record)} if "kind" in record and has_method else dict(record)
     from knowedit.edits.edit import Edit
 
     edit = ctx.meta[EDIT] = Edit.load(path)
@@ -152,8 +152,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="A setting of the method: metric.gain=0.95, steps=20, modules=[\"q_proj\"]; "
-        "repeatable.",
+        help='A setting of the method: metric.gain=0.95, steps=20, modules=["q_proj"]; repeatable.',
     ),
 ]
 OptionSettings = Annotated[
@@ -186,7 +185,9 @@ MethodsCorpus = Annotated[
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(help="Keys to sum for the statistics; default: 64 for each of a key's dimensions."),
+    typer.Option(
+        help="Keys to sum for the statistics; default: 64 for each of a key's dimensions."
+    ),
 ]
 Statistics = Annotated[
     Path | None,

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
     from knowedit.studies.arithmetic import Sum
 
+Targets = Annotated[list[str], typer.Option("--target", help="What to write; repeatable.")]
+
 app = App(no_args_is_help=True, help="Studies: a question, every method, an answer.")
 
 
@@ -45,9 +47,7 @@ def arithmetic(
     method: Annotated[
         list[str] | None, typer.Option(help="Repeatable; default: all of the study's.")
     ] = None,
-    target: Annotated[
-        list[str], typer.Option(help="What to write, e.g. 2+2=5; repeatable.")
-    ] = ["2+2=5"],  # noqa: B006
+    target: Targets = ["2+2=5"],  # noqa: B006
     settings: OptionSettings = None,
     config: Config = None,
     halvings: Annotated[

@@ -72,8 +72,8 @@ def mend(
     quiet: Quiet = False,
 ) -> None:
     """MEND's hyper-network: from a fact's gradient to an edit."""
-    from knowedit.methods.learned.loop import default_file
     from knowedit.methods.learned.mend.training import MendTraining, train_mend
+    from knowedit.methods.learned.networks import default_file
     from knowedit.models.load import load_model
 
     start = MendTraining(layers=parse_layers(layers))
@@ -102,7 +102,7 @@ def serac(
     """SERAC's gate, which tells questions about a stored fact from others, and the reader that
     answers them.
     """
-    from knowedit.methods.learned.loop import default_file
+    from knowedit.methods.learned.networks import default_file
     from knowedit.methods.learned.serac.training import SeracTraining, train_serac
     from knowedit.models.load import load_model
 

@@ -123,4 +123,4 @@ def relative_norms(
 
 def relative_norm(weight: Tensor, change: RawChange | Change) -> float:
     """`|change|_F / |weight|_F`."""
-    return change_of(change).norm / float(weight.norm(dtype=torch.float64))
+    return change_of(change).norm / float(weight.detach().norm(dtype=torch.float64))

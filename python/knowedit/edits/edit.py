@@ -21,6 +21,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.tensors import read_file, write_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit.models.structure import is_transposed
 from knowedit_kernels.lowrank import LedgerError
 
@@ -140,6 +141,7 @@ class Edit:
             )
         return changes[found[0]].dense()
 
+    @accepts_model
     def by_parameter(self, model: EditableModel) -> dict[str, Change]:
         """`changes` with every parameter's name in `model.hf`, those of a file of the first version
         too.
@@ -151,6 +153,7 @@ class Edit:
 
     # -- on a model ------------------------------------------------------------------------------
 
+    @accepts_model
     def check(self, model: EditableModel) -> None:
         """Raise EditError when this edit was made for another model."""
         if model.fingerprint != self.fingerprint:
@@ -176,9 +179,11 @@ class Edit:
                     f"{name}: a change of shape {shape} does not fit the parameter's {stored}"
                 )
 
+    @accepts_model
     def is_applied(self, model: EditableModel) -> bool:
         return self.key in model.ledger.active
 
+    @accepts_model
     def apply(self, model: EditableModel) -> None:
         """Write it into the model's weights, rounded once to their dtype together with every other
         active edit.
@@ -212,6 +217,7 @@ class Edit:
         if self.exclusive:
             model.exclusive[self.key] = self.exclusive
 
+    @accepts_model
     def undo(self, model: EditableModel) -> None:
         """Take it back. With no edit left every bit is what it was; edits may be undone in any
         order.
@@ -228,6 +234,7 @@ class Edit:
             raise EditError(f"the {self.method_name} edit could not be undone: {error}") from error
         model.exclusive.pop(self.key, None)
 
+    @accepts_model
     @contextmanager
     def applied_to(self, model: EditableModel) -> Iterator[EditableModel]:
         """Apply within a `with` block; undone at its end, also after an error."""
@@ -307,6 +314,7 @@ class Edit:
             key_layers=tuple(record.get("key_layers", ())),
         )
 
+    @accepts_model
     def export(self, path: str | Path, model: EditableModel, format: str = "peft") -> Path:
         """Write it in another program's format, a name of `export.listing.formats()`.
 

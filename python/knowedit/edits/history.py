@@ -22,6 +22,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.io.tensors import format_of, read_file, write_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit_kernels.solver import Metric
 
 FORMAT = "knowedit-history/2"
@@ -138,6 +139,7 @@ class History:
         check_facts([*self.facts, *facts], places=places)
         return list(facts)
 
+    @accepts_model
     def replay(self, model: EditableModel) -> None:
         """Apply the edits that are not applied to `model` yet. Raises EditError when they are of
         another model.

@@ -24,6 +24,7 @@ from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar
 from knowedit.io.tables import Column, Table
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 
 Estimates = dict[str, dict[str, Estimate]]  # {kind: {measure: Estimate}}
 #: These draw their bootstrap samples from one stream, in this order, as the published results did.
@@ -88,6 +89,7 @@ def before_and_after(before: Estimates, after: Estimates, title: str = "") -> Ta
     return Table(["", "measure", Column("before", ".3f"), Column("after", ".3f")], rows, title)
 
 
+@accepts_model
 def evaluate(
     model: EditableModel,
     edit: Edit | None,
@@ -103,6 +105,7 @@ def evaluate(
     return evaluate_each(model, [edit] * len(facts), facts, seed=seed, progress=progress)
 
 
+@accepts_model
 def evaluate_each(
     model: EditableModel,
     edits: Iterable[Edit | None],

@@ -25,6 +25,7 @@ import json
 import re
 import types
 import typing
+from abc import ABCMeta
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +38,23 @@ TAGS = ("kind", "version")
 Self = TypeVar("Self", bound="Config")
 
 
-class Config:
+class ConfigType(ABCMeta):
+    """Makes wrong names and numbers of settings errors of ours, that say what is known."""
+
+    def __call__(cls, *values: Any, **named: Any) -> Any:
+        if not getattr(cls, "__abstractmethods__", None) and dataclasses.is_dataclass(cls):
+            fields = fields_of(cls)
+            if len(values) > len(fields):
+                raise ConfigError(
+                    f"{cls._called()} takes its settings by name: {', '.join(fields)}"
+                )
+            for name in named:
+                if name not in fields:
+                    raise ConfigError(_unknown(cls, name, fields))
+        return super().__call__(*values, **named)
+
+
+class Config(metaclass=ConfigType):
     """Base of every recorded setting: a frozen dataclass of plain values and other configs.
 
     Attributes:
@@ -179,6 +196,20 @@ class Config:
                 )
             value = part._with(rest, value)
         return type(self).from_dict({name: value}, base=self)
+
+
+def _unknown(cls: type, name: str, fields: Mapping[str, Any]) -> str:
+    """What to say of a setting that there is not: it may be one of a part."""
+    kind = getattr(cls, "kind", cls.__name__)
+    for part in fields:
+        default = _default(cls, part)
+        if isinstance(default, Config) and name in fields_of(type(default)):
+            made = type(default).__name__
+            return (
+                f"{kind} has no setting {name!r}; it is one of {part}: {part}={made}({name}=...), "
+                f"or with_settings(['{part}.{name}=...'])"
+            )
+    return f"{kind} has no setting {name!r}; {nearest(name, fields)}"
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -12,14 +12,14 @@ from knowedit.io.lazy import attributes
 if TYPE_CHECKING:
     from knowedit.methods.base import Method as Method
     from knowedit.methods.base import statistics_for as statistics_for
-    from knowedit.methods.gradient.fine_tuning import FTL as FTL
-    from knowedit.methods.gradient.fine_tuning import FineTuning as FineTuning
-    from knowedit.methods.gradient.fine_tuning import KLFineTuning as KLFineTuning
-    from knowedit.methods.gradient.lora import KLLoRA as KLLoRA
-    from knowedit.methods.gradient.lora import LoRA as LoRA
-    from knowedit.methods.gradient.lora import RegularisedLoRA as RegularisedLoRA
-    from knowedit.methods.learned.mend.method import MEND as MEND
-    from knowedit.methods.learned.serac.method import SERAC as SERAC
+    from knowedit.methods.gradient.named.ft import FineTuning as FineTuning
+    from knowedit.methods.gradient.named.ft_l import FTL as FTL
+    from knowedit.methods.gradient.named.kl_ft import KLFineTuning as KLFineTuning
+    from knowedit.methods.gradient.named.kl_lora import KLLoRA as KLLoRA
+    from knowedit.methods.gradient.named.lora import LoRA as LoRA
+    from knowedit.methods.gradient.named.regularised_lora import RegularisedLoRA as RegularisedLoRA
+    from knowedit.methods.learned.named.mend import MEND as MEND
+    from knowedit.methods.learned.named.serac import SERAC as SERAC
     from knowedit.methods.locate.named.alphaedit import AlphaEdit as AlphaEdit
     from knowedit.methods.locate.named.emmet import EMMET as EMMET
     from knowedit.methods.locate.named.look_ahead import LookAhead as LookAhead
@@ -30,17 +30,21 @@ if TYPE_CHECKING:
     from knowedit.methods.locate.named.rome import ROME as ROME
     from knowedit.methods.locate.named.rose import RoSE as RoSE
     from knowedit.methods.locate.recipe import Recipe as Recipe
-    from knowedit.methods.neurons.neuron_patch import NeuronPatch as NeuronPatch
+    from knowedit.methods.neurons.named.neuron_patch import NeuronPatch as NeuronPatch
     from knowedit.methods.registry import make_method as make_method
     from knowedit.methods.session import Session as Session
 
 #: What the names above are, by module; a test holds the two together.
 MODULES = {
     "knowedit.methods.base": ("Method", "statistics_for"),
-    "knowedit.methods.gradient.fine_tuning": ("FTL", "FineTuning", "KLFineTuning"),
-    "knowedit.methods.gradient.lora": ("KLLoRA", "LoRA", "RegularisedLoRA"),
-    "knowedit.methods.learned.mend.method": ("MEND",),
-    "knowedit.methods.learned.serac.method": ("SERAC",),
+    "knowedit.methods.gradient.named.ft": ("FineTuning",),
+    "knowedit.methods.gradient.named.ft_l": ("FTL",),
+    "knowedit.methods.gradient.named.kl_ft": ("KLFineTuning",),
+    "knowedit.methods.gradient.named.kl_lora": ("KLLoRA",),
+    "knowedit.methods.gradient.named.lora": ("LoRA",),
+    "knowedit.methods.gradient.named.regularised_lora": ("RegularisedLoRA",),
+    "knowedit.methods.learned.named.mend": ("MEND",),
+    "knowedit.methods.learned.named.serac": ("SERAC",),
     "knowedit.methods.locate.named.alphaedit": ("AlphaEdit",),
     "knowedit.methods.locate.named.emmet": ("EMMET",),
     "knowedit.methods.locate.named.look_ahead": ("LookAhead",),
@@ -51,7 +55,7 @@ MODULES = {
     "knowedit.methods.locate.named.rome": ("ROME",),
     "knowedit.methods.locate.named.rose": ("RoSE",),
     "knowedit.methods.locate.recipe": ("Recipe",),
-    "knowedit.methods.neurons.neuron_patch": ("NeuronPatch",),
+    "knowedit.methods.neurons.named.neuron_patch": ("NeuronPatch",),
     "knowedit.methods.registry": ("make_method",),
     "knowedit.methods.session": ("Session",),
 }

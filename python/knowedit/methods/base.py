@@ -14,6 +14,7 @@ from knowedit.facts.fact import Fact, check_facts
 from knowedit.io.config import Config, fields_of
 from knowedit.io.versions import software_versions
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit.statistics.keys import KeyStatistics, layer_statistics
 
 Self = TypeVar("Self", bound="Method")
@@ -38,6 +39,7 @@ class Method(Config):
             cls.kind = cls.name.lower()
         super().__init_subclass__(**others)
 
+    @accepts_model
     def compute(
         self,
         model: EditableModel,
@@ -83,6 +85,7 @@ class Method(Config):
             made.statistics = {k: v for k, v in statistics.identity.items() if k in layers}
         return made
 
+    @accepts_model
     def compute_each(
         self,
         model: EditableModel,
@@ -104,6 +107,7 @@ class Method(Config):
         takes = corpus is not None and "corpus" in fields_of(type(self))
         return self.with_settings({"corpus": corpus}) if takes else self
 
+    @accepts_model
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers whose key statistics it uses; none for a method without statistics."""
         return ()

@@ -11,6 +11,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit.statistics import KeyStatistics
 
 
@@ -37,6 +38,7 @@ class Session:
         EditError: the history belongs to another model.
     """
 
+    @accepts_model
     def __init__(
         self,
         method: Method,

@@ -6,8 +6,9 @@ bit for bit.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from knowedit.errors import EditError, ModelError
-from knowedit.models import generation
+from knowedit.models import generation, partial
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.generation import Router, Score
 from knowedit.models.structure import Layout, detect
@@ -24,23 +25,25 @@ from knowedit_kernels import WeightLedger
 from knowedit_kernels.lowrank import Change
 
 
-class _Stop(Exception):
-    """Raised inside a forward pass once the deepest needed value was read."""
-
-
 class _InForce:
-    """What is in force on one transformers model, whoever wraps it: the ledger of its edits, the
-    router, and the fingerprint of the unedited weights.
+    """What is known of one transformers model, whoever wraps it: the ledger of its edits, the
+    router, the fingerprint of the unedited weights, the tokenizer.
     """
 
     def __init__(self) -> None:
         self.ledger = WeightLedger()
         self.router: Router | None = None
         self.fingerprint: str | None = None
+        self.tokenizer: Any = None
         self.exclusive: dict[str, frozenset[str]] = {}  # by the key of the edit
 
 
 _IN_FORCE: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
+
+
+def known_tokenizer(hf: nn.Module) -> Any:
+    """The tokenizer that a transformers model was wrapped with before, or None."""
+    return _IN_FORCE[hf].tokenizer if hf in _IN_FORCE else None
 
 
 class EditableModel:
@@ -82,6 +85,7 @@ class EditableModel:
             )
         names = {self.layout.weight_name(i): self.weight(i) for i in range(len(self.layers))}
         state = self._state = _IN_FORCE.setdefault(hf, _InForce())
+        state.tokenizer = tokenizer
         if not state.ledger.active:  # weights and dtype may be others than when it was last wrapped
             transposed = names if self.layout.transposed else ()
             state.ledger, state.fingerprint = WeightLedger(names, transposed=transposed), None
@@ -288,56 +292,14 @@ class EditableModel:
         self,
         layer: int,
         ids: Tensor,
-        on_key: Callable[[int, Tensor], None],
+        on_key: Callable[[int, Tensor], Any],
         layers: Sequence[int] = (),
-        on_output: Callable[[int, Tensor], None] | None = None,
         positions: Tensor | None = None,
     ) -> None:
-        """One partial forward pass, stopped before `layer`'s projection (or after `layer` when
-        outputs are asked for).
-
-        Args:
-            layer: the deepest layer needed; nothing above its MLP's input runs.
-            ids: `[B, T]`, right-padded: causal attention never looks at the padding, so no mask is
-                needed.
-            on_key: called with (layer, keys `[B, T, d_ff]`) for each of `layers` (default:
-                `layer`).
-            on_output: called with (layer, layer output `[B, T, hidden]`) for `layer`; the pass then
-                ends after it.
-            positions: `[B, T]`, where several texts stand behind each other in a row: each begins
-                again at 0.
+        """`on_key(layer, keys [B, T, d_ff])` for each of `layers` (default: `layer`, the deepest)
+        in one pass that ends before the deepest one's projection; see `partial.read`.
         """
-        wanted = set(layers or [layer])
-        handles = []
-
-        def key_hook(index: int):
-            def hook(_module, inputs):
-                if index in wanted:
-                    on_key(index, inputs[0])
-                if index == layer and on_output is None:
-                    raise _Stop
-
-            return hook
-
-        def output_hook(_module, _inputs, output):
-            on_output(layer, output[0] if isinstance(output, tuple) else output)  # type: ignore[misc]
-            raise _Stop
-
-        for index in sorted(wanted | {layer}):
-            handles.append(self.projection(index).register_forward_pre_hook(key_hook(index)))
-        if on_output is not None:
-            handles.append(self.layers[layer].register_forward_hook(output_hook))
-        try:
-            with torch.no_grad():
-                self.final_states(ids, positions)
-        except _Stop:
-            return
-        finally:
-            for handle in handles:
-                handle.remove()
-        raise ModelError(
-            f"{self.name}: the forward pass ended without reaching layer {layer}'s projection"
-        )
+        partial.read_keys(self, ids, layers or [layer], on_key, positions=positions)
 
     def keys(
         self,
@@ -364,22 +326,16 @@ class EditableModel:
         ends = [len(r.ids) - 1 if r.subject is None else r.subject for r in rows]
         for batch in batches([e + 1 for e in ends], budget):
             ids, _ = self.pad([rows[i].ids[: ends[i] + 1] for i in batch])
-            index, at = (
-                torch.tensor(batch, device=self.device),
-                torch.tensor([ends[i] for i in batch], device=self.device),
+            at = torch.tensor([ends[i] for i in batch])
+            take = functools.partial(_put, torch.tensor(batch), at)
+            projections = {self.layout.projection.format(layer): found[layer] for layer in found}
+            last = {} if out is None else {self.layout.layer(deepest): out}
+            partial.read(
+                self,
+                ids,
+                inputs={name: functools.partial(take, into) for name, into in projections.items()},
+                outputs={name: functools.partial(take, into) for name, into in last.items()},
             )
-            span = torch.arange(len(batch), device=self.device)
-
-            def on_key(layer: int, key: Tensor, index=index, at=at, span=span) -> None:
-                found[layer][index.to(key.device)] = key[span.to(key.device), at.to(key.device)].to(
-                    found[layer]
-                )
-
-            def on_output(_layer: int, h: Tensor, index=index, at=at, span=span) -> None:
-                assert out is not None
-                out[index] = h[span.to(h.device), at.to(h.device)].to(out)
-
-            self.forward_to(deepest, ids, on_key, layers, on_output if outputs else None)
         return found, out
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -392,8 +348,10 @@ class EditableModel:
         return cap * torch.tanh(logits / cap) if cap else logits
 
     def logprobs(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities `[.., vocab]`, float32, of final hidden states `[.., hidden]`."""
-        return self.head(hidden).float().log_softmax(-1)
+        """Log-probabilities `[.., vocab]`, at least float32, of final hidden states
+        `[.., hidden]`.
+        """
+        return at_least_float32(self.head(hidden)).log_softmax(-1)
 
     def final_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Final hidden states `[B, T, hidden]` (after the last norm) of right-padded `ids`
@@ -437,32 +395,17 @@ class EditableModel:
         """
         return generation.samples(self, seed, start, batch=batch, length=length)
 
-    @contextmanager
-    def virtual(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Run as if layer `l`'s weight had `U Vᵀ` added (`{l: (U [hidden, r], V [d_ff, r])}`); no
-        weight is touched.
+    def virtual(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
+        """Run as if weights had low-rank changes, which no weight gets; see `partial.virtual`."""
+        return partial.virtual(self, factors)
 
-        Instead of a layer's number, the name of any linear module below `hf`; each row of the batch
-        can have its own pair, `[B, out, r]` and `[B, in, r]`.
-        """
 
-        def hook(pair):
-            def add(_module, inputs, output):
-                left, right = (f.to(output) for f in pair)
-                return output + (inputs[0] @ right) @ left.mT
+def _put(rows: Tensor, at: Tensor, into: Tensor, part: Tensor) -> None:
+    """Put the states of `part` `[B, T, width]` at the places `at` `[B]` into `rows` of `into`."""
+    lines = torch.arange(len(at), device=part.device)
+    into[rows.to(into.device)] = part[lines, at.to(part.device)].to(into)
 
-            return add
 
-        modules = [
-            self.hf.get_submodule(at) if isinstance(at, str) else self.projection(at)
-            for at in factors
-        ]
-        handles = [
-            module.register_forward_hook(hook(pair))
-            for module, pair in zip(modules, factors.values())
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

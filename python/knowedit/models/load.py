@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from knowedit.errors import ModelError
 from knowedit.models.download import DEFAULT_MODEL, resolve
-from knowedit.models.editable import EditableModel
+from knowedit.models.editable import EditableModel, known_tokenizer
 from knowedit.models.fingerprint import weights_fingerprint
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def load_model(
@@ -49,7 +54,9 @@ def load_model(
         return name
     if not isinstance(name, (str, Path)):
         _check_is_model(name)
-        return EditableModel(name, _tokenizer_of(name) if tokenizer is None else tokenizer)
+        if tokenizer is None:
+            tokenizer = known_tokenizer(name) or _tokenizer_of(name)
+        return EditableModel(name, tokenizer)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = resolve(str(name), revision=revision, code=trust_remote_code, say=say)
@@ -77,6 +84,34 @@ def as_editable(
         ModelError: it is none of these, it cannot be edited, or its tokenizer is not found.
     """
     return load_model(model, tokenizer=tokenizer, **load)
+
+
+def accepts_model(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose argument `model` may also be a transformers model, with the tokenizer saved
+    beside it or once given to `load_model`. Raises ModelError for anything else: a model that is
+    only named would be lost with what was done to it.
+    """
+    place = list(inspect.signature(function).parameters).index("model")
+
+    @functools.wraps(function)
+    def with_editable(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "model" in kwargs:
+            kwargs["model"] = _loaded(kwargs["model"])
+        elif len(args) > place:
+            given = list(args)
+            given[place] = _loaded(args[place])
+            args = tuple(given)  # type: ignore[assignment]
+        return function(*args, **kwargs)
+
+    return with_editable
+
+
+def _loaded(model: Any) -> EditableModel:
+    if isinstance(model, (str, Path)):
+        raise ModelError(
+            f"{str(model)!r} is only a name; load it first: load_model({str(model)!r})"
+        )
+    return as_editable(model)
 
 
 def _check_is_model(found: Any) -> None:

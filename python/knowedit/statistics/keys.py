@@ -27,6 +27,7 @@ from torch import Tensor
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
+from knowedit.models.load import accepts_model
 from knowedit.statistics.collect import Collection, CollectSettings
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit.statistics.distributed.checkpoints import resumable_layers
@@ -161,6 +162,7 @@ class KeyStatistics:
                 )
 
 
+@accepts_model
 def key_statistics(
     model: EditableModel,
     layers: Sequence[int] | None = None,

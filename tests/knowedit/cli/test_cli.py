@@ -10,60 +10,18 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from knowedit.cli.app import main
-from knowedit.cli.options import parse_layers, parse_settings
+from knowedit.cli.options import parse_layers
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
-from knowedit.methods import make_editor
-
-FACTS = [
-    {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon", "true": "Paris"},
-    {"prompt": "They say {} speaks", "subject": "Brazil", "target": "Norse", "true": "Portuguese"},
-]
-
-
-@pytest.fixture
-def place(tiny_llama, tmp_path, own_cache):
-    """A folder with a model, facts and a corpus."""
-    tiny_llama.hf.save_pretrained(tmp_path / "model")
-    tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
-    (tmp_path / "corpus.txt").write_text(
-        "\n\n".join(f"Some text number {i} about nothing at all." for i in range(60))
-    )
-    return tmp_path
+from tests.knowedit.cli.examples import FACTS
 
 
 def command(*arguments):
     return [sys.executable, "-m", "knowedit", *arguments]
 
 
-@pytest.fixture
-def knowedit(place, monkeypatch, capsys):
-    """Run a command line in this process, in the place's folder; returns what it printed (errors,
-    for another code).
-    """
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("KNOWEDIT_CACHE", str(place / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["knowedit", *arguments])
-        capsys.readouterr()
-        try:
-            main()
-            left = 0
-        except SystemExit as stop:
-            left = stop.code or 0
-        said = capsys.readouterr()
-        assert left == code, said.out + said.err
-        return said.out if code == 0 else said.err
-
-    return run
-
-
-CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layers", "1")
+CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1")
 
 
 def test_edit_inspect_apply_undo(place, knowedit):
@@ -93,11 +51,11 @@ def test_edit_inspect_apply_undo(place, knowedit):
 
 def test_a_gradient_method_needs_no_statistics(place, knowedit):
     settings = (
-        "--setting",
+        "--set",
         "steps=2",
-        "--setting",
+        "--set",
         "rank=3",
-        "--setting",
+        "--set",
         'modules=["q_proj","down_proj"]',
     )
     said = knowedit(
@@ -108,7 +66,7 @@ def test_a_gradient_method_needs_no_statistics(place, knowedit):
         "a.safetensors",
         "--method",
         "lora",
-        "--layers",
+        "--layer",
         "1-2",
         *settings,
     )
@@ -122,8 +80,8 @@ def test_a_gradient_method_needs_no_statistics(place, knowedit):
     assert "every weight is back" in knowedit("undo", "edited")
     for bad, message in (
         ("lr", "name=value"),
-        ("steps=x", "name=value"),
-        ("gain=1", "no setting gain"),
+        ("steps=x", "lora.steps must be a whole number"),
+        ("gain=1", "lora has no setting 'gain'"),
         ("rank=0", "rank must"),
     ):
         assert message in knowedit(
@@ -134,7 +92,7 @@ def test_a_gradient_method_needs_no_statistics(place, knowedit):
             "b.safetensors",
             "--method",
             "lora",
-            "--setting",
+            "--set",
             bad,
             code=1,
         )
@@ -186,15 +144,15 @@ def test_statistics_from_files(place, knowedit):
         "b.safetensors",
         "--statistics",
         "ours",
-        "--layers",
+        "--layer",
         "1",
     )
     one, other = (Edit.load(place / f"{edit}.safetensors").delta(1) for edit in "ab")
     assert one.equal(other)
     common = ("--dataset", "facts.jsonl", "--method", "memit", "--statistics", "ours")
-    assert "efficacy" in knowedit("eval", "model", *common, "--layers", "1")
+    assert "efficacy" in knowedit("eval", "model", *common, "--layer", "1")
     assert "no statistics of layer 2 here" in knowedit(
-        "eval", "model", *common, "--layers", "2", code=1
+        "eval", "model", *common, "--layer", "2", code=1
     )
     said = knowedit(
         "edit",
@@ -204,7 +162,7 @@ def test_statistics_from_files(place, knowedit):
         "c",
         "--statistics",
         "peer.npz",
-        "--layers",
+        "--layer",
         "1",
         code=1,
     )
@@ -212,7 +170,7 @@ def test_statistics_from_files(place, knowedit):
 
 
 def test_stats_eval_doctor(place, knowedit):
-    rows = json.loads(knowedit("stats", "model", *CORPUS[:4], "--layers", "0-1", "--json"))
+    rows = json.loads(knowedit("stats", "model", *CORPUS[:4], "--layer", "0-1", "--json"))
     assert [(r["layer"], r["tokens"]) for r in rows] == [(0, 500), (1, 500)] and not rows[0]["sink"]
     file = next((place / "cache").rglob("layer-001.safetensors"))
     assert "500 from corpus.txt" in knowedit("inspect", str(file))
@@ -265,18 +223,18 @@ def test_stats_eval_doctor(place, knowedit):
         (("edit", "model", "nothing.jsonl", "-o", "x"), "nothing.jsonl"),
         (
             ("edit", "model", "facts.jsonl", "-o", "x", "--method", "rosé"),
-            "unknown method 'rosé'; known: memit, rome",
+            "unknown method 'rosé'; did you mean 'rose'?",
         ),
         (
-            ("edit", "model", "facts.jsonl", "-o", "x", "--method", "rome", "--gain", "0.9"),
-            "rome has no setting gain",
+            ("edit", "model", "facts.jsonl", "-o", "x", "--method", "rome", "--set", "gain=0.9"),
+            "rome has no setting 'gain'",
         ),
         (
             ("edit", "nowhere", "facts.jsonl", "-o", "x", *CORPUS),
             "neither a local folder nor reachable",
         ),
-        (("stats", "model", "--layers", "7", *CORPUS[:4]), "layer 7 does not exist"),
-        (("stats", "model", "--layers", "four", *CORPUS[:4]), "give numbers like"),
+        (("stats", "model", "--layer", "7", *CORPUS[:4]), "layer 7 does not exist"),
+        (("stats", "model", "--layer", "four", *CORPUS[:4]), "give a number like"),
         (("stats", "model", "--corpus", "nothing.txt"), "no such file"),
         (("apply", "model", "facts.jsonl", "-o", "x"), "damaged or not a safetensors file"),
         (("inspect", "model"), "not a folder written by"),
@@ -328,40 +286,13 @@ def test_kill_leaves_nothing_half_written(place, knowedit, what):
 
 
 def test_parse_layers():
-    assert (
-        parse_layers("5") == (5,)
-        and parse_layers("4-6,9") == (4, 5, 6, 9)
-        and parse_layers(None) is None
-    )
-    for bad in ("x", "3-", "6-4"):
-        with pytest.raises(KnowEditError):
-            parse_layers(bad)
-
-
-def test_make_editor_passes_only_what_is_known():
-    assert make_editor("memit", gain=0.5, layers=None).gain == 0.5
-    assert parse_settings(["lr=1e-4", "layers=[1, 2]"]) == {"lr": 1e-4, "layers": (1, 2)}
-    with pytest.raises(KnowEditError, match="no setting gain"):
-        make_editor("rome", gain=0.5)
-    editor = make_editor("memit", values={"steps": 7}, layers=3)
-    assert editor.values.steps == 7 and editor.layers == (3,)
-
-
-@pytest.mark.parametrize(
-    ("method", "settings", "message"),
-    [
-        ("memit", {"gain": 1}, "gain must lie between 0 and 1"),
-        ("alphaedit", {"weight": 0}, "weight must be positive"),
-        ("memit", {"values": {"nope": 1}}, "unexpected keyword argument 'nope'"),
-        ("rome", {"layers": (1, 2)}, "one layer"),
-        ("memit", {"gain": {}}, "takes no dictionary"),
-        ("metake", {"when": "nevr"}, "auto, always or never"),
-        ("metake", {"rehearsed": -1}, "must not be negative"),
-    ],
-)
-def test_wrong_settings_are_refused_before_anything_is_loaded(method, settings, message):
-    with pytest.raises(KnowEditError, match=message):
-        make_editor(method, **settings)
+    assert parse_layers(["5"]) == (5,) and parse_layers(["4-6", "9"]) == (4, 5, 6, 9)
+    assert parse_layers(None) is None and parse_layers([]) is None
+    for bad in ("x", "3-", "6-4", "", "-1"):
+        with pytest.raises(KnowEditError, match="give a number like 5 or a range"):
+            parse_layers([bad])
+    with pytest.raises(KnowEditError, match="--layer 4 --layer 6"):
+        parse_layers(["4,6"])
 
 
 def test_measuring_in_depth(knowedit, place):
@@ -372,7 +303,17 @@ def test_measuring_in_depth(knowedit, place):
     ]
     (place / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     chosen = ("--dataset", "facts.jsonl", "--least", "1", *CORPUS, "-o", "run")
-    said = knowedit("same-subject", "model", "--method", "memit,emmet", "--wordings", "1", *chosen)
+    said = knowedit(
+        "same-subject",
+        "model",
+        "--method",
+        "memit",
+        "--method",
+        "emmet",
+        "--wordings",
+        "1",
+        *chosen,
+    )
     assert "EMMET - MEMIT, paired" in said and "3 facts of 2 subjects" in said
     rows = json.loads(
         knowedit("geometry", "model", "--edited", "0", "--threshold", "1e9", *chosen, "--json")
@@ -383,13 +324,3 @@ def test_measuring_in_depth(knowedit, place):
     assert (place / "run/report.html").read_text().count("<svg") == 2
     assert "unknown half" in knowedit("same-subject", "model", "--half", "third", *chosen, code=1)
     assert "holds no results" in knowedit("report", "model", code=1)
-
-
-def test_the_help_names_every_method_and_the_version_is_told(capsys):
-    from knowedit.cli.app import METHODS, app
-    from knowedit.methods import EDITORS
-
-    assert sorted(METHODS.split(", ")) == sorted(EDITORS)
-    with pytest.raises(SystemExit) as end:
-        app(["--version"])
-    assert end.value.code == 0 and capsys.readouterr().out.startswith("knowedit 0")

@@ -23,7 +23,7 @@ from knowedit.facts.sets import load
 from knowedit.io.tables import Table
 from knowedit.report import plots
 from knowedit.report.run import report, trace_blocks
-from tests.knowedit.cli.test_cli import knowedit, place  # noqa: F401
+from tests.knowedit.cli.conftest import knowedit, place  # noqa: F401
 from tests.knowedit.models.test_partial import tiny_mistral  # noqa: F401
 
 PROMPT, SUBJECT = "In Oslo it is", "Oslo"

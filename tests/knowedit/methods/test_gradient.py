@@ -20,15 +20,15 @@ from knowedit.io.memory import peak_memory
 from knowedit.methods import (
     FTL,
     FineTuning,
-    GradientEditor,
     KLFineTuning,
     KLLoRA,
     LoRA,
     RegularisedLoRA,
 )
 from knowedit.methods.gradient.descent import descend
+from knowedit.methods.gradient.method import GradientMethod
 from knowedit.methods.gradient.terms import Kept, Said, continued
-from knowedit.methods.gradient.trainable import Weights
+from knowedit.methods.gradient.trainable import NAME, WholeWeights, linear_names
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
@@ -148,7 +148,7 @@ class TestAgainstNaiveLoops:
     def test_kl_is_the_definition_at_every_token(self, tiny):
         names = [tiny.layout.weight_name(1)]
         term = Kept(tiny, [tiny.row(text) for text in CONTEXT], budget=40)
-        part = Weights(tiny, names)
+        part = WholeWeights(tiny, names)
         with torch.no_grad():
             part.leaves[names[0]] += 0.1 * torch.randn(
                 part.leaves[names[0]].shape, generator=torch.Generator().manual_seed(1)
@@ -172,7 +172,7 @@ class TestAgainstNaiveLoops:
 
     def test_leads_are_the_worst_tokens(self, tiny_llama):
         rows = [tiny_llama.row(fact.text, answer=fact.target) for fact in FACTS]
-        (found,) = Said(tiny_llama, rows).evaluate(Weights(tiny_llama, []), range(3))
+        (found,) = Said(tiny_llama, rows).evaluate(WholeWeights(tiny_llama, []), range(3))
         for i, row in zip(found.texts, [rows[i] for i in found.texts]):
             logits = tiny_llama.hf(input_ids=torch.tensor([row.ids])).logits[0]
             leads = []
@@ -203,18 +203,18 @@ class TestAdapters:
             for name in modules or ()
             if any(name in full for full, _ in tiny.hf.named_modules())
         ]
-        editor = LoRA(
+        method = LoRA(
             steps=4, lr=1e-2, rank=3, alpha=5, modules=tuple(known) if modules else None, stop=None
         )
-        with editor.part(tiny) as part:
-            descend(editor, part, editor.terms(tiny, FACTS), False)
+        with method.part(tiny) as part:
+            descend(method, part, method.terms(tiny, FACTS), False)
             merged = {
-                f"{name}.weight": layer.get_delta_weight("default")
+                f"{name}.weight": layer.get_delta_weight(NAME)
                 for name, layer in part.layers.items()
             }
             ids = torch.tensor([tiny.row(FACTS[0].text).ids])
             trained = tiny.hf(input_ids=ids).logits
-        made = editor.compute(tiny, FACTS, progress=False)
+        made = method.compute(tiny, FACTS, progress=False)
         assert set(made.changes) == set(merged) and made.report.details["trainable"] == part.size
         for name, change in made.changes.items():
             left, right = change.U, change.V
@@ -231,12 +231,12 @@ class TestAdapters:
         assert not torch.allclose(tiny.hf(input_ids=ids).logits, applied, atol=1e-3)
 
     def test_modules_are_found_by_structure(self, tiny):
-        names = LoRA(layers=(1,)).targets(tiny)
+        names = linear_names(tiny, (1,), None)
         inside = {name.rpartition(".")[2] for name in names}
         llama = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
         assert inside == ({"c_attn", "c_proj", "c_fc"} if tiny.layout.transposed else llama)
         assert all(name.startswith(f"{tiny.layout.layers}.1.") for name in names)
-        assert len(LoRA().targets(tiny)) == len(tiny.layers) * len(names)
+        assert len(linear_names(tiny, None, None)) == len(tiny.layers) * len(names)
 
     def test_what_was_an_adapter_before_stays_one(self, tiny_llama):
         tiny_llama.hf.peft_config = {"mine": object()}
@@ -325,12 +325,12 @@ class TestEveryMethod:
         assert weights_fingerprint(tiny_llama.hf) == before
 
     def test_a_seed_gives_the_same_bits(self, tiny_llama, kind):
-        editor = replace(QUICK[kind], batch=2, draw=2, stop=None)
-        one, two = (editor.compute(tiny_llama, FACTS, progress=False) for _ in range(2))
+        method = replace(QUICK[kind], batch=2, draw=2, stop=None)
+        one, two = (method.compute(tiny_llama, FACTS, progress=False) for _ in range(2))
         assert (
             one.key
             == two.key
-            != replace(editor, seed=1).compute(tiny_llama, FACTS, progress=False).key
+            != replace(method, seed=1).compute(tiny_llama, FACTS, progress=False).key
         )
 
     def test_it_reads_back_from_a_file(self, tiny_llama, kind, tmp_path):
@@ -354,22 +354,22 @@ class TestRegularisation:
         """
         elsewhere = ["The sea was calm", "Green doors are", "It snows and we", "They went home"]
         clean, drifts = tiny_llama.next_logprobs(elsewhere), {}
-        for editor in (LoRA, KLLoRA, RegularisedLoRA):
+        for method in (LoRA, KLLoRA, RegularisedLoRA):
             settings = (
                 {"kl": 10.0, "context": (*CONTEXT, "Doors can be green.", "It rains.")}
-                if editor is KLLoRA
+                if method is KLLoRA
                 else {}
             )
             settings |= (
-                {"stability": 1.0, "stable": CONTEXT[:2]} if editor is RegularisedLoRA else {}
+                {"stability": 1.0, "stable": CONTEXT[:2]} if method is RegularisedLoRA else {}
             )
-            made = editor(steps=60, lr=3e-3, stop=0.3, **settings).compute(
+            made = method(steps=60, lr=3e-3, stop=0.3, **settings).compute(
                 tiny_llama, FACTS[:1], progress=False
             )
-            assert 0.15 < made.report.details["loss"] < 0.4, editor.name
+            assert 0.15 < made.report.details["loss"] < 0.4, method.name
             with made.applied_to(tiny_llama):
                 now = tiny_llama.next_logprobs(elsewhere)
-            drifts[editor.name] = float((clean.exp() * (clean - now)).sum(-1).mean())
+            drifts[method.name] = float((clean.exp() * (clean - now)).sum(-1).mean())
         assert drifts["KL-LoRA"] < 0.7 * drifts["LoRA"], drifts
 
     def test_shipped_texts_are_about_others(self, tiny_llama):
@@ -420,8 +420,8 @@ class TestStopping:
         """
         exact, moved = cast(tiny_gpt2, torch.float64), {}
         for stop in (1e9, None):
-            editor = KLFineTuning(steps=1, lr=1e-3, stop=stop, context=CONTEXT)
-            made = editor.compute(exact, FACTS, progress=False)
+            method = KLFineTuning(steps=1, lr=1e-3, stop=stop, context=CONTEXT)
+            made = method.compute(exact, FACTS, progress=False)
             assert made.report.steps == 1
             moved[stop] = max(float(change.delta.abs().max()) for change in made.changes.values())
         assert moved[1e9] < 1e-9 and moved[None] == pytest.approx(1e-3, rel=1e-3)
@@ -491,7 +491,7 @@ class TestInSequence:
 
 class TestBadInput:
     @pytest.mark.parametrize(
-        "editor, message",
+        "method, message",
         [
             (
                 LoRA(modules=("q_projection",)),
@@ -506,14 +506,14 @@ class TestBadInput:
             (KLLoRA(context=("The sea", "")), "one of them is empty"),
         ],
     )
-    def test_settings_that_do_not_fit_the_model(self, tiny_llama, editor, message):
+    def test_settings_that_do_not_fit_the_model(self, tiny_llama, method, message):
         with pytest.raises(EditError, match=message):
-            editor.compute(tiny_llama, FACTS, progress=False)
+            method.compute(tiny_llama, FACTS, progress=False)
 
     def test_layers_that_are_not_there(self, tiny_llama):
-        for editor in (LoRA(layers=(9,)), FineTuning(layers=(9,)), FTL(layers=(9,))):
+        for method in (LoRA(layers=(9,)), FineTuning(layers=(9,)), FTL(layers=(9,))):
             with pytest.raises(ModelError, match="layer 9 does not exist"):
-                editor.compute(tiny_llama, FACTS, progress=False)
+                method.compute(tiny_llama, FACTS, progress=False)
 
     @pytest.mark.parametrize(
         "settings, message",
@@ -544,7 +544,7 @@ class TestBadInput:
         names = {"ft", "ft-l", "lora", "regularised-lora", "kl-ft", "kl-lora"}
         assert {kind.kind for kind in QUICK} == names
         assert all(
-            isinstance(QUICK[kind], GradientEditor) and not kind.needs_statistics for kind in QUICK
+            isinstance(QUICK[kind], GradientMethod) and not kind.needs_statistics for kind in QUICK
         )
         with pytest.raises(ConfigError, match="lora.steps must be a whole number"):
             LoRA(steps="many")

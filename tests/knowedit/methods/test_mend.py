@@ -18,11 +18,12 @@ from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.records import write_facts
 from knowedit.methods.learned.examples import examples, split, sums
 from knowedit.methods.learned.loop import Plan, train
-from knowedit.methods.learned.mend import method as mend
-from knowedit.methods.learned.mend.method import MEND, compressed
 from knowedit.methods.learned.mend.network import MendNetwork, token_factors
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
-from knowedit.models.upper import Texts, Upper
+from knowedit.methods.learned.named import mend
+from knowedit.methods.learned.named.mend import MEND, compressed
+from knowedit.models.partial import PartialModel, layer_outputs, with_weights
+from knowedit.models.texts import Texts
 
 NAMES = (
     "Anna Bert Carl Dora Emil Fred Gina Hans Ivan Jane Karl Lena Mona Nils Olga Paul Rosa "
@@ -57,18 +58,13 @@ def dense(model, name, left, right):
     return delta.T if type(model.hf.get_submodule(name)).__name__ == "Conv1D" else delta
 
 
-# -- running the upper layers
-# -------------------------------------------------------------------------------------
-
-
 def test_the_upper_layers_say_what_the_model_says(tiny):
     rows = [tiny.row("Anna lives in Rome").ids, tiny.row("Oslo").ids]
     ids, mask = tiny.pad(rows)
     with torch.no_grad():
         whole = tiny.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    states: list = []
-    tiny.forward_to(1, ids, lambda *_: None, on_output=lambda _, state: states.append(state))
-    found = Upper(tiny, 2, 40).run(states[0])
+    ((order, states),) = layer_outputs(tiny, rows, 1)
+    found = PartialModel.for_texts(tiny, 2, 40).run(states[[order.index(i) for i in range(2)]])
     torch.testing.assert_close(found[mask], whole[mask], rtol=1e-4, atol=1e-5)
 
 
@@ -88,26 +84,22 @@ def test_texts_measure_what_the_model_scores(tiny):
         assert float(texts.kl(batch)) > 1e-3
 
 
-# -- gradients and network
-# ----------------------------------------------------------------------------------------
-
-
 def test_token_factors_add_up_to_each_texts_gradient(tiny):
     network = MendNetwork.new(tiny, LAYERS, 4)
     texts = texts_of(tiny, FACTS[:3])
     tokens = token_factors(texts, texts.batch(range(3)), network.weights)
     for number in range(3):
-        tiny.hf.requires_grad_(True)
         alone = texts_of(tiny, FACTS[number : number + 1])
-        alone.nll(alone.batch([0])).backward()
-        for name, (x, delta, owner) in tokens.items():
+        weights = {f"{name}.weight": tiny.hf.get_submodule(name).weight for name in tokens}
+        leaves = {
+            name: weight.detach().clone().requires_grad_() for name, weight in weights.items()
+        }
+        loss = with_weights(tiny, leaves, lambda alone=alone: alone.nll(alone.batch([0])))
+        wanted = torch.autograd.grad(loss, list(leaves.values()))
+        for (name, (x, delta, owner)), gradient in zip(tokens.items(), wanted):
             mine = owner == number
-            weight = tiny.hf.get_submodule(name).weight
-            torch.testing.assert_close(
-                dense(tiny, name, delta[mine].T, x[mine].T), weight.grad, rtol=1e-3, atol=1e-5
-            )
-        tiny.hf.zero_grad()
-        tiny.hf.requires_grad_(False)
+            found = dense(tiny, name, delta[mine].T, x[mine].T)
+            torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_a_new_network_is_the_normalised_gradient(tiny_llama):
@@ -149,11 +141,11 @@ def test_grouped_factors_are_the_edits_of_the_groups(tiny):
     with tiny.virtual(
         {name: (left[whose], right[whose]) for name, (left, right) in grouped.items()}
     ):
-        together = texts.run(batch)
+        together = texts.logits(batch)
     for number, edit in enumerate(edits):
         with edit.applied_to(tiny):
-            alone = texts.run(batch)
-        mine = batch.line % 2 == number
+            alone = texts.logits(batch)
+        mine = batch.places.line % 2 == number
         torch.testing.assert_close(together[mine], alone[mine], rtol=1e-3, atol=1e-3)
 
 
@@ -162,14 +154,14 @@ def test_edits_of_several_facts_are_summed(tiny, monkeypatch):
     network.start_at(0.01)
     network.report = {"steps": 0}
     monkeypatch.setattr(mend, "AT_ONCE", 1)  # several chunks
-    editor = MEND(network, scale=0.5)
-    one, two, both = (editor.compute(tiny, facts) for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]))
+    method = MEND(network, scale=0.5)
+    one, two, both = (method.compute(tiny, facts) for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]))
     for layer in LAYERS:
         torch.testing.assert_close(
             both.delta(layer), one.delta(layer) + two.delta(layer), rtol=1e-3, atol=1e-5
         )
     whole = MEND(network).compute(tiny, FACTS[:1])
-    torch.testing.assert_close(whole.delta(2), 2 * one.delta(2), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole.delta(2, tiny), 2 * one.delta(2, tiny), rtol=1e-4, atol=1e-6)
     assert (
         set(both.changes) == set(one.changes)
         and both.changes
@@ -183,10 +175,6 @@ def test_compressed_keeps_the_product_at_its_rank():
     u, v = compressed(left, right)
     assert u.shape == (20, 3) and v.shape == (30, 3)
     torch.testing.assert_close(u @ v.T, left @ right.T, rtol=1e-4, atol=1e-4)
-
-
-# -- training
-# -----------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
@@ -340,10 +328,6 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
         )
 
 
-# -- what it is trained on
-# ----------------------------------------------------------------------------------------
-
-
 def test_examples_ask_for_the_fact_and_leave_neighbours():
     made = examples(FACTS, seed=3)
     assert made == examples(FACTS, seed=3) != examples(FACTS, seed=4)
@@ -393,10 +377,6 @@ def test_training_and_validation_share_no_subject():
     told, held = split(twice, share=0.2)
     assert len(told) + len(held) == len(twice) and held
     assert not {f.subject for f in told} & {f.subject for f in held}
-
-
-# -- bad input
-# ----------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_too_few_facts_or_the_wrong_ones_are_refused(tiny_llama, tmp_path):
@@ -464,10 +444,6 @@ def test_without_a_file_the_network_of_the_cache_is_used(tiny_llama, tmp_path, m
     assert named.key == found.key and set(found.keys) == {3}
 
 
-# -- the command
-# --------------------------------------------------------------------------------------------------
-
-
 def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, monkeypatch, capsys):
     from knowedit.cli.app import main
 
@@ -502,7 +478,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
             "train",
             "mend",
             "model",
-            "--facts",
+            "--dataset",
             "told.jsonl",
             "--without",
             "tested.jsonl",
@@ -515,7 +491,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "1 facts" in knowedit("edit", "model", "asked.jsonl", "--method", "mend", "-o", "e")
     assert "MEND edit" in knowedit("inspect", "e")
     assert "saved to s" in knowedit(
-        "train", "serac", "model", "--facts", "told.jsonl", "--steps", "1", "-o", "s"
+        "train", "serac", "model", "--dataset", "told.jsonl", "--steps", "1", "-o", "s"
     )
     asked = (
         "edit",
@@ -523,7 +499,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
         "asked.jsonl",
         "--method",
         "serac",
-        "--setting",
+        "--set",
         'network="s"',
         "-o",
         "m",
@@ -531,5 +507,5 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "1 facts" in knowedit(*asked)
     assert "changes no weight" in knowedit("apply", "model", "m", "-o", "folder", code=1)
     assert "too few" in knowedit(
-        "train", "mend", "model", "--facts", "asked.jsonl", "-o", "n", code=1
+        "train", "mend", "model", "--dataset", "asked.jsonl", "-o", "n", code=1
     )

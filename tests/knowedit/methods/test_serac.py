@@ -15,11 +15,12 @@ from knowedit.errors import EditError
 from knowedit.evaluation import evaluate
 from knowedit.facts.fact import FactError
 from knowedit.methods.learned.loop import Plan
+from knowedit.methods.learned.named.serac import SERAC
 from knowedit.methods.learned.serac.memory import MemoryEdit
-from knowedit.methods.learned.serac.method import SERAC
 from knowedit.methods.learned.serac.network import Scope, SeracNetwork, in_view
 from knowedit.methods.learned.serac.training import SeracTraining, train_serac
 from knowedit.methods.session import Session
+from knowedit.models import partial
 from knowedit.models.structure import linears
 from tests.knowedit.methods.test_mend import FACTS
 
@@ -140,15 +141,13 @@ def test_of_two_answers_to_one_question_the_last_one_counts(tiny_llama):
 def test_a_question_costs_the_same_whatever_is_stored(tiny_llama, monkeypatch):
     network = network_of(tiny_llama)
     seen = []
-    original = type(tiny_llama).forward_to
-    monkeypatch.setattr(
-        type(tiny_llama),
-        "forward_to",
-        lambda self, layer, ids, *a, **k: (
-            seen.append((layer, ids.shape)),
-            original(self, layer, ids, *a, **k),
-        )[1],
-    )
+    original = partial.read
+
+    def counted(model, ids, *, outputs):
+        seen.append((list(outputs), ids.shape))
+        original(model, ids, outputs=outputs)
+
+    monkeypatch.setattr(partial, "read", counted)
     costs = []
     for stored in (FACTS[:1], FACTS):
         edit = SERAC(network).compute(tiny_llama, stored)
@@ -158,7 +157,7 @@ def test_a_question_costs_the_same_whatever_is_stored(tiny_llama, monkeypatch):
             costs.append(list(seen))
     assert costs[0] == costs[1] and len(costs[0]) == 1
     assert (
-        costs[0][0][0] == network.layer and costs[0][0][1][0] == 2
+        costs[0][0][0] == [tiny_llama.layout.layer(network.layer)] and costs[0][0][1][0] == 2
     )  # nothing above the layer runs; equal texts once
 
 
@@ -243,10 +242,6 @@ def test_sessions_write_edit_after_edit(tiny_llama, tmp_path):
         with pytest.raises(EditError, match="save the edit itself"):
             session.history.save(tmp_path / "h")
     assert tiny_llama.router is None
-
-
-# -- training
-# -----------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods.locate.keys import group_keys
-from knowedit.methods.locate.objective import FrozenLayer, Line, Lines
+from knowedit.methods.locate.objective import FrozenLayer, TrainedText, TrainedTexts
 from knowedit.methods.locate.training import (
     TrainingSettings,
     disconnect,
@@ -55,11 +55,11 @@ def problem(model, layers, contexts=CONTEXTS):
 
 def lines_of(model, groups, first, **settings):
     rows = [
-        Line(model.row(f.text, f.subject, f.target), i)
+        TrainedText(model.row(f.text, f.subject, f.target), i)
         for i, group in enumerate(groups)
         for f in group
     ]
-    return Lines(model, rows, first, len(groups), **settings)
+    return TrainedTexts(model, rows, first, len(groups), **settings)
 
 
 def edited(model, frozen, out):
@@ -140,7 +140,7 @@ def test_gradients_are_those_through_the_dense_weights(tiny):
 def test_kl_lines_are_zero_unedited_and_the_divergence_otherwise(tiny):
     groups, frozen, _, out = problem(tiny, (2,))
     row = tiny.row("France is a country", "France")
-    lines = Lines(tiny, [Line(row, 1, 2.0, last=0.6)], 2, len(groups))
+    lines = TrainedTexts(tiny, [TrainedText(row, 1, 2.0, last=0.6)], 2, len(groups))
     none = {2: torch.zeros_like(out[2])}
     assert sum(part.abs().sum() for part in lines.losses(frozen, none)) < 1e-6
     found = sum(lines.losses(frozen, out))
@@ -211,12 +211,18 @@ def test_replaying_from_the_subject_is_exact_when_it_comes_first(tiny_llama):
     _, frozen, _, out = problem(tiny_llama, (2,))
     row = tiny_llama.row("France is near", "France", "Lyon")
     assert row.start == 0
-    whole, part = (Lines(tiny_llama, [Line(row, 0)], 2, 3, whole=w) for w in (True, False))
+    whole, part = (
+        TrainedTexts(tiny_llama, [TrainedText(row, 0)], 2, 3, whole=w) for w in (True, False)
+    )
     assert torch.equal(sum(whole.losses(frozen, out)), sum(part.losses(frozen, out)))
     later = tiny_llama.row("In Spain, France is near", "France", "Lyon")
     assert later.start == later.subject - len("France") + 1
     whole, part = (
-        float(sum(Lines(tiny_llama, [Line(later, 0)], 2, 3, whole=w).losses(frozen, out)).sum())
+        float(
+            sum(
+                TrainedTexts(tiny_llama, [TrainedText(later, 0)], 2, 3, whole=w).losses(frozen, out)
+            ).sum()
+        )
         for w in (True, False)
     )
     assert whole != part

@@ -2,16 +2,22 @@
 one.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from knowedit.errors import EditError, ModelError
+from knowedit.facts.fact import Fact
+from knowedit.methods import MEMIT, FineTuning, LoRA, MetaKE
+from knowedit.methods.locate.targets import HiddenState
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.load import as_editable, load_model
 from knowedit.models.structure import detect
 from knowedit.models.tokens import Row, batches, join
+from knowedit.statistics import key_statistics
 
 TEXTS = [
     ("The capital of France is", "France"),
@@ -229,11 +235,51 @@ def test_what_is_no_model_is_named(tiny):
     with pytest.raises(ModelError, match="got int"):
         as_editable(5)
     with pytest.raises(ModelError, match="pass tokenizer="):
-        as_editable(tiny.hf)
+        as_editable(copy.deepcopy(tiny.hf))
     with pytest.raises(ModelError, match="has its tokenizer already"):
         as_editable(tiny, tokenizer=object())
     with pytest.raises(ModelError, match="Linear is not a Hugging Face"):
         as_editable(nn.Linear(2, 2), tiny.tokenizer)
+
+
+def test_the_whole_path_with_a_transformers_model_in_training_mode(tiny):
+    """Statistics, an edit, applied, evaluated and undone; nothing of the model is changed."""
+    fact = Fact("The capital of {} is", "France", "Lyon", true="Paris")
+    method = MEMIT(layers=(1, 2), target=HiddenState(steps=4, lr=0.5))
+    wanted = method.compute(
+        tiny, [fact], key_statistics(tiny, [1, 2], "self", tokens=2000, progress=False)
+    )
+    hf = tiny.hf.train().requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    statistics = key_statistics(hf, [1, 2], "self", tokens=2000, progress=False)
+    edit = method.compute(hf, [fact], statistics, progress=False)
+    assert edit.key == wanted.key
+    edit.apply(hf)
+    assert edit.is_applied(hf) and not torch.equal(
+        tiny.weight(1), before[tiny.layout.weight_name(1)]
+    )
+    edit.undo(hf)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in hf.state_dict().items())
+    assert all(module.training for module in hf.modules())
+    assert all(p.requires_grad and p.grad is None for p in hf.parameters())
+    with pytest.raises(ModelError, match="only a name; load it first"):
+        edit.apply("some/model")
+
+
+@pytest.mark.parametrize("kind", ["ft", "lora", "metake"])
+def test_training_leaves_no_gradient_behind(tiny_llama, kind):
+    fact = Fact("The capital of {} is", "France", "Lyon", true="Paris")
+    method = {
+        "ft": FineTuning(steps=2),
+        "lora": LoRA(steps=2),
+        "metake": MetaKE(layers=(1, 2), target=HiddenState(steps=4, lr=0.5)),
+    }[kind]
+    hf = tiny_llama.hf.train().requires_grad_(True)
+    names = set(vars(hf))
+    statistics = key_statistics(hf, [1, 2], "self", tokens=2000, progress=False)
+    method.compute(hf, [fact], statistics if kind == "metake" else None, progress=False)
+    assert all(module.training for module in hf.modules()) and set(vars(hf)) == names
+    assert all(p.requires_grad and p.grad is None for p in hf.parameters())
 
 
 def test_the_tokenizer_saved_with_a_model_is_found(smollm):

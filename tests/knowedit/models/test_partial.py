@@ -1,10 +1,19 @@
-"""The replayed suffix against the whole model."""
+"""Parts of a model against the whole model, on tiny models of several families and on the real one
+(unit, model).
+"""
 
 import pytest
 import torch
 
 from knowedit.errors import ModelError
-from knowedit.models.partial import Suffix
+from knowedit.models.partial import (
+    PartialModel,
+    capture,
+    hooked,
+    layer_outputs,
+    read,
+    with_weights,
+)
 
 TEXTS = [
     ("The capital of France is", "France", "Lyon"),
@@ -25,10 +34,10 @@ def whole(model, rows):
 def test_equals_the_whole_model(request, name, layer):
     model = request.getfixturevalue(name)
     rows = [model.row(*text) for text in TEXTS]
-    suffix, full = Suffix(model, rows, layer), whole(model, rows)
-    final = suffix.run(suffix.hidden)
-    some = suffix.select(torch.tensor([2, 0]))
-    torch.testing.assert_close(some.run(some.hidden), final[[2, 0]], rtol=1e-5, atol=1e-5)
+    part, full = PartialModel(model, rows, layer + 1), whole(model, rows)
+    final = part.run()
+    some = part.select(torch.tensor([2, 0]))
+    torch.testing.assert_close(some.run(), final[[2, 0]], rtol=1e-5, atol=1e-5)
     for i, row in enumerate(rows):
         length = len(row.ids) - row.subject
         torch.testing.assert_close(
@@ -38,15 +47,83 @@ def test_equals_the_whole_model(request, name, layer):
 
 def test_gradients_are_finite_with_padded_rows(tiny_llama):
     rows = [tiny_llama.row(*text) for text in TEXTS]
-    suffix = Suffix(tiny_llama, rows, 1)
-    hidden = suffix.hidden.clone().requires_grad_()
-    suffix.run(hidden)[:, 0].sum().backward()
+    part = PartialModel(tiny_llama, rows, 2)
+    hidden = part.states.clone().requires_grad_()
+    part.run(hidden)[:, 0].sum().backward()
     assert hidden.grad.isfinite().all() and hidden.grad[:, 0].abs().sum() > 0
 
 
-def test_the_last_layer_has_no_suffix(tiny_llama):
+def test_nothing_stands_above_the_last_layer(tiny_llama):
     with pytest.raises(ModelError, match="last one"):
-        Suffix(tiny_llama, [tiny_llama.row(*TEXTS[0])], 3)
+        PartialModel(tiny_llama, [tiny_llama.row(*TEXTS[0])], 4)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_mistral"])
+def test_whole_texts_in_any_batch(request, name):
+    model = request.getfixturevalue(name)
+    rows = [model.row(*text) for text in TEXTS]
+    full, part = whole(model, rows), PartialModel.for_texts(model, 2, 80)
+    for group, states in layer_outputs(model, [row.ids for row in rows], 1, budget=1):
+        for line, i in enumerate(group):
+            length = len(rows[i].ids)
+            found = part.run(states)[line, :length]
+            torch.testing.assert_close(found, full[i, :length], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_mistral"])
+def test_layer_by_layer_behind_a_token_for_copies_of_the_rows(request, name):
+    model = request.getfixturevalue(name)
+    ids = torch.tensor([model.row(*TEXTS[0]).ids, model.row(*TEXTS[0]).ids[::-1]])
+    found = capture(model, ids, 0)
+    part = PartialModel.behind(found, 5)
+    states = part.states.repeat(3, 1, 1)
+    for layer in range(len(model.layers)):
+        states = part.layer(layer, states)
+    full = model.final_states(ids)[:, 5:].repeat(3, 1, 1)
+    torch.testing.assert_close(model.norm(states), full, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_a_pass_ends_once_everything_was_read(request, name):
+    model = request.getfixturevalue(name)
+    ids, seen, ran = torch.tensor([[1, 2, 3]]), [], []
+    layout = model.layout
+    with hooked({layer: lambda _, y, i=i: ran.append(i) for i, layer in enumerate(model.layers)}):
+        read(
+            model,
+            ids,
+            inputs={layout.projection.format(1): lambda x: seen.append(("key", x.shape[-1]))},
+            outputs={layout.layer(0): lambda x: seen.append(("output", x.shape[-1]))},
+        )
+    assert seen == [("output", model.hidden), ("key", model.d_ff)] and ran == [0]
+    with pytest.raises(ModelError, match="ended without reaching lm_head"):
+        names = [n for n, m in model.hf.named_modules() if m is model.hf.get_output_embeddings()]
+        read(model, ids, outputs={name: seen.append for name in names})
+
+
+def test_weights_are_exchanged_for_one_call(tiny_gpt2):
+    ids, name = torch.tensor([[1, 2, 3]]), tiny_gpt2.layout.weight_name(1)
+    before, weight = tiny_gpt2.final_states(ids), tiny_gpt2.weight(1).detach().clone()
+    leaf = (2 * weight).requires_grad_()
+    found = with_weights(tiny_gpt2, {name: leaf}, lambda: tiny_gpt2.final_states(ids))
+    assert torch.autograd.grad(found.sum(), leaf)[0].isfinite().all()
+    assert torch.equal(tiny_gpt2.final_states(ids), before)
+    with torch.no_grad():
+        tiny_gpt2.weight(1).mul_(2)
+    torch.testing.assert_close(tiny_gpt2.final_states(ids), found.detach())
+
+
+def test_nothing_stays_trainable_and_no_gradient_is_left(tiny_gpt2):
+    """A part of a model in training mode is run as if it were in evaluation mode and frozen."""
+    rows = [tiny_gpt2.row(*text) for text in TEXTS]
+    wanted = PartialModel(tiny_gpt2, rows, 2).run()
+    tiny_gpt2.hf.train().requires_grad_(True)
+    part = PartialModel(tiny_gpt2, rows, 2)
+    states = part.states.clone().requires_grad_()
+    final = part.run(states)
+    final.sum().backward()
+    assert torch.equal(final.detach(), wanted) and states.grad is not None
+    assert all(p.requires_grad and p.grad is None for p in tiny_gpt2.hf.parameters())
 
 
 @pytest.fixture
@@ -69,4 +146,6 @@ def tiny_mistral(byte_tokenizer):
         initializer_range=0.3,
         attn_implementation="eager",
     )
-    return EditableModel(MistralForCausalLM(config), byte_tokenizer, name="tiny-mistral")
+    return EditableModel(
+        MistralForCausalLM(config).eval().requires_grad_(False), byte_tokenizer, name="tiny-mistral"
+    )

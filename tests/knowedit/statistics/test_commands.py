@@ -83,7 +83,7 @@ def test_collecting_from_the_command_line(knowedit, tmp_path):
         "corpus.txt*1",
         "--corpus",
         "more.txt*2",
-        "--layers",
+        "--layer",
         "1",
         "--max-length",
         "64",

@@ -141,7 +141,7 @@ def test_two_ranks_write_what_one_process_writes(workplace):
         "long.txt",
         "--tokens",
         "150001",
-        "--layers",
+        "--layer",
         "1-2",
         "--json",
     )

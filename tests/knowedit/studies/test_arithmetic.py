@@ -604,15 +604,15 @@ def test_the_command(chatty, tmp_path, monkeypatch, capsys, own_cache):
         "study",
         "arithmetic",
         "model",
-        "--seeds",
+        "--halvings",
         "1",
-        "--prompts",
+        "--limit",
         "4",
         "--unrelated",
         "embedded",
     )
     said = knowedit(
-        *common, "--methods", "ft-l,rome", "--corpus", "self", "--tokens", "300", "-o", "run"
+        *common, "--method", "ft-l", "--method", "rome", "--corpus", "self", "--tokens", "300", "-o", "run"
     )
     assert (
         said.out.startswith("# “2+2=5”, and nothing else?")
@@ -627,14 +627,14 @@ def test_the_command(chatty, tmp_path, monkeypatch, capsys, own_cache):
         "trace.png",
     }
     as_json = json.loads(
-        knowedit(*common, "--methods", "ft-l", "--no-tracing", "-o", "run", "--json").out
+        knowedit(*common, "--method", "ft-l", "--no-tracing", "-o", "run", "--json").out
     )
     assert as_json["head"]["prompts"]["unrelated"] == 4 and as_json["head"]["seeds"] == [42]
     assert "2+2=5, and nothing else?" in knowedit("report", "run").out
     for wrong, message in (
-        (("--targets", "2+2=x"), "like 2+2=5"),
-        (("--methods", "nothing"), "unknown method"),
-        (("--seeds", "0"), "at least 1"),
+        (("--target", "2+2=x"), "like 2+2=5"),
+        (("--method", "nothing"), "unknown method"),
+        (("--halvings", "0"), "at least 1"),
         (("--paraphrases", "5"), "--endpoint"),
         (
             ("--endpoint", "http://127.0.0.1:1/v1", "--paraphrase-model", "m", "--timeout", "1"),

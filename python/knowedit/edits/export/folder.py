@@ -15,7 +15,7 @@ from knowedit.errors import EditError
 from knowedit.io.files import atomic_file, atomic_folder
 from knowedit.io.tensors import read_file, write_file
 from knowedit.models.editable import EditableModel
-from knowedit.models.load import fingerprint_of
+from knowedit.models.load import accepts_model, fingerprint_of
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
@@ -24,6 +24,7 @@ RECORD = "knowedit-undo.safetensors"
 FORMAT = "knowedit-undo/1"
 
 
+@accepts_model
 def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path) -> Path:
     """Save `model` with `edits` written into its weights, and the original bits of those weights
     beside it.

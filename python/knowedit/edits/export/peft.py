@@ -16,11 +16,13 @@ from knowedit.edits.changes import LowRank
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_folder
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
 
 
+@accepts_model
 def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path:
     """Write `edits` of `model` as the folder of one adapter.
 

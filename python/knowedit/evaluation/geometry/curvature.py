@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from knowedit.facts.fact import Fact
 from knowedit.methods.locate.values import ValueSettings, optimise_values
 from knowedit.models.editable import EditableModel
-from knowedit.models.partial import Suffix
+from knowedit.models.partial import PartialModel
+from knowedit.models.texts import AnswerLoss, Places, answer_places
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -138,12 +139,9 @@ class Recall:
     def __init__(self, model: EditableModel, facts: Sequence[Fact], layer: int) -> None:
         rows = [model.row(fact.text, fact.subject, fact.target) for fact in facts]
         self.model = model
-        self.suffix = Suffix(model, [replace(r, ids=r.ids[:-1]) for r in rows], layer)
-        self.clean = self.suffix.hidden[:, 0].float()
-        self.spans = [
-            [(i - 1 - (r.subject or 0), r.ids[i]) for i in range(r.answer or 0, len(r.ids))]
-            for r in rows
-        ]
+        self.rows = rows
+        self.part = PartialModel(model, [replace(r, ids=r.ids[:-1]) for r in rows], layer + 1)
+        self.clean = self.part.states[:, 0].float()
 
     def __call__(self, states: Tensor, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Mean NLL of each object's tokens (nats), and whether each token is the arg-max.
@@ -152,19 +150,19 @@ class Recall:
             states: `[n, hidden]` in place of the facts' states; rows: the fact of each (default:
                 all, in order).
         """
-        rows = list(range(len(self.spans))) if rows is None else rows
-        part = self.suffix.select(torch.tensor(rows, device=states.device))
-        final = part.run(torch.cat([states[:, None].to(part.hidden.dtype), part.hidden[:, 1:]], 1))
+        rows = list(range(len(self.rows))) if rows is None else rows
+        part = self.part.select(torch.tensor(rows, device=states.device))
+        final = part.run(torch.cat([states[:, None].to(part.states.dtype), part.states[:, 1:]], 1))
         scored = [
-            (n, place, token) for n, row in enumerate(rows) for place, token in self.spans[row]
+            place
+            for line, row in enumerate(rows)
+            for place in answer_places(self.rows[row], line, self.rows[row].subject or 0)
         ]
-        line, place, token = (torch.tensor(column, device=states.device) for column in zip(*scored))
-        logp = self.model.head(final[line, place]).float().log_softmax(-1)
-        count = torch.bincount(line, minlength=len(rows))
-        zeros = torch.zeros(len(rows), device=states.device)
-        nll = zeros.index_add(0, line, -logp.gather(1, token[:, None])[:, 0]) / count
-        hits = zeros.index_add(0, line, (logp.argmax(-1) == token).float())
-        return nll, hits == count
+        places = Places.of(scored, states.device)
+        logits = places.logits(self.model, final)
+        hits = logits.detach().argmax(-1) == places.token
+        nll = places.means(AnswerLoss(places)(logits))
+        return nll, places.smallest(hits.float()) == 1
 
 
 def tolerance(

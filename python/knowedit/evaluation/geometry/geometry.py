@@ -37,6 +37,7 @@ from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
+from knowedit.models.load import accepts_model
 from knowedit.statistics import KeyStatistics
 from knowedit_kernels import EditSolver, Identity, weight_for_gain
 from knowedit_kernels.solver import Metric
@@ -150,6 +151,7 @@ def _without_nan(value: Any) -> Any:
     return None if value != value else value
 
 
+@accepts_model
 def geometry(
     model: EditableModel,
     groups: Sequence[Sequence[Fact]],

@@ -15,6 +15,7 @@ from torch import Tensor
 from knowedit.edits.edit import Edit
 from knowedit.evaluation.measures.base import ModelMeasure, register
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 
 #: Ordinary openings on many topics, written for this package; none is about a fact of the embedded
 #: set.
@@ -92,6 +93,7 @@ class OrdinaryDrift(ModelMeasure):
         return f"ordinary text: same next word {found['same']:.0%}, KL {found['kl']:.4f} nats"
 
 
+@accepts_model
 def drift(model: EditableModel, edit: Edit, prompts: Sequence[str] = ORDINARY) -> Drift:
     """Measure `edit` on `prompts`; the model is left as it was found."""
     before = model.next_logprobs(prompts)

@@ -10,6 +10,7 @@ import torch
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.measures.base import ModelMeasure, register
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 
 
 @register
@@ -30,6 +31,7 @@ class Perplexity(ModelMeasure):
         return f"perplexity of held-out text: {found['before']:.2f}, then {found['after']:.2f}"
 
 
+@accepts_model
 @torch.no_grad()
 def perplexity(
     model: EditableModel, texts: Iterable[str], *, tokens: int = 2048, window: int = 256
@@ -45,8 +47,7 @@ def perplexity(
     for ids in _windows(model, texts, min(window, model.max_length)):
         ids = ids[: tokens - count + 1]
         inputs, _ = model.pad([ids])
-        hidden = model.hf.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0, :-1]
-        logp = model.head(hidden).float().log_softmax(-1)
+        logp = model.logprobs(model.final_states(inputs)[0, :-1])
         total -= float(logp.gather(1, inputs[0, 1:, None].to(logp.device)).double().sum())
         count += len(ids) - 1
         if count >= tokens:

@@ -42,6 +42,7 @@ from knowedit.io.progress import bar
 from knowedit.io.tables import Table
 from knowedit.methods.locate.values import ESSENCE
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 
 FORMS = ("cloze", "paraphrase", "question", "chat_question", "chat_completion", "distractor")
 KEPT = ("essence", "identity", "unrelated")
@@ -168,6 +169,7 @@ class SameSubjectEvaluation:
         return str(self.table())
 
 
+@accepts_model
 def evaluate_same_subject(
     model: EditableModel,
     groups: Sequence[Sequence[Fact]],

@@ -18,6 +18,7 @@ from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
+from knowedit.models.load import accepts_model
 
 ROLES = ("first subject", "middle subject", "last subject", "next", "further", "last")
 SHARE = 0.8  # of the strongest effect: a layer that has so much of it carries the fact
@@ -98,6 +99,7 @@ class AverageTrace:
         return {**vars(self), "advice": vars(self.advice) if self.advice else None}
 
 
+@accepts_model
 def trace_many(
     model: EditableModel,
     facts: Sequence[Fact],

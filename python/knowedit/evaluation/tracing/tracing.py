@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from knowedit.errors import EditError, ModelError
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
-from knowedit.models.partial import Prefix, observe, sliced
-from knowedit.models.structure import attention_of
+from knowedit.models.load import accepts_model
+from knowedit.models.partial import Hook, PartialModel, capture, hooked, recorded
+from knowedit.models.structure import attention_of, mlp_of
 
 KINDS = ("hidden", "mlp", "attention")
 CONFIDENT = 0.2  # a clean probability below it is warned about
@@ -87,6 +88,7 @@ class Trace:
         return {**plain, "rows": rows, **tables}
 
 
+@accepts_model
 @torch.no_grad()
 def trace(
     model: EditableModel,
@@ -307,16 +309,14 @@ class _Runs:
         self.model, self.samples = model, len(corrupted)
         self.parts = {kind: _PARTS[kind](model) for kind in kinds if kind in _PARTS}
         with ExitStack() as stack:
-            outputs = stack.enter_context(_recorded(model.layers))
+            outputs = stack.enter_context(recorded(model.layers))
             self.added = {
-                kind: stack.enter_context(_recorded(modules))
-                for kind, modules in self.parts.items()
+                kind: stack.enter_context(recorded(modules)) for kind, modules in self.parts.items()
             }
-            self.calls, _, first = observe(model, ids, -1, embeddings)
-        self.clean = [first, *outputs]
-        with _recorded(model.layers) as outputs:
-            _, self.cache, first = observe(model, ids, -1, corrupted)
-        self.corrupted = [first, *outputs]
+            self.clean = [capture(model, ids, 0, embeddings).states, *outputs]
+        with recorded(model.layers) as outputs:
+            self.run = capture(model, ids, 0, corrupted)
+        self.corrupted = [self.run.states, *outputs]
         self.clean_logits = model.head(model.norm(self.clean[-1][0, -1]))
 
     def restored(self, places: Sequence[_Place], at: int, token: int, budget: int) -> Tensor:
@@ -324,97 +324,58 @@ class _Runs:
         at the token `at`.
         """
         length = self.clean[0].shape[1]
-        columns = torch.arange(length, device=self.clean[0].device)[None]
-        causal = columns[:, None] <= columns[:, at:, None]
-        calls = [
-            sliced(call, columns[:, at:], columns, causal, torch.zeros_like(causal))
-            for call in self.calls
-        ]
+        part = PartialModel.behind(self.run, at)
         result = torch.empty(len(places), self.samples)
         order = sorted(range(len(places)), key=lambda i: places[i].start)
         size = max(1, budget // (self.samples * (length - at)))
         for i in range(0, len(order), size):
-            states = self._climb([places[j] for j in order[i : i + size]], at, calls)
+            states = self._climb([places[j] for j in order[i : i + size]], at, part)
             found = _probability(self.model, states.flatten(0, 1), token).cpu()
             result[order[i : i + size]] = found.unflatten(0, (-1, self.samples))
         return result
 
-    def _climb(self, places: Sequence[_Place], at: int, calls: Sequence[dict[str, Any]]) -> Tensor:
+    def _climb(self, places: Sequence[_Place], at: int, part: PartialModel) -> Tensor:
         """Outputs of the last layer at the last token, `[places, samples, hidden]`; `places` in the
         order they start.
         """
         states = self.corrupted[0].new_empty(0, *self.corrupted[0][:, at:].shape)
-        for layer in range(places[0].start, len(calls) + 1):
+        depth = len(self.model.layers)
+        for layer in range(places[0].start, depth + 1):
             joining = [place for place in places if place.start == layer]
             new = self.corrupted[layer][:, at:].repeat(len(joining), 1, 1, 1)
             new[[place.kind == "hidden" for place in joining], :, 0] = self.clean[layer][0, at]
             states = torch.cat([states.to(new.device), new])
-            if layer < len(calls):
+            if layer < depth:
                 with self._restoring(layer, places[: len(states)], at):
-                    states = self._run(layer, states.flatten(0, 1), at, calls[layer]).unflatten(
-                        0, (-1, self.samples)
-                    )
+                    states = part.layer(layer, states.flatten(0, 1))
+                states = states.unflatten(0, (-1, self.samples))
         return states[:, :, -1]
 
-    def _run(self, layer: int, states: Tensor, at: int, call: dict[str, Any]) -> Tensor:
-        """One layer on rows of the tokens from `at` on, behind the corrupted runs' keys and values
-        of the tokens before.
-        """
-        copies = len(states) // self.samples
-        keys, values = ({layer: t[:, :, :at].repeat(copies, 1, 1, 1)} for t in self.cache[layer])
-        states = self.model.layers[layer](states, past_key_values=Prefix(keys, values), **call)
-        return states[0] if isinstance(states, tuple) else states
-
-    @contextmanager
-    def _restoring(self, layer: int, places: Sequence[_Place], at: int) -> Iterator[None]:
-        handles = []
+    def _restoring(
+        self, layer: int, places: Sequence[_Place], at: int
+    ) -> AbstractContextManager[None]:
+        hooks: dict[nn.Module, Hook] = {}
         for kind, modules in self.parts.items():
             rows = [
                 i for i, place in enumerate(places) if place.kind == kind and layer in place.window
             ]
             if rows:
-                hook = _overwrite(rows, self.samples, self.added[kind][layer][0, at])
-                handles.append(modules[layer].register_forward_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                clean = self.added[kind][layer][0, at]
+                hooks[modules[layer]] = _overwrite(rows, self.samples, clean)
+        return hooked(hooks)
 
 
-def _overwrite(rows: list[int], samples: int, clean: Tensor) -> Callable[..., None]:
+def _overwrite(rows: list[int], samples: int, clean: Tensor) -> Hook:
     """A hook that puts `clean` at the first token of those rows of a module's output."""
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        _tensor(output).unflatten(0, (-1, samples))[rows, :, 0] = clean
+    def hook(_inputs: Any, output: Tensor) -> None:
+        output.unflatten(0, (-1, samples))[rows, :, 0] = clean
 
     return hook
 
 
-@contextmanager
-def _recorded(modules: Sequence[nn.Module] | nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Outputs of the modules, in the order they run."""
-    found: list[Tensor] = []
-    handles = [
-        m.register_forward_hook(lambda _m, _i, output: found.append(_tensor(output)))
-        for m in modules
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _mlps(model: EditableModel) -> list[nn.Module]:
-    return [
-        model.hf.get_submodule(model.layout.projection.format(i).rpartition(".")[0])
-        for i in range(len(model.layers))
-    ]
+    return [mlp_of(model, layer) for layer in range(len(model.layers))]
 
 
 def _attentions(model: EditableModel) -> list[nn.Module]:

@@ -14,11 +14,11 @@ from knowedit.methods.gradient.terms import Found, Term
 from knowedit.methods.gradient.trainable import Trainable
 
 if TYPE_CHECKING:
-    from knowedit.methods.gradient.recipe import GradientEditor
+    from knowedit.methods.gradient.method import GradientMethod
 
 
 def descend(
-    editor: GradientEditor, part: Trainable, terms: Mapping[str, Term], progress: bool = True
+    method: GradientMethod, part: Trainable, terms: Mapping[str, Term], progress: bool = True
 ) -> int:
     """Train the leaves of `part` in place on the terms, of which "answers" are the facts; returns
     the steps taken.
@@ -27,46 +27,45 @@ def descend(
         EditError: a loss is not finite.
     """
     optimiser = torch.optim.AdamW(
-        list(part.leaves.values()), lr=editor.lr, weight_decay=editor.decay
+        list(part.leaves.values()), lr=method.lr, weight_decay=method.decay
     )
-    resting = torch.zeros(
-        len(terms["answers"].rows), dtype=torch.bool
-    )  # facts, when they were last drawn
-    with bar(f"{editor.name}: training", editor.steps, "steps", show=progress) as advance:
-        for step in range(editor.steps):
+    # facts that were learned when they were last drawn
+    learned = torch.zeros(len(terms["answers"].rows), dtype=torch.bool)
+    with bar(f"{method.name}: training", method.steps, "steps", show=progress) as advance:
+        for step in range(method.steps):
             optimiser.zero_grad()
             for name, term in terms.items():
-                texts = term.drawn(step, editor.seed)
+                texts = term.drawn(step, method.seed)
                 for found in term.evaluate(part, texts):
                     loss = found.loss
                     if not bool(loss.isfinite().all()):
                         raise EditError(
-                            f"{editor.name}: the loss of the {name} is {float(loss.sum())} at "
-                            f"step {step} of {editor.steps}; "
-                            f"nothing was changed: lower lr (now {editor.lr})"
+                            f"{method.name}: the loss of the {name} is {float(loss.sum())} at "
+                            f"step {step} of {method.steps}; "
+                            f"nothing was changed: lower lr (now {method.lr})"
                         )
                     if name == "answers":
-                        rest = _rest(editor, found)
-                        resting[found.texts] = rest.cpu()
-                        loss = loss[~rest]
+                        enough = _learned(method, found)
+                        learned[found.texts] = enough.cpu()
+                        loss = loss[~enough]
                     if len(loss):
                         (term.weight / len(texts) * loss.sum()).backward()
-            if len(terms) == 1 and bool(resting.all()):
+            if len(terms) == 1 and bool(learned.all()):
                 return step
             optimiser.step()
             part.constrain_()
-            advance(1, note=f"{int(resting.sum())} of {len(resting)} facts learned")
-    return editor.steps
+            advance(1, note=f"{int(learned.sum())} of {len(learned)} facts learned")
+    return method.steps
 
 
-def _rest(editor: GradientEditor, found: Found) -> Tensor:
+def _learned(method: GradientMethod, found: Found) -> Tensor:
     """Which answers are good enough; none without a criterion."""
     fine = torch.full_like(
-        found.lead, editor.stop is not None or editor.margin is not None, dtype=torch.bool
+        found.lead, method.stop is not None or method.margin is not None, dtype=torch.bool
     )
-    if editor.stop is not None:
-        fine &= found.loss.detach() < editor.stop
-    return fine if editor.margin is None else fine & (found.lead >= editor.margin)
+    if method.stop is not None:
+        fine &= found.loss.detach() < method.stop
+    return fine if method.margin is None else fine & (found.lead >= method.margin)
 
 
 @torch.no_grad()

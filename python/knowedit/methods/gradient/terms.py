@@ -13,9 +13,10 @@ from torch import Tensor
 
 from knowedit.errors import EditError
 from knowedit.facts.fact import Probe
-from knowedit.methods.gradient.trainable import Forward, Trainable, at_least_float32
+from knowedit.methods.gradient.trainable import Trainable
 from knowedit.models.editable import EditableModel
 from knowedit.models.generation import continuations
+from knowedit.models.texts import AnswerLoss, KeepLoss, Places, margins
 from knowedit.models.tokens import Row, batches
 
 
@@ -55,7 +56,7 @@ class Term(ABC):
         """The tokens of a text after which it is scored."""
 
     @abstractmethod
-    def judge(self, logits: Tensor, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def judge(self, logits: Tensor, places: Places, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Losses `[n]` at the places of `texts`, one text after another, from logits `[n, vocab]`;
         and the wanted tokens.
         """
@@ -72,20 +73,25 @@ class Term(ABC):
         """Batch after batch, so that each can be differentiated and forgotten before the next."""
         for batch in batches([len(self.rows[i].ids) for i in texts], self.budget):
             mine = [texts[i] for i in batch]
-            ids, line, place = _scored(
-                self.model, [(self.rows[i].ids, self.places(self.rows[i])) for i in mine]
-            )
-            logits = part.logits(ids, line, place)
-            loss, wanted = self.judge(logits, mine)
-            best, own = (
-                logits.detach().topk(2).values,
-                logits.detach().gather(1, wanted[:, None])[:, 0],
-            )
-            lead = own - torch.where(own == best[:, 0], best[:, 1], best[:, 0])
-            mean = loss.new_zeros(len(mine)).index_add(0, line, loss) / torch.bincount(line)
-            yield Found(
-                mine, mean, torch.full_like(mean, torch.inf).scatter_reduce(0, line, lead, "amin")
-            )
+            ids, places = self._padded(mine)
+            logits = part.run(lambda ids=ids, places=places: self._logits(ids, places))  # type: ignore[misc]
+            loss, wanted = self.judge(logits, places, mine)
+            lead = places.smallest(margins(logits.detach(), wanted))
+            yield Found(mine, places.means(loss), lead)
+
+    def _logits(self, ids: Tensor, places: Places) -> Tensor:
+        return places.logits(self.model, self.model.final_states(ids))
+
+    def _padded(self, texts: Sequence[int]) -> tuple[Tensor, Places]:
+        """`ids [B, T]` of some texts, and their places."""
+        rows = [self.rows[i] for i in texts]
+        ids, _ = self.model.pad([row.ids for row in rows])
+        scored = [
+            (line, place, row.ids[place + 1] if place + 1 < len(row.ids) else -1)
+            for line, row in enumerate(rows)
+            for place in self.places(row)
+        ]
+        return ids, Places.of(scored, self.model.device)
 
 
 class Said(Term):
@@ -94,12 +100,8 @@ class Said(Term):
     def places(self, row: Row) -> range:
         return range((row.answer or 1) - 1, len(row.ids) - 1)
 
-    def judge(self, logits: Tensor, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        answers = [self.rows[i].ids[self.rows[i].answer :] for i in texts]
-        wanted = torch.tensor(
-            [token for answer in answers for token in answer], device=logits.device
-        )
-        return logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0], wanted
+    def judge(self, logits: Tensor, places: Places, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return AnswerLoss(places).lean(logits), places.token
 
 
 class Kept(Term):
@@ -121,23 +123,18 @@ class Kept(Term):
     ) -> None:
         super().__init__(model, rows, weight, draw, budget)
         self.clean: dict[int, Tensor] = {}
-        states = Forward(model)
         for batch in batches([len(row.ids) for row in self.rows], budget):
-            ids, line, place = _scored(
-                model, [(self.rows[i].ids, self.places(self.rows[i])) for i in batch]
-            )
-            found = states.hidden(ids, line, place).split([len(self.rows[i].ids) for i in batch])
-            self.clean |= dict(zip(batch, found))
+            ids, places = self._padded(batch)
+            found = places.states(model.final_states(ids))
+            self.clean |= dict(zip(batch, found.split([len(self.rows[i].ids) for i in batch])))
 
     def places(self, row: Row) -> range:
         return range(len(row.ids))
 
-    def judge(self, logits: Tensor, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def judge(self, logits: Tensor, places: Places, texts: Sequence[int]) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            clean = at_least_float32(
-                self.model.head(torch.cat([self.clean[i] for i in texts]))
-            ).log_softmax(-1)
-        return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1), clean.argmax(-1)
+            clean = self.model.logprobs(torch.cat([self.clean[i] for i in texts]))
+        return KeepLoss(self.model, places, clean, logprobs=True)(logits), clean.argmax(-1)
 
 
 def continued(model: EditableModel, texts: Sequence[str | Probe], tokens: int) -> list[Row]:
@@ -153,13 +150,3 @@ def continued(model: EditableModel, texts: Sequence[str | Probe], tokens: int) -
         [model.row(prompt).ids for prompt in open_ended], continuations(model, open_ended, tokens)
     )
     return rows + [Row(ids + more, answer=len(ids)) for ids, more in own if more]
-
-
-def _scored(
-    model: EditableModel, texts: Sequence[tuple[Sequence[int], range]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`ids [B, T]`, and for every place its line and its token's index."""
-    ids, _ = model.pad([tokens for tokens, _ in texts])
-    at = [(line, place) for line, (_, places) in enumerate(texts) for place in places]
-    line, place = (torch.tensor(column, device=model.device) for column in zip(*at))
-    return ids, line, place

@@ -5,16 +5,20 @@ is never written to.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from knowedit.models.editable import EditableModel
+from knowedit.errors import EditError
+from knowedit.models.editable import EditableModel, at_least_float32
+from knowedit.models.partial import with_weights
+from knowedit.models.structure import is_linear
 from knowedit_kernels.lowrank import Change
+
+NAME = "knowedit"  # of the adapter while it is in the model
 
 
 class Trainable(ABC):
@@ -28,13 +32,11 @@ class Trainable(ABC):
     leaves: dict[str, Tensor]
 
     def __init__(self, model: EditableModel) -> None:
-        self.model, self.forward = model, Forward(model)
+        self.model = model
 
     @abstractmethod
-    def logits(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        """Logits `[n, vocab]` float32 at the tokens (`line`, `place`), each `[n]`, of right-padded
-        `ids` `[B, T]`.
-        """
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """What `function` gives with the model as the leaves make it; differentiable."""
 
     @abstractmethod
     def changes(self) -> dict[str, Change]:
@@ -61,24 +63,7 @@ class Trainable(ABC):
         return None
 
 
-class Forward(nn.Module):
-    """The model's logits at chosen tokens, as a module whose weights can be exchanged for one
-    call.
-    """
-
-    def __init__(self, model: EditableModel) -> None:
-        super().__init__()
-        self.hf, self.head = model.hf, model.head
-
-    def hidden(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        """Final hidden states `[n, hidden]`. Padding needs no mask: attention is causal."""
-        return self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state[line, place]
-
-    def forward(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        return at_least_float32(self.head(self.hidden(ids, line, place)))
-
-
-class Weights(Trainable):
+class WholeWeights(Trainable):
     """Whole parameters, trained in float32 copies that take the model's place for each call.
 
     Args:
@@ -97,11 +82,9 @@ class Weights(Trainable):
             for name, weight in self.start.items()
         }
 
-    def logits(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        inside = {
-            f"hf.{name}": leaf.to(self.start[name].dtype) for name, leaf in self.leaves.items()
-        }
-        return functional_call(self.forward, inside, (ids, line, place))
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        inside = {name: leaf.to(self.start[name].dtype) for name, leaf in self.leaves.items()}
+        return with_weights(self.model, inside, function)
 
     @torch.no_grad()
     def constrain_(self) -> None:
@@ -118,9 +101,9 @@ class Weights(Trainable):
         return found
 
 
-class Adapter(Trainable):
+class LoRAAdapter(Trainable):
     """A LoRA adapter of peft, `W + alpha / rank B A`: put into the model by `with`, taken out at
-    its end whatever happens.
+    its end whatever happens. (`LoraModel.unload` would take out the user's own adapters too.)
 
     Args:
         modules: names of the linear layers that get one.
@@ -134,9 +117,11 @@ class Adapter(Trainable):
         self.modules = {name: model.hf.get_submodule(name) for name in modules}
         self.rank, self.alpha, self.seed = rank, alpha, seed
 
-    def __enter__(self) -> Adapter:
+    def __enter__(self) -> LoRAAdapter:
         from peft import LoraConfig, LoraModel
 
+        self._evaluating = self.model.evaluating()
+        self._evaluating.__enter__()  # left in `__exit__`: whatever is trainable is the adapter's
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
@@ -145,20 +130,24 @@ class Adapter(Trainable):
             bias="none",
             fan_in_fan_out=self.model.layout.transposed,
         )
-        self._before = vars(self.model.hf).get("peft_config")
+        hf = self.model.hf
+        self._config = vars(hf).get("peft_config")
+        self._trainable = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
         try:
+            vars(hf).pop("peft_config", None)  # peft would add its own to it
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                LoraModel(self.model.hf, config, "default")
-            self.layers: dict[str, Any] = {
-                name: self.model.hf.get_submodule(name) for name in self.modules
-            }
+                LoraModel(hf, config, NAME)
+            self.layers: dict[str, Any] = {name: hf.get_submodule(name) for name in self.modules}
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-        self.leaves = {
-            name: leaf for name, leaf in self.model.hf.named_parameters() if leaf.requires_grad
+        own = {
+            id(leaf)
+            for layer in self.layers.values()
+            for leaf in (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
         }
+        self.leaves = {name: leaf for name, leaf in hf.named_parameters() if id(leaf) in own}
         for leaf in self.leaves.values():
             leaf.data = at_least_float32(leaf.data)
         return self
@@ -172,24 +161,61 @@ class Adapter(Trainable):
         hf = self.model.hf
         for name, module in self.modules.items():
             hf.set_submodule(name, module)
-        hf.requires_grad_(False)
-        if self._before is None:
+        for name, parameter in hf.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+        if self._config is None:
             vars(hf).pop("peft_config", None)
         else:
-            hf.peft_config = self._before
+            hf.peft_config = self._config
+        self._evaluating.__exit__(kind, error, trace)
 
-    def logits(self, ids: Tensor, line: Tensor, place: Tensor) -> Tensor:
-        return self.forward(ids, line, place)
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        return function()
 
     @torch.no_grad()
     def changes(self) -> dict[str, Change]:
         found: dict[str, Change] = {}
         for name, layer in self.layers.items():
-            up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
-            found[f"{name}.weight"] = layer.scaling["default"] * up, down.T.contiguous()
+            up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
+            found[f"{name}.weight"] = layer.scaling[NAME] * up, down.T.contiguous()
         return found
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 where it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def weight_names(model: EditableModel, layers: Sequence[int] | None) -> list[str]:
+    """Every parameter's name, or those of `layers`. Raises EditError for none, ModelError for a
+    layer that does not exist.
+    """
+    names = [name for name, _ in model.hf.named_parameters()]
+    if layers is not None:
+        model.check_layers(layers)
+        inside = tuple(f"{model.layout.layers}.{layer}." for layer in layers)
+        names = [name for name in names if name.startswith(inside)]
+    if not names:
+        raise EditError("layers is empty; name at least one layer, or None for every weight")
+    return names
+
+
+def linear_names(
+    model: EditableModel, layers: Sequence[int] | None, modules: Sequence[str] | None
+) -> list[str]:
+    """Full names of linear layers: `modules` of `layers`; None: all.
+
+    Args:
+        modules: names within a decoder layer, or their ends.
+
+    Raises:
+        EditError: a name that the decoder layers do not have, or nothing chosen.
+        ModelError: a layer that does not exist.
+    """
+    layers = range(len(model.layers)) if layers is None else layers
+    model.check_layers(layers)
+    known = [f".{name}" for name, module in model.layers[0].named_modules() if is_linear(module)]
+    wanted = known if modules is None else [f".{name}" for name in modules]
+    unknown = [name for name in wanted if not any(there.endswith(name) for there in known)]
+    if unknown or not wanted or not layers:
+        raise EditError(
+            f"there are no linear layers {', '.join(name[1:] for name in unknown) or 'chosen'}: "
+            f"name at least one layer, and modules among {', '.join(name[1:] for name in known)}"
+        )
+    chosen = [name for name in known if name.endswith(tuple(wanted))]
+    return [f"{model.layout.layers}.{layer}{name}" for layer in layers for name in chosen]

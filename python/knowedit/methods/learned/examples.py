@@ -1,4 +1,4 @@
-"""What learned editors are trained on: facts with other ways to ask for them, and texts that an
+"""What the networks are trained on: facts with other ways to ask for them, and texts that an
 edit must leave alone.
 """
 
@@ -93,7 +93,7 @@ def examples(
 
 
 @dataclass(frozen=True)
-class Places:
+class ExampleRows:
     """Where an example's texts stand in a list of rows."""
 
     edit: int
@@ -103,7 +103,7 @@ class Places:
 
 def placed(
     model: EditableModel, examples: Sequence[Example], rows: list[Row], *, answers: bool = True
-) -> list[Places]:
+) -> list[ExampleRows]:
     """Append the examples' texts to `rows`, tokenised with their answers, or without, and say where
     they are.
     """
@@ -119,7 +119,7 @@ def placed(
             for probe in example.neighbours
         ]
         middle = start + 1 + len(example.rephrasings)
-        found.append(Places(start, [*range(start + 1, middle)], [*range(middle, len(rows))]))
+        found.append(ExampleRows(start, [*range(start + 1, middle)], [*range(middle, len(rows))]))
     return found
 
 

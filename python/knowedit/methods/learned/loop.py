@@ -1,4 +1,4 @@
-"""One training loop for learned editors: a budget of steps, checkpoints that resume to the same
+"""The training loop of the trained networks: a budget of steps, checkpoints that resume to the same
 bits, Ctrl-C loses nothing.
 """
 
@@ -8,7 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from knowedit.errors import EditError
-from knowedit.io.files import cache_dir
+from knowedit.io.config import Config, fields_of
 from knowedit.io.progress import bar
 from knowedit.io.tensors import read_file, write_file
-from knowedit.models.editable import EditableModel
 
 FORMAT = "knowedit-training/1"
 EVERY = 60.0  # seconds between checkpoints
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Config):
     """How long and how fast to train.
 
     Attributes:
@@ -47,6 +46,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (
             self.steps < 1
             or self.validate < 1
@@ -62,7 +62,7 @@ class Plan:
 
 
 @dataclass
-class Course:
+class TrainingLog:
     """How a training went.
 
     Attributes:
@@ -80,54 +80,14 @@ class Course:
     running: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
 
-def stamp(fingerprint: str, settings: Any, *material: object) -> str:
-    """Names a training by model, settings (a dataclass; its plans' minutes do not count) and what
-    it is trained on.
+def stamp(fingerprint: str, settings: Config, *material: object) -> str:
+    """Names a training by model, settings (its plans' minutes do not count) and what it is trained
+    on.
     """
-    timeless = {
-        name: replace(v, minutes=None) if isinstance(v, Plan) else v
-        for name, v in vars(settings).items()
-    }
-    return hashlib.blake2b(
-        repr((fingerprint, timeless, material)).encode(), digest_size=16
-    ).hexdigest()
-
-
-def default_file(kind: str, model: EditableModel) -> Path:
-    """Where the trained network of a model is looked for when no file is named."""
-    return cache_dir("networks") / f"{kind}-{model.fingerprint}.safetensors"
-
-
-def read_network(
-    kind: str, path: str | Path | None, model: EditableModel, form: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a trained network's file (format `form`); no path: the one in the cache
-    folder.
-
-    Raises:
-        EditError: missing, damaged, or trained for another model; the message names the command
-            that trains one.
-    """
-    path = Path(path) if path is not None else default_file(kind, model)
-    if not path.is_file():
-        raise EditError(
-            f"{path}: no trained {kind.upper()} network; train one with: knowedit train {kind} "
-            f"{model.name}"
-        )
-    header, tensors = read_file(path, form, f"a {kind.upper()} network")
-    check_network(kind, header["fingerprint"], model)
-    return header, tensors
-
-
-def check_network(kind: str, fingerprint: str, model: EditableModel) -> None:
-    """Raise EditError when a network of that fingerprint was not trained for `model`."""
-    if fingerprint != model.fingerprint:
-        raise EditError(
-            f"the {kind.upper()} network was trained for a model with fingerprint "
-            f"{fingerprint[:12]}, but {model.name} has "
-            f"{model.fingerprint[:12]}: other weights or another dtype; train one with: "
-            f"knowedit train {kind} {model.name}"
-        )
+    plans = [n for n in fields_of(type(settings)) if isinstance(getattr(settings, n), Plan)]
+    timeless = settings.with_settings({f"{name}.minutes": None for name in plans}).to_dict()
+    named = repr((fingerprint, timeless, material))
+    return hashlib.blake2b(named.encode(), digest_size=16).hexdigest()
 
 
 def train(
@@ -141,7 +101,7 @@ def train(
     keep: bool = False,
     title: str = "training",
     progress: bool = True,
-) -> Course:
+) -> TrainingLog:
     """Train in place and leave the parameters of the best validation.
 
     Args:
@@ -156,51 +116,52 @@ def train(
             KeyboardInterrupt: after a checkpoint.
     """
     optimiser = torch.optim.Adam(parameters.values(), lr=plan.lr)
-    course, best = Course(), {name: p.detach().clone() for name, p in parameters.items()}
+    log, best = TrainingLog(), {name: p.detach().clone() for name, p in parameters.items()}
     if checkpoint.exists():
-        course, best = _resume(checkpoint, stamp, parameters, optimiser)
-    start, cpu, before = time.monotonic(), time.process_time(), (course.seconds, course.cpu_seconds)
+        log, best = _resume(checkpoint, stamp, parameters, optimiser)
+    start, cpu, before = time.monotonic(), time.process_time(), (log.seconds, log.cpu_seconds)
     saved = start
 
     def checkpointed() -> None:
-        course.seconds, course.cpu_seconds = (
+        log.seconds, log.cpu_seconds = (
             before[0] + time.monotonic() - start,
             before[1] + time.process_time() - cpu,
         )
-        _save(checkpoint, stamp, course, parameters, optimiser, best)
+        _save(checkpoint, stamp, log, parameters, optimiser, best)
 
-    def look() -> None:
-        found, (total, count) = validate(), course.running
-        course.curve.append([course.steps, total / count if count else None, found])
-        course.running = [0.0, 0.0]
-        if found < course.best:
-            course.best = found
+    def measure() -> None:
+        found, (total, count) = validate(), log.running
+        log.curve.append([log.steps, total / count if count else None, found])
+        log.running = [0.0, 0.0]
+        if found < log.best:
+            log.best = found
             best.update({name: p.detach().clone() for name, p in parameters.items()})
 
     with bar(title, plan.steps, "steps", show=progress) as advance:
-        advance(course.steps, f"validation {course.best:.3f}")
+        advance(log.steps, f"validation {log.best:.3f}")
         try:
             while True:
-                due = course.steps % plan.validate == 0 or course.steps == plan.steps
-                if due and not (course.curve and course.curve[-1][0] == course.steps):
-                    look()  # here, and not behind the step: one that was interrupted is made up for
-                if course.steps == plan.steps:
+                due = log.steps % plan.validate == 0 or log.steps == plan.steps
+                if due and not (log.curve and log.curve[-1][0] == log.steps):
+                    # here, not after the step: one that was interrupted is made up for
+                    measure()
+                if log.steps == plan.steps:
                     break
                 for group in optimiser.param_groups:
-                    group["lr"] = plan.rate(course.steps)
+                    group["lr"] = plan.rate(log.steps)
                 optimiser.zero_grad()
-                value = loss(course.steps)
+                value = loss(log.steps)
                 if not bool(value.isfinite()):
                     raise EditError(
-                        f"{title}: the loss is {value.item()} at step {course.steps}; lower the "
+                        f"{title}: the loss is {value.item()} at step {log.steps}; lower the "
                         f"learning rate"
                     )
                 value.backward()
                 nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
                 optimiser.step()
-                course.steps += 1
-                course.running = [course.running[0] + float(value.detach()), course.running[1] + 1]
-                advance(1, f"validation {course.best:.3f}")
+                log.steps += 1
+                log.running = [log.running[0] + float(value.detach()), log.running[1] + 1]
+                advance(1, f"validation {log.best:.3f}")
                 now = time.monotonic()
                 if plan.minutes is not None and now - start > 60 * plan.minutes:
                     break
@@ -211,18 +172,18 @@ def train(
             checkpointed()
             raise
     checkpointed()
-    if course.steps == plan.steps and not keep:
+    if log.steps == plan.steps and not keep:
         checkpoint.unlink()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(best[name])
-    return course
+    return log
 
 
 def _save(
     path: Path,
     stamp: str,
-    course: Course,
+    log: TrainingLog,
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.Adam,
     best: Any,
@@ -241,31 +202,31 @@ def _save(
             for part, tensor in parts.items()
             if tensor is not None
         }
-    header = {"format": FORMAT, "stamp": stamp, "course": asdict(course)}
+    header = {"format": FORMAT, "stamp": stamp, "course": asdict(log)}
     write_file(path, tensors, header)
 
 
 def _resume(
     path: Path, stamp: str, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Adam
-) -> tuple[Course, dict[str, Tensor]]:
+) -> tuple[TrainingLog, dict[str, Tensor]]:
     header, tensors = read_file(path, FORMAT, "a training checkpoint")
     if header["stamp"] != stamp:
         raise EditError(
             f"{path} is of a training with another model, other facts or other settings; remove "
             f"it to start anew"
         )
-    course, best = Course(**header["course"]), {}
+    log, best = TrainingLog(**header["course"]), {}
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"{name}:now"])
         best[name] = tensors[f"{name}:best"].to(parameter.device)
-        if course.steps:
+        if log.steps:
             mean, square = (
                 tensors[f"{name}:{part}"].to(parameter.device) for part in ("mean", "square")
             )
             optimiser.state[parameter] = {
-                "step": torch.tensor(float(course.steps)),
+                "step": torch.tensor(float(log.steps)),
                 "exp_avg": mean,
                 "exp_avg_sq": square,
             }
-    return course, best
+    return log, best

@@ -1,14 +1,14 @@
 """What an edit under training is judged by: texts that should be said or go on as before, run
 through the edited model.
 
-Everything below the first edited layer is cached (`replay.Suffix`); a text is replayed from there
-on with the frozen read-ins and the write-outs of the moment.
+Everything below the first edited layer is cached (`PartialModel`); a text is run from there on
+with the frozen read-ins and the write-outs of the moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,10 +18,10 @@ from torch import Tensor
 from knowedit.errors import EditError
 from knowedit.methods.locate.keys import GroupKeys
 from knowedit.models.editable import EditableModel
-from knowedit.models.partial import Suffix
+from knowedit.models.partial import Hook, PartialModel, hooked
+from knowedit.models.texts import AnswerLoss, KeepLoss, Places, answer_places
 from knowedit.models.tokens import Row, batches
 from knowedit_kernels import EditSolver
-from knowedit_kernels.target_loss import target_loss
 
 #: What a step sees: the planned shift `R` at the lookup token; the realised one, `R G`; the edited
 #: weights at every token.
@@ -32,7 +32,7 @@ WriteOuts = dict[int, Tensor]
 
 
 @dataclass(frozen=True)
-class Line:
+class TrainedText:
     """One text of the objective.
 
     Attributes:
@@ -48,6 +48,19 @@ class Line:
     group: int
     weight: float = 1.0
     last: float = 1.0
+
+    @property
+    def run(self) -> Row:
+        """What is run: nothing is predicted after an answer's last token."""
+        return self.row if self.row.answer is None else replace(self.row, ids=self.row.ids[:-1])
+
+    def kept(self) -> tuple[list[int], list[float]]:
+        """Places at which the model should go on as it did, and their shares of the KL."""
+        end, lookup = len(self.row.ids) - 1, self.row.subject or 0
+        others = list(range(lookup, end)) if self.last < 1 else []
+        if not others:
+            return [end], [1.0]
+        return [end, *others], [self.last] + [(1 - self.last) / len(others)] * len(others)
 
 
 @dataclass(frozen=True)
@@ -87,14 +100,14 @@ class FrozenLayer:
         return replace(self, gain=self.gain.diagonal().diag())
 
 
-class Lines:
+class TrainedTexts:
     """Texts that are run together, cached below the first edited layer, in chunks of similar
     length.
 
     Args:
         first: the first edited layer.
         groups: how many groups there are.
-        whole: replay whole texts, which is exact. Otherwise from the subject's first token on: what
+        whole: run whole texts, which is exact. Otherwise from the subject's first token on: what
             stands in front keeps its clean keys and values, although an edit moves them a little
             (long chat prefixes cost nothing then).
 
@@ -105,7 +118,7 @@ class Lines:
     def __init__(
         self,
         model: EditableModel,
-        lines: Sequence[Line],
+        texts: Sequence[TrainedText],
         first: int,
         groups: int,
         *,
@@ -117,11 +130,11 @@ class Lines:
                 "the look-ahead starts at layer 1; edit a later layer, or use a method without it"
             )
         self.groups, self.chunks = groups, []
-        starts = [0 if whole else line.row.start or 0 for line in lines]
-        lengths = [len(_inputs(line).ids) - start for line, start in zip(lines, starts)]
+        starts = [0 if whole else text.row.start or 0 for text in texts]
+        lengths = [len(text.run.ids) - start for text, start in zip(texts, starts)]
         for batch in batches(lengths, budget):
             self.chunks.append(
-                _Chunk(model, [lines[i] for i in batch], [starts[i] for i in batch], first - 1)
+                _Chunk(model, [texts[i] for i in batch], [starts[i] for i in batch], first)
             )
 
     def losses(
@@ -133,80 +146,51 @@ class Lines:
 
 
 class _Chunk:
-    """Rows on one cached suffix, and the positions that are scored."""
+    """Texts on one partial model, and their scored places with a weight each."""
 
     def __init__(
-        self, model: EditableModel, lines: Sequence[Line], starts: Sequence[int], below: int
+        self,
+        model: EditableModel,
+        texts: Sequence[TrainedText],
+        starts: Sequence[int],
+        first: int,
     ) -> None:
-        self.model = model
-        rows = [_inputs(line) for line in lines]
-        self.suffix = Suffix(
-            model, [replace(row, subject=start) for row, start in zip(rows, starts)], below
-        )
-        said, kept = [], []  # (line, place in the suffix, token or 0, weight)
-        for i, (line, row, start) in enumerate(zip(lines, rows, starts)):
-            if line.row.answer is not None:
-                answer = line.row.ids[line.row.answer :]
-                at = line.row.answer - 1 - start
-                said += [
-                    (i, at + j, token, line.weight / len(answer)) for j, token in enumerate(answer)
-                ]
+        self.model, device = model, model.device
+        self.part = PartialModel(model, [text.run for text in texts], first, starts)
+        answers: list[tuple[int, int, int]] = []
+        kept: list[tuple[int, int, int]] = []
+        weights: tuple[list[float], list[float]] = [], []
+        for line, (text, start) in enumerate(zip(texts, starts)):
+            if text.row.answer is not None:
+                found = answer_places(text.row, line, start)
+                answers += found
+                weights[0].extend([text.weight / len(found)] * len(found))
             else:
-                end, lookup = len(row.ids) - 1, line.row.subject or 0
-                others = range(lookup, end) if line.last < 1 else range(0)
-                last = line.last if others else 1.0
-                kept.append((i, end - start, 0, line.weight * last))
-                kept += [(i, p - start, 0, line.weight * (1 - last) / len(others)) for p in others]
-        device = model.device
-        self.owner = torch.tensor([line.group for line in lines], device=device)
+                places, shares = text.kept()
+                kept += [(line, place - start, -1) for place in places]
+                weights[1].extend(text.weight * share for share in shares)
+        self.owner = torch.tensor([text.group for text in texts], device=device)
         self.lookup = torch.tensor(
-            [(line.row.subject or 0) - start for line, start in zip(lines, starts)], device=device
+            [(text.row.subject or 0) - start for text, start in zip(texts, starts)], device=device
         )
-        self.said, self.kept = (_columns(part, device) for part in (said, kept))
+        self.answers = AnswerLoss(Places.of(answers, device))
         with torch.no_grad():
-            self.clean = (
-                self.suffix.run(self.suffix.hidden)[self.kept[0], self.kept[1]] if kept else None
-            )
+            places = Places.of(kept, device)
+            clean = places.states(self.part.run()) if kept else torch.empty(0)
+            self.keep = KeepLoss(model, places, clean)
+        self.weights = [torch.tensor(w, dtype=torch.float32, device=device) for w in weights]
 
     def loss(self, shifts: _Shifts, groups: int) -> Tensor:
         with shifts.on(self.model, self.owner, self.lookup):
-            final = self.suffix.run(self.suffix.hidden)
-        head = self.model.hf.get_output_embeddings()
-        cap = getattr(self.model.hf.config, "final_logit_softcapping", None)
+            final = self.part.run()
         losses = torch.zeros(2, groups, device=final.device)
-        for kind, (line, place, token, weight) in enumerate((self.said, self.kept)):
-            if not len(line):
-                continue
-            wanted = (
-                {"targets": token} if kind == 0 else {"ref_hidden": self.clean, "reverse": False}
-            )
-            found = target_loss(
-                final[line, place],
-                head.weight,
-                bias=getattr(head, "bias", None),
-                softcap=cap,
-                **wanted,
-            )
-            value = found.ce if kind == 0 else found.kl
-            losses = losses.index_put(
-                (torch.full_like(line, kind), self.owner[line]), value * weight, accumulate=True
-            )
+        for kind, part in enumerate((self.answers, self.keep)):
+            line = part.places.line
+            if len(line):
+                value = part.fused(self.model, final) * self.weights[kind]
+                at = torch.full_like(line, kind), self.owner[line]
+                losses = losses.index_put(at, value, accumulate=True)
         return losses
-
-
-def _inputs(line: Line) -> Row:
-    """What is run: nothing is predicted after an answer's last token."""
-    return line.row if line.row.answer is None else replace(line.row, ids=line.row.ids[:-1])
-
-
-def _columns(
-    table: Sequence[tuple[int, int, int, float]], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    line, place, token, weight = zip(*table) if table else ((), (), (), ())
-    ints = (
-        torch.tensor(column, dtype=torch.long, device=device) for column in (line, place, token)
-    )
-    return *ints, torch.tensor(weight, dtype=torch.float32, device=device)  # type: ignore[return-value]
 
 
 class _Shifts:
@@ -226,15 +210,17 @@ class _Shifts:
             }
         self.through = through
 
-    @contextmanager
-    def on(self, model: EditableModel, owner: Tensor, lookup: Tensor) -> Iterator[None]:
+    def on(
+        self, model: EditableModel, owner: Tensor, lookup: Tensor
+    ) -> AbstractContextManager[None]:
+        """Within the block, texts of the groups `owner` `[B]` with their lookup tokens at `lookup`
+        `[B]` see the edit.
+        """
         if self.through == "edit":
-            with model.virtual(self.factors):
-                yield
-            return
+            return model.virtual(self.factors)
 
-        def hook(shift: Tensor):
-            def add(_module, _inputs, output):
+        def hook(shift: Tensor) -> Hook:
+            def add(_inputs: Tensor, output: Tensor) -> Tensor:
                 lines = torch.arange(len(owner), device=output.device)
                 return output.index_put(
                     (lines, lookup), shift[owner.to(shift.device)].to(output), accumulate=True
@@ -242,12 +228,4 @@ class _Shifts:
 
             return add
 
-        handles = [
-            model.projection(layer).register_forward_hook(hook(shift))
-            for layer, shift in self.added.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked({model.projection(at): hook(shift) for at, shift in self.added.items()})

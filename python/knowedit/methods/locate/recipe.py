@@ -30,6 +30,7 @@ from knowedit.methods.locate.trainings.base import Training
 from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
+from knowedit.models.load import accepts_model
 from knowedit.statistics import KeyStatistics
 
 
@@ -74,6 +75,7 @@ class Recipe(Method):
     def needs_statistics(self) -> bool:  # type: ignore[override]
         return self.metric.needs_statistics
 
+    @accepts_model
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers that it edits. Raises EditError for none, ModelError for one that is not
         there.
@@ -98,6 +100,7 @@ class Recipe(Method):
         task = self.prepare(model, groups, statistics, history, progress)
         return self.finish(task, self.target.values(task))
 
+    @accepts_model
     def compute_each(
         self,
         model: EditableModel,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from knowedit.io.config import Config
 from knowedit.io.progress import bar
@@ -22,7 +22,7 @@ from knowedit.methods.locate.values import (
 )
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
-from knowedit.models.partial import Suffix
+from knowedit.models.partial import Hook, hooked
 from knowedit.models.structure import attention_of
 
 
@@ -149,53 +149,41 @@ class TwoDeltas(Problem):
 
     @classmethod
     def at(cls, layer: int, model: EditableModel, plans: Sequence[Any]) -> Problem:
-        return cls(plans, Suffix(model, [row for plan in plans for row in plan.inputs], layer - 1))
+        return super().at(layer - 1, model, plans)
 
     def states(self, rows: Tensor) -> Tensor:
         seen: dict[int, Tensor] = {}
-        alone = self.suffix.select(rows)
 
-        def see(part: int, output: Tensor) -> Tensor:
+        def see(part: int, output: Tensor) -> None:
             seen[part] = output[:, 0]
-            return output
 
         with torch.no_grad(), self._hooked(see):
-            alone.run(alone.hidden)
+            self.part.select(rows).run()
         return torch.stack([seen[0], seen[1]], 1)
 
     def run(self, delta: Tensor) -> Tensor:
         each = delta[self.of_row]
 
         def add(part: int, output: Tensor) -> Tensor:
-            return torch.cat(
-                [output[:, :1] + each[:, part : part + 1].to(output), output[:, 1:]], 1
-            )
+            lifted = output[:, :1] + each[:, part : part + 1].to(output)
+            return torch.cat([lifted, output[:, 1:]], 1)
 
         with self._hooked(add):
-            return self.suffix.run(self.suffix.hidden)
+            return self.part.run()
 
-    @contextmanager
-    def _hooked(self, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    def _hooked(
+        self, change: Callable[[int, Tensor], Tensor | None]
+    ) -> AbstractContextManager[None]:
         """Pass the outputs of the attention (part 0) and the MLP's projection (part 1) through
         `change`.
         """
-        layer = self.suffix.layer + 1
-
-        def hook(part: int) -> Callable[..., Any]:
-            def changed(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-                if isinstance(output, tuple):
-                    return change(part, output[0]), *output[1:]
-                return change(part, output)
-
-            return changed
-
+        layer = self.part.from_layer
         modules = attention_of(self.model.layers[layer]), self.model.projection(layer)
-        handles = [module.register_forward_hook(hook(part)) for part, module in enumerate(modules)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+        def hook(part: int) -> Hook:
+            return lambda _, output: change(part, output)
+
+        return hooked({module: hook(part) for part, module in enumerate(modules)})
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
-from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Lines, Through, WriteOuts
+from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Through, TrainedTexts, WriteOuts
 from knowedit.models.editable import EditableModel
 
 
@@ -55,7 +55,7 @@ class TrainingSettings(Config):
 def train_write_outs(
     layers: Mapping[int, FrozenLayer],
     start: WriteOuts,
-    plan: Callable[[int], Sequence[tuple[Lines, float]]],
+    plan: Callable[[int], Sequence[tuple[TrainedTexts, float]]],
     settings: TrainingSettings,
     *,
     progress: Callable[[float], None] = lambda steps: None,
@@ -79,8 +79,8 @@ def train_write_outs(
     groups = len(next(iter(start.values())))
     for step in range(settings.steps):
         optimiser.zero_grad()
-        for lines, factor in plan(step):
-            for part in lines.losses(layers, out, settings.through):
+        for texts, factor in plan(step):
+            for part in texts.losses(layers, out, settings.through):
                 (factor * part.sum()).backward()
         penalty = torch.zeros(())
         for layer, value in out.items():
@@ -129,12 +129,14 @@ class Disconnect:
 
 
 @torch.no_grad()
-def disconnect(layers: Mapping[int, FrozenLayer], out: WriteOuts, lines: Lines) -> Disconnect:
-    """Measure it on `lines`, whose weights should add up to 1 a group."""
+def disconnect(
+    layers: Mapping[int, FrozenLayer], out: WriteOuts, texts: TrainedTexts
+) -> Disconnect:
+    """Measure it on `texts`, whose weights should add up to 1 a group."""
     found = []
     for through in THROUGH:
         found.append(
-            float(sum(part[0].sum() for part in lines.losses(layers, out, through))) / lines.groups
+            float(sum(part[0].sum() for part in texts.losses(layers, out, through))) / texts.groups
         )
     return Disconnect(*found)
 

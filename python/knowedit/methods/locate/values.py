@@ -4,7 +4,7 @@ object?
 ROME's and MEMIT's objective (Meng et al. 2022, 2023), batched over facts and contexts. The peers
 run the whole model over whole prompts for one fact at a time; here one pass caches everything that
 cannot change and each step runs only the tokens from the subject's last one on, through the layers
-above the edited one (`replay.Suffix`), with logits at the scored positions only. Facts do not see
+above the edited one (`PartialModel`), with logits at the scored positions only. Facts do not see
 each other, so the result is that of the per-fact loop.
 """
 
@@ -20,7 +20,8 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.models.editable import EditableModel
-from knowedit.models.partial import Suffix
+from knowedit.models.partial import PartialModel
+from knowedit.models.texts import AnswerLoss, KeepLoss, Places, answer_places
 from knowedit.models.tokens import Row
 
 #: Written for this package; the bare prompt must come first, it defines the value that is being
@@ -210,7 +211,9 @@ def _optimise(
         s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5, device=device
     ).expand_as(norm)
     delta = torch.zeros_like(value)
-    first, second = torch.zeros_like(delta), torch.zeros_like(delta)  # Adam's moments
+    # Adam's moments; by hand, as torch.optim.Adam rounds otherwise in the last bit, has one step
+    # size for a whole tensor, and cannot leave finished groups out
+    first, second = torch.zeros_like(delta), torch.zeros_like(delta)
     loss, nll, done = (torch.zeros(count, device=device) for _ in range(3))
     live = torch.arange(count, device=device)  # the groups still in `problem`
     check = (
@@ -256,7 +259,7 @@ def _safe_norm(x: Tensor) -> Tensor:
 
 
 class Problem:
-    """The rows of some groups on one cached suffix: deltas in, per-group NLL and KL out.
+    """The rows of some groups on one partial model: deltas in, per-group NLL and KL out.
 
     Here the delta is added to the layer's output. A subclass may add several vectors `[groups,
     parts, hidden]` in other places; the last part is the one that is written.
@@ -265,50 +268,48 @@ class Problem:
     @classmethod
     def at(cls, layer: int, model: EditableModel, plans: Sequence[_Plan]) -> Problem:
         """The problem of these plans for values at `layer`."""
-        return cls(plans, Suffix(model, [row for plan in plans for row in plan.inputs], layer))
+        return cls(plans, PartialModel(model, _inputs(plans), layer + 1))
 
-    def __init__(self, plans: Sequence[_Plan], suffix: Suffix, clean: Tensor | None = None) -> None:
-        self.plans, self.suffix, self.model = plans, suffix, suffix.model
-        scored: list[
-            tuple[int, int, int, int, float]
-        ] = []  # group, row, position in the suffix, token, weight
+    def __init__(
+        self, plans: Sequence[_Plan], part: PartialModel, clean: Tensor | None = None
+    ) -> None:
+        self.plans, self.part, self.model = plans, part, part.model
+        scored: list[tuple[int, int, int]] = []  # row, place, token
+        owner: list[int] = []
+        weight: list[float] = []
         essence, bare, at = [], [], 0
         for group, plan in enumerate(plans):
             bare += [(group, at + b) for b in plan.bare]
             for row, share in zip(plan.rows, plan.weights):
-                answer, start = row.answer or 0, row.subject or 0
-                for i in range(answer, len(row.ids)):
-                    scored.append(
-                        (group, at, i - 1 - start, row.ids[i], share / (len(row.ids) - answer))
-                    )
+                found = answer_places(row, at, row.subject or 0)
+                scored += found
+                owner += [group] * len(found)
+                weight += [share / len(found)] * len(found)
                 at += 1
             essence.append(at)
             at += 1
         device = self.model.device
-        self.owner, self.line, self.place, self.token, self.weight = (
-            torch.tensor(column, device=device) for column in zip(*scored)
-        )
+        self.places = Places.of(scored, device)
+        self.owner, self.weight = (torch.tensor(x, device=device) for x in (owner, weight))
         self.bare_owner, self.bare = (torch.tensor(column, device=device) for column in zip(*bare))
         self.essence = torch.tensor(essence, device=device)
         self.of_row = torch.tensor(
             [g for g, plan in enumerate(plans) for _ in plan.rows], device=device
         )
         if clean is None:
-            alone = suffix.select(self.essence)
             with torch.no_grad():
-                clean = self._logp(alone.run(alone.hidden)[:, 0])
-        self.clean = clean
+                final = part.select(self.essence).run()
+                clean = self.model.logprobs(final[:, 0])
+        last = Places.of([(row, 0, -1) for row in essence], device)
+        # one distribution a group: kept as it is, and not made anew at each step
+        self.keep = KeepLoss(self.model, last, clean, logprobs=True, reverse=True)
 
     def select(self, groups: Sequence[int]) -> Problem:
         """The same problem for some of its groups."""
         kept = torch.tensor(groups, device=self.of_row.device)
         rows = torch.isin(self.of_row, kept).nonzero()[:, 0]
-        return type(self)(
-            [self.plans[g] for g in groups], self.suffix.select(rows), self.clean[kept]
-        )
-
-    def _logp(self, final: Tensor) -> Tensor:
-        return self.model.head(final).float().log_softmax(-1)
+        plans = [self.plans[g] for g in groups]
+        return type(self)(plans, self.part.select(rows), self.keep.clean[kept])
 
     def mean_bare(self) -> Tensor:
         """`[groups, parts, hidden]` clean states at the subject of the bare prompts, float32."""
@@ -320,22 +321,25 @@ class Problem:
 
     def states(self, rows: Tensor) -> Tensor:
         """`[rows, parts, hidden]` what a delta is added to."""
-        return self.suffix.hidden[rows, :1]
+        return self.part.states[rows, :1]
 
     def run(self, delta: Tensor) -> Tensor:
         """Final hidden states of every row under `delta`."""
-        hidden = self.suffix.hidden
-        lifted = hidden[:, :1] + delta[self.of_row].to(hidden.dtype)
-        return self.suffix.run(torch.cat([lifted, hidden[:, 1:]], 1))
+        states = self.part.states
+        lifted = states[:, :1] + delta[self.of_row].to(states.dtype)
+        return self.part.run(torch.cat([lifted, states[:, 1:]], 1))
 
     def evaluate(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Per group: mean NLL of the answers (nats a token) and KL(edited || clean) at the essence
         row.
         """
         final = self.run(delta)
-        chosen = self._logp(final[self.line, self.place]).gather(1, self.token[:, None])[:, 0]
+        losses = AnswerLoss(self.places)(self.places.logits(self.model, final))
         nll = torch.zeros(len(self.plans), device=delta.device).index_add(
-            0, self.owner, -chosen * self.weight
+            0, self.owner, losses * self.weight
         )
-        now = self._logp(final[self.essence, 0])
-        return nll, (now.exp() * (now - self.clean)).sum(-1)
+        return nll, self.keep(self.keep.places.logits(self.model, final))
+
+
+def _inputs(plans: Sequence[_Plan]) -> list[Row]:
+    return [row for plan in plans for row in plan.inputs]

@@ -5,14 +5,13 @@ of other texts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel
-from knowedit.models.structure import mlp_of
+from knowedit.models.partial import read
 from knowedit.models.tokens import Row, batches
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit_kernels import SecondMoment
@@ -77,18 +76,14 @@ def _observed(
         ids, mask = model.pad([rows[i] for i in batch])
         inputs: list[Tensor] = []
         keys: list[Tensor] = []
-
-        def read(_module: Any, given: Any, inputs: list[Tensor] = inputs) -> None:
-            inputs.append(given[0])
-
-        def write(_layer: int, key: Tensor, keys: list[Tensor] = keys) -> None:
-            keys.append(key)
-
-        handle = mlp_of(model, layer).register_forward_pre_hook(read)
-        try:
-            model.forward_to(layer, ids, write)
-        finally:
-            handle.remove()
+        read(
+            model,
+            ids,
+            inputs={
+                model.layout.mlp(layer): inputs.append,
+                model.layout.projection.format(layer): keys.append,
+            },
+        )
         for line, i in enumerate(batch):
             live = mask[line].to(inputs[0].device)
             yield i, inputs[0][line][live].float(), keys[0][line][live].float()

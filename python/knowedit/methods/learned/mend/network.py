@@ -13,22 +13,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from knowedit.errors import EditError
 from knowedit.io.tensors import write_file
-from knowedit.methods.learned.loop import check_network, read_network
+from knowedit.methods.learned.networks import TrainedNetwork, read_network
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial import probed
 from knowedit.models.structure import linears
-from knowedit.models.upper import Batch, Texts, probed
+from knowedit.models.texts import Batch, Texts
 
 FORMAT = "knowedit-mend/1"
 DEPTH = 2  # residual layers, as published
 TINY = 1e-8
-# rates must learn faster than the rest, which Adam moves by its own step only (published: 100)
+# rates must learn faster than the rest, which Adam moves by one step size (published: 100)
 RATE_SPEED = 30.0
 
 #: Token factors of a batch's weight gradients: inputs `[n, in]`, gradients of the output `[n,
@@ -78,7 +79,7 @@ class Mixer(nn.Module):
 
 
 @dataclass
-class MendNetwork:
+class MendNetwork(TrainedNetwork):
     """A hyper-network for some weights of one model.
 
     Attributes:
@@ -88,6 +89,8 @@ class MendNetwork:
         fingerprint: of the model it was trained for.
         report: of the training; empty for an untrained one.
     """
+
+    name: ClassVar[str] = "mend"
 
     weights: tuple[str, ...]
     layers: tuple[int, ...]
@@ -160,8 +163,8 @@ class MendNetwork:
             mixer.mean[index] = mean
             mixer.deviation[index] = (square / count - mean**2).clamp(min=0).sqrt() + TINY
 
-    # -- on disk
-    # ------------------------------------------------------------------------------------------------  # noqa: E501
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: t.contiguous().cpu() for name, t in self.mixers.state_dict().items()}
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file with a JSON header, written atomically."""
@@ -171,17 +174,17 @@ class MendNetwork:
             "layers": self.layers,
             "report": self.report,
         }
-        return write_file(path, self.mixers.state_dict(), header)
+        self.file = write_file(path, self.tensors(), header)
+        return self.file
 
     @classmethod
-    def load(cls, path: str | Path | None, model: EditableModel) -> MendNetwork:
-        """A trained network; see `read_network`."""
+    def read(cls, path: Path, model: EditableModel) -> MendNetwork:
         header, tensors = read_network("mend", path, model, FORMAT)
         rank = next(tensor for name, tensor in tensors.items() if name.endswith(".down")).shape[2]
         sizes = _sizes(model, header["layers"])
         mixers, places = _mixers(sizes, rank, 0)
         mixers.load_state_dict(tensors)
-        return cls(
+        network = cls(
             tuple(sizes),
             tuple(header["layers"]),
             mixers.to(model.device),
@@ -189,21 +192,15 @@ class MendNetwork:
             header["fingerprint"],
             header["report"],
         )
-
-    def check(self, model: EditableModel) -> None:
-        """Raise EditError unless it is trained, and for `model`."""
-        check_network("mend", self.fingerprint, model)
-        if not self.report:
-            raise EditError(
-                "this MEND network is not trained; use train_mend, or: knowedit train mend MODEL"
-            )
+        network.file = path
+        return network
 
 
 def token_factors(texts: Texts, batch: Batch, weights: Sequence[str]) -> Tokens:
     """The gradients of each text's mean NLL with respect to `weights`, as factors a token; tokens
     without any are left out.
     """
-    with torch.enable_grad(), probed(texts.upper.model, weights) as seen:
+    with torch.enable_grad(), probed(texts.model, weights) as seen:
         loss = texts.nll(batch)
         found = torch.autograd.grad(loss, [seen[name][1] for name in weights])
     tokens = {}

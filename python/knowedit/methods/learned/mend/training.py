@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,21 +15,24 @@ from torch import Tensor
 
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
+from knowedit.io.config import Config
 from knowedit.io.memory import peak_memory
 from knowedit.io.progress import bar
-from knowedit.methods.learned.examples import Places, drawn, examples, placed, split
-from knowedit.methods.learned.loop import Plan, default_file, stamp, train
+from knowedit.methods.learned.examples import ExampleRows, drawn, examples, placed, split
+from knowedit.methods.learned.loop import Plan, stamp, train
 from knowedit.methods.learned.mend.network import MendNetwork, token_factors
+from knowedit.methods.learned.networks import default_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
+from knowedit.models.texts import Texts
 from knowedit.models.tokens import Row
-from knowedit.models.upper import Texts
 
 RATES = tuple(10 ** (-k / 2) for k in range(2, 12))  # 0.1 ... 3e-6
 
 
 @dataclass(frozen=True)
-class MendTraining:
-    """Settings.
+class MendTraining(Config):
+    """Settings of the training.
 
     Attributes:
         layers: whose MLP weights are edited; None: the last three.
@@ -52,6 +55,7 @@ class MendTraining:
     plan: Plan = field(default_factory=lambda: Plan(steps=300, lr=1e-3, validate=50))
 
 
+@accepts_model
 def train_mend(
     model: EditableModel,
     facts: Sequence[Fact],
@@ -77,7 +81,7 @@ def train_mend(
         task = _Task(model, facts, settings, progress)
         task.calibrate()
         prepared, used = time.monotonic() - start, time.process_time() - cpu
-        course = train(
+        log = train(
             task.network.parameters,
             task.loss,
             task.validation,
@@ -88,17 +92,17 @@ def train_mend(
             progress=progress,
         )
     task.network.report = {
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         "facts": task.counts,
         "trainable_parameters": task.network.trainable,
-        "steps": course.steps,
-        "seconds": prepared + course.seconds,
-        "cpu_seconds": used + course.cpu_seconds,
+        "steps": log.steps,
+        "seconds": prepared + log.seconds,
+        "cpu_seconds": used + log.cpu_seconds,
         "preparation_seconds": prepared,
         "peak_memory_bytes": peak(),
         "start_rate": task.rate,
-        "validation": {"loss": course.best},
-        "curve": course.curve,
+        "validation": {"loss": log.best},
+        "curve": log.curve,
     }
     task.network.save(path)
     return task.network
@@ -114,14 +118,16 @@ class _Task:
         self.draft = model.draft()
         rows: list[Row] = []
         some, others = split(facts, plan.seed)
-        told, held = examples(some, seed=plan.seed), examples(others, some, seed=plan.seed)
-        self.told, self.held = (placed(self.draft, part, rows) for part in (told, held))
-        if len(self.told) < settings.facts:
+        training, held_out = examples(some, seed=plan.seed), examples(others, some, seed=plan.seed)
+        self.training, self.held_out = (
+            placed(self.draft, part, rows) for part in (training, held_out)
+        )
+        if len(self.training) < settings.facts:
             raise EditError(
-                f"{len(self.told)} training facts are fewer than the {settings.facts} of a "
+                f"{len(self.training)} training facts are fewer than the {settings.facts} of a "
                 f"step; give more facts"
             )
-        self.counts = {"training": len(told), "validation": len(held)}
+        self.counts = {"training": len(training), "validation": len(held_out)}
         self.texts = Texts(
             self.draft, rows, self.network.first, title="reading the texts", progress=progress
         )
@@ -134,9 +140,9 @@ class _Task:
         """
         sums: dict[str, Tensor] = {}
         size = self.settings.facts
-        with bar("measuring gradients", len(self.told), "facts", show=self.progress) as advance:
-            for start in range(0, len(self.told), size):
-                part = self.told[start : start + size]
+        with bar("measuring gradients", len(self.training), "facts", show=self.progress) as advance:
+            for start in range(0, len(self.training), size):
+                part = self.training[start : start + size]
                 tokens = token_factors(
                     self.texts, self.texts.batch([p.edit for p in part]), self.network.weights
                 )
@@ -151,7 +157,7 @@ class _Task:
         losses = {}
         for rate in RATES:
             self.network.start_at(rate)
-            losses[rate] = self._mean(self.told[: 2 * size])
+            losses[rate] = self._mean(self.training[: 2 * size])
         self.rate = min(losses, key=losses.__getitem__)
         self.network.start_at(self.rate)
 
@@ -161,14 +167,16 @@ class _Task:
             self.settings.plan.seed,
             self.settings.together[step % len(self.settings.together)],
         )
-        chosen = [self.told[i] for i in drawn(seed, step, self.settings.facts, len(self.told))]
+        chosen = [
+            self.training[i] for i in drawn(seed, step, self.settings.facts, len(self.training))
+        ]
         return self._objective(chosen, together, random.Random(f"{seed} step {step}"))
 
     def validation(self) -> float:
-        return self._mean(self.held)
+        return self._mean(self.held_out)
 
     @torch.no_grad()
-    def _mean(self, places: Sequence[Places]) -> float:
+    def _mean(self, places: Sequence[ExampleRows]) -> float:
         """Mean loss of single edits, always of the same texts."""
         total, size = 0.0, self.settings.facts
         for start in range(0, len(places), size):
@@ -176,7 +184,9 @@ class _Task:
             total += float(self._objective(part, 1, random.Random(start))) * len(part)
         return total / len(places)
 
-    def _objective(self, chosen: Sequence[Places], together: int, rng: random.Random) -> Tensor:
+    def _objective(
+        self, chosen: Sequence[ExampleRows], together: int, rng: random.Random
+    ) -> Tensor:
         settings, texts = self.settings, self.texts
         groups = torch.arange(len(chosen), device=self.draft.device) // together
         tokens = token_factors(texts, texts.batch([p.edit for p in chosen]), self.network.weights)

@@ -60,7 +60,7 @@ class MemoryEdit(Edit):
         """A name made from the method, the facts and the network's bits."""
         digest = hashlib.blake2b(digest_size=8)
         digest.update(json.dumps([[fact.text, fact.target] for fact in self.facts]).encode())
-        digest.update(_bits(self.network))
+        digest.update(self.network.bits())
         return f"{self.method_name}-{digest.hexdigest()}"
 
     def by_parameter(self, model: EditableModel) -> NoReturn:
@@ -72,9 +72,6 @@ class MemoryEdit(Edit):
 
     def delta(self, at: int | str, model: EditableModel | None = None) -> NoReturn:
         raise EditError(f"a {self.method_name} edit changes no weight, so it has no delta")
-
-    # -- on a model
-    # ---------------------------------------------------------------------------------------------
 
     def is_applied(self, model: EditableModel) -> bool:
         return isinstance(model.router, Memory) and self.key in model.router.edits
@@ -93,7 +90,7 @@ class MemoryEdit(Edit):
                 f"this {self.method_name} edit is already applied to {model.name}; undo it first"
             )
         refuse_edited_weights(model)
-        if memory.edits and _bits(memory.network) != _bits(self.network):
+        if memory.edits and memory.network.bits() != self.network.bits():
             raise EditError(
                 "edits of different SERAC networks cannot be applied together; undo the others "
                 "first"
@@ -196,10 +193,3 @@ def refuse_edited_weights(model: EditableModel) -> None:
             "memory edits and edits of weights cannot be in force together: "
             f"undo {', '.join(model.ledger.active)}, or the memory edits"
         )
-
-
-def _bits(network: SeracNetwork) -> bytes:
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(network.tensors().items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.digest() + repr(network.threshold).encode()

@@ -11,32 +11,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
-from knowedit.errors import EditError
 from knowedit.io.tensors import write_file
-from knowedit.methods.learned.loop import check_network, read_network
+from knowedit.methods.learned.networks import TrainedNetwork, read_network
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial import layer_outputs
 from knowedit.models.tokens import join
-from knowedit.models.upper import states_of
 
 FORMAT = "knowedit-serac/1"
-HEADS, WIDTH, SIZE = (
-    8,
-    64,
-    256,
-)  # of the classifier: attention heads, numbers a head, size of an embedding
+# of the classifier: attention heads, numbers a head, size of an embedding
+HEADS, WIDTH, SIZE = 8, 64, 256
 
-Adapter = dict[str, tuple[Tensor, Tensor]]
+LowRankAdapter = dict[str, tuple[Tensor, Tensor]]
 
 
 class Scope(nn.Module):
-    """A text's embedding from its hidden states, pooled by attention heads that each look for
-    something of their own.
+    """A text's embedding from its hidden states, pooled by attention heads that are each
+    trained for something of their own.
 
     Two texts ask for the same fact as far as their embeddings agree: `logit = scale cos + offset`.
     """
@@ -76,7 +72,7 @@ class Scope(nn.Module):
 
 
 @dataclass
-class SeracNetwork:
+class SeracNetwork(TrainedNetwork):
     """Scope classifier and counterfactual model of one base model.
 
     Attributes:
@@ -87,9 +83,11 @@ class SeracNetwork:
         report: of the training; empty for an untrained one.
     """
 
+    name: ClassVar[str] = "serac"
+
     scope: Scope
     layer: int
-    adapter: Adapter
+    adapter: LowRankAdapter
     fingerprint: str
     threshold: float = 0.0
     report: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +97,7 @@ class SeracNetwork:
         """Embeddings `[n, SIZE]` of prompts; one pass through the layers up to `layer`."""
         inputs = [model.row(prompt).ids for prompt in prompts]
         found = torch.empty(len(inputs), SIZE, device=model.device)
-        for group, states in states_of(model, inputs, self.layer):
+        for group, states in layer_outputs(model, inputs, self.layer):
             lengths = torch.tensor([len(inputs[i]) for i in group], device=states.device)
             found[torch.tensor(group, device=found.device)] = self.scope(states, lengths).to(found)
         return found
@@ -111,17 +109,6 @@ class SeracNetwork:
         """
         return (self.scope.logits(queries, stored) - self.threshold).max(1)
 
-    def check(self, model: EditableModel) -> None:
-        """Raise EditError unless it is trained, and for `model`."""
-        check_network("serac", self.fingerprint, model)
-        if not self.report:
-            raise EditError(
-                "this SERAC network is not trained; use train_serac, or: knowedit train serac MODEL"
-            )
-
-    # -- on disk
-    # ------------------------------------------------------------------------------------------------  # noqa: E501
-
     def header(self) -> dict[str, Any]:
         return {
             "layer": self.layer,
@@ -131,7 +118,6 @@ class SeracNetwork:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything trained, by name."""
         found = {
             f"scope.{name}": tensor.detach() for name, tensor in self.scope.state_dict().items()
         }
@@ -169,14 +155,18 @@ class SeracNetwork:
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file with a JSON header, written atomically."""
-        return write_file(path, self.tensors(), {"format": FORMAT, **self.header()})
+        self.file = write_file(path, self.tensors(), {"format": FORMAT, **self.header()})
+        return self.file
 
     @classmethod
-    def load(cls, path: str | Path | None, model: EditableModel) -> SeracNetwork:
-        """A trained network; see `read_network`."""
+    def read(cls, path: Path, model: EditableModel) -> SeracNetwork:
         network = cls.of(*read_network("serac", path, model, FORMAT)).to(model.device)
         network.check(model)
+        network.file = path
         return network
+
+    def bits(self) -> bytes:
+        return super().bits() + repr(self.threshold).encode()
 
     def to(self, device: torch.device) -> SeracNetwork:
         self.scope.to(device)

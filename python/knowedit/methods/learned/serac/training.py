@@ -7,27 +7,31 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from knowedit.facts.fact import Fact
+from knowedit.io.config import Config
 from knowedit.io.memory import peak_memory
 from knowedit.io.progress import bar
 from knowedit.methods.learned.examples import Example, drawn, examples, placed, split
-from knowedit.methods.learned.loop import Plan, default_file, stamp, train
-from knowedit.methods.learned.serac.network import Adapter, Scope, SeracNetwork, in_view
+from knowedit.methods.learned.loop import Plan, stamp, train
+from knowedit.methods.learned.networks import default_file
+from knowedit.methods.learned.serac.network import LowRankAdapter, Scope, SeracNetwork, in_view
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
+from knowedit.models.partial import layer_outputs
 from knowedit.models.structure import linears
+from knowedit.models.texts import Texts
 from knowedit.models.tokens import Row
-from knowedit.models.upper import Texts, states_of
 
 
 @dataclass(frozen=True)
-class SeracTraining:
-    """Settings.
+class SeracTraining(Config):
+    """Settings of the training.
 
     Attributes:
         layer: whose output the classifier reads; None: a third of the way up.
@@ -48,6 +52,7 @@ class SeracTraining:
     reader: Plan = field(default_factory=lambda: Plan(steps=80, lr=1e-3, validate=40))
 
 
+@accepts_model
 def train_serac(
     model: EditableModel,
     facts: Sequence[Fact],
@@ -73,12 +78,12 @@ def train_serac(
     first = max(1, depth // 2 if settings.first is None else settings.first)
     model.check_layers([layer, first])
     some, others = split(facts, seed)
-    told, held = examples(some, seed=seed), examples(others, some, seed=seed)
-    named, draft = stamp(model.fingerprint, settings, told, held), model.draft()
+    training, held_out = examples(some, seed=seed), examples(others, some, seed=seed)
+    named, draft = stamp(model.fingerprint, settings, training, held_out), model.draft()
     checkpoints = [path.with_name(f"{path.name}.{part}") for part in ("gate", "reader")]
     start, cpu = time.monotonic(), time.process_time()
     with peak_memory(model.device) as peak:
-        gate = _Gate(draft, layer, told, held, settings, progress)
+        gate = _Gate(draft, layer, training, held_out, settings, progress)
         prepared, used = time.monotonic() - start, time.process_time() - cpu
         parameters = dict(gate.scope.named_parameters())
         gated = train(
@@ -93,7 +98,7 @@ def train_serac(
             progress=progress,
         )
         threshold, rates = gate.threshold()
-        reader = _Reader(draft, first, told, held, settings)
+        reader = _Reader(draft, first, training, held_out, settings)
         read = train(
             reader.parameters,
             reader.loss,
@@ -107,8 +112,8 @@ def train_serac(
         )
     numbers = [sum(p.numel() for p in part.values()) for part in (parameters, reader.parameters)]
     report = {
-        "settings": asdict(settings),
-        "facts": {"training": len(told), "validation": len(held)},
+        "settings": settings.to_dict(),
+        "facts": {"training": len(training), "validation": len(held_out)},
         "trainable_parameters": sum(numbers),
         "gate_parameters": numbers[0],
         "reader_parameters": numbers[1],
@@ -135,35 +140,35 @@ class _Gate:
         self,
         draft: EditableModel,
         layer: int,
-        told: Sequence[Example],
-        held: Sequence[Example],
+        training: Sequence[Example],
+        held_out: Sequence[Example],
         settings: SeracTraining,
         progress: bool,
     ) -> None:
         self.settings, seed = settings, settings.gate.seed
         rows: list[Row] = []
-        self.examples = {"told": told, "held": held}
+        self.examples = {"training": training, "held_out": held_out}
         self.places = {
             name: placed(draft, part, rows, answers=False) for name, part in self.examples.items()
         }
         inputs = [row.ids for row in rows]
         self.states: list[Tensor] = [torch.empty(0)] * len(rows)
         with bar("reading the texts", len(rows), "texts", show=progress) as advance:
-            for group, states in states_of(draft, inputs, layer):
+            for group, states in layer_outputs(draft, inputs, layer):
                 for line, i in enumerate(group):
                     self.states[i] = states[line, : len(inputs[i])].clone()
                 advance(len(group))
         self.scope = Scope(draft.hidden, torch.Generator().manual_seed(seed)).to(draft.device)
 
     def loss(self, step: int) -> Tensor:
-        size = min(self.settings.gate_facts, len(self.places["told"]))
+        size = min(self.settings.gate_facts, len(self.places["training"]))
         return self._objective(
-            "told", drawn(self.settings.gate.seed, step, size, len(self.places["told"]))
+            "training", drawn(self.settings.gate.seed, step, size, len(self.places["training"]))
         )
 
     @torch.no_grad()
     def validation(self) -> float:
-        return float(self._objective("held", range(len(self.places["held"]))))
+        return float(self._objective("held_out", range(len(self.places["held_out"]))))
 
     def _embed(self, rows: Sequence[int]) -> Tensor:
         states = [self.states[i] for i in rows]
@@ -214,8 +219,8 @@ class _Gate:
         """The logit that tells the validation texts apart best with all validation facts stored,
         and how well it does.
         """
-        places = self.places["held"]
-        logits, right = self._logits("held", range(len(places)))
+        places = self.places["held_out"]
+        logits, right = self._logits("held_out", range(len(places)))
         best, which = logits.max(1)
         outside, found = right == len(places), which == right
         tried = best.sort().values
@@ -238,15 +243,15 @@ class _Reader:
         self,
         draft: EditableModel,
         first: int,
-        told: Sequence[Example],
-        held: Sequence[Example],
+        training: Sequence[Example],
+        held_out: Sequence[Example],
         settings: SeracTraining,
     ) -> None:
-        self.draft, self.first, self.told, self.held, self.settings = (
+        self.draft, self.first, self.training, self.held_out, self.settings = (
             draft,
             first,
-            told,
-            held,
+            training,
+            held_out,
             settings,
         )
         generator = torch.Generator().manual_seed(settings.reader.seed)
@@ -260,7 +265,7 @@ class _Reader:
                 self.parameters[f"{name}.V"] = nn.Parameter(right.to(draft.device))
 
     @property
-    def adapter(self) -> Adapter:
+    def adapter(self) -> LowRankAdapter:
         names = [name[:-2] for name in self.parameters if name.endswith(".U")]
         return {
             name: (self.parameters[f"{name}.U"], self.parameters[f"{name}.V"]) for name in names
@@ -268,16 +273,20 @@ class _Reader:
 
     def loss(self, step: int) -> Tensor:
         seed = self.settings.reader.seed
-        chosen = drawn(seed, step, min(self.settings.reader_facts, len(self.told)), len(self.told))
-        return self._objective([self.told[i] for i in chosen], random.Random(f"{seed} step {step}"))
+        chosen = drawn(
+            seed, step, min(self.settings.reader_facts, len(self.training)), len(self.training)
+        )
+        return self._objective(
+            [self.training[i] for i in chosen], random.Random(f"{seed} step {step}")
+        )
 
     @torch.no_grad()
     def validation(self) -> float:
         size, total = self.settings.reader_facts, 0.0
-        for start in range(0, len(self.held), size):
-            part = self.held[start : start + size]
+        for start in range(0, len(self.held_out), size):
+            part = self.held_out[start : start + size]
             total += float(self._objective(part, random.Random(start))) * len(part)
-        return total / len(self.held)
+        return total / len(self.held_out)
 
     def _objective(self, chosen: Sequence[Example], rng: random.Random) -> Tensor:
         """NLL of the target after a question with its fact in view, plus KL(base || now) after a
@@ -300,5 +309,5 @@ class _Reader:
         asked, kept = (Texts(self.draft, rows, self.first, clean=False) for rows in (said, seen))
         with self.draft.virtual(self.adapter):
             nll = asked.nll(asked.batch(every))
-            kl = kept.kl(replace(kept.batch(every), clean=clean))
+            kl = kept.kl(kept.batch(every), clean)
         return (nll + self.settings.locality * kl) / len(chosen)

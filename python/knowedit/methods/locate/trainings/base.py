@@ -12,7 +12,7 @@ from typing import Any
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.methods.locate.metrics import Metric
-from knowedit.methods.locate.objective import FrozenLayer, Line, Lines, WriteOuts
+from knowedit.methods.locate.objective import FrozenLayer, TrainedText, TrainedTexts, WriteOuts
 from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.training import TrainingSettings, disconnect, state_norms
 from knowedit.methods.locate.values import Targets, prompt_rows
@@ -48,24 +48,24 @@ def execution_report(
     layers: dict[int, FrozenLayer],
     start: WriteOuts,
     found: WriteOuts,
-    bare: Lines,
+    bare: TrainedTexts,
 ) -> dict[str, Any]:
     """The training's part of the report: the semantic-execution disconnect before and after it."""
     before, after = (asdict(disconnect(layers, out, bare)) for out in (start, found))
     return {"used": True, "settings": asdict(settings), "before": before, "after": after}
 
 
-def answer_lines(
+def answer_texts(
     model: EditableModel,
     groups: Sequence[Sequence[Fact]],
     first: int,
     contexts: Sequence[str],
     budget: int,
-) -> Lines:
+) -> TrainedTexts:
     """Every fact's answer after its prompt in each context; the weights of a group add up to 1."""
-    lines = []
+    texts = []
     for number, group in enumerate(groups):
         for fact in group:
             rows = prompt_rows(model, fact, contexts, fact.target)
-            lines += [Line(row, number, 1 / (len(group) * len(rows))) for row in rows]
-    return Lines(model, lines, first, len(groups), budget=budget)
+            texts += [TrainedText(row, number, 1 / (len(group) * len(rows))) for row in rows]
+    return TrainedTexts(model, texts, first, len(groups), budget=budget)

@@ -11,7 +11,7 @@ from knowedit.io.config import Config
 from knowedit.io.progress import bar
 from knowedit.methods.locate.forms import asked_forms
 from knowedit.methods.locate.metrics import Metric
-from knowedit.methods.locate.objective import Line, Lines
+from knowedit.methods.locate.objective import TrainedText, TrainedTexts
 from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.training import TrainingSettings, train_write_outs
 from knowedit.methods.locate.trainings.base import (
@@ -90,25 +90,27 @@ class Objective:
 
     def __init__(self, weights: FormWeights, task: Task) -> None:
         self.weights, groups, draft = weights, task.groups, task.model.draft()
-        found: dict[str, list[Line]] = {}
+        found: dict[str, list[TrainedText]] = {}
         for number, group in enumerate(groups):
             for fact in group:
                 for form in asked_forms(draft, fact, task.material.questions):
                     if form.name == "bare" or FORMS[form.name]:
-                        line = Line(form.row(draft, fact.target), number, 1 / len(group))
-                        found.setdefault(form.name, []).append(line)
+                        text = TrainedText(form.row(draft, fact.target), number, 1 / len(group))
+                        found.setdefault(form.name, []).append(text)
 
-        def lines(which: Sequence[Line]) -> Lines:
+        def together(which: Sequence[TrainedText]) -> TrainedTexts:
             budget = task.runtime.budget
-            return Lines(draft, which, task.layers[0], len(groups), whole=False, budget=budget)
+            return TrainedTexts(
+                draft, which, task.layers[0], len(groups), whole=False, budget=budget
+            )
 
-        self.bare = lines(found.pop("bare"))
-        self.forms = [(lines(which), FORMS[name]) for name, which in found.items()]
-        self.identity = lines(
+        self.bare = together(found.pop("bare"))
+        self.forms = [(together(which), FORMS[name]) for name, which in found.items()]
+        self.identity = together(
             [
-                line
+                text
                 for number, group in enumerate(groups)
-                for line in self._identity(draft, number, group)
+                for text in self._identity(draft, number, group)
             ]
         )
         owner = [number for number, group in enumerate(groups) for _ in group]
@@ -116,15 +118,17 @@ class Objective:
         others = task.neighbour_prompts(weights.pools)
         pools = [
             [
-                Line(draft.row(texts[pool]), owner[i], share[i])
+                TrainedText(draft.row(texts[pool]), owner[i], share[i])
                 for i, texts in enumerate(others)
                 if pool < len(texts)
             ]
             for pool in range(weights.pools)
         ]
-        self.pools = [lines(pool) for pool in pools if pool]
+        self.pools = [together(pool) for pool in pools if pool]
 
-    def _identity(self, draft: EditableModel, number: int, group: Sequence[Fact]) -> list[Line]:
+    def _identity(
+        self, draft: EditableModel, number: int, group: Sequence[Fact]
+    ) -> list[TrainedText]:
         """Who the group's subject is, and what has nothing to do with the facts."""
         subject = group[0].subject
         prompts = [
@@ -133,14 +137,14 @@ class Objective:
             *unrelated_prompts(group, "train"),
         ]
         share, last = 1 / len(prompts), self.weights.last
-        return [Line(draft.row(text, subject), number, share, last) for text in prompts]
+        return [TrainedText(draft.row(text, subject), number, share, last) for text in prompts]
 
-    def plan(self, step: int) -> list[tuple[Lines, float]]:
+    def plan(self, step: int) -> list[tuple[TrainedTexts, float]]:
         """What a step is trained on, with the factors that make up for what it leaves out."""
         parts = [(self.bare, 1.0)]
         if self.forms and self.weights.forms:
-            lines, weight = self.forms[step % len(self.forms)]
-            parts.append((lines, self.weights.forms * weight * len(self.forms)))
+            texts, weight = self.forms[step % len(self.forms)]
+            parts.append((texts, self.weights.forms * weight * len(self.forms)))
         if step % 2 == 0 and self.weights.identity:
             parts.append((self.identity, 2 * self.weights.identity))
         elif step % 2 and self.pools and self.weights.neighbours:

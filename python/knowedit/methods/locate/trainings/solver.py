@@ -19,13 +19,13 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar
 from knowedit.methods.locate.metrics import Metric, Weighed
-from knowedit.methods.locate.objective import Lines
+from knowedit.methods.locate.objective import TrainedTexts
 from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.training import TrainingSettings, train_write_outs
 from knowedit.methods.locate.trainings.base import (
     Training,
     Write,
-    answer_lines,
+    answer_texts,
     execution_report,
     frozen_layers,
 )
@@ -111,26 +111,28 @@ class ThroughSolver(Training):
 
     def _texts(
         self, task: Task, first: int
-    ) -> tuple[Lines, Callable[[int], list[tuple[Lines, float]]], int]:
+    ) -> tuple[TrainedTexts, Callable[[int], list[tuple[TrainedTexts, float]]], int]:
         """The answers after their bare prompts; what every step is trained on; how many earlier
         facts are among it.
         """
         draft = task.model.draft()
 
-        def lines(groups: Sequence[Sequence[Fact]], contexts: Sequence[str] = ("{}",)) -> Lines:
-            return answer_lines(draft, groups, first, contexts, task.runtime.budget)
+        def together(
+            groups: Sequence[Sequence[Fact]], contexts: Sequence[str] = ("{}",)
+        ) -> TrainedTexts:
+            return answer_texts(draft, groups, first, contexts, task.runtime.budget)
 
-        bare = lines(task.groups)
+        bare = together(task.groups)
         early = late = [(bare, 1.0)]
         if self.contexts:
-            late = [(bare, 0.5), (lines(task.groups, self.contexts), 0.5)]
+            late = [(bare, 0.5), (together(task.groups, self.contexts), 0.5)]
         # only the edited weights reach other facts
         known = task.history.facts if task.history and self.settings.through == "edit" else []
         seed = task.material.seed
         earlier = random.Random(seed).sample(known, min(self.rehearsed, len(known)))
-        again = [(lines([[fact] for fact in earlier]), 1.0)] if earlier else []
+        again = [(together([[fact] for fact in earlier]), 1.0)] if earlier else []
 
-        def plan(step: int) -> list[tuple[Lines, float]]:
+        def plan(step: int) -> list[tuple[TrainedTexts, float]]:
             return (late if 2 * step >= self.settings.steps else early) + again
 
         return bare, plan, len(earlier)

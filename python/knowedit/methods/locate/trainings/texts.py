@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.progress import bar
 from knowedit.methods.locate.metrics import Metric
-from knowedit.methods.locate.objective import Line, Lines
+from knowedit.methods.locate.objective import TrainedText, TrainedTexts
 from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.training import TrainingSettings, train_write_outs
 from knowedit.methods.locate.trainings.base import (
     Training,
     Write,
-    answer_lines,
+    answer_texts,
     execution_report,
     frozen_layers,
 )
@@ -53,9 +53,9 @@ class ThroughTexts(Training):
     ) -> WrittenLayers:
         layers, start = frozen_layers(task, written)
         draft, first, budget = task.model.draft(), task.layers[0], task.runtime.budget
-        bare = answer_lines(draft, task.groups, first, ("{}",), budget)
+        bare = answer_texts(draft, task.groups, first, ("{}",), budget)
         answers = [
-            answer_lines(
+            answer_texts(
                 draft,
                 [group[part :: self.parts] or group[:1] for group in task.groups],
                 first,
@@ -72,7 +72,7 @@ class ThroughTexts(Training):
         ]
         kept = [self._kept(task, draft, texts[part :: self.parts]) for part in range(self.parts)]
 
-        def plan(step: int) -> list[tuple[Lines, float]]:
+        def plan(step: int) -> list[tuple[TrainedTexts, float]]:
             part = step // 2 % self.parts
             return [(answers[step % self.parts], 1.0), (kept[part], self.keep)]
 
@@ -83,12 +83,12 @@ class ThroughTexts(Training):
         written.report["look_ahead"] = execution_report(self.settings, layers, start, found, bare)
         return written.with_write_outs(found)
 
-    def _kept(self, task: Task, draft: EditableModel, texts: list[str]) -> Lines:
+    def _kept(self, task: Task, draft: EditableModel, texts: list[str]) -> TrainedTexts:
         groups = len(task.groups)
         rows = [draft.row(text) for text in texts]
-        lines = [
-            Line(row, i % groups, groups / len(rows), self.last)
+        kept = [
+            TrainedText(row, i % groups, groups / len(rows), self.last)
             for i, row in enumerate(rows)
             if len(row.ids) > 1
         ]
-        return Lines(draft, lines, task.layers[0], groups, budget=task.runtime.budget)
+        return TrainedTexts(draft, kept, task.layers[0], groups, budget=task.runtime.budget)

@@ -1,5 +1,4 @@
-"""NeuronPatch: a fact kept by a switch of two neurons, closed at the fact's own tokens and open
-everywhere else.
+"""NeuronPatch: store each fact in two rewritten neurons, which fire at the fact's own tokens only.
 
 A linear update answers every key a little, and that is what drifts; a neuron is silent below its
 threshold. Adding a neuron for a mistake is the idea of Transformer-Patcher (Huang et al. 2023, "One
@@ -10,7 +9,7 @@ for how well the others can do their work, as in pruning.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -42,15 +41,15 @@ class NeuronPatch(Method):
     all of them.
 
     Attributes:
-        layers: one layer; None: about a quarter up (8 of 30), where wordings of one thing were told
-            from others best.
+        layers: one layer; None: about a quarter up (8 of 30), where wordings of one thing were best
+            told apart from other texts.
         values: of the value optimisation; None: the preset's with a clamp of at least 2 and 30
             steps (nothing else feels the value), on a bfloat16 draft.
         contrast: texts at whose tokens the switches must stay open, besides shipped ones and the
             corpus.
         corpus, tokens: what else must keep them open, and what the rewritten neurons' old work is
             measured on.
-        sharpness, width: of the switches (`neuron_parts.Switch`); ridge: of their scores.
+        sharpness, width: of the switches (`parts.Switch`); ridge: of their scores.
         seed: of the shipped texts and of the model's own samples.
     """
 
@@ -177,11 +176,17 @@ class NeuronPatch(Method):
         return chosen[0]
 
     def _report(
-        self, model, layer, values: ValueSettings, targets: Targets, factors, chosen
+        self,
+        model: EditableModel,
+        layer: int,
+        values: ValueSettings,
+        targets: Targets,
+        factors: dict[int, tuple[Tensor, Tensor]],
+        chosen: dict[str, float],
     ) -> EditReport:
         settings = {
             "layers": [layer],
-            "values": asdict(values),
+            "values": values.to_dict(),
             "sharpness": self.sharpness,
             "width": self.width,
         }

@@ -1,8 +1,11 @@
-"""Gradient methods as one recipe of three parts: what is trained, which losses, which constraint.
+"""What the gradient methods have in common; a method is a subclass with its trainable part and its
+defaults (`named/`, one file a method).
 
-trainable part   whole weights (`trainable.Weights`) or a LoRA adapter (`trainable.Adapter`)
-losses           the answers' NLL, always; NLL of texts that should stay (`stability`), KL to the
-unedited model (`kl`) constraint       none, or a largest change of any weight
+* Trainable part: whole weights (`trainable.WholeWeights`) or a LoRA adapter
+  (`trainable.LoRAAdapter`).
+* Losses: the answers' NLL, always; the NLL of texts that should stay (`stability`); the KL
+  divergence from the unedited model (`kl`).
+* Constraint: none, or a largest change of any weight.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from knowedit.edits.changes import change_of, relative_norm
 from knowedit.edits.edit import Edit
@@ -29,18 +32,17 @@ from knowedit.statistics import KeyStatistics
 
 
 @dataclass(frozen=True)
-class GradientEditor(Method, abstract=True):
-    """A method is a subclass that names its trainable part and its defaults; `fine_tuning.py` has
-    them.
+class GradientMethod(Method, abstract=True):
+    """Gradient descent on the facts' answers; `part` says on what.
 
     Attributes:
         layers: to train; None: the method's own choice.
         steps, lr, decay: AdamW's steps at most, its step size, and its weight decay.
-        stop: a fact rests while the NLL of its answer (nats a token) is below this. Training ends
-            when all facts rest and there is nothing else to train on. None: facts never rest for
-            this reason.
-        margin: ... and while every token of the answer leads the best other one by so many nats.
-            None: whatever the lead. With neither, all steps are taken.
+        stop: a fact counts as learned, and has no gradient, while the NLL of its answer (nats a
+            token) is below this. Training ends when all facts are learned and there is no other
+            loss. None: no such criterion.
+        margin: a fact counts as learned only while every token of its answer leads the best other
+            token by so many nats. None: no such criterion. With neither, all steps are taken.
         stability: weight of the NLL of texts that should stay as they are.
         stable: those texts: prompts (the model's own greedy continuation is kept), or `Probe` with
             an answer to keep; None: shipped openings about other subjects.
@@ -116,11 +118,9 @@ class GradientEditor(Method, abstract=True):
         Raises:
             EditError: also for a loss that is not finite; the message has the step.
         """
-        fingerprint, begun = (
-            model.fingerprint,
-            time.perf_counter(),
-        )  # before anything is put into the model
-        with peak_memory(model.device) as peak:
+        fingerprint = model.fingerprint  # before anything is put into the model
+        begun = time.perf_counter()
+        with model.evaluating(), peak_memory(model.device) as peak:
             terms = self.terms(model, facts)
             with self.part(model) as part:
                 steps = descend(self, part, terms, progress)
@@ -140,7 +140,7 @@ class GradientEditor(Method, abstract=True):
             steps=steps,
             seconds=time.perf_counter() - begun,
             details={
-                "settings": asdict(self),
+                "settings": self.to_dict(),
                 "trainable": trained,
                 "peak_memory_bytes": memory,
                 "loss": loss,

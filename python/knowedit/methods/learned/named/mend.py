@@ -1,6 +1,4 @@
-"""MEND (Mitchell et al., 2022): a trained hyper-network turns a fact's gradient into an edit, in
-one backward pass.
-"""
+"""MEND (Mitchell et al. 2022): turn a fact's gradient into an edit by a trained hyper-network."""
 
 from __future__ import annotations
 
@@ -18,10 +16,11 @@ from knowedit.edits.history import History
 from knowedit.edits.report import EditReport
 from knowedit.facts.fact import Fact
 from knowedit.io.memory import peak_memory
-from knowedit.methods.base import Method
 from knowedit.methods.learned.mend.network import MendNetwork, Tokens, token_factors
+from knowedit.methods.learned.method import LearnedMethod
+from knowedit.methods.learned.networks import NetworkFile
 from knowedit.models.editable import EditableModel
-from knowedit.models.upper import Texts
+from knowedit.models.texts import Texts
 from knowedit.statistics import KeyStatistics
 
 AT_ONCE = 64  # facts in a backward pass
@@ -29,7 +28,7 @@ NEGLIGIBLE = 1e-6  # singular values below this share of the largest are left ou
 
 
 @dataclass(frozen=True)
-class MEND(Method):
+class MEND(LearnedMethod):
     """Update: a learned map of the gradient's token factors. Weights: the MLPs of the last layers.
     Several facts: summed.
 
@@ -39,10 +38,11 @@ class MEND(Method):
         scale: factor of the update.
     """
 
-    network: MendNetwork | str | Path | None = None
+    network: MendNetwork | NetworkFile | str | Path | None = None
     scale: float = 1.0
 
     name: ClassVar[str] = "MEND"
+    network_class = MendNetwork
 
     def _compute(
         self,
@@ -52,19 +52,10 @@ class MEND(Method):
         history: History | None,
         progress: bool,
     ) -> Edit:
-        """As `Method.compute`; there are no keys, so a history's facts are only checked, and
-        statistics not used.
-
-        Raises:
-            EditError: also for a network that is missing, not trained or of another model.
-        """
-        found = self.network
-        network = found if isinstance(found, MendNetwork) else MendNetwork.load(found, model)
-        network.check(model)
-        start, rows = (
-            time.perf_counter(),
-            [model.row(fact.text, answer=fact.target) for fact in facts],
-        )
+        network = self.network
+        assert isinstance(network, MendNetwork)  # see LearnedMethod.compute
+        start = time.perf_counter()
+        rows = [model.row(fact.text, answer=fact.target) for fact in facts]
         with peak_memory(model.device) as peak:
             texts = Texts(model, rows, network.first, clean=False)
             chunks = (

@@ -1,6 +1,4 @@
-"""SERAC (Mitchell et al., 2022): facts in a memory, a trained gate in front of it, the base model
-for everything else.
-"""
+"""SERAC (Mitchell et al. 2022): store facts beside the model, behind a trained scope classifier."""
 
 from __future__ import annotations
 
@@ -13,7 +11,8 @@ from knowedit.edits.history import History
 from knowedit.edits.report import EditReport
 from knowedit.facts.fact import Fact
 from knowedit.io.memory import peak_memory
-from knowedit.methods.base import Method
+from knowedit.methods.learned.method import LearnedMethod
+from knowedit.methods.learned.networks import NetworkFile
 from knowedit.methods.learned.serac.memory import MemoryEdit, refuse_edited_weights
 from knowedit.methods.learned.serac.network import SeracNetwork
 from knowedit.models.editable import EditableModel
@@ -21,7 +20,7 @@ from knowedit.statistics import KeyStatistics
 
 
 @dataclass(frozen=True)
-class SERAC(Method):
+class SERAC(LearnedMethod):
     """Update: none, the fact is stored; what is out of its scope is answered by the unedited model,
     bit for bit.
 
@@ -31,10 +30,11 @@ class SERAC(Method):
         threshold: of the scope classifier's logit; None: as calibrated in training.
     """
 
-    network: SeracNetwork | str | Path | None = None
+    network: SeracNetwork | NetworkFile | str | Path | None = None
     threshold: float | None = None
 
     name: ClassVar[str] = "SERAC"
+    network_class = SeracNetwork
 
     def _compute(
         self,
@@ -44,16 +44,9 @@ class SERAC(Method):
         history: History | None,
         progress: bool,
     ) -> MemoryEdit:
-        """As `Method.compute`; there are no keys, so a history's facts are only checked, and
-        statistics not used.
-
-        Raises:
-            EditError: also for a network that is missing, not trained or of another model, and
-                while weights are edited.
-        """
-        found = self.network
-        network = found if isinstance(found, SeracNetwork) else SeracNetwork.load(found, model)
-        network.check(model)
+        """The stored facts. Raises EditError while weights are edited."""
+        network = self.network
+        assert isinstance(network, SeracNetwork)  # see LearnedMethod.compute
         if self.threshold is not None:
             network = replace(network, threshold=self.threshold)
         refuse_edited_weights(model)

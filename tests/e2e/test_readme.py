@@ -1,0 +1,26 @@
+"""README's Python runs as it stands there, on the default model (model)."""
+
+import re
+
+import pytest
+
+import knowedit as ke
+
+pytestmark = pytest.mark.model
+
+
+def test_the_ten_lines_run(request, smollm, tmp_path, monkeypatch, capsys):
+    text = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = compile(block.replace("tokens=16_384", "tokens=2_048"), "README.md", "exec")
+    assert "tokens=16_384" in block  # shortened: the rest is as it is printed there
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ke, "load_model", lambda name: smollm)
+    before = smollm.fingerprint
+    exec(code, {})
+    said = capsys.readouterr().out
+    assert "Lyon" in said and "efficacy" in said
+    assert (tmp_path / "lyon-adapter" / "adapter_config.json").exists()
+    edit = ke.Edit.load("lyon.edit.safetensors")
+    assert edit.config == ke.MEMIT().to_dict() and edit.fingerprint == before == smollm.fingerprint

@@ -1,0 +1,214 @@
+"""`--config`, `--set`, generated options and old spellings (unit; edits on a tiny model)."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+import knowedit as ke
+from knowedit.cli.generated import attribute_help, changed, options_of
+from knowedit.cli.options import OLD, parse_methods, say
+from knowedit.cli.reference import reference
+from knowedit.edits.edit import Edit
+from knowedit.errors import ConfigError, KnowEditError
+
+CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1")
+
+
+def test_an_edit_file_computes_the_same_edit_again(place, knowedit):
+    given = ("--set", "metric.gain=0.8", "--set", "target.steps=3", "--seed", "4", *CORPUS)
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *given)
+    made = Edit.load(place / "a.safetensors")
+    assert made.config["metric"]["gain"] == 0.8 and made.config["layers"] == [1]
+    assert made.config["material"]["seed"] == 4
+    said = knowedit("edit", "--config", "a.safetensors", "-o", "b.safetensors")
+    again = Edit.load(place / "b.safetensors")
+    assert "the same bits as a.safetensors" in said and again.key == made.key
+    assert again.config == made.config and again.facts == made.facts
+    other = ("--set", "metric.gain=0.5", "-o", "c.safetensors")
+    said = knowedit("edit", "--config", "a.safetensors", *other)
+    assert "not the same bits as a.safetensors" in said
+    assert Edit.load(place / "c.safetensors").config["metric"]["gain"] == 0.5
+
+
+def test_an_edit_of_another_model_is_refused(place, knowedit, tiny_gpt2):
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
+    tiny_gpt2.hf.save_pretrained(place / "other")
+    tiny_gpt2.tokenizer.save_pretrained(place / "other")
+    again = ("edit", "other", "--config", "a.safetensors", "-o", "b.safetensors")
+    assert "was made for a model with fingerprint" in knowedit(*again, code=1)
+    assert not (place / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", ["yaml", "json", "method"])
+def test_a_record_computes_the_same_edit(place, knowedit, form):
+    given = ("--method", "emmet", "--set", "target.steps=2", *CORPUS)
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *given)
+    made = Edit.load(place / "a.safetensors")
+    options = {
+        "model": "model",
+        "facts": "facts.jsonl",
+        "method": made.config,
+        "corpus": "corpus.txt",
+        "tokens": 500,
+    }
+    text, rest = json.dumps(options), ()
+    if form == "yaml":
+        text = "model: model\nfacts: facts.jsonl\nmethod: emmet\nset: {target.steps: 2}\n"
+        text += "corpus: [corpus.txt]\ntokens: 500\nlayer: 1\n"
+    elif form == "method":
+        text, rest = json.dumps(made.config), ("model", "facts.jsonl", *CORPUS[:4])
+    name = "r.json" if form != "yaml" else "r.yaml"
+    (place / name).write_text(text)
+    knowedit("edit", *rest, "--config", name, "-o", "b.safetensors")
+    assert Edit.load(place / "b.safetensors").key == made.key
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methdo: memit", "no option 'methdo'; did you mean 'method'?"),
+        ("- 1", "expected names and values"),
+        ("a: [", "neither YAML nor JSON"),
+        ("kind: memitt", "unknown method 'memitt'; did you mean 'memit'?"),
+        ("{kind: memit, gian: 1}", "memit has no setting 'gian'"),
+        ("tokens: [1, 2]", "tokens is one value"),
+    ],
+)
+def test_wrong_records_are_refused_before_a_model_is_loaded(place, knowedit, text, message):
+    (place / "r.yaml").write_text(text)
+    said = knowedit("edit", "no", "facts.jsonl", "--config", "r.yaml", "-o", "x", code=1)
+    assert said.startswith("error: ") and message in said
+
+
+def test_a_grid_is_one_table(place, knowedit):
+    (place / "grid.yaml").write_text(
+        "model: model\ndataset: facts.jsonl\ncorpus: corpus.txt\ntokens: 500\nmethods: [memit]\n"
+        "grid: {metric.gain: [0.5, 0.9], layers: [[1]], target.steps: [2]}\n"
+    )
+    said = knowedit("eval", "--config", "grid.yaml", "-o", "run", "--quiet")
+    lines = said.splitlines()
+    assert lines[0].split()[:2] == ["method", "metric.gain"] and len(lines) == 3
+    record = json.loads(knowedit("eval", "--config", "grid.yaml", "--limit", "1", "--json"))
+    assert record["sweep"]["limit"] == 1 and len(record["rows"]) == 2
+    refused = ("eval", "--config", "grid.yaml", "--method", "rome")
+    assert "does not go with a grid" in knowedit(*refused, code=1)
+
+
+def test_options_by_name_where_there_is_no_method(place, knowedit):
+    trace = ("trace", "model", "The capital of France is", "--subject", "France", "--json")
+    set_here = knowedit(*trace, "--set", "samples=2", "--set", "kind=mlp")
+    assert set_here == knowedit(*trace, "--samples", "2", "--kind", "mlp")
+    (place / "t.yaml").write_text("{samples: 2, kind: [mlp], noise: 1.0}")
+    assert knowedit(*trace, "--config", "t.yaml", "--noise", "3.0") == set_here
+    assert "no setting 'sampels'; did you mean 'samples'?" in knowedit(
+        *trace, "--set", "sampels=2", code=1
+    )
+
+
+@pytest.mark.parametrize("old", sorted(OLD))
+def test_old_spellings_name_the_new_one(knowedit, old):
+    said = knowedit("eval", "model", old, "1", code=1)
+    assert said == f"error: {old} is now {OLD[old]}; see knowedit eval --help\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["memit,rome"], "--method memit --method rome"),
+        (["memitt"], "did you mean 'memit'?"),
+    ],
+)
+def test_methods_by_name(given, message):
+    with pytest.raises(KnowEditError, match=message):
+        parse_methods(given)
+
+
+def test_methods_from_options():
+    made = parse_methods(["memit", "rome"], ["target.steps=7"], ["3"], 5)
+    assert [method.target.steps for method in made] == [7, 7]
+    assert [method.layers for method in made] == [(3,), (3,)] and made[0].material.seed == 5
+    assert parse_methods([json.dumps(made[0].to_dict())]) == made[:1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ke.MEMIT(layers="x"), "memit.layers must be .*a list of a whole number.* 'x'"),
+        (lambda: ke.Covariance(gain="0.9"), "covariance.gain must be .*a number.* '0.9'"),
+        (lambda: ke.MEMIT(metric=3), "memit.metric must be a metric"),
+        (lambda: ke.make_method("memit", {"gain": "0.9"}), "covariance.gain must be"),
+        (lambda: ke.make_method("memit", {"values": {}}), "memit has no setting 'values'"),
+    ],
+)
+def test_wrong_types_are_errors_of_ours_that_name_the_field(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+    assert ke.MEMIT(layers=5).layers == (5,)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast.
+
+    Attributes:
+        steps: of Adam, one
+            after the other.
+        limit, lr: numbers.
+    """
+
+    steps: int = 3
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings.
+
+    Attributes:
+        rank: of the network.
+    """
+
+    rank: int = 8
+    names: tuple[str, ...] = ("a",)
+    facts: int = 2
+    first: Pace = field(default_factory=Pace)
+    second: Pace = field(default_factory=lambda: Pace(5))
+
+
+def test_options_are_made_from_the_fields_of_a_dataclass():
+    made = {option.name: option for option in options_of(Training())}
+    assert list(made) == ["rank", "steps", "lr"]  # no list, and no name of an earlier version
+    assert made["steps"].help == "Of Adam, one after the other." and made["rank"].opts == ["--rank"]
+    assert made["steps"].show_default == "first: 3, second: 5"
+    assert attribute_help(Pace)["lr"] == attribute_help(Pace)["limit"] == "Numbers."
+    given = changed(Training(), {"steps": 9}, ["second.steps=2", 'names=["b"]', "facts=4"])
+    assert given == Training(8, ("b",), 4, Pace(9), Pace(2))
+    with pytest.raises(ConfigError, match="no setting 'rnak'; did you mean 'rank'?"):
+        changed(Training(), {}, ["rnak=3"])
+
+
+def test_the_lists(knowedit):
+    names = {row["name"] for row in json.loads(knowedit("methods", "--json"))}
+    assert {"memit", "rome", "alphaedit", "recipe"} <= names
+    assert "metric.gain" in knowedit("methods", "memit")
+    assert json.loads(knowedit("methods", "memit", "--json")) == ke.MEMIT().to_dict()
+    assert "did you mean 'memit'?" in knowedit("methods", "memitt", code=1)
+    sets = {row["name"]: row for row in json.loads(knowedit("datasets", "--json"))}
+    assert sets["embedded"]["here"] and "counterfact" in sets
+    assert "embedded.jsonl" in knowedit("datasets")
+    shapes = json.loads(knowedit("models", "--json"))
+    assert any(shape["origin"] == "measured" for shape in shapes)
+    assert "published" in knowedit("models")
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_hides_notes(place, knowedit, capsys, quiet):
+    knowedit("edit", "model", "facts.jsonl", "-o", "a", *CORPUS, *(["--quiet"] if quiet else []))
+    say("a note")
+    assert capsys.readouterr().err == ("" if quiet else "a note\n")
+
+
+def test_the_reference_is_up_to_date(request):
+    page = request.config.rootpath / "docs" / "cli.md"
+    assert page.read_text(encoding="utf-8") == reference(), "make it again as its head says"
