@@ -158,7 +158,10 @@ def test_edits_of_several_facts_are_summed(tiny, monkeypatch):
     one, two, both = (method.compute(tiny, facts) for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]))
     for layer in LAYERS:
         torch.testing.assert_close(
-            both.delta(layer), one.delta(layer) + two.delta(layer), rtol=1e-3, atol=1e-5
+            both.delta(layer, tiny),
+            one.delta(layer, tiny) + two.delta(layer, tiny),
+            rtol=1e-3,
+            atol=1e-5,
         )
     whole = MEND(network).compute(tiny, FACTS[:1])
     torch.testing.assert_close(whole.delta(2, tiny), 2 * one.delta(2, tiny), rtol=1e-4, atol=1e-6)

@@ -114,7 +114,7 @@ def test_each_alone_equals_one_by_one(tiny_llama, corpus):
     apart = [patch(corpus).compute(tiny_llama, [fact], progress=False) for fact in FACTS[1:]]
     for a, b in zip(together, apart):
         assert a.facts == b.facts and a.report.details["neurons"] == b.report.details["neurons"]
-        torch.testing.assert_close(a.delta(1), b.delta(1), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a.delta(1, tiny_llama), b.delta(1, tiny_llama), rtol=1e-3, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
