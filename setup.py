@@ -1,4 +1,5 @@
-"""Puts the compiled CPU library into the wheel where that is possible; everything else is in pyproject.toml.
+"""Puts csrc, and where possible the compiled CPU library, into the wheel; the rest is in
+pyproject.toml.
 
 torch is not imported, and may be absent: then the library is compiled at first use instead.
 """
@@ -6,16 +7,24 @@ torch is not imported, and may be absent: then the library is compiled at first 
 import runpy
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 NATIVE = runpy.run_path(str(Path(__file__).parent / "knowedit_kernels" / "_native.py"))
 
 
 class BuildWithNative(build_py):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        sources = "knowedit_kernels._csrc"
+        found = (f"{sources}.{name}" for name in find_namespace_packages("csrc"))
+        self.packages = [*(self.packages or ()), sources, *found]
+        self.package_dir = {**(self.package_dir or {}), sources: "csrc"}
+
     def run(self) -> None:
         super().run()
-        # an editable install compiles at first use, into the cache, so that no stale library stays in the tree
+        # an editable install compiles at first use, into the cache, so that no stale library stays
+        # in the tree
         if not self.editable_mode:
             try:
                 NATIVE["build"](Path(self.build_lib) / "knowedit_kernels")

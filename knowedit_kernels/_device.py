@@ -48,17 +48,25 @@ def cuda_facts(device: torch.device | str | int = "cuda") -> DeviceFacts:
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Makes a CUDA device the current one, which is where Triton launches; does nothing for other devices."""
+    """Makes a CUDA device the current one, which is where Triton launches; does nothing for other
+    devices.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 1 elsewhere."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )
 
 
 def _driver_version() -> str:
-    """NVIDIA driver version from NVML; the CUDA runtime version where NVML's bindings are absent."""
+    """NVIDIA driver version from NVML; the CUDA runtime version where NVML's bindings are
+    absent.
+    """
     try:
         import pynvml
 

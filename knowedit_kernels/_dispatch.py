@@ -31,7 +31,9 @@ def _anything(*args: Any, **kwargs: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation: `run(*args)`, `verify(*args)` -> None or why not, `device` it is meant for (None: any)."""
+    """One implementation: `run(*args)`, `verify(*args)` -> None or why not, `device` it is meant
+    for (None: any).
+    """
 
     name: str
     run: Callable[..., Any]
@@ -41,7 +43,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """What ran (or would run) for `op`: `chosen` is None when nothing can; `refused` holds (name, reason)."""
+    """What ran (or would run) for `op`: `chosen` is None when nothing can; `refused` holds (name,
+    reason).
+    """
 
     op: str
     chosen: str | None
@@ -73,12 +77,16 @@ def candidates(op: str) -> tuple[Candidate, ...]:
 
 
 def _forced(op: str) -> str | None:
-    """The name KNOWEDIT_IMPL asks for; a bare name counts only for ops that have such a candidate."""
+    """The name KNOWEDIT_IMPL asks for; a bare name counts only for ops that have such a
+    candidate.
+    """
     names = {candidate.name for candidate in candidates(op)}
     for item in os.environ.get("KNOWEDIT_IMPL", "").split(","):
         target, _, name = item.strip().rpartition("=")
         if target == op and name not in names:
-            raise DispatchError(f"KNOWEDIT_IMPL asks for {op}={name}; {op} has: {', '.join(sorted(names))}")
+            raise DispatchError(
+                f"KNOWEDIT_IMPL asks for {op}={name}; {op} has: {', '.join(sorted(names))}"
+            )
         if name in names and target in ("", op):
             return name
     return None
@@ -90,14 +98,18 @@ def _device(args: tuple[Any, ...]) -> str | None:
     return next((item.device.type for item in flat if isinstance(item, torch.Tensor)), None)
 
 
-def _refusal(candidate: Candidate, device: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _refusal(
+    candidate: Candidate, device: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
     if candidate.device is not None and device is not None and candidate.device != device:
         return f"runs on {candidate.device}, the tensors are on {device}"
     return candidate.verify(*args, **kwargs)
 
 
 def choose(op: str, *args: Any, **kwargs: Any) -> tuple[Candidate | None, Decision]:
-    """The candidate that would run on these arguments (None if none can) and the record of the decision."""
+    """The candidate that would run on these arguments (None if none can) and the record of the
+    decision.
+    """
     forced, device = _forced(op), _device(args)
     refused: list[tuple[str, str]] = []
     chosen: Candidate | None = None
@@ -132,17 +144,25 @@ def _log_fallback(decision: Decision, device: str | None) -> None:
     meant_for = {candidate.name: candidate.device for candidate in candidates(decision.op)}
     for name, reason in decision.refused:
         key = (decision.op, name, reason)
-        if meant_for[name] in (None, device) and not reason.startswith("KNOWEDIT_IMPL") and key not in _logged:
+        if (
+            meant_for[name] in (None, device)
+            and not reason.startswith("KNOWEDIT_IMPL")
+            and key not in _logged
+        ):
             _logged.add(key)
             logger.info("%s: %s instead of %s (%s)", decision.op, decision.chosen, name, reason)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
-    """Which implementation of `op` runs on these arguments and why the better ones do not; runs nothing.
+    """Which implementation of `op` runs on these arguments and why the better ones do not; runs
+    nothing.
 
-    Without arguments: what was decided at the last call. Printing the result gives one line per candidate.
+    Without arguments: what was decided at the last call. Printing the result gives one line per
+    candidate.
     """
     if args or kwargs:
         return choose(op, *args, **kwargs)[1]
     candidates(op)
-    return _last.get(op, Decision(op, None, (("all", "not called yet; pass arguments to explain a call"),)))
+    return _last.get(
+        op, Decision(op, None, (("all", "not called yet; pass arguments to explain a call"),))
+    )

@@ -1,4 +1,5 @@
-"""No unproven kernel: on a device where an implementation has not passed its accuracy gate, the gate runs first.
+"""No unproven kernel: on a device where an implementation has not passed its accuracy gate, the
+gate runs first.
 
 A pass is remembered on disk for the exact kernel sources, GPU, driver, torch and Triton; a failure
 only for this process, with one warning. The caller falls back to the next implementation.
@@ -35,7 +36,9 @@ def verdict_file() -> Path:
 
 
 def passes() -> list[dict[str, Any]]:
-    """The remembered passes, each {"gate", "version", and the device facts}; a damaged file counts as none."""
+    """The remembered passes, each {"gate", "version", and the device facts}; a damaged file counts
+    as none.
+    """
     try:
         recorded = json.loads(verdict_file().read_text())
     except (OSError, ValueError):
@@ -48,8 +51,15 @@ def verdicts() -> dict[tuple[str, str], str | None]:
     return dict(_verdicts)
 
 
-def unproven(name: str, files: Sequence[str], device: torch.device, gate: Callable[[torch.device], str | None]) -> str | None:
-    """None if `gate` passes on `device` (now or earlier), else the reason. `gate` returns what failed, or None."""
+def unproven(
+    name: str,
+    files: Sequence[str],
+    device: torch.device,
+    gate: Callable[[torch.device], str | None],
+) -> str | None:
+    """None if `gate` passes on `device` (now or earlier), else the reason. `gate` returns what
+    failed, or None.
+    """
     key = (name, str(device))
     if key in _running:
         return "its accuracy gate is running"
@@ -62,13 +72,20 @@ def unproven(name: str, files: Sequence[str], device: torch.device, gate: Callab
     return _verdicts[key]
 
 
-def _judge(name: str, files: Sequence[str], device: torch.device, gate: Callable[[torch.device], str | None]) -> str | None:
+def _judge(
+    name: str,
+    files: Sequence[str],
+    device: torch.device,
+    gate: Callable[[torch.device], str | None],
+) -> str | None:
     record = {"gate": name, "version": sources_digest(files), **_device.cuda_facts(device).key()}
     if record in passes():
         return None
     try:
         failure = gate(device)
-    except Exception as error:  # a kernel that does not compile or launch must not take the caller down
+    except (
+        Exception
+    ) as error:  # a kernel that does not compile or launch must not take the caller down
         failure = f"{type(error).__name__}: {error}"
     if failure is None:
         _remember(record)
@@ -87,4 +104,7 @@ def _remember(record: dict[str, Any]) -> None:
             json.dump([*passes(), record], file, indent=1)
         os.replace(scratch, path)
     except OSError as error:  # a read-only cache costs a re-run of the gate, nothing else
-        warnings.warn(f"knowedit_kernels: cannot remember the gate's verdict in {path} ({error})", stacklevel=4)
+        warnings.warn(
+            f"knowedit_kernels: cannot remember the gate's verdict in {path} ({error})",
+            stacklevel=4,
+        )

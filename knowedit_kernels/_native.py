@@ -27,7 +27,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 STABLE_ABI = "0x020b000000000000"  # torch 2.11
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
+FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+)
+
+
+LACKING = "this processor lacks the instructions"
 
 
 class NativeBuildError(RuntimeError):
@@ -36,11 +46,19 @@ class NativeBuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Native:
-    """The state of the CPU extension: `path` when loaded, else the `reason` it is not; `isa` as in csrc/cpu/isa.h."""
+    """The state of the CPU extension: `path` when loaded, else the `reason` it is not; `isa` as in
+    csrc/cpu/isa.h.
+    """
 
     path: Path | None
     isa: int = -1
     reason: str | None = None
+
+    def refusal(self, isa: int) -> str | None:
+        """Why kernels of instruction set `isa` cannot run, or None."""
+        if self.reason is not None:
+            return f"no compiled kernels: {self.reason}"
+        return LACKING if self.isa < isa else None
 
 
 def source_dir() -> Path:
@@ -50,7 +68,9 @@ def source_dir() -> Path:
 
 
 def torch_dir() -> Path:
-    """The torch package's folder, found without importing it. Raises NativeBuildError if its headers are absent."""
+    """The torch package's folder, found without importing it. Raises NativeBuildError if its
+    headers are absent.
+    """
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(scheme)) / "torch" for scheme in ("purelib", "platlib")]
@@ -61,7 +81,9 @@ def torch_dir() -> Path:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler's command: $CXX, else g++, c++ or clang++. Raises NativeBuildError if there is none."""
+    """The C++ compiler's command: $CXX, else g++, c++ or clang++. Raises NativeBuildError if there
+    is none.
+    """
     if command := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(command[0]):
             return command
@@ -82,17 +104,29 @@ def source_key(folder: Path) -> str:
 
 
 def library_name() -> str:
-    """The file name of the CPU library of the present sources; a stale prebuilt one has another name."""
+    """The file name of the CPU library of the present sources; a stale prebuilt one has another
+    name.
+    """
     return f"_native_cpu_{source_key(source_dir() / 'cpu')}.so"
 
 
 def build(folder: Path) -> Path:
-    """Compiles csrc/cpu into `folder`; the file appears whole or not at all. Raises NativeBuildError."""
-    command, torch_home, sources = compiler(), torch_dir(), sorted((source_dir() / "cpu").glob("*.cpp"))
+    """Compiles csrc/cpu into `folder`; the file appears whole or not at all. Raises
+    NativeBuildError.
+    """
+    command, torch_home, sources = (
+        compiler(),
+        torch_dir(),
+        sorted((source_dir() / "cpu").glob("*.cpp")),
+    )
     if not sources:
         raise NativeBuildError(f"no C++ sources in {source_dir() / 'cpu'}")
     folder.mkdir(parents=True, exist_ok=True)
-    link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-Wl,--no-as-needed"]
+    link = (
+        ["-undefined", "dynamic_lookup"]
+        if platform.system() == "Darwin"
+        else ["-Wl,--no-as-needed"]
+    )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
         output = Path(scratch) / "library.so"
         arguments = [*FLAGS, f"-I{torch_home / 'include'}", *map(str, sources), "-o", str(output)]
@@ -106,9 +140,13 @@ def build(folder: Path) -> Path:
 
 
 def cache_root() -> Path:
-    """Where compiled libraries and gate verdicts are kept: $KNOWEDIT_CACHE, else knowedit/ in the user's cache."""
+    """Where compiled libraries and gate verdicts are kept: $KNOWEDIT_CACHE, else knowedit/ in the
+    user's cache.
+    """
     named = os.environ.get("KNOWEDIT_CACHE")
-    return Path(named or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "knowedit").expanduser()
+    return Path(
+        named or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "knowedit"
+    ).expanduser()
 
 
 def cache_dir() -> Path:
@@ -129,7 +167,9 @@ def _find_or_build() -> Path:
 
 @functools.cache
 def load() -> Native:
-    """Loads the CPU extension once per process, compiling it if need be; never raises, warns once on failure."""
+    """Loads the CPU extension once per process, compiling it if need be; never raises, warns once
+    on failure.
+    """
     if os.environ.get("KNOWEDIT_NATIVE") == "0":
         return Native(None, reason="turned off by KNOWEDIT_NATIVE=0")
     import torch
@@ -139,5 +179,7 @@ def load() -> Native:
         torch.ops.load_library(str(path))
         return Native(path, isa=ctypes.CDLL(str(path)).knowedit_cpu_isa())
     except (NativeBuildError, OSError) as error:
-        warnings.warn(f"knowedit_kernels: no compiled CPU kernels, using torch ({error})", stacklevel=2)
+        warnings.warn(
+            f"knowedit_kernels: no compiled CPU kernels, using torch ({error})", stacklevel=2
+        )
         return Native(None, reason=str(error).partition("\n")[0])

@@ -1,7 +1,8 @@
-"""Builds and loads the CUDA kernels (`csrc/cuda`), a library of their own: it cannot load under a CPU build of torch.
+"""Builds and loads the CUDA kernels (`csrc/cuda`), a library of their own: it cannot load under a
+CPU build of torch.
 
-Compiled with nvcc into the cache at first use, and never without a GPU that can run it; see `_native` for the CPU.
-KNOWEDIT_NATIVE=0 turns it off; NVCC names the compiler.
+Compiled with nvcc into the cache at first use, and never without a GPU that can run it; see
+`_native` for the CPU. KNOWEDIT_NATIVE=0 turns it off; NVCC names the compiler.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from knowedit_kernels._native import STABLE_ABI, NativeBuildError, cache_root, s
 
 ARCHITECTURE = "compute_90a,code=sm_90a"
 FLAGS = (
-    "-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-gencode=arch={ARCHITECTURE}",
+    "-O3", "-std=c++20", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+    f"-gencode=arch={ARCHITECTURE}",
     "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
 )  # fmt: skip
 logger = logging.getLogger("knowedit_kernels")
@@ -35,28 +37,43 @@ class NativeCuda:
 
 
 def compiler() -> str:
-    """nvcc's path: $NVCC, else on PATH or in $CUDA_HOME. Raises NativeBuildError if there is none."""
+    """nvcc's path: $NVCC, else on PATH or in $CUDA_HOME. Raises NativeBuildError if there
+    is none.
+    """
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which("nvcc", path=f"{home}/bin")
     if found is None:
-        raise NativeBuildError("no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit (12.5 or newer), or set NVCC")
+        raise NativeBuildError(
+            "no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit (12.5 or newer), or set NVCC"
+        )
     return found
 
 
 def sources() -> list[Path]:
     """Every file the library is built from, in a fixed order."""
-    return sorted(path for path in (source_dir() / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h"))
+    return sorted(
+        path for path in (source_dir() / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h")
+    )
 
 
 def build(folder: Path, *, torch_cuda: bool = True) -> tuple[Path, str]:
-    """Compiles csrc/cuda into `folder`; the file appears whole or not at all. Returns it and what the compiler said.
+    """Compiles csrc/cuda into `folder`; the file appears whole or not at all. Returns it and what
+    the compiler said.
 
-    `torch_cuda=False` does not link libtorch_cuda, for machines whose torch has none. Raises NativeBuildError.
+    `torch_cuda=False` does not link libtorch_cuda, for machines whose torch has none. Raises
+    NativeBuildError.
     """
     torch_home = torch_dir()
     command = [compiler(), *FLAGS, f"-I{torch_home / 'include'}", "-Xptxas", "-v"]
     command += [str(path) for path in sources() if path.suffix == ".cu"]
-    command += [f"-L{torch_home / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command += [
+        f"-L{torch_home / 'lib'}",
+        "-Xlinker",
+        "--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     command += ["-ltorch_cuda"] if torch_cuda else []
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:

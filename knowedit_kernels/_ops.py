@@ -1,4 +1,5 @@
-"""Every op of the package: its schema and what it returns for fake tensors. The one page to read first.
+"""Every op of the package: its schema and what it returns for fake tensors. The one page to read
+first.
 
 An op is defined here once. A *dispatched* op is a public entry: it goes through `_dispatch`, which
 picks an implementation registered by the op's folder. A *compiled* op has its kernel in `csrc`,
@@ -19,10 +20,14 @@ LIBRARY = torch.library.Library("knowedit", "DEF")
 
 
 def _mutates_only(*args: Any, **kwargs: Any) -> None:
-    """The fake of an op that returns nothing: its effect is on its arguments, whose metadata stay."""
+    """The fake of an op that returns nothing: its effect is on its arguments, whose
+    metadata stay.
+    """
 
 
-def _define(schema: str, fake: Callable[..., Any] = _mutates_only, *, compiled: bool = False) -> None:
+def _define(
+    schema: str, fake: Callable[..., Any] = _mutates_only, *, compiled: bool = False
+) -> None:
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     if not compiled:
@@ -30,35 +35,48 @@ def _define(schema: str, fake: Callable[..., Any] = _mutates_only, *, compiled: 
     torch.library.register_fake(f"knowedit::{name}", fake, lib=LIBRARY)
 
 
-# moments: the lower triangle of every c [d, d] float64 += keys^T keys, keys [tokens, d]; several layers at once.
-# precision as in moments.PRECISIONS
+# moments: the lower triangle of every c [d, d] float64 += keys^T keys, keys [tokens, d]; several
+# layers at once. precision as in moments.PRECISIONS
 _define("second_moment_(Tensor(a!)[] c, Tensor[] keys, str precision) -> ()")
 # out = keys[rows] (or only the audit when out is None; all rows when rows is None), and
-# audit[0] += sum of squares, audit[1 + p] += sum over rows of (key . signs[p])^2; signs [4, d], audit [5], float64
-_define("moment_pack_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs) -> ()")
+# audit[0] += sum of squares, audit[1 + p] += sum over rows of (key . signs[p])^2; signs [4, d],
+# audit [5], float64
+_define(
+    "moment_pack_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs) -> ()"
+)
 # their C++ kernels; isa as in csrc/cpu/isa.h (0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16)
 _define("syrk_cpu_(Tensor(a!) c, Tensor keys, int isa) -> ()", compiled=True)
 _define(
-    "pack_cpu_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs, int isa) -> ()",
+    "pack_cpu_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs, int "
+    "isa) -> ()",
     compiled=True,
 )
 
-# the CUDA kernel for Hopper, bfloat16 or float16 keys; tiles int32 [programs, 4] of schedule.tile_table, chains of first,
-# first, 2 first, ... chain tokens (chain 0: a single uncentred one)
-_define("syrk_cuda_(Tensor(a!)[] c, Tensor[] keys, Tensor tiles, int chain, int first) -> ()", compiled=True)
-
-# lowrank: every w = round((base or w) + residual + u v^T), residual = what rounding cut off; w [out, in], u [out, r],
-# v [in, r] float32 (float64 if w is), rounding "nearest" | "stochastic" | "compensated"; base, residual (bfloat16) and
-# probe [in, p] are parallel to w or empty. Fills sums [weights, 5] float64 (ideal^2, applied^2, (applied - ideal)^2,
-# changed, not finite) and, per probe, errors [out, p] float32 = (applied - ideal) @ probe
+# the CUDA kernel for Hopper, bfloat16 or float16 keys; tiles int32 [programs, 4] of
+# schedule.tile_table, chains of first, first, 2 first, ... chain tokens (chain 0: a single
+# uncentred one)
 _define(
-    "low_rank_update_(Tensor(a!)[] w, Tensor[] base, Tensor[] u, Tensor[] v, str rounding, int seed, "
+    "syrk_cuda_(Tensor(a!)[] c, Tensor[] keys, Tensor tiles, int chain, int first) -> ()",
+    compiled=True,
+)
+
+# lowrank: every w = round((base or w) + residual + u v^T), residual = what rounding cut off; w
+# [out, in], u [out, r], v [in, r] float32 (float64 if w is), rounding "nearest" | "stochastic" |
+# "compensated"; base, residual (bfloat16) and probe [in, p] are parallel to w or empty. Fills sums
+# [weights, 5] float64 (ideal^2, applied^2, (applied - ideal)^2, changed, not finite) and, per
+# probe, errors [out, p] float32 = (applied - ideal) @ probe
+_define(
+    "low_rank_update_(Tensor(a!)[] w, Tensor[] base, Tensor[] u, Tensor[] v, str rounding, int "
+    "seed, "
     "Tensor(b!)[] residual, Tensor[] probe, bool write, Tensor(c!) sums, Tensor(d!)[] errors) -> ()"
 )
-# its C++ kernel, one weight; rounding 0 nearest, 1 stochastic, 2 compensated; stream numbers the weight
+# its C++ kernel, one weight; rounding 0 nearest, 1 stochastic, 2 compensated; stream numbers the
+# weight
 _define(
-    "low_rank_cpu_(Tensor(a!) w, Tensor base, Tensor u, Tensor v, int rounding, int seed, int stream, "
-    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!) sums, Tensor(d!)? error, int isa) -> ()",
+    "low_rank_cpu_(Tensor(a!) w, Tensor base, Tensor u, Tensor v, int rounding, int seed, int "
+    "stream, "
+    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!) sums, Tensor(d!)? error, int isa) "
+    "-> ()",
     compiled=True,
 )
 
@@ -69,37 +87,47 @@ def _target_losses(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]
     return row, torch.empty_like(row), state, torch.empty_like(state)
 
 
-# target_loss: cross-entropy [rows], divergence [rows] and their gradients in hidden [rows, d] (zero where not asked for).
-# hidden, ref_hidden [rows, d]; weight [V, d]; targets [rows]; bias [V]; reference [rows, V] logits; softcap 0: none
+# target_loss: cross-entropy [rows], divergence [rows] and their gradients in hidden [rows, d] (zero
+# where not asked for). hidden, ref_hidden [rows, d]; weight [V, d]; targets [rows]; bias [V];
+# reference [rows, V] logits; softcap 0: none
 _define(
-    "target_losses(Tensor hidden, Tensor weight, Tensor? targets, Tensor? bias, Tensor? reference, Tensor? ref_hidden, "
+    "target_losses(Tensor hidden, Tensor weight, Tensor? targets, Tensor? bias, Tensor? reference, "
+    "Tensor? ref_hidden, "
     "float scale, float softcap, bool reverse, bool gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     _target_losses,
 )
 
 
-def _with_tangents(primal: torch.Tensor, tangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_tangents(
+    primal: torch.Tensor, tangents: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     return primal.new_empty(primal.shape), tangents.new_empty(tangents.shape)
 
 
-def _attention(q: torch.Tensor, k: Any, v: Any, *tangents: torch.Tensor | None, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _attention(
+    q: torch.Tensor, k: Any, v: Any, *tangents: torch.Tensor | None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     count = next((len(t) for t in tangents[:3] if t is not None), 0)
     return q.new_empty(q.shape), q.new_empty(count, *q.shape)
 
 
-# jvp: a layer and its tangents in T directions. x, gate, up [rows, d]; weight [d]; tangents [T, rows, d]
+# jvp: a layer and its tangents in T directions. x, gate, up [rows, d]; weight [d]; tangents [T,
+# rows, d]
 _define(
     "rms_norm_jvp(Tensor x, Tensor weight, Tensor tangents, float eps) -> (Tensor, Tensor)",
     lambda x, weight, tangents, eps: _with_tangents(x, tangents),
 )
 _define(
-    "swiglu_jvp(Tensor gate, Tensor up, Tensor gate_tangents, Tensor up_tangents) -> (Tensor, Tensor)",
+    "swiglu_jvp(Tensor gate, Tensor up, Tensor gate_tangents, Tensor up_tangents) -> (Tensor, "
+    "Tensor)",
     lambda gate, up, gate_tangents, up_tangents: _with_tangents(gate, gate_tangents),
 )
-# q [B, heads, queries, d]; k, v [B, shared heads, keys, d]; tq [T, *q]; tk, tv [T, B, shared heads, t, d] of the last t keys
-# (None: zero); spans [B, 2]: a row's keys are first <= j < end. Queries are the last positions where causal.
+# q [B, heads, queries, d]; k, v [B, shared heads, keys, d]; tq [T, *q]; tk, tv [T, B, shared heads,
+# t, d] of the last t keys (None: zero); spans [B, 2]: a row's keys are first <= j < end. Queries
+# are the last positions where causal.
 _define(
-    "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? spans, bool causal, "
+    "attention_jvp(Tensor q, Tensor k, Tensor v, Tensor? tq, Tensor? tk, Tensor? tv, Tensor? "
+    "spans, bool causal, "
     "float scale) -> (Tensor, Tensor)",
     _attention,
 )

@@ -3,7 +3,8 @@
 Errors are against float64 on the same (already rounded) inputs. For a second moment C = K^T K:
 
 * normwise:    ||C' - C||_F / ||C||_F
-* elementwise: max |c'_ij - c_ij| / sqrt(c_ii c_jj)      (the scale in which every entry is at most 1)
+* elementwise: max |c'_ij - c_ij| / sqrt(c_ii c_jj)      (the scale in which every entry is at most
+  1)
 * bias:        |mean_i (c'_ii - c_ii) / c_ii|            (signed: truncation shows here first)
 """
 
@@ -23,7 +24,8 @@ class Budget:
     bias: float
 
 
-# What a second moment must keep for bf16, fp16 ("exact") and fp32 keys: better than a plain fp32 sum.
+# What a second moment must keep for bf16, fp16 ("exact") and fp32 keys: better than a plain fp32
+# sum.
 MOMENT = Budget(normwise=1e-7, elementwise=5e-7, bias=1e-7)
 # The float64 paths.
 MOMENT_FP64 = Budget(normwise=1e-14, elementwise=1e-13, bias=1e-14)
@@ -51,15 +53,17 @@ def truncation_bias(chain: int) -> float:
 
 @dataclass(frozen=True)
 class UpdateBudget:
-    """Upper limits on the error of a weight update in last places of the result: largest, and |mean| (bias)."""
+    """Upper limits on the error of a weight update in last places of the result: largest, and
+    |mean| (bias).
+    """
 
     largest: float
     bias: float
 
 
-# W + U V^T rounded to nearest: half a place, and the arithmetic before it (the Triton kernel's split products: 2^-16 of
-# the update for bf16, 2^-24 else). A float32 result adds the places of its own arithmetic (rank up to 100). The bias
-# limit holds from 10^4 entries up (standard error 0.003).
+# W + U V^T rounded to nearest: half a place, and the arithmetic before it (the Triton kernel's
+# split products: 2^-16 of the update for bf16, 2^-24 else). A float32 result adds the places of its
+# own arithmetic (rank up to 100). The bias limit holds from 10^4 entries up (standard error 0.003).
 UPDATE_NEAREST = {
     torch.bfloat16: UpdateBudget(0.52, 0.02),
     torch.float16: UpdateBudget(0.51, 0.02),
@@ -69,19 +73,23 @@ UPDATE_NEAREST = {
 # Stochastic rounding: one of the two neighbours, unbiased.
 UPDATE_STOCHASTIC = UpdateBudget(1.02, 0.02)
 
-# Target loss: nats of a row's cross-entropy or divergence (float32 logits of size 20 carry 2e-6 each), and the normwise
-# relative error of the gradient in the hidden states.
+# Target loss: nats of a row's cross-entropy or divergence (float32 logits of size 20 carry 2e-6
+# each), and the normwise relative error of the gradient in the hidden states.
 LOSS_ERROR = 2e-5
 GRADIENT_ERROR = 1e-4
 
-# Editing solve: normwise relative error of Delta against the dense float64 formula (well-conditioned metrics).
+# Editing solve: normwise relative error of Delta against the dense float64 formula
+# (well-conditioned metrics).
 SOLVE_ERROR = 1e-12
 
-# Layers and their tangents (`jvp`): normwise relative error in units of the dtype's roundoff, (16-bit, wider). Rounding
-# the result alone costs 0.4 to 0.5; tensor cores also multiply rounded weights of attention, and float32 in three passes.
+# Layers and their tangents (`jvp`): normwise relative error in units of the dtype's roundoff,
+# (16-bit, wider). Rounding the result alone costs 0.4 to 0.5; tensor cores also multiply rounded
+# weights of attention, and float32 in three passes.
 TANGENT_ERROR = {"rms_norm": (0.6, 4.0), "swiglu": (0.6, 4.0), "attention": (2.0, 64.0)}
 
 
 def tangent_error(op: str, dtype: torch.dtype) -> float:
-    """The budget of a layer of `jvp` ("rms_norm", "swiglu", "attention") and of its tangents in `dtype`."""
+    """The budget of a layer of `jvp` ("rms_norm", "swiglu", "attention") and of its tangents in
+    `dtype`.
+    """
     return TANGENT_ERROR[op][dtype.itemsize > 2] * UNIT_ROUNDOFF[dtype]

@@ -1,4 +1,6 @@
-"""Tools that hold a kernel to its budget: grading against float64, poisoned buffers, sentinel margins."""
+"""Tools that hold a kernel to its budget: grading against float64, poisoned buffers, sentinel
+margins.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from knowedit_kernels.numerics import Budget
 
 @dataclass(frozen=True)
 class Grade:
-    """Measured error of a result: see `numerics` for the three measures. NaN anywhere makes them NaN."""
+    """Measured error of a result: see `numerics` for the three measures. NaN anywhere makes them
+    NaN.
+    """
 
     normwise: float
     elementwise: float
@@ -23,8 +27,15 @@ class Grade:
 
     def failures(self, budget: Budget) -> list[str]:
         """One line per exceeded limit; empty when the result is within budget. NaN is a failure."""
-        limits = {name: (getattr(self, name), getattr(budget, name)) for name in ("normwise", "elementwise", "bias")}
-        return [f"{name} {got:.3g} > {limit:.3g}" for name, (got, limit) in limits.items() if not abs(got) <= limit]
+        limits = {
+            name: (getattr(self, name), getattr(budget, name))
+            for name in ("normwise", "elementwise", "bias")
+        }
+        return [
+            f"{name} {got:.3g} > {limit:.3g}"
+            for name, (got, limit) in limits.items()
+            if not abs(got) <= limit
+        ]
 
     def check(self, budget: Budget, what: str = "result") -> None:
         """Raises AssertionError naming every exceeded limit with its figure."""
@@ -38,22 +49,29 @@ def moment_scale(reference: torch.Tensor) -> torch.Tensor:
     return torch.outer(root, root)
 
 
-def grade(result: torch.Tensor, reference: torch.Tensor, scale: torch.Tensor | None = None) -> Grade:
+def grade(
+    result: torch.Tensor, reference: torch.Tensor, scale: torch.Tensor | None = None
+) -> Grade:
     """Grades `result` against the float64 `reference` of the same shape.
 
     `scale` (same shape) is the size each entry's error is measured in; default: the reference's
     root mean square. `bias` is the mean signed error in that scale, over the diagonal where `scale`
-    is a moment's (square matrix), over all entries otherwise. Raises ValueError on a shape mismatch.
+    is a moment's (square matrix), over all entries otherwise. Raises ValueError on a shape
+    mismatch.
     """
     if result.shape != reference.shape:
-        raise ValueError(f"result has shape {tuple(result.shape)}, reference {tuple(reference.shape)}")
+        raise ValueError(
+            f"result has shape {tuple(result.shape)}, reference {tuple(reference.shape)}"
+        )
     if reference.numel() == 0:
         return Grade(0.0, 0.0, 0.0)
     reference = reference.double().cpu()
     error = result.double().cpu() - reference
     norm = reference.norm().item()
     if scale is None:
-        unit = torch.full_like(reference, max(norm / reference.numel() ** 0.5, torch.finfo(torch.float64).tiny))
+        unit = torch.full_like(
+            reference, max(norm / reference.numel() ** 0.5, torch.finfo(torch.float64).tiny)
+        )
     else:
         # a zero scale means the entry must be exact: any error there counts as infinite
         unit = scale.double().cpu()
@@ -71,9 +89,17 @@ def grade_moment(result: torch.Tensor, reference: torch.Tensor) -> Grade:
     return grade(result, reference, moment_scale(reference.double().cpu()))
 
 
-def poisoned_empty(*shape: int, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> torch.Tensor:
-    """An output buffer filled with NaN (integers: the largest value), so that an unwritten entry shows."""
-    value = float("nan") if dtype.is_floating_point else (True if dtype == torch.bool else torch.iinfo(dtype).max)
+def poisoned_empty(
+    *shape: int, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+) -> torch.Tensor:
+    """An output buffer filled with NaN (integers: the largest value), so that an unwritten entry
+    shows.
+    """
+    value = (
+        float("nan")
+        if dtype.is_floating_point
+        else (True if dtype == torch.bool else torch.iinfo(dtype).max)
+    )
     return torch.full(shape, value, dtype=dtype, device=device)
 
 
@@ -96,7 +122,9 @@ def poisoned_allocations() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A tensor inside a larger buffer whose margins hold a sentinel; `check()` proves them untouched."""
+    """A tensor inside a larger buffer whose margins hold a sentinel; `check()` proves them
+    untouched.
+    """
 
     tensor: torch.Tensor
     buffer: torch.Tensor

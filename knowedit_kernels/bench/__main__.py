@@ -37,8 +37,14 @@ OPERATIONS: dict[str, Operation] = {
 def _list(kind: type, choices: Sequence[str]) -> Any:
     def parse(text: str) -> list[Any]:
         items = [kind(item) for item in text.split(",")]
-        if wrong := [item for item in items if (choices and item not in choices) or (kind is int and item < 1)]:
-            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not {'one of ' + ', '.join(choices) if choices else 'positive'}")
+        if wrong := [
+            item
+            for item in items
+            if (choices and item not in choices) or (kind is int and item < 1)
+        ]:
+            raise argparse.ArgumentTypeError(
+                f"{wrong[0]!r} is not {'one of ' + ', '.join(choices) if choices else 'positive'}"
+            )
         return items
 
     parse.__name__ = f"comma-separated {kind.__name__}"  # argparse quotes it in its message
@@ -52,9 +58,12 @@ def _positive(text: str) -> int:
 def _add_parameters(parser: argparse.ArgumentParser, operation: Operation) -> None:
     for name, parameter in operation.parameters.items():
         kind = type(parameter.cpu[0])
-        defaults = f"{','.join(map(str, parameter.cpu))} on a CPU, {','.join(map(str, parameter.cuda))} on a GPU"
+        on_cpu, on_gpu = (",".join(map(str, values)) for values in (parameter.cpu, parameter.cuda))
+        defaults = f"{on_cpu} on a CPU, {on_gpu} on a GPU"
         listed = _list(kind, parameter.choices)
-        parser.add_argument(f"--{name}", type=listed, metavar="LIST", help=f"{parameter.help} ({defaults})")
+        parser.add_argument(
+            f"--{name}", type=listed, metavar="LIST", help=f"{parameter.help} ({defaults})"
+        )
     parser.add_argument("--device", help="default: cuda if there is one")
 
 
@@ -62,24 +71,44 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m knowedit_kernels.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, operation in OPERATIONS.items():
-        known = "; ".join(f"{key}: {provider.about}" for key, provider in operation.providers.items())
-        sub = commands.add_parser(name, help=operation.about, epilog=f"Providers. {known}".replace("%", "%%"))
+        known = "; ".join(
+            f"{key}: {provider.about}" for key, provider in operation.providers.items()
+        )
+        sub = commands.add_parser(
+            name, help=operation.about, epilog=f"Providers. {known}".replace("%", "%%")
+        )
         _add_parameters(sub, operation)
-        sub.add_argument("--providers", type=_list(str, ()), default=["ours", "torch", "rome"], metavar="LIST")
-        sub.add_argument("--baseline", default="torch", help="the provider that speed-ups are relative to")
+        sub.add_argument(
+            "--providers", type=_list(str, ()), default=["ours", "torch", "rome"], metavar="LIST"
+        )
+        sub.add_argument(
+            "--baseline", default="torch", help="the provider that speed-ups are relative to"
+        )
         sub.add_argument("--rounds", type=_positive, default=9)
         checked = "grade against float64; without, no speed-up"
-        sub.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help=checked)
-        sub.add_argument("--energy", type=float, default=5.0, metavar="SECONDS", help="window per row for NVML; 0: off")
+        sub.add_argument(
+            "--check", action=argparse.BooleanOptionalAction, default=True, help=checked
+        )
+        sub.add_argument(
+            "--energy",
+            type=float,
+            default=5.0,
+            metavar="SECONDS",
+            help="window per row for NVML; 0: off",
+        )
         sub.add_argument("--json", type=Path, metavar="FILE", help="write JSON lines")
     sub = commands.add_parser("compare", help="two JSON files; exit code 1 if the second is worse")
     sub.add_argument("before", type=Path)
     sub.add_argument("after", type=Path)
-    sub.add_argument("--tolerance", type=float, default=1.1, help="how much more time is still the same")
+    sub.add_argument(
+        "--tolerance", type=float, default=1.1, help="how much more time is still the same"
+    )
     sub = commands.add_parser("roofline", help="a picture of a JSON file")
     sub.add_argument("input", type=Path)
     sub.add_argument("-o", "--output", type=Path, default=Path("roofline.svg"))
-    sub = commands.add_parser("explain", help="which implementation would run, and why not the others")
+    sub = commands.add_parser(
+        "explain", help="which implementation would run, and why not the others"
+    )
     explained = sub.add_subparsers(dest="operation", required=True)
     for name, operation in OPERATIONS.items():
         _add_parameters(explained.add_parser(name, help=operation.about), operation)
@@ -90,12 +119,18 @@ def _device(arguments: argparse.Namespace) -> torch.device:
     return torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _problems(operation: Operation, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def _problems(
+    operation: Operation, arguments: argparse.Namespace, device: torch.device
+) -> list[dict[str, Any]]:
     """Every combination of the listed values."""
     columns = []
     for name, parameter in operation.parameters.items():
         given = getattr(arguments, name)
-        columns.append(given if given is not None else (parameter.cuda if device.type == "cuda" else parameter.cpu))
+        columns.append(
+            given
+            if given is not None
+            else (parameter.cuda if device.type == "cuda" else parameter.cpu)
+        )
     return [dict(zip(operation.parameters, values)) for values in itertools.product(*columns)]
 
 
@@ -103,7 +138,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     operation, device = OPERATIONS[arguments.command], _device(arguments)
     settings = runner.Settings(device, arguments.rounds, arguments.check, arguments.baseline)
     problems = _problems(operation, arguments, device)
-    names = {"fp64" if values.get("precision") == "fp64" else values.get("dtype", "fp64") for values in problems}
+    names = {
+        "fp64" if values.get("precision") == "fp64" else values.get("dtype", "fp64")
+        for values in problems
+    }
     dtypes = [dtype for name, dtype in DTYPES.items() if name in names]
     environment = machine.environment(device, dtypes)
     ceilings = environment["ceilings"]
@@ -111,16 +149,23 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(results.format_environment(environment))
     rows: list[runner.Row] = []
     for values in problems:
-        found = runner.measure(arguments.command, operation, values, arguments.providers, settings, ceilings, meter)
+        found = runner.measure(
+            arguments.command, operation, values, arguments.providers, settings, ceilings, meter
+        )
         rows += found
         print(f"\n{arguments.command} {results.describe(values)}", results.HEADINGS, sep="\n")
         print(*map(results.format_row, found), sep="\n")
         print(*(f"ours ran as {row['implementation']}" for row in found if "implementation" in row))
         if arguments.json:
-            results.write(arguments.json, environment, rows)  # after every problem, so an interrupted run keeps its rows
+            results.write(
+                arguments.json, environment, rows
+            )  # after every problem, so an interrupted run keeps its rows
     red = [row for row in rows if row["red"]]
     if red:
-        print(f"\n{len(red)} of {len(rows)} rows failed or are over their accuracy budget", file=sys.stderr)
+        print(
+            f"\n{len(red)} of {len(rows)} rows failed or are over their accuracy budget",
+            file=sys.stderr,
+        )
     return 1 if red else 0
 
 

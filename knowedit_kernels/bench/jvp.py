@@ -1,4 +1,6 @@
-"""A layer and its tangents in many directions: ours, torch's forward mode over all directions, and one after the other."""
+"""A layer and its tangents in many directions: ours, torch's forward mode over all directions, and
+one after the other.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +34,35 @@ class Inputs(NamedTuple):
 
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {
-    "attention": reference.attention, "rms_norm": reference.rms_norm, "swiglu": reference.swiglu,
-}  # fmt: skip
+    "attention": reference.attention,
+    "rms_norm": reference.rms_norm,
+    "swiglu": reference.swiglu,
+}
 FUSED: dict[str, Callable[[Inputs], tuple[Tensor, Tensor]]] = {
     "attention": lambda inputs: jvp.attention_jvp(*inputs.primals, *inputs.tangents),
-    "rms_norm": lambda inputs: jvp.rms_norm_jvp(inputs.primals[0], inputs.primals[1], inputs.tangents[0]),
+    "rms_norm": lambda inputs: jvp.rms_norm_jvp(
+        inputs.primals[0], inputs.primals[1], inputs.tangents[0]
+    ),
     "swiglu": lambda inputs: jvp.swiglu_jvp(*inputs.primals, *inputs.tangents),
 }
 
 
 def make(values: dict[str, Any], device: torch.device) -> Problem:
-    layer, tokens, d, count, dtype = values["layer"], values["tokens"], values["d"], values["tangents"], DTYPES[values["dtype"]]
+    layer, tokens, d, count, dtype = (
+        values["layer"],
+        values["tokens"],
+        values["d"],
+        values["tangents"],
+        DTYPES[values["dtype"]],
+    )
     random, shared = generator(device), max(1, d // (HEAD * GROUP))
     heads = shared * GROUP
     q, k = (1, heads, tokens, HEAD), (1, shared, tokens, HEAD)
-    shapes = {"attention": (q, k, k), "rms_norm": ((tokens, d), (d,)), "swiglu": ((tokens, d), (tokens, d))}[layer]
+    shapes = {
+        "attention": (q, k, k),
+        "rms_norm": ((tokens, d), (d,)),
+        "swiglu": ((tokens, d), (tokens, d)),
+    }[layer]
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, device=device).to(dtype)
@@ -117,7 +133,12 @@ def _decide(problem: Problem) -> _dispatch.Decision:
 OPERATION = Operation(
     about="a layer and its tangents (torch's fused attention has none: its formula stands in)",
     parameters={
-        "layer": Parameter(("attention", "rms_norm", "swiglu"), ("attention", "rms_norm", "swiglu"), "which", tuple(FORMULAS)),
+        "layer": Parameter(
+            ("attention", "rms_norm", "swiglu"),
+            ("attention", "rms_norm", "swiglu"),
+            "which",
+            tuple(FORMULAS),
+        ),
         "tokens": Parameter((128,), (2048,), "positions; attention is causal"),
         "d": Parameter((576,), (4096,), f"channels, in heads of {HEAD} for attention"),
         "tangents": Parameter((16,), (16,), "directions"),
@@ -128,7 +149,11 @@ OPERATION = Operation(
     providers={
         "ours": Provider("all directions at once, the function alongside", _ours),
         # every step of the formula rounded to the dtype, and differences of large numbers
-        "torch": Provider("forward mode of the formula, vmapped over directions", _torch, slack=64.0),
-        "loop": Provider("forward mode of the formula, one direction after the other", _loop, slack=64.0),
+        "torch": Provider(
+            "forward mode of the formula, vmapped over directions", _torch, slack=64.0
+        ),
+        "loop": Provider(
+            "forward mode of the formula, one direction after the other", _loop, slack=64.0
+        ),
     },
 )

@@ -1,4 +1,6 @@
-"""Low-rank updates W += U V^T with one rounding: ours, torch's composition, and what MEMIT's code does."""
+"""Low-rank updates W += U V^T with one rounding: ours, torch's composition, and what MEMIT's code
+does.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ def make(values: dict[str, Any], device: torch.device) -> Problem:
 
     def judge(result: Tensor) -> list[Check]:
         grade = grade_update(result, W, U, V)
-        return [Check("largest", grade.largest, budget.largest), Check("bias", grade.bias, budget.bias)]
+        return [
+            Check("largest", grade.largest, budget.largest),
+            Check("bias", grade.bias, budget.bias),
+        ]
 
     return Problem(
         shape=values,
@@ -69,7 +74,9 @@ def _kernel(inputs: Inputs) -> Callable[[], Tensor]:
     sums = torch.empty(1, 5, dtype=torch.float64, device=W.device)
 
     def run() -> Tensor:
-        torch.ops.knowedit.low_rank_update_([W], [], [inputs.U], [inputs.V], inputs.rounding, 0, [], [], True, sums, [])
+        torch.ops.knowedit.low_rank_update_(
+            [W], [], [inputs.U], [inputs.V], inputs.rounding, 0, [], [], True, sums, []
+        )
         return W
 
     return run
@@ -97,7 +104,9 @@ def _nearest_only(inputs: Inputs) -> str | None:
 def _decide(problem: Problem) -> _dispatch.Decision:
     W, U, V, rounding = problem.inputs
     sums = torch.empty(1, 5, dtype=torch.float64, device=W.device)
-    return _dispatch.explain("low_rank_update_", [W], [], [U], [V], rounding, 0, [], [], True, sums, [])
+    return _dispatch.explain(
+        "low_rank_update_", [W], [], [U], [V], rounding, 0, [], [], True, sums, []
+    )
 
 
 OPERATION = Operation(
@@ -107,7 +116,9 @@ OPERATION = Operation(
         "d": Parameter((1536,), (14336,), "input channels of W"),
         "rank": Parameter((8, 100), (8, 100), "columns of U and V"),
         "dtype": Parameter(("bf16",), ("bf16",), "of W", ("bf16", "fp16", "fp32")),
-        "rounding": Parameter(("nearest",), ("nearest",), "of the result", ("nearest", "stochastic")),
+        "rounding": Parameter(
+            ("nearest",), ("nearest",), "of the result", ("nearest", "stochastic")
+        ),
     },
     make=make,
     decide=_decide,
@@ -116,6 +127,8 @@ OPERATION = Operation(
         "ours-kernel": Provider("the op alone", _kernel),
         "torch": Provider("addmm in float32, one rounding", _torch, _nearest_only),
         # the update is rounded before it is added: several places where the two cancel
-        "rome": Provider("MEMIT: dense float64 update, cast, added", _rome, _nearest_only, slack=8.0),
+        "rome": Provider(
+            "MEMIT: dense float64 update, cast, added", _rome, _nearest_only, slack=8.0
+        ),
     },
 )

@@ -29,14 +29,19 @@ def cpu_name() -> str:
 
 
 def environment(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
-    """What a reader needs to judge the figures: device, versions, load, and the measured ceilings for `dtypes`."""
+    """What a reader needs to judge the figures: device, versions, load, and the measured ceilings
+    for `dtypes`.
+    """
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": str(device), "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "device": str(device), "cpu": cpu_name(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "knowedit_kernels": knowedit_kernels.__version__, "torch": torch.__version__,
-        "triton": _device.triton_version() or "none", "python": platform.python_version(),
-    }  # fmt: skip
+        "knowedit_kernels": knowedit_kernels.__version__,
+        "torch": torch.__version__,
+        "triton": _device.triton_version() or "none",
+        "python": platform.python_version(),
+    }
     if device.type == "cuda":
         facts.update(_device.cuda_facts(device).key())
     else:
@@ -46,13 +51,15 @@ def environment(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str
 
 
 def _best(run: Callable[[], Any], device: torch.device, rounds: int = 5) -> float:
-    """Seconds of the fastest of a few calls: a ceiling is what the machine can do when nothing disturbs it."""
+    """Seconds of the fastest of a few calls: a ceiling is what the machine can do when nothing
+    disturbs it.
+    """
     return min(timing.interleave({"run": run}, device, rounds, least=0.02)["run"])
 
 
 def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
-    """Measured copy bandwidth, bytes read plus written, and matmul rate of random matrices (they draw more power
-    than zeros): {"copy_gbps": float, "matmul_tflops": {dtype name: float}}.
+    """Measured copy bandwidth, bytes read plus written, and matmul rate of random matrices (they
+    draw more power than zeros): {"copy_gbps": float, "matmul_tflops": {dtype name: float}}.
     """
     size = 2**30 if device.type == "cuda" else 2**26
     source = torch.ones(size, dtype=torch.int8, device=device)
@@ -62,7 +69,9 @@ def ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, A
     side = 8192 if device.type == "cuda" else 1024
     for dtype in dict.fromkeys(ceiling_dtype(dtype, device) for dtype in dtypes):
         a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
-        rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / _best(partial(torch.mm, a, b), device) / 1e12
+        rates[str(dtype).removeprefix("torch.")] = (
+            2 * side**3 / _best(partial(torch.mm, a, b), device) / 1e12
+        )
     return {"copy_gbps": copied, "matmul_tflops": rates}
 
 
@@ -72,9 +81,11 @@ def ceiling_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class EnergyMeter:
-    """Joules per call from NVML's counter. `reason` says why there is none; then `joules` returns None.
+    """Joules per call from NVML's counter. `reason` says why there is none; then `joules` returns
+    None.
 
-    The counter advances about every 100 ms, so a measurement repeats the call for `seconds` (5 or more are sound).
+    The counter advances about every 100 ms, so a measurement repeats the call for `seconds` (5 or
+    more are sound).
     """
 
     def __init__(self, device: torch.device, seconds: float) -> None:

@@ -1,4 +1,6 @@
-"""Second moments C += K^T K: ours, what torch composes, ROME's sum, and the SYRKs of quack, cuBLAS and scipy."""
+"""Second moments C += K^T K: ours, what torch composes, ROME's sum, and the SYRKs of quack, cuBLAS
+and scipy.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from knowedit_kernels.numerics import MOMENT, MOMENT_FP64
 LAUNCH = 16384  # tokens of our launch on a GPU
 FOLD = 8192  # tokens torch's composition adds in float32 before its float64 fold
 ROME_BATCH = 3072
-# Peers sum in float32 or truncate on the way: bias up to 1e-5 at 8192 tokens (numerics.truncation_bias)
+# Peers sum in float32 or truncate on the way: bias up to 1e-5 at 8192 tokens
+# (numerics.truncation_bias)
 _PEER, _SIXTEEN_BIT_RESULT = 1e3, 1e5
 
 
@@ -38,7 +41,9 @@ class Inputs(NamedTuple):
 
 
 def gated_keys(tokens: int, d: int, device: torch.device) -> Tensor:
-    """Keys like a gated MLP's: heavy tails, channels of different size, a mean; [tokens, d] float32."""
+    """Keys like a gated MLP's: heavy tails, channels of different size, a mean; [tokens, d]
+    float32.
+    """
     random = generator(device)
     gate, up = (torch.randn(tokens, d, generator=random, device=device) for _ in range(2))
     scale = torch.rand(d, generator=random, device=device).add_(0.1).square_()
@@ -55,7 +60,10 @@ def make(values: dict[str, Any], device: torch.device) -> Problem:
     def judge(result: Tensor | moments.SecondMoment) -> list[Check]:
         lower = (result if isinstance(result, Tensor) else result.sum()).double().tril()
         grade = testing.grade_moment(lower + lower.tril(-1).T, expected())
-        return [Check(name, getattr(grade, name), getattr(budget, name)) for name in ("normwise", "elementwise", "bias")]
+        return [
+            Check(name, getattr(grade, name), getattr(budget, name))
+            for name in ("normwise", "elementwise", "bias")
+        ]
 
     return Problem(
         shape=values,
@@ -85,7 +93,9 @@ def _ours(inputs: Inputs) -> Callable[[], Tensor]:
 
 
 def _streaming(inputs: Inputs) -> Callable[[], moments.SecondMoment]:
-    state = moments.SecondMoment(inputs.keys.shape[1], device=inputs.keys.device, precision=inputs.precision)
+    state = moments.SecondMoment(
+        inputs.keys.shape[1], device=inputs.keys.device, precision=inputs.precision
+    )
     return lambda: state.update(inputs.keys)
 
 
@@ -96,7 +106,11 @@ def _torch(inputs: Inputs) -> Callable[[], Tensor]:
     def run() -> Tensor:
         for part in keys.split(FOLD):
             wide = part if narrow_on_gpu or keys.dtype == torch.float64 else part.float()
-            c.add_(torch.mm(wide.T, wide, out_dtype=torch.float32) if narrow_on_gpu else torch.mm(wide.T, wide))
+            c.add_(
+                torch.mm(wide.T, wide, out_dtype=torch.float32)
+                if narrow_on_gpu
+                else torch.mm(wide.T, wide)
+            )
         return c
 
     return run
@@ -117,7 +131,11 @@ def _rome(inputs: Inputs) -> Callable[[], Tensor]:
 def _missing_quack(inputs: Inputs) -> str | None:
     if importlib.util.find_spec("quack") is None:
         return "not installed"
-    return None if inputs.keys.is_cuda and inputs.keys.element_size() == 2 else "needs 16-bit keys on a GPU"
+    return (
+        None
+        if inputs.keys.is_cuda and inputs.keys.element_size() == 2
+        else "needs 16-bit keys on a GPU"
+    )
 
 
 def _quack(inputs: Inputs) -> Callable[[], Tensor]:
@@ -143,7 +161,9 @@ def _missing_cublas(inputs: Inputs) -> str | None:
 
 
 def _cublas(inputs: Inputs) -> Callable[[], Tensor]:
-    """cublasSsyrk on widened keys: cuBLAS has no 16-bit SYRK. The row-major keys are its column-major [d, tokens]."""
+    """cublasSsyrk on widened keys: cuBLAS has no 16-bit SYRK. The row-major keys are its
+    column-major [d, tokens].
+    """
     library, keys = _cublas_library(), inputs.keys.float()
     tokens, d = keys.shape
     c = torch.zeros(d, d, device=keys.device)
@@ -153,8 +173,9 @@ def _cublas(inputs: Inputs) -> Callable[[], Tensor]:
     def run() -> Tensor:
         handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
         status = library.cublasSsyrk_v2(  # type: ignore[union-attr]
-            handle, upper, not_transposed, d, tokens, ctypes.byref(one), ctypes.c_void_p(keys.data_ptr()), d,
-            ctypes.byref(one), ctypes.c_void_p(c.data_ptr()), d,
+            handle, upper, not_transposed, d, tokens, ctypes.byref(one),
+            ctypes.c_void_p(keys.data_ptr()), d, ctypes.byref(one), ctypes.c_void_p(c.data_ptr()),
+            d,
         )  # fmt: skip
         if status != 0:
             raise RuntimeError(f"cublasSsyrk returned status {status}")
@@ -180,7 +201,9 @@ def _scipy(inputs: Inputs) -> Callable[[], Tensor]:
 
 def _decide(problem: Problem) -> _dispatch.Decision:
     inputs = problem.inputs
-    return _dispatch.explain("second_moment_", [mirror_(_sum64(inputs))], [inputs.keys], inputs.precision)
+    return _dispatch.explain(
+        "second_moment_", [mirror_(_sum64(inputs))], [inputs.keys], inputs.precision
+    )
 
 
 OPERATION = Operation(
@@ -195,11 +218,19 @@ OPERATION = Operation(
     decide=_decide,
     providers={
         "ours": Provider("the kernel, launches of 16384 tokens", _ours),
-        "ours-stream": Provider("SecondMoment: the kernel with packing, audit and NaN check", _streaming),
-        "torch": Provider("mm to float32 (widened on a CPU) per 8192 tokens, float64 fold", _torch, slack=_PEER),
+        "ours-stream": Provider(
+            "SecondMoment: the kernel with packing, audit and NaN check", _streaming
+        ),
+        "torch": Provider(
+            "mm to float32 (widened on a CPU) per 8192 tokens, float64 fold", _torch, slack=_PEER
+        ),
         "rome": Provider("ROME: float32 product and sum per 3072 tokens", _rome, slack=_PEER),
-        "quack": Provider("quack's symmetric GEMM, 16-bit result", _quack, _missing_quack, _SIXTEEN_BIT_RESULT),
-        "cublas": Provider("cublasSsyrk on float32 keys, widening not counted", _cublas, _missing_cublas, _PEER),
+        "quack": Provider(
+            "quack's symmetric GEMM, 16-bit result", _quack, _missing_quack, _SIXTEEN_BIT_RESULT
+        ),
+        "cublas": Provider(
+            "cublasSsyrk on float32 keys, widening not counted", _cublas, _missing_cublas, _PEER
+        ),
         "scipy": Provider(
             "BLAS ssyrk on float32 keys, widening not counted",
             _scipy,

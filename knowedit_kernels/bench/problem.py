@@ -10,7 +10,12 @@ import torch
 
 from knowedit_kernels._dispatch import Decision
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class Check:
 class Problem:
     """One case of an operation.
 
-    `useful` are the flops that the answer needs, `nominal` those of the textbook method, `traffic` the bytes that must
-    at least move to and from memory. `dtype` names the matmul ceiling a provider is held against. `judge(result)`
-    gives the errors with our own limits.
+    `useful` are the flops that the answer needs, `nominal` those of the textbook method, `traffic`
+    the bytes that must at least move to and from memory. `dtype` names the matmul ceiling a
+    provider is held against. `judge(result)` gives the errors with our own limits.
     """
 
     shape: dict[str, int | str]
@@ -52,9 +57,10 @@ def _always(inputs: Any) -> str | None:
 class Provider:
     """One way to solve a problem.
 
-    `build(inputs)` prepares fresh state and returns the function to be timed; what its *first* call returns is judged.
-    `refuse(inputs)` says why it cannot run, or None. `slack` multiplies our limits for peers that never promised them:
-    then the check only proves that they compute the same quantity.
+    `build(inputs)` prepares fresh state and returns the function to be timed; what its *first* call
+    returns is judged. `refuse(inputs)` says why it cannot run, or None. `slack` multiplies our
+    limits for peers that never promised them: then the check only proves that they compute the same
+    quantity.
     """
 
     about: str
@@ -65,7 +71,9 @@ class Provider:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A command-line list: its defaults on a CPU and on a GPU, and the choices if it is one of a few words."""
+    """A command-line list: its defaults on a CPU and on a GPU, and the choices if it is one of a
+    few words.
+    """
 
     cpu: tuple[int | str, ...]
     cuda: tuple[int | str, ...]
@@ -75,7 +83,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Operation:
-    """`make(values, device)` draws a problem from one value per parameter; `decide(problem)` explains the dispatch."""
+    """`make(values, device)` draws a problem from one value per parameter; `decide(problem)`
+    explains the dispatch.
+    """
 
     about: str
     parameters: dict[str, Parameter]

@@ -10,7 +10,8 @@ from typing import Any
 Row = dict[str, Any]
 
 HEADINGS = (
-    "provider            ms p50 [p20, p80]        useful / nominal TFLOP/s  % peak    GB/s  % copy  "
+    "provider            ms p50 [p20, p80]        useful / nominal TFLOP/s  % peak    GB/s  % copy "
+    " "
     "error (of our limit)          speed-up       energy"
 )
 
@@ -25,10 +26,15 @@ def describe(shape: dict[str, Any]) -> str:
 
 
 def _error(row: Row) -> str:
-    """The error nearest to its limit, in brackets in units of our own limit: "bias 4.1e-08 (0.41)"."""
+    """The error nearest to its limit, in brackets in units of our own limit: "bias 4.1e-08
+    (0.41)".
+    """
     if not row["errors"]:
         return "not checked"
-    share = {name: abs(value) / limit if limit else abs(value) for name, (value, limit) in row["errors"].items()}
+    share = {
+        name: abs(value) / limit if limit else abs(value)
+        for name, (value, limit) in row["errors"].items()
+    }
     worst = max(share, key=lambda name: (share[name] != share[name], share[name]))
     text = f"{worst} {row['errors'][worst][0]:.1e} ({share[worst] * row['slack']:.2g})"
     return f"{text} OVER" if row["red"] else text
@@ -44,7 +50,8 @@ def format_row(row: Row) -> str:
     speed = f"{row['speedup']:.2f}x {row['baseline']}" if "speedup" in row else "-"
     energy = f"n/a ({row['joules_reason']})" if row["joules"] is None else f"{row['joules']:.3g} J"
     return (
-        f"{row['provider']:<12}{time:<36}{rate:<24}{row['peak_percent']:7.1f}{row['gbps']:9.1f}{row['copy_percent']:8.1f}  "
+        f"{row['provider']:<12}{time:<36}{rate:<24}{row['peak_percent']:7.1f}{row['gbps']:9.1f}"
+        f"{row['copy_percent']:8.1f}  "
         f"{_error(row):<30}{speed:<15}{energy}"
     )
 
@@ -56,9 +63,12 @@ def format_environment(environment: dict[str, Any]) -> str:
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in ceilings["matmul_tflops"].items())
     return (
         ", ".join(f"{name} {value}" for name, value in facts.items())
-        + f"\nmeasured ceilings: copy {ceilings['copy_gbps']:.1f} GB/s (read + write), matmul TFLOP/s: {rates}"
-        + "\nuseful counts the flops the answer needs (a second moment: N d (d + 1)); nominal those of the textbook method."
-        + "\n% are of the measured ceilings, with useful flops. An error's (number) is in units of our own limit."
+        + f"\nmeasured ceilings: copy {ceilings['copy_gbps']:.1f} GB/s (read + write), matmul "
+        f"TFLOP/s: {rates}"
+        + "\nuseful counts the flops the answer needs (a second moment: N d (d + 1)); nominal "
+        "those of the textbook method."
+        + "\n% are of the measured ceilings, with useful flops. An error's (number) is in units of "
+        "our own limit."
     )
 
 
@@ -89,7 +99,8 @@ def _key(row: Row) -> tuple[str, str, str]:
 def compare(before: list[Row], after: list[Row], tolerance: float) -> tuple[list[str], bool]:
     """Lines about every row of both files, and whether anything got worse.
 
-    Worse: slower by more than the factor `tolerance` with p20-p80 ranges that do not overlap, or newly red, or gone.
+    Worse: slower by more than the factor `tolerance` with p20-p80 ranges that do not overlap, or
+    newly red, or gone.
     """
     old, new = ({_key(row): row for row in rows} for rows in (before, after))
     lines, worse = [], False
@@ -99,11 +110,24 @@ def compare(before: list[Row], after: list[Row], tolerance: float) -> tuple[list
             ratio = b["ms"]["p50"] / a["ms"]["p50"]
             apart = b["ms"]["p20"] > a["ms"]["p80"] or b["ms"]["p80"] < a["ms"]["p20"]
             slower, red = apart and ratio > tolerance, b["red"] and not a["red"]
-            verdict = "NOW OVER BUDGET" if red else "SLOWER" if slower else "faster" if apart and ratio < 1 else "same"
-            lines.append(f"{' '.join(key)}: {a['ms']['p50']:.3f} -> {b['ms']['p50']:.3f} ms ({ratio:.2f}x time), {verdict}")
+            verdict = (
+                "NOW OVER BUDGET"
+                if red
+                else "SLOWER"
+                if slower
+                else "faster"
+                if apart and ratio < 1
+                else "same"
+            )
+            lines.append(
+                f"{' '.join(key)}: {a['ms']['p50']:.3f} -> {b['ms']['p50']:.3f} ms ({ratio:.2f}x "
+                f"time), {verdict}"
+            )
             worse |= slower or red
         else:
-            had, has = (("ran" if "ms" in row else row["status"]) if row else "absent" for row in (a, b))
+            had, has = (
+                ("ran" if "ms" in row else row["status"]) if row else "absent" for row in (a, b)
+            )
             lines.append(f"{' '.join(key)}: {had} -> {has}")
             worse |= had == "ran"
     return lines, worse

@@ -1,4 +1,6 @@
-"""The roofline picture of a results file: useful rate over intensity, under the measured ceilings."""
+"""The roofline picture of a results file: useful rate over intensity, under the measured
+ceilings.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ _MARKERS = "os^DvPX"
 
 
 def draw(environment: dict[str, Any], rows: list[Row], output: Path) -> None:
-    """Writes the picture (svg, png or pdf by `output`'s suffix). Raises ResultsError if no row was timed.
+    """Writes the picture (svg, png or pdf by `output`'s suffix). Raises ResultsError if no row was
+    timed.
 
     Rows over budget are hollow: what they compute is not the answer.
     """
@@ -33,21 +36,23 @@ def draw(environment: dict[str, Any], rows: list[Row], output: Path) -> None:
     for name, rate in matmul.items():
         ridge = 1e3 * rate / copy
         axes.plot([low, ridge, high], [low * copy / 1e3, rate, rate], color="0.45", lw=1.2)
-        axes.annotate(f"{name} matmul, {rate:.3g} TFLOP/s", (high, rate), (0, 3), textcoords="offset points",
-                      ha="right", fontsize=8, color="0.3")  # fmt: skip
-    axes.annotate(f"copy, {copy:.0f} GB/s", (low * 1.1, low * 1.1 * copy / 1e3), (4, -12), textcoords="offset points",
-                  fontsize=8, color="0.3")  # fmt: skip
+        axes.annotate(f"{name} matmul, {rate:.3g} TFLOP/s", (high, rate), (0, 3),
+                      textcoords="offset points", ha="right", fontsize=8, color="0.3")  # fmt: skip
+    axes.annotate(f"copy, {copy:.0f} GB/s", (low * 1.1, low * 1.1 * copy / 1e3), (4, -12),
+                  textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
     order = list(dict.fromkeys((row["op"], row["provider"]) for row in timed))
     seen = set()
     for row in timed:
         key = f"{row['op']}: {row['provider']}{' (over budget)' if row['red'] else ''}"
         turn, place = divmod(order.index((row["op"], row["provider"])), len(_COLOURS))
         marker = _MARKERS[(place + turn) % len(_MARKERS)]
-        axes.plot(row["intensity"], row["useful_tflops"], marker, ls="none", ms=7, mec=_COLOURS[place],
-                  mfc="none" if row["red"] else _COLOURS[place], label=None if key in seen else key)  # fmt: skip
+        axes.plot(row["intensity"], row["useful_tflops"], marker, ls="none", ms=7,
+                  mec=_COLOURS[place], mfc="none" if row["red"] else _COLOURS[place],
+                  label=None if key in seen else key)  # fmt: skip
         seen.add(key)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="useful flops per byte that must move",
-             ylabel="useful TFLOP/s", title=environment.get("name") or environment["cpu"])  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlim=(low, high),
+             xlabel="useful flops per byte that must move", ylabel="useful TFLOP/s",
+             title=environment.get("name") or environment["cpu"])  # fmt: skip
     axes.grid(True, which="major", color="0.9", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -34,8 +34,8 @@ def measure(
     ceilings: dict[str, Any],
     meter: machine.EnergyMeter,
 ) -> list[Row]:
-    """One row per provider for one problem. `status`: "ok", "over budget", "not checked", "failed: ..." or why it did
-    not run ("unavailable: ..."); `red` rows are those over budget or failed.
+    """One row per provider for one problem. `status`: "ok", "over budget", "not checked", "failed:
+    ..." or why it did not run ("unavailable: ..."); `red` rows are those over budget or failed.
     """
     problem = operation.make(values, settings.device)
     rows: dict[str, Row] = {}
@@ -51,12 +51,23 @@ def measure(
             run = provider.build(problem.inputs)
             checks = _judge(problem, provider, run, settings)
         except Exception as error:  # one provider's failure must not lose the others' rows
-            rows[key] = {**row, "red": True, "status": f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+            rows[key] = {
+                **row,
+                "red": True,
+                "status": f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            }
             continue
         red = not all(check.ok for check in checks)
         status = "over budget" if red else "ok" if checks else "not checked"
         errors = {check.name: [check.value, check.limit] for check in checks}
-        rows[key] = {**row, "about": provider.about, "slack": provider.slack, "status": status, "red": red, "errors": errors}
+        rows[key] = {
+            **row,
+            "about": provider.about,
+            "slack": provider.slack,
+            "status": status,
+            "red": red,
+            "errors": errors,
+        }
         runs[key] = run
     seconds = timing.interleave(runs, settings.device, settings.rounds, settings.least)
     for key, times in seconds.items():
@@ -65,20 +76,30 @@ def measure(
     for key, times in seconds.items():
         base = rows.get(settings.baseline)
         if base and key != settings.baseline and base["status"] == rows[key]["status"] == "ok":
-            rows[key]["speedup"], rows[key]["baseline"] = timing.speedup(seconds[settings.baseline], times), settings.baseline
+            rows[key]["speedup"], rows[key]["baseline"] = (
+                timing.speedup(seconds[settings.baseline], times),
+                settings.baseline,
+            )
     if "ours" in seconds:
         rows["ours"]["implementation"] = operation.decide(problem).chosen
     return list(rows.values())
 
 
-def _judge(problem: Problem, provider: Provider, run: Callable[[], Any], settings: Settings) -> list[Check]:
+def _judge(
+    problem: Problem, provider: Provider, run: Callable[[], Any], settings: Settings
+) -> list[Check]:
     result = run()
     if not settings.check:
         return []
-    return [Check(check.name, check.value, check.limit * provider.slack) for check in problem.judge(result)]
+    return [
+        Check(check.name, check.value, check.limit * provider.slack)
+        for check in problem.judge(result)
+    ]
 
 
-def _figures(problem: Problem, times: Sequence[float], device: torch.device, ceilings: dict[str, Any]) -> Row:
+def _figures(
+    problem: Problem, times: Sequence[float], device: torch.device, ceilings: dict[str, Any]
+) -> Row:
     middle = timing.percentile(times, 50)
     dtype = str(machine.ceiling_dtype(problem.dtype, device)).removeprefix("torch.")
     useful, gbps = problem.useful / middle / 1e12, problem.traffic / middle / 1e9

@@ -1,4 +1,6 @@
-"""The editing solve Delta = R K^T (M + K K^T)^-1: ours with and without the cached factor, and the dense ways."""
+"""The editing solve Delta = R K^T (M + K K^T)^-1: ours with and without the cached factor, and the
+dense ways.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from knowedit_kernels.moments.reference import second_moment
 from knowedit_kernels.numerics import SOLVE_ERROR
 from knowedit_kernels.solver.reference import refined_delta
 
-# LAPACK's error is the condition number, some 1e4 here, times 1e-16, and differs from one library to the next
+# LAPACK's error is the condition number, some 1e4 here, times 1e-16, and differs from one library
+# to the next
 _PEER = 64.0
 
 
@@ -38,7 +41,9 @@ def make(values: dict[str, Any], device: torch.device) -> Problem:
     expected = functools.cache(lambda: refined_delta(R, K, M))
 
     def judge(A: Tensor) -> list[Check]:
-        return [Check("relative", float((R @ A - expected()).norm() / expected().norm()), SOLVE_ERROR)]
+        return [
+            Check("relative", float((R @ A - expected()).norm() / expected().norm()), SOLVE_ERROR)
+        ]
 
     return Problem(
         shape=values,

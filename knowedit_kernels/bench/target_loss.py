@@ -1,4 +1,6 @@
-"""Cross-entropy and KL at target positions with the gradient in the hidden states: ours, torch, and plain 16-bit logits."""
+"""Cross-entropy and KL at target positions with the gradient in the hidden states: ours, torch, and
+plain 16-bit logits.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Result(NamedTuple):
 def make(values: dict[str, Any], device: torch.device) -> Problem:
     rows, d, vocabulary = values["rows"], values["d"], values["vocabulary"]
     random, dtype = generator(device), DTYPES[values["dtype"]]
-    hidden, before = (torch.randn(rows, d, generator=random, device=device).to(dtype) for _ in range(2))
+    hidden, before = (
+        torch.randn(rows, d, generator=random, device=device).to(dtype) for _ in range(2)
+    )
     weight = torch.randn(vocabulary, d, generator=random, device=device).mul_(2 / d**0.5).to(dtype)
     targets = torch.randint(vocabulary, (rows,), generator=random, device=device)
     known = torch.log_softmax(before.float() @ weight.float().T, -1)
@@ -75,7 +79,9 @@ def make(values: dict[str, Any], device: torch.device) -> Problem:
     )
 
 
-def _through(inputs: Inputs, losses: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Callable[[], Result]:
+def _through(
+    inputs: Inputs, losses: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Callable[[], Result]:
     def run() -> Result:
         leaf = inputs.hidden.detach().requires_grad_()
         ce, kl = losses(leaf)
@@ -86,7 +92,12 @@ def _through(inputs: Inputs, losses: Callable[[Tensor], tuple[Tensor, Tensor]]) 
 
 
 def _ours(inputs: Inputs) -> Callable[[], Result]:
-    return _through(inputs, lambda hidden: target_loss(hidden, inputs.weight, inputs.targets, reference=inputs.reference))
+    return _through(
+        inputs,
+        lambda hidden: target_loss(
+            hidden, inputs.weight, inputs.targets, reference=inputs.reference
+        ),
+    )
 
 
 def _composed(inputs: Inputs, weight: Tensor) -> Callable[[], Result]:
@@ -95,13 +106,17 @@ def _composed(inputs: Inputs, weight: Tensor) -> Callable[[], Result]:
     def losses(hidden: Tensor) -> tuple[Tensor, Tensor]:
         log_p = torch.log_softmax(F.linear(hidden.to(weight.dtype), weight), -1)
         ce = F.nll_loss(log_p, inputs.targets, reduction="none")
-        return ce, F.kl_div(known, log_p, reduction="none", log_target=True).sum(-1)  # KL(p || known), as in ROME
+        return ce, F.kl_div(known, log_p, reduction="none", log_target=True).sum(
+            -1
+        )  # KL(p || known), as in ROME
 
     return _through(inputs, losses)
 
 
 def _torch(inputs: Inputs) -> Callable[[], Result]:
-    return _composed(inputs, inputs.weight if inputs.weight.dtype == torch.float64 else inputs.weight.float())
+    return _composed(
+        inputs, inputs.weight if inputs.weight.dtype == torch.float64 else inputs.weight.float()
+    )
 
 
 def _rome(inputs: Inputs) -> Callable[[], Result]:
@@ -114,12 +129,15 @@ def _decide(problem: Problem) -> _dispatch.Decision:
 
 
 OPERATION = Operation(
-    about="target loss, forward and backward (useful flops: the logits and one product for the gradient)",
+    about="target loss, forward and backward (useful flops: the logits and one product for the "
+    "gradient)",
     parameters={
         "rows": Parameter((16,), (200,), "target positions"),
         "d": Parameter((576,), (4096,), "channels of a hidden state"),
         "vocabulary": Parameter((49152,), (128256,), "rows of the head"),
-        "dtype": Parameter(("fp32",), ("bf16",), "of the hidden states and the head", tuple(DTYPES)),
+        "dtype": Parameter(
+            ("fp32",), ("bf16",), "of the hidden states and the head", tuple(DTYPES)
+        ),
     },
     make=make,
     decide=_decide,
@@ -127,6 +145,8 @@ OPERATION = Operation(
         "ours": Provider("no full logits", _ours),
         "torch": Provider("float32 logits, head widened beforehand", _torch),
         # 16-bit logits of size 8 are off by 0.03
-        "rome": Provider("logits and losses in the model's dtype, target positions only", _rome, slack=5e3),
+        "rome": Provider(
+            "logits and losses in the model's dtype, target positions only", _rome, slack=5e3
+        ),
     },
 )

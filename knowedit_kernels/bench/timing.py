@@ -1,4 +1,6 @@
-"""Interleaved timing: every round times every provider, so a machine that slows down slows them all."""
+"""Interleaved timing: every round times every provider, so a machine that slows down slows them
+all.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import Any
 
 import torch
 
-# Larger than any GPU's L2, so that every timed call starts from memory as it would in a pass over a model.
+# Larger than any GPU's L2, so that every timed call starts from memory as it would in a pass over a
+# model.
 _FLUSH_BYTES = 256 * 2**20
 _HEAD_START = 500_000  # cycles, about 0.3 ms
 _MOST_CALLS = 1000
@@ -29,8 +32,13 @@ def _host(run: Callable[[], Any], calls: int) -> float:
 
 
 def _events(run: Callable[[], Any], calls: int, flush: torch.Tensor) -> float:
-    """Median seconds on the device. The sleep lets the host run ahead, so that a short kernel's launch is not timed."""
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+    """Median seconds on the device. The sleep lets the host run ahead, so that a short kernel's
+    launch is not timed.
+    """
+    pairs = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(calls)
+    ]
     for begin, end in pairs:
         flush.zero_()
         torch.cuda._sleep(_HEAD_START)
@@ -46,7 +54,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of every run, one entry a round, in alternating order.
 
-    Runs shorter than `least` seconds are repeated within the round. On CUDA the L2 is emptied before every call.
+    Runs shorter than `least` seconds are repeated within the round. On CUDA the L2 is emptied
+    before every call.
     """
     calls = {}
     for name, run in runs.items():
@@ -54,12 +63,22 @@ def interleave(
         start = time.perf_counter()
         run()
         synchronise(device)
-        calls[name] = min(max(1, math.ceil(least / max(time.perf_counter() - start, 1e-9))), _MOST_CALLS)
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
+        calls[name] = min(
+            max(1, math.ceil(least / max(time.perf_counter() - start, 1e-9))), _MOST_CALLS
+        )
+    flush = (
+        torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        if device.type == "cuda"
+        else None
+    )
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
         for name in list(runs) if turn % 2 == 0 else reversed(list(runs)):
-            once = _host(runs[name], calls[name]) if flush is None else _events(runs[name], calls[name], flush)
+            once = (
+                _host(runs[name], calls[name])
+                if flush is None
+                else _events(runs[name], calls[name], flush)
+            )
             seconds[name].append(once)
     return seconds
 

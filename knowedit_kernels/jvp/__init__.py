@@ -1,4 +1,6 @@
-"""Jacobian-vector products in many directions at once: RMSNorm, SwiGLU, attention, and the editing solver (see README.md)."""
+"""Jacobian-vector products in many directions at once: RMSNorm, SwiGLU, attention, and the editing
+solver (see README.md).
+"""
 
 from knowedit_kernels._dispatch import register
 from knowedit_kernels.jvp import batched, gpu

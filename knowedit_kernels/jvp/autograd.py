@@ -1,4 +1,6 @@
-"""The layers as torch.autograd functions: forward mode is the fused operation, everything else torch's own derivatives."""
+"""The layers as torch.autograd functions: forward mode is the fused operation, everything else
+torch's own derivatives.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class Attention:
         return reference.attention(q, k, v, self.causal, self.scale, self.spans)
 
     def fused(self, primals: Tensors, tangents: Tensors) -> tuple[Tensor, Tensor]:
-        return torch.ops.knowedit.attention_jvp(*primals, *tangents, self.spans, self.causal, self.scale)
+        return torch.ops.knowedit.attention_jvp(
+            *primals, *tangents, self.spans, self.causal, self.scale
+        )
 
     def repeated(self, times: int) -> Attention:
         return self if self.spans is None else replace(self, spans=self.spans.repeat(times, 1))
@@ -78,26 +82,37 @@ Layer = RMSNorm | SwiGLU | Attention
 
 
 def _plain(layer: Layer, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The layer in torch's operations, in float32 or float64 inside: what derivatives beyond the fused ones use."""
+    """The layer in torch's operations, in float32 or float64 inside: what derivatives beyond the
+    fused ones use.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     return lambda *primals: layer.plain(*(x.to(wide) for x in primals)).to(dtype)
 
 
 def _pushed(layer: Layer, primals: Sequence[Tensor], tangents: Tensors) -> tuple[Tensor, Tensor]:
     """As `layer.fused`, in torch's operations."""
-    function, count = _plain(layer, primals[0].dtype), next((len(t) for t in tangents if t is not None), 0)
+    function, count = (
+        _plain(layer, primals[0].dtype),
+        next((len(t) for t in tangents if t is not None), 0),
+    )
     y = function(*primals)
     if count == 0:
         return y, y.new_zeros(0, *y.shape)
     whole = [
-        x.new_zeros(count, *x.shape) if t is None else F.pad(t, (0, 0, x.shape[-2] - t.shape[-2], 0)) if x.ndim > 1 else t
+        x.new_zeros(count, *x.shape)
+        if t is None
+        else F.pad(t, (0, 0, x.shape[-2] - t.shape[-2], 0))
+        if x.ndim > 1
+        else t
         for x, t in zip(primals, tangents)
     ]
     return y, torch.func.vmap(lambda *one: torch.func.jvp(function, tuple(primals), one)[1])(*whole)
 
 
 class Primal(torch.autograd.Function):
-    """(layer, *primals) -> output. Forward mode is `Tangent`, reverse mode torch's own of the plain formula."""
+    """(layer, *primals) -> output. Forward mode is `Tangent`, reverse mode torch's own of the plain
+    formula.
+    """
 
     @staticmethod
     def forward(layer: Layer, *primals: Tensor) -> Tensor:
@@ -125,11 +140,17 @@ class Primal(torch.autograd.Function):
         return Tangent.apply(ctx.layer, *ctx.saved_tensors, *one)[1][0]
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], layer: Layer, *primals: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], layer: Layer, *primals: Tensor
+    ) -> tuple[Tensor, int]:
         dims, count = in_dims[1:], info.batch_size
         if any(same and dim is not None for same, dim in zip(layer.shared, dims)):
-            return torch.stack([Primal.apply(layer, *one) for one in _examples(primals, dims, count)]), 0
-        folded = [x if same else _fold(x, dim, count) for same, x, dim in zip(layer.shared, primals, dims)]
+            return torch.stack(
+                [Primal.apply(layer, *one) for one in _examples(primals, dims, count)]
+            ), 0
+        folded = [
+            x if same else _fold(x, dim, count) for same, x, dim in zip(layer.shared, primals, dims)
+        ]
         y = Primal.apply(layer.repeated(count), *folded)
         return y.view(count, len(y) // count, *y.shape[1:]), 0
 
@@ -157,7 +178,10 @@ class Tangent(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *moving: Tensor | None) -> tuple[Tensor, Tensor]:
         function, given, places = _of_given(ctx.layer, ctx.saved_tensors)
-        along = tuple(torch.zeros_like(x) if (t := moving[place]) is None else t for x, place in zip(given, places))
+        along = tuple(
+            torch.zeros_like(x) if (t := moving[place]) is None else t
+            for x, place in zip(given, places)
+        )
         return torch.func.jvp(function, given, along)[1]
 
     @staticmethod
@@ -176,11 +200,18 @@ class Tangent(torch.autograd.Function):
         folded = [x if same else _fold(x, dim, count, axis) for same, x, dim, axis in shared]
         y, dy = Tangent.apply(layer.repeated(count), *folded)
         rows = len(y) // count
-        return (y.view(count, rows, *y.shape[1:]), dy.view(len(dy), count, rows, *dy.shape[2:])), (0, 1)
+        return (y.view(count, rows, *y.shape[1:]), dy.view(len(dy), count, rows, *dy.shape[2:])), (
+            0,
+            1,
+        )
 
 
-def _of_given(layer: Layer, saved: Tensors) -> tuple[Callable[..., Any], tuple[Tensor, ...], list[int]]:
-    """`_pushed` as a function of those inputs that are not None, these, and their places among all."""
+def _of_given(
+    layer: Layer, saved: Tensors
+) -> tuple[Callable[..., Any], tuple[Tensor, ...], list[int]]:
+    """`_pushed` as a function of those inputs that are not None, these, and their places
+    among all.
+    """
     half, places = len(saved) // 2, [place for place, x in enumerate(saved) if x is not None]
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,12 +223,21 @@ def _of_given(layer: Layer, saved: Tensors) -> tuple[Callable[..., Any], tuple[T
 
 
 def _examples(inputs: Tensors, dims: Sequence[int | None], count: int) -> list[list[Tensor | None]]:
-    return [[x if dim is None or x is None else x.select(dim, i) for x, dim in zip(inputs, dims)] for i in range(count)]
+    return [
+        [x if dim is None or x is None else x.select(dim, i) for x, dim in zip(inputs, dims)]
+        for i in range(count)
+    ]
 
 
 def _fold(x: Tensor | None, dim: int | None, count: int, into: int = 0) -> Tensor | None:
-    """A vmapped dimension (or a repetition) of size `count` as the outer part of dimension `into`."""
+    """A vmapped dimension (or a repetition) of size `count` as the outer part of dimension
+    `into`.
+    """
     if x is None:
         return None
-    x = x.unsqueeze(into).expand(*x.shape[:into], count, *x.shape[into:]) if dim is None else x.movedim(dim, into)
+    x = (
+        x.unsqueeze(into).expand(*x.shape[:into], count, *x.shape[into:])
+        if dim is None
+        else x.movedim(dim, into)
+    )
     return x.flatten(into, into + 1)

@@ -1,4 +1,5 @@
-"""The torch path: all tangents in one batched product, in pieces that bound memory and stay in cache.
+"""The torch path: all tangents in one batched product, in pieces that bound memory and stay in
+cache.
 
 16-bit tensors are widened piece by piece and rounded once, at the end.
 """
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from knowedit_kernels._dispatch import Candidate
 
-ELEMENTS = 1 << 18  # of one tensor held at a time by the elementwise operations: what stays in cache
+ELEMENTS = (
+    1 << 18
+)  # of one tensor held at a time by the elementwise operations: what stays in cache
 SCORES = 1 << 20  # attention weights and their tangents held at a time
 
 
@@ -40,7 +43,9 @@ def rms_norm(x: Tensor, weight: Tensor, tangents: Tensor, eps: float) -> tuple[T
     return y, dy
 
 
-def swiglu(gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu(
+    gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor
+) -> tuple[Tensor, Tensor]:
     """``swiglu_jvp`` of `_ops.py`."""
     wide, (rows, d) = working(gate), gate.shape
     y, dy = torch.empty_like(gate), torch.empty_like(gate_tangents)
@@ -50,7 +55,9 @@ def swiglu(gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor)
         silu = g * s
         y[part] = silu * u
         slope = (s + silu * (1 - s)).mul_(u)
-        dy[:, part] = (gate_tangents[:, part].to(wide) * slope).addcmul_(up_tangents[:, part].to(wide), silu)
+        dy[:, part] = (gate_tangents[:, part].to(wide) * slope).addcmul_(
+            up_tangents[:, part].to(wide), silu
+        )
     return y, dy
 
 
@@ -71,31 +78,52 @@ def attention(
     o, do = torch.empty_like(q), q.new_empty(count, *q.shape)
     k, v = (_existing(x.to(wide), spans, keys) for x in (k, v))
     tk, tv = (None if x is None else _existing(x.to(wide), spans, keys) for x in (tk, tv))
-    some = max(1, min(count, SCORES // max(16 * heads * keys, 1)))  # tangents of a piece, if it has 16 rows
+    some = max(
+        1, min(count, SCORES // max(16 * heads * keys, 1))
+    )  # tangents of a piece, if it has 16 rows
     row = (1 + some) * heads * max(keys, 1)
     for b in pieces(batch, SCORES // (row * max(queries, 1))):
         for rows in pieces(queries, SCORES // row):
             end = rows.stop + keys - queries if causal else keys
-            seen = _seen(rows, end, keys - queries, None if spans is None else spans[b], causal, q.device)
+            seen = _seen(
+                rows, end, keys - queries, None if spans is None else spans[b], causal, q.device
+            )
             for t in pieces(count, some) if count else [slice(0, 0)]:
                 turned = None if tq is None else tq[t, b, :, rows].to(wide)
-                pushed, moved = (None if x is None else x[t, b, :, : max(0, end - keys + x.shape[3])] for x in (tk, tv))
+                pushed, moved = (
+                    None if x is None else x[t, b, :, : max(0, end - keys + x.shape[3])]
+                    for x in (tk, tv)
+                )
                 o[b, :, rows], do[t, b, :, rows] = _attend(
-                    q[b, :, rows].to(wide), k[b, :, :end], v[b, :, :end], turned, pushed, moved, seen, t.stop - t.start, scale
+                    q[b, :, rows].to(wide),
+                    k[b, :, :end],
+                    v[b, :, :end],
+                    turned,
+                    pushed,
+                    moved,
+                    seen,
+                    t.stop - t.start,
+                    scale,
                 )
     return o, do
 
 
 def _existing(x: Tensor, spans: Tensor | None, keys: int) -> Tensor:
-    """Zeros in place of padding, which may hold anything; x [..., batch, shared, the last keys, d]."""
+    """Zeros in place of padding, which may hold anything; x [..., batch, shared, the last
+    keys, d].
+    """
     if spans is None:
         return x
     key = torch.arange(keys - x.shape[-2], keys, device=x.device)
     return torch.where(((key >= spans[:, :1]) & (key < spans[:, 1:]))[:, None, :, None], x, 0)
 
 
-def _seen(rows: slice, end: int, offset: int, spans: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """Which keys [..., rows, end] each query sees; None: all. Broadcasts to [batch, shared, group, rows, end]."""
+def _seen(
+    rows: slice, end: int, offset: int, spans: Tensor | None, causal: bool, device: torch.device
+) -> Tensor | None:
+    """Which keys [..., rows, end] each query sees; None: all. Broadcasts to [batch, shared, group,
+    rows, end].
+    """
     key, seen = torch.arange(end, device=device), None
     if causal and offset + rows.start + 1 < end:
         seen = key <= torch.arange(offset + rows.start, offset + rows.stop, device=device)[:, None]
@@ -116,10 +144,14 @@ def _attend(
     count: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """One piece: (o [batch, heads, rows, d], do [count, ...]); heads that share a key are rows of one product."""
+    """One piece: (o [batch, heads, rows, d], do [count, ...]); heads that share a key are rows of
+    one product.
+    """
     batch, shared, rows = len(q), k.shape[1], q.shape[2]
 
-    def fold(x: Tensor) -> Tensor:  # [t, batch, heads, rows, d] -> [batch, shared, t, group rows, d]
+    def fold(
+        x: Tensor,
+    ) -> Tensor:  # [t, batch, heads, rows, d] -> [batch, shared, t, group rows, d]
         return x.unflatten(2, (shared, -1)).flatten(3, 4).movedim(0, 2)
 
     inner = fold(q[None])
@@ -145,4 +177,8 @@ def _attend(
     return out[0], out[1:]
 
 
-RMS_NORM, SWIGLU, ATTENTION = Candidate("torch", rms_norm), Candidate("torch", swiglu), Candidate("torch", attention)
+RMS_NORM, SWIGLU, ATTENTION = (
+    Candidate("torch", rms_norm),
+    Candidate("torch", swiglu),
+    Candidate("torch", attention),
+)

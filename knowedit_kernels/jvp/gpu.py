@@ -1,4 +1,6 @@
-"""Launching the Triton kernels of the tangents, and the gate each passes on a device before anything relies on it."""
+"""Launching the Triton kernels of the tangents, and the gate each passes on a device before
+anything relies on it.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ GROUP = 8  # tangents of one program of the elementwise kernels: the primal is r
 WIDEST = 16384  # entries of a normalised row, which stays in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SWIGLU_TILE: dict[str, Any] = {"GROUP": GROUP, "BD": 1024, "num_warps": 4}
-# queries, keys and the part of a head multiplied at a time, by bytes per entry and largest head: what leaves no spills on
-# sm_80, 90 and 100. Only the narrowest has registers for O beside the tangent's sums, which one pass for both needs.
+# queries, keys and the part of a head multiplied at a time, by bytes per entry and largest head:
+# what leaves no spills on sm_80, 90 and 100. Only the narrowest has registers for O beside the
+# tangent's sums, which one pass for both needs.
 ATTENTION_TILES = {
     (2, 64): {"BM": 64, "BN": 32, "BC": 32},
     (2, 128): {"BM": 64, "BN": 32, "BC": 32},
@@ -48,10 +51,17 @@ def _kind(dtype: torch.dtype, d: int) -> tuple[int, int] | None:
 
 
 def attention_tile(dtype: torch.dtype, d: int) -> tuple[dict[str, Any], bool]:
-    """Block sizes for heads of d entries, and whether one pass can do the function and a tangent."""
+    """Block sizes for heads of d entries, and whether one pass can do the function and a
+    tangent.
+    """
     kind = _kind(dtype, d)
     assert kind is not None
-    tile: dict[str, Any] = {**ATTENTION_TILES[kind], "BD": _power(d, 16), "num_warps": 4, "num_stages": 2}
+    tile: dict[str, Any] = {
+        **ATTENTION_TILES[kind],
+        "BD": _power(d, 16),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
     tile["BC"] = min(tile["BC"], tile["BD"])
     tile["PRECISION"] = "tf32x3" if dtype == torch.float32 else "tf32"
     tile["maxnreg"] = 255  # or the assembler spills a few registers to fit one block more
@@ -67,12 +77,25 @@ def rms_norm(x: Tensor, weight: Tensor, tangents: Tensor, eps: float) -> tuple[T
     dy = torch.empty(count, rows, d, dtype=x.dtype, device=x.device)
     if x.numel():
         rms_norm_kernel[(rows, max(1, _ceil(count, GROUP)))](
-            x, weight, tangents, y, dy, count, d, eps, x.stride(0), tangents.stride(0), tangents.stride(1), **rms_tile(d)
+            x,
+            weight,
+            tangents,
+            y,
+            dy,
+            count,
+            d,
+            eps,
+            x.stride(0),
+            tangents.stride(0),
+            tangents.stride(1),
+            **rms_tile(d),
         )
     return y, dy
 
 
-def swiglu(gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu(
+    gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor
+) -> tuple[Tensor, Tensor]:
     """``swiglu_jvp`` of `_ops.py`."""
     from knowedit_kernels.jvp.triton import swiglu_kernel
 
@@ -83,7 +106,19 @@ def swiglu(gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor)
         grid = (rows * _ceil(d, SWIGLU_TILE["BD"]), max(1, _ceil(count, GROUP)))
         strides = [size for t in (gate_tangents, up_tangents) for size in t.stride()[:2]]
         swiglu_kernel[grid](
-            gate, up, gate_tangents, up_tangents, y, dy, count, rows, d, gate.stride(0), up.stride(0), *strides, **SWIGLU_TILE
+            gate,
+            up,
+            gate_tangents,
+            up_tangents,
+            y,
+            dy,
+            count,
+            rows,
+            d,
+            gate.stride(0),
+            up.stride(0),
+            *strides,
+            **SWIGLU_TILE,
         )
     return y, dy
 
@@ -99,7 +134,9 @@ def attention(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """``attention_jvp`` of `_ops.py`. The softmax's statistics first, unless one pass can do all."""
+    """``attention_jvp`` of `_ops.py`. The softmax's statistics first, unless one pass can
+    do all.
+    """
     from knowedit_kernels.jvp.triton import attention_kernel
 
     (batch, heads, queries, d), (shared, keys) = q.shape, k.shape[1:3]
@@ -113,7 +150,10 @@ def attention(
     if not q.numel():
         return o.to(q.dtype), do
     if (tk is None) != (tv is None):
-        tk, tv = (torch.zeros_like(other) if t is None else t for t, other in ((tk, tv), (tv, tk)))  # type: ignore[arg-type]
+        tk, tv = (
+            torch.zeros_like(other) if t is None else t  # type: ignore[arg-type]
+            for t, other in ((tk, tv), (tv, tk))
+        )
     spans = None if spans is None else spans.to(torch.int32).contiguous()
 
     def launch(known: bool, tangents: int) -> None:
@@ -122,9 +162,10 @@ def attention(
         strides += [(0, 0, 0, 0) if t is None else (*t.stride()[1:4], t.stride(0)) for t in moving]
         attention_kernel[(_ceil(queries, tile["BM"]) * batch * heads, max(1, tangents))](
             q, k, v, *moving, o, do, peaks, spans, *strides,
-            heads, heads // shared, queries, keys, keys - (0 if moving[1] is None else moving[1].shape[3]), d, scale,
-            KNOWN=known, WITH_TQ=moving[0] is not None, WITH_TKV=moving[1] is not None, CAUSAL=causal, SPANS=spans is not None,
-            **tile,
+            heads, heads // shared, queries, keys,
+            keys - (0 if moving[1] is None else moving[1].shape[3]), d, scale, KNOWN=known,
+            WITH_TQ=moving[0] is not None, WITH_TKV=moving[1] is not None, CAUSAL=causal,
+            SPANS=spans is not None, **tile,
         )  # fmt: skip
 
     launch(False, 0 if two_passes else count)
@@ -133,28 +174,41 @@ def attention(
     return o.to(q.dtype), do
 
 
-def _draw(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, mean: float = 0.0) -> Tensor:
-    """Normal entries; `mean` adds a direction that all rows share, as keys and values of language models do."""
+def _draw(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, mean: float = 0.0
+) -> Tensor:
+    """Normal entries; `mean` adds a direction that all rows share, as keys and values of language
+    models do.
+    """
     x = torch.randn(shape, generator=generator)
     return (x + mean * torch.randn(shape[-1:], generator=generator)).to(dtype)
 
 
-def _failure(device: torch.device, op: str, got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> str | None:
+def _failure(
+    device: torch.device, op: str, got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]
+) -> str | None:
     for name, value, truth in zip((op, f"tangents of {op}"), got, wanted):
         limit = tangent_error(op, value.dtype)
-        if truth.numel() and not (off := float((value.double().cpu() - truth).norm() / truth.norm())) <= limit:
+        if (
+            truth.numel()
+            and not (off := float((value.double().cpu() - truth).norm() / truth.norm())) <= limit
+        ):
             return f"{name} off by {off:.2g} > {limit:.2g}"
     return None
 
 
 def rms_norm_gate(device: torch.device) -> str | None:
-    """Ragged rows, more tangents than a program takes, against float64; returns what failed, or None."""
+    """Ragged rows, more tangents than a program takes, against float64; returns what failed, or
+    None.
+    """
     generator = torch.Generator().manual_seed(7)
     for dtype in DTYPES:
         for rows, d, count in ((5, 70, 11), (3, 2100, 2)):
             x, t = (_draw(shape, dtype, generator, 1.0) for shape in ((rows, d), (count, rows, d)))
             w = _draw((d,), dtype, generator)
-            wanted = reference.tangents(lambda x, w=w: reference.rms_norm(x, w.double(), 0.3), (x,), (t,))
+            wanted = reference.tangents(
+                lambda x, w=w: reference.rms_norm(x, w.double(), 0.3), (x,), (t,)
+            )
             got = rms_norm(x.to(device), w.to(device), t.to(device), 0.3)
             if failure := _failure(device, "rms_norm", got, wanted):
                 return f"{dtype} [{count}, {rows}, {d}]: {failure}"
@@ -169,25 +223,41 @@ def swiglu_gate(device: torch.device) -> str | None:
             primals = tuple(_draw((rows, d), dtype, generator) * 2 for _ in range(2))
             moved = tuple(_draw((count, rows, d), dtype, generator) for _ in range(2))
             wanted = reference.tangents(reference.swiglu, primals, moved)
-            if failure := _failure(device, "swiglu", swiglu(*(x.to(device) for x in primals + moved)), wanted):
+            if failure := _failure(
+                device, "swiglu", swiglu(*(x.to(device) for x in primals + moved)), wanted
+            ):
                 return f"{dtype} [{count}, {rows}, {d}]: {failure}"
     return None
 
 
 def attention_cases(generator: torch.Generator) -> Iterator[tuple[str, list[Any]]]:
-    """(what, arguments of `attention`): shared keys, padding, constant prefixes, one tangent and several, every tile."""
+    """(what, arguments of `attention`): shared keys, padding, constant prefixes, one tangent and
+    several, every tile.
+    """
     for dtype in DTYPES:
         for d, count, queries, first, causal, padded in (
-            (40, 2, 70, 30, True, True), (64, 1, 70, 0, True, False),
-            (128, 2, 33, 57, False, True), (200, 1, 20, 40, True, False),
-        ):  # fmt: skip
+            (40, 2, 70, 30, True, True),
+            (64, 1, 70, 0, True, False),
+            (128, 2, 33, 57, False, True),
+            (200, 1, 20, 40, True, False),
+        ):
             if _kind(dtype, d) is None:
                 continue
             q = _draw((2, 2, queries, d), dtype, generator)
             k, v = (_draw((2, 1, 75, d), dtype, generator, 2.0) for _ in range(2))
             tq, tk, tv = (_draw((count, *x.shape), dtype, generator, 1.0) for x in (q, k, v))
             spans = torch.tensor([[3, 75], [0, 61]]) if padded else None
-            given = [q, k, v, tq, tk[..., first:, :], tv[..., first:, :], spans, causal, 1.5 * d**-0.5]
+            given = [
+                q,
+                k,
+                v,
+                tq,
+                tk[..., first:, :],
+                tv[..., first:, :],
+                spans,
+                causal,
+                1.5 * d**-0.5,
+            ]
             yield f"{dtype}, {count} tangents, heads of {d}", given
 
 
@@ -207,7 +277,9 @@ def attention_gate(device: torch.device) -> str | None:
 Run = Callable[..., tuple[Tensor, Tensor]]
 
 
-def _candidate(run: Run, gate: Callable[[torch.device], str | None], refuse: Callable[[Tensor], str | None]) -> Candidate:
+def _candidate(
+    run: Run, gate: Callable[[torch.device], str | None], refuse: Callable[[Tensor], str | None]
+) -> Candidate:
     def verify(first: Tensor, *others: Any) -> str | None:
         if first.dtype not in DTYPES:
             return f"no kernel for {first.dtype}"
@@ -218,17 +290,27 @@ def _candidate(run: Run, gate: Callable[[torch.device], str | None], refuse: Cal
             return "an argument has strided rows"
         if _device.triton_version() is None:
             return "Triton is not installed"
-        return _gate.unproven(f"{run.__name__}_jvp.triton", ("jvp/triton.py", "jvp/gpu.py"), first.device, gate)
+        return _gate.unproven(
+            f"{run.__name__}_jvp.triton", ("jvp/triton.py", "jvp/gpu.py"), first.device, gate
+        )
 
     return Candidate("triton", run, verify, device="cuda")
 
 
 def _too_wide(x: Tensor) -> str | None:
-    return f"rows of more than {WIDEST} entries do not fit into registers" if x.shape[-1] > WIDEST else None
+    return (
+        f"rows of more than {WIDEST} entries do not fit into registers"
+        if x.shape[-1] > WIDEST
+        else None
+    )
 
 
 def _no_tile(q: Tensor) -> str | None:
-    return f"no tile for heads of {q.shape[-1]} entries in {q.dtype}" if _kind(q.dtype, q.shape[-1]) is None else None
+    return (
+        f"no tile for heads of {q.shape[-1]} entries in {q.dtype}"
+        if _kind(q.dtype, q.shape[-1]) is None
+        else None
+    )
 
 
 RMS_NORM = _candidate(rms_norm, rms_norm_gate, _too_wide)

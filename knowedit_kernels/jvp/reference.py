@@ -1,4 +1,6 @@
-"""The specification in float64: the functions themselves, and their tangents by torch's own forward mode."""
+"""The specification in float64: the functions themselves, and their tangents by torch's own forward
+mode.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool = True, scale: float | None = None, spans: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v, all scores at once; arguments as of `jvp.attention`."""
     group, key = q.shape[1] // k.shape[1], torch.arange(k.shape[2], device=q.device)
@@ -37,8 +44,12 @@ def attention(
     return torch.where(seen, weights, 0.0) @ v  # a query that sees nothing gives zero
 
 
-def tangents(function: Callable[..., Tensor], primals: Sequence[Tensor], directions: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(function(*primals), its tangents [T, ...]) in float64 for directions [T, ...], one per primal."""
+def tangents(
+    function: Callable[..., Tensor], primals: Sequence[Tensor], directions: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(function(*primals), its tangents [T, ...]) in float64 for directions [T, ...], one per
+    primal.
+    """
     exact = tuple(x.double() for x in primals)
     push = torch.func.vmap(lambda *one: torch.func.jvp(function, exact, one)[1])
     return function(*exact), push(*(x.double() for x in directions))

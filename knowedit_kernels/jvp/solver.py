@@ -1,7 +1,9 @@
-"""Derivatives of the editing solve in many directions at once, in closed form: only skinny matrices, one solve a layer.
+"""Derivatives of the editing solve in many directions at once, in closed form: only skinny
+matrices, one solve a layer.
 
-Delta_l = R_l A_l(K_l) for each layer l (`EditSolver`). `edit_jvp` and `edit_vjp` differentiate in residuals and keys;
-`spread_jvp` and `spread_vjp` in the residual that several layers, written one after the other, share.
+Delta_l = R_l A_l(K_l) for each layer l (`EditSolver`). `edit_jvp` and `edit_vjp` differentiate in
+residuals and keys; `spread_jvp` and `spread_vjp` in the residual that several layers, written one
+after the other, share.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ Through = Sequence[Callable[[Tensor], Tensor] | None]
 
 
 class Factors(NamedTuple):
-    """T matrices left_t right_t of a weight's shape [d, m], never formed: left [T, d, r], right [T or 1, r, m], float64."""
+    """T matrices left_t right_t of a weight's shape [d, m], never formed: left [T, d, r], right [T
+    or 1, r, m], float64.
+    """
 
     left: Tensor
     right: Tensor
@@ -35,7 +39,9 @@ class Factors(NamedTuple):
 
 
 class EditCotangents(NamedTuple):
-    """Gradients of one layer's residual [T, d, n] and keys [T, m, n] (None if not asked for), float64."""
+    """Gradients of one layer's residual [T, d, n] and keys [T, m, n] (None if not asked for),
+    float64.
+    """
 
     residual: Tensor
     keys: Tensor | None
@@ -47,10 +53,12 @@ def edit_jvp(
     d_residuals: Sequence[Tensor] | None = None,
     d_keys: Sequence[Tensor] | None = None,
 ) -> list[Factors]:
-    """Tangents of every layer's Delta = R A(K), as factors of rank n (2n where keys move), for T directions at once.
+    """Tangents of every layer's Delta = R A(K), as factors of rank n (2n where keys move), for T
+    directions at once.
 
-    solvers, residuals: one per layer, R [d, n]. d_residuals: [T, d, n] per layer; d_keys: [T, m, n] per layer; None is
-    zero, not both. One solve with T n columns a layer. Where R depends on K (R = Z - W K), so must ``d_residuals``.
+    solvers, residuals: one per layer, R [d, n]. d_residuals: [T, d, n] per layer; d_keys: [T, m, n]
+    per layer; None is zero, not both. One solve with T n columns a layer. Where R depends on K (R =
+    Z - W K), so must ``d_residuals``.
 
         dDelta = (dR - R A dK) A + (R B) (H^-1 dK)^T,    H^-1 X = M^-1 (X - K A X)
 
@@ -65,58 +73,93 @@ def edit_jvp(
         R = _fitting(R, (None, solver.edits), solver, f"residuals[{layer}]")
         dR = None
         if d_residuals is not None:
-            dR = _fitting(d_residuals[layer], (None, len(R), solver.edits), solver, f"d_residuals[{layer}]")
+            dR = _fitting(
+                d_residuals[layer], (None, len(R), solver.edits), solver, f"d_residuals[{layer}]"
+            )
         if d_keys is None:
             assert dR is not None
             out.append(Factors(dR, solver.A[None]))
             continue
-        dK = _fitting(d_keys[layer], (None, solver.metric.dim, solver.edits), solver, f"d_keys[{layer}]")
+        dK = _fitting(
+            d_keys[layer], (None, solver.metric.dim, solver.edits), solver, f"d_keys[{layer}]"
+        )
         if dR is not None and len(dR) != len(dK):
-            raise ValueError(f"layer {layer} has {len(dR)} directions of residuals and {len(dK)} of keys")
-        moved = _h_inverse(solver, dK.movedim(0, 1).flatten(1)).unflatten(1, (len(dK), solver.edits)).movedim(0, 2)  # [T, n, m]
+            raise ValueError(
+                f"layer {layer} has {len(dR)} directions of residuals and {len(dK)} of keys"
+            )
+        moved = (
+            _h_inverse(solver, dK.movedim(0, 1).flatten(1))
+            .unflatten(1, (len(dK), solver.edits))
+            .movedim(0, 2)
+        )  # [T, n, m]
         drift = R @ (solver.A @ dK)
-        left = torch.cat([-drift if dR is None else dR - drift, (R @ solver.B).expand(len(dK), -1, -1)], 2)
+        left = torch.cat(
+            [-drift if dR is None else dR - drift, (R @ solver.B).expand(len(dK), -1, -1)], 2
+        )
         out.append(Factors(left, torch.cat([solver.A.expand(len(dK), -1, -1), moved], 1)))
     return out
 
 
 def edit_vjp(
-    solvers: Sequence[EditSolver], residuals: Sequence[Tensor], cotangents: Sequence[Factors], keys: bool = True
+    solvers: Sequence[EditSolver],
+    residuals: Sequence[Tensor],
+    cotangents: Sequence[Factors],
+    keys: bool = True,
 ) -> list[EditCotangents]:
-    """Gradients of every layer's residual and keys for T cotangents of Delta at once: the transpose of `edit_jvp`.
+    """Gradients of every layer's residual and keys for T cotangents of Delta at once: the transpose
+    of `edit_jvp`.
 
-    cotangents: dL/dDelta per layer as factors; with output gradients g [T, d, t] at keys X [m, t] that is
-    ``Factors(g, X.T[None])``, and the solve then has t columns, however many T. ``keys=False`` freezes the keys (the
+    cotangents: dL/dDelta per layer as factors; with output gradients g [T, d, t] at keys X [m, t]
+    that is ``Factors(g, X.T[None])``, and the solve then has t columns, however many T.
+    ``keys=False`` freezes the keys (the
     structural gradient proxy: no solve at all).
 
-        dL/dR = Gamma A^T,    dL/dK = H^-1 Gamma^T R B - A^T R^T Gamma A^T    (not counting R's own dependence on K)
+        dL/dR = Gamma A^T,    dL/dK = H^-1 Gamma^T R B - A^T R^T Gamma A^T    (not counting R's own
+        dependence on K)
 
     Raises ValueError naming the layer. Source: our derivation (`jvp/README.md`).
     """
     out = []
-    for layer, (solver, R, (left, right)) in enumerate(_per_layer(solvers, residuals=residuals, cotangents=cotangents)):
+    for layer, (solver, R, (left, right)) in enumerate(
+        _per_layer(solvers, residuals=residuals, cotangents=cotangents)
+    ):
         R = _fitting(R, (None, solver.edits), solver, f"residuals[{layer}]")
         left = _fitting(left, (None, len(R), None), solver, f"cotangents[{layer}].left")
-        right = _fitting(right, (None, left.shape[2], solver.metric.dim), solver, f"cotangents[{layer}].right")
+        right = _fitting(
+            right, (None, left.shape[2], solver.metric.dim), solver, f"cotangents[{layer}].right"
+        )
         if len(right) not in (1, len(left)):
-            raise ValueError(f"cotangents[{layer}] has {len(left)} left and {len(right)} right factors")
+            raise ValueError(
+                f"cotangents[{layer}] has {len(left)} left and {len(right)} right factors"
+            )
         read = right @ solver.A.mT  # [T or 1, r, n]
         if not keys:
             out.append(EditCotangents(left @ read, None))
             continue
-        solved = _h_inverse(solver, right.movedim(2, 0).flatten(1)).unflatten(1, right.shape[:2]).movedim(1, 0)  # [., m, r]
+        solved = (
+            _h_inverse(solver, right.movedim(2, 0).flatten(1))
+            .unflatten(1, right.shape[:2])
+            .movedim(1, 0)
+        )  # [., m, r]
         through = R.mT @ left  # [T, n, r]
-        out.append(EditCotangents(left @ read, solved @ (through.mT @ solver.B) - solver.A.mT @ (through @ read)))
+        out.append(
+            EditCotangents(
+                left @ read, solved @ (through.mT @ solver.B) - solver.A.mT @ (through @ read)
+            )
+        )
     return out
 
 
 def spread_shares(layers: int, how: Spread = "linear") -> list[float]:
-    """The share of what is still missing that each of ``layers`` layers writes, in the order they are written.
+    """The share of what is still missing that each of ``layers`` layers writes, in the order they
+    are written.
 
-    "linear": 1 / remaining (MEMIT); "sqrt": 1 / sqrt(remaining) (PMET); "full": all of it, each time (BLUE).
+    "linear": 1 / remaining (MEMIT); "sqrt": 1 / sqrt(remaining) (PMET); "full": all of it, each
+    time (BLUE).
     """
     rules: dict[str, Callable[[int], float]] = {
-        "linear": lambda left: 1 / left, "sqrt": lambda left: 1 / math.sqrt(left), "full": lambda left: 1.0,
+        "linear": lambda left: 1 / left, "sqrt": lambda left: 1 / math.sqrt(left),
+        "full": lambda left: 1.0,
     }  # fmt: skip
     if how not in rules:
         raise ValueError(f"how must be one of {', '.join(rules)}, got {how!r}")
@@ -126,7 +169,8 @@ def spread_shares(layers: int, how: Spread = "linear") -> list[float]:
 def effective_gain(solvers: Sequence[EditSolver], how: Spread = "linear") -> Tensor:
     """G_eff [n, n]: several layers realise R G_eff at the edited keys, I - prod (I - share_i G_i).
 
-    Keys are those before the edit, and layers below the last pass a shift of the residual stream on unchanged.
+    Keys are those before the edit, and layers below the last pass a shift of the residual stream on
+    unchanged.
     """
     _check_chain(solvers)
     return compound_gain([solver.G for solver in solvers], how)
@@ -141,26 +185,35 @@ def compound_gain(gains: Sequence[Tensor], how: Spread = "linear") -> Tensor:
 
 
 class SpreadTangents(NamedTuple):
-    """Tangents of every layer's residual ([..., d, n] each: with `EditSolver.A`, of its Delta) and of the realised shift."""
+    """Tangents of every layer's residual ([..., d, n] each: with `EditSolver.A`, of its Delta) and
+    of the realised shift.
+    """
 
     residuals: list[Tensor]
     realised: Tensor
 
 
 def spread_jvp(
-    solvers: Sequence[EditSolver], d_residual: Tensor, how: Spread = "linear", through: Through | None = None
+    solvers: Sequence[EditSolver],
+    d_residual: Tensor,
+    how: Spread = "linear",
+    through: Through | None = None,
 ) -> SpreadTangents:
-    """From the residual R [..., d, n] that is planned at the last layer to what each layer writes, and what arrives.
+    """From the residual R [..., d, n] that is planned at the last layer to what each layer writes,
+    and what arrives.
 
         E_0 = R,   R_i = share_i E_i,   E_(i+1) = E_i - J_i (R_i G_i),   realised = R - E_L
 
-    The map is linear, so this is both it and its tangent, over any leading dimensions (directions). ``through[i]`` applies
-    J_i, how a shift [..., d, n] of layer i's output at the edited positions arrives at the last layer (None: unchanged).
+    The map is linear, so this is both it and its tangent, over any leading dimensions (directions).
+    ``through[i]`` applies J_i, how a shift [..., d, n] of layer i's output at the edited positions
+    arrives at the last layer (None: unchanged).
     Raises ValueError. Source: our derivation (`jvp/README.md`).
     """
     missing = start = _spread_input(solvers, d_residual, "d_residual")
     written = []
-    for solver, share, apply in zip(solvers, spread_shares(len(solvers), how), _through(solvers, through)):
+    for solver, share, apply in zip(
+        solvers, spread_shares(len(solvers), how), _through(solvers, through)
+    ):
         written.append(share * missing)
         missing = missing - apply(written[-1] @ solver.G)
     return SpreadTangents(written, start - missing)
@@ -173,7 +226,8 @@ def spread_vjp(
     how: Spread = "linear",
     through: Through | None = None,
 ) -> Tensor:
-    """The transpose of `spread_jvp`: dL/dR [..., d, n] from the gradients of what each layer writes and of what arrives.
+    """The transpose of `spread_jvp`: dL/dR [..., d, n] from the gradients of what each layer writes
+    and of what arrives.
 
     ``through[i]`` applies J_i^T here. Raises ValueError.
     """
@@ -186,7 +240,9 @@ def spread_vjp(
         raise ValueError("nothing to pull back: give residuals or realised")
     for x in given:
         _spread_input(solvers, x, "a gradient")
-    direct = torch.zeros_like(given[0], dtype=torch.float64) if realised is None else realised.double()
+    direct = (
+        torch.zeros_like(given[0], dtype=torch.float64) if realised is None else realised.double()
+    )
     pulled = -direct
     steps = zip(solvers, spread_shares(len(solvers), how), _through(solvers, through), parts)
     for solver, share, apply, part in reversed(list(steps)):
@@ -203,7 +259,9 @@ def _h_inverse(solver: EditSolver, X: Tensor) -> Tensor:
 def _per_layer(solvers: Sequence[EditSolver], **lists: Sequence) -> list[tuple]:
     for name, values in lists.items():
         if len(values) != len(solvers):
-            raise ValueError(f"{len(solvers)} solvers, but {len(values)} {name}: give one per layer, in lists")
+            raise ValueError(
+                f"{len(solvers)} solvers, but {len(values)} {name}: give one per layer, in lists"
+            )
     return list(zip(solvers, *lists.values()))
 
 
@@ -225,11 +283,20 @@ def _check_chain(solvers: Sequence[EditSolver]) -> None:
 def _spread_input(solvers: Sequence[EditSolver], x: Tensor, name: str) -> Tensor:
     _check_chain(solvers)
     if x.ndim < 2 or x.shape[-1] != solvers[0].edits:
-        raise ValueError(f"{name} must have shape [..., d, {solvers[0].edits}], got {list(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape [..., d, {solvers[0].edits}], got {list(x.shape)}"
+        )
     return x.to(solvers[0].A)
 
 
-def _through(solvers: Sequence[EditSolver], through: Through | None) -> list[Callable[[Tensor], Tensor]]:
+def _through(
+    solvers: Sequence[EditSolver], through: Through | None
+) -> list[Callable[[Tensor], Tensor]]:
     if through is not None and len(through) != len(solvers):
-        raise ValueError(f"through has {len(through)} maps for {len(solvers)} layers: give one (or None) per layer")
-    return [(lambda x: x) if apply is None else apply for apply in (through or [None] * len(solvers))]
+        raise ValueError(
+            f"through has {len(through)} maps for {len(solvers)} layers: give one (or None) per "
+            "layer"
+        )
+    return [
+        (lambda x: x) if apply is None else apply for apply in (through or [None] * len(solvers))
+    ]

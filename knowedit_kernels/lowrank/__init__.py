@@ -1,6 +1,8 @@
-"""W += alpha U V^T in place, in one pass over W, with a choice of rounding and a report of what survived it.
+"""W += alpha U V^T in place, in one pass over W, with a choice of rounding and a report of what
+survived it.
 
-See README.md for the mathematics and the error budget. `WeightLedger` undoes any edit exactly, in any order.
+See README.md for the mathematics and the error budget. `WeightLedger` undoes any edit exactly, in
+any order.
 """
 
 from knowedit_kernels._dispatch import register

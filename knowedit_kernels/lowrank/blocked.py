@@ -1,4 +1,6 @@
-"""The torch path: one pass over W in row blocks that stay in cache, no full-size float32 temporary."""
+"""The torch path: one pass over W in row blocks that stay in cache, no full-size float32
+temporary.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,18 @@ def update_(
     for i, weight in enumerate(w):
         plane = residual[i] if residual else None
         seen = (probe[i].to(u[i]), errors[i]) if probe else None
-        _one(weight, base[i] if base else weight, u[i], v[i], rounding, (seed, i), plane, seen, write, sums[i])
+        _one(
+            weight,
+            base[i] if base else weight,
+            u[i],
+            v[i],
+            rounding,
+            (seed, i),
+            plane,
+            seen,
+            write,
+            sums[i],
+        )
 
 
 def _one(

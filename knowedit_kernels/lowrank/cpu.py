@@ -1,4 +1,6 @@
-"""The compiled CPU kernels (csrc/cpu/lowrank*): the product stays in registers, W is read and written once."""
+"""The compiled CPU kernels (csrc/cpu/lowrank*): the product stays in registers, W is read and
+written once.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,20 @@ def compiled(name: str) -> Candidate:
     ) -> None:
         for i, weight in enumerate(w):
             torch.ops.knowedit.low_rank_cpu_(
-                weight, base[i] if base else weight, u[i], v[i], ROUNDING[rounding], seed, i,
-                residual[i] if residual else None, probe[i] if probe else None, write,
-                sums[i], errors[i] if probe else None, ISA[name],
-            )  # fmt: skip
+                weight,
+                base[i] if base else weight,
+                u[i],
+                v[i],
+                ROUNDING[rounding],
+                seed,
+                i,
+                residual[i] if residual else None,
+                probe[i] if probe else None,
+                write,
+                sums[i],
+                errors[i] if probe else None,
+                ISA[name],
+            )
 
     def verify(
         w: list[Tensor],
@@ -46,11 +58,8 @@ def compiled(name: str) -> Candidate:
         residual: list[Tensor],
         *rest: object,
     ) -> str | None:
-        native = _native.load()
-        if native.reason is not None:
-            return f"no compiled kernels: {native.reason}"
-        if native.isa < ISA[name]:
-            return "this processor lacks the instructions"
+        if reason := _native.load().refusal(ISA[name]):
+            return reason
         for tensor in (*w, *base, *residual):
             if tensor.dtype == torch.float64:
                 return "float64 weights need float64 arithmetic"

@@ -1,8 +1,8 @@
 """Launching the Triton kernel, and the gate it passes on a device before anything relies on it.
 
-The factors are split into bfloat16 parts here and stacked along the rank, small products first, so that the kernel
-sees one plain bfloat16 product whose terms are exact in float32: three products (relative error 2^-16 of the update)
-for bfloat16 weights, six (2^-24) for float16 and float32.
+The factors are split into bfloat16 parts here and stacked along the rank, small products first, so
+that the kernel sees one plain bfloat16 product whose terms are exact in float32: three products
+(relative error 2^-16 of the update) for bfloat16 weights, six (2^-24) for float16 and float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def split(x: Tensor, parts: int) -> list[Tensor]:
 
 
 def stack(u: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """a [out, R], b [in, R] bfloat16: a b^T = u v^T up to 2^(-8 parts), small products first; R a multiple of BR."""
+    """a [out, R], b [in, R] bfloat16: a b^T = u v^T up to 2^(-8 parts), small products first; R a
+    multiple of BR.
+    """
     us, vs = split(u, parts), split(v, parts)
     pairs = [(i, total - i) for total in reversed(range(parts)) for i in range(total + 1)]
     pad = (0, -len(pairs) * u.shape[1] % BR)
@@ -68,7 +70,20 @@ def update_(
         for dtype in dict.fromkeys(tensor.dtype for tensor in w):
             members = [i for i, tensor in enumerate(w) if tensor.dtype == dtype and tensor.numel()]
             if members:
-                _launch(members, sums, parts, w, base or w, u, v, rounding, seed, residual or w, keys, last)
+                _launch(
+                    members,
+                    sums,
+                    parts,
+                    w,
+                    base or w,
+                    u,
+                    v,
+                    rounding,
+                    seed,
+                    residual or w,
+                    keys,
+                    last,
+                )
 
 
 def _launch(
@@ -104,15 +119,17 @@ def _launch(
         shapes.append([M, N, a.shape[1], P, i, *strides])
         programs += [(entry, row, chunk) for row in range(_ceil(M, BM)) for chunk in range(chunks)]
     tables = [torch.tensor(pointers, dtype=torch.int64, device=device)]
-    tables += [torch.tensor(table, dtype=torch.int32, device=device) for table in (shapes, programs)]
+    tables += [
+        torch.tensor(table, dtype=torch.int32, device=device) for table in (shapes, programs)
+    ]
     out = torch.empty(len(programs), sums.shape[1], dtype=torch.float64, device=device)
     most = max(len(probe[i]) for i in members) if probe else 0
     update_kernel[(len(programs),)](
         *tables, out, seed,
         DT=getattr(tl, str(dtype).removeprefix("torch.")), ROUNDING=rounding,
-        COMPENSATED=rounding == "compensated", WRITE=write, BP=max(16, 1 << (most - 1).bit_length()) if most else 0,
-        ALIGNED=aligned, ROUNDS=ROUNDS, FIELDS=_FIELDS,
-        BM=BM, BN=BN, BR=BR, TILES=TILES, num_warps=WARPS, num_stages=STAGES,
+        COMPENSATED=rounding == "compensated", WRITE=write,
+        BP=max(16, 1 << (most - 1).bit_length()) if most else 0, ALIGNED=aligned, ROUNDS=ROUNDS,
+        FIELDS=_FIELDS, BM=BM, BN=BN, BR=BR, TILES=TILES, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     first = 0
     for i, tensors, count in alive:
@@ -127,30 +144,46 @@ def _ceil(a: int, b: int) -> int:
 
 
 def gate(device: torch.device) -> str | None:
-    """Every dtype and rounding on ragged weights, with probe keys, against float64; returns what failed, or None."""
+    """Every dtype and rounding on ragged weights, with probe keys, against float64; returns what
+    failed, or None.
+    """
     generator = torch.Generator().manual_seed(7)
     for (rows, columns), rank in (((70, 600), 3), ((200, 136), 40)):
         U, V = (torch.randn(size, rank, generator=generator) * 0.1 for size in (rows, columns))
         keys = torch.randn(columns, 70, generator=generator)
         for dtype in PARTS:
-            for rounding in ("nearest", "stochastic", "compensated") if dtype.itemsize == 2 else ("nearest",):
+            for rounding in (
+                ("nearest", "stochastic", "compensated") if dtype.itemsize == 2 else ("nearest",)
+            ):
                 W = torch.randn(rows, columns, generator=generator).to(dtype)
                 if failures := _failures(W, U, V, keys, rounding, device):
-                    return f"{rounding} update of {dtype} [{rows}, {columns}], rank {rank}: {'; '.join(failures)}"
+                    return (
+                        f"{rounding} update of {dtype} [{rows}, {columns}], rank {rank}: "
+                        f"{'; '.join(failures)}"
+                    )
     return None
 
 
-def _failures(W: Tensor, U: Tensor, V: Tensor, keys: Tensor, rounding: str, device: torch.device) -> list[str]:
-    def run(implementation: Callable[..., None], where: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _failures(
+    W: Tensor, U: Tensor, V: Tensor, keys: Tensor, rounding: str, device: torch.device
+) -> list[str]:
+    def run(
+        implementation: Callable[..., None], where: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
         w, u, v, k = (x.to(where, copy=True) for x in (W, U, V, keys))
         planes = [torch.zeros_like(w, dtype=torch.bfloat16)] if rounding == "compensated" else []
-        sums, error = w.new_empty(1, 5, dtype=torch.float64), w.new_empty(len(W), keys.shape[1], dtype=torch.float32)
+        sums, error = (
+            w.new_empty(1, 5, dtype=torch.float64),
+            w.new_empty(len(W), keys.shape[1], dtype=torch.float32),
+        )
         implementation([w], [], [u], [v], rounding, 3, planes, [k], True, sums, [error])
         return w.cpu(), sums.cpu(), error.double().cpu()
 
     w, sums, error = run(update_, device)
     _, expected_sums, expected_error = run(blocked.update_, torch.device("cpu"))
-    budget = numerics.UPDATE_STOCHASTIC if rounding == "stochastic" else numerics.UPDATE_NEAREST[W.dtype]
+    budget = (
+        numerics.UPDATE_STOCHASTIC if rounding == "stochastic" else numerics.UPDATE_NEAREST[W.dtype]
+    )
     failures = grade_update(w, W, U, V).failures(budget)
     # of a float32 weight the arithmetic's own rounding is as large as what it is to measure
     tolerance, allowed = (2e-3, 0.1) if W.dtype.itemsize == 2 else (0.05, 2.0)

@@ -1,7 +1,9 @@
-"""Bit-exact undo of any edit, in any order: the weight is always round(W0 + sum of active edits), recomputed from W0.
+"""Bit-exact undo of any edit, in any order: the weight is always round(W0 + sum of active edits),
+recomputed from W0.
 
-Subtracting an edit from a 16-bit weight does not give the old bits back, and repeated adding drifts. A ledger keeps the
-pristine weight and the edits (small factors, or dense deltas) instead; the state is a function of the *set* of active edits.
+Subtracting an edit from a 16-bit weight does not give the old bits back, and repeated adding
+drifts. A ledger keeps the pristine weight and the edits (small factors, or dense deltas) instead;
+the state is a function of the *set* of active edits.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from torch import Tensor
 
 from knowedit_kernels.lowrank.update import UpdateReport, check_update, low_rank_update_
 
-Change = tuple[Tensor, Tensor] | Tensor  #: of one weight: low-rank factors (U, V), or a dense delta of its shape
+Change = (
+    tuple[Tensor, Tensor] | Tensor
+)  #: of one weight: low-rank factors (U, V), or a dense delta of its shape
 
 _BLOCK = 1 << 20  # bytes hashed at a time
 
 
 class LedgerError(RuntimeError):
-    """A ledger's record and the weights disagree, or a key is used wrongly; the message says what to do."""
+    """A ledger's record and the weights disagree, or a key is used wrongly; the message says what
+    to do.
+    """
 
 
 @dataclass
@@ -36,12 +42,14 @@ class _Entry:
 class WeightLedger:
     """Records edits of named weights by key, low-rank or dense, and undoes any of them exactly.
 
-    weights: name -> tensor, edited in place. transposed: names of weights stored [in, out] (GPT-2's Conv1D); factors
-    are U [out, r], V [in, r] all the same, a dense delta has the weight's own shape. rounding: "nearest" or "stochastic"
-    (with ``seed``; low-rank edits only). offload: keep the pristine copies in host memory.
+    weights: name -> tensor, edited in place. transposed: names of weights stored [in, out] (GPT-2's
+    Conv1D); factors are U [out, r], V [in, r] all the same, a dense delta has the weight's own
+    shape. rounding: "nearest" or "stochastic" (with ``seed``; low-rank edits only). offload: keep
+    the pristine copies in host memory.
 
-    With no active edit a weight has its original bits and no copy is kept. Before every change the ledger checks that
-    nobody else wrote to the weight, and raises LedgerError if so. Not thread-safe.
+    With no active edit a weight has its original bits and no copy is kept. Before every change the
+    ledger checks that nobody else wrote to the weight, and raises LedgerError if so. Not
+    thread-safe.
     """
 
     def __init__(
@@ -53,7 +61,10 @@ class WeightLedger:
         offload: bool = False,
     ) -> None:
         if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"a ledger rounds 'nearest' or 'stochastic', got {rounding!r}: it must be recomputable")
+            raise ValueError(
+                f"a ledger rounds 'nearest' or 'stochastic', got {rounding!r}: it must be "
+                "recomputable"
+            )
         unknown = set(transposed) - set(weights or {})
         if unknown:
             raise ValueError(f"transposed names unknown weights: {sorted(unknown)}")
@@ -63,36 +74,52 @@ class WeightLedger:
             self.register(name, weight, name in transposed)
 
     def register(self, name: str, weight: Tensor, transposed: bool = False) -> None:
-        """Makes ``weight`` known; raises ValueError for a name in use. One that is not 2-D takes dense deltas only."""
+        """Makes ``weight`` known; raises ValueError for a name in use. One that is not 2-D takes
+        dense deltas only.
+        """
         if name in self._entries:
             raise ValueError(f"weight {name!r} is already registered")
         if weight.ndim == 0 or not weight.is_floating_point():
-            raise ValueError(f"weight {name!r} must be a floating-point tensor, got {weight.dtype} {tuple(weight.shape)}")
+            raise ValueError(
+                f"weight {name!r} must be a floating-point tensor, got {weight.dtype} "
+                f"{tuple(weight.shape)}"
+            )
         self._entries[name] = _Entry(name, weight, transposed)
 
     @property
     def active(self) -> tuple[str, ...]:
         """Keys of the edits in force, in the order they were added."""
-        return tuple(dict.fromkeys(key for entry in self._entries.values() for key in entry.changes))
+        return tuple(
+            dict.fromkeys(key for entry in self._entries.values() for key in entry.changes)
+        )
 
     def __contains__(self, name: str) -> bool:
         """Is a weight of this name registered?"""
         return name in self._entries
 
-    def add(self, weight: str | Tensor, U: Tensor, V: Tensor, key: str, alpha: float = 1.0) -> UpdateReport:
+    def add(
+        self, weight: str | Tensor, U: Tensor, V: Tensor, key: str, alpha: float = 1.0
+    ) -> UpdateReport:
         """Adds alpha U V^T to one weight (by name, or the tensor itself) under ``key``.
 
-        A key may cover several weights. The report compares the weight's whole state with its pristine one.
+        A key may cover several weights. The report compares the weight's whole state with its
+        pristine one.
         """
         name = self._find(weight).name
         return self.add_many(key, {name: (U, V)}, alpha)[name]
 
-    def add_many(self, key: str, changes: Mapping[str, Change], alpha: float = 1.0) -> dict[str, UpdateReport]:
-        """Adds an edit of several weights, all or nothing: name -> (U [out, r], V [in, r]), or a dense delta."""
+    def add_many(
+        self, key: str, changes: Mapping[str, Change], alpha: float = 1.0
+    ) -> dict[str, UpdateReport]:
+        """Adds an edit of several weights, all or nothing: name -> (U [out, r], V [in, r]), or a
+        dense delta.
+        """
         entries = [self._find(name) for name in changes]
         for entry, change in zip(entries, changes.values()):
             if key in entry.changes:
-                raise LedgerError(f"edit {key!r} is already active on {entry.name!r}: remove it first")
+                raise LedgerError(
+                    f"edit {key!r} is already active on {entry.name!r}: remove it first"
+                )
             try:
                 self._check_change(entry, change)
             except ValueError as error:
@@ -101,17 +128,25 @@ class WeightLedger:
         reports = {}
         try:
             for entry, change in zip(entries, changes.values()):
-                like = entry.weight.new_empty(0, dtype=torch.promote_types(entry.weight.dtype, torch.float32))
+                like = entry.weight.new_empty(
+                    0, dtype=torch.promote_types(entry.weight.dtype, torch.float32)
+                )
                 if entry.pristine is None:
-                    entry.pristine = entry.weight.detach().to("cpu" if self._offload else like.device, copy=True)
+                    entry.pristine = entry.weight.detach().to(
+                        "cpu" if self._offload else like.device, copy=True
+                    )
                 if isinstance(change, Tensor):
                     entry.changes[key] = alpha * change.detach().to(like)
                 else:
-                    entry.changes[key] = alpha * change[0].detach().to(like), change[1].detach().to(like, copy=True)
+                    entry.changes[key] = (
+                        alpha * change[0].detach().to(like),
+                        change[1].detach().to(like, copy=True),
+                    )
                 report = reports[entry.name] = self._write(entry, entry.pristine)
                 if report.nonfinite:
                     raise LedgerError(
-                        f"edit {key!r} overflows {entry.weight.dtype} in {report.nonfinite} entries of {entry.name!r}: "
+                        f"edit {key!r} overflows {entry.weight.dtype} in {report.nonfinite} "
+                        f"entries of {entry.name!r}: "
                         "nothing was changed; scale the edit down or use a wider dtype"
                     )
         except Exception:
@@ -124,14 +159,18 @@ class WeightLedger:
         """Undoes one edit on every weight it covers; raises LedgerError for an unknown key."""
         entries = [entry for entry in self._entries.values() if key in entry.changes]
         if not entries:
-            raise LedgerError(f"edit {key!r} is not active; active: {', '.join(self.active) or 'none'}")
+            raise LedgerError(
+                f"edit {key!r} is not active; active: {', '.join(self.active) or 'none'}"
+            )
         for entry in entries:
             self._check_untouched(entry)
         for entry in entries:
             self._drop(entry, key)
 
     def reset(self) -> None:
-        """Restores every pristine weight and forgets all edits, whatever else was written to the weights since."""
+        """Restores every pristine weight and forgets all edits, whatever else was written to the
+        weights since.
+        """
         for entry in self._entries.values():
             self._check_layout(entry)
             self._drop(entry, *entry.changes)
@@ -146,10 +185,14 @@ class WeightLedger:
             if entry.name == weight if isinstance(weight, str) else entry.weight is weight:
                 return entry
         what = repr(weight) if isinstance(weight, str) else f"tensor of shape {tuple(weight.shape)}"
-        raise LedgerError(f"unknown weight {what}: register it first; known: {', '.join(self._entries) or 'none'}")
+        raise LedgerError(
+            f"unknown weight {what}: register it first; known: {', '.join(self._entries) or 'none'}"
+        )
 
     def _write(self, entry: _Entry, pristine: Tensor) -> UpdateReport:
-        changes = [entry.changes[key] for key in sorted(entry.changes)]  # sorted: a function of the set alone
+        changes = [
+            entry.changes[key] for key in sorted(entry.changes)
+        ]  # sorted: a function of the set alone
         pairs = [change for change in changes if not isinstance(change, Tensor)]
         dense = [change for change in changes if isinstance(change, Tensor)]
         weight = entry.weight.detach()
@@ -164,7 +207,9 @@ class WeightLedger:
             if entry.transposed:
                 U, V = V, U
             started = None if dense else base
-            report = low_rank_update_(target, U, V, rounding=self._rounding, seed=self._seed, base=started)
+            report = low_rank_update_(
+                target, U, V, rounding=self._rounding, seed=self._seed, base=started
+            )
         if dense:
             weight.copy_(target)
             report = _report(weight, base, target)
@@ -175,9 +220,14 @@ class WeightLedger:
         if not isinstance(change, Tensor):
             check_update(entry.weight.mT if entry.transposed else entry.weight, *change)
         elif change.shape != entry.weight.shape:
-            raise ValueError(f"a dense delta of shape {tuple(change.shape)} does not fit a weight {tuple(entry.weight.shape)}")
+            raise ValueError(
+                f"a dense delta of shape {tuple(change.shape)} does not fit a weight "
+                f"{tuple(entry.weight.shape)}"
+            )
         elif self._rounding == "stochastic":
-            raise ValueError("dense deltas are rounded to nearest; this ledger rounds stochastically")
+            raise ValueError(
+                "dense deltas are rounded to nearest; this ledger rounds stochastically"
+            )
 
     def _drop(self, entry: _Entry, *keys: str) -> None:
         dropped = [entry.changes.pop(key) for key in keys if key in entry.changes]
@@ -193,15 +243,19 @@ class WeightLedger:
         self._check_layout(entry)
         if entry.pristine is not None and fingerprint(entry.weight) != entry.fingerprint:
             raise LedgerError(
-                f"weight {entry.name!r} was changed outside the ledger since its last edit: put the ledger's state "
+                f"weight {entry.name!r} was changed outside the ledger since its last edit: put "
+                "the ledger's state "
                 "back, or call reset() to return to the pristine weights"
             )
 
     def _check_layout(self, entry: _Entry) -> None:
         weight, pristine = entry.weight, entry.pristine
-        if pristine is not None and (weight.dtype != pristine.dtype or weight.shape != pristine.shape):
+        if pristine is not None and (
+            weight.dtype != pristine.dtype or weight.shape != pristine.shape
+        ):
             raise LedgerError(
-                f"weight {entry.name!r} was {pristine.dtype} {tuple(pristine.shape)} when edited and is now "
+                f"weight {entry.name!r} was {pristine.dtype} {tuple(pristine.shape)} when edited "
+                "and is now "
                 f"{weight.dtype} {tuple(weight.shape)}: undo edits before converting a model"
             )
 
@@ -217,7 +271,8 @@ def _report(weight: Tensor, base: Tensor, ideal: Tensor) -> UpdateReport:
 def fingerprint(weight: Tensor) -> int:
     """A 64-bit hash of the bits of a [.., columns] tensor; the same on every device.
 
-    sum_ij bits_ij a_i b_j mod 2^64 with fixed random odd a, b: one change is always seen, several but by chance.
+    sum_ij bits_ij a_i b_j mod 2^64 with fixed random odd a, b: one change is always seen, several
+    but by chance.
     """
     weight = weight.detach().reshape(-1, weight.shape[-1])
     rows, columns = weight.shape
@@ -227,7 +282,9 @@ def fingerprint(weight: Tensor) -> int:
     width = columns * weight.element_size() // unit.itemsize
 
     def odd(count: int) -> Tensor:
-        return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(weight.device)
+        return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(
+            weight.device
+        )
 
     a, b = odd(rows), odd(width)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)

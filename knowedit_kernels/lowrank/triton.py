@@ -1,4 +1,6 @@
-"""The kernel: every weight read once, all layers in one launch, sums left per program (no atomics)."""
+"""The kernel: every weight read once, all layers in one launch, sums left per program (no
+atomics).
+"""
 
 import triton
 import triton.language as tl
@@ -15,11 +17,13 @@ def _pointer(table, entry, FIELD: tl.constexpr, dtype: tl.constexpr, FIELDS: tl.
 @triton.jit(do_not_specialize=["seed"])
 def update_kernel(
     pointers, shapes, programs, sums, seed,
-    DT: tl.constexpr, ROUNDING: tl.constexpr, COMPENSATED: tl.constexpr, WRITE: tl.constexpr, BP: tl.constexpr,
-    ALIGNED: tl.constexpr, ROUNDS: tl.constexpr, FIELDS: tl.constexpr,
+    DT: tl.constexpr, ROUNDING: tl.constexpr, COMPENSATED: tl.constexpr, WRITE: tl.constexpr,
+    BP: tl.constexpr, ALIGNED: tl.constexpr, ROUNDS: tl.constexpr, FIELDS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One program: rows [i BM, ...) and column tiles [j TILES, ...) of one weight; BP > 0 adds the probe."""
+    """One program: rows [i BM, ...) and column tiles [j TILES, ...) of one weight; BP > 0 adds the
+    probe.
+    """
     pid = tl.program_id(0)
     entry = tl.load(programs + pid * 3)
     i = tl.load(programs + pid * 3 + 1)
@@ -61,11 +65,15 @@ def update_kernel(
         live = live_row & (column < N)[None, :]
         long_column = column.to(tl.int64)[:, None]
         # asked for first, so that it arrives while the product runs
-        old = tl.load(base + long_row * base_stride + column[None, :], mask=live, other=0.0).to(tl.float32)
+        old = tl.load(base + long_row * base_stride + column[None, :], mask=live, other=0.0).to(
+            tl.float32
+        )
         ideal = tl.zeros((BM, BN), tl.float32)
         for r in range(0, R, BR):
             a = tl.load(u + long_row * R + (r + rank)[None, :], mask=live_row, other=0.0)
-            b = tl.load(v + long_column * R + (r + rank)[None, :], mask=(column < N)[:, None], other=0.0)
+            b = tl.load(
+                v + long_column * R + (r + rank)[None, :], mask=(column < N)[:, None], other=0.0
+            )
             ideal = tl.dot(a, b.T, ideal)
         exact = old + ideal
         if COMPENSATED:
@@ -90,8 +98,11 @@ def update_kernel(
         changed += tl.sum((rounded != old).to(tl.int32))
         finite += tl.sum((tl.abs(applied) < float("inf")).to(tl.int32)) - BM * BN
         if BP > 0:
-            k = tl.load(probe + key.to(tl.int64)[:, None] * N + column[None, :],
-                        mask=(key < P)[:, None] & (column < N)[None, :], other=0.0)  # fmt: skip
+            k = tl.load(
+                probe + key.to(tl.int64)[:, None] * N + column[None, :],
+                mask=(key < P)[:, None] & (column < N)[None, :],
+                other=0.0,
+            )
             at_keys = tl.dot(error, k.T, at_keys, input_precision="tf32")
     out = sums + pid.to(tl.int64) * 5
     tl.store(out, ideal2)

@@ -16,10 +16,11 @@ _WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class UpdateReport:
-    """What an update asked for and what the weight's dtype let through. Reading a figure waits for the device.
+    """What an update asked for and what the weight's dtype let through. Reading a figure waits for
+    the device.
 
-    probe_error [out, p] float32 (None without probe keys): (applied - ideal) @ probe, what rounding adds to the
-    layer's output at those keys.
+    probe_error [out, p] float32 (None without probe keys): (applied - ideal) @ probe, what rounding
+    adds to the layer's output at those keys.
     """
 
     def __init__(self, sums: Tensor, total: int, probe_error: Tensor | None) -> None:
@@ -46,7 +47,9 @@ class UpdateReport:
 
     @property
     def survived(self) -> float:
-        """<applied, ideal> / ||ideal||^2: the share of the edit that arrived; 1 for an empty edit."""
+        """<applied, ideal> / ||ideal||^2: the share of the edit that arrived; 1 for an
+        empty edit.
+        """
         ideal, applied, error = self._figures[:3]
         return (ideal + applied - error) / (2 * ideal) if ideal else 1.0
 
@@ -63,7 +66,8 @@ class UpdateReport:
     def __repr__(self) -> str:
         return (
             f"UpdateReport(ideal_norm={self.ideal_norm:.4g}, applied_norm={self.applied_norm:.4g}, "
-            f"survived={self.survived:.4f}, changed={self.changed} of {self.total}, nonfinite={self.nonfinite})"
+            f"survived={self.survived:.4f}, changed={self.changed} of {self.total}, "
+            f"nonfinite={self.nonfinite})"
         )
 
 
@@ -80,18 +84,20 @@ def low_rank_update_(
     base: Tensor | None = None,
     dry_run: bool = False,
 ) -> UpdateReport:
-    """W += alpha U V^T in place, computed in float32 and rounded once (float64 weights: in float64).
+    """W += alpha U V^T in place, computed in float32 and rounded once (float64 weights: in
+    float64).
 
     W: [out, in] bfloat16, float16, float32 or float64. U: [out, r], V: [in, r], any floating dtype.
 
     rounding:
       * "nearest": ties to even.
       * "stochastic" (16-bit W): unbiased; bits depend on ``seed`` and the element's position alone.
-      * "compensated" (16-bit W): ``residual`` (bfloat16, shaped like W, zeros at first) carries what rounding cut off
+      * "compensated" (16-bit W): ``residual`` (bfloat16, shaped like W, zeros at first) carries
+        what rounding cut off
         into the next update: eight more effective bits over a sequence of edits.
-      * "corrected" (needs ``probe``): measures the loss at the probe keys first and adds it to U, with V unchanged, so
-        that the output there is right after rounding (least squares). Norms in the report are then of the corrected
-        update; probe_error is against the requested one.
+      * "corrected" (needs ``probe``): measures the loss at the probe keys first and adds it to U,
+        with V unchanged, so that the output there is right after rounding (least squares). Norms in
+        the report are then of the corrected update; probe_error is against the requested one.
 
     probe: [in, p] keys; the report then says what rounding did to the output there.
     base: read W from here instead (same shape and dtype): W = round(base + alpha U V^T).
@@ -126,24 +132,41 @@ def low_rank_update_many_(
     bases: Sequence[Tensor] | None = None,
     dry_run: bool = False,
 ) -> list[UpdateReport]:
-    """`low_rank_update_` of several weights in one launch; argument lists are parallel to ``Ws``."""
+    """`low_rank_update_` of several weights in one launch; argument lists are parallel to
+    ``Ws``.
+    """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-    for name, given in {"U": Us, "V": Vs, "residual": residuals, "probe": probes, "base": bases}.items():
+    for name, given in {
+        "U": Us,
+        "V": Vs,
+        "residual": residuals,
+        "probe": probes,
+        "base": bases,
+    }.items():
         if given is not None and len(given) != len(Ws):
             raise ValueError(f"{len(Ws)} weights but {len(given)} of {name}")
     for i, W in enumerate(Ws):
-        residual, probe, base = (given[i] if given else None for given in (residuals, probes, bases))
+        residual, probe, base = (
+            given[i] if given else None for given in (residuals, probes, bases)
+        )
         try:
             check_update(W, Us[i], Vs[i], residual, probe, base, rounding)
         except ValueError as error:
             raise ValueError(f"weight {i}: {error}" if len(Ws) > 1 else str(error)) from None
     weights = [W.detach() for W in Ws]
-    u = [_scaled(U.detach().to(W.device, _working(W)), alpha).contiguous() for U, W in zip(Us, weights)]
+    u = [
+        _scaled(U.detach().to(W.device, _working(W)), alpha).contiguous()
+        for U, W in zip(Us, weights)
+    ]
     v = [V.detach().to(W.device, _working(W)).contiguous() for V, W in zip(Vs, weights)]
     if not all(_finite(factor) for factor in (*u, *v)):
-        raise ValueError("U, V or alpha contains NaN or infinity (or overflows float32): nothing was written")
-    keys = [K.detach().to(W.device, _working(W)).contiguous() for K, W in zip(probes or (), weights)]
+        raise ValueError(
+            "U, V or alpha contains NaN or infinity (or overflows float32): nothing was written"
+        )
+    keys = [
+        K.detach().to(W.device, _working(W)).contiguous() for K, W in zip(probes or (), weights)
+    ]
     read, planes = list(bases or ()), [plane.detach() for plane in residuals or ()]
 
     device = weights[0].device if weights else None
@@ -151,7 +174,9 @@ def low_rank_update_many_(
     errors = [W.new_empty(len(W), K.shape[1], dtype=torch.float32) for W, K in zip(weights, keys)]
 
     def call(u: list[Tensor], rounding: str, write: bool) -> None:
-        torch.ops.knowedit.low_rank_update_(weights, read, u, v, rounding, seed, planes, keys, write, sums, errors)
+        torch.ops.knowedit.low_rank_update_(
+            weights, read, u, v, rounding, seed, planes, keys, write, sums, errors
+        )
 
     if rounding == "corrected":
         call(u, "nearest", False)
@@ -162,7 +187,10 @@ def low_rank_update_many_(
             E += b @ S
     else:
         call(u, rounding, not dry_run)
-    return [UpdateReport(sums[i], W.numel(), errors[i] if errors else None) for i, W in enumerate(weights)]
+    return [
+        UpdateReport(sums[i], W.numel(), errors[i] if errors else None)
+        for i, W in enumerate(weights)
+    ]
 
 
 def _scaled(U: Tensor, alpha: float) -> Tensor:
@@ -189,24 +217,37 @@ def check_update(
 ) -> None:
     """Raises ValueError unless the arguments of one update fit together."""
     if W.dtype not in _WEIGHTS or W.ndim != 2:
-        raise ValueError(f"W must be a 2-D bfloat16, float16, float32 or float64 tensor, got {_describe(W)}")
+        raise ValueError(
+            f"W must be a 2-D bfloat16, float16, float32 or float64 tensor, got {_describe(W)}"
+        )
     rows, columns = W.shape
     if U.ndim != 2 or V.ndim != 2 or U.shape != (rows, V.shape[1]) or V.shape[0] != columns:
         hint = "; W looks transposed: swap U and V" if (len(U), len(V)) == (columns, rows) else ""
         raise ValueError(
-            f"W [{rows}, {columns}] needs U [{rows}, r] and V [{columns}, r], got {_describe(U)} and {_describe(V)}{hint}"
+            f"W [{rows}, {columns}] needs U [{rows}, r] and V [{columns}, r], got {_describe(U)} "
+            f"and {_describe(V)}{hint}"
         )
     if not (U.is_floating_point() and V.is_floating_point()):
         raise ValueError(f"U and V must be floating point, got {U.dtype} and {V.dtype}")
     if rounding in ("stochastic", "compensated") and W.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"rounding={rounding!r} is for 16-bit weights, W is {W.dtype}: use 'nearest'")
+        raise ValueError(
+            f"rounding={rounding!r} is for 16-bit weights, W is {W.dtype}: use 'nearest'"
+        )
     if (rounding == "compensated") != (residual is not None):
-        raise ValueError("rounding='compensated' and residual= go together: pass bfloat16 zeros like W")
+        raise ValueError(
+            "rounding='compensated' and residual= go together: pass bfloat16 zeros like W"
+        )
     if rounding == "corrected" and (probe is None or probe.numel() == 0):
-        raise ValueError("rounding='corrected' needs probe=, the keys [in, p] at which the output must be right")
+        raise ValueError(
+            "rounding='corrected' needs probe=, the keys [in, p] at which the output must be right"
+        )
     for name, other, dtype in (("residual", residual, torch.bfloat16), ("base", base, W.dtype)):
-        if other is not None and (other.shape != W.shape or other.dtype != dtype or other.device != W.device):
-            raise ValueError(f"{name} must be {dtype} {list(W.shape)} on {W.device}, got {_describe(other)}")
+        if other is not None and (
+            other.shape != W.shape or other.dtype != dtype or other.device != W.device
+        ):
+            raise ValueError(
+                f"{name} must be {dtype} {list(W.shape)} on {W.device}, got {_describe(other)}"
+            )
     if probe is not None and (probe.ndim != 2 or probe.shape[0] != columns):
         raise ValueError(f"probe must have shape [{columns}, p], got {_describe(probe)}")
 

@@ -1,7 +1,7 @@
 """Streaming second moments: C += K^T K over any number of tokens, to better than float32 accuracy.
 
-`SecondMoment` holds the state (buffer, float64 sum, audit); `second_moment_` is the same in place on
-a [d, d] float64 tensor. The mathematics, the error budget and what was measured: README.md here.
+`SecondMoment` holds the state (buffer, float64 sum, audit); `second_moment_` is the same in place
+on a [d, d] float64 tensor. The mathematics, the error budget and what was measured: README.md here.
 """
 
 from __future__ import annotations

@@ -15,29 +15,38 @@ import torch
 from knowedit_kernels.numerics import MOMENT, Budget
 
 PROBES = 4
-# The four-probe estimate of a norm exceeds 2.5 times the truth with a chance below 1e-4 (chi-square, 4 degrees).
+# The four-probe estimate of a norm exceeds 2.5 times the truth with a chance below 1e-4
+# (chi-square, 4 degrees).
 _ESTIMATE_SLACK = 2.5
 
 
 @dataclass(frozen=True)
 class AuditResult:
-    """`bias`: signed relative error of the trace. `normwise`: estimate of |E|_F / |C|_F off the diagonal."""
+    """`bias`: signed relative error of the trace. `normwise`: estimate of |E|_F / |C|_F off the
+    diagonal.
+    """
 
     bias: float
     normwise: float
     count: int
 
     def ok(self, budget: Budget = MOMENT) -> bool:
-        """Whether both measures are within budget (the estimate with slack for its own scatter); NaN is not."""
+        """Whether both measures are within budget (the estimate with slack for its own scatter);
+        NaN is not.
+        """
         return abs(self.bias) <= budget.bias and self.normwise <= _ESTIMATE_SLACK * budget.normwise
 
     def __str__(self) -> str:
         verdict = "within budget" if self.ok() else "OUTSIDE THE BUDGET"
-        return f"{self.count} tokens: bias {self.bias:+.1e}, normwise {self.normwise:.1e} ({verdict})"
+        return (
+            f"{self.count} tokens: bias {self.bias:+.1e}, normwise {self.normwise:.1e} ({verdict})"
+        )
 
 
 def signs(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The audit's sign vectors [PROBES, dim], float64 +-1: a hash of the index, the same under every torch version."""
+    """The audit's sign vectors [PROBES, dim], float64 +-1: a hash of the index, the same under
+    every torch version.
+    """
     x = torch.arange(1, PROBES * dim + 1, dtype=torch.int64) * -0x61C8864680B583EB
     for _ in range(2):
         x = (x ^ ((x >> 31) & 0xFFFFFFFF)) * -0x40A7B892E31B1A47
@@ -55,5 +64,7 @@ def compare(c: torch.Tensor, sums: torch.Tensor, count: int) -> AuditResult:
     off_diagonal = ((z @ c) * z).sum(1) - sums[1:] - trace_error
     bias = trace_error / sums[0] if sums[0] else trace_error
     norm = c.norm()
-    normwise = (off_diagonal.square().mean() / 2).sqrt() / norm if norm else off_diagonal.abs().max()
+    normwise = (
+        (off_diagonal.square().mean() / 2).sqrt() / norm if norm else off_diagonal.abs().max()
+    )
     return AuditResult(bias.item(), normwise.item(), count)

@@ -1,4 +1,6 @@
-"""The CPU implementations of the second moment: the compiled kernels, and float64 panels in plain torch."""
+"""The CPU implementations of the second moment: the compiled kernels, and float64 panels in plain
+torch.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,8 @@ GENERIC, AVX2, AVX512, AVX512_BF16 = range(4)
 
 
 def _refusal(isa: int, keys: Sequence[torch.Tensor]) -> str | None:
-    native = _native.load()
-    if native.reason is not None:
-        return f"no compiled kernels: {native.reason}"
-    if native.isa < isa:
-        return "this processor lacks the instructions"
+    if reason := _native.load().refusal(isa):
+        return reason
     if any(key.dtype not in NARROW for key in keys):
         return "float64 keys need float64 arithmetic"
     if isa == AVX512_BF16 and any(key.dtype != torch.bfloat16 for key in keys):
@@ -28,20 +27,26 @@ def _refusal(isa: int, keys: Sequence[torch.Tensor]) -> str | None:
 
 
 def compiled(name: str, isa: int) -> Candidate:
-    """The candidate that runs csrc/cpu's kernel of one instruction set; float32 chains of 32 tokens, float64 beyond."""
+    """The candidate that runs csrc/cpu's kernel of one instruction set; float32 chains of 32
+    tokens, float64 beyond.
+    """
 
     def run(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
         for c, key in zip(cs, keys):
             torch.ops.knowedit.syrk_cpu_(c, key, isa)
 
-    def verify(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> str | None:
+    def verify(
+        cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str
+    ) -> str | None:
         return "float64 arithmetic was asked for" if precision == "fp64" else _refusal(isa, keys)
 
     return Candidate(name, run, verify, device="cpu")
 
 
 def panels_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
-    """Float64 column panels on and below the diagonal: half the work of a full product, on any device."""
+    """Float64 column panels on and below the diagonal: half the work of a full product, on any
+    device.
+    """
     for c, key in zip(cs, keys):
         for block in key.split(4096):
             wide = block.double()
@@ -50,13 +55,21 @@ def panels_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision:
 
 
 def _compiled_pack_(
-    out: torch.Tensor | None, audit: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor | None, signs: torch.Tensor
+    out: torch.Tensor | None,
+    audit: torch.Tensor,
+    keys: torch.Tensor,
+    rows: torch.Tensor | None,
+    signs: torch.Tensor,
 ) -> None:
     torch.ops.knowedit.pack_cpu_(out, audit, keys, rows, signs, _native.load().isa)
 
 
 def _torch_pack_(
-    out: torch.Tensor | None, audit: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor | None, signs: torch.Tensor
+    out: torch.Tensor | None,
+    audit: torch.Tensor,
+    keys: torch.Tensor,
+    rows: torch.Tensor | None,
+    signs: torch.Tensor,
 ) -> None:
     dense = keys if rows is None else keys.index_select(0, rows)
     if out is not None:
@@ -69,8 +82,18 @@ def _torch_pack_(
 
 COMPILED = tuple(
     compiled(name, isa)
-    for name, isa in (("avx512_bf16", AVX512_BF16), ("avx512", AVX512), ("avx2", AVX2), ("generic", GENERIC))
+    for name, isa in (
+        ("avx512_bf16", AVX512_BF16),
+        ("avx512", AVX512),
+        ("avx2", AVX2),
+        ("generic", GENERIC),
+    )
 )
 TORCH = Candidate("torch", panels_)
-COMPILED_PACK = Candidate("compiled", _compiled_pack_, lambda out, audit, keys, rows, signs: _refusal(GENERIC, [keys]), "cpu")
+COMPILED_PACK = Candidate(
+    "compiled",
+    _compiled_pack_,
+    lambda out, audit, keys, rows, signs: _refusal(GENERIC, [keys]),
+    "cpu",
+)
 TORCH_PACK = Candidate("torch", _torch_pack_)

@@ -1,7 +1,8 @@
-"""The sm_90a second moment of csrc/cuda: for bf16 and fp16 keys on Hopper, ahead of the Triton kernel.
+"""The sm_90a second moment of csrc/cuda: for bf16 and fp16 keys on Hopper, ahead of the Triton
+kernel.
 
-Not yet run on a GPU. The gate that it must pass first runs in a process of its own: an unproven kernel that hangs or
-faults then costs a fallback, not the caller's process.
+Not yet run on a GPU. The gate that it must pass first runs in a process of its own: an unproven
+kernel that hangs or faults then costs a fallback, not the caller's process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _GATE_SECONDS = 300
 
 
 def accumulate_(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> None:
-    """c += K^T K on the lower triangle of every layer's c [d, d] float64; bf16 or fp16 keys, as in `gpu.accumulate_`."""
+    """c += K^T K on the lower triangle of every layer's c [d, d] float64; bf16 or fp16 keys, as in
+    `gpu.accumulate_`.
+    """
     for group, rows in gpu.groups(cs, keys):
         d, tokens = rows[0].shape[1], min(map(len, rows))
         config = schedule.config(rows[0].dtype, precision, HOPPER, tokens)
@@ -36,16 +39,26 @@ def accumulate_(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) ->
 
 
 def launch_(cs: Sequence[Tensor], keys: Sequence[Tensor], config: schedule.Config) -> None:
-    """Launches over dense keys [tokens, d] of one dtype and d, LAYERS at a time; `cs` of one row stride."""
+    """Launches over dense keys [tokens, d] of one dtype and d, LAYERS at a time; `cs` of one row
+    stride.
+    """
     for start in range(0, len(cs), LAYERS):
         some, theirs = list(cs[start : start + LAYERS]), list(keys[start : start + LAYERS])
-        table = schedule.tile_table(theirs[0].shape[1], len(some), ROWS, width=COLUMNS).to(theirs[0].device)
+        table = schedule.tile_table(theirs[0].shape[1], len(some), ROWS, width=COLUMNS).to(
+            theirs[0].device
+        )
         torch.ops.knowedit.syrk_cuda_(some, theirs, table, config.chain, config.first)
 
 
 def gate(device: torch.device) -> str | None:
-    """Ragged tokens and channels, more tiles than processors, more layers than a launch holds; what failed, or None."""
-    for d, tokens, layers in ((264, schedule.FEW_TOKENS + 37, 40), (136, schedule.MANY_TOKENS + 5, 1), (1048, 5000, 2)):
+    """Ragged tokens and channels, more tiles than processors, more layers than a launch holds; what
+    failed, or None.
+    """
+    for d, tokens, layers in (
+        (264, schedule.FEW_TOKENS + 37, 40),
+        (136, schedule.MANY_TOKENS + 5, 1),
+        (1048, 5000, 2),
+    ):
         raw = gpu.gate_keys(tokens, d)
         for dtype in (torch.bfloat16, torch.float16):
             keys = raw.to(dtype)
@@ -61,7 +74,9 @@ def gate(device: torch.device) -> str | None:
 
 
 def gate_apart(device: torch.device, seconds: float | None = None) -> str | None:
-    """`gate` in a process of its own; also says when that process crashed or took longer than `seconds` (None: 300)."""
+    """`gate` in a process of its own; also says when that process crashed or took longer than
+    `seconds` (None: 300).
+    """
     seconds = seconds or _GATE_SECONDS
     program = (
         "import sys, torch\n"
@@ -69,18 +84,26 @@ def gate_apart(device: torch.device, seconds: float | None = None) -> str | None
         "from knowedit_kernels.moments import cuda\n"
         f"sys.exit(_native_cuda.load().reason or cuda.gate(torch.device({str(device)!r})))"
     )
-    path = os.pathsep.join(filter(None, (str(_native.PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(
+        filter(None, (str(_native.PACKAGE.parent), os.environ.get("PYTHONPATH")))
+    )
     command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": path}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         return f"no result after {seconds:g} seconds"
     last = done.stderr.strip().splitlines()[-1:] or ["no message"]
     return None if done.returncode == 0 else f"{last[0]} (exit status {done.returncode})"
 
 
-def refusal(capability: tuple[int, int], cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> str | None:
-    """Why the kernel does not apply to these arguments on a GPU of `capability`; None if it does."""
+def refusal(
+    capability: tuple[int, int], cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str
+) -> str | None:
+    """Why the kernel does not apply to these arguments on a GPU of `capability`; None if
+    it does.
+    """
     if capability != (9, 0):
         return f"for Hopper (9.0) only, this GPU has {capability[0]}.{capability[1]}"
     if precision == "fp64" or any(key.dtype not in (torch.bfloat16, torch.float16) for key in keys):
@@ -96,19 +119,30 @@ def refusal(capability: tuple[int, int], cs: Sequence[Tensor], keys: Sequence[Te
 
 def _slower(device: torch.device, keys: Sequence[Tensor]) -> str | None:
     best = tuned.nearest(device, keys[0].shape[1])
-    return "measured to be slower than Triton on this GPU" if best is not None and best.variant == "triton" else None
+    return (
+        "measured to be slower than Triton on this GPU"
+        if best is not None and best.variant == "triton"
+        else None
+    )
 
 
 @functools.cache
 def _files() -> list[str]:
-    return [*map(str, _native_cuda.sources()), "moments/cuda.py", "moments/gpu.py", "moments/schedule.py"]
+    return [
+        *map(str, _native_cuda.sources()),
+        "moments/cuda.py",
+        "moments/gpu.py",
+        "moments/schedule.py",
+    ]
 
 
 def _verify(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> str | None:
     if not keys:
         return None
     device = keys[0].device
-    reason = refusal(torch.cuda.get_device_capability(device), cs, keys, precision) or _slower(device, keys)
+    reason = refusal(torch.cuda.get_device_capability(device), cs, keys, precision) or _slower(
+        device, keys
+    )
     reason = reason or _native_cuda.load().reason
     return reason or _gate.unproven("moments.cuda", _files(), device, gate_apart)
 

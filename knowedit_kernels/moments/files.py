@@ -18,7 +18,9 @@ def check_state(state: Mapping[str, torch.Tensor], dim: int, where: str = "state
     if missing := [name for name in FIELDS if name not in state]:
         raise ValueError(f"{where} lacks {', '.join(missing)}: not a second moment")
     if state["lower"].shape != (dim, dim) or state["pending"].shape[1:] != (dim,):
-        raise ValueError(f"{where} has dimension {list(state['lower'].shape)}, expected [{dim}, {dim}]")
+        raise ValueError(
+            f"{where} has dimension {list(state['lower'].shape)}, expected [{dim}, {dim}]"
+        )
 
 
 def write(path: Path, state: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -39,7 +41,9 @@ def write(path: Path, state: Mapping[str, torch.Tensor], metadata: dict[str, str
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata. Raises FileNotFoundError, or ValueError if the file is damaged or foreign."""
+    """The tensors and the metadata. Raises FileNotFoundError, or ValueError if the file is damaged
+    or foreign.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -47,8 +51,13 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); delete it and collect again") from None
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({error}); delete it and collect again"
+        ) from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a second moment (format {metadata.get('format')!r}, expected {FORMAT!r})")
+        raise ValueError(
+            f"{path} is not a second moment (format {metadata.get('format')!r}, expected "
+            f"{FORMAT!r})"
+        )
     check_state(state, state["lower"].shape[0] if "lower" in state else 0, str(path))
     return state, metadata

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 PRECISIONS = {
-    "exact": "within numerics.MOMENT for float32, float16 and bfloat16 keys; float64 keys in float64",
-    "fp32": "as exact, but on a GPU float32 keys keep 16 bits (four products instead of six); float64 keys narrowed",
+    "exact": "within numerics.MOMENT for float32, float16 and bfloat16 keys; float64 keys in "
+    "float64",
+    "fp32": "as exact, but on a GPU float32 keys keep 16 bits (four products instead of six); "
+    "float64 keys narrowed",
     "fp64": "float64 arithmetic throughout: the gold path, slower",
     "fast": "on a GPU one uncentred bf16 chain, for benchmarks only; elsewhere as exact",
 }
@@ -15,28 +17,42 @@ PRECISIONS = {
 def check_precision(precision: str) -> str:
     """Returns `precision`; raises ValueError listing the choices if it is unknown."""
     if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is unknown; choose one of: {', '.join(PRECISIONS)}")
+        raise ValueError(
+            f"precision={precision!r} is unknown; choose one of: {', '.join(PRECISIONS)}"
+        )
     return precision
 
 
 def check_keys(
     keys: torch.Tensor, mask: torch.Tensor | None, dim: int, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """keys [..., dim], mask [...] -> dense rows [tokens, dim] and the indices of the kept ones [n] (None: all).
+    """keys [..., dim], mask [...] -> dense rows [tokens, dim] and the indices of the kept ones [n]
+    (None: all).
 
-    Raises ValueError for a wrong shape, TypeError for keys that are not floating point or a mask that is not bool.
+    Raises ValueError for a wrong shape, TypeError for keys that are not floating point or a mask
+    that is not bool.
     """
-    if not isinstance(keys, torch.Tensor) or not keys.is_floating_point() or keys.element_size() < 2:
+    if (
+        not isinstance(keys, torch.Tensor)
+        or not keys.is_floating_point()
+        or keys.element_size() < 2
+    ):
         kind = keys.dtype if isinstance(keys, torch.Tensor) else type(keys).__name__
         raise TypeError(f"keys must be a float64, float32, float16 or bfloat16 tensor, not {kind}")
     if keys.dim() == 0 or keys.shape[-1] != dim:
-        raise ValueError(f"keys has shape {list(keys.shape)}; its last dimension must be {dim}, the moment's")
+        raise ValueError(
+            f"keys has shape {list(keys.shape)}; its last dimension must be {dim}, the moment's"
+        )
     rows = None
     if mask is not None:
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool (True keeps a token), not {mask.dtype}; use mask.bool()")
+            raise TypeError(
+                f"mask must be bool (True keeps a token), not {mask.dtype}; use mask.bool()"
+            )
         if mask.shape != keys.shape[:-1]:
-            raise ValueError(f"mask has shape {list(mask.shape)}; keys need {list(keys.shape[:-1])}")
+            raise ValueError(
+                f"mask has shape {list(mask.shape)}; keys need {list(keys.shape[:-1])}"
+            )
         rows = mask.reshape(-1).nonzero().squeeze(1).to(keys.device)
     flat = keys.detach().reshape(-1, dim)
     if precision == "fp32" and flat.dtype == torch.float64:
@@ -69,5 +85,7 @@ def second_moment_(
     rows, kept = check_keys(keys, mask, c.shape[0], precision)
     if c.device != rows.device:
         raise ValueError(f"c is on {c.device}, keys on {rows.device}; move one")
-    torch.ops.knowedit.second_moment_([c], [rows if kept is None else rows.index_select(0, kept)], precision)
+    torch.ops.knowedit.second_moment_(
+        [c], [rows if kept is None else rows.index_select(0, kept)], precision
+    )
     return mirror_(c)

@@ -1,4 +1,6 @@
-"""Launching the Triton kernels, and the accuracy gate they pass on a device before anything relies on them."""
+"""Launching the Triton kernels, and the accuracy gate they pass on a device before anything relies
+on them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ from knowedit_kernels.numerics import MOMENT, MOMENT_FP64, Budget
 
 # The gate's limits: the budget, with room for the scatter of a mean over so few channels.
 GATE = Budget(normwise=2.5 * MOMENT.normwise, elementwise=MOMENT.elementwise, bias=MOMENT.bias)
-_SOURCES = ("moments/triton.py", "moments/schedule.py", "moments/gpu.py", "moments/tuned.py", "triton_lib/products.py")
+_SOURCES = (
+    "moments/triton.py",
+    "moments/schedule.py",
+    "moments/gpu.py",
+    "moments/tuned.py",
+    "triton_lib/products.py",
+)
 VARIANTS = (
     (torch.bfloat16, "exact"),
     (torch.float16, "exact"),
@@ -35,24 +43,37 @@ def _capability(device: torch.device) -> int:
 
 
 def accumulate_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
-    """c += K^T K on the lower triangle of every layer's c [d, d] float64; layers of one shape share a launch."""
+    """c += K^T K on the lower triangle of every layer's c [d, d] float64; layers of one shape share
+    a launch.
+    """
     wide = [
-        key.double() if precision == "fp64" or (precision != "fast" and len(key) < schedule.FEW_TOKENS) else key for key in keys
+        key.double()
+        if precision == "fp64" or (precision != "fast" and len(key) < schedule.FEW_TOKENS)
+        else key
+        for key in keys
     ]
     for group, rows in groups(cs, wide):
         dim, dtype, device = rows[0].shape[1], rows[0].dtype, rows[0].device
         if dtype == torch.float64 and _capability(device) >= 100:
-            panels_(group, rows, precision)  # Triton 3.6 cannot compile a float64 product for sm_100
+            panels_(
+                group, rows, precision
+            )  # Triton 3.6 cannot compile a float64 product for sm_100
             continue
         aligned = dim * dtype.itemsize % 16 == 0
-        config = schedule.config(dtype, precision, _capability(device), min(map(len, rows)), aligned)
+        config = schedule.config(
+            dtype, precision, _capability(device), min(map(len, rows)), aligned
+        )
         config = tuned.refine(config, dtype, dim, device)
         programs = len(schedule.tile_table(dim, len(group), config.tile))
         split_(group, rows, programs, functools.partial(launch_, config=config))
 
 
-def groups(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Layers that may share a launch: (their c, their keys, dense and starting on 16 bytes); without empty ones."""
+def groups(
+    cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor]
+) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Layers that may share a launch: (their c, their keys, dense and starting on 16 bytes);
+    without empty ones.
+    """
     found: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for c, key in zip(cs, keys):
         key = key.contiguous()
@@ -70,7 +91,9 @@ def split_(
     programs: int,
     launch: Callable[[list[torch.Tensor], list[torch.Tensor]], None],
 ) -> None:
-    """`launch(cs, keys)`; if its `programs` are too few for the device, over token ranges with sums of their own."""
+    """`launch(cs, keys)`; if its `programs` are too few for the device, over token ranges with sums
+    of their own.
+    """
     pieces = schedule.splits(programs, min(map(len, keys)), _device.processors(keys[0].device))
     if pieces == 1:
         return launch(cs, keys)
@@ -80,8 +103,12 @@ def split_(
         cs[i // pieces] += part
 
 
-def launch_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], config: schedule.Config) -> None:
-    """One launch over dense `keys` [tokens, d] of one dtype and d, and `cs` [d, d] of one row stride."""
+def launch_(
+    cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], config: schedule.Config
+) -> None:
+    """One launch over dense `keys` [tokens, d] of one dtype and d, and `cs` [d, d] of one row
+    stride.
+    """
     import triton
     import triton.language as tl
 
@@ -89,10 +116,14 @@ def launch_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], config: sc
 
     dim, device = keys[0].shape[1], keys[0].device
     table = schedule.tile_table(dim, len(cs), config.tile)
-    addresses = torch.tensor([[key.data_ptr() for key in keys], [c.data_ptr() for c in cs]]).to(device)
+    addresses = torch.tensor([[key.data_ptr() for key in keys], [c.data_ptr() for c in cs]]).to(
+        device
+    )
     tokens = torch.tensor([len(key) for key in keys], dtype=torch.int32).to(device)
     if config.tma and device.type == "cuda":
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        triton.set_allocator(
+            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+        )
     options: dict[str, Any] = config.constants()
     with _device.current(device):
         second_moment_kernel[(len(table),)](
@@ -110,9 +141,15 @@ def launch_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], config: sc
 
 
 def pack_(
-    out: torch.Tensor | None, audit: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor | None, signs: torch.Tensor
+    out: torch.Tensor | None,
+    audit: torch.Tensor,
+    keys: torch.Tensor,
+    rows: torch.Tensor | None,
+    signs: torch.Tensor,
 ) -> None:
-    """out = keys[rows] with the audit on the way; see `_ops`. Partial sums are added in a fixed order."""
+    """out = keys[rows] with the audit on the way; see `_ops`. Partial sums are added in a fixed
+    order.
+    """
     from knowedit_kernels.moments.triton import pack_kernel
 
     count, dim, block = (len(keys) if rows is None else len(rows)), keys.shape[1], 16
@@ -141,14 +178,18 @@ def pack_(
 
 
 def gate_keys(tokens: int, dim: int) -> torch.Tensor:
-    """SiLU-gated activations with a mean, float32 [tokens, dim] on the CPU: the hard case for long sums."""
+    """SiLU-gated activations with a mean, float32 [tokens, dim] on the CPU: the hard case for long
+    sums.
+    """
     generator = torch.Generator().manual_seed(dim)
     gated = torch.nn.functional.silu(torch.randn(tokens, dim, generator=generator))
     return gated * torch.randn(tokens, dim, generator=generator) + 0.05
 
 
 def gate(device: torch.device) -> str | None:
-    """Runs every variant on small ragged inputs against float64; returns what failed, with figures, or None."""
+    """Runs every variant on small ragged inputs against float64; returns what failed, with figures,
+    or None.
+    """
     if failure := _gate_tuned(device):
         return failure
     for dim, tokens in ((40, 3), (264, schedule.FEW_TOKENS + 37), (136, schedule.MANY_TOKENS + 5)):
@@ -161,7 +202,10 @@ def gate(device: torch.device) -> str | None:
             accumulate_([c], [keys.to(device)], precision)
             graded = testing.grade_moment(mirror_(c.cpu()), reference.second_moment(seen))
             if failures := graded.failures(MOMENT_FP64 if few or dtype == torch.float64 else GATE):
-                return f"{precision} second moment of {dtype} keys [{tokens}, {dim}]: {'; '.join(failures)}"
+                return (
+                    f"{precision} second moment of {dtype} keys [{tokens}, {dim}]: "
+                    f"{'; '.join(failures)}"
+                )
             if failure := _gate_pack(keys, device):
                 return failure
     return None
@@ -174,7 +218,9 @@ def _gate_tuned(device: torch.device) -> str | None:
         config = entry.sizes(schedule.config(dtype, "exact", _capability(device), len(keys)))
         c = torch.zeros(264, 264, dtype=torch.float64, device=device)
         launch_([c], [keys.to(device)], config)
-        if failures := testing.grade_moment(mirror_(c.cpu()), reference.second_moment(keys)).failures(GATE):
+        if failures := testing.grade_moment(
+            mirror_(c.cpu()), reference.second_moment(keys)
+        ).failures(GATE):
             return f"second moment of {dtype} keys with {entry}: {'; '.join(failures)}"
     return None
 
@@ -188,7 +234,9 @@ def _gate_pack(keys: torch.Tensor, device: torch.device) -> str | None:
     if not torch.equal(out.cpu(), keys.flip(0)):
         return f"packing of {keys.dtype} keys [{count}, {dim}] is not a copy"
     audit = _audit.compare(reference.second_moment(keys), sums.cpu(), count)
-    return None if audit.ok(MOMENT_FP64) else f"audit of {keys.dtype} keys [{count}, {dim}]: {audit}"
+    return (
+        None if audit.ok(MOMENT_FP64) else f"audit of {keys.dtype} keys [{count}, {dim}]: {audit}"
+    )
 
 
 def _unproven(device: torch.device) -> str | None:
@@ -203,7 +251,9 @@ def _verify(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision:
     return _unproven(keys[0].device) if keys else None
 
 
-def _verify_pack(out: Any, audit: torch.Tensor, keys: torch.Tensor, rows: Any, signs: Any) -> str | None:
+def _verify_pack(
+    out: Any, audit: torch.Tensor, keys: torch.Tensor, rows: Any, signs: Any
+) -> str | None:
     return _unproven(keys.device)
 
 

@@ -14,6 +14,8 @@ def second_moment(keys: torch.Tensor, mask: torch.Tensor | None = None) -> torch
 
 
 def two_parts(keys: torch.Tensor) -> torch.Tensor:
-    """float32 keys rounded to the sum of two bf16 numbers (16 bits), in float64: what precision "fp32" multiplies."""
+    """float32 keys rounded to the sum of two bf16 numbers (16 bits), in float64: what precision
+    "fp32" multiplies.
+    """
     high = keys.bfloat16().float()
     return high.double() + (keys - high).bfloat16().double()

@@ -10,7 +10,9 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters of `second_moment_kernel`; chain lengths in tokens (0: one uncentred chain)."""
+    """Launch parameters of `second_moment_kernel`; chain lengths in tokens (0: one uncentred
+    chain).
+    """
 
     tile: int
     depth: int
@@ -39,14 +41,18 @@ class Config:
         }
 
 
-# A launch over fewer tokens than this runs in float64: too few chains to average over, and cheap anyway.
+# A launch over fewer tokens than this runs in float64: too few chains to average over, and cheap
+# anyway.
 FEW_TOKENS = 4096
 # From here on chains of 512 tokens keep the budget; below, of 256 (emulated: README).
 MANY_TOKENS = 16384
 
 
-def config(dtype: torch.dtype, precision: str, capability: int, tokens: int, tma: bool = True) -> Config:
-    """The launch parameters for `tokens` keys of `dtype` on a GPU of `capability` (80, 90, 100); none spills.
+def config(
+    dtype: torch.dtype, precision: str, capability: int, tokens: int, tma: bool = True
+) -> Config:
+    """The launch parameters for `tokens` keys of `dtype` on a GPU of `capability` (80, 90, 100);
+    none spills.
 
     `tma=False` forbids tensor descriptors, which need rows of a multiple of 16 bytes.
     """
@@ -63,25 +69,34 @@ def config(dtype: torch.dtype, precision: str, capability: int, tokens: int, tma
         return Config(128, 32, 8, 2 if tma else 3, tma, parts=8, products=4, chain=chain // 4)
     if capability >= 100:  # Triton 3.6 compiles six products of a 128-wide tile to a trap there
         return Config(64, 32, 8, 3, tma, parts=4, products=6, chain=chain // 4)
-    return Config(128, 16 if capability < 90 else 32, 8, 3, False, parts=8, products=6, chain=chain // 4)
+    return Config(
+        128, 16 if capability < 90 else 32, 8, 3, False, parts=8, products=6, chain=chain // 4
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def tile_table(dims: int, layers: int, tile: int, group: int = 8, width: int | None = None) -> torch.Tensor:
-    """int32 [programs, 4] of (layer, row, column, 0): every tile [tile, width] that touches the lower triangle, once.
+def tile_table(
+    dims: int, layers: int, tile: int, group: int = 8, width: int | None = None
+) -> torch.Tensor:
+    """int32 [programs, 4] of (layer, row, column, 0): every tile [tile, width] that touches the
+    lower triangle, once.
 
     `width` defaults to `tile`.
-    Super-rows of `group` tile rows are walked column by column, so that running programs share columns in L2.
+    Super-rows of `group` tile rows are walked column by column, so that running programs share
+    columns in L2.
     """
     width = width or tile
     rows = range(-(-dims // tile))
     lower = [(i, j) for i in rows for j in range(-(-min((i + 1) * tile, dims) // width))]
     lower.sort(key=lambda ij: (ij[0] // group, ij[1], ij[0]))
-    return torch.tensor([(layer, i, j, 0) for layer in range(layers) for i, j in lower], dtype=torch.int32)
+    return torch.tensor(
+        [(layer, i, j, 0) for layer in range(layers) for i, j in lower], dtype=torch.int32
+    )
 
 
 def splits(tiles: int, tokens: int, processors: int) -> int:
-    """Into how many token ranges to cut a launch of `tiles` programs so that they fill `processors`.
+    """Into how many token ranges to cut a launch of `tiles` programs so that they fill
+    `processors`.
 
     Only when there are too few tiles; a range keeps at least 2048 tokens.
     """

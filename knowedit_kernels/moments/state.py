@@ -18,18 +18,25 @@ _LARGEST_TRACE = 1e37
 
 
 def _capacity(dim: int, device: torch.device) -> int:
-    """Rows per kernel launch: many, so that folds and barriers vanish; fewer for wide keys on a CPU (cache)."""
-    return 16384 if device.type != "cpu" else min(max(2**23 // max(dim, 1) // 256 * 256, 1024), 4096)
+    """Rows per kernel launch: many, so that folds and barriers vanish; fewer for wide keys on a CPU
+    (cache).
+    """
+    return (
+        16384 if device.type != "cpu" else min(max(2**23 // max(dim, 1) // 256 * 256, 1024), 4096)
+    )
 
 
 class SecondMoment:
     """Streaming C += K^T K over the kept tokens, float64 [dim, dim].
 
-    Rows are collected and accumulated in blocks of fixed size, so the result has the same bits however
-    the tokens were batched, and tiny updates cost little. Not thread-safe. `precision`: see PRECISIONS.
+    Rows are collected and accumulated in blocks of fixed size, so the result has the same bits
+    however the tokens were batched, and tiny updates cost little. Not thread-safe. `precision`: see
+    PRECISIONS.
     """
 
-    def __init__(self, dim: int, *, device: torch.device | str = "cpu", precision: str = "exact") -> None:
+    def __init__(
+        self, dim: int, *, device: torch.device | str = "cpu", precision: str = "exact"
+    ) -> None:
         if dim < 1:
             raise ValueError(f"dim={dim} must be at least 1")
         self.dim, self.precision = dim, check_precision(precision)
@@ -43,19 +50,27 @@ class SecondMoment:
         self._filled = 0
 
     def update(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> SecondMoment:
-        """Adds the rows of `keys` [..., dim] (float64, float32, float16, bfloat16) whose `mask` [...] is True.
+        """Adds the rows of `keys` [..., dim] (float64, float32, float16, bfloat16) whose `mask`
+        [...] is True.
 
-        Raises ValueError for a wrong shape or device, and for NaN, infinite or absurdly large keys, naming the
-        first such token; TypeError for a wrong dtype. A refused batch leaves the state as it was.
+        Raises ValueError for a wrong shape or device, and for NaN, infinite or absurdly large keys,
+        naming the first such token; TypeError for a wrong dtype. A refused batch leaves the state
+        as it was.
         """
         update_together([self], [keys], mask)
         return self
 
     @torch.no_grad()
-    def _stage(self, keys: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Checks and audits a batch without changing the state: the kept rows [n, dim] and their audit sums."""
+    def _stage(
+        self, keys: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Checks and audits a batch without changing the state: the kept rows [n, dim] and their
+        audit sums.
+        """
         if keys.device != self.device:
-            raise ValueError(f"keys are on {keys.device}, the moment is on {self.device}: move the keys there")
+            raise ValueError(
+                f"keys are on {keys.device}, the moment is on {self.device}: move the keys there"
+            )
         dense, rows = check_keys(keys, mask, self.dim, self.precision)
         if rows is not None and rows.numel() == dense.shape[0]:
             rows = None
@@ -73,19 +88,29 @@ class SecondMoment:
         """The buffer's next `n` rows, or None if they do not fit or are of another dtype."""
         if self._buffer is None and n < self._capacity:
             self._buffer = like.new_empty(self._capacity, self.dim)
-        if self._buffer is None or self._buffer.dtype != like.dtype or self._filled + n > self._capacity:
+        if (
+            self._buffer is None
+            or self._buffer.dtype != like.dtype
+            or self._filled + n > self._capacity
+        ):
             return None
         return self._buffer[self._filled : self._filled + n]
 
     def _commit(self, rows: torch.Tensor, sums: torch.Tensor) -> list[torch.Tensor]:
-        """Counts a staged batch; returns the blocks that are now full, in order, ready to be accumulated."""
+        """Counts a staged batch; returns the blocks that are now full, in order, ready to be
+        accumulated.
+        """
         self._sums += sums
         self.count += len(rows)
         return self._blocks(rows)
 
     def _blocks(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Buffers `rows` and returns the full blocks."""
-        blocks = self._take_pending() if self._buffer is not None and self._buffer.dtype != rows.dtype else []
+        blocks = (
+            self._take_pending()
+            if self._buffer is not None and self._buffer.dtype != rows.dtype
+            else []
+        )
         while len(rows):
             if self._filled == 0 and len(rows) >= self._capacity:
                 blocks.append(rows[: self._capacity])
@@ -112,15 +137,19 @@ class SecondMoment:
 
     @torch.no_grad()
     def flush(self) -> SecondMoment:
-        """Accumulates the buffered rows now. What came before then rounds independently of what comes after, so parts
-        that were flushed alike sum to the same matrix in any order and on any number of ranks, to float64 rounding."""
+        """Accumulates the buffered rows now. What came before then rounds independently of what
+        comes after, so parts that were flushed alike sum to the same matrix in any order and on any
+        number of ranks, to float64 rounding.
+        """
         for block in self._take_pending():
             torch.ops.knowedit.second_moment_([self._lower], [block], self.precision)
         return self
 
     @torch.no_grad()
     def sum(self) -> torch.Tensor:
-        """sum of k k^T so far: a new, exactly symmetric float64 tensor [dim, dim]; the state is not disturbed."""
+        """sum of k k^T so far: a new, exactly symmetric float64 tensor [dim, dim]; the state is not
+        disturbed.
+        """
         total = self._lower.clone()
         if (pending := self._pending()) is not None:
             torch.ops.knowedit.second_moment_([total], [pending], self.precision)
@@ -129,21 +158,28 @@ class SecondMoment:
     def moment(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """sum() / count, [dim, dim]. Raises ValueError when no token has been seen."""
         if self.count == 0:
-            raise ValueError("no tokens seen: the moment is undefined; call update first (is the mask all False?)")
+            raise ValueError(
+                "no tokens seen: the moment is undefined; call update first (is the mask all "
+                "False?)"
+            )
         return (self.sum() / self.count).to(dtype)
 
     def audit(self) -> _audit.AuditResult:
         """The accumulation error measured on the data seen so far; see `AuditResult`."""
         return _audit.compare(self.sum(), self._sums, self.count)
 
-    def finalize(self, audit: bool = False) -> torch.Tensor | tuple[torch.Tensor, _audit.AuditResult]:
+    def finalize(
+        self, audit: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, _audit.AuditResult]:
         """sum(), with the audit beside it if asked for."""
         total = self.sum()
         return (total, _audit.compare(total, self._sums, self.count)) if audit else total
 
     @torch.no_grad()
     def merge(self, other: SecondMoment) -> SecondMoment:
-        """Adds what `other` has seen (other stays as it is). Raises ValueError if the dimensions differ."""
+        """Adds what `other` has seen (other stays as it is). Raises ValueError if the dimensions
+        differ.
+        """
         if other.dim != self.dim:
             raise ValueError(f"cannot merge moments of dimension {other.dim} and {self.dim}")
         self._lower += other.sum().to(self.device)
@@ -153,7 +189,9 @@ class SecondMoment:
 
     @torch.no_grad()
     def all_reduce(self, group: Any = None) -> SecondMoment:
-        """Sums over the ranks of a torch.distributed group, in float64: every rank then holds the total. Call once."""
+        """Sums over the ranks of a torch.distributed group, in float64: every rank then holds the
+        total. Call once.
+        """
         total, tail = self.sum(), torch.cat([self._sums, self._sums.new_tensor([self.count])])
         torch.distributed.all_reduce(total, group=group)
         torch.distributed.all_reduce(tail, group=group)
@@ -162,18 +200,24 @@ class SecondMoment:
         return self
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything needed to go on with the same bits: the sum, the rows not yet accumulated, audit and count."""
+        """Everything needed to go on with the same bits: the sum, the rows not yet accumulated,
+        audit and count.
+        """
         pending = self._pending()
         return {
             "lower": self._lower,
             "sums": self._sums,
             "count": torch.tensor(self.count),
-            "pending": pending.clone() if pending is not None else self._lower.new_empty(0, self.dim),
+            "pending": pending.clone()
+            if pending is not None
+            else self._lower.new_empty(0, self.dim),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> SecondMoment:
-        """Restores `state_dict`. Raises ValueError naming what is missing or of another dimension."""
+        """Restores `state_dict`. Raises ValueError naming what is missing or of another
+        dimension.
+        """
         files.check_state(state, self.dim)
         self._take_pending()
         self._lower = state["lower"].to(self.device, copy=True)
@@ -188,28 +232,43 @@ class SecondMoment:
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> SecondMoment:
-        """Reads `save`'s file. Raises ValueError naming the file if it is truncated or not a moment."""
+        """Reads `save`'s file. Raises ValueError naming the file if it is truncated or not a
+        moment.
+        """
         state, metadata = files.read(Path(path))
         moment = cls(state["lower"].shape[0], device=device, precision=metadata["precision"])
         return moment.load_state_dict(state)
 
 
 def _complaint(keys: torch.Tensor, mask: torch.Tensor | None, limit: float) -> str:
-    """Says which kept token of `keys` [..., dim] is the first that cannot be summed, and what to do."""
+    """Says which kept token of `keys` [..., dim] is the first that cannot be summed, and what to
+    do.
+    """
     bad = ~(keys.double().square().sum(-1) < limit)
     where = (bad if mask is None else bad & mask.to(bad.device)).nonzero()
     if len(where) == 0:
-        return "keys are too large: their squares overflow float32; scale them, or use precision='fp64'"
+        return (
+            "keys are too large: their squares overflow float32; scale them, or use "
+            "precision='fp64'"
+        )
     channels = (~keys[tuple(where[0])].isfinite()).nonzero().squeeze(1).tolist()
-    what = f"is NaN or infinite in {len(channels)} channels (first: {channels[0]})" if channels else "is too large"
+    what = (
+        f"is NaN or infinite in {len(channels)} channels (first: {channels[0]})"
+        if channels
+        else "is too large"
+    )
     return (
-        f"keys[{', '.join(map(str, where[0].tolist()))}] {what}; {len(where)} such tokens in this batch, of which "
+        f"keys[{', '.join(map(str, where[0].tolist()))}] {what}; {len(where)} such tokens in this "
+        "batch, of which "
         "nothing was added. Mask them out, or run the model in a wider dtype"
     )
 
 
-def update_together(moments: Sequence[SecondMoment], keys: Sequence[torch.Tensor], mask: torch.Tensor | None = None) -> None:
-    """Updates several layers' (distinct) moments with keys of the same tokens; full blocks share one kernel launch.
+def update_together(
+    moments: Sequence[SecondMoment], keys: Sequence[torch.Tensor], mask: torch.Tensor | None = None
+) -> None:
+    """Updates several layers' (distinct) moments with keys of the same tokens; full blocks share
+    one kernel launch.
 
     Raises as `SecondMoment.update`; then no layer has counted anything.
     """
@@ -220,5 +279,9 @@ def update_together(moments: Sequence[SecondMoment], keys: Sequence[torch.Tensor
     for turn in range(max((len(blocks) for _, blocks in full), default=0)):
         ready = [(moment, blocks[turn]) for moment, blocks in full if turn < len(blocks)]
         for precision in sorted({moment.precision for moment, _ in ready}):
-            same = [(moment._lower, block) for moment, block in ready if moment.precision == precision]
-            torch.ops.knowedit.second_moment_([c for c, _ in same], [block for _, block in same], precision)
+            same = [
+                (moment._lower, block) for moment, block in ready if moment.precision == precision
+            ]
+            torch.ops.knowedit.second_moment_(
+                [c for c, _ in same], [block for _, block in same], precision
+            )

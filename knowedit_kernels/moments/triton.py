@@ -2,10 +2,11 @@
 
 Tensor cores truncate when they accumulate, which biases a long sum (numerics.truncation_bias). Here
 the accumulator is re-centred before every chain of CHAIN tokens: it is moved to minus half of what
-the chain is predicted to add, so it walks from -x/2 to +x/2, truncation towards zero cancels between
-the two halves, and magnitudes halve. The amounts moved are rounded to bf16: so few bits that both the
-move and their sum, kept in a second float32 tile, are exact. The prediction is the mean so far; the
-first chains grow from FIRST to CHAIN tokens while it settles. One float64 fold per launch.
+the chain is predicted to add, so it walks from -x/2 to +x/2, truncation towards zero cancels
+between the two halves, and magnitudes halve. The amounts moved are rounded to bf16: so few bits
+that both the move and their sum, kept in a second float32 tile, are exact. The prediction is the
+mean so far; the first chains grow from FIRST to CHAIN tokens while it settles. One float64 fold per
+launch.
 """
 
 import triton
@@ -35,7 +36,9 @@ def second_moment_kernel(
     EVEN: tl.constexpr,  # D is a multiple of M and N
     PARTS: tl.constexpr,
 ):
-    """C[tile] += keys^T keys for one tile of one layer per program. CHAIN and FIRST are multiples of K."""
+    """C[tile] += keys^T keys for one tile of one layer per program. CHAIN and FIRST are multiples
+    of K.
+    """
     entry = tiles + tl.program_id(0) * 4
     layer = tl.load(entry)
     row = tl.load(entry + 1) * M
@@ -47,8 +50,12 @@ def second_moment_kernel(
     i = tl.multiple_of(row, 16) + tl.arange(0, M)
     j = tl.multiple_of(column, 16) + tl.arange(0, N)
     if TMA:
-        left = tl.make_tensor_descriptor(keys, shape=[tokens, D], strides=[stride, 1], block_shape=[K, M])
-        right = tl.make_tensor_descriptor(keys, shape=[tokens, D], strides=[stride, 1], block_shape=[K, N])
+        left = tl.make_tensor_descriptor(
+            keys, shape=[tokens, D], strides=[stride, 1], block_shape=[K, M]
+        )
+        right = tl.make_tensor_descriptor(
+            keys, shape=[tokens, D], strides=[stride, 1], block_shape=[K, N]
+        )
     ACC: tl.constexpr = tl.float64 if tl.float64 == KEY else tl.float32
     acc = tl.zeros((M, N), ACC)
     moved = tl.zeros((M, N), ACC)
@@ -66,7 +73,9 @@ def second_moment_kernel(
             end = tl.where(settled < 0, growing, CHAIN * (settled + 1))
             begin = tl.minimum(begin, tokens)
             end = tl.minimum(end, tokens)
-            half = (moved + acc) * (0.5 * (end - begin).to(tl.float32) / tl.maximum(begin, 1).to(tl.float32))
+            half = (moved + acc) * (
+                0.5 * (end - begin).to(tl.float32) / tl.maximum(begin, 1).to(tl.float32)
+            )
             move = (acc + half).to(tl.bfloat16).to(tl.float32)
             moved += move
             acc -= move
@@ -106,7 +115,9 @@ def pack_kernel(
     GATHER: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """Copies R kept rows to their dense place and writes their audit: sum |k|^2 and, per probe, sum (k . z)^2."""
+    """Copies R kept rows to their dense place and writes their audit: sum |k|^2 and, per probe, sum
+    (k . z)^2.
+    """
     r = tl.program_id(0) * R + tl.arange(0, R)
     live = r < count
     source = r.to(tl.int64)

@@ -1,7 +1,9 @@
-"""Block sizes measured on a GPU: `knowedit_kernels/tuned/<device>.json`, which `benchmarks/gpu_suite.py` writes.
+"""Block sizes measured on a GPU: `knowedit_kernels/tuned/<device>.json`, which
+`benchmarks/gpu_suite.py` writes.
 
-A table changes speed only: chain lengths, which decide accuracy, are not in it. It is a part of the accuracy gate's
-version, and the gate runs every entry (`gpu.gate`), so measured sizes are no less proven than the built-in ones.
+A table changes speed only: chain lengths, which decide accuracy, are not in it. It is a part of the
+accuracy gate's version, and the gate runs every entry (`gpu.gate`), so measured sizes are no less
+proven than the built-in ones.
 """
 
 from __future__ import annotations
@@ -23,12 +25,20 @@ from knowedit_kernels.moments.schedule import Config
 FOLDER = _native.PACKAGE / "tuned"
 VARIANTS = ("cuda", "triton")
 # what an entry may say; a chain's tokens must stay a multiple of the depth
-CHOICES = {"tile": (64, 128), "depth": (16, 32, 64), "warps": (4, 8), "stages": (1, 2, 3, 4, 5, 6), "tma": (False, True)}
+CHOICES = {
+    "tile": (64, 128),
+    "depth": (16, 32, 64),
+    "warps": (4, 8),
+    "stages": (1, 2, 3, 4, 5, 6),
+    "tma": (False, True),
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest way for 16-bit keys of `d` channels: the `variant`, and the best sizes of the Triton kernel."""
+    """The fastest way for 16-bit keys of `d` channels: the `variant`, and the best sizes of the
+    Triton kernel.
+    """
 
     d: int
     variant: str
@@ -39,9 +49,12 @@ class Entry:
     tma: bool
 
     def sizes(self, config: Config) -> Config:
-        """`config` with this entry's sizes; without tensor descriptors where `config` forbids them."""
+        """`config` with this entry's sizes; without tensor descriptors where `config`
+        forbids them.
+        """
         parts = self.tile // 16
-        return replace(config, tile=self.tile, depth=self.depth, warps=self.warps, stages=self.stages, parts=parts,
+        return replace(config, tile=self.tile, depth=self.depth, warps=self.warps,
+        stages=self.stages, parts=parts,
                        tma=self.tma and config.tma)  # fmt: skip
 
 
@@ -56,7 +69,9 @@ def file_of(name: str) -> Path:
 
 
 def parse(record: dict[str, Any]) -> Entry:
-    """One entry; further keys are notes. Raises ValueError naming the field and its choices, KeyError if one is missing."""
+    """One entry; further keys are notes. Raises ValueError naming the field and its choices,
+    KeyError if one is missing.
+    """
     entry = Entry(**{name: record[name] for name in Entry.__dataclass_fields__})
     for name, choices in {**CHOICES, "variant": VARIANTS}.items():
         value = getattr(entry, name)
@@ -69,14 +84,22 @@ def parse(record: dict[str, Any]) -> Entry:
 
 @functools.cache
 def table(path: Path) -> tuple[Entry, ...]:
-    """The entries of a file, by d; none if it is absent. A damaged file counts as absent, with a warning."""
+    """The entries of a file, by d; none if it is absent. A damaged file counts as absent, with a
+    warning.
+    """
     try:
-        return tuple(sorted(map(parse, json.loads(path.read_text())["second_moment"]), key=lambda entry: entry.d))
+        return tuple(
+            sorted(
+                map(parse, json.loads(path.read_text())["second_moment"]), key=lambda entry: entry.d
+            )
+        )
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"knowedit_kernels: ignoring {path} ({reason}); delete it or tune again", stacklevel=2)
+        warnings.warn(
+            f"knowedit_kernels: ignoring {path} ({reason}); delete it or tune again", stacklevel=2
+        )
         return ()
 
 

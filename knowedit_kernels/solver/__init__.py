@@ -1,4 +1,6 @@
-"""The editing normal equation: metrics factored once, edits solved many times, exact derivatives (see README.md)."""
+"""The editing normal equation: metrics factored once, edits solved many times, exact derivatives
+(see README.md).
+"""
 
 from .cholesky import EquilibratedCholesky as EquilibratedCholesky
 from .cholesky import NotPositiveDefiniteError as NotPositiveDefiniteError

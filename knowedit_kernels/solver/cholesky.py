@@ -1,4 +1,6 @@
-"""Cholesky factor of a symmetric positive definite matrix, equilibrated, computed once and used for many solves."""
+"""Cholesky factor of a symmetric positive definite matrix, equilibrated, computed once and used for
+many solves.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +22,45 @@ def _panels(dim: int) -> Iterator[slice]:
 
 
 def check_symmetric(C: Tensor, name: str) -> None:
-    """Raise unless ``C`` is a finite, real, symmetric [m, m] matrix (asymmetry up to 1e-5 of the largest entry)."""
+    """Raise unless ``C`` is a finite, real, symmetric [m, m] matrix (asymmetry up to 1e-5 of the
+    largest entry).
+    """
     if C.ndim != 2 or C.shape[0] != C.shape[1] or C.shape[0] == 0:
         raise ValueError(f"{name} must be a non-empty square matrix, got shape {tuple(C.shape)}")
     if C.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be float32 or float64, got {C.dtype}: sums kept in fewer bits are unusable here")
+        raise ValueError(
+            f"{name} must be float32 or float64, got {C.dtype}: sums kept in fewer bits are "
+            "unusable here"
+        )
     largest = torch.zeros((), dtype=C.dtype, device=C.device)
     skew = largest.clone()
     for rows in _panels(C.shape[0]):
         largest = torch.maximum(largest, C[rows].abs().amax())
         skew = torch.maximum(skew, (C[rows] - C[:, rows].mT).abs().amax())
     if not torch.isfinite(largest):
-        raise ValueError(f"{name} contains NaN or infinity: recompute the statistics it was made from")
+        raise ValueError(
+            f"{name} contains NaN or infinity: recompute the statistics it was made from"
+        )
     if skew > 1e-5 * largest:
-        raise ValueError(f"{name} is not symmetric (largest difference {float(skew):.3g}): pass (C + C.T) / 2")
+        raise ValueError(
+            f"{name} is not symmetric (largest difference {float(skew):.3g}): pass (C + C.T) / 2"
+        )
 
 
 class EquilibratedCholesky:
     """``scale * C + shift * I = D^-1 L L^T D^-1`` with ``D = diag^-1/2`` (Jacobi scaling).
 
-    Jacobi scaling is within a factor ``m`` of the best diagonal preconditioner (van der Sluis, 1969); MLP keys have
-    coordinate variances that differ by orders of magnitude, so it buys several digits for one pass over the matrix.
+    Jacobi scaling is within a factor ``m`` of the best diagonal preconditioner (van der Sluis,
+    1969); MLP keys have coordinate variances that differ by orders of magnitude, so it buys several
+    digits for one pass over the matrix.
 
-    ``dtype`` is the precision of the factorisation (m^3/3 flops). With float32 (for devices slow in float64) the
-    solves remain float64-accurate: writing ``M = F0^-1 (I + E) F0^-T`` with the rounded factor F0, E is small and
-    ``(I + E)^-1/2`` is applied by its binomial series. That is iterative refinement in a form that stays symmetric.
+    ``dtype`` is the precision of the factorisation (m^3/3 flops). With float32 (for devices slow in
+    float64) the solves remain float64-accurate: writing ``M = F0^-1 (I + E) F0^-T`` with the
+    rounded factor F0, E is small and ``(I + E)^-1/2`` is applied by its binomial series. That is
+    iterative refinement in a form that stays symmetric.
 
-    C: [m, m] float32 or float64. Raises ``NotPositiveDefiniteError`` when the matrix is singular to working precision.
+    C: [m, m] float32 or float64. Raises ``NotPositiveDefiniteError`` when the matrix is singular to
+    working precision.
     """
 
     def __init__(
@@ -58,13 +72,16 @@ class EquilibratedCholesky:
         name: str = "C",
     ) -> None:
         if dtype not in (torch.float64, torch.float32):
-            raise ValueError(f"dtype of the factor must be torch.float64 or torch.float32, got {dtype}")
+            raise ValueError(
+                f"dtype of the factor must be torch.float64 or torch.float32, got {dtype}"
+            )
         check_symmetric(C, name)
         diagonal = scale * C.diagonal().double() + shift
         if not bool((diagonal > 0).all()):
             dead = torch.nonzero(diagonal <= 0).flatten().tolist()
             raise NotPositiveDefiniteError(
-                f"{name} has {len(dead)} non-positive diagonal entries (first: {dead[:5]}): these units never fired "
+                f"{name} has {len(dead)} non-positive diagonal entries (first: {dead[:5]}): these "
+                "units never fired "
                 "in the statistics; collect more tokens, or pass ridge=1e-6"
             )
         self.scaling = diagonal.rsqrt()
@@ -80,8 +97,10 @@ class EquilibratedCholesky:
             raise NotPositiveDefiniteError(
                 f"{name} is singular to working precision (smallest pivot {pivot:.1e} of 1"
                 + (f", breakdown at row {int(info)}" if int(info) else "")
-                + f"): it was probably collected from fewer than {C.shape[0]} independent tokens; collect more, pass "
-                "ridge=1e-6, use ShrunkCovariance" + ("" if dtype == torch.float64 else ", or dtype=torch.float64")
+                + f"): it was probably collected from fewer than {C.shape[0]} independent tokens; "
+                "collect more, pass "
+                "ridge=1e-6, use ShrunkCovariance"
+                + ("" if dtype == torch.float64 else ", or dtype=torch.float64")
             )
         self._matrix = (C, scale, shift) if dtype == torch.float32 else None
         self._terms = 0 if self._matrix is None else self._series_length()
@@ -103,23 +122,38 @@ class EquilibratedCholesky:
         return self._backward(self._correct(Z))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that rebuild the factor with ``from_state``. Only a float64 factor is complete without C."""
+        """Tensors that rebuild the factor with ``from_state``. Only a float64 factor is complete
+        without C.
+        """
         if self._matrix is not None:
-            raise ValueError("a float32 factor also needs C for refinement: cache C, or use dtype=torch.float64")
+            raise ValueError(
+                "a float32 factor also needs C for refinement: cache C, or use dtype=torch.float64"
+            )
         return {"cholesky": self.lower, "scaling": self.scaling}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> EquilibratedCholesky:
-        """Rebuild a factor from ``state_dict()``; raises ValueError when the tensors do not fit together."""
+        """Rebuild a factor from ``state_dict()``; raises ValueError when the tensors do not fit
+        together.
+        """
         missing = {"cholesky", "scaling"} - set(state)
         if missing:
-            raise ValueError(f"factor state lacks {sorted(missing)}: recompute it from the covariance")
+            raise ValueError(
+                f"factor state lacks {sorted(missing)}: recompute it from the covariance"
+            )
         lower, scaling = state["cholesky"], state["scaling"]
         square = lower.ndim == 2 and lower.shape == (scaling.numel(),) * 2
         if not square or lower.dtype != torch.float64 or scaling.dtype != torch.float64:
-            raise ValueError("factor state is damaged (shapes or dtypes differ): recompute it from the covariance")
-        if not bool((lower.diagonal() > 0).all() & torch.isfinite(lower).all() & (scaling > 0).all()):
-            raise ValueError("factor state is damaged (not a Cholesky factor): recompute it from the covariance")
+            raise ValueError(
+                "factor state is damaged (shapes or dtypes differ): recompute it from the "
+                "covariance"
+            )
+        if not bool(
+            (lower.diagonal() > 0).all() & torch.isfinite(lower).all() & (scaling > 0).all()
+        ):
+            raise ValueError(
+                "factor state is damaged (not a Cholesky factor): recompute it from the covariance"
+            )
         self = cls.__new__(cls)
         self.lower, self.scaling, self._matrix, self._terms = lower, scaling, None, 0
         return self
@@ -137,12 +171,19 @@ class EquilibratedCholesky:
 
     def _backward(self, Z: Tensor) -> Tensor:
         if self._matrix is None:
-            return torch.linalg.solve_triangular(self.lower.mT, Z, upper=True) * self.scaling[:, None]
+            return (
+                torch.linalg.solve_triangular(self.lower.mT, Z, upper=True) * self.scaling[:, None]
+            )
         done: list[Tensor] = []
         for rows in reversed(list(_panels(self.dim))):
             panel = self.lower[rows.start :, rows].double().mT
-            rest = Z[rows] - panel[:, rows.stop - rows.start :] @ torch.cat(done) if done else Z[rows]
-            done.insert(0, torch.linalg.solve_triangular(panel[:, : rows.stop - rows.start], rest, upper=True))
+            rest = (
+                Z[rows] - panel[:, rows.stop - rows.start :] @ torch.cat(done) if done else Z[rows]
+            )
+            done.insert(
+                0,
+                torch.linalg.solve_triangular(panel[:, : rows.stop - rows.start], rest, upper=True),
+            )
         return torch.cat(done) * self.scaling[:, None]
 
     def _excess(self, Z: Tensor) -> Tensor:
@@ -154,7 +195,9 @@ class EquilibratedCholesky:
         return self._forward(scale * product + shift * X) - Z
 
     def _series_length(self) -> int:
-        """Terms of the binomial series that reach float64, from a power estimate of ||E||_2 (fixed starting vector)."""
+        """Terms of the binomial series that reach float64, from a power estimate of ||E||_2 (fixed
+        starting vector).
+        """
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.dim, 1, generator=generator, dtype=torch.float64).to(self.device)
         norm = 0.0
@@ -163,13 +206,18 @@ class EquilibratedCholesky:
             norm = float(v.norm())
         if not norm < 0.125:
             raise NotPositiveDefiniteError(
-                f"the matrix is too ill-conditioned for a float32 factor (relative error {norm:.2g} after rounding): "
+                "the matrix is too ill-conditioned for a float32 factor (relative error "
+                f"{norm:.2g} after rounding): "
                 "use dtype=torch.float64"
             )
-        return math.ceil(math.log(1e-17) / math.log(2 * norm)) if norm > 0 else 0  # 2: slack of the estimate
+        return (
+            math.ceil(math.log(1e-17) / math.log(2 * norm)) if norm > 0 else 0
+        )  # 2: slack of the estimate
 
     def _correct(self, Z: Tensor) -> Tensor:
-        """(I + E)^-1/2 Z, where E is the relative error of a float32 factor; the identity for a float64 one."""
+        """(I + E)^-1/2 Z, where E is the relative error of a float32 factor; the identity for a
+        float64 one.
+        """
         total, term = Z, Z
         for k in range(1, self._terms + 1):
             term = self._excess(term) * (0.5 / k - 1)

@@ -1,4 +1,6 @@
-"""The editing normal equation: Delta = R A, A = (I + K^T M^-1 K)^-1 K^T M^-1, with its derivatives."""
+"""The editing normal equation: Delta = R A, A = (I + K^T M^-1 K)^-1 K^T M^-1, with its
+derivatives.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,21 @@ Constraint = Literal["soft", "equality"]
 class EditSolver:
     """Write residuals R [d, n] at keys K [m, n] while preserving what ``metric`` measures.
 
-    ``constraint="soft"`` minimises ``||Delta K - R||^2 + tr(Delta M Delta^T)`` (MEMIT, AlphaEdit, isotropic);
-    ``"equality"`` minimises ``tr(Delta M Delta^T)`` subject to ``Delta K = R`` (ROME, EMMET).
-    Either way ``Delta = R A`` with A independent of R, so a target can be trained through the write.
+    ``constraint="soft"`` minimises ``||Delta K - R||^2 + tr(Delta M Delta^T)`` (MEMIT, AlphaEdit,
+    isotropic); ``"equality"`` minimises ``tr(Delta M Delta^T)`` subject to ``Delta K = R`` (ROME,
+    EMMET). Either way ``Delta = R A`` with A independent of R, so a target can be trained through
+    the write.
 
-    Attributes, all float64 and differentiable with respect to K (autograd, torch.func, higher orders):
-      A [n, m]   read-in: the edit adds ``R (A x)`` to the layer's output at key x; with R it is a rank-n LoRA pair.
-      B [n, n]   (I + S)^-1, or S^-1 under equality.
+    Attributes, all float64 and differentiable with respect to K (autograd, torch.func, higher
+    orders):
+      A [n, m]   read-in: the edit adds ``R (A x)`` to the layer's output at key x; with R it is a
+      rank-n LoRA pair. B [n, n]   (I + S)^-1, or S^-1 under equality.
       S [n, n]   K^T M^-1 K.
-      G [n, n]   A K, symmetric, eigenvalues in [0, 1): realised shift at the edited keys is R G. I under equality.
-      gain [n]   diag G.
+      G [n, n]   A K, symmetric, eigenvalues in [0, 1): realised shift at the edited keys is R G. I
+      under equality. gain [n]   diag G.
 
-    n = 0, n > m (soft), duplicate and zero keys (soft) are ordinary cases. Under equality keys must be independent.
+    n = 0, n > m (soft), duplicate and zero keys (soft) are ordinary cases. Under equality keys must
+    be independent.
     Raises ValueError naming the keys at fault and the remedy.
     """
 
@@ -57,7 +62,9 @@ class EditSolver:
         return self.G.diagonal()
 
     def apply(self, R: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The edit as factors (R [d, n], A [n, m]) with Delta = R A, cast to ``dtype`` (default float64)."""
+        """The edit as factors (R [d, n], A [n, m]) with Delta = R A, cast to ``dtype`` (default
+        float64).
+        """
         R = self._residual(R)
         return (R, self.A) if dtype is None else (R.to(dtype), self.A.to(dtype))
 
@@ -66,27 +73,35 @@ class EditSolver:
         return self._residual(R) @ self.A
 
     def realised(self, R: Tensor, X: Tensor | None = None) -> Tensor:
-        """Shift of the layer's output at keys X [m, t]: R (A X) -> [d, t]; at the edited keys (R G) if X is None."""
+        """Shift of the layer's output at keys X [m, t]: R (A X) -> [d, t]; at the edited keys (R G)
+        if X is None.
+        """
         return self._residual(R) @ (self.G if X is None else self.A @ self.metric.columns(X, "X"))
 
     def jvp(self, dR: Tensor, X: Tensor | None = None) -> Tensor:
-        """Tangent of Delta, dR A [d, m]; with keys X [m, t], the tangent of the output there, dR (A X) [d, t]."""
+        """Tangent of Delta, dR A [d, m]; with keys X [m, t], the tangent of the output there, dR (A
+        X) [d, t].
+        """
         return self.delta(dR) if X is None else self.realised(dR, X)
 
     def vjp(self, cotangent: Tensor, X: Tensor | None = None) -> Tensor:
         """dL/dR [d, n].
 
-        From a dense cotangent of Delta, Gamma [d, m]: Gamma A^T. From output gradients g [d, t] at keys X [m, t],
-        where Gamma would be g X^T: g (A X)^T, never forming Gamma. At the edited keys, ``vjp(g, K)`` is g G.
+        From a dense cotangent of Delta, Gamma [d, m]: Gamma A^T. From output gradients g [d, t] at
+        keys X [m, t], where Gamma would be g X^T: g (A X)^T, never forming Gamma. At the edited
+        keys, ``vjp(g, K)`` is g G.
         """
         width = self.metric.dim if X is None else X.shape[1]
         if cotangent.ndim != 2 or cotangent.shape[1] != width:
-            raise ValueError(f"cotangent must have shape [d, {width}], got {tuple(cotangent.shape)}")
+            raise ValueError(
+                f"cotangent must have shape [d, {width}], got {tuple(cotangent.shape)}"
+            )
         cotangent = cotangent.to(self.A)
         return cotangent @ (self.A if X is None else self.A @ self.metric.columns(X, "X")).mT
 
     def price(self, R: Tensor) -> Tensor:
-        """Preservation cost tr(Delta M Delta^T) = tr(R (G - G^2) R^T) (soft) or tr(R S^-1 R^T) (equality); scalar.
+        """Preservation cost tr(Delta M Delta^T) = tr(R (G - G^2) R^T) (soft) or tr(R S^-1 R^T)
+        (equality); scalar.
 
         Both are <R B, R G>. Costs O(d n^2): M is never multiplied. Non-negative up to rounding.
         """
@@ -94,9 +109,15 @@ class EditSolver:
         return ((R @ self.B) * (R @ self.G if self.constraint == "soft" else R)).sum()
 
     def compensated(self, U: Tensor) -> Tensor:
-        """Residuals that realise exactly U [d, n] at the keys, U G^-1 = U + U S^-1: turns MEMIT into EMMET."""
+        """Residuals that realise exactly U [d, n] at the keys, U G^-1 = U + U S^-1: turns MEMIT
+        into EMMET.
+        """
         U = self._residual(U)
-        return U if self.constraint == "equality" else U + U @ _independent(self.metric.whiten(self.K))[1]
+        return (
+            U
+            if self.constraint == "equality"
+            else U + U @ _independent(self.metric.whiten(self.K))[1]
+        )
 
     def key_jvp(self, dK: Tensor) -> Tensor:
         """Tangent of A for a change dK [m, n] of the keys -> [n, m] (`solver/README.md`)."""
@@ -112,12 +133,17 @@ class EditSolver:
 
     def _residual(self, R: Tensor) -> Tensor:
         if R.ndim != 2 or R.shape[1] != self.edits:
-            raise ValueError(f"residuals must have shape [d, {self.edits}], one column per edit, got {tuple(R.shape)}")
+            raise ValueError(
+                f"residuals must have shape [d, {self.edits}], one column per edit, got "
+                f"{tuple(R.shape)}"
+            )
         return R.to(self.A)
 
 
 def read_in(metric: Metric, K: Tensor, constraint: Constraint = "soft") -> tuple[Tensor, Tensor]:
-    """(A [n, m], B [n, n]) of keys K [m, n]; differentiable in K by closed forms, composes with torch.func."""
+    """(A [n, m], B [n, n]) of keys K [m, n]; differentiable in K by closed forms, composes with
+    torch.func.
+    """
     A, B = _ReadIn.apply(metric.columns(K), metric, constraint)
     return A, B
 
@@ -138,7 +164,9 @@ def _solve(metric: Metric, K: Tensor, constraint: Constraint) -> tuple[Tensor, T
     else:  # push-through: (I_r + Z Z^T)^-1 Z = Z (I_n + Z^T Z)^-1, the smaller system
         P = torch.cholesky_solve(Z, torch.linalg.cholesky(eye + Z @ Z.mT))
         B = torch.eye(n, dtype=Z.dtype, device=Z.device) - Z.mT @ P
-    return metric.unwhiten(P).mT.contiguous(), B.contiguous()  # forward AD wants tangents laid out alike
+    return metric.unwhiten(
+        P
+    ).mT.contiguous(), B.contiguous()  # forward AD wants tangents laid out alike
 
 
 def _independent(Z: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +176,11 @@ def _independent(Z: Tensor) -> tuple[Tensor, Tensor]:
     remedy = "merge edits that share a subject, or use constraint='soft' without compensation"
     if n > r or not bool((norm > 0).all()):
         zero = torch.nonzero(norm == 0).flatten().tolist()
-        fault = f"keys {zero[:10]} are zero in the metric" if zero else f"{n} keys in {r} dimensions are dependent"
+        fault = (
+            f"keys {zero[:10]} are zero in the metric"
+            if zero
+            else f"{n} keys in {r} dimensions are dependent"
+        )
         raise ValueError(f"exact writing: {fault}; {remedy}")
     if n == 0:
         return Z, Z.new_zeros(0, 0)
@@ -159,8 +191,12 @@ def _independent(Z: Tensor) -> tuple[Tensor, Tensor]:
         cosines.fill_diagonal_(0)
         i, j = divmod(int(cosines.abs().argmax()), n)
         cos = float(cosines[i, j])
-        raise ValueError(f"exact writing: keys are dependent (closest: {i} and {j}, cosine {cos:.6f}); {remedy}")
-    return torch.cholesky_solve(unit.mT, L).mT / norm, torch.cholesky_inverse(L) / (norm[:, None] * norm)
+        raise ValueError(
+            f"exact writing: keys are dependent (closest: {i} and {j}, cosine {cos:.6f}); {remedy}"
+        )
+    return torch.cholesky_solve(unit.mT, L).mT / norm, torch.cholesky_inverse(L) / (
+        norm[:, None] * norm
+    )
 
 
 def _h_inverse(metric: Metric, K: Tensor, A: Tensor, X: Tensor) -> Tensor:
@@ -174,7 +210,9 @@ def _tangents(metric: Metric, K: Tensor, A: Tensor, B: Tensor, dK: Tensor) -> tu
     return dA.contiguous(), -(half + half.mT).contiguous()
 
 
-def _cotangent(metric: Metric, K: Tensor, A: Tensor, B: Tensor, A_bar: Tensor | None, B_bar: Tensor | None) -> Tensor:
+def _cotangent(
+    metric: Metric, K: Tensor, A: Tensor, B: Tensor, A_bar: Tensor | None, B_bar: Tensor | None
+) -> Tensor:
     K_bar = torch.zeros_like(K)
     if A_bar is not None:
         K_bar = K_bar + _h_inverse(metric, K, A, A_bar.mT @ B) - A.mT @ A_bar @ A.mT
@@ -184,21 +222,27 @@ def _cotangent(metric: Metric, K: Tensor, A: Tensor, B: Tensor, A_bar: Tensor | 
 
 
 class _ReadIn(torch.autograd.Function):
-    """K -> (A, B). The derivatives are written in K, A, B and M^-1 alone, so they can be differentiated again."""
+    """K -> (A, B). The derivatives are written in K, A, B and M^-1 alone, so they can be
+    differentiated again.
+    """
 
     @staticmethod
     def forward(K: Tensor, metric: Metric, constraint: Constraint) -> tuple[Tensor, Tensor]:
         return _solve(metric, K, constraint)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Metric, Constraint], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Metric, Constraint], output: tuple[Tensor, Tensor]
+    ) -> None:
         ctx.metric = inputs[1]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0], *output)
         ctx.save_for_forward(inputs[0], *output)
 
     @staticmethod
-    def backward(ctx: Any, A_bar: Tensor | None, B_bar: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(
+        ctx: Any, A_bar: Tensor | None, B_bar: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
         K, A, B = ctx.saved_tensors
         return _cotangent(ctx.metric, K, A, B, A_bar, B_bar), None, None
 
@@ -208,6 +252,12 @@ class _ReadIn(torch.autograd.Function):
         return _tangents(ctx.metric, K, A, B, dK)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None, None], K: Tensor, metric: Metric, constraint: Constraint) -> Any:
+    def vmap(
+        info: Any,
+        in_dims: tuple[int, None, None],
+        K: Tensor,
+        metric: Metric,
+        constraint: Constraint,
+    ) -> Any:
         results = [_ReadIn.apply(k, metric, constraint) for k in K.unbind(in_dims[0])]
         return tuple(torch.stack(parts) for parts in zip(*results)), (0, 0)

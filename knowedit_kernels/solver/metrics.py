@@ -1,7 +1,8 @@
-"""What an edit must preserve: positive (semi)definite metrics M on key space, factored once, shared by many edits.
+"""What an edit must preserve: positive (semi)definite metrics M on key space, factored once, shared
+by many edits.
 
-A metric exposes one factor F [r, m] with ``F^T F = M^-1``. Every quantity of an edit is then a Gram matrix of
-whitened keys ``Z = F K``, so the Woodbury identity never subtracts two large numbers.
+A metric exposes one factor F [r, m] with ``F^T F = M^-1``. Every quantity of an edit is then a Gram
+matrix of whitened keys ``Z = F K``, so the Woodbury identity never subtracts two large numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ _M = TypeVar("_M", bound="ScaledMetric")
 
 
 class Metric(ABC):
-    """Base class. All arithmetic is float64; arguments are columns ``[m, n]`` of any floating dtype."""
+    """Base class. All arithmetic is float64; arguments are columns ``[m, n]`` of any floating
+    dtype.
+    """
 
     dim: int
     device: torch.device
@@ -38,21 +41,33 @@ class Metric(ABC):
         return self.unwhiten(self.whiten(X))
 
     def quadratic(self, X: Tensor) -> Tensor:
-        """k^T M^-1 k of every column: [m, n] -> [n]. The gain of one edit written alone is s / (1 + s)."""
+        """k^T M^-1 k of every column: [m, n] -> [n]. The gain of one edit written alone is s / (1 +
+        s).
+        """
         return self.whiten(X).square().sum(0)
 
     def with_weight(self, weight: float) -> Metric:
         """The same metric with another weight, sharing the factor."""
-        raise ValueError(f"{type(self).__name__} has no single weight: set the weight before with_history")
+        raise ValueError(
+            f"{type(self).__name__} has no single weight: set the weight before with_history"
+        )
 
     def with_history(self, K: Tensor) -> Metric:
-        """M + K K^T: the metric after edits at keys K [m, n] were committed (sequential editing)."""
+        """M + K K^T: the metric after edits at keys K [m, n] were committed (sequential
+        editing).
+        """
         return WithHistory(self, K)
 
     def columns(self, X: Tensor, name: str = "keys") -> Tensor:
-        """``X`` as float64 columns on this metric's device; raises ValueError with the remedy on a wrong shape."""
+        """``X`` as float64 columns on this metric's device; raises ValueError with the remedy on a
+        wrong shape.
+        """
         if X.ndim != 2 or X.shape[0] != self.dim:
-            hint = " (one column per edit: transpose it)" if X.ndim == 2 and X.shape[1] == self.dim else ""
+            hint = (
+                " (one column per edit: transpose it)"
+                if X.ndim == 2 and X.shape[1] == self.dim
+                else ""
+            )
             raise ValueError(f"{name} must have shape [{self.dim}, n], got {tuple(X.shape)}{hint}")
         if not X.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {X.dtype}")
@@ -88,7 +103,9 @@ class ScaledMetric(Metric):
 class Identity(ScaledMetric):
     """M = weight * I (isotropic: needs no statistics)."""
 
-    def __init__(self, dim: int, weight: float = 1.0, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, dim: int, weight: float = 1.0, device: torch.device | str | None = None
+    ) -> None:
         if dim < 1:
             raise ValueError(f"dim must be positive, got {dim}")
         super().__init__(dim, weight, device)
@@ -103,11 +120,13 @@ class Identity(ScaledMetric):
 class Covariance(ScaledMetric):
     """M = weight * (C + ridge * mean(diag C) * I): what MEMIT, ROME, EMMET and PMET preserve.
 
-    C: [m, m] second moment of keys, float32 or float64. ``ridge`` is relative to the mean diagonal. ``dtype`` is the
-    precision of the factorisation only (see ``EquilibratedCholesky``).
+    C: [m, m] second moment of keys, float32 or float64. ``ridge`` is relative to the mean diagonal.
+    ``dtype`` is the precision of the factorisation only (see ``EquilibratedCholesky``).
     """
 
-    def __init__(self, C: Tensor, weight: float = 1.0, ridge: float = 0.0, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, C: Tensor, weight: float = 1.0, ridge: float = 0.0, dtype: torch.dtype = torch.float64
+    ) -> None:
         if ridge < 0:
             raise ValueError(f"ridge must not be negative, got {ridge}")
         shift = ridge * _mean_diagonal(C) if ridge else 0.0
@@ -136,25 +155,36 @@ class Covariance(ScaledMetric):
 
 
 class ShrunkCovariance(Covariance):
-    """M = weight * ((1 - gamma) C + gamma * tr(C)/m * I); gamma = 0 is MEMIT, 1 the trace-matched identity.
+    """M = weight * ((1 - gamma) C + gamma * tr(C)/m * I); gamma = 0 is MEMIT, 1 the trace-matched
+    identity.
 
     It is the optimum of robust least squares under isotropic key drift (our derivation).
     """
 
-    def __init__(self, C: Tensor, weight: float = 1.0, gamma: float = 0.1, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, C: Tensor, weight: float = 1.0, gamma: float = 0.1, dtype: torch.dtype = torch.float64
+    ) -> None:
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
-        factor = EquilibratedCholesky(C, 1 - gamma, gamma * _mean_diagonal(C), dtype, name="covariance")
+        factor = EquilibratedCholesky(
+            C, 1 - gamma, gamma * _mean_diagonal(C), dtype, name="covariance"
+        )
         self._set(factor, weight)
 
 
-def combined(terms: Sequence[tuple[float, Tensor]], isotropic: float = 0.0, dtype: torch.dtype = torch.float64) -> Covariance:
+def combined(
+    terms: Sequence[tuple[float, Tensor]],
+    isotropic: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Covariance:
     """M = sum_i w_i C_i + isotropic * I, for example RoSE's ``20 C + 50 C_entity + 1 I``.
 
     terms: pairs (weight >= 0, [m, m] matrix). Returns a ``Covariance`` of weight 1.
     """
     if not terms:
-        raise ValueError("combined needs at least one (weight, matrix) pair; for a bare identity use Identity")
+        raise ValueError(
+            "combined needs at least one (weight, matrix) pair; for a bare identity use Identity"
+        )
     if isotropic < 0 or any(w < 0 for w, _ in terms):
         raise ValueError("weights of a combined metric must not be negative")
     shapes = {tuple(C.shape) for _, C in terms}
@@ -168,12 +198,14 @@ def combined(terms: Sequence[tuple[float, Tensor]], isotropic: float = 0.0, dtyp
 
 
 class WithHistory(Metric):
-    """M + Kp Kp^T by an exact symmetric down-date of the factor: ``F' = (I + Zp Zp^T)^-1/2 F`` with ``Zp = F Kp``.
+    """M + Kp Kp^T by an exact symmetric down-date of the factor: ``F' = (I + Zp Zp^T)^-1/2 F`` with
+    ``Zp = F Kp``.
 
-    With the thin SVD ``Zp = W diag(z) V^T`` the root is ``I - W diag(1 - (1 + z^2)^-1/2) W^T``; subtracting in M^-1
-    instead (the textbook down-date) would lose twice the digits. For a null-space metric this is AlphaEdit's projected
-    cache. A chain (edits in sequence, in any order) keeps the product of its roots as one ``Q = I - left^T right``, as
-    Schreiber and Van Loan (1989) do for reflections: 4 r n_p flops per column whitened, n_p over the whole chain.
+    With the thin SVD ``Zp = W diag(z) V^T`` the root is ``I - W diag(1 - (1 + z^2)^-1/2) W^T``;
+    subtracting in M^-1 instead (the textbook down-date) would lose twice the digits. For a
+    null-space metric this is AlphaEdit's projected cache. A chain (edits in sequence, in any order)
+    keeps the product of its roots as one ``Q = I - left^T right``, as Schreiber and Van Loan (1989)
+    do for reflections: 4 r n_p flops per column whitened, n_p over the whole chain.
     """
 
     base: Metric  # before any history
@@ -189,7 +221,9 @@ class WithHistory(Metric):
         root = torch.sqrt(1 + z * z)
         shrink = z * z / (root * (1 + root))  # = 1 - 1/root without cancellation
         left, right = basis.mT, shrink[:, None] * basis.mT
-        if isinstance(base, WithHistory):  # (I - W D W^T) Q = Q - W D (Q^T W)^T: rows below those of the chain
+        if isinstance(
+            base, WithHistory
+        ):  # (I - W D W^T) Q = Q - W D (Q^T W)^T: rows below those of the chain
             right = torch.cat([base.right, shrink[:, None] * base._transposed(basis).mT])
             left, base = torch.cat([base.left, left]), base.base
         self.base, self.left, self.right = base, left.contiguous(), right.contiguous()
@@ -207,18 +241,24 @@ class WithHistory(Metric):
 
 
 def weight_for_gain(metric: Metric, K: Tensor, gain: float = 0.98) -> float:
-    """The weight at which an edit written alone realises the share ``gain`` of its residual, on average over K [m, n].
+    """The weight at which an edit written alone realises the share ``gain`` of its residual, on
+    average over K [m, n].
 
-    One edit's gain is ``g = s / (1 + s)`` with ``s = k^T M^-1 k``; hence ``weight = mean(k^T M1^-1 k) (1 - g) / g``.
-    Published weights do not transfer between models; this does. ``metric``'s own weight is irrelevant.
+    One edit's gain is ``g = s / (1 + s)`` with ``s = k^T M^-1 k``; hence ``weight = mean(k^T M1^-1
+    k) (1 - g) / g``. Published weights do not transfer between models; this does. ``metric``'s own
+    weight is irrelevant.
     """
     if not 0 < gain < 1:
-        raise ValueError(f"gain must lie strictly between 0 and 1, got {gain} (for 1: constraint='equality')")
+        raise ValueError(
+            f"gain must lie strictly between 0 and 1, got {gain} (for 1: constraint='equality')"
+        )
     if K.ndim == 2 and K.shape[1] == 0:
         raise ValueError("weight_for_gain needs at least one key")
     s = float(metric.with_weight(1.0).quadratic(K).mean())
     if not 0 < s < float("inf"):
-        raise ValueError(f"mean(k^T M^-1 k) is {s}: the keys are zero, not finite, or lie outside the null space")
+        raise ValueError(
+            f"mean(k^T M^-1 k) is {s}: the keys are zero, not finite, or lie outside the null space"
+        )
     return s * (1 - gain) / gain
 
 

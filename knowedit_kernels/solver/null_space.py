@@ -16,7 +16,8 @@ class NullSpace(ScaledMetric):
       * threshold: eigenvalues below it (absolute, as published: 2e-2),
       * rank: that many smallest eigenvalues,
       * energy: as many smallest eigenvalues as together hold at most this share of tr C.
-    Only a thin basis of the smaller side is kept (Q or its complement), never the [m, m] projector P.
+    Only a thin basis of the smaller side is kept (Q or its complement), never the [m, m] projector
+    P.
     """
 
     def __init__(
@@ -41,18 +42,21 @@ class NullSpace(ScaledMetric):
         if not 0 < rank <= m:
             raise ValueError(
                 f"the null space is empty or too large ({rank} of {m} directions; eigenvalues "
-                f"run from {float(eigenvalues[0]):.3g} to {float(eigenvalues[-1]):.3g}): choose another one"
+                f"run from {float(eigenvalues[0]):.3g} to {float(eigenvalues[-1]):.3g}): choose "
+                "another one"
             )
         super().__init__(m, beta, C.device)
         self.rank = rank
         self.complement = rank > m // 2
         self.basis = (vectors[:, rank:] if self.complement else vectors[:, :rank]).contiguous()
 
-    # Keys multiply from the left, as rows: for few of them BLAS is two to twelve times as fast that way round.
+    # Keys multiply from the left, as rows: for few of them BLAS is two to twelve times as fast that
+    # way round.
     def _whiten(self, X: Tensor) -> Tensor:
         Y = X.mT @ self.basis
         return (X.mT - Y @ self.basis.mT if self.complement else Y).mT
 
     def _unwhiten(self, Z: Tensor) -> Tensor:
-        # Z of whitened keys is projected already, but only to 2^-53 |K|: that leaks where |P K| is much smaller
+        # Z of whitened keys is projected already, but only to 2^-53 |K|: that leaks where |P K| is
+        # much smaller
         return self._whiten(Z) if self.complement else (Z.mT @ self.basis.mT).mT

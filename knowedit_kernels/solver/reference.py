@@ -1,4 +1,6 @@
-"""The specification: dense float64 formulas, m x m solves and all, as the published methods state them."""
+"""The specification: dense float64 formulas, m x m solves and all, as the published methods state
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ def dense_delta(R: Tensor, K: Tensor, M: Tensor) -> Tensor:
 def refined_delta(R: Tensor, K: Tensor, M: Tensor, steps: int = 4) -> Tensor:
     """`dense_delta` for a symmetric M, in long double: what a solve is judged by.
 
-    A float64 factorisation is itself off by the condition of M + K K^T times 1e-16, which on some LAPACKs is more than our
-    budget. Its solution is mended by the residual in long double (80 bits on x86), until nothing changes any more.
+    A float64 factorisation is itself off by the condition of M + K K^T times 1e-16, which on some
+    LAPACKs is more than our budget. Its solution is mended by the residual in long double (80 bits
+    on x86), until nothing changes any more.
     """
     R, K, M = R.double(), K.double(), M.double()
     factor = torch.linalg.cholesky(M + K @ K.mT)
@@ -39,7 +42,9 @@ def dense_equality(R: Tensor, K: Tensor, M: Tensor) -> Tensor:
 
 
 def dense_null_space(R: Tensor, K: Tensor, K_previous: Tensor, P: Tensor, beta: float) -> Tensor:
-    """AlphaEdit as released: solve(P (K K^T + Kp Kp^T) + beta I, P K R^T)^T with the [m, m] projector P."""
+    """AlphaEdit as released: solve(P (K K^T + Kp Kp^T) + beta I, P K R^T)^T with the [m, m]
+    projector P.
+    """
     R, K, Kp, P = R.double(), K.double(), K_previous.double(), P.double()
     left = P @ (K @ K.mT + Kp @ Kp.mT) + beta * torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve(left, P @ K @ R.mT).mT

@@ -1,4 +1,6 @@
-"""Cross-entropy and KL on target positions only, for large vocabularies, forward and backward (see README.md)."""
+"""Cross-entropy and KL on target positions only, for large vocabularies, forward and backward (see
+README.md).
+"""
 
 from knowedit_kernels._dispatch import register
 from knowedit_kernels.target_loss import chunked, gpu

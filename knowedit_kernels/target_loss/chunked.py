@@ -1,7 +1,9 @@
-"""The torch path: one pass over the vocabulary in chunks for losses and gradients, never all logits at once.
+"""The torch path: one pass over the vocabulary in chunks for losses and gradients, never all logits
+at once.
 
-The gradient of cross-entropy is attention over the vocabulary: E_p[W] - W_target. Like attention it is accumulated
-with a running maximum, so the head is read (and widened) once, and nothing is recomputed.
+The gradient of cross-entropy is attention over the vocabulary: E_p[W] - W_target. Like attention it
+is accumulated with a running maximum, so the head is read (and widened) once, and nothing is
+recomputed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
     return (slice(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> Tensor:
     """Logits of some rows of the head in hidden's dtype; softcap 0: none."""
     z = hidden @ weight.mT
     if bias is not None:
@@ -36,7 +40,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
 
 
 class _Running:
-    """exp(z - max) over chunks: its sum, and means weighted by it, rescaled whenever the maximum rises."""
+    """exp(z - max) over chunks: its sum, and means weighted by it, rescaled whenever the maximum
+    rises.
+    """
 
     def __init__(self, rows: int, like: Tensor) -> None:
         self.top, self.mass = like.new_full((rows,), -torch.inf), like.new_zeros(rows)
@@ -78,7 +84,12 @@ def losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``target_losses`` of `_ops.py`."""
     rows, h = len(hidden), hidden.to(working(hidden))
-    ce, kl, d_ce, d_kl = h.new_zeros(rows), h.new_zeros(rows), torch.zeros_like(h), torch.zeros_like(h)
+    ce, kl, d_ce, d_kl = (
+        h.new_zeros(rows),
+        h.new_zeros(rows),
+        torch.zeros_like(h),
+        torch.zeros_like(h),
+    )
     if rows == 0:
         return ce, kl, d_ce, d_kl
     both = h if ref_hidden is None else torch.cat([h, ref_hidden.to(h.dtype)])
@@ -92,7 +103,9 @@ def losses(
         slope = scale * (1 - (z / softcap).square()) if softcap else scale  # of z in hidden W^T
         if targets is not None:
             inside, index = (targets >= part.start) & (targets < part.stop), targets - part.start
-            picked += torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)[:, None])[:, 0], 0)
+            picked += torch.where(
+                inside, z.gather(1, index.clamp(0, z.shape[1] - 1)[:, None])[:, 0], 0
+            )
         e = p.weights(z)
         factors = [e * slope]
         if divergence:
@@ -108,12 +121,16 @@ def losses(
         ce = torch.where(targets >= 0, p.log - picked, 0)
     if gradient and targets is not None:
         slope = scale * (1 - (picked / softcap).square())[:, None] if softcap else scale
-        d_ce = (p.mean("W") - slope * weight[targets.clamp_min(0)].to(h.dtype)) * (targets >= 0)[:, None]
+        d_ce = (p.mean("W") - slope * weight[targets.clamp_min(0)].to(h.dtype)) * (targets >= 0)[
+            :, None
+        ]
     if divergence:
         gap = under.mean("gap")
         kl = gap - p.log + r.log if reverse else p.log - r.log - gap
     if gradient and divergence:
-        d_kl = p.mean("gap W") - gap[:, None] * p.mean("W") if reverse else p.mean("W") - r.mean("W")
+        d_kl = (
+            p.mean("gap W") - gap[:, None] * p.mean("W") if reverse else p.mean("W") - r.mean("W")
+        )
     return ce, kl, d_ce, d_kl
 
 

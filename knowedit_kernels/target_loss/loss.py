@@ -1,4 +1,6 @@
-"""The public function and its autograd: gradients for the hidden states only, the head is frozen."""
+"""The public function and its autograd: gradients for the hidden states only, the head is
+frozen.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,22 @@ def target_loss(
 ) -> TargetLoss:
     """Cross-entropy and KL divergence of selected positions, without ever holding all their logits.
 
-    With z = cap tanh(scale (hidden W^T + bias) / cap) (no cap: z = scale (...)) and p = softmax(z), per row
+    With z = cap tanh(scale (hidden W^T + bias) / cap) (no cap: z = scale (...)) and p = softmax(z),
+    per row
 
     * ``ce`` = -log p[target]; 0 where ``targets`` [rows] (int64) is negative or None;
-    * ``kl`` = KL(p || ref) (``reverse``, as ROME and MEMIT compute it) or KL(ref || p); 0 without a reference. The
-      reference is ``reference`` [rows, V], log-probabilities or logits, or ``ref_hidden`` [rows, d], states whose
-      distribution under the same head is computed alongside. It is a constant.
+    * ``kl`` = KL(p || ref) (``reverse``, as ROME and MEMIT compute it) or KL(ref || p); 0 without a
+      reference. The reference is ``reference`` [rows, V], log-probabilities or logits, or
+      ``ref_hidden`` [rows, d], states whose distribution under the same head is computed alongside.
+      It is a constant.
 
-    hidden: [rows, d], the states before the head at the scored positions only. head_weight: [V, d], may be tied to the
-    embeddings. Both bfloat16, float16, float32 or float64; the arithmetic is float32 (float64 for float64 hidden).
-    Differentiable once, in ``hidden`` (the gradient is found during the forward pass); deterministic.
+    hidden: [rows, d], the states before the head at the scored positions only. head_weight: [V, d],
+    may be tied to the embeddings. Both bfloat16, float16, float32 or float64; the arithmetic is
+    float32 (float64 for float64 hidden). Differentiable once, in ``hidden`` (the gradient is found
+    during the forward pass); deterministic.
 
-    Raises ValueError naming the argument. Source: KERNELS (d), our derivation; cut-cross-entropy (arXiv 2411.09009)
-    has the idea of never storing logits.
+    Raises ValueError naming the argument. Source: KERNELS (d), our derivation; cut-cross-entropy
+    (arXiv 2411.09009) has the idea of never storing logits.
     """
     _check(hidden, head_weight, targets, reference, ref_hidden, bias, softcap)
     constants = [None if x is None else x.detach() for x in (bias, reference, ref_hidden)]
@@ -55,14 +60,18 @@ def target_loss(
 
 
 class _Loss(torch.autograd.Function):
-    """Both losses are scalar per row, so their gradients are found in the forward pass and only scaled later."""
+    """Both losses are scalar per row, so their gradients are found in the forward pass and only
+    scaled later.
+    """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ops.knowedit.target_losses(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+    ) -> None:
         _, _, d_ce, d_kl = output
         ctx.mark_non_differentiable(d_ce, d_kl)
         ctx.save_for_backward(d_ce, d_kl)
@@ -84,16 +93,36 @@ def _check(
     bias: Tensor | None,
     softcap: float | None,
 ) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or len(weight) == 0:
-        raise ValueError(f"hidden [rows, d] and head_weight [V, d] do not fit: {list(hidden.shape)} and {list(weight.shape)}")
+    if (
+        hidden.ndim != 2
+        or weight.ndim != 2
+        or hidden.shape[1] != weight.shape[1]
+        or len(weight) == 0
+    ):
+        raise ValueError(
+            f"hidden [rows, d] and head_weight [V, d] do not fit: {list(hidden.shape)} and "
+            f"{list(weight.shape)}"
+        )
     if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(f"hidden and head_weight must be floating point, got {hidden.dtype} and {weight.dtype}")
-    for name, constant in (("head_weight", weight), ("bias", bias), ("reference", reference), ("ref_hidden", ref_hidden)):
+        raise ValueError(
+            f"hidden and head_weight must be floating point, got {hidden.dtype} and {weight.dtype}"
+        )
+    for name, constant in (
+        ("head_weight", weight),
+        ("bias", bias),
+        ("reference", reference),
+        ("ref_hidden", ref_hidden),
+    ):
         if constant is not None and constant.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires grad, but target_loss has no gradient for it: pass {name}.detach()")
+            raise ValueError(
+                f"{name} requires grad, but target_loss has no gradient for it: pass "
+                f"{name}.detach()"
+            )
     rows, vocabulary = len(hidden), len(weight)
     if targets is not None and (targets.shape != (rows,) or targets.dtype != torch.int64):
-        raise ValueError(f"targets must be int64 [{rows}], got {targets.dtype} {list(targets.shape)}")
+        raise ValueError(
+            f"targets must be int64 [{rows}], got {targets.dtype} {list(targets.shape)}"
+        )
     if targets is not None and rows and int(targets.max()) >= vocabulary:
         raise ValueError(f"target {int(targets.max())} is outside the vocabulary of {vocabulary}")
     if targets is None and reference is None and ref_hidden is None:
@@ -101,9 +130,14 @@ def _check(
     if reference is not None and ref_hidden is not None:
         raise ValueError("give reference (logits) or ref_hidden (states), not both")
     if reference is not None and reference.shape != (rows, vocabulary):
-        raise ValueError(f"reference must be logits [{rows}, {vocabulary}], got {list(reference.shape)}")
+        raise ValueError(
+            f"reference must be logits [{rows}, {vocabulary}], got {list(reference.shape)}"
+        )
     if ref_hidden is not None and ref_hidden.shape != hidden.shape:
-        raise ValueError(f"ref_hidden must be shaped like hidden {list(hidden.shape)}, got {list(ref_hidden.shape)}")
+        raise ValueError(
+            f"ref_hidden must be shaped like hidden {list(hidden.shape)}, got "
+            f"{list(ref_hidden.shape)}"
+        )
     if bias is not None and bias.shape != (vocabulary,):
         raise ValueError(f"bias must have shape [{vocabulary}], got {list(bias.shape)}")
     if softcap is not None and not softcap > 0:

@@ -1,19 +1,41 @@
-"""The kernels: partial sums per vocabulary tile, dL/dlogits of a vocabulary chunk, and its product with the head."""
+"""The kernels: partial sums per vocabulary tile, dL/dlogits of a vocabulary chunk, and its product
+with the head.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _product(H, W, row, token, rows, vocabulary, D, h_stride, w_stride, BD: tl.constexpr, PRECISION: tl.constexpr):
+def _product(
+    H,
+    W,
+    row,
+    token,
+    rows,
+    vocabulary,
+    D,
+    h_stride,
+    w_stride,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """hidden W^T of one tile: [row, token] float32."""
     d = tl.arange(0, BD)
     live_row, live_token = (row < rows)[:, None], (token < vocabulary)[:, None]
     z = tl.zeros((row.shape[0], token.shape[0]), tl.float32)
     for k in range(0, D, BD):
         live = ((k + d) < D)[None, :]
-        h = tl.load(H + row.to(tl.int64)[:, None] * h_stride + (k + d)[None, :], mask=live_row & live, other=0.0)
-        w = tl.load(W + token.to(tl.int64)[:, None] * w_stride + (k + d)[None, :], mask=live_token & live, other=0.0)
+        h = tl.load(
+            H + row.to(tl.int64)[:, None] * h_stride + (k + d)[None, :],
+            mask=live_row & live,
+            other=0.0,
+        )
+        w = tl.load(
+            W + token.to(tl.int64)[:, None] * w_stride + (k + d)[None, :],
+            mask=live_token & live,
+            other=0.0,
+        )
         z = tl.dot(h, w.T, z, input_precision=PRECISION)
     return z
 
@@ -32,13 +54,31 @@ def _cap(z, bias, token, vocabulary, scale, softcap, BIAS: tl.constexpr, CAP: tl
 
 
 @triton.jit
-def _reference(R, W, bias, row, token, rows, vocabulary, D, r_stride, w_stride, scale, softcap,
-               REF: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, BD: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
+def _reference(
+    R,
+    W,
+    bias,
+    row,
+    token,
+    rows,
+    vocabulary,
+    D,
+    r_stride,
+    w_stride,
+    scale,
+    softcap,
+    REF: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Logits of the reference in one tile; R holds them (REF 1) or hidden states (REF 2)."""
     if REF == 1:
         live = (row < rows)[:, None] & (token < vocabulary)[None, :]
-        z = tl.load(R + row.to(tl.int64)[:, None] * r_stride + token[None, :], mask=live, other=0.0).to(tl.float32)
+        z = tl.load(
+            R + row.to(tl.int64)[:, None] * r_stride + token[None, :], mask=live, other=0.0
+        ).to(tl.float32)
     else:
         z = _product(R, W, row, token, rows, vocabulary, D, r_stride, w_stride, BD, PRECISION)
         z = _cap(z, bias, token, vocabulary, scale, softcap, BIAS, CAP)
@@ -47,18 +87,21 @@ def _reference(R, W, bias, row, token, rows, vocabulary, D, r_stride, w_stride, 
 
 @triton.jit
 def loss_kernel(
-    H, W, targets, bias, R, partial, rows, vocabulary, D, h_stride, w_stride, r_stride, scale, softcap,
-    CE: tl.constexpr, REF: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
-    BP: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    H, W, targets, bias, R, partial, rows, vocabulary, D, h_stride, w_stride, r_stride, scale,
+    softcap, CE: tl.constexpr, REF: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr,
+    CAP: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """partial [6, tiles, rows]: max, sum exp(z - max), the target's logit; the reference's max and sum; sum of gaps."""
+    """partial [6, tiles, rows]: max, sum exp(z - max), the target's logit; the reference's max and
+    sum; sum of gaps.
+    """
     tile = tl.program_id(0)
     row = tl.program_id(1) * BP + tl.arange(0, BP)
     token = tile * BV + tl.arange(0, BV)
     inside = (token < vocabulary)[None, :]
     if REF > 0:  # first, while few registers are taken
-        z_ref = _reference(R, W, bias, row, token, rows, vocabulary, D, r_stride, w_stride, scale, softcap,
-                           REF, BIAS, CAP, BD, PRECISION)  # fmt: skip
+        z_ref = _reference(R, W, bias, row, token, rows, vocabulary, D, r_stride, w_stride, scale,
+                           softcap, REF, BIAS, CAP, BD, PRECISION)  # fmt: skip
     z = _product(H, W, row, token, rows, vocabulary, D, h_stride, w_stride, BD, PRECISION)
     z = _cap(z, bias, token, vocabulary, scale, softcap, BIAS, CAP)
     largest = tl.max(tl.where(inside, z, -float("inf")), 1)
@@ -70,7 +113,11 @@ def loss_kernel(
     tl.store(out + plane, tl.sum(e, 1), mask=live)
     if CE:
         target = tl.load(targets + row, mask=live, other=-1)
-        tl.store(out + 2 * plane, tl.sum(tl.where(token[None, :] == target[:, None], z, 0.0), 1), mask=live)
+        tl.store(
+            out + 2 * plane,
+            tl.sum(tl.where(token[None, :] == target[:, None], z, 0.0), 1),
+            mask=live,
+        )
     if REF > 0:
         largest = tl.max(tl.where(inside, z_ref, -float("inf")), 1)
         e_ref = tl.where(inside, tl.exp(z_ref - largest[:, None]), 0.0)
@@ -83,17 +130,20 @@ def loss_kernel(
 def logit_grad_kernel(
     H, W, targets, bias, R, lse, ref_lse, gap, ce, kl, first, rows, vocabulary, D,
     h_stride, w_stride, r_stride, out_stride, scale, softcap,
-    CE: tl.constexpr, REF: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
-    BP: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    CE: tl.constexpr, REF: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr,
+    CAP: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ce, kl [rows, chunk] float32: gradients in hidden W^T of tokens first, first + 1, ...; 0 past the vocabulary."""
+    """ce, kl [rows, chunk] float32: gradients in hidden W^T of tokens first, first + 1, ...; 0 past
+    the vocabulary.
+    """
     row = tl.program_id(1) * BP + tl.arange(0, BP)
     column = tl.program_id(0) * BV + tl.arange(0, BV)
     token = first + column
     live = row < rows
     if REF > 0:  # first, while few registers are taken
-        z_ref = _reference(R, W, bias, row, token, rows, vocabulary, D, r_stride, w_stride, scale, softcap,
-                           REF, BIAS, CAP, BD, PRECISION)  # fmt: skip
+        z_ref = _reference(R, W, bias, row, token, rows, vocabulary, D, r_stride, w_stride, scale,
+                           softcap, REF, BIAS, CAP, BD, PRECISION)  # fmt: skip
     z = _product(H, W, row, token, rows, vocabulary, D, h_stride, w_stride, BD, PRECISION)
     z = _cap(z, bias, token, vocabulary, scale, softcap, BIAS, CAP)
     p = tl.exp(z - tl.load(lse + row, mask=live, other=0.0)[:, None])
@@ -104,7 +154,9 @@ def logit_grad_kernel(
     if CE:
         target = tl.load(targets + row, mask=live, other=-1)
         hit = (token[None, :] == target[:, None]).to(tl.float32)
-        tl.store(ce + where, tl.where((target >= 0)[:, None], slope * (p - hit), 0.0), mask=live[:, None])
+        tl.store(
+            ce + where, tl.where((target >= 0)[:, None], slope * (p - hit), 0.0), mask=live[:, None]
+        )
     if REF > 0:
         if REVERSE:
             change = p * (z - z_ref - tl.load(gap + row, mask=live, other=0.0)[:, None])
@@ -118,7 +170,9 @@ def hidden_grad_kernel(
     dz, W, out, first, count, rows, D, dz_stride, w_stride, out_stride, lift,
     BP: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, D] float32 += dz W[first : first + count]; dz as two 16-bit parts where W is 16 bits wide."""
+    """out [rows, D] float32 += dz W[first : first + count]; dz as two 16-bit parts where W is 16
+    bits wide.
+    """
     row = tl.program_id(1) * BP + tl.arange(0, BP)
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     column = tl.arange(0, BV)
@@ -126,11 +180,11 @@ def hidden_grad_kernel(
     where = out + row.to(tl.int64)[:, None] * out_stride + d[None, :]
     acc = tl.load(where, mask=live, other=0.0)
     for k in range(0, count, BV):
-        g = tl.load(dz + row.to(tl.int64)[:, None] * dz_stride + (k + column)[None, :], mask=(row < rows)[:, None],
-                    other=0.0)  # fmt: skip
+        g = tl.load(dz + row.to(tl.int64)[:, None] * dz_stride + (k + column)[None, :],
+                    mask=(row < rows)[:, None], other=0.0)  # fmt: skip
         token = (first + k + column).to(tl.int64)
-        w = tl.load(W + token[:, None] * w_stride + d[None, :], mask=((k + column) < count)[:, None] & (d < D)[None, :],
-                    other=0.0)  # fmt: skip
+        w = tl.load(W + token[:, None] * w_stride + d[None, :],
+                    mask=((k + column) < count)[:, None] & (d < D)[None, :], other=0.0)  # fmt: skip
         g *= lift
         if SPLIT:
             high = g.to(w.dtype)

@@ -1,1 +1,3 @@
-"""Device functions shared by the Triton kernels. Importing this package imports nothing; Triton is optional."""
+"""Device functions shared by the Triton kernels. Importing this package imports nothing; Triton is
+optional.
+"""

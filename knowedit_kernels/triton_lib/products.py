@@ -1,4 +1,6 @@
-"""Products a^T b on tensor cores, and their float64 fold: the shared inner parts of the Triton kernels."""
+"""Products a^T b on tensor cores, and their float64 fold: the shared inner parts of the Triton
+kernels.
+"""
 
 import triton
 import triton.language as tl
@@ -6,10 +8,12 @@ import triton.language as tl
 
 @triton.jit
 def gram_product(a, b, acc, PRODUCTS: tl.constexpr):
-    """acc + a^T b for a [K, M], b [K, N] of one 16-bit or float64 dtype. float32 operands, by PRODUCTS:
+    """acc + a^T b for a [K, M], b [K, N] of one 16-bit or float64 dtype. float32 operands, by
+    PRODUCTS:
 
     1: rounded to bf16. 4: all products of bf16 high and low parts (16 bits); still a Gram matrix.
-    3: the same without low^T low, which is not, and loses the small eigenvalues (a negative control).
+    3: the same without low^T low, which is not, and loses the small eigenvalues (a negative
+    control).
     6: the products of three bf16 parts (24 bits) that are not below 2^-24.
     """
     if a.dtype != tl.float32:
@@ -35,7 +39,17 @@ def gram_product(a, b, acc, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def fold64(c, ld, rows, columns, x, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr):
+def fold64(
+    c,
+    ld,
+    rows,
+    columns,
+    x,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """c [M, N] float64 (row stride ld) += x where inside [rows, columns] (EVEN: everywhere).
 
     In PARTS column parts, one after the other: the whole tile in float64 at once would spill.

@@ -1,4 +1,6 @@
-"""Stochastic rounding on the device: the bits and the arithmetic of `lowrank.rounding`, element by element."""
+"""Stochastic rounding on the device: the bits and the arithmetic of `lowrank.rounding`, element by
+element.
+"""
 
 import triton
 import triton.language as tl
@@ -6,10 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def random_halves(seed, row, column, stream, ROUNDS: tl.constexpr):
-    """Sixteen random bits for each of [rows, 8 * groups] elements: row [rows, 1], column [1, groups] (column // 8)."""
+    """Sixteen random bits for each of [rows, 8 * groups] elements: row [rows, 1], column [1,
+    groups] (column // 8).
+    """
     zero = (row + column) * 0
     w0, w1, w2, w3 = tl.philox(seed, column + zero, row + zero, zero + stream, zero, ROUNDS)
-    even = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
+    even = tl.interleave(
+        tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF)
+    )
     odd = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
     return tl.interleave(even, odd)
 

@@ -1,4 +1,6 @@
-"""`compile_for`: what a launch would compile for an architecture, and what the machine code says."""
+"""`compile_for`: what a launch would compile for an architecture, and what the machine
+code says.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class _Driver:
-    """Stands in for a CUDA driver, so that `warmup` specialises on the arguments exactly as a launch does."""
+    """Stands in for a CUDA driver, so that `warmup` specialises on the arguments exactly as a
+    launch does.
+    """
 
     def __init__(self, architecture: int) -> None:
         self.architecture = architecture
@@ -70,17 +74,24 @@ class Compiled:
         return self.count("LDL") + self.count("STL")
 
     def check(self, mma: str | None = None) -> None:
-        """Asserts a real body, no spills, shared memory within the limit and (if given) the MMA instruction."""
-        assert self.count("EXIT") and len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", self.sass, re.M)) > 20, "empty body"
+        """Asserts a real body, no spills, shared memory within the limit and (if given) the MMA
+        instruction.
+        """
+        assert (
+            self.count("EXIT") and len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", self.sass, re.M)) > 20
+        ), "empty body"
         assert not re.search(r"^\s*trap;\s*$", self.ptx, re.M), "the body is a trap"
         assert self.spills == 0, f"{self.spills} spill instructions at {self.registers} registers"
-        assert self.shared <= SHARED_LIMIT[self.architecture], f"{self.shared} bytes of shared memory"
+        assert self.shared <= SHARED_LIMIT[self.architecture], (
+            f"{self.shared} bytes of shared memory"
+        )
         if mma is not None:
             assert self.count(mma), f"no {mma} in the machine code"
 
 
 def compile_for(kernel: Any, architecture: int, *args: Any, **options: Any) -> Compiled:
-    """Compiles `kernel(*args, **options)` for `architecture` (80, 90, 100); tensors may be on the meta device.
+    """Compiles `kernel(*args, **options)` for `architecture` (80, 90, 100); tensors may be on the
+    meta device.
 
     `options` are the kernel's constexprs and num_warps / num_stages.
     """
@@ -94,7 +105,9 @@ def compile_for(kernel: Any, architecture: int, *args: Any, **options: Any) -> C
         usage = _tool("cuobjdump", "-res-usage", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage
-    return Compiled(architecture, int(registers[1]), compiled.metadata.shared, sass, compiled.asm["ptx"])
+    return Compiled(
+        architecture, int(registers[1]), compiled.metadata.shared, sass, compiled.asm["ptx"]
+    )
 
 
 def _tool(name: str, *args: str) -> str:

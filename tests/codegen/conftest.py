@@ -1,4 +1,6 @@
-"""Compiles Triton kernels for real GPUs on a machine without one: `pytest tests/codegen`, a process of its own."""
+"""Compiles Triton kernels for real GPUs on a machine without one: `pytest tests/codegen`, a process
+of its own.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"""Every block size that the GPU suite tries, and so every one a tuned table can name, compiles to a sound kernel."""
+"""Every block size that the GPU suite tries, and so every one a tuned table can name, compiles to a
+sound kernel.
+"""
 
 import dataclasses
 
@@ -21,7 +23,9 @@ def build(architecture, config, dim):
 
     table, tokens = meta(8, dtype=torch.int64), meta(8, dtype=torch.int32)
     args = (table, table, tokens, meta(528, 4, dtype=torch.int32), dim, dim, dim)
-    return compile_for(second_moment_kernel, architecture, *args, KEY=tl.bfloat16, EVEN=True, **config.constants())
+    return compile_for(
+        second_moment_kernel, architecture, *args, KEY=tl.bfloat16, EVEN=True, **config.constants()
+    )
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
@@ -32,5 +36,7 @@ def test_every_way(architecture, way):
 
 @pytest.mark.parametrize("chain", [0, gpu_lab.Sizes().chains[0], gpu_lab.Sizes().chains[-1]])
 def test_the_shortest_and_longest_chains(chain):
-    config = dataclasses.replace(schedule.config(torch.bfloat16, "exact", 90, gpu_lab.LAUNCH), chain=chain)
+    config = dataclasses.replace(
+        schedule.config(torch.bfloat16, "exact", 90, gpu_lab.LAUNCH), chain=chain
+    )
     build(90, config, gpu_lab.Sizes().bias[0]).check(mma=MMA[90])

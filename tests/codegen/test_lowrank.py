@@ -29,8 +29,8 @@ def test_update(architecture, dtype, rounding, probes):
     tables = meta(torch.int64), meta(torch.int32), meta(torch.int32), meta(torch.float64)
     built = compile_for(
         update_kernel, architecture, *tables, 7, DT=getattr(tl, str(dtype).removeprefix("torch.")),
-        ROUNDING=rounding, COMPENSATED=rounding == "compensated", WRITE=True, BP=probes, ALIGNED=True,
-        ROUNDS=gpu.ROUNDS, FIELDS=7, BM=gpu.BM, BN=gpu.BN, BR=gpu.BR, TILES=gpu.TILES,
+        ROUNDING=rounding, COMPENSATED=rounding == "compensated", WRITE=True, BP=probes,
+        ALIGNED=True, ROUNDS=gpu.ROUNDS, FIELDS=7, BM=gpu.BM, BN=gpu.BN, BR=gpu.BR, TILES=gpu.TILES,
         num_warps=gpu.WARPS, num_stages=gpu.STAGES,
     )  # fmt: skip
     print(architecture, dtype, rounding, probes, built.registers, built.shared, built.spills)

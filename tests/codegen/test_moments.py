@@ -11,7 +11,12 @@ from knowedit_kernels.moments.triton import pack_kernel, second_moment_kernel
 from tests.codegen.compiler import ARCHITECTURES, MMA, compile_for
 
 NARROW = [torch.bfloat16, torch.float16, torch.float32]
-LOADS = [(architecture, tma) for architecture in ARCHITECTURES for tma in (False, True) if architecture >= 90 or not tma]
+LOADS = [
+    (architecture, tma)
+    for architecture in ARCHITECTURES
+    for tma in (False, True)
+    if architecture >= 90 or not tma
+]
 
 
 def meta(*shape, dtype=torch.float32):
@@ -24,7 +29,9 @@ def build(architecture, dtype, precision="exact", tma=True, dim=4096):
     args = (table, table, tokens, meta(528, 4, dtype=torch.int32), dim, dim, dim)
     key = getattr(tl, str(dtype).removeprefix("torch."))
     constants = config.constants()
-    return compile_for(second_moment_kernel, architecture, *args, KEY=key, EVEN=dim % config.tile == 0, **constants)
+    return compile_for(
+        second_moment_kernel, architecture, *args, KEY=key, EVEN=dim % config.tile == 0, **constants
+    )
 
 
 @pytest.mark.parametrize("dim", [4096, 4112])
@@ -40,8 +47,12 @@ def test_tensor_cores_asynchronous_copies_no_spills(architecture, tma, dtype, di
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_both_operands_come_from_shared_memory_untransposed(architecture):
     built = build(architecture, torch.bfloat16)
-    # a transposition through registers would show as shared stores inside the loop: far more than the epilogue's
-    assert built.count("STS") <= 128 and built.count("PRMT") <= 64, (built.count("STS"), built.count("PRMT"))
+    # a transposition through registers would show as shared stores inside the loop: far more than
+    # the epilogue's
+    assert built.count("STS") <= 128 and built.count("PRMT") <= 64, (
+        built.count("STS"),
+        built.count("PRMT"),
+    )
 
 
 @pytest.mark.parametrize("architecture, tma", LOADS)
@@ -55,7 +66,9 @@ def test_fast(architecture, dtype):
     build(architecture, dtype, "fast").check(mma=MMA[architecture])
 
 
-@pytest.mark.parametrize("architecture", [80, 90])  # sm_100 takes float64 panels: see gpu.accumulate_
+@pytest.mark.parametrize(
+    "architecture", [80, 90]
+)  # sm_100 takes float64 panels: see gpu.accumulate_
 def test_float64(architecture):
     build(architecture, torch.float64).check(mma="DMMA")
 
@@ -67,6 +80,10 @@ def test_pack(architecture, dtype, gather):
     keys, wide = meta(1000, 4096, dtype=dtype), meta(8, 4096, dtype=torch.float64)
     rows = meta(1000, dtype=torch.int64)
     args = (keys, wide, keys, rows, wide, 1000, 4096, 4096)
-    built = compile_for(pack_kernel, architecture, *args, R=16, W=128, GATHER=gather, STORE=True, num_warps=4)
+    built = compile_for(
+        pack_kernel, architecture, *args, R=16, W=128, GATHER=gather, STORE=True, num_warps=4
+    )
     built.check()
-    assert re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", built.ptx), "rows are not read in 16-byte pieces"
+    assert re.search(r"ld\.global\S*\.(v4\.b32|v2\.b64)", built.ptx), (
+        "rows are not read in 16-byte pieces"
+    )

@@ -23,15 +23,37 @@ def mma(architecture, dtype):
 @pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits(architecture, dtype, reference):
-    head = meta(dtype), meta(dtype), meta(torch.int64), meta(dtype), meta(torch.float32 if reference == 1 else dtype)
+    head = (
+        meta(dtype),
+        meta(dtype),
+        meta(torch.int64),
+        meta(dtype),
+        meta(torch.float32 if reference == 1 else dtype),
+    )
     sizes = ROWS, VOCABULARY, D, D, D, D
     constants = dict(
-        CE=True, REF=reference, REVERSE=True, BIAS=True, CAP=True, **gpu.TILE[dtype.itemsize],
+        CE=True,
+        REF=reference,
+        REVERSE=True,
+        BIAS=True,
+        CAP=True,
+        **gpu.TILE[dtype.itemsize],
         PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
-    )  # fmt: skip
+    )
     forward = compile_for(loss_kernel, architecture, *head, meta(), *sizes, 1.5, 3.0, **constants)
     state = [meta() for _ in range(5)]
-    backward = compile_for(logit_grad_kernel, architecture, *head, *state, gpu.CHUNK, *sizes, gpu.CHUNK, 1.5, 3.0, **constants)
+    backward = compile_for(
+        logit_grad_kernel,
+        architecture,
+        *head,
+        *state,
+        gpu.CHUNK,
+        *sizes,
+        gpu.CHUNK,
+        1.5,
+        3.0,
+        **constants,
+    )
     for built in (forward, backward):
         print(architecture, dtype, reference, built.registers, built.shared, built.spills)
         built.check(mma=mma(architecture, dtype))
@@ -42,8 +64,8 @@ def test_logits(architecture, dtype, reference):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_hidden_gradient(architecture, dtype):
     built = compile_for(
-        hidden_grad_kernel, architecture, meta(), meta(dtype), meta(), gpu.CHUNK, gpu.CHUNK, ROWS, D, gpu.CHUNK, D, D, 1.5,
-        **gpu.TILE_GRADIENT[dtype.itemsize], SPLIT=dtype != torch.float32,
+        hidden_grad_kernel, architecture, meta(), meta(dtype), meta(), gpu.CHUNK, gpu.CHUNK, ROWS,
+        D, gpu.CHUNK, D, D, 1.5, **gpu.TILE_GRADIENT[dtype.itemsize], SPLIT=dtype != torch.float32,
     )  # fmt: skip
     print(architecture, dtype, built.registers, built.shared, built.spills)
     built.check(mma=mma(architecture, dtype))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.model
 def test_the_ten_lines_run(request, smollm, tmp_path, monkeypatch, capsys):
     text = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = compile(block.replace("tokens=16_384", "tokens=2_048"), "README.md", "exec")
+    code = compile(block.replace("tokens=16_384", "tokens=4_096"), "README.md", "exec")
     assert "tokens=16_384" in block  # shortened: the rest is as it is printed there
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path / "cache"))

@@ -40,7 +40,7 @@ def test_computed_applied_and_taken_back(model, method):
     ):
         now = model.score([fact.text for fact in FACTS], [fact.target for fact in FACTS])
         assert sum(s.logprob for s in now) > sum(s.logprob for s in said)
-    model._fingerprint = None
+    model._state.fingerprint = None
     assert model.fingerprint == before
 
 

@@ -1,4 +1,6 @@
-"""The tangents on a real GPU: the accuracy gates, real sizes against float64, bit-repeatability, torch.func, plain torch."""
+"""The tangents on a real GPU: the accuracy gates, real sizes against float64, bit-repeatability,
+torch.func, plain torch.
+"""
 
 import functools
 
@@ -11,10 +13,15 @@ from knowedit_kernels import jvp as ours
 from knowedit_kernels.jvp import gpu, reference
 from knowedit_kernels.numerics import tangent_error
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
-@pytest.mark.parametrize("gate", [gpu.rms_norm_gate, gpu.swiglu_gate, gpu.attention_gate], ids=lambda gate: gate.__name__)
+@pytest.mark.parametrize(
+    "gate", [gpu.rms_norm_gate, gpu.swiglu_gate, gpu.attention_gate], ids=lambda gate: gate.__name__
+)
 def test_the_gates_pass(gate):
     assert gate(torch.device("cuda", 0)) is None
 
@@ -54,20 +61,29 @@ def test_attention(dtype, d):
 
 @pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
 def test_elementwise(dtype):
-    x, y, w, t, u = draw((500, 4096), (500, 4096), (4096,), (20, 500, 4096), (20, 500, 4096), dtype=dtype)
+    x, y, w, t, u = draw(
+        (500, 4096), (500, 4096), (4096,), (20, 500, 4096), (20, 500, 4096), dtype=dtype
+    )
     norm = reference.tangents(lambda x: reference.rms_norm(x, w.double()), [x], [t])
     unit = reference.tangents(reference.swiglu, [x, y], [t, u])
-    for op, got, wanted in (("rms_norm", ours.rms_norm_jvp(x, w, t), norm), ("swiglu", ours.swiglu_jvp(x, y, t, u), unit)):
+    for op, got, wanted in (
+        ("rms_norm", ours.rms_norm_jvp(x, w, t), norm),
+        ("swiglu", ours.swiglu_jvp(x, y, t, u), unit),
+    ):
         assert explain(f"{op}_jvp").chosen == "triton"
         for value, truth in zip(got, wanted):
             assert error(value, truth) <= tangent_error(op, dtype)
 
 
 def test_torch_func_reaches_the_kernel():
-    q, k, v, t = draw((1, 4, 50, 64), (1, 2, 50, 64), (1, 2, 50, 64), (9, 1, 4, 50, 64), dtype=torch.bfloat16)
+    q, k, v, t = draw(
+        (1, 4, 50, 64), (1, 2, 50, 64), (1, 2, 50, 64), (9, 1, 4, 50, 64), dtype=torch.bfloat16
+    )
     got = vmap(lambda t: jvp(lambda q: ours.attention(q, k, v), (q,), (t,))[1])(t)
     assert explain("attention_jvp").chosen == "triton"
-    exact = reference.tangents(lambda q: reference.attention(q, k.double(), v.double()), [q], [t])[1]
+    exact = reference.tangents(lambda q: reference.attention(q, k.double(), v.double()), [q], [t])[
+        1
+    ]
     assert error(got, exact) <= tangent_error("attention", torch.bfloat16)
 
 

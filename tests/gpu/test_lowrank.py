@@ -1,4 +1,6 @@
-"""Low-rank updates on a real GPU: the accuracy gate, bit-repeatability, the ledger, offsets beyond 2^31."""
+"""Low-rank updates on a real GPU: the accuracy gate, bit-repeatability, the ledger, offsets beyond
+2^31.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ from knowedit_kernels.lowrank import WeightLedger, gpu, low_rank_update_, low_ra
 from knowedit_kernels.lowrank.reference import grade_update, updated
 from tests.kernels.test_lowrank import problem
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def test_the_gate_passes():

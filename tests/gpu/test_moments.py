@@ -1,4 +1,6 @@
-"""Second moments on a real GPU: the accuracy gate, bit-repeatability, offsets beyond 2^31, and the whole state."""
+"""Second moments on a real GPU: the accuracy gate, bit-repeatability, offsets beyond 2^31, and the
+whole state.
+"""
 
 import shutil
 
@@ -11,7 +13,10 @@ from knowedit_kernels.moments.functional import mirror_
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.moment_data import keys as make_keys
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def test_the_gate_passes():
@@ -19,7 +24,9 @@ def test_the_gate_passes():
 
 
 hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or not shutil.which("nvcc"),
+    not torch.cuda.is_available()
+    or torch.cuda.get_device_capability() != (9, 0)
+    or not shutil.which("nvcc"),
     reason="the CUDA kernel needs a Hopper GPU and nvcc",
 )
 
@@ -85,4 +92,6 @@ def test_offsets_beyond_two_to_the_31():
     k[:-1, 1:] = 0
     c = torch.zeros(dim, dim, dtype=torch.float64, device="cuda")
     gpu.accumulate_([c], [k], "exact")
-    assert c[0, 0].item() == tokens and c[dim - 1, 0].item() == 1 and c[dim - 1, dim - 1].item() == 1
+    assert (
+        c[0, 0].item() == tokens and c[dim - 1, 0].item() == 1 and c[dim - 1, dim - 1].item() == 1
+    )

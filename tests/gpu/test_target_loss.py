@@ -6,7 +6,10 @@ import torch
 from knowedit_kernels import explain, numerics
 from knowedit_kernels.target_loss import chunked, gpu, target_loss
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def test_the_gate_passes():
@@ -19,7 +22,9 @@ def test_a_large_vocabulary(dtype):
     hidden, old = (torch.randn(100, 1024, generator=g).to(dtype) for _ in range(2))
     weight = (torch.randn(128_256, 1024, generator=g) / 32).to(dtype)
     targets = torch.randint(128_256, (100,), generator=g)
-    expected = chunked.losses(hidden.double(), weight.double(), targets, None, None, old.double(), 1, 0, True, True)
+    expected = chunked.losses(
+        hidden.double(), weight.double(), targets, None, None, old.double(), 1, 0, True, True
+    )
     results = []
     for _ in range(2):
         leaf = hidden.cuda().requires_grad_()

@@ -2,7 +2,8 @@
 
 The interpreter stores bf16 as its 16-bit pattern. Left alone, `tl.dot`, arithmetic and comparisons
 act on the patterns as integers, and fp32 -> bf16 truncates. `install()` mends dot (of any float
-type), casts and elementwise operations to IEEE round-to-nearest-even; tests/interpret/test_bf16.py holds it to torch.
+type), casts and elementwise operations to IEEE round-to-nearest-even; tests/interpret/test_bf16.py
+holds it to torch.
 Reductions of bf16 stay wrong: kernels widen to fp32 before they reduce.
 """
 
@@ -42,13 +43,19 @@ def install() -> None:
     if getattr(InterpreterBuilder, "_knowedit_bf16", False):
         return
     builder: Any = InterpreterBuilder
-    plain = {name: getattr(builder, name) for name in ("create_dot", "cast_impl", "create_fp_to_fp")}
+    plain = {
+        name: getattr(builder, name) for name in ("create_dot", "cast_impl", "create_fp_to_fp")
+    }
     plain |= {name: getattr(builder, name) for name in ("binary_op", "unary_op")}
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-        if d.data.dtype != np.float32 or min(a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth) < 16:
+        if (
+            d.data.dtype != np.float32
+            or min(a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth) < 16
+        ):
             return plain["create_dot"](self, a, b, d, precision, imprecise)
-        # exact products and one rounding per dot: a tensor core's sums, not a sequential float32 chain
+        # exact products and one rounding per dot: a tensor core's sums, not a sequential float32
+        # chain
         product = np.matmul(_values(a).astype(np.float64), _values(b).astype(np.float64))
         return TensorHandle((product + d.data).astype(np.float32), d.dtype.scalar)
 
@@ -71,7 +78,11 @@ def install() -> None:
         if not (_is_bf16(left) or _is_bf16(right)) or op in _BITWISE:
             return plain["binary_op"](self, left, right, op)
         out = op(_values(left), _values(right))
-        return TensorHandle(out, tl.int1) if out.dtype == bool else TensorHandle(narrow(out), tl.bfloat16)
+        return (
+            TensorHandle(out, tl.int1)
+            if out.dtype == bool
+            else TensorHandle(narrow(out), tl.bfloat16)
+        )
 
     def unary_op(self: Any, argument: Any, op: Any) -> Any:
         if not _is_bf16(argument):

@@ -1,4 +1,5 @@
-"""Runs Triton kernels on the CPU: `TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 pytest tests/interpret`.
+"""Runs Triton kernels on the CPU: `TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 pytest
+tests/interpret`.
 
 A process of its own, because Triton reads the flag when a kernel is decorated.
 """
@@ -8,7 +9,9 @@ import os
 import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    raise pytest.UsageError("run as: TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 pytest tests/interpret")
+    raise pytest.UsageError(
+        "run as: TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 pytest tests/interpret"
+    )
 
 from tests.interpret import bf16
 

@@ -1,4 +1,6 @@
-"""The mended interpreter agrees bit for bit with torch; the other interpreter tests rest on this."""
+"""The mended interpreter agrees bit for bit with torch; the other interpreter tests rest
+on this.
+"""
 
 import pytest
 import torch
@@ -48,8 +50,12 @@ def test_dot_matches_torch(dtype):
 
 
 def test_cast_rounds_to_nearest_even_and_keeps_specials():
-    ties = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF], dtype=torch.int32).view(torch.float32)
-    specials = torch.tensor([float("inf"), -float("inf"), 0.0, -0.0, 3.4e38, 1e-40, -1.00390625, 65504.0])
+    ties = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF], dtype=torch.int32).view(
+        torch.float32
+    )
+    specials = torch.tensor(
+        [float("inf"), -float("inf"), 0.0, -0.0, 3.4e38, 1e-40, -1.00390625, 65504.0]
+    )
     x = torch.cat([ties, specials, torch.randn(500, generator=torch.Generator().manual_seed(1))])
     out = torch.zeros(512, dtype=torch.bfloat16)
     _cast[(1,)](x, out, N=512)

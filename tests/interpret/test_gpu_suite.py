@@ -1,4 +1,6 @@
-"""The launches of the GPU suite's experiments, which a dry run replaces by the reference, give right sums."""
+"""The launches of the GPU suite's experiments, which a dry run replaces by the reference, give
+right sums.
+"""
 
 import dataclasses
 
@@ -11,7 +13,9 @@ from knowedit_kernels.moments import gpu, reference, schedule
 from knowedit_kernels.moments.functional import mirror_
 from tests.kernels.moment_data import keys as make_keys
 
-LAB = gpu_lab.Lab(torch.device("cpu"), "interpreter", gpu_lab.DRY, report=None, rounds=1, deadline=0.0)
+LAB = gpu_lab.Lab(
+    torch.device("cpu"), "interpreter", gpu_lab.DRY, report=None, rounds=1, deadline=0.0
+)
 WAYS = [way for way in LAB.ways() if way.variant == "triton"]
 
 

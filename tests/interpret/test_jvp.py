@@ -1,4 +1,6 @@
-"""The kernels of the tangents, run on the CPU: ragged sizes, strides, padding, options, poisoned buffers."""
+"""The kernels of the tangents, run on the CPU: ragged sizes, strides, padding, options, poisoned
+buffers.
+"""
 
 import functools
 
@@ -13,7 +15,9 @@ from knowedit_kernels.numerics import UNIT_ROUNDOFF, tangent_error
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("gate", [gpu.rms_norm_gate, gpu.swiglu_gate, gpu.attention_gate], ids=lambda gate: gate.__name__)
+@pytest.mark.parametrize(
+    "gate", [gpu.rms_norm_gate, gpu.swiglu_gate, gpu.attention_gate], ids=lambda gate: gate.__name__
+)
 def test_the_gates_pass(gate):
     assert gate(CPU) is None
 
@@ -29,15 +33,24 @@ def check(op, run, args, wanted):
         got, again = run(*args), run(*args)
     for value, second, truth in zip(got, again, wanted, strict=True):
         assert value.shape == truth.shape and torch.equal(value, second)
-        few = UNIT_ROUNDOFF[value.dtype] if truth.count_nonzero() < 100 else 0  # all of few may be rounded badly
-        assert float((value.double() - truth).norm()) <= (tangent_error(op, value.dtype) + few) * float(truth.norm())
+        few = (
+            UNIT_ROUNDOFF[value.dtype] if truth.count_nonzero() < 100 else 0
+        )  # all of few may be rounded badly
+        assert float((value.double() - truth).norm()) <= (
+            tangent_error(op, value.dtype) + few
+        ) * float(truth.norm())
     return got
 
 
-@pytest.mark.parametrize("rows, d, count", [(0, 8, 2), (3, 1, 1), (2, 130, 0), (4, 576, gpu.GROUP), (3, 70, gpu.GROUP + 1)])
+@pytest.mark.parametrize(
+    "rows, d, count",
+    [(0, 8, 2), (3, 1, 1), (2, 130, 0), (4, 576, gpu.GROUP), (3, 70, gpu.GROUP + 1)],
+)
 @pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
 def test_elementwise(dtype, rows, d, count):
-    x, y, w, t, u = draw((rows, d), (rows, d), (d,), (count, rows, d), (count, rows, d), dtype=dtype)
+    x, y, w, t, u = draw(
+        (rows, d), (rows, d), (d,), (count, rows, d), (count, rows, d), dtype=dtype
+    )
     if rows and count:
         norm = reference.tangents(lambda x: reference.rms_norm(x, w.double(), 0.1), [x], [t])
         unit = reference.tangents(reference.swiglu, [x, y], [t, u])
@@ -61,16 +74,30 @@ def problem(queries, keys, d, count, dtype, batch=1, heads=2, shared=1, seed=0):
 
 
 def expected(primals, tangents, causal, scale, spans=None):
-    moved = [torch.zeros(len(tangents[0]), *x.shape, dtype=x.dtype) if t is None else t for x, t in zip(primals, tangents)]
+    moved = [
+        torch.zeros(len(tangents[0]), *x.shape, dtype=x.dtype) if t is None else t
+        for x, t in zip(primals, tangents)
+    ]
     moved = [F.pad(t, (0, 0, x.shape[2] - t.shape[3], 0)) for x, t in zip(primals, moved)]
-    return reference.tangents(functools.partial(reference.attention, causal=causal, scale=scale, spans=spans), primals, moved)
+    return reference.tangents(
+        functools.partial(reference.attention, causal=causal, scale=scale, spans=spans),
+        primals,
+        moved,
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("queries, keys, d, causal", [(1, 1, 1, 1), (5, 40, 24, 0), (40, 40, 64, 1), (3, 65, 70, 1)])
+@pytest.mark.parametrize(
+    "queries, keys, d, causal", [(1, 1, 1, 1), (5, 40, 24, 0), (40, 40, 64, 1), (3, 65, 70, 1)]
+)
 def test_ragged_sizes(queries, keys, d, causal, count):
     primals, tangents = problem(queries, keys, d, count, torch.bfloat16)
-    check("attention", gpu.attention, (*primals, *tangents, None, bool(causal), 0.3), expected(primals, tangents, causal, 0.3))
+    check(
+        "attention",
+        gpu.attention,
+        (*primals, *tangents, None, bool(causal), 0.3),
+        expected(primals, tangents, causal, 0.3),
+    )
 
 
 @pytest.mark.parametrize("last", [0, 1, 33, 50])
@@ -102,11 +129,16 @@ def test_padding_is_never_read():
 
 
 def test_strides_and_several_programs():
-    """Heads taken out of one projection [batch, tokens, heads, d]; padded rows; nothing outside is written."""
+    """Heads taken out of one projection [batch, tokens, heads, d]; padded rows; nothing outside is
+    written.
+    """
     primals, tangents = problem(70, 70, 16, 2, torch.bfloat16, batch=2, heads=4, shared=2)
     wanted = expected(primals, tangents, True, 0.3)
     plain = check("attention", gpu.attention, (*primals, *tangents, None, True, 0.3), wanted)
-    guards = [testing.guarded(x.transpose(-3, -2).contiguous(), row_margin=8) for x in (*primals, *tangents)]
+    guards = [
+        testing.guarded(x.transpose(-3, -2).contiguous(), row_margin=8)
+        for x in (*primals, *tangents)
+    ]
     views = [guard.tensor.transpose(-3, -2) for guard in guards]
     assert all(torch.equal(a, b) for a, b in zip(plain, gpu.attention(*views, None, True, 0.3)))
     for guard in guards:
@@ -117,7 +149,9 @@ def test_no_tangents_and_nothing_at_all():
     primals, _ = problem(5, 40, 16, 1, torch.bfloat16)
     o, do = gpu.attention(*primals, None, None, None, None, True, 0.3)
     assert do.shape == (0, *o.shape)
-    fused = gpu.attention(*primals, *(torch.zeros(1, *x.shape, dtype=x.dtype) for x in primals), None, True, 0.3)
+    fused = gpu.attention(
+        *primals, *(torch.zeros(1, *x.shape, dtype=x.dtype) for x in primals), None, True, 0.3
+    )
     assert torch.equal(o, fused[0]) and not fused[1].any()
     for queries, keys, batch in ((0, 3, 1), (0, 0, 1), (2, 2, 0)):
         primals, tangents = problem(queries, keys, 16, 2, torch.bfloat16, batch=batch)
@@ -127,7 +161,9 @@ def test_no_tangents_and_nothing_at_all():
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_all_keys_or_values_share_costs_no_accuracy(count):
-    """Scores' tangents around 100 and values around 100, both with a spread of 1: sums about their mean lose nothing."""
+    """Scores' tangents around 100 and values around 100, both with a spread of 1: sums about their
+    mean lose nothing.
+    """
     primals, tangents = problem(8, 64, 16, count, torch.bfloat16)
     tangents[0] += 1
     primals[1] = (primals[1].float() + 20).bfloat16()

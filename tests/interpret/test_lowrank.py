@@ -19,7 +19,9 @@ SHAPES = [(1, 1), (3, 70), (64, 64), (65, 130), (130, 577), (200, 1096)]
 def _bits(out, seed, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     row = tl.arange(0, ROWS)
     bits = random_halves(seed, row[:, None] + 3, tl.arange(0, GROUPS)[None, :], 7, 10)
-    tl.store(out + row[:, None] * (8 * GROUPS) + tl.arange(0, 8 * GROUPS)[None, :], bits.to(tl.int32))
+    tl.store(
+        out + row[:, None] * (8 * GROUPS) + tl.arange(0, 8 * GROUPS)[None, :], bits.to(tl.int32)
+    )
 
 
 def problem(rows, columns, dtype, rank, ratio=0.3, seed=0):
@@ -29,7 +31,18 @@ def problem(rows, columns, dtype, rank, ratio=0.3, seed=0):
     return W, U, torch.randn(columns, rank, generator=g), torch.randn(columns, 5, generator=g)
 
 
-def run(implementation, W, U, V, rounding="nearest", base=None, plane=None, probe=None, write=True, seed=5):
+def run(
+    implementation,
+    W,
+    U,
+    V,
+    rounding="nearest",
+    base=None,
+    plane=None,
+    probe=None,
+    write=True,
+    seed=5,
+):
     """Runs on one weight with poisoned outputs; returns (sums [5], probe error or None)."""
     sums = testing.poisoned_empty(1, 5, dtype=torch.float64)
     errors = [] if probe is None else [testing.poisoned_empty(len(W), probe.shape[1])]
@@ -38,7 +51,9 @@ def run(implementation, W, U, V, rounding="nearest", base=None, plane=None, prob
         return [] if x is None else [x]
 
     with testing.poisoned_allocations():
-        implementation([W], one(base), [U], [V], rounding, seed, one(plane), one(probe), write, sums, errors)
+        implementation(
+            [W], one(base), [U], [V], rounding, seed, one(plane), one(probe), write, sums, errors
+        )
     return sums[0], errors[0] if errors else None
 
 
@@ -56,10 +71,14 @@ def test_nearest_is_within_budget(dtype, shape, rank):
     sums, error = run(gpu.update_, guard.tensor, U, V, probe=keys)
     guard.check()
     budget = numerics.UPDATE_NEAREST[dtype]
-    assert not grade_update(guard.tensor, W, U, V).failures(numerics.UpdateBudget(budget.largest, 1.0))
+    assert not grade_update(guard.tensor, W, U, V).failures(
+        numerics.UpdateBudget(budget.largest, 1.0)
+    )
     ideal, applied = U.double() @ V.double().T, guard.tensor.double() - W.double()
     expected = [ideal.square().sum(), applied.square().sum(), (applied - ideal).square().sum()]
-    expected = torch.stack([*expected, torch.tensor(float((applied != 0).sum())), torch.tensor(0.0)]).double()
+    expected = torch.stack(
+        [*expected, torch.tensor(float((applied != 0).sum())), torch.tensor(0.0)]
+    ).double()
     assert torch.allclose(sums, expected, rtol=1e-2 if dtype == torch.float32 else 2e-3)
     if dtype.itemsize == 2:
         off = (applied - ideal) @ keys.double()
@@ -109,7 +128,10 @@ def test_probe_wider_than_a_launch_writes_once():
 
 
 def test_grouped_launch_base_and_dry_run():
-    problems = [problem(40 + 30 * i, 70 + 64 * i, dtype, i + 1, seed=i) for i, dtype in enumerate([*DTYPES, *DTYPES])]
+    problems = [
+        problem(40 + 30 * i, 70 + 64 * i, dtype, i + 1, seed=i)
+        for i, dtype in enumerate([*DTYPES, *DTYPES])
+    ]
     Ws, Us, Vs, keys = map(list, zip(*problems))
     outputs = [testing.poisoned_empty(*W.shape, dtype=W.dtype) for W in Ws]
     sums, alone = torch.empty(6, 5, dtype=torch.float64), torch.empty(6, 5, dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""The Triton moments under the interpreter: dtype x ragged shape x tail x empty, poisoned and guarded."""
+"""The Triton moments under the interpreter: dtype x ragged shape x tail x empty, poisoned and
+guarded.
+"""
 
 import dataclasses
 import re
@@ -22,7 +24,9 @@ def small(dtype, tma=False, precision="exact"):
 
 
 def run(keys, config):
-    guard = testing.guarded(torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64), row_margin=8)
+    guard = testing.guarded(
+        torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64), row_margin=8
+    )
     gpu.launch_([guard.tensor], [keys], config)
     guard.check()
     return mirror_(guard.tensor.clone())
@@ -44,7 +48,9 @@ def test_within_budget(dtype, shape):
 def test_four_products_are_exact_for_two_parts(shape):
     keys = make_keys(*shape)
     parts = reference.second_moment(reference.two_parts(keys))
-    testing.grade_moment(run(keys, small(torch.float32, precision="fp32")), parts).check(numerics.MOMENT)
+    testing.grade_moment(run(keys, small(torch.float32, precision="fp32")), parts).check(
+        numerics.MOMENT
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
@@ -71,12 +77,16 @@ def test_other_precisions(precision):
 
 
 def test_layers_of_different_lengths_and_shapes_accumulate():
-    layers = [make_keys(n, d, torch.bfloat16, seed=n) for n, d in ((70, 40), (0, 40), (130, 136), (5, 40))]
+    layers = [
+        make_keys(n, d, torch.bfloat16, seed=n) for n, d in ((70, 40), (0, 40), (130, 136), (5, 40))
+    ]
     start = [reference.second_moment(make_keys(9, k.shape[1], seed=1)) for k in layers]
     cs = [c.clone() for c in start]
     gpu.accumulate_(cs, layers, "exact")
     for c, before, keys in zip(cs, start, layers):
-        testing.grade_moment(mirror_(c), before + reference.second_moment(keys)).check(numerics.MOMENT_FP64)
+        testing.grade_moment(mirror_(c), before + reference.second_moment(keys)).check(
+            numerics.MOMENT_FP64
+        )
 
 
 def test_unaligned_memory_is_copied_or_refused():
@@ -84,9 +94,14 @@ def test_unaligned_memory_is_copied_or_refused():
     keys = store[1:].view(9, 24).copy_(make_keys(9, 24))
     c = torch.zeros(24, 24, dtype=torch.float64)
     gpu.accumulate_([c], [keys], "fast")
-    testing.grade_moment(mirror_(c), reference.second_moment(keys)).check(numerics.Budget(1e-5, 1e-5, 1e-5))
+    testing.grade_moment(mirror_(c), reference.second_moment(keys)).check(
+        numerics.Budget(1e-5, 1e-5, 1e-5)
+    )
     odd = torch.zeros(24 * 24 + 1, dtype=torch.float64)[1:].view(24, 24)
-    assert odd.data_ptr() % 16 == 0 or gpu.TRITON.verify([odd], [keys], "exact") == "c does not start on 16 bytes"
+    assert (
+        odd.data_ptr() % 16 == 0
+        or gpu.TRITON.verify([odd], [keys], "exact") == "c does not start on 16 bytes"
+    )
 
 
 def test_token_split_when_tiles_are_few(monkeypatch):
@@ -137,11 +152,15 @@ def test_the_gate_passes_the_kernels():
 
 
 @pytest.mark.usefixtures("short_gate")
-@pytest.mark.parametrize("fault", ["three products", "off by one", "nothing done", "scrambled copy"])
+@pytest.mark.parametrize(
+    "fault", ["three products", "off by one", "nothing done", "scrambled copy"]
+)
 def test_the_gate_rejects_wrong_kernels(fault, monkeypatch):
     if fault == "three products":
         plain = schedule.config
-        monkeypatch.setattr(schedule, "config", lambda *args: dataclasses.replace(plain(*args), products=3))
+        monkeypatch.setattr(
+            schedule, "config", lambda *args: dataclasses.replace(plain(*args), products=3)
+        )
     elif fault == "off by one":
         plain_table = schedule.tile_table
         monkeypatch.setattr(schedule, "tile_table", lambda *args: plain_table(*args)[:-1])

@@ -1,4 +1,6 @@
-"""The target loss kernels, run on the CPU: ragged sizes, strides, several chunks, poisoned buffers."""
+"""The target loss kernels, run on the CPU: ragged sizes, strides, several chunks, poisoned
+buffers.
+"""
 
 import pytest
 import torch
@@ -37,7 +39,9 @@ def compare(hidden, weight, targets, bias, reference, old, settings):
     return got
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 10), (1, 3, 1), (3, 7, 129), (65, 70, 257), (130, 64, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 8, 10), (1, 3, 1), (3, 7, 129), (65, 70, 257), (130, 64, 128)], ids=str
+)
 @pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
 def test_ragged_sizes(dtype, shape):
     hidden, weight, targets, old = problem(*shape, dtype)
@@ -55,7 +59,9 @@ def test_options(kind, softcap, reverse):
     given = logits(old, weight, bias, 1.5, softcap or None).float() if kind == "logits" else None
     states = old if kind == "hidden" else None
     settings = (1.5, softcap, reverse, True)
-    full = compare(hidden, weight, targets if kind == "targets" else None, bias, given, states, settings)
+    full = compare(
+        hidden, weight, targets if kind == "targets" else None, bias, given, states, settings
+    )
     both = compare(hidden, weight, targets, bias, given, states, settings)
     assert kind == "targets" or (torch.equal(full[1], both[1]) and torch.equal(full[3], both[3]))
     bare = compare(hidden, weight, targets, bias, given, states, (*settings[:3], True))
@@ -84,6 +90,10 @@ def test_small_gradients_of_a_confident_model(dtype):
     hidden = hidden * 20
     targets = (hidden.float() @ weight.float().T).argmax(-1)
     _, _, d_ce, _ = gpu.losses(hidden, weight, targets, None, None, None, 1.0, 0.0, True, True)
-    _, _, wanted, _ = chunked.losses(hidden.double(), weight.double(), targets, None, None, None, 1.0, 0.0, True, True)
+    _, _, wanted, _ = chunked.losses(
+        hidden.double(), weight.double(), targets, None, None, None, 1.0, 0.0, True, True
+    )
     assert float(wanted.norm(dim=1).min()) < 1e-2
-    assert bool(((d_ce.double() - wanted).norm(dim=1) <= GRADIENT_ERROR * wanted.norm(dim=1) + 1e-5).all())
+    assert bool(
+        ((d_ce.double() - wanted).norm(dim=1) <= GRADIENT_ERROR * wanted.norm(dim=1) + 1e-5).all()
+    )

@@ -45,5 +45,7 @@ class Emulation:
         doublings = (cap // first).bit_length() - 1 if cap else 0
         pointers = (x.ctypes.data_as(ctypes.c_void_p) for x in (keys, c, tiles))
         at_keys, at_c, at_tiles = pointers
-        ran = self.library.emulate(at_keys, tokens, d, at_c, at_tiles, len(tiles), cap, first, doublings)
+        ran = self.library.emulate(
+            at_keys, tokens, d, at_c, at_tiles, len(tiles), cap, first, doublings
+        )
         return torch.from_numpy(c), ran

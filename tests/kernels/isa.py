@@ -8,11 +8,12 @@ from typing import NoReturn
 
 import pytest
 
+from knowedit_kernels._native import LACKING
+
 #: The flags each kernel needs, as in csrc/cpu/isa.h.
 AVX2 = frozenset({"avx2", "fma"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 NEEDS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 | {"avx512_bf16"}}
-REFUSAL = "this processor lacks the instructions"  # as the kernels' verifiers say it
 
 
 @cache
@@ -32,7 +33,7 @@ def skip(name: str, reason: str) -> NoReturn:
     Only a processor that lacks the flags excuses a missing instruction set (`tests/conftest.py`);
     one that has them, and is refused all the same, fails.
     """
-    if reason == REFUSAL:
+    if reason == LACKING:
         lacking = sorted(NEEDS.get(name, frozenset()) - flags())
         if not lacking:
             pytest.fail(f"{name} is refused, yet this processor has {sorted(NEEDS.get(name, ()))}")

@@ -1,4 +1,6 @@
-"""Keys that look like a gated MLP's activations: heavy tails and a mean, the hard case for long sums."""
+"""Keys that look like a gated MLP's activations: heavy tails and a mean, the hard case for long
+sums.
+"""
 
 import torch
 

@@ -1,4 +1,6 @@
-"""The benchmark: no speed-up without accuracy, exit codes, peers that are absent, results files and their picture."""
+"""The benchmark: no speed-up without accuracy, exit codes, peers that are absent, results files and
+their picture.
+"""
 
 import json
 import math
@@ -27,17 +29,24 @@ def quick(monkeypatch):
     """Ceilings that need no measuring, and short rounds."""
     monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: fixed_ceilings(dtypes))
     real = timing.interleave
-    monkeypatch.setattr(timing, "interleave", lambda runs, device, rounds, least: real(runs, device, rounds, 0.0))
+    monkeypatch.setattr(
+        timing, "interleave", lambda runs, device, rounds, least: real(runs, device, rounds, 0.0)
+    )
 
 
 def fixed_ceilings(dtypes):
-    names = [str(machine.ceiling_dtype(dtype, torch.device("cpu"))).removeprefix("torch.") for dtype in dtypes]
+    names = [
+        str(machine.ceiling_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
+        for dtype in dtypes
+    ]
     return {"copy_gbps": 10.0, "matmul_tflops": dict.fromkeys(names, 0.1)}
 
 
 def bench_to(path, operation, *arguments):
     shape = [] if "--d" in arguments else SMALL[operation]
-    status = bench.main([operation, *shape, "--device", "cpu", "--rounds", "2", "--json", str(path), *arguments])
+    status = bench.main(
+        [operation, *shape, "--device", "cpu", "--rounds", "2", "--json", str(path), *arguments]
+    )
     return status, results.read(path)[1]
 
 
@@ -47,7 +56,10 @@ def test_every_provider_of_every_operation(operation, tmp_path, capsys):
     status, rows = bench_to(tmp_path / "a.jsonl", operation, "--providers", ",".join(providers))
     assert status == 0
     ran = [row for row in rows if "ms" in row]
-    assert {row["provider"] for row in rows} - {row["provider"] for row in ran} <= {"quack", "cublas"}
+    assert {row["provider"] for row in rows} - {row["provider"] for row in ran} <= {
+        "quack",
+        "cublas",
+    }
     assert all(row["status"] == "ok" and row["errors"] and row["useful_tflops"] > 0 for row in ran)
     assert all(("speedup" in row) == (row["provider"] != "torch") for row in ran)
     assert next(row for row in ran if row["provider"] == "ours")["implementation"]
@@ -59,7 +71,9 @@ def test_every_provider_of_every_operation(operation, tmp_path, capsys):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
 def test_moments_in_every_dtype(dtype, tmp_path):
-    status, rows = bench_to(tmp_path / "a.jsonl", "moments", "--dtype", dtype, "--providers", "ours,ours-stream")
+    status, rows = bench_to(
+        tmp_path / "a.jsonl", "moments", "--dtype", dtype, "--providers", "ours,ours-stream"
+    )
     assert status == 0 and [row["status"] for row in rows] == ["ok", "ok"]
 
 
@@ -104,11 +118,17 @@ def test_a_provider_that_fails_is_red_and_the_others_still_run(tmp_path, monkeyp
 
     monkeypatch.setitem(moments.OPERATION.providers, "broken", Provider("broken", build))
     status, rows = bench_to(tmp_path / "a.jsonl", "moments", "--providers", "broken,ours")
-    assert status == 1 and rows[0]["status"] == "failed: MemoryError: too large" and rows[1]["status"] == "ok"
+    assert (
+        status == 1
+        and rows[0]["status"] == "failed: MemoryError: too large"
+        and rows[1]["status"] == "ok"
+    )
 
 
 def test_without_the_check_there_is_no_speed_up(tmp_path):
-    status, rows = bench_to(tmp_path / "a.jsonl", "lowrank", "--no-check", "--providers", "ours,torch")
+    status, rows = bench_to(
+        tmp_path / "a.jsonl", "lowrank", "--no-check", "--providers", "ours,torch"
+    )
     assert status == 0 and [row["status"] for row in rows] == ["not checked"] * 2
     assert not any("speedup" in row for row in rows)
 
@@ -116,13 +136,17 @@ def test_without_the_check_there_is_no_speed_up(tmp_path):
 def test_absent_peers_are_listed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(moments.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(moments, "_cublas_library", lambda: None)
-    status, rows = bench_to(tmp_path / "a.jsonl", "moments", "--providers", "quack,cublas,liger,ours")
+    status, rows = bench_to(
+        tmp_path / "a.jsonl", "moments", "--providers", "quack,cublas,liger,ours"
+    )
     expected = ["unavailable: not installed"] * 2 + ["unavailable: liger has no moments", "ok"]
     assert status == 0 and [row["status"] for row in rows] == expected
     assert "quack         unavailable: not installed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--d", "0"], ["--dtype", "int8"], ["--d", "x"], ["--rounds", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--d", "0"], ["--dtype", "int8"], ["--d", "x"], ["--rounds", "0"]]
+)
 def test_bad_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(["moments", *arguments])
@@ -139,17 +163,25 @@ def test_explain_says_why_not(capsys):
 
 def row(p50, red=False, **changes):
     times = {"p20": 0.99 * p50, "p50": p50, "p80": 1.01 * p50}
-    base = {"op": "moments", "shape": {"d": 8}, "provider": "ours", "status": "ok", "red": red, "ms": times}
+    base = {
+        "op": "moments",
+        "shape": {"d": 8},
+        "provider": "ours",
+        "status": "ok",
+        "red": red,
+        "ms": times,
+    }
     return {**base, "useful_tflops": 0.05 / p50, "intensity": 40.0, **changes}
 
 
 @pytest.mark.parametrize(
     "after, verdict, worse",
     [
-        (row(1.02), "same", False), (row(0.5), "faster", False), (row(1.05), "same", False), (row(1.5), "SLOWER", True),
-        (row(0.5, red=True), "NOW OVER BUDGET", True), (row(1.0, provider="torch"), "ran -> absent", True),
+        (row(1.02), "same", False), (row(0.5), "faster", False), (row(1.05), "same", False),
+        (row(1.5), "SLOWER", True), (row(0.5, red=True), "NOW OVER BUDGET", True),
+        (row(1.0, provider="torch"), "ran -> absent", True),
     ],
-)  # fmt: skip
+)
 def test_compare(after, verdict, worse, tmp_path, capsys):
     paths = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     for path, record in zip(paths, (row(1.0), after)):
@@ -168,21 +200,43 @@ def test_a_file_that_is_not_ours(content, tmp_path, capsys):
 
 
 def test_roofline(tmp_path, capsys):
-    environment = {"cpu": "a machine", "ceilings": {"copy_gbps": 10.0, "matmul_tflops": {"bfloat16": 0.1}}}
-    results.write(tmp_path / "a.jsonl", environment, [row(1.0), row(2.0, red=True, provider="torch")])
+    environment = {
+        "cpu": "a machine",
+        "ceilings": {"copy_gbps": 10.0, "matmul_tflops": {"bfloat16": 0.1}},
+    }
+    results.write(
+        tmp_path / "a.jsonl", environment, [row(1.0), row(2.0, red=True, provider="torch")]
+    )
     assert bench.main(["roofline", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "a.svg")]) == 0
     text = (tmp_path / "a.svg").read_text()
     assert ElementTree.fromstring(text).tag.endswith("svg")
-    for label in ("a machine", "bfloat16 matmul, 0.1 TFLOP/s", "copy, 10 GB/s", "moments: ours", "torch (over budget)"):
+    for label in (
+        "a machine",
+        "bfloat16 matmul, 0.1 TFLOP/s",
+        "copy, 10 GB/s",
+        "moments: ours",
+        "torch (over budget)",
+    ):
         assert label in text
-    results.write(tmp_path / "b.jsonl", environment, [{key: row(1.0)[key] for key in ("op", "shape", "provider", "status")}])
-    assert bench.main(["roofline", str(tmp_path / "b.jsonl")]) == 2 and "nothing to draw" in capsys.readouterr().err
+    results.write(
+        tmp_path / "b.jsonl",
+        environment,
+        [{key: row(1.0)[key] for key in ("op", "shape", "provider", "status")}],
+    )
+    assert (
+        bench.main(["roofline", str(tmp_path / "b.jsonl")]) == 2
+        and "nothing to draw" in capsys.readouterr().err
+    )
 
 
 def test_interleaving_and_percentiles():
     order = []
-    seconds = timing.interleave({name: lambda name=name: order.append(name) for name in "ab"}, torch.device("cpu"), 2, 0.0)
-    assert "".join(order) == "ab" + "ab" + "ba" and {len(times) for times in seconds.values()} == {2}
+    seconds = timing.interleave(
+        {name: lambda name=name: order.append(name) for name in "ab"}, torch.device("cpu"), 2, 0.0
+    )
+    assert "".join(order) == "ab" + "ab" + "ba" and {len(times) for times in seconds.values()} == {
+        2
+    }
     assert [timing.percentile([3.0, 1.0, 2.0], p) for p in (0, 25, 50, 100)] == [1.0, 1.5, 2.0, 3.0]
     assert timing.speedup([1.0, 8.0, 3.0], [1.0, 2.0, 1.0]) == 3.0
     with pytest.raises(ValueError, match="round"):
@@ -190,17 +244,24 @@ def test_interleaving_and_percentiles():
 
 
 def test_nan_is_too_much():
-    assert not Check("e", math.nan, 1.0).ok and Check("e", -1.0, 1.0).ok and not Check("e", -1.1, 1.0).ok
+    assert (
+        not Check("e", math.nan, 1.0).ok
+        and Check("e", -1.0, 1.0).ok
+        and not Check("e", -1.1, 1.0).ok
+    )
 
 
 def test_energy_from_the_counter(monkeypatch):
     used = iter(range(1000, 10**9, 8000))  # millijoules
     fake = types.SimpleNamespace(
-        nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(used),
-    )  # fmt: skip
+    )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="0"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="0")
+    )
     monkeypatch.setattr(timing, "synchronise", lambda device: None)
     meter, calls = machine.EnergyMeter(torch.device("cuda"), 0.01), []
     joules = meter.joules(lambda: calls.append(0))
@@ -214,4 +275,7 @@ def test_measured_ceilings(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(machine, "_best", lambda run, device: run() is not None and 0.5)
     found = machine.ceilings(torch.device("cpu"), [torch.float16, torch.float32])
-    assert found == {"copy_gbps": 2 * 2**26 / 0.5 / 1e9, "matmul_tflops": {"float32": 2 * 1024**3 / 0.5 / 1e12}}
+    assert found == {
+        "copy_gbps": 2 * 2**26 / 0.5 / 1e9,
+        "matmul_tflops": {"float32": 2 * 1024**3 / 0.5 / 1e12},
+    }

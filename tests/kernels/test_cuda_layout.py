@@ -1,4 +1,6 @@
-"""The sm_90a second moment without a GPU: every address emulated, its tiles and chains, who may use it, and its gate."""
+"""The sm_90a second moment without a GPU: every address emulated, its tiles and chains, who may use
+it, and its gate.
+"""
 
 import subprocess
 import sys
@@ -20,8 +22,16 @@ def emulation():
 
 def test_the_constants_are_those_of_the_header(emulation):
     found = emulation.constants
-    assert (found["rows"], found["columns"], found["layers"]) == (cuda.ROWS, cuda.COLUMNS, cuda.LAYERS)
-    assert found["shared"] <= 232_448 and 2 * found["accumulators"] + 40 <= 240 and found["threads"] == 384
+    assert (found["rows"], found["columns"], found["layers"]) == (
+        cuda.ROWS,
+        cuda.COLUMNS,
+        cuda.LAYERS,
+    )
+    assert (
+        found["shared"] <= 232_448
+        and 2 * found["accumulators"] + 40 <= 240
+        and found["threads"] == 384
+    )
 
 
 @pytest.mark.parametrize("tokens, d", [(1, 8), (64, 128), (200, 200), (700, 392)])
@@ -39,9 +49,16 @@ def test_rectangular_tiles_cover_the_triangle_once(dims):
     count = torch.zeros(dims, dims, dtype=torch.int32)
     table = schedule.tile_table(dims, 2, cuda.ROWS, width=cuda.COLUMNS)
     for layer, i, j, _ in table.tolist():
-        rows, columns = slice(i * cuda.ROWS, (i + 1) * cuda.ROWS), slice(j * cuda.COLUMNS, (j + 1) * cuda.COLUMNS)
+        rows, columns = (
+            slice(i * cuda.ROWS, (i + 1) * cuda.ROWS),
+            slice(j * cuda.COLUMNS, (j + 1) * cuda.COLUMNS),
+        )
         count[rows, columns] += layer == 1
-        assert count[rows, columns].tril(dims - 1).numel() and i * cuda.ROWS < dims and j * cuda.COLUMNS < dims
+        assert (
+            count[rows, columns].tril(dims - 1).numel()
+            and i * cuda.ROWS < dims
+            and j * cuda.COLUMNS < dims
+        )
     assert torch.all(count.tril() == torch.ones_like(count).tril()) and int(count.max()) == 1
 
 
@@ -91,7 +108,9 @@ def test_a_crash_or_a_hang_of_the_gate_is_only_a_refusal(monkeypatch):
     real = subprocess.run
 
     def child(code):
-        monkeypatch.setattr(cuda.subprocess, "run", lambda command, **k: real([sys.executable, "-c", code], **k))
+        monkeypatch.setattr(
+            cuda.subprocess, "run", lambda command, **k: real([sys.executable, "-c", code], **k)
+        )
         return cuda.gate_apart(torch.device("cuda", 0))
 
     assert child("") is None
@@ -102,7 +121,9 @@ def test_a_crash_or_a_hang_of_the_gate_is_only_a_refusal(monkeypatch):
 
 
 def test_the_gate_in_its_own_process_says_why_it_cannot_run():
-    assert cuda.gate_apart(torch.device("cuda", 0)) == f"{_native_cuda.load().reason} (exit status 1)"
+    assert (
+        cuda.gate_apart(torch.device("cuda", 0)) == f"{_native_cuda.load().reason} (exit status 1)"
+    )
 
 
 def test_a_library_without_cuda_is_never_built(monkeypatch):
@@ -110,7 +131,11 @@ def test_a_library_without_cuda_is_never_built(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert _native_cuda.load.__wrapped__().reason == "this torch was built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(_native_cuda, "compiler", lambda: (_ for _ in ()).throw(_native_cuda.NativeBuildError("no nvcc")))
+    monkeypatch.setattr(
+        _native_cuda,
+        "compiler",
+        lambda: (_ for _ in ()).throw(_native_cuda.NativeBuildError("no nvcc")),
+    )
     assert _native_cuda.load.__wrapped__().reason == "no nvcc"
     monkeypatch.setenv("KNOWEDIT_NATIVE", "0")
     assert "turned off" in _native_cuda.load.__wrapped__().reason
@@ -118,5 +143,10 @@ def test_a_library_without_cuda_is_never_built(monkeypatch):
 
 def test_the_kernels_version_covers_the_cuda_sources():
     files = cuda._files()
-    assert [Path(name).name for name in files[:4]] == ["hopper.cuh", "syrk.cu", "syrk_kernel.cuh", "syrk_layout.h"]
+    assert [Path(name).name for name in files[:4]] == [
+        "hopper.cuh",
+        "syrk.cu",
+        "syrk_kernel.cuh",
+        "syrk_layout.h",
+    ]
     assert _gate.sources_digest(files) != _gate.sources_digest(files[1:])

@@ -1,7 +1,8 @@
-"""The barrier protocol of csrc/cuda/syrk_kernel.cuh, restated and run under random schedules: no deadlock, no overwriting.
+"""The barrier protocol of csrc/cuda/syrk_kernel.cuh, restated and run under random schedules: no
+deadlock, no overwriting.
 
-One producer fills a ring of stages by copies that land at any time; two consumers read every stage. Two wrong protocols
-show that the model can fail.
+One producer fills a ring of stages by copies that land at any time; two consumers read every stage.
+Two wrong protocols show that the model can fail.
 """
 
 import random
@@ -12,7 +13,9 @@ STAGES, BOXES = 5, 5
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all arrivals are in and no announced bytes (here: copies) are missing."""
+    """An mbarrier: a phase ends when all arrivals are in and no announced bytes (here: copies) are
+    missing.
+    """
 
     def __init__(self, arrivals):
         self.count = self.pending = arrivals
@@ -60,7 +63,9 @@ def consumer(work, full, empty, contents):
         while not full[stage].left(phase):
             yield False
         for _ in range(3):  # products read the stage for a while
-            assert contents[stage] == [item] * BOXES, "a stage was read before it was full, or overwritten while in use"
+            assert contents[stage] == [item] * BOXES, (
+                "a stage was read before it was full, or overwritten while in use"
+            )
             yield True
         empty[stage].arrive()
 
@@ -72,7 +77,9 @@ def land(flying, full, contents, choose):
 
 
 def run(seed, tiles, first_parity=1, arrivals=2):
-    """Runs all actors to the end in a random order; raises AssertionError on a deadlock or a wrong read."""
+    """Runs all actors to the end in a random order; raises AssertionError on a deadlock or a wrong
+    read.
+    """
     choose = random.Random(seed)
     work = [(tile, token) for tile, stages in enumerate(tiles) for token in range(stages)]
     full, empty = [Barrier(1) for _ in range(STAGES)], [Barrier(arrivals) for _ in range(STAGES)]

@@ -18,7 +18,12 @@ def toy(monkeypatch):
     _dispatch.register(
         "toy",
         Candidate("gpu", lambda x: "gpu", device="cuda"),
-        Candidate("small", lambda x: "small", lambda x: None if x.numel() < 4 else "more than 3 elements", "cpu"),
+        Candidate(
+            "small",
+            lambda x: "small",
+            lambda x: None if x.numel() < 4 else "more than 3 elements",
+            "cpu",
+        ),
         Candidate("plain", lambda x: "plain"),
     )
 
@@ -56,7 +61,9 @@ def test_a_fallback_is_logged_once_and_other_devices_are_not(caplog):
     with caplog.at_level(logging.INFO, "knowedit_kernels"):
         for _ in range(3):
             _dispatch.run("toy", torch.zeros(9))
-    assert [record.getMessage() for record in caplog.records] == ["toy: plain instead of small (more than 3 elements)"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "toy: plain instead of small (more than 3 elements)"
+    ]
 
 
 def test_unknown_op():

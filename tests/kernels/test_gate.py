@@ -1,4 +1,6 @@
-"""The accuracy gate's bookkeeping: run once, remember passes for this device and source only, never a failure."""
+"""The accuracy gate's bookkeeping: run once, remember passes for this device and source only, never
+a failure.
+"""
 
 import json
 
@@ -34,7 +36,9 @@ def test_a_pass_is_remembered_across_processes(monkeypatch):
     assert record["gate"] == "toy" and record["driver"] == "580.1" and len(record["version"]) == 16
 
 
-@pytest.mark.parametrize("changed", [{"driver": "581"}, {"torch": "2.14"}, {"triton": "3.7"}, {"name": "Other GPU"}])
+@pytest.mark.parametrize(
+    "changed", [{"driver": "581"}, {"torch": "2.14"}, {"triton": "3.7"}, {"name": "Other GPU"}]
+)
 def test_anything_that_changes_asks_again(monkeypatch, changed):
     _gate.unproven("toy", FILES, DEVICE, lambda device: None)
     forget(monkeypatch)
@@ -50,10 +54,15 @@ def test_the_version_is_the_source():
 
 
 def test_a_failure_warns_once_with_its_figures_and_is_not_remembered(monkeypatch):
-    with pytest.warns(UserWarning, match="toy failed its accuracy gate on Test GPU: bias 3e-5 > 1e-7; falling back"):
+    with pytest.warns(
+        UserWarning,
+        match="toy failed its accuracy gate on Test GPU: bias 3e-5 > 1e-7; falling back",
+    ):
         reason = _gate.unproven("toy", FILES, DEVICE, lambda device: "bias 3e-5 > 1e-7")
     assert reason and "bias 3e-5" in reason and _gate.passes() == []
-    assert _gate.unproven("toy", FILES, DEVICE, lambda device: None) == reason  # silent, and not asked again
+    assert (
+        _gate.unproven("toy", FILES, DEVICE, lambda device: None) == reason
+    )  # silent, and not asked again
     assert _gate.verdicts() == {("toy", "cuda:0"): reason}
     forget(monkeypatch)
     assert _gate.unproven("toy", FILES, DEVICE, lambda device: None) is None

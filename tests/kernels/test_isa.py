@@ -1,9 +1,16 @@
-"""Which skips CI excuses (unit)."""
+"""Which skips CI excuses, and that emulated instructions compute what the processor's do (unit)."""
 
 import pytest
+import torch
 
+from knowedit_kernels import _native
+from knowedit_kernels._native import LACKING
+from knowedit_kernels.lowrank import cpu as lowrank
+from knowedit_kernels.moments import cpu as moments
 from tests.conftest import excused
 from tests.kernels import isa
+from tests.kernels.isa_emulation import LEVELS, emulated
+from tests.kernels.moment_data import keys
 
 
 @pytest.mark.parametrize(
@@ -25,8 +32,54 @@ def test_the_flags_decide_and_not_the_kernel(monkeypatch):
     with pytest.raises(
         pytest.skip.Exception, match="missing instruction set: avx512_bf16 needs avx512_bf16"
     ):
-        isa.skip("avx512_bf16", isa.REFUSAL)
+        isa.skip("avx512_bf16", LACKING)
     with pytest.raises(pytest.fail.Exception, match="avx512 is refused, yet this processor has"):
-        isa.skip("avx512", isa.REFUSAL)
+        isa.skip("avx512", LACKING)
     with pytest.raises(pytest.skip.Exception, match="^no compiled kernels"):
         isa.skip("avx512", "no compiled kernels: no compiler")
+
+
+def test_the_kernels_see_the_instructions_that_the_processor_has():
+    native = _native.load()
+    assert native.reason is None
+    seen = {name for name, level in LEVELS.items() if native.isa >= level}
+    assert seen == {name for name, needed in isa.NEEDS.items() if needed <= isa.flags()}
+
+
+def both(candidate, run):
+    """What `run()` returns with the processor's instructions and with emulated ones."""
+    if reason := _native.load().refusal(LEVELS[candidate.name]):
+        isa.skip(candidate.name, reason)
+    real = run()
+    with emulated():
+        return real, run()
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("candidate", moments.COMPILED[1:3], ids=lambda c: c.name)
+def test_emulated_second_moments_have_the_bits_of_the_processor(candidate):
+    k = keys(600, 70).bfloat16()
+
+    def run():
+        c = torch.zeros(70, 70, dtype=torch.float64)
+        candidate.run([c], [k], "exact")
+        return c
+
+    assert torch.equal(*both(candidate, run))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("candidate", lowrank.COMPILED[:2], ids=lambda c: c.name)
+def test_emulated_updates_have_the_bits_of_the_processor(candidate):
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(50, 130, generator=g).bfloat16()
+    U, V = (torch.randint(-16, 16, (size, 6), generator=g) / 64.0 for size in W.shape)
+
+    def run():
+        w, sums = W.clone(), torch.zeros(1, 5, dtype=torch.float64)
+        candidate.run([w], [], [U], [V], "stochastic", 5, [], [], True, sums, [])
+        return w, sums
+
+    (real, sums), (same, again) = both(candidate, run)
+    assert torch.equal(real, same)
+    torch.testing.assert_close(again, sums, rtol=1e-6, atol=0)

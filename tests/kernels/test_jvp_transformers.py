@@ -1,4 +1,6 @@
-"""A model of transformers gets forward-mode derivatives by registering our attention; its own fused one refuses."""
+"""A model of transformers gets forward-mode derivatives by registering our attention; its own fused
+one refuses.
+"""
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ def test_tangents_of_a_whole_llama():
     AttentionInterface.register("knowedit_jvp", registered)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.3,
     )  # fmt: skip
     model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
     embedded, along = torch.randn(1, 7, 32).double(), torch.randn(5, 1, 7, 32).double()

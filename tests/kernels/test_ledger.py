@@ -31,7 +31,9 @@ def bits(tensor):
 def test_undo_in_any_order_restores_every_bit(dtype, rounding):
     if rounding == "stochastic" and dtype.itemsize != 2:
         with pytest.raises(ValueError, match="16-bit"):
-            WeightLedger({"w": torch.zeros(3, 3, dtype=dtype)}, rounding=rounding).add("w", rand(3, 1), rand(3, 1), "a")
+            WeightLedger({"w": torch.zeros(3, 3, dtype=dtype)}, rounding=rounding).add(
+                "w", rand(3, 1), rand(3, 1), "a"
+            )
         return
     W = rand(37, 53).to(dtype)
     W[0, :3] = torch.tensor([0.0, -0.0, 1e-30])
@@ -55,7 +57,10 @@ def test_undo_in_any_order_restores_every_bit(dtype, rounding):
 def test_dense_and_low_rank_edits_undo_in_any_order(dtype):
     W, bias = rand(37, 53).to(dtype), rand(53, seed=3).to(dtype)
     pristine = bits(W), bits(bias)
-    edits = {"a": {"w": factors(37, 53, 5)}, "b": {"w": 0.01 * rand(37, 53, seed=8), "bias": 0.01 * rand(53, seed=9)}}
+    edits = {
+        "a": {"w": factors(37, 53, 5)},
+        "b": {"w": 0.01 * rand(37, 53, seed=8), "bias": 0.01 * rand(53, seed=9)},
+    }
     edits["c"] = {"w": 0.01 * rand(37, 53, seed=10)}
     states: dict[frozenset, torch.Tensor] = {}
     for order, removal in itertools.product(itertools.permutations("abc"), repeat=2):
@@ -66,9 +71,13 @@ def test_dense_and_low_rank_edits_undo_in_any_order(dtype):
         U, V = edits["a"]["w"]
         ideal = pristine[0].view(dtype).view(37, 53).double() + (U.double() @ V.double().T)
         ideal += edits["b"]["w"].double() + edits["c"]["w"].double()
-        unit = {2: 2.0**-8, 4: 2.0**-22, 8: 2.0**-22}[dtype.itemsize]  # the deltas themselves are float32
+        unit = {2: 2.0**-8, 4: 2.0**-22, 8: 2.0**-22}[
+            dtype.itemsize
+        ]  # the deltas themselves are float32
         assert (W.double() - ideal).abs().max() <= unit * ideal.abs().max()
-        assert report.applied_norm == pytest.approx(float((W.double() - pristine[0].view(dtype).double().view(37, 53)).norm()))
+        assert report.applied_norm == pytest.approx(
+            float((W.double() - pristine[0].view(dtype).double().view(37, 53)).norm())
+        )
         for key in removal:
             ledger.remove(key)
             assert torch.equal(states.setdefault(frozenset(ledger.active), bits(W)), bits(W))
@@ -93,7 +102,9 @@ def test_many_edits_do_not_drift():
         U, V = factors(64, 48, i)
         ledger.add("w", U, V, f"edit {i}", alpha=0.5)
         exact = exact + 0.5 * U.double() @ V.double().T
-    assert float(((W.double() - exact).abs() / exact.abs()).max()) <= 2.0**-8  # one rounding, not thirty
+    assert (
+        float(((W.double() - exact).abs() / exact.abs()).max()) <= 2.0**-8
+    )  # one rounding, not thirty
     for i in sorted(range(30), key=lambda i: i * 7 % 30):
         ledger.remove(f"edit {i}")
     assert torch.equal(bits(W), pristine)
@@ -106,7 +117,9 @@ def test_transposed_weights_and_several_weights_per_key():
     U, V = factors(8, 6, 3)
     reports = ledger.add_many("x", {"a": (U, V), "b": (U, V)})
     assert reports["a"].ideal_norm == pytest.approx(float((U @ V.T).norm()), rel=1e-5)
-    assert torch.allclose(A - B.T, rand(8, 6) - rand(6, 8).T, atol=1e-6) and not torch.equal(bits(B), before[1])
+    assert torch.allclose(A - B.T, rand(8, 6) - rand(6, 8).T, atol=1e-6) and not torch.equal(
+        bits(B), before[1]
+    )
     ledger.add(B, U, V, "y")  # by identity
     ledger.remove("x")
     assert torch.equal(bits(A), before[0]) and ledger.active == ("y",)
@@ -125,7 +138,11 @@ def test_someone_elses_change_is_seen(offload):
     ledger.verify()
     kept = W.clone()
     W[3, 4] = -W[3, 4]
-    for call in (ledger.verify, lambda: ledger.remove("a"), lambda: ledger.add("w", *factors(20, 30, 2), "b")):
+    for call in (
+        ledger.verify,
+        lambda: ledger.remove("a"),
+        lambda: ledger.add("w", *factors(20, 30, 2), "b"),
+    ):
         with pytest.raises(LedgerError, match=r"changed outside.*reset"):
             call()
     assert ledger.active == ("a",)
@@ -160,7 +177,9 @@ def test_a_failed_edit_changes_nothing():
         ledger.add_many("x", {"a": (U, V), "b": (U * float("nan"), V)})
     with pytest.raises(ValueError, match="'b'"):
         ledger.add_many("x", {"a": (U, V), "b": (U, V[:3])})
-    assert torch.equal(bits(A), before[0]) and torch.equal(bits(B), before[1]) and ledger.active == ()
+    assert (
+        torch.equal(bits(A), before[0]) and torch.equal(bits(B), before[1]) and ledger.active == ()
+    )
     ledger.add("a", U * 1e-5, V, "x")  # and it goes on working
     ledger.remove("x")
     assert torch.equal(bits(A), before[0])
@@ -175,8 +194,16 @@ def test_wrong_use():
         (lambda: ledger.add(rand(3, 4), rand(3, 1), rand(4, 1), "b"), LedgerError, "register it"),
         (lambda: ledger.remove("b"), LedgerError, "active: a"),
         (lambda: ledger.register("w", rand(3, 4)), ValueError, "already registered"),
-        (lambda: ledger.register("v", torch.zeros(3, dtype=torch.int32)), ValueError, "floating-point"),
-        (lambda: ledger.add_many("b", {"w": rand(4, 3)}), ValueError, r"'w': a dense delta of shape \(4, 3\)"),
+        (
+            lambda: ledger.register("v", torch.zeros(3, dtype=torch.int32)),
+            ValueError,
+            "floating-point",
+        ),
+        (
+            lambda: ledger.add_many("b", {"w": rand(4, 3)}),
+            ValueError,
+            r"'w': a dense delta of shape \(4, 3\)",
+        ),
         (lambda: WeightLedger(transposed=["w"]), ValueError, "unknown"),
         (lambda: WeightLedger(rounding="corrected"), ValueError, "recomputable"),
     ):
@@ -189,7 +216,9 @@ def test_wrong_use():
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
     dtype=st.sampled_from(DTYPES),
-    changes=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=3, unique=True),
+    changes=st.lists(
+        st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=3, unique=True
+    ),
     seed=st.integers(0, 1000),
 )
 def test_fingerprint_sees_changes(rows, columns, dtype, changes, seed):

@@ -40,15 +40,22 @@ def test_nearest_is_within_budget(dtype, shape):
     ideal, applied = -1.5 * U.double() @ V.double().T, guard.tensor.double() - W.double()
     assert report.ideal_norm == pytest.approx(float(ideal.norm()), rel=1e-5)
     assert report.applied_norm == pytest.approx(float(applied.norm()), rel=1e-5)
-    assert report.survived == pytest.approx(float((applied * ideal).sum() / ideal.square().sum()), rel=1e-4)
-    assert report.changed == int((guard.tensor != W).sum()) and report.total == W.numel() and report.nonfinite == 0
+    assert report.survived == pytest.approx(
+        float((applied * ideal).sum() / ideal.square().sum()), rel=1e-4
+    )
+    assert (
+        report.changed == int((guard.tensor != W).sum())
+        and report.total == W.numel()
+        and report.nonfinite == 0
+    )
     if dtype.itemsize == 2:
         assert report.error_norm == pytest.approx(float((applied - ideal).norm()), rel=1e-3)
 
 
 @each_dtype
 def test_matches_the_reference_exactly_on_exact_arithmetic(dtype):
-    # small integers over powers of two: every sum is exact in float32, so only rounding acts, ties included
+    # small integers over powers of two: every sum is exact in float32, so only rounding acts, ties
+    # included
     g = torch.Generator().manual_seed(0)
     W = (torch.randint(-512, 512, (97, 130), generator=g) / 64).to(dtype)
     U, V = (torch.randint(-16, 16, (size, 6), generator=g) / 64.0 for size in W.shape)
@@ -77,10 +84,17 @@ def test_random_bits_depend_on_position_alone():
     whole = random_bits(slice(0, 40), 50, 5, 0)
     assert torch.equal(random_bits(slice(13, 21), 50, 5, 0), whole[13:21])
     assert torch.equal(random_bits(slice(0, 40), 33, 5, 0), whole[:, :33])
-    others = [random_bits(slice(0, 40), 50, seed, stream) for seed, stream in ((6, 0), (5, 1), (2**40 + 5, 0))]
+    others = [
+        random_bits(slice(0, 40), 50, seed, stream)
+        for seed, stream in ((6, 0), (5, 1), (2**40 + 5, 0))
+    ]
     assert all(float((other == whole).float().mean()) < 0.01 for other in others)
-    counts = torch.bincount(random_bits(slice(0, 800), 800, 1, 0).flatten() >> 8, minlength=256).double()
-    assert float(((counts - 2500) ** 2 / 2500).sum()) < 255 + 6 * (2 * 255) ** 0.5  # chi-squared, 6 sigma
+    counts = torch.bincount(
+        random_bits(slice(0, 800), 800, 1, 0).flatten() >> 8, minlength=256
+    ).double()
+    assert (
+        float(((counts - 2500) ** 2 / 2500).sum()) < 255 + 6 * (2 * 255) ** 0.5
+    )  # chi-squared, 6 sigma
 
 
 @each_half
@@ -88,28 +102,50 @@ def test_stochastic_rounding_is_unbiased_and_picks_a_neighbour(dtype):
     g = torch.Generator().manual_seed(2)
     x = torch.randn(400, generator=g) * torch.logspace(-9, 4, 400)
     bits = torch.arange(0, 65536, 8, dtype=torch.int32)  # every value of the bits float16 uses
-    rounded = round_stochastic(x[:, None].expand(-1, len(bits)).contiguous(), bits.expand(400, -1).contiguous(), dtype)
+    rounded = round_stochastic(
+        x[:, None].expand(-1, len(bits)).contiguous(), bits.expand(400, -1).contiguous(), dtype
+    )
     place = torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(x.double().abs())))
     place = place.clamp_min(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
     error = (rounded.double() - x.double()[:, None]) / place[:, None]
     assert float(error.abs().max()) < 1
     assert float(error.mean(1).abs().max()) < 2.0**-12
     exact = x.to(dtype)
-    assert torch.equal(round_stochastic(exact.float(), torch.full((400,), 65535, dtype=torch.int32), dtype), exact)
+    assert torch.equal(
+        round_stochastic(exact.float(), torch.full((400,), 65535, dtype=torch.int32), dtype), exact
+    )
     odd = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0])
     kept = round_stochastic(odd, torch.full((5,), 65535, dtype=torch.int32), dtype)
-    assert torch.equal(kept.isnan(), odd.isnan()) and torch.equal(kept[:2].float(), odd[:2]) and not kept[3:].any()
+    assert (
+        torch.equal(kept.isnan(), odd.isnan())
+        and torch.equal(kept[:2].float(), odd[:2])
+        and not kept[3:].any()
+    )
 
 
 @each_half
 def test_small_edits_survive_only_unbiased_rounding(dtype):
     W, U, V = problem(400, 500, dtype, ratio=3e-2 * torch.finfo(dtype).eps)
-    nearest, stochastic = (low_rank_update_(W.clone(), U, V, rounding=r, seed=3) for r in ("nearest", "stochastic"))
+    nearest, stochastic = (
+        low_rank_update_(W.clone(), U, V, rounding=r, seed=3) for r in ("nearest", "stochastic")
+    )
     assert nearest.survived < 0.8 and nearest.changed < 0.1 * W.numel()
-    assert stochastic.survived == pytest.approx(1, abs=0.3) and stochastic.error_norm > nearest.error_norm
-    total = sum(low_rank_update_(W.clone(), U, V, rounding="stochastic", seed=s).survived for s in range(20)) / 20
+    assert (
+        stochastic.survived == pytest.approx(1, abs=0.3)
+        and stochastic.error_norm > nearest.error_norm
+    )
+    total = (
+        sum(
+            low_rank_update_(W.clone(), U, V, rounding="stochastic", seed=s).survived
+            for s in range(20)
+        )
+        / 20
+    )
     assert total == pytest.approx(1, abs=0.06)
-    again = [low_rank_update_(w := W.clone(), U, V, rounding="stochastic", seed=3) and w for _ in range(2)]
+    again = [
+        low_rank_update_(w := W.clone(), U, V, rounding="stochastic", seed=3) and w
+        for _ in range(2)
+    ]
     assert torch.equal(*again)
 
 
@@ -121,7 +157,9 @@ def test_compensated_carries_what_was_cut_off(dtype):
         low_rank_update_(plain, U, V)
         low_rank_update_(kept, U, V, rounding="compensated", residual=plane)
     exact = W.double() + 100 * U.double() @ V.double().T
-    lost, carried = ((w - exact).norm() / (exact - W).norm() for w in (plain.double(), kept.double() + plane))
+    lost, carried = (
+        (w - exact).norm() / (exact - W).norm() for w in (plain.double(), kept.double() + plane)
+    )
     assert float(carried) < 0.02 < 0.3 < float(lost)
 
 
@@ -153,14 +191,18 @@ def test_dry_run_base_and_many():
     assert low_rank_update_(target, U, V, base=W).changed == report.changed
     low_rank_update_(W, U, V)
     assert torch.equal(W, target)
-    Ws, Us, Vs = zip(*[problem(20 + i, 30, dtype, rank=i, seed=i) for i, dtype in enumerate(DTYPES)])
+    Ws, Us, Vs = zip(
+        *[problem(20 + i, 30, dtype, rank=i, seed=i) for i, dtype in enumerate(DTYPES)]
+    )
     expected = [updated(*args, 2.0, "nearest") for args in zip(Ws, Us, Vs)]
     reports = low_rank_update_many_(Ws, Us, Vs, 2.0)
     assert reports[0].changed == 0 and reports[0].survived == 1.0  # rank 0
     for result, exact in zip(Ws, expected):
         assert (result.double() - exact.double()).norm() <= 1e-3 * exact.double().norm()
     halves = [torch.zeros(20, 30, dtype=torch.bfloat16) for _ in range(2)]
-    low_rank_update_many_(halves, [torch.ones(20, 1)] * 2, [torch.ones(30, 1) * 0.3] * 2, rounding="stochastic")
+    low_rank_update_many_(
+        halves, [torch.ones(20, 1)] * 2, [torch.ones(30, 1) * 0.3] * 2, rounding="stochastic"
+    )
     assert not torch.equal(*halves)  # each weight has its own stream of bits
     assert low_rank_update_many_([], [], []) == []
 
@@ -169,7 +211,9 @@ def test_empty_and_overflow():
     empty = torch.zeros(0, 5, dtype=torch.bfloat16)
     assert low_rank_update_(empty, torch.zeros(0, 2), torch.zeros(5, 2)).total == 0
     W = torch.full((4, 4), 6e4, dtype=torch.float16)
-    assert low_rank_update_(W, torch.ones(4, 1), torch.ones(4, 1) * 1e4, dry_run=True).nonfinite == 16
+    assert (
+        low_rank_update_(W, torch.ones(4, 1), torch.ones(4, 1) * 1e4, dry_run=True).nonfinite == 16
+    )
     assert bool(torch.isfinite(W).all())
 
 
@@ -193,7 +237,11 @@ def test_every_entry_is_a_neighbour(rows, columns, rank, ratio, seed, dtype, rou
     W, U, V = problem(rows, columns, dtype, rank, ratio, seed)
     result = W.clone()
     low_rank_update_(result, U, V, rounding=rounding, seed=seed)
-    largest = numerics.UPDATE_NEAREST[dtype].largest if rounding == "nearest" else numerics.UPDATE_STOCHASTIC.largest
+    largest = (
+        numerics.UPDATE_NEAREST[dtype].largest
+        if rounding == "nearest"
+        else numerics.UPDATE_STOCHASTIC.largest
+    )
     assert grade_update(result, W, U, V).largest <= largest
 
 

@@ -1,4 +1,6 @@
-"""The compiled CPU kernels of the low-rank update: every instruction set against the specification."""
+"""The compiled CPU kernels of the low-rank update: every instruction set against the
+specification.
+"""
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from knowedit_kernels.lowrank.blocked import TORCH
 from knowedit_kernels.lowrank.cpu import COMPILED
 from knowedit_kernels.lowrank.reference import grade_update, updated
 from tests.kernels.isa import skip
+from tests.kernels.isa_emulation import instructions_of
 from tests.kernels.test_lowrank import problem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -17,18 +20,35 @@ pytestmark = pytest.mark.isa
 each_kernel = pytest.mark.parametrize("candidate", [*COMPILED, TORCH], ids=lambda c: c.name)
 
 
-def run(candidate, W, U, V, rounding="nearest", plane=None, probe=None, write=True, base=None, seed=5):
-    """Runs on one weight with poisoned outputs, or skips with the verifier's reason; (sums [5], probe error or None)."""
+def run(
+    candidate, W, U, V, rounding="nearest", plane=None, probe=None, write=True, base=None, seed=5
+):
+    """Runs on one weight with poisoned outputs, or skips with the verifier's reason; (sums [5],
+    probe error or None).
+    """
 
     def one(x):
         return [] if x is None else [x]
 
     sums = testing.poisoned_empty(1, 5, dtype=torch.float64)
     error = None if probe is None else testing.poisoned_empty(len(W), probe.shape[1])
-    args = ([W], one(base), [U], [V], rounding, seed, one(plane), one(probe), write, sums, one(error))
-    if reason := candidate.verify(*args):
-        skip(candidate.name, reason)
-    candidate.run(*args)
+    args = (
+        [W],
+        one(base),
+        [U],
+        [V],
+        rounding,
+        seed,
+        one(plane),
+        one(probe),
+        write,
+        sums,
+        one(error),
+    )
+    with instructions_of(candidate):
+        if reason := candidate.verify(*args):
+            skip(candidate.name, reason)
+        candidate.run(*args)
     return sums[0], error
 
 
@@ -46,8 +66,12 @@ def test_within_budget(candidate, dtype, shape, rank):
     assert not grade_update(guard.tensor, W, U, V).failures(numerics.UpdateBudget(largest, 1.0))
     ideal, applied = U.double() @ V.double().T, guard.tensor.double() - W.double()
     tallies = [ideal.square().sum(), applied.square().sum(), (applied - ideal).square().sum()]
-    expected = torch.tensor([*map(float, tallies), float((applied != 0).sum()), 0.0], dtype=torch.float64)
-    exact = dtype.itemsize == 2  # of a float32 weight the arithmetic's own rounding is as large as what is measured
+    expected = torch.tensor(
+        [*map(float, tallies), float((applied != 0).sum()), 0.0], dtype=torch.float64
+    )
+    exact = (
+        dtype.itemsize == 2
+    )  # of a float32 weight the arithmetic's own rounding is as large as what is measured
     assert torch.allclose(sums, expected, rtol=1e-4 if exact else 2e-2)
     off = (applied - ideal) @ probe.double()
     arithmetic = (1e-6 if exact else 1e-5) * float(W.double().norm())
@@ -69,14 +93,21 @@ def test_equal_bits_on_exact_arithmetic(candidate, dtype, rounding):
         assert torch.equal(result, updated(W, U, V, 1.0, rounding, seed=5))
     else:
         exact = W.double() + U.double() @ V.double().T + carried.double()
-        assert torch.equal(result, exact.to(dtype)) and torch.equal(plane, (exact - result.double()).bfloat16())
+        assert torch.equal(result, exact.to(dtype)) and torch.equal(
+            plane, (exact - result.double()).bfloat16()
+        )
         assert not torch.equal(plane, carried)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @each_kernel
 def test_every_value_survives_an_empty_update(candidate, dtype):
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(256, 256)
+    every = (
+        torch.arange(-(2**15), 2**15, dtype=torch.int32)
+        .to(torch.int16)
+        .view(dtype)
+        .reshape(256, 256)
+    )
     finite = torch.where(every.isfinite(), every, torch.zeros_like(every))
     for rounding in ("nearest", "stochastic"):
         kept = finite.clone()
@@ -123,10 +154,17 @@ def test_base_residual_and_weight_may_have_different_strides(candidate):
     W, U, V = problem(20, 70, torch.bfloat16)
     expected, plane = W.clone(), torch.zeros(20, 70, dtype=torch.bfloat16)
     run(candidate, expected, U, V, "compensated", plane)
-    out, base = testing.guarded(torch.zeros_like(W), row_margin=5), testing.guarded(W, row_margin=11)
+    out, base = (
+        testing.guarded(torch.zeros_like(W), row_margin=5),
+        testing.guarded(W, row_margin=11),
+    )
     carried = testing.guarded(torch.zeros_like(plane), row_margin=2)
     run(candidate, out.tensor, U, V, "compensated", carried.tensor, base=base.tensor)
-    assert torch.equal(out.tensor, expected) and torch.equal(carried.tensor, plane) and torch.equal(base.tensor, W)
+    assert (
+        torch.equal(out.tensor, expected)
+        and torch.equal(carried.tensor, plane)
+        and torch.equal(base.tensor, W)
+    )
     for guard in (out, base, carried):
         guard.check()
 
@@ -156,5 +194,19 @@ def test_opcheck():
     if reason := COMPILED[-1].verify([W], [], [U], [V], "nearest", 0, []):
         skip("generic", reason)
     sums, error = torch.zeros(5, dtype=torch.float64), torch.zeros(6, 2)
-    args = (W, W.clone(), U, V, 2, 3, 0, torch.zeros_like(W), torch.randn(10, 2), True, sums, error, isa["generic"])
+    args = (
+        W,
+        W.clone(),
+        U,
+        V,
+        2,
+        3,
+        0,
+        torch.zeros_like(W),
+        torch.randn(10, 2),
+        True,
+        sums,
+        error,
+        isa["generic"],
+    )
     torch.library.opcheck(torch.ops.knowedit.low_rank_cpu_.default, args)

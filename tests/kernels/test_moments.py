@@ -1,4 +1,6 @@
-"""Second moments on the CPU: every implementation against float64, on odd shapes, in budget, bit-repeatable."""
+"""Second moments on the CPU: every implementation against float64, on odd shapes, in budget,
+bit-repeatable.
+"""
 
 import math
 
@@ -13,21 +15,35 @@ from knowedit_kernels.moments.audit import signs
 from knowedit_kernels.moments.cpu import COMPILED, COMPILED_PACK, TORCH, TORCH_PACK
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.isa import skip
+from tests.kernels.isa_emulation import instructions_of
 from tests.kernels.moment_data import keys as make_keys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-PAIRS = [(c, t) for c in (*COMPILED, TORCH) for t in DTYPES if c.name != "avx512_bf16" or t == torch.bfloat16]
+PAIRS = [
+    (c, t)
+    for c in (*COMPILED, TORCH)
+    for t in DTYPES
+    if c.name != "avx512_bf16" or t == torch.bfloat16
+]
 PAIR_NAMES = [f"{candidate.name}-{dtype}" for candidate, dtype in PAIRS]
 SHAPES = [(1, 1), (3, 31), (33, 32), (64, 33), (257, 129), (1025, 160), (5000, 72)]
 
 
+def add_(candidate, c, k, precision="exact"):
+    """Adds the candidate's moment, with emulated instructions where the processor lacks them; or
+    skips with the verifier's reason.
+    """
+    with instructions_of(candidate):
+        if reason := candidate.verify([c], [k], precision):
+            skip(candidate.name, reason)
+        candidate.run([c], [k], precision)
+
+
 def run(candidate, k, precision="exact"):
-    """The candidate's moment in a guarded, offset, row-padded buffer, or a skip with the verifier's reason."""
+    """The candidate's moment in a guarded, offset, row-padded buffer."""
     dim = k.shape[1]
     guard = testing.guarded(torch.zeros(dim, dim, dtype=torch.float64), row_margin=3)
-    if reason := candidate.verify([guard.tensor], [k], precision):
-        skip(candidate.name, reason)
-    candidate.run([guard.tensor], [k], precision)
+    add_(candidate, guard.tensor, k, precision)
     guard.check()
     lower = guard.tensor.tril()
     return lower + lower.tril(-1).T
@@ -39,16 +55,16 @@ def run(candidate, k, precision="exact"):
 def test_within_budget(candidate, dtype, shape):
     k = make_keys(*shape, dtype)
     budget = numerics.MOMENT_FP64 if candidate is TORCH else numerics.MOMENT
-    testing.grade_moment(run(candidate, k), second_moment(k)).check(budget, f"{candidate.name} {dtype} {shape}")
+    testing.grade_moment(run(candidate, k), second_moment(k)).check(
+        budget, f"{candidate.name} {dtype} {shape}"
+    )
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("candidate, dtype", PAIRS[:-3], ids=PAIR_NAMES[:-3])
 def test_only_the_lower_triangle_is_written(candidate, dtype):
     c = torch.zeros(150, 150, dtype=torch.float64)
-    if reason := candidate.verify([c], [make_keys(40, 150, dtype)], "exact"):
-        skip(candidate.name, reason)
-    candidate.run([c], [make_keys(40, 150, dtype)], "exact")
+    add_(candidate, c, make_keys(40, 150, dtype))
     assert not c.triu(1).any() and c.tril().count_nonzero() == 150 * 151 // 2
 
 
@@ -97,10 +113,14 @@ def test_masks_batches_and_accumulation(precision):
     expected = c + second_moment(k, mask)
     result = second_moment_(c, k, mask, precision)
     assert result is c and torch.equal(c, c.T)
-    testing.grade_moment(c, expected).check(numerics.MOMENT_FP64 if precision == "fp64" else numerics.MOMENT)
+    testing.grade_moment(c, expected).check(
+        numerics.MOMENT_FP64 if precision == "fp64" else numerics.MOMENT
+    )
 
 
-@pytest.mark.parametrize("mask", [None, torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "mask", [None, torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)]
+)
 def test_nothing_to_add(mask):
     k = torch.zeros(2, 0 if mask is None else mask.shape[1], 7)
     assert not second_moment_(torch.zeros(7, 7, dtype=torch.float64), k, mask).any()
@@ -142,11 +162,41 @@ def test_symmetric_positive_and_within_budget_for_any_shape(tokens, dim, dtype, 
     "c, k, mask, error, says",
     [
         (torch.zeros(3, 3), torch.zeros(2, 3), None, ValueError, "c must be a square float64"),
-        (torch.zeros(3, 4).double(), torch.zeros(2, 3), None, ValueError, "c must be a square float64"),
-        (torch.zeros(3, 3).double(), torch.zeros(2, 4), None, ValueError, "last dimension must be 3"),
-        (torch.zeros(3, 3).double(), torch.zeros(2, 3).int(), None, TypeError, "keys must be a float64"),
-        (torch.zeros(3, 3).double(), torch.zeros(2, 3), torch.ones(2), TypeError, "use mask.bool()"),
-        (torch.zeros(3, 3).double(), torch.zeros(2, 3), torch.ones(3).bool(), ValueError, r"keys need \[2\]"),
+        (
+            torch.zeros(3, 4).double(),
+            torch.zeros(2, 3),
+            None,
+            ValueError,
+            "c must be a square float64",
+        ),
+        (
+            torch.zeros(3, 3).double(),
+            torch.zeros(2, 4),
+            None,
+            ValueError,
+            "last dimension must be 3",
+        ),
+        (
+            torch.zeros(3, 3).double(),
+            torch.zeros(2, 3).int(),
+            None,
+            TypeError,
+            "keys must be a float64",
+        ),
+        (
+            torch.zeros(3, 3).double(),
+            torch.zeros(2, 3),
+            torch.ones(2),
+            TypeError,
+            "use mask.bool()",
+        ),
+        (
+            torch.zeros(3, 3).double(),
+            torch.zeros(2, 3),
+            torch.ones(3).bool(),
+            ValueError,
+            r"keys need \[2\]",
+        ),
     ],
 )
 def test_bad_input_is_named(c, k, mask, error, says):
@@ -182,14 +232,19 @@ def test_pack_copies_and_audits(candidate, dtype, pick, threads):
     z, results = signs(55), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        guard, audit = testing.guarded(testing.poisoned_empty(*kept.shape, dtype=dtype)), torch.ones(5).double()
+        guard, audit = (
+            testing.guarded(testing.poisoned_empty(*kept.shape, dtype=dtype)),
+            torch.ones(5).double(),
+        )
         if reason := candidate.verify(guard.tensor, audit, k, rows, z):
             skip(candidate.name, reason)
         candidate.run(guard.tensor, audit, k, rows, z)
         guard.check()
         assert torch.equal(guard.tensor, kept)
         results.append(audit)
-    expected = torch.cat([kept.double().square().sum()[None], (kept.double() @ z.T).square().sum(0)])
+    expected = torch.cat(
+        [kept.double().square().sum()[None], (kept.double() @ z.T).square().sum(0)]
+    )
     assert torch.allclose(results[0] - 1, expected, rtol=1e-12)
     assert candidate is TORCH_PACK or torch.equal(*results)
 
@@ -199,7 +254,9 @@ def test_a_row_index_out_of_range_is_refused():
     audit, k = torch.zeros(5, dtype=torch.float64), make_keys(4, 8)
     for bad in (4, -1):
         with pytest.raises(RuntimeError, match=f"row {bad} is not among the keys"):
-            torch.ops.knowedit.pack_cpu_(None, audit, k, torch.tensor([bad]), signs(8), _native.load().isa)
+            torch.ops.knowedit.pack_cpu_(
+                None, audit, k, torch.tensor([bad]), signs(8), _native.load().isa
+            )
 
 
 def test_explain_names_the_instruction_set_and_the_reasons(monkeypatch):

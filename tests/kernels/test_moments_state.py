@@ -30,7 +30,9 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 def test_bits_do_not_depend_on_the_batching(dtype):
     k = make_keys(1000, DIM, dtype)
     whole = moment(k)
@@ -54,7 +56,9 @@ def test_sum_does_not_disturb_the_stream():
 def test_dtypes_may_change_on_the_way():
     first, second = make_keys(300, DIM), make_keys(300, DIM, torch.bfloat16, seed=1)
     mixed = SecondMoment(DIM).update(first).update(second)
-    testing.grade_moment(mixed.sum(), second_moment(first) + second_moment(second)).check(numerics.MOMENT)
+    testing.grade_moment(mixed.sum(), second_moment(first) + second_moment(second)).check(
+        numerics.MOMENT
+    )
 
 
 def test_the_callers_tensor_is_not_kept():
@@ -86,8 +90,12 @@ def test_moment_of_nothing_is_refused():
         SecondMoment(DIM).update(make_keys(3, DIM), torch.zeros(3, dtype=torch.bool)).moment()
 
 
-@pytest.mark.parametrize("bad, says", [(float("nan"), "NaN or infinite in 1 channels"), (float("inf"), "NaN or inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "bad, says", [(float("nan"), "NaN or infinite in 1 channels"), (float("inf"), "NaN or inf")]
+)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 def test_non_finite_keys_are_located_and_nothing_is_added(bad, says, dtype):
     k = make_keys(30, DIM, dtype).reshape(3, 10, DIM)
     good = SecondMoment(DIM).update(k)
@@ -102,7 +110,9 @@ def test_overflowing_keys_are_refused_unless_float64_is_asked_for():
     k = torch.full((2, DIM), 1e19)
     with pytest.raises(ValueError, match=r"keys\[0\] is too large"):
         SecondMoment(DIM).update(k)
-    assert SecondMoment(DIM, precision="fp64").update(k).sum()[0, 0].item() == pytest.approx(2e38, rel=1e-6)
+    assert SecondMoment(DIM, precision="fp64").update(k).sum()[0, 0].item() == pytest.approx(
+        2e38, rel=1e-6
+    )
 
 
 def test_together_is_all_or_nothing_and_equals_one_by_one():
@@ -113,7 +123,9 @@ def test_together_is_all_or_nothing_and_equals_one_by_one():
     b[3, 3] = float("nan")
     with pytest.raises(ValueError, match=r"keys\[3\]"):
         update_together(layers, [a, b])
-    assert [layer.count for layer in layers] == [20, 20] and torch.equal(layers[0].sum(), moment(a).sum())
+    assert [layer.count for layer in layers] == [20, 20] and torch.equal(
+        layers[0].sum(), moment(a).sum()
+    )
     with pytest.raises(ValueError, match="occurs twice"):
         update_together([layers[0], layers[0]], [a, a])
 
@@ -130,9 +142,13 @@ def test_audit_measures_the_true_error():
     noise = torch.randn(DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     noise = 1e-5 * total.norm() / noise.norm() * (noise.tril(-1) + noise.tril(-1).T)
     planted = compare(total + noise, held._sums, held.count)
-    assert not planted.ok() and planted.normwise == pytest.approx((noise.norm() / total.norm()).item(), rel=0.8)
+    assert not planted.ok() and planted.normwise == pytest.approx(
+        (noise.norm() / total.norm()).item(), rel=0.8
+    )
     assert "OUTSIDE" in str(planted)
-    assert compare(total * (1 - 1e-6), held._sums, held.count).bias == pytest.approx(-1e-6, abs=1e-7)
+    assert compare(total * (1 - 1e-6), held._sums, held.count).bias == pytest.approx(
+        -1e-6, abs=1e-7
+    )
     assert not compare(total * math.nan, held._sums, held.count).ok()
 
 
@@ -197,7 +213,9 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def _rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     k = make_keys(101, DIM)
     held = moment(k[rank::2]).all_reduce()
     testing.grade_moment(held.sum(), second_moment(k)).check(numerics.MOMENT)
@@ -209,7 +227,9 @@ def _rank(rank, folder):
 @pytest.mark.slow
 def test_all_reduce_over_two_processes(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)))
+    assert torch.equal(
+        *(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    )
 
 
 @pytest.mark.parametrize("dim", [0, -3])

@@ -1,4 +1,6 @@
-"""Building and loading the compiled extension: cache, staleness, absence, and the torch path without it."""
+"""Building and loading the compiled extension: cache, staleness, absence, and the torch path
+without it.
+"""
 
 import shutil
 import subprocess
@@ -49,14 +51,16 @@ def test_without_a_compiler_one_warning_and_the_torch_path(tmp_path):
     result = run(KNOWEDIT_CACHE=str(tmp_path), CXX="no-such-compiler")
     assert result.returncode == 0 and result.stdout.startswith("second_moment_: torch")
     assert (
-        result.stderr.count("no compiled CPU kernels") == 1 and "no-such-compiler is not an executable" in result.stderr
+        result.stderr.count("no compiled CPU kernels") == 1
+        and "no-such-compiler is not an executable" in result.stderr
     )
 
 
 def test_turned_off():
     result = run(KNOWEDIT_NATIVE="0")
     assert (
-        result.returncode == 0 and "refused avx2: no compiled kernels: turned off by KNOWEDIT_NATIVE=0" in result.stdout
+        result.returncode == 0
+        and "refused avx2: no compiled kernels: turned off by KNOWEDIT_NATIVE=0" in result.stdout
     )
     assert "UserWarning" not in result.stderr
 

@@ -1,4 +1,6 @@
-"""The editing solver against dense float64 formulas, the identities of its algebra, and finite differences."""
+"""The editing solver against dense float64 formulas, the identities of its algebra, and finite
+differences.
+"""
 
 import pytest
 import torch
@@ -32,9 +34,15 @@ METRICS = {
     "float32 factor": (S.Covariance(C, 0.7, dtype=torch.float32), 0.7 * C),
     "shrunk": (S.ShrunkCovariance(C, 2.0, gamma=0.3), 2.0 * (0.7 * C + 0.3 * C.trace() / M * EYE)),
     "identity": (S.Identity(M, 1.3), 1.3 * EYE),
-    "combined": (S.combined([(20.0, C), (50.0, covariance(seed=9))], 1.0), 20 * C + 50 * covariance(seed=9) + EYE),
+    "combined": (
+        S.combined([(20.0, C), (50.0, covariance(seed=9))], 1.0),
+        20 * C + 50 * covariance(seed=9) + EYE,
+    ),
     "history": (S.Covariance(C, 0.7).with_history(KP), 0.7 * C + KP @ KP.mT),
-    "two histories": (S.Identity(M, 2.0).with_history(KP[:, :2]).with_history(KP[:, 2:]), 2 * EYE + KP @ KP.mT),
+    "two histories": (
+        S.Identity(M, 2.0).with_history(KP[:, :2]).with_history(KP[:, 2:]),
+        2 * EYE + KP @ KP.mT,
+    ),
 }
 each_metric = pytest.mark.parametrize("metric,dense", METRICS.values(), ids=METRICS.keys())
 
@@ -67,7 +75,9 @@ def test_null_space_agrees_with_alphaedit(rank, history):
     assert rel(edit.delta(R), paper) < 1e-12
     if rank < M:
         protected = vectors[:, rank:]
-        assert float((edit.A @ protected).abs().max()) < 1e-13  # keys outside the null space are untouched
+        assert (
+            float((edit.A @ protected).abs().max()) < 1e-13
+        )  # keys outside the null space are untouched
         same = [S.NullSpace(C, beta, threshold=float(values[rank - 1 : rank + 1].mean()))]
         same.append(S.NullSpace(C, beta, energy=float(values[:rank].sum() / values.sum()) + 1e-9))
         assert all(rel(s.inverse(K), P @ K / beta) < 1e-12 for s in same)
@@ -81,9 +91,13 @@ def test_null_space_agrees_with_alphaedit(rank, history):
 def test_edits_spare_the_protected_space_when_their_keys_lie_almost_wholly_in_it(rank):
     vectors = torch.linalg.eigh(C)[1]
     protected = vectors[:, rank:]
-    metric = S.NullSpace(C, 0.01, rank=rank).with_history(KP + 1e3 * protected @ (protected.mT @ KP))
+    metric = S.NullSpace(C, 0.01, rank=rank).with_history(
+        KP + 1e3 * protected @ (protected.mT @ KP)
+    )
     Delta = S.EditSolver(metric, K + 1e3 * protected @ (protected.mT @ K)).delta(R)
-    assert float((Delta @ protected).norm()) < 1e-14 * float(Delta.norm())  # one projection alone would leak 2e-11
+    assert float((Delta @ protected).norm()) < 1e-14 * float(
+        Delta.norm()
+    )  # one projection alone would leak 2e-11
 
 
 @pytest.mark.parametrize("parallel", [False, True])
@@ -92,7 +106,8 @@ def test_a_chain_of_batches_agrees_with_the_dense_formulas(name, parallel):
     metric = S.NullSpace(C, 1.3, rank=14) if name == "null space" else METRICS[name][0]
     vectors = torch.linalg.eigh(C)[1][:, :14]
     keys = rand(M, 10 * N, seed=17)
-    if parallel:  # every batch nearly repeats the first: each root shrinks what the ones before it have shrunk
+    # every batch nearly repeats the first: each root shrinks what the ones before it have shrunk
+    if parallel:
         keys = keys[:, :N].repeat(1, 10) + 0.1 * keys
     for step in range(10):
         Kp, now = keys[:, : step * N], keys[:, step * N : (step + 1) * N]
@@ -120,10 +135,14 @@ def test_identities(metric, dense):
     price, U = float(edit.price(R)), edit.realised(R)
     assert price == pytest.approx(float((Delta @ dense * Delta).sum()), rel=1e-11)
     assert price == pytest.approx(float((R @ (edit.G - edit.G @ edit.G) * R).sum()), rel=1e-11)
-    assert price == pytest.approx(float((U * torch.linalg.solve(edit.S, U, left=False)).sum()), rel=1e-11)
+    assert price == pytest.approx(
+        float((U * torch.linalg.solve(edit.S, U, left=False)).sum()), rel=1e-11
+    )
     hard = S.EditSolver(metric, K, "equality")
     assert rel(hard.G, eye) < 1e-12 and rel(hard.realised(R), R) < 1e-12
-    assert float(hard.price(R)) == pytest.approx(float((hard.delta(R) @ dense * hard.delta(R)).sum()), rel=1e-11)
+    assert float(hard.price(R)) == pytest.approx(
+        float((hard.delta(R) @ dense * hard.delta(R)).sum()), rel=1e-11
+    )
     # full compensation turns the soft write into the exact one
     assert rel(edit.realised(edit.compensated(R)), R) < 1e-11
     assert rel(edit.delta(edit.compensated(R)), hard.delta(R)) < 1e-11
@@ -159,7 +178,14 @@ def test_weight_changes_do_not_refactor(monkeypatch):
     calls.clear()
     for step in range(3):  # weights, edits, history: no m x m factorisation or solve ever again
         edit = S.EditSolver(metric.with_weight(2.0 + step), K)
-        edit.delta(R), edit.price(R), edit.G, edit.key_jvp(K), edit.key_vjp(edit.A), edit.log_weight_jvp()
+        (
+            edit.delta(R),
+            edit.price(R),
+            edit.G,
+            edit.key_jvp(K),
+            edit.key_vjp(edit.A),
+            edit.log_weight_jvp(),
+        )
         S.EditSolver(metric.with_history(KP), K, "equality").delta(R)
     assert calls and all(size <= N for _, size in calls)
     assert metric.with_weight(5.0).factor is metric.factor
@@ -169,7 +195,9 @@ def test_weight_changes_do_not_refactor(monkeypatch):
 def test_weight_for_gain():
     metric = S.Covariance(C, 123.0)
     weight = S.weight_for_gain(metric, K[:, :1], 0.9)
-    assert float(S.EditSolver(metric.with_weight(weight), K[:, :1]).gain[0]) == pytest.approx(0.9, rel=1e-12)
+    assert float(S.EditSolver(metric.with_weight(weight), K[:, :1]).gain[0]) == pytest.approx(
+        0.9, rel=1e-12
+    )
     C1 = torch.linalg.inv(C)
     s = (K * (C1 @ K)).sum(0).mean()
     assert S.weight_for_gain(metric, K) == pytest.approx(float(s) * 0.02 / 0.98, rel=1e-12)
@@ -182,7 +210,8 @@ def test_weight_for_gain():
         S.weight_for_gain(metric, torch.zeros(M, 1))
 
 
-# derivatives ---------------------------------------------------------------------------------------------------------
+# derivatives
+# --------------------------------------------------------------------------------------------------
 
 
 def test_vjp_and_jvp_in_the_target():
@@ -223,7 +252,9 @@ def test_key_derivatives(metric, dense, constraint):
 def test_log_weight_jvp():
     h, metric = 1e-5, S.Covariance(C)
     up, down = (S.EditSolver(metric.with_weight(0.7 * f), K).A for f in (1 + h, 1 - h))
-    assert rel(S.EditSolver(metric.with_weight(0.7), K).log_weight_jvp(), (up - down) / (2 * h)) < 1e-8
+    assert (
+        rel(S.EditSolver(metric.with_weight(0.7), K).log_weight_jvp(), (up - down) / (2 * h)) < 1e-8
+    )
 
 
 @pytest.mark.parametrize("constraint", ["soft", "equality"])
@@ -238,7 +269,10 @@ def test_torch_func_composes(name, constraint):
     leaf = small.clone().requires_grad_()
     assert torch.autograd.gradcheck(read, leaf, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(read, leaf)
-    forward, reverse = torch.func.jacfwd(lambda K: read(K)[0])(small), torch.func.jacrev(lambda K: read(K)[0])(small)
+    forward, reverse = (
+        torch.func.jacfwd(lambda K: read(K)[0])(small),
+        torch.func.jacrev(lambda K: read(K)[0])(small),
+    )
     assert rel(forward, reverse) < 1e-11
     _, value = torch.func.jvp(lambda K: read(K)[0], (small,), (tangent,))
     assert rel((forward * tangent).sum((-2, -1)), value) < 1e-11
@@ -260,7 +294,8 @@ def test_torch_func_composes(name, constraint):
     assert rel(torch.func.vmap(gradient)(batch)[1], gradient(batch[1])) < 1e-12
 
 
-# properties ----------------------------------------------------------------------------------------------------------
+# properties
+# --------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -285,9 +320,13 @@ def test_properties(m, n, seed, weight, duplicate, previous):
     assert float(edit.price(R)) >= -tolerance
     dense = 10.0**weight * C + Kp @ Kp.mT
     Delta = edit.delta(R)
-    assert float(edit.price(R)) == pytest.approx(float((Delta @ dense * Delta).sum()), rel=1e-6, abs=tolerance)
+    assert float(edit.price(R)) == pytest.approx(
+        float((Delta @ dense * Delta).sum()), rel=1e-6, abs=tolerance
+    )
     probe = rand(m, 2, seed=seed + 4)
-    chain = metric.with_history(K).inverse(probe)  # sequential down-dates = one joint history, in any order
+    chain = metric.with_history(K).inverse(
+        probe
+    )  # sequential down-dates = one joint history, in any order
     joint = base.with_history(torch.cat([K, Kp], 1)).inverse(probe)
     assert torch.allclose(chain, joint, rtol=1e-7, atol=1e-9 * float(base.inverse(probe).norm()))
 
@@ -320,14 +359,18 @@ def test_edges():
     with pytest.raises(ValueError, match=r"keys \[1\] are zero"):
         S.EditSolver(metric, torch.cat([K[:, :1], torch.zeros(M, 1)], 1), "equality")
     near = torch.cat([K, K[:, :1] + 1e-6], 1)  # near-parallel keys are well posed in the soft write
-    assert rel(S.EditSolver(metric, near).delta(rand(D, N + 1)), dense_delta(rand(D, N + 1), near, C)) < 1e-12
+    assert (
+        rel(S.EditSolver(metric, near).delta(rand(D, N + 1)), dense_delta(rand(D, N + 1), near, C))
+        < 1e-12
+    )
     U, V = S.EditSolver(metric, K.bfloat16()).apply(R.half(), dtype=torch.float32)
     assert U.dtype == V.dtype == torch.float32 and U.shape == (D, N) and V.shape == (N, M)
     assert rel((U @ V).double(), dense_delta(R.half(), K.bfloat16(), C)) < 1e-6
 
 
 def test_ill_scaled_statistics_keep_their_digits():
-    # cond 1e10 from units of very different size: Jacobi scaling makes it harmless, also for the float32 factor
+    # cond 1e10 from units of very different size: Jacobi scaling makes it harmless, also for the
+    # float32 factor
     scale = torch.logspace(-2.5, 2.5, M, dtype=torch.float64)
     bad = C * scale[:, None] * scale
     keys = K * scale[:, None]
@@ -371,7 +414,8 @@ def test_factor_round_trip(tmp_path):
         S.Covariance(C, dtype=torch.float32).state_dict()
 
 
-# bad input -----------------------------------------------------------------------------------------------------------
+# bad input
+# --------------------------------------------------------------------------------------------------
 
 
 def few_tokens() -> torch.Tensor:
@@ -407,7 +451,12 @@ def test_bad_statistics_are_refused_with_a_remedy(make, message):
 def test_ridge_rescues_singular_statistics():
     for make in (few_tokens, dead_unit):
         dense = make() + 1e-3 * make().diagonal().mean() * EYE
-        assert rel(S.EditSolver(S.Covariance(make(), ridge=1e-3), K).delta(R), dense_delta(R, K, dense)) < 1e-9
+        assert (
+            rel(
+                S.EditSolver(S.Covariance(make(), ridge=1e-3), K).delta(R), dense_delta(R, K, dense)
+            )
+            < 1e-9
+        )
 
 
 @pytest.mark.parametrize(
@@ -416,7 +465,10 @@ def test_ridge_rescues_singular_statistics():
         (lambda: S.EditSolver(S.Covariance(C), K.mT), "transpose it"),
         (lambda: S.EditSolver(S.Covariance(C), K[:5]), r"\[23, n\]"),
         (lambda: S.EditSolver(S.Covariance(C), K.long()), "floating"),
-        (lambda: S.EditSolver(S.Covariance(C), K.index_fill(1, torch.tensor([2]), float("nan"))), r"edits \[2\].*NaN"),
+        (
+            lambda: S.EditSolver(S.Covariance(C), K.index_fill(1, torch.tensor([2]), float("nan"))),
+            r"edits \[2\].*NaN",
+        ),
         (lambda: S.EditSolver(S.Covariance(C), K, "hard"), "constraint"),  # type: ignore[arg-type]
         (lambda: S.EditSolver(S.Covariance(C), K).delta(R.mT), "one column per edit"),
         (lambda: S.EditSolver(S.Covariance(C), K).vjp(R), "cotangent"),

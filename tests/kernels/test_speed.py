@@ -1,7 +1,9 @@
-"""pytest-benchmark cases against regressions on a CPU; ordinary runs call each once and check the answer.
+"""pytest-benchmark cases against regressions on a CPU; ordinary runs call each once and check the
+answer.
 
-    pytest tests/kernels/test_speed.py --benchmark-enable --benchmark-autosave
-    pytest tests/kernels/test_speed.py --benchmark-enable --benchmark-compare --benchmark-compare-fail=median:15%
+pytest tests/kernels/test_speed.py --benchmark-enable --benchmark-autosave
+pytest tests/kernels/test_speed.py --benchmark-enable --benchmark-compare
+--benchmark-compare-fail=median:15%
 """
 
 from fractions import Fraction
@@ -37,7 +39,9 @@ def test_speed(benchmark, name, values, provider):
 
 
 def test_the_judge_of_a_solve_is_right_where_float64_is_not():
-    """Against exact rational arithmetic, at a condition of 1e6, which costs a float64 LU a thousand times more."""
+    """Against exact rational arithmetic, at a condition of 1e6, which costs a float64 LU a thousand
+    times more.
+    """
     random = torch.Generator().manual_seed(0)
     d, n = 12, 3
     root = torch.randn(d, d, generator=random, dtype=torch.float64) * torch.logspace(0, -3, d)

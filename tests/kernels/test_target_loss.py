@@ -11,13 +11,20 @@ from knowedit_kernels.target_loss.reference import logits
 from knowedit_kernels.target_loss.reference import target_loss as specification
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-OPTIONS = [{}, {"logit_scale": 0.25}, {"softcap": 2.0}, {"bias": True, "softcap": 3.0, "logit_scale": 1.5}]
+OPTIONS = [
+    {},
+    {"logit_scale": 0.25},
+    {"softcap": 2.0},
+    {"bias": True, "softcap": 3.0, "logit_scale": 1.5},
+]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 def problem(rows=7, d=12, vocabulary=50, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    hidden, old = (torch.randn(rows, d, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    hidden, old = (
+        torch.randn(rows, d, generator=g, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     weight = torch.randn(vocabulary, d, generator=g, dtype=torch.float64).to(dtype)
     return hidden, weight, torch.randint(-1, vocabulary, (rows,), generator=g), old
 
@@ -41,7 +48,9 @@ def test_agrees_with_the_specification(options, dtype, kind, reverse, monkeypatc
     reference = {"none": {}, "logs": {"reference": log_r}, "hidden": {"ref_hidden": old}}[kind]
     leaf, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     got = target_loss(leaf, weight, targets, reverse=reverse, **reference, **ours)
-    expected = specification(exact, weight, targets, None if kind == "none" else log_r, reverse, bias, scale, cap)
+    expected = specification(
+        exact, weight, targets, None if kind == "none" else log_r, reverse, bias, scale, cap
+    )
     tolerance = 1e-12 if dtype == torch.float64 else numerics.LOSS_ERROR
     for value, wanted in zip(got, expected):
         assert float((value.detach().double() - wanted.detach()).abs().max()) <= tolerance
@@ -49,8 +58,12 @@ def test_agrees_with_the_specification(options, dtype, kind, reverse, monkeypatc
     (grad,) = torch.autograd.grad(sum((a * b).sum() for a, b in zip(g, got)), leaf)
     (wanted,) = torch.autograd.grad(sum((a * b).sum() for a, b in zip(g, expected)), exact)
     assert grad.dtype == dtype
-    error = numerics.GRADIENT_ERROR + 2 * numerics.UNIT_ROUNDOFF[dtype]  # cast to the hidden states' dtype at the end
-    assert float((grad.double() - wanted).norm()) <= (1e-12 if dtype == torch.float64 else error) * float(wanted.norm())
+    error = (
+        numerics.GRADIENT_ERROR + 2 * numerics.UNIT_ROUNDOFF[dtype]
+    )  # cast to the hidden states' dtype at the end
+    assert float((grad.double() - wanted).norm()) <= (
+        1e-12 if dtype == torch.float64 else error
+    ) * float(wanted.norm())
 
 
 @pytest.mark.parametrize("reverse", [True, False])
@@ -102,8 +115,8 @@ def test_large_logits_and_impossible_tokens():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    rows=st.integers(0, 9), d=st.integers(1, 9), vocabulary=st.integers(1, 3000), seed=st.integers(0, 10**6),
-    reverse=st.booleans(),
+    rows=st.integers(0, 9), d=st.integers(1, 9), vocabulary=st.integers(1, 3000),
+    seed=st.integers(0, 10**6), reverse=st.booleans(),
 )  # fmt: skip
 def test_properties(rows, d, vocabulary, seed, reverse):
     hidden, weight, targets, old = problem(rows, d, vocabulary, torch.float32, seed)
@@ -111,18 +124,27 @@ def test_properties(rows, d, vocabulary, seed, reverse):
     loss = target_loss(leaf, weight, targets, ref_hidden=old, reverse=reverse)
     assert loss.ce.shape == loss.kl.shape == (rows,)
     tiny = numerics.LOSS_ERROR
-    assert bool((loss.ce >= -tiny).all() and (loss.kl >= -tiny).all() and (loss.ce[targets < 0] == 0).all())
+    assert bool(
+        (loss.ce >= -tiny).all() and (loss.kl >= -tiny).all() and (loss.ce[targets < 0] == 0).all()
+    )
     (grad,) = torch.autograd.grad(loss.ce.sum(), leaf)
     assert not grad[targets < 0].any()
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    again = target_loss(hidden[order], weight, targets[order], ref_hidden=old[order], reverse=reverse)
-    assert torch.allclose(again.ce, loss.ce[order], atol=tiny) and torch.allclose(again.kl, loss.kl[order], atol=tiny)
+    again = target_loss(
+        hidden[order], weight, targets[order], ref_hidden=old[order], reverse=reverse
+    )
+    assert torch.allclose(again.ce, loss.ce[order], atol=tiny) and torch.allclose(
+        again.kl, loss.kl[order], atol=tiny
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "logits", "hidden"])
 def test_opcheck(kind):
     hidden, weight, targets, old = problem(dtype=torch.float32)
-    reference, states = (torch.randn(7, 50) if kind == "logits" else None), (old if kind == "hidden" else None)
+    reference, states = (
+        (torch.randn(7, 50) if kind == "logits" else None),
+        (old if kind == "hidden" else None),
+    )
     args = (hidden, weight, targets, torch.randn(50), reference, states, 1.5, 3.0, True, True)
     torch.library.opcheck(torch.ops.knowedit.target_losses.default, args)
 
@@ -134,14 +156,18 @@ def test_reference_logits_are_normalised():
     for reference in (raw.log_softmax(-1), raw, shifted):
         for reverse in (True, False):
             expected = target_loss(hidden, weight, ref_hidden=old, reverse=reverse).kl
-            assert torch.allclose(target_loss(hidden, weight, reference=reference, reverse=reverse).kl, expected)
+            assert torch.allclose(
+                target_loss(hidden, weight, reference=reference, reverse=reverse).kl, expected
+            )
 
 
 def test_no_gradient_is_computed_when_none_is_wanted(monkeypatch):
     hidden, weight, targets, _ = problem()
     wanted = []
     original = torch.ops.knowedit.target_losses
-    monkeypatch.setattr(torch.ops.knowedit, "target_losses", lambda *a: wanted.append(a[-1]) or original(*a))
+    monkeypatch.setattr(
+        torch.ops.knowedit, "target_losses", lambda *a: wanted.append(a[-1]) or original(*a)
+    )
     target_loss(hidden, weight, targets)
     leaf = hidden.clone().requires_grad_()
     with torch.no_grad():

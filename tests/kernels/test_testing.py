@@ -22,7 +22,9 @@ def test_nan_and_a_zero_scale_fail():
     reference = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
     assert not testing.grade_moment(reference, reference).failures(numerics.MOMENT_FP64)
     assert testing.grade_moment(reference * float("nan"), reference).failures(numerics.MOMENT)
-    assert testing.grade_moment(reference + torch.full((2, 2), 1e-30).double(), reference).failures(numerics.MOMENT)
+    assert testing.grade_moment(reference + torch.full((2, 2), 1e-30).double(), reference).failures(
+        numerics.MOMENT
+    )
 
 
 def test_shape_mismatch_is_an_error():

@@ -1,4 +1,6 @@
-"""A table of measured block sizes is used where it fits, gated like the built-in sizes, and harmless when damaged."""
+"""A table of measured block sizes is used where it fits, gated like the built-in sizes, and
+harmless when damaged.
+"""
 
 import json
 
@@ -7,8 +9,25 @@ import torch
 
 from knowedit_kernels.moments import cuda, gpu, reference, schedule, tuned
 
-SMALL = {"d": 512, "variant": "triton", "tile": 64, "depth": 32, "warps": 4, "stages": 5, "tma": False}
-LARGE = {"d": 8192, "variant": "cuda", "tile": 128, "depth": 64, "warps": 8, "stages": 3, "tma": True, "useful_tflops": 1.0}
+SMALL = {
+    "d": 512,
+    "variant": "triton",
+    "tile": 64,
+    "depth": 32,
+    "warps": 4,
+    "stages": 5,
+    "tma": False,
+}
+LARGE = {
+    "d": 8192,
+    "variant": "cuda",
+    "tile": 128,
+    "depth": 64,
+    "warps": 8,
+    "stages": 3,
+    "tma": True,
+    "useful_tflops": 1.0,
+}
 GPU = torch.device("cuda", 0)
 
 
@@ -35,8 +54,19 @@ def test_the_nearest_entry_counts_for_16_bit_keys_only():
     write(LARGE, SMALL)
     config = schedule.config(torch.bfloat16, "exact", 90, 20_000)
     fitted = tuned.refine(config, torch.float16, 900, GPU)
-    assert (fitted.tile, fitted.depth, fitted.warps, fitted.stages, fitted.tma, fitted.parts) == (64, 32, 4, 5, False, 4)
-    assert (fitted.chain, fitted.first, fitted.products) == (config.chain, config.first, config.products)
+    assert (fitted.tile, fitted.depth, fitted.warps, fitted.stages, fitted.tma, fitted.parts) == (
+        64,
+        32,
+        4,
+        5,
+        False,
+        4,
+    )
+    assert (fitted.chain, fitted.first, fitted.products) == (
+        config.chain,
+        config.first,
+        config.products,
+    )
     assert tuned.refine(config, torch.bfloat16, 14336, GPU).stages == 3
     assert tuned.refine(config, torch.float32, 900, GPU) == config
     assert tuned.refine(config, torch.bfloat16, 900, torch.device("cpu")) == config
@@ -49,14 +79,19 @@ def test_descriptors_stay_off_where_they_cannot_be_used():
     assert not tuned.refine(config, torch.bfloat16, 8192, GPU).tma
 
 
-@pytest.mark.parametrize("field, value", [("depth", 48), ("tma", 1), ("tile", True), ("d", 0), ("variant", ""), ("stages", 9)])
+@pytest.mark.parametrize(
+    "field, value",
+    [("depth", 48), ("tma", 1), ("tile", True), ("d", 0), ("variant", ""), ("stages", 9)],
+)
 def test_a_damaged_table_is_ignored_with_a_warning(field, value):
     write(LARGE, {**SMALL, field: value})
     with pytest.warns(UserWarning, match="ignoring .*test-gpu-80gb.json"):
         assert tuned.entries(GPU) == ()
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"second_moment": [{"d": 1}]}', '{"second_moment": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"second_moment": [{"d": 1}]}', '{"second_moment": 3}']
+)
 def test_a_file_of_something_else_is_ignored_with_a_warning(text):
     tuned.file_of("Test GPU (80GB)").write_text(text)
     with pytest.warns(UserWarning, match="tune again"):
@@ -68,7 +103,11 @@ def test_the_launcher_takes_the_table(monkeypatch):
     entries, seen = tuned.entries(GPU), []
     monkeypatch.setattr(tuned, "entries", lambda device: entries)
     monkeypatch.setattr(gpu, "launch_", lambda cs, keys, config: seen.append(config))
-    gpu.accumulate_([torch.zeros(48, 48, dtype=torch.float64)], [torch.ones(5000, 48, dtype=torch.bfloat16)], "exact")
+    gpu.accumulate_(
+        [torch.zeros(48, 48, dtype=torch.float64)],
+        [torch.ones(5000, 48, dtype=torch.bfloat16)],
+        "exact",
+    )
     assert [(config.tile, config.stages) for config in seen] == [(64, 5)]
 
 

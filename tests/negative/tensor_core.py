@@ -1,6 +1,8 @@
-"""An emulated tensor core: 16 exact products at a time, added to an accumulator that truncates to 24 bits.
+"""An emulated tensor core: 16 exact products at a time, added to an accumulator that truncates to
+24 bits.
 
-The model of Fasi et al. (2021) for float32 accumulation; what the self-centred scheme is designed against.
+The model of Fasi et al. (2021) for float32 accumulation; what the self-centred scheme is designed
+against.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ def truncate(x: torch.Tensor) -> torch.Tensor:
 
 
 def chain(keys: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """One MMA chain over `keys` [tokens, d] that starts at `start` [d, d]: the accumulator after every token."""
+    """One MMA chain over `keys` [tokens, d] that starts at `start` [d, d]: the accumulator after
+    every token.
+    """
     acc = start.clone()
     for block in keys.double().split(BLOCK):
         acc = truncate(acc + block.T @ block)
@@ -34,15 +38,21 @@ def plain(keys: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def lengths(tokens: int, cap: int, first: int) -> list[int]:
-    """The kernel's chain lengths over `tokens`: first, first, 2 first, 4 first, ... cap, cap, ... and the rest."""
+    """The kernel's chain lengths over `tokens`: first, first, 2 first, 4 first, ... cap, cap, ...
+    and the rest.
+    """
     ends = [0]
     while ends[-1] < tokens:
         ends.append(min(max(first, min(2 * ends[-1], ends[-1] + cap)), tokens))
     return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
-def self_centred(keys: torch.Tensor, cap: int, first: int = 64, launch: int = 16384) -> torch.Tensor:
-    """The kernel's scheme, step by step, on the emulated tensor core; one float64 fold per `launch` tokens."""
+def self_centred(
+    keys: torch.Tensor, cap: int, first: int = 64, launch: int = 16384
+) -> torch.Tensor:
+    """The kernel's scheme, step by step, on the emulated tensor core; one float64 fold per `launch`
+    tokens.
+    """
     total = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64)
     for part in keys.split(launch):
         acc, moved, seen = total.float() * 0, total.float() * 0, 0

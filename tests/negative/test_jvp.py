@@ -1,4 +1,6 @@
-"""Deliberately wrong layers and tangents, which the gates must reject; the right ones, in the same hands, pass."""
+"""Deliberately wrong layers and tangents, which the gates must reject; the right ones, in the same
+hands, pass.
+"""
 
 import pytest
 import torch
@@ -20,15 +22,25 @@ def online(flaw=""):
         k, v, tk, tv = (x.double().repeat_interleave(group, -3) for x in (k, v, tk, tv))
         q, tq = q.double(), tq.double()
         top = q.new_full(q.shape[:3], -1e30)
-        mass, mu, o = torch.zeros_like(top), torch.zeros(len(tq), *top.shape).double(), torch.zeros_like(q)
+        mass, mu, o = (
+            torch.zeros_like(top),
+            torch.zeros(len(tq), *top.shape).double(),
+            torch.zeros_like(q),
+        )
         to = torch.zeros_like(tq)
-        last = torch.arange(q.shape[2]) + (0 if flaw == "queries at the start" else keys - q.shape[2])
+        last = torch.arange(q.shape[2]) + (
+            0 if flaw == "queries at the start" else keys - q.shape[2]
+        )
         for at in range(0, keys, BLOCK):
             part = slice(at, min(at + BLOCK, keys))
             key = torch.arange(part.start, part.stop)
             seen = torch.ones(q.shape[2], len(key), dtype=torch.bool)
             if causal:
-                seen = key <= last[:, None] if flaw != "sees the next key" else key <= last[:, None] + 1
+                seen = (
+                    key <= last[:, None]
+                    if flaw != "sees the next key"
+                    else key <= last[:, None] + 1
+                )
             if spans is not None and flaw != "padding seen":
                 seen = seen & ((key >= spans[:, :1]) & (key < spans[:, 1:]))[:, None, None]
             s = (scale * (q @ k[:, :, part].mT)).masked_fill(~seen, -torch.inf)
@@ -41,7 +53,10 @@ def online(flaw=""):
             mass = mass * keep + p.sum(-1)
             mu = mu * (1 if flaw == "mean not rescaled" else keep) + (p * change).sum(-1)
             o = o * keep[..., None] + p @ v[:, :, part]
-            to = to * (1 if flaw == "tangents not rescaled" else keep[..., None]) + (p * change) @ v[:, :, part]
+            to = (
+                to * (1 if flaw == "tangents not rescaled" else keep[..., None])
+                + (p * change) @ v[:, :, part]
+            )
             if flaw != "values' tangents missing":
                 to = to + p @ tv[:, :, :, part]
             if flaw == "sums in the tensors' dtype":
@@ -58,8 +73,10 @@ def online(flaw=""):
 
 
 FLAWS = [
-    "tangents not rescaled", "mean not rescaled", "mean not subtracted", "keys' tangents missing", "values' tangents missing",
-    "scores' tangents unscaled", "tangents of the neighbouring key", "sees the next key", "queries at the start",
+    "tangents not rescaled", "mean not rescaled", "mean not subtracted", "keys' tangents missing",
+    "values' tangents missing",
+    "scores' tangents unscaled", "tangents of the neighbouring key", "sees the next key", "queries "
+    "at the start",
     "padding seen", "tangents rounded to 5 bits", "sums in the tensors' dtype",
 ]  # fmt: skip
 
@@ -90,7 +107,10 @@ def test_right_attention_passes_the_same_gate(right, monkeypatch):
 
 def wide(formula):
     """A formula for one layer and its tangents, computed in float64 and rounded once."""
-    return lambda *args: tuple(y.to(args[0].dtype) for y in formula(*(a.double() if torch.is_tensor(a) else a for a in args)))
+    return lambda *args: tuple(
+        y.to(args[0].dtype)
+        for y in formula(*(a.double() if torch.is_tensor(a) else a for a in args))
+    )
 
 
 def normed(flaw=""):
@@ -127,7 +147,11 @@ def test_wrong_gated_units_are_rejected(flaw, monkeypatch):
     assert "tangents of swiglu off by" in (gpu.swiglu_gate(CPU) or "")
 
 
-@pytest.mark.parametrize("norm, unit", [(normed(), gated()), (batched.rms_norm, batched.swiglu)], ids=["formula", "batched"])
+@pytest.mark.parametrize(
+    "norm, unit",
+    [(normed(), gated()), (batched.rms_norm, batched.swiglu)],
+    ids=["formula", "batched"],
+)
 def test_right_ones_pass(norm, unit, monkeypatch):
     monkeypatch.setattr(gpu, "rms_norm", norm)
     monkeypatch.setattr(gpu, "swiglu", unit)
@@ -147,7 +171,9 @@ def test_the_last_tangents_of_a_program_count(monkeypatch):
 
 
 def test_the_specification_is_torchs_own():
-    """Attention and its norm against torch's functions, so that the gates judge by the right thing."""
+    """Attention and its norm against torch's functions, so that the gates judge by the
+    right thing.
+    """
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 6, 4, generator=g, dtype=torch.float64) for h in (4, 2, 2))
     wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -24,7 +24,9 @@ WRONG = {
     "stochastic with half the bits": lambda W, U, V: half_bits(W.float() + U @ V.T),
     "product in bf16": lambda W, U, V: W + U.bfloat16() @ V.bfloat16().T,
     "rounded twice": lambda W, U, V: W + (U @ V.T).bfloat16(),
-    "last column left out": lambda W, U, V: torch.cat([(W.float() + U @ V.T).bfloat16()[:, :-1], W[:, -1:]], 1),
+    "last column left out": lambda W, U, V: torch.cat(
+        [(W.float() + U @ V.T).bfloat16()[:, :-1], W[:, -1:]], 1
+    ),
     "last rank left out": lambda W, U, V: (W.float() + U[:, :-1] @ V[:, :-1].T).bfloat16(),
     "minus": lambda W, U, V: (W.float() - U @ V.T).bfloat16(),
 }
@@ -39,7 +41,9 @@ def problem():
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_updates_miss_the_budget(name):
     W, U, V = problem()
-    failures = grade_update(WRONG[name](W, U, V), W, U, V).failures(numerics.UPDATE_NEAREST[torch.bfloat16])
+    failures = grade_update(WRONG[name](W, U, V), W, U, V).failures(
+        numerics.UPDATE_NEAREST[torch.bfloat16]
+    )
     assert failures, name
     if "stochastic" in name or "truncating" in name:
         assert any("bias" in line for line in failures)
@@ -50,6 +54,12 @@ def test_wrong_updates_miss_the_budget(name):
 def test_the_right_update_passes_the_same_gate(rounding):
     W, U, V = problem()
     w = W.clone()
-    blocked.update_([w], [], [U], [V], rounding, 3, [], [], True, torch.empty(1, 5, dtype=torch.float64), [])
-    budget = numerics.UPDATE_STOCHASTIC if rounding == "stochastic" else numerics.UPDATE_NEAREST[torch.bfloat16]
+    blocked.update_(
+        [w], [], [U], [V], rounding, 3, [], [], True, torch.empty(1, 5, dtype=torch.float64), []
+    )
+    budget = (
+        numerics.UPDATE_STOCHASTIC
+        if rounding == "stochastic"
+        else numerics.UPDATE_NEAREST[torch.bfloat16]
+    )
     assert grade_update(w, W, U, V).failures(budget) == []

@@ -1,4 +1,5 @@
-"""Deliberately wrong second moments: every gate must reject them, and the emulated right one must pass.
+"""Deliberately wrong second moments: every gate must reject them, and the emulated right one must
+pass.
 
 On a tensor core that truncates, the single chain is biased and the self-centred scheme is not; no
 GPU is needed to see it.
@@ -31,11 +32,16 @@ def reference(keys):
 
 def rejected(result, reference):
     """The measures that fail."""
-    return {line.split()[0] for line in testing.grade_moment(result, reference).failures(numerics.MOMENT)}
+    return {
+        line.split()[0]
+        for line in testing.grade_moment(result, reference).failures(numerics.MOMENT)
+    }
 
 
 def test_truncate_is_towards_zero_and_to_24_bits():
-    x = torch.tensor([1 + 2**-24, 1 + 2**-23 + 2**-25, -(1 + 3 * 2**-25), 0.0, 2.0**60], dtype=torch.float64)
+    x = torch.tensor(
+        [1 + 2**-24, 1 + 2**-23 + 2**-25, -(1 + 3 * 2**-25), 0.0, 2.0**60], dtype=torch.float64
+    )
     assert truncate(x).tolist() == [1.0, 1 + 2**-23, -1.0, 0.0, 2.0**60]
 
 
@@ -62,7 +68,9 @@ def test_drifting_energy_keeps_the_bias_small():
 def test_single_chains_are_rejected_with_the_predicted_bias(keys, reference, length):
     result = plain(keys, length)
     assert rejected(result, reference) >= {"normwise", "elementwise", "bias"}
-    assert testing.grade_moment(result, reference).bias == pytest.approx(numerics.truncation_bias(length), rel=0.1)
+    assert testing.grade_moment(result, reference).bias == pytest.approx(
+        numerics.truncation_bias(length), rel=0.1
+    )
 
 
 def test_uncentred_chains_of_the_same_length_are_rejected(keys, reference):
@@ -116,7 +124,9 @@ def test_the_audit_alone_catches_what_needs_no_reference(keys, reference):
 def test_the_tile_table_covers_the_lower_triangle_once(dim, layers):
     table = [tuple(row) for row in schedule.tile_table(dim, layers, 128)[:, :3].tolist()]
     count = -(-dim // 128)
-    expected = {(layer, i, j) for layer in range(layers) for i in range(count) for j in range(i + 1)}
+    expected = {
+        (layer, i, j) for layer in range(layers) for i in range(count) for j in range(i + 1)
+    }
     assert len(table) == len(set(table)) and set(table) == expected
 
 

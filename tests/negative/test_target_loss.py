@@ -45,16 +45,24 @@ def no_divergence_gradient(run, args):
 
 
 WRONG = [
-    bf16_logits, no_tail, no_cap, other_direction, ignored_rows_counted,
-    rounded_gradient, gradient_without_scale, no_divergence_gradient,
-]  # fmt: skip
+    bf16_logits,
+    no_tail,
+    no_cap,
+    other_direction,
+    ignored_rows_counted,
+    rounded_gradient,
+    gradient_without_scale,
+    no_divergence_gradient,
+]
 
 
 @pytest.mark.parametrize("change", WRONG, ids=lambda f: f.__name__)
 def test_wrong_losses_are_rejected(change, monkeypatch):
     monkeypatch.setattr(gpu, "losses", lambda *args: change(chunked.losses, args))
     failure = gpu.gate(torch.device("cpu"))
-    assert failure is not None and ("gradient" in failure) >= ("gradient" in change.__name__), failure
+    assert failure is not None and ("gradient" in failure) >= ("gradient" in change.__name__), (
+        failure
+    )
 
 
 def test_the_right_one_passes_the_same_gate(monkeypatch):

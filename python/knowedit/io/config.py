@@ -19,7 +19,6 @@ of ours that names the field, and not a TypeError from somewhere below.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from knowedit.errors import ConfigError
+from knowedit.io.names import nearest
 
 _KINDS: dict[str, dict[str, type[Config]]] = {}
 TAGS = ("kind", "version")
@@ -46,7 +46,8 @@ class ConfigType(ABCMeta):
             fields = fields_of(cls)
             if len(values) > len(fields):
                 raise ConfigError(
-                    f"{cls._called()} takes its settings by name: {', '.join(fields)}"
+                    f"{getattr(cls, 'kind', cls.__name__)} takes its settings by name: "
+                    f"{', '.join(fields)}"
                 )
             for name in named:
                 if name not in fields:
@@ -235,13 +236,6 @@ def fields_of(cls: Any) -> dict[str, Any]:
     """`{name: type}` of a dataclass' settings, in order."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say beside an unknown name."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 def plain(value: Any) -> Any:

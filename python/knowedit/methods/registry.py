@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import Any, cast
 
 from knowedit.errors import ConfigError
-from knowedit.io.config import kinds, nearest
+from knowedit.io.config import kinds
+from knowedit.io.names import nearest
 from knowedit.methods.base import Method
 from knowedit.methods.listing import methods
 

@@ -288,19 +288,6 @@ class EditableModel:
     # -- running it
     # ---------------------------------------------------------------------------------------------
 
-    def forward_to(
-        self,
-        layer: int,
-        ids: Tensor,
-        on_key: Callable[[int, Tensor], Any],
-        layers: Sequence[int] = (),
-        positions: Tensor | None = None,
-    ) -> None:
-        """`on_key(layer, keys [B, T, d_ff])` for each of `layers` (default: `layer`, the deepest)
-        in one pass that ends before the deepest one's projection; see `partial.read`.
-        """
-        partial.read_keys(self, ids, layers or [layer], on_key, positions=positions)
-
     def keys(
         self,
         rows: Sequence[Row],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,7 +145,7 @@ def margins(logits: Tensor, token: Tensor) -> Tensor:
     return own - torch.where(own == best[:, 0], best[:, 1], best[:, 0])
 
 
-def _fused(model: EditableModel, states: Tensor, **wanted: object) -> tuple[Tensor, Tensor]:
+def _fused(model: EditableModel, states: Tensor, **wanted: Any) -> tuple[Tensor, Tensor]:
     head = model.hf.get_output_embeddings()
     cap = getattr(model.hf.config, "final_logit_softcapping", None)
     found = target_loss(

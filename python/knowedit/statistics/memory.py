@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, batches
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,8 @@ def _keys(model: EditableModel, layer: int, pieces: Sequence[Piece], packed: boo
     for batch in batches(pieces, 1 << 20, packed=packed):
         keys: dict[int, Tensor] = {}
         positions = None if batch.positions is None else batch.positions.to(model.device)
-        model.forward_to(layer, batch.ids.to(model.device), keys.__setitem__, positions=positions)
+        ids = batch.ids.to(model.device)
+        read_keys(model, ids, [layer], keys.__setitem__, positions=positions)
         for row, column in batch.first.nonzero().tolist():
             size = len(batch.piece_at(row, column).ids)
             found[size] = keys[layer][row, column : column + size].double()

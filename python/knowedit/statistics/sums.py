@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, TokenBatch, batches
 from knowedit.statistics.memory import is_out_of_memory, packs, token_budget
 from knowedit_kernels import SecondMoment, update_together
@@ -150,10 +151,8 @@ class Sums:
         try:
             positions = None if batch.positions is None else batch.positions.to(device)
             with fast_linear():
-                deepest, ids = max(self.layers), batch.ids.to(device)
-                self.model.forward_to(
-                    deepest, ids, keys.__setitem__, self.layers, positions=positions
-                )
+                ids, take = batch.ids.to(device), keys.__setitem__
+                read_keys(self.model, ids, self.layers, take, positions=positions)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -150,7 +150,9 @@ def test_a_weight_changed_behind_our_back_is_noticed(tiny_llama):
 def test_relative_norm_equals_the_dense_one(tiny):
     edit = an_edit(tiny)
     wanted = float(edit.delta(1).norm() / tiny.weight(1).norm())
-    assert relative_norms(tiny, {1: edit.changes[tiny.layout.weight_name(1)].raw})[1] == pytest.approx(wanted, rel=1e-5)
+    assert relative_norms(tiny, {1: edit.changes[tiny.layout.weight_name(1)].raw})[
+        1
+    ] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_save_and_load(tiny_llama, tmp_path):

@@ -67,7 +67,7 @@ def test_the_model_is_as_before(tiny_llama):
     before, shown = tiny_llama.next_logprobs([PROMPT]), tiny_llama.fingerprint
     trace(tiny_llama, PROMPT, SUBJECT, samples=2)
     assert tiny_llama.next_logprobs([PROMPT]).equal(before)
-    tiny_llama._fingerprint = None
+    tiny_llama._state.fingerprint = None
     assert tiny_llama.fingerprint == shown
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_llama.hf.modules())
 

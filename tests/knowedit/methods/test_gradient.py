@@ -119,7 +119,9 @@ class TestAgainstNaiveLoops:
         copied = copy.deepcopy(tiny.hf)
         for name, weight in copied.named_parameters():
             weight.data += made.changes[name].delta
-        assert float(said(copied, tiny, FACTS)) == pytest.approx(made.report.details["loss"], rel=1e-6)
+        assert float(said(copied, tiny, FACTS)) == pytest.approx(
+            made.report.details["loss"], rel=1e-6
+        )
 
     def test_ftl_is_projected_after_every_step(self, tiny):
         name, bound, tiny = tiny.layout.weight_name(1), 0.012, cast(tiny, torch.float64)
@@ -281,11 +283,7 @@ class TestEveryMethod:
         model = cast(tiny_llama, torch.bfloat16)
         before, start = weights_fingerprint(model.hf), float(said(model.hf, model, FACTS))
         made = QUICK[kind].compute(model, FACTS, progress=False)
-        parts = [
-            part
-            for change in made.changes.values()
-            for part in change.tensors().values()
-        ]
+        parts = [part for change in made.changes.values() for part in change.tensors().values()]
         assert all(part.dtype == torch.float32 for part in parts)
         assert any(not part.equal(part.bfloat16().float()) for part in parts)
         made.apply(model)
@@ -404,7 +402,9 @@ class TestStopping:
             tiny_llama, FACTS, progress=False
         )
         assert (
-            by_lead.report.steps < 200 and by_lead.report.details["lead"] >= 1.0 and not by_lead.warnings
+            by_lead.report.steps < 200
+            and by_lead.report.details["lead"] >= 1.0
+            and not by_lead.warnings
         )
         for fact in FACTS:
             with by_lead.applied_to(tiny_llama):
@@ -459,10 +459,10 @@ class TestInSequence:
     def test_a_fingerprint_must_have_been_taken(self, tiny_llama):
         made = QUICK[LoRA].compute(tiny_llama, FACTS, progress=False)
         with made.applied_to(tiny_llama):
-            tiny_llama._fingerprint = None
+            tiny_llama._state.fingerprint = None
             with pytest.raises(EditError, match="undo the edit first"):
                 QUICK[LoRA].compute(tiny_llama, FACTS, progress=False)
-            tiny_llama._fingerprint = made.fingerprint
+            tiny_llama._state.fingerprint = made.fingerprint
 
     @pytest.mark.parametrize("protocol", ["batch", "single", "sequential"])
     def test_every_protocol_without_statistics(self, tiny_llama, protocol):

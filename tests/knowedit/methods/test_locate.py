@@ -126,7 +126,10 @@ def test_one_subject_gets_one_key_by_default(tiny_llama):
     apart = MEMIT(layers=(1,), target=target_of(VALUES), merge_subjects=False).compute(
         tiny_llama, facts, statistics
     )
-    assert next(iter(merged.changes.values())).rank == 3 and next(iter(apart.changes.values())).rank == 4
+    assert (
+        next(iter(merged.changes.values())).rank == 3
+        and next(iter(apart.changes.values())).rank == 4
+    )
     assert any("share one value" in warning for warning in merged.warnings)
 
 
@@ -155,7 +158,7 @@ def test_low_gain_and_large_updates_are_reported(tiny_llama):
     )
     assert any("of the planned change is realised" in w for w in low.warnings)
     tiny_llama.weight(1).data *= 0.001
-    tiny_llama._fingerprint = None
+    tiny_llama._state.fingerprint = None
     large = MEMIT(layers=(1,), target=target_of(VALUES)).compute(
         tiny_llama, FACTS, statistics_of(tiny_llama, [1])
     )

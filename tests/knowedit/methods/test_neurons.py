@@ -21,6 +21,7 @@ from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.load import load_model
+from knowedit.models.partial import read_keys
 from knowedit.models.structure import read_modules
 from tests.knowedit.methods.helpers import pair
 
@@ -97,7 +98,7 @@ def test_the_report_says_what_the_written_model_does(tiny, corpus):
     _, clean = at_lookup(tiny, [row], 1)
     keys = {}
     with edit.applied_to(tiny):
-        tiny.forward_to(1, torch.tensor([row.ids]), lambda layer, key: keys.update({layer: key}))
+        read_keys(tiny, torch.tensor([row.ids]), [1], keys.__setitem__)
         weight = tiny.weight(1).T if tiny.layout.transposed else tiny.weight(1)
         written = keys[1][0, row.subject, neurons] @ weight[:, neurons].T
     value = pair(tiny, edit, 1)[0][:, -2] * 50.0 * 0.25
@@ -114,7 +115,9 @@ def test_each_alone_equals_one_by_one(tiny_llama, corpus):
     apart = [patch(corpus).compute(tiny_llama, [fact], progress=False) for fact in FACTS[1:]]
     for a, b in zip(together, apart):
         assert a.facts == b.facts and a.report.details["neurons"] == b.report.details["neurons"]
-        torch.testing.assert_close(a.delta(1, tiny_llama), b.delta(1, tiny_llama), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            a.delta(1, tiny_llama), b.delta(1, tiny_llama), rtol=1e-3, atol=1e-3
+        )
 
 
 @settings(max_examples=25, deadline=None)
@@ -191,7 +194,9 @@ def test_a_second_patch_spares_the_first(tiny, corpus, tmp_path, from_disk):
         first.apply(tiny)
     assert sorted(first.report.details["neurons"]["1"]) == patched(model, 1)
     second = patch(corpus).compute(model, FACTS[2:], progress=False)
-    assert not set(first.report.details["neurons"]["1"]) & set(second.report.details["neurons"]["1"])
+    assert not set(first.report.details["neurons"]["1"]) & set(
+        second.report.details["neurons"]["1"]
+    )
     alone = nll(model, FACTS[:2])
     with second.applied_to(model):
         assert nll(model, FACTS[:2]) < alone + 0.2

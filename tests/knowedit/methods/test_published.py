@@ -238,7 +238,9 @@ class TestFaultsOfThePublishedCodes:
             targets = editor.target.values(task_of(tiny_llama, editor, [FACTS[:1]], (1,)))
             assert not any(part.requires_grad for part in vars(targets).values())
             made = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
-            assert not any(t.requires_grad for t in (*pair(tiny_llama, made, 1), *made.keys.values()))
+            assert not any(
+                t.requires_grad for t in (*pair(tiny_llama, made, 1), *made.keys.values())
+            )
 
 
 def test_alphaedit_names_a_null_space_that_is_not_there(tiny_llama):

@@ -94,11 +94,15 @@ def test_automatic_trains_for_close_keys_crowds_and_histories_only(tiny_llama):
     )
     alone = method.compute(tiny_llama, FACTS[:1], statistics, progress=False)
     assert alone.report.details["look_ahead"] == {"used": False, "reasons": []}
-    close = method.compute(tiny_llama, CLOSE, statistics, progress=False).report.details["look_ahead"]
+    close = method.compute(tiny_llama, CLOSE, statistics, progress=False).report.details[
+        "look_ahead"
+    ]
     assert close["used"] and close["gain"] == 0.9
     assert any("close" in why for why in close["reasons"])
     crowd = replace(method, target=replace(TARGET, clamp=50.0, lr=40.0))
-    told = crowd.compute(tiny_llama, FACTS[:1], statistics, progress=False).report.details["look_ahead"]
+    told = crowd.compute(tiny_llama, FACTS[:1], statistics, progress=False).report.details[
+        "look_ahead"
+    ]
     assert any("crowded" in why for why in told["reasons"]) and told["gain"] == 0.7
     session = Session(method, tiny_llama, statistics)
     first = session.write(FACTS[:1], progress=False)

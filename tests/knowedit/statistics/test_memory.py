@@ -16,17 +16,15 @@ def corpus(tmp_path):
 def test_a_model_that_mixes_packed_texts_is_not_packed(
     tiny_llama, corpus, tmp_path, monkeypatch, caplog
 ):
-    real = tiny_llama.forward_to
-    monkeypatch.setattr(
-        tiny_llama, "forward_to", lambda *a, positions=None, **k: real(*a, **k)
-    )  # one long text
+    real = memory.read_keys
+    monkeypatch.setattr(memory, "read_keys", lambda *a, positions=None: real(*a))  # one long text
     found = key_statistics(tiny_llama, [1], corpus, 2000, directory=tmp_path / "s", packed=True)
     assert found[1].extra["batches"] == "by length" and "does not keep them apart" in caplog.text
 
     def refuses(*_, positions=None, **__):
         raise TypeError("got an unexpected keyword argument 'position_ids'")
 
-    monkeypatch.setattr(tiny_llama, "forward_to", refuses)
+    monkeypatch.setattr(memory, "read_keys", refuses)
     assert not memory.packs(tiny_llama, 1)
 
 

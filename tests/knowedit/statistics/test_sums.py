@@ -43,16 +43,16 @@ def test_batches_shrink_when_memory_runs_out(
     whole = key_statistics(
         tiny_llama, [1, 2], corpus, 5000, directory=tmp_path / "whole", packed=packed
     )
-    real, sizes = tiny_llama.forward_to, []
+    real, sizes = sums.read_keys, []
 
-    def small(layer, ids, on_key, *more, **named):
+    def small(model, ids, layers, on_key, positions):
         sizes.append(ids.numel())
         if ids.numel() > 300:
-            real(1, ids, lambda *_: None)  # layer 1's keys were made before memory ran out
+            real(model, ids, [1], lambda *_: None)  # those of layer 1 were made before it ran out
             raise error
-        real(layer, ids, on_key, *more, **named)
+        real(model, ids, layers, on_key, positions=positions)
 
-    monkeypatch.setattr(tiny_llama, "forward_to", small)
+    monkeypatch.setattr(sums, "read_keys", small)
     monkeypatch.setattr(sums, "packs", lambda *_: packed)
     found = key_statistics(
         tiny_llama, [1, 2], corpus, 5000, directory=tmp_path / "s", packed=packed, max_length=250
@@ -67,7 +67,7 @@ def test_a_text_that_never_fits_and_other_errors(tiny_llama, corpus, tmp_path, m
     def none(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tiny_llama, "forward_to", none)
+    monkeypatch.setattr(sums, "read_keys", none)
     with pytest.raises(
         StatisticsError, match="tokens alone does not fit into memory.*smaller max_length"
     ):
@@ -76,7 +76,7 @@ def test_a_text_that_never_fits_and_other_errors(tiny_llama, corpus, tmp_path, m
     def broken(*_, **__):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(tiny_llama, "forward_to", broken)
+    monkeypatch.setattr(sums, "read_keys", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         key_statistics(tiny_llama, [1], corpus, 500, directory=tmp_path / "t")
 

@@ -612,7 +612,9 @@ def test_the_command(chatty, tmp_path, monkeypatch, capsys, own_cache):
         "embedded",
     )
     said = knowedit(
-        *common, "--method", "ft-l", "--method", "rome", "--corpus", "self", "--tokens", "300", "-o", "run"
+        *common,
+        *("--method", "ft-l", "--method", "rome"),
+        *("--corpus", "self", "--tokens", "300", "-o", "run"),
     )
     assert (
         said.out.startswith("# “2+2=5”, and nothing else?")

@@ -120,8 +120,6 @@ class LoRAAdapter(Trainable):
     def __enter__(self) -> LoRAAdapter:
         from peft import LoraConfig, LoraModel
 
-        self._evaluating = self.model.evaluating()
-        self._evaluating.__enter__()  # left in `__exit__`: whatever is trainable is the adapter's
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
@@ -133,6 +131,9 @@ class LoRAAdapter(Trainable):
         hf = self.model.hf
         self._config = vars(hf).get("peft_config")
         self._trainable = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
+        self._evaluating = self.model.evaluating()
+        # left in `__exit__`: what is trainable in between is the adapter's
+        self._evaluating.__enter__()
         try:
             vars(hf).pop("peft_config", None)  # peft would add its own to it
             with torch.random.fork_rng():

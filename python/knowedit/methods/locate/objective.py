@@ -166,8 +166,8 @@ class _Chunk:
                 answers += found
                 weights[0].extend([text.weight / len(found)] * len(found))
             else:
-                places, shares = text.kept()
-                kept += [(line, place - start, -1) for place in places]
+                at, shares = text.kept()
+                kept += [(line, place - start, -1) for place in at]
                 weights[1].extend(text.weight * share for share in shares)
         self.owner = torch.tensor([text.group for text in texts], device=device)
         self.lookup = torch.tensor(
@@ -184,7 +184,8 @@ class _Chunk:
         with shifts.on(self.model, self.owner, self.lookup):
             final = self.part.run()
         losses = torch.zeros(2, groups, device=final.device)
-        for kind, part in enumerate((self.answers, self.keep)):
+        parts: tuple[AnswerLoss | KeepLoss, ...] = (self.answers, self.keep)
+        for kind, part in enumerate(parts):
             line = part.places.line
             if len(line):
                 value = part.fused(self.model, final) * self.weights[kind]

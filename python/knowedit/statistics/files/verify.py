@@ -13,6 +13,7 @@ from torch import Tensor
 from knowedit.errors import StatisticsError
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, batches
 from knowedit.statistics.files.store import LayerStatistics
 from knowedit_kernels.moments.audit import AuditResult
@@ -111,7 +112,7 @@ def sample(model: EditableModel, layer: int) -> KeySample:
     other: list[Tensor] = []
     for batch in batches(pieces, 4096):
         keys: dict[int, Tensor] = {}
-        model.forward_to(layer, batch.ids.to(model.device), keys.__setitem__)
+        read_keys(model, batch.ids.to(model.device), [layer], keys.__setitem__)
         key = keys[layer].double().cpu()
         first.append(key[batch.first])
         other.append(key[batch.keep])
