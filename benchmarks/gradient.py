@@ -60,7 +60,7 @@ def measure(
         model, facts, statistics if isinstance(method, Recipe) else None, progress=False
     )
     seconds, moved = time.perf_counter() - start, drift(model, edit)
-    found, report = evaluate(model, edit, facts, progress=False), edit.report
+    found, report = evaluate(model, edit, facts, progress=False), edit.report.to_dict()
     return {
         "method": method.name,
         "facts": len(facts),

@@ -103,7 +103,8 @@ def measure(
             after[i] = answer
     table = summarise(asked, after, np.random.default_rng(0), before)
     was = summarise(asked, before, np.random.default_rng(0))
-    costs = {name: [e.report[name] for e in edits] for name in ("seconds", "peak_memory_bytes")}
+    reports = [edit.report.to_dict() for edit in edits]
+    costs = {name: [r[name] for r in reports] for name in ("seconds", "peak_memory_bytes")}
     seconds = statistics.median(costs["seconds"])
     short = {
         f"{k} {m}": round(v.mean, 3)
@@ -125,7 +126,7 @@ def measure(
             (m for m in costs["peak_memory_bytes"] if m is not None), default=None
         ),
         in_scope={kind: n / total for kind, (n, total) in inside.items() if total},
-        rank=[max(e.report["ranks"].values()) for e in edits] if method.name == "MEND" else None,
+        rank=[max(r["ranks"].values()) for r in reports] if method.name == "MEND" else None,
     )
 
 

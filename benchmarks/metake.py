@@ -231,7 +231,7 @@ def run(
         ours = found if name == KNOWN else ours
         after, clean_rates = common.flat(found.after), common.flat(found.before)
         unedited = {name: estimate["mean"] for name, estimate in clean_rates.items()}
-        norm = max(made.report["relative_norm"].values())
+        norm = max(made.report.relative_norm.values())
         short = {
             k: round(v["mean"], 3)
             for k, v in after.items()
@@ -252,7 +252,7 @@ def run(
             norm=norm,
             seconds=seconds,
             shared_seconds=shared,
-            ahead=made.report.get("look_ahead"),
+            ahead=made.report.details.get("look_ahead"),
             metake_minus_this=gaps(ours, found) if ours and found is not ours else None,
         )
 

@@ -115,8 +115,8 @@ def run(
 
 
 def about(report: common.Report, case: str, edits: Sequence[Edit], seconds: float) -> None:
-    gain = min(edit.report["gain"] for edit in edits)
-    norm = max(value for edit in edits for value in edit.report["relative_norm"].values())
+    gain = min(edit.report.gain for edit in edits)
+    norm = max(value for edit in edits for value in edit.report.relative_norm.values())
     warnings = sorted({warning for edit in edits for warning in edit.warnings})
     line = (
         f"{case}: {seconds:.2f} s a fact, lowest gain {gain:.3f}, largest |delta| / |W| {norm:.2f}"
@@ -128,7 +128,7 @@ def about(report: common.Report, case: str, edits: Sequence[Edit], seconds: floa
         lowest_gain=gain,
         relative_norm=norm,
         warnings=warnings,
-        settings=edits[0].report["settings"],
+        settings=edits[0].report.details["settings"],
         edits=len(edits),
     )
 

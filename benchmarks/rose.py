@@ -205,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 about = {
                     "seconds": seconds,
-                    "norm": edit.report["relative_norm"],
-                    "ahead": edit.report.get("look_ahead"),
+                    "norm": edit.report.relative_norm,
+                    "ahead": edit.report.details.get("look_ahead"),
                 }
                 if kept:
                     with atomic_file(kept) as path:

@@ -130,7 +130,7 @@ def run(
             row = replace(step, seconds=step.seconds + spent)
             lines = str(trajectory_table([row])).splitlines()
             lines = lines[1 if step.edits else 0 :]  # the heading once
-            settings = history.edits[0].report["settings"] if history else {}
+            settings = history.edits[0].report.details["settings"] if history else {}
             exact = exact_by_batch(model, monitor.facts[: step.edits], batch)
             report.note(
                 "\n".join(f"{name:16} {line}" for line in lines)

@@ -175,7 +175,8 @@ def run(
                         * (u.T.double() @ u.double())
                     ).sum()
                 )
-                for layer, (u, v) in edit.factors.items()
+                for layer in edit.keys
+                for u, v in [edit.changes[model.layout.weight_name(layer)].raw]
             )
             figures = "  ".join(
                 f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float)

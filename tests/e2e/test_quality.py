@@ -40,7 +40,7 @@ def test_a_batch_of_48_facts(smollm, records, statistics):
     assert after["paraphrase"]["success"].mean >= 0.92
     assert after["neighbourhood"]["success"].mean >= unedited - 0.06
     assert after["neighbourhood"]["unchanged"].mean >= 0.92
-    assert edit.report["gain"] >= 0.9
+    assert edit.report.gain >= 0.9
 
 
 @pytest.mark.timeout(900)

@@ -50,4 +50,4 @@ def test_a_sequence_goes_on_from_a_file(model, tmp_path):
     first.write(FACTS[:1], progress=False)
     history = History.load(first.history.save(tmp_path / "history"))
     later = Session(editor, model, statistics, history).write(FACTS[1:], progress=False)
-    assert later.report["look_ahead"]["rehearsed"] == 1 and len(model.ledger.active) == 2
+    assert later.report.details["look_ahead"]["rehearsed"] == 1 and len(model.ledger.active) == 2

@@ -154,8 +154,8 @@ def summary(edit: Edit, measured: Evaluation, moved: Any) -> Table:
         "",
         f"same next word {moved.same:.0%}, KL {moved.kl:.4f} nats",
     )
-    for layer, norm in edit.report["relative_norm"].items():
-        chosen = edit.report["layers"][layer]
+    for layer, norm in edit.report.relative_norm.items():
+        chosen = edit.report.layers[layer]
         view.add_row(
             f"layer {layer}",
             "",

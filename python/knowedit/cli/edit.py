@@ -102,7 +102,7 @@ def edit(
         "statistics": None if statistics is None else str(statistics),
         "dtype": dtype,
     }
-    made.report["run"] = {name: value for name, value in run.items() if value is not None}
+    made.report.details["run"] = {name: value for name, value in run.items() if value is not None}
     made.save(output)
     if history:
         earlier.save(history)
@@ -113,7 +113,7 @@ def edit(
     if earlier_edit is not None:
         same = made.key == earlier_edit.key
         print(f"{'the same bits as' if same else 'not the same bits as'} {config}")
-    if made.factors or made.others:
+    if made.changes:
         where = f"knowedit apply {model} {history or output} -o FOLDER"
         print(f"saved to {output}; apply it with: {where}")
     else:  # a memory edit changes no weight
@@ -171,16 +171,20 @@ def export(
     model: Model,
     edit_file: Annotated[Path, typer.Argument(help="An edit file.")],
     output: Output,
+    format: Annotated[
+        str, typer.Option(help="peft: a LoRA adapter; folder: the whole model, as `apply` does.")
+    ] = "peft",
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write an edit as a LoRA adapter for peft or vLLM."""
+    """Write an edit in another program's format: as a LoRA adapter for peft or vLLM."""
     from knowedit.edits.edit import Edit
+    from knowedit.edits.export.listing import export_format
     from knowedit.models.load import load_model
 
-    loaded = Edit.load(edit_file)
-    loaded.to_peft(output, load_model(model, dtype=dtype, device_map=placed(device_map), say=say))
+    loaded, write = Edit.load(edit_file), export_format(format)
+    write(load_model(model, dtype=dtype, device_map=placed(device_map), say=say), [loaded], output)
     print(f"wrote {output}")
 
 
@@ -192,17 +196,13 @@ def _record(made: Edit, path: Path) -> dict[str, Any]:
         "fingerprint": made.fingerprint,
         "facts": [fact.to_dict() for fact in made.facts],
         "config": made.config,
-        "report": made.report,
+        "report": made.report.to_dict(),
     }
 
 
 def _print_edit(made: Edit) -> None:
-    report = made.report
-    if made.factors:
-        keys = next(iter(made.factors.values()))[0].shape[1]
-        print(f"{made.method}: {len(made.facts)} facts, {keys} keys")
-    else:
-        print(f"{made.method}: {len(made.facts)} facts, {len(made.others)} weights changed")
+    report = made.report.to_dict()
+    print(f"{made.method_name}: {len(made.facts)} facts, {len(made.changes)} weights changed")
     if "trainable" in report:
         memory = report["peak_memory_bytes"]
         print(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from knowedit.edits import edit, history
 from knowedit.edits.export import folder as checkpoint
-from knowedit.errors import KnowEditError
+from knowedit.errors import ConfigError, KnowEditError
+from knowedit.io.tensors import format_of, read_file
+from knowedit.io.versions import software_versions
 from knowedit.methods.learned.mend import network as mend_network
 from knowedit.methods.learned.serac import memory as memory_edit
 from knowedit.methods.learned.serac import network as serac_network
@@ -36,7 +37,7 @@ def describe(path: Path) -> str:
                 f"{path} is not a folder written by `knowedit apply` (it has no "
                 f"{checkpoint.RECORD})"
             )
-        header, tensors = edit.read_file(record, checkpoint.FORMAT, "an undo record")
+        header, tensors = read_file(record, checkpoint.FORMAT, "an undo record")
         lines = [f"edited model, from {header['model']} (fingerprint {header['fingerprint']})"]
         for made in header["edits"]:
             lines += [
@@ -44,12 +45,13 @@ def describe(path: Path) -> str:
                 *(f"    {_fact(fact)}" for fact in made["facts"]),
             ]
         return "\n".join([*lines, f"  undo restores: {', '.join(sorted(tensors))}"])
-    kind = edit.format_of(path)
-    if kind in (edit.FORMAT, memory_edit.FORMAT):
+    kind = format_of(path)
+    formats = (edit.FORMAT, *edit.EARLIER, memory_edit.FORMAT, *memory_edit.EARLIER)
+    if kind in formats:
         return _edit(edit.Edit.load(path))
     if kind in (mend_network.FORMAT, serac_network.FORMAT):
-        return _network(*edit.read_file(path, kind, "a network"))
-    if kind == history.FORMAT:
+        return _network(*read_file(path, kind, "a network"))
+    if kind in (history.FORMAT, *history.EARLIER):
         return "\n\n".join(map(_edit, history.History.load(path).edits))
     if kind == store.FORMAT:
         return _statistics(store.LayerStatistics.load(path))
@@ -63,28 +65,37 @@ def _fact(fact: dict[str, Any]) -> str:
 def _edit(made: edit.Edit) -> str:
     report = made.report
     lines = [
-        f"{made.method} edit {made.key}",
+        f"{made.method_name} edit {made.key}",
         f"  model fingerprint  {made.fingerprint}",
         f"  facts              {len(made.facts)}",
         *(f"    {_fact(fact.to_dict())}" for fact in made.facts[:20]),
     ]
-    for layer, (left, _) in made.factors.items():
-        solved = report.get("layers", {}).get(str(layer))
+    for layer, chosen in report.layers.items():
+        norm = report.relative_norm.get(layer)
         lines.append(
-            f"  layer {layer:<3}          rank {left.shape[1]}, "
-            + (f"gain {solved['gain']:.3f}, " if solved else "")
-            + f"|delta|/|W| {report['relative_norm'][str(layer)]:.3f}"
+            f"  layer {layer:<3}          gain {chosen['gain']:.3f}"
+            + (f", |delta|/|W| {norm:.3f}" if norm is not None else "")
         )
-    for name, change in list(made.others.items())[:SHOWN]:
-        shape = (
-            f"dense {list(change.shape)}"
-            if isinstance(change, Tensor)
-            else f"rank {change[0].shape[1]}"
+    for name, change in list(made.changes.items())[:SHOWN]:
+        dense = f"dense {list(change.dense().shape)}" if change.rank is None else ""
+        lines.append(f"  {name}  {dense or f'rank {change.rank}'}")
+    if len(made.changes) > SHOWN:
+        lines.append(f"  ... and {len(made.changes) - SHOWN} more weights")
+    if made.config:
+        lines.append(f"  made by            {_method(made)}")
+    if made.software:
+        lines.append(
+            "  with               " + ", ".join(f"{n} {v}" for n, v in made.software.items())
         )
-        lines.append(f"  {name}  {shape}")
-    if len(made.others) > SHOWN:
-        lines.append(f"  ... and {len(made.others) - SHOWN} more weights")
     return "\n".join(lines + [f"  note: {warning}" for warning in made.warnings])
+
+
+def _method(made: edit.Edit) -> str:
+    """Its settings that are not the defaults, or its name where they were objects."""
+    try:
+        return repr(made.method())
+    except ConfigError:
+        return str(made.config["kind"])
 
 
 def _network(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -141,8 +152,7 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
             "gpu": torch.cuda.get_device_name() if device == "cuda" else "none seen by torch",
         },
         "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in names},
+            **software_versions(names),
         },
     }
     report["kernels"] = _kernels(device)
@@ -206,10 +216,3 @@ def _kernels(device: str) -> dict[str, str]:
             )
             kernels[f"{name} {str(dtype)[6:]}"] = str(explain(op))
     return kernels
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"

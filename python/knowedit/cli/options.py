@@ -120,7 +120,7 @@ def _read(ctx: typer.Context, path: Path, has_method: bool) -> dict[str, Any]:
     edit = ctx.meta[EDIT] = Edit.load(path)
     if not edit.config:
         raise ConfigError(f"{path} does not record how it was made; it is of an earlier version")
-    return {"facts": str(path), **edit.report.get("run", {}), "method": edit.config}
+    return {"facts": str(path), **edit.report.details.get("run", {}), "method": edit.config}
 
 
 def _as_options(ctx: typer.Context, given: list[str] | None) -> list[str] | None:

@@ -1,123 +1,183 @@
-"""`Edit`: a small, reversible change of a model's weights, with everything needed to check and to
-undo it.
+"""`Edit`: a small, reversible change of a model's weights, with everything needed to check it, to
+undo it, and to make it again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from knowedit.edits.changes import Change, LowRank, read_changes
+from knowedit.edits.export.listing import export_format
+from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.io.files import atomic_file, atomic_folder
+from knowedit.io.tensors import read_file, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
-from knowedit_kernels.lowrank import Change, LedgerError
+from knowedit.models.structure import is_transposed
+from knowedit_kernels.lowrank import LedgerError
 
-FORMAT = "knowedit-edit/1"
+if TYPE_CHECKING:
+    from knowedit.methods.base import Method
+
+FORMAT = "knowedit-edit/2"
+EARLIER = ("knowedit-edit/1",)  # read, and brought to today's form by `migrate`
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Edit:
-    """An update of a model's weights: low-rank ones `W_l += U_l V_lᵀ` of MLP output projections,
-    and any others.
+    """What is added to each changed parameter of a model.
 
     Attributes:
-        method: name of the editor that made it.
-        factors: `{layer: (U [hidden, r], V [d_ff, r])}`, float32; rank r is the number of written
-            keys.
-        others: `{parameter: change}` of gradient methods: `(U [out, r], V [in, r])`, or a dense
-            delta of the parameter's shape, float32; parameters as in `model.hf.named_parameters()`.
+        method_name: of the method that made it; `method()` rebuilds the method itself.
+        changes: `{parameter: LowRank or Dense}`, parameters as in `model.hf.named_parameters()`. A
+            file of the first version names an MLP output projection by its layer's number;
+            `by_parameter` has the names.
         facts: what it writes.
         fingerprint: of the unedited model it belongs to.
-        report: what the editor measured and chose: `gain` (share of each planned change realised at
-            the edited keys), `relative_norm` (|delta| / |W| per layer), `settings`, `warnings`.
-        config: the whole record of the method that made it; `method()` rebuilds it.
+        report: what the method measured and chose.
         keys: `{layer: [n, d_ff]}` float32, where it was written; for a `History`, and not saved
             with the edit.
+        key_layers: the layers that have `keys`, also where those were not saved.
+        exclusive: names of what it has for itself: no two edits in force may share one.
+        config: the whole record of the method that made it.
+        software: versions of what computed it.
+        statistics: identity of the key statistics it was computed with, by layer.
     """
 
-    method: str
-    factors: dict[int, tuple[Tensor, Tensor]]
+    method_name: str
+    changes: dict[str, Change]
     facts: list[Fact]
     fingerprint: str
-    report: dict[str, Any] = field(default_factory=dict)
-    keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
-    others: dict[str, Change] = field(default_factory=dict, repr=False)
-    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    report: EditReport = field(default_factory=EditReport)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    exclusive: frozenset[str] = frozenset()
+    config: dict[str, Any] = field(default_factory=dict)
+    software: dict[str, str] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    key_layers: tuple[int, ...] = ()
 
     format: ClassVar[str] = FORMAT
+    earlier: ClassVar[tuple[str, ...]] = EARLIER
+
+    def __repr__(self) -> str:
+        first = f"{self.facts[0].text!r} -> {self.facts[0].target!r}" if self.facts else ""
+        names = list(self.changes)
+        some = ", ".join(f"{name} ({self.changes[name]!r})" for name in names[:2])
+        more = [f" ... and {len(found) - n} more" if len(found) > n else ""
+                for found, n in ((self.facts, 1), (names, 2))]  # fmt: skip
+        gain = "" if self.report.gain is None else f"gain {self.report.gain:.3f}, "
+        return (
+            f"Edit({self.key}, of model {self.fingerprint[:12]}\n"
+            f"  {len(self.facts)} fact(s): {_short(first)}{more[0]}\n"
+            f"  {len(names)} parameter(s): {some}{more[1]}\n"
+            f"  {gain}{len(self.warnings)} warning(s))"
+        )
 
     @property
     def warnings(self) -> list[str]:
-        return list(self.report.get("warnings", []))
+        return list(self.report.warnings)
 
     @cached_property
     def key(self) -> str:
-        """A name made from the method and the factors' bits."""
+        """A name made from the method and the changes' bits."""
         digest = hashlib.blake2b(digest_size=8)
-        for name, change in [*sorted(self.factors.items()), *sorted(self.others.items())]:
-            digest.update(str(name).encode())
-            for part in [change] if isinstance(change, Tensor) else change:
+        for name, change in sorted(self.changes.items()):
+            digest.update(name.encode())
+            for part in change.tensors().values():
                 digest.update(part.contiguous().cpu().numpy().tobytes())
-        return f"{self.method}-{digest.hexdigest()}"
+        return f"{self.method_name}-{digest.hexdigest()}"
 
-    @property
-    def neurons(self) -> set[tuple[str, int]]:
-        """(layer, neuron) of those it rewrites (NeuronPatch); no two edits in force may rewrite the
-        same.
+    def method(self) -> Method:
+        """The method that made it, with the same settings: `edit.method().compute(model,
+        edit.facts, statistics)` computes the same edit again.
+
+        Raises:
+            EditError: it records no settings (a file of the first version, or made by hand).
+            ConfigError: a setting was an object, which the record only refers to.
         """
-        return {
-            (layer, neuron)
-            for layer, found in self.report.get("neurons", {}).items()
-            for neuron in found
-        }
+        if not self.config:
+            raise EditError(
+                f"this {self.method_name} edit does not record the settings it was made with (a "
+                f"file of the first version?); compute it again with the method's name and settings"
+            )
+        # the one import that goes up: an edit holds the record of a method, and knows none
+        from knowedit.methods.registry import make_method
 
-    def delta(self, layer: int) -> Tensor:
-        """The dense update of `layer`, `[hidden, d_ff]` float32."""
-        left, right = self.factors[layer]
-        return left @ right.T
+        return make_method(self.config)
+
+    def delta(self, at: int | str, model: EditableModel | None = None) -> Tensor:
+        """The dense update of a parameter, or of a layer's MLP output projection: low-rank ones
+        `[out, in]`, dense ones as the model stores them; float32.
+
+        Args:
+            at: the parameter's name or the layer's number.
+            model: says which parameter a layer's projection is; not needed where the edit changes
+                one parameter of the layer only.
+
+        Raises:
+            EditError: it does not change that, or several parameters of the layer.
+        """
+        changes: Mapping[str, Change] = self.changes
+        if model is not None:
+            changes = self.by_parameter(model)
+            at = model.layout.weight_name(at) if isinstance(at, int) else at
+        found = [name for name in changes if name == at]
+        if isinstance(at, int):
+            found = [name for name in changes if str(at) in name.split(".")]
+        if len(found) != 1:
+            known = ", ".join(list(changes)[:4]) + (", ..." if len(changes) > 4 else "")
+            raise EditError(
+                f"this {self.method_name} edit changes {len(found) or 'no'} parameter(s) at "
+                f"{at!r}; name one of those it changes: {known}"
+            )
+        return changes[found[0]].dense()
 
     @accepts_model
-    def changes(self, model: EditableModel) -> dict[str, Change]:
-        """Every changed weight by its parameter's name in `model.hf`."""
+    def by_parameter(self, model: EditableModel) -> dict[str, Change]:
+        """`changes` with every parameter's name in `model.hf`, those of a file of the first version
+        too.
+        """
         return {
-            model.layout.weight_name(layer): pair for layer, pair in self.factors.items()
-        } | self.others
+            model.layout.weight_name(int(name)) if name.isdecimal() else name: change
+            for name, change in self.changes.items()
+        }
 
-    # -- on a model
-    # ---------------------------------------------------------------------------------------------
+    # -- on a model ------------------------------------------------------------------------------
 
     @accepts_model
     def check(self, model: EditableModel) -> None:
         """Raise EditError when this edit was made for another model."""
         if model.fingerprint != self.fingerprint:
             raise EditError(
-                f"this {self.method} edit was made for a model with fingerprint "
+                f"this {self.method_name} edit was made for a model with fingerprint "
                 f"{self.fingerprint[:12]}, but {model.name} "
                 f"has {model.fingerprint[:12]}: other weights or another dtype; compute the "
                 f"edit again for this model"
             )
-        for layer, (left, right) in self.factors.items():
-            if left.shape[0] != model.hidden or right.shape[0] != model.d_ff:
-                raise EditError(
-                    f"layer {layer}: factors of shape {tuple(left.shape)}, {tuple(right.shape)} "
-                    f"do not fit"
-                )
-        unknown = sorted(set(self.others) - {name for name, _ in model.hf.named_parameters()})
-        if unknown:
+        changes = self.by_parameter(model) if self.changes else {}
+        parameters = dict(model.hf.named_parameters())
+        if unknown := sorted(set(changes) - set(parameters)):
             raise EditError(f"{model.name} has no parameter {', '.join(unknown)}")
+        for name, change in changes.items():
+            stored = tuple(parameters[name].shape)
+            if isinstance(change, LowRank):
+                shape: tuple[int, ...] = (change.U.shape[0], change.V.shape[0])
+                shape = shape[::-1] if is_transposed(model.hf, name) else shape
+            else:
+                shape = tuple(change.delta.shape)
+            if shape != stored:
+                raise EditError(
+                    f"{name}: a change of shape {shape} does not fit the parameter's {stored}"
+                )
 
     @accepts_model
     def is_applied(self, model: EditableModel) -> bool:
@@ -129,36 +189,33 @@ class Edit:
         active edit.
 
         Raises:
-            EditError: it is already applied, belongs to another model, or rewrites a neuron that
-                another edit rewrites.
+            EditError: it is already applied, belongs to another model, or shares something
+                exclusive with another edit in force.
         """
         self.check(model)
         if self.is_applied(model):
             raise EditError(
-                f"this {self.method} edit is already applied to {model.name}; undo it first"
+                f"this {self.method_name} edit is already applied to {model.name}; undo it first"
             )
         if model.router is not None:
             raise EditError(
                 f"{model.name} has memory edits, which are of its unedited weights; undo them first"
             )
-        active = model.ledger.active  # reset() may have taken some
-        shared = [
-            key
-            for key, theirs in model.rewritten.items()
-            if key in active and theirs & self.neurons
-        ]
-        if shared:
-            raise EditError(
-                f"this {self.method} edit rewrites neurons that {shared[0]} rewrites too, and "
-                f"both would be lost: compute them "
-                "together, or this one while the other is applied"
-            )
+        for key in model.ledger.active:  # reset() may have taken some that are still in the record
+            if shared := sorted(model.exclusive.get(key, frozenset()) & self.exclusive):
+                raise EditError(
+                    f"this {self.method_name} edit and {key} both rewrite {shared[0]}"
+                    + (f" and {len(shared) - 1} more" if len(shared) > 1 else "")
+                    + ", and both would be lost: compute them together, or this one while the "
+                    "other is applied"
+                )
+        raw = {name: change.raw for name, change in self.by_parameter(model).items()}
         try:
-            model.ledger.add_many(self.key, model.register(self.changes(model)))
+            model.ledger.add_many(self.key, model.register(raw))
         except (LedgerError, ValueError) as error:
-            raise EditError(f"the {self.method} edit could not be applied: {error}") from error
-        if self.neurons:
-            model.rewritten[self.key] = self.neurons
+            raise EditError(f"the {self.method_name} edit could not be applied: {error}") from error
+        if self.exclusive:
+            model.exclusive[self.key] = self.exclusive
 
     @accepts_model
     def undo(self, model: EditableModel) -> None:
@@ -170,12 +227,12 @@ class Edit:
                 since.
         """
         if not self.is_applied(model):
-            raise EditError(f"this {self.method} edit is not applied to {model.name}")
+            raise EditError(f"this {self.method_name} edit is not applied to {model.name}")
         try:
             model.ledger.remove(self.key)
         except LedgerError as error:
-            raise EditError(f"the {self.method} edit could not be undone: {error}") from error
-        model.rewritten.pop(self.key, None)
+            raise EditError(f"the {self.method_name} edit could not be undone: {error}") from error
+        model.exclusive.pop(self.key, None)
 
     @accepts_model
     @contextmanager
@@ -187,158 +244,85 @@ class Edit:
         finally:
             self.undo(model)
 
-    # -- on disk
-    # ------------------------------------------------------------------------------------------------  # noqa: E501
+    # -- on disk ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
-        """Write the factors and a JSON header to one safetensors file, atomically."""
-        header = {
-            "format": FORMAT,
-            "method": self.method,
-            "fingerprint": self.fingerprint,
-            "report": self.report,
-            "config": self.config,
+        """Write the changes and a JSON header to one safetensors file, atomically."""
+        header = {"format": self.format, "fingerprint": self.fingerprint, **self.record()}
+        return write_file(path, self.tensors(), header)
+
+    def record(self) -> dict[str, Any]:
+        """All but the tensors and the model's fingerprint, JSON-ready; `of` reads it."""
+        return {
+            "method": self.method_name,
             "facts": [fact.to_dict() for fact in self.facts],
+            "report": self.report.to_dict(),
+            "key_layers": sorted({*self.key_layers, *self.keys}),
+            "exclusive": sorted(self.exclusive),
+            "config": self.config,
+            "software": self.software,
+            "statistics": self.statistics,
         }
-        with atomic_file(path) as temporary:
-            save_file(self.tensors(), temporary, metadata={"knowedit": json.dumps(header)})
-        return Path(path)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The changes as a file holds them: `U` and `V`, or `delta`, of each layer or parameter."""
-        found: dict[str, Tensor] = {}
-        for name, change in [*self.factors.items(), *self.others.items()]:
-            parts = (
-                {"delta": change}
-                if isinstance(change, Tensor)
-                else {"U": change[0], "V": change[1]}
-            )
-            found |= {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
-        return found
+        """The changes as a file holds them: `U` and `V`, or `delta`, of each parameter."""
+        return {
+            f"{name}.{part}": tensor
+            for name, change in self.changes.items()
+            for part, tensor in change.tensors().items()
+        }
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
-        """Read a file written by `save`.
+        """Read a file written by `save`, of this version or an earlier one.
 
         Raises:
             EditError: the file is missing, damaged or of another kind.
         """
-        kinds = {kind.format: kind for kind in (cls, *cls.__subclasses__())}
-        header, tensors = read_file(path, tuple(kinds), "an edit")
-        return kinds[header["format"]].of(header, tensors, header["fingerprint"])
+        kinds = (cls, *cls.__subclasses__())
+        known = {form: kind for kind in kinds for form in (kind.format, *kind.earlier)}
+        header, tensors = read_file(path, tuple(known), "an edit")
+        kind = known[header["format"]]
+        if header["format"] != kind.format:
+            header = kind.migrate(header, tensors)
+        return kind.of(header, tensors, header["fingerprint"])
 
     @classmethod
-    def of(cls, about: dict[str, Any], tensors: Mapping[str, Tensor], fingerprint: str) -> Edit:
-        """From `tensors()` and a header with `method`, `facts` and `report`."""
-        changes: dict[str, Change] = {}
-        for name in sorted({full.rpartition(".")[0] for full in tensors}):
-            dense = tensors.get(f"{name}.delta")
-            changes[name] = (tensors[f"{name}.U"], tensors[f"{name}.V"]) if dense is None else dense
+    def migrate(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The record of a file of the first version as today's `record` has it. There the neurons
+        that NeuronPatch took stood in the report, and layers that have factors had keys.
+        """
+        names = {full.rpartition(".")[0] for full in tensors}
+        neurons = record["report"].get("neurons", {})
+        exclusive = [f"layer {layer} neuron {n}" for layer in neurons for n in neurons[layer]]
+        new = {"key_layers": sorted(int(name) for name in names if name.isdecimal())}
+        return {**record, **new, "exclusive": exclusive}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor], fingerprint: str) -> Edit:
+        """From `record()` and `tensors()`."""
         return cls(
-            method=about["method"],
-            factors={
-                int(name): changes[name]  # type: ignore[misc]
-                for name in sorted(filter(str.isdecimal, changes), key=int)
-            },
-            others={name: change for name, change in changes.items() if not name.isdecimal()},
-            facts=[Fact.from_dict(fact) for fact in about["facts"]],
+            method_name=record["method"],
+            changes=read_changes(tensors),
+            facts=[Fact.from_dict(fact) for fact in record["facts"]],
             fingerprint=fingerprint,
-            report=about["report"],
-            config=about.get("config", {}),
+            report=EditReport.from_dict(record["report"]),
+            exclusive=frozenset(record.get("exclusive", ())),
+            config=record.get("config", {}),
+            software=record.get("software", {}),
+            statistics=record.get("statistics", {}),
+            key_layers=tuple(record.get("key_layers", ())),
         )
 
-    def to_peft(self, folder: str | Path, model: EditableModel) -> Path:
-        """Write the edit as a LoRA adapter (peft, vLLM): `lora_B @ lora_A` is the update, scale 1.
+    @accepts_model
+    def export(self, path: str | Path, model: EditableModel, format: str = "peft") -> Path:
+        """Write it in another program's format, a name of `export.listing.formats()`.
 
         Raises:
-            EditError: some of its changes are dense.
+            EditError: an unknown format, or one that cannot hold this edit.
         """
-        self.check(model)
-        changes = self.changes(model)
-        dense = sorted(name for name, change in changes.items() if isinstance(change, Tensor))
-        if dense:
-            raise EditError(
-                f"this {self.method} edit changes {len(dense)} parameters densely ({dense[0]}, "
-                f"...), which no LoRA adapter "
-                "can hold; write it into a copy of the model instead (save_edited, `knowedit "
-                "apply`)"
-            )
-        pairs = {name.removesuffix(".weight"): change for name, change in changes.items()}
-        ranks = {name: left.shape[1] for name, (left, _) in pairs.items()}
-        rank = max(ranks.values())
-        pattern = {name: other for name, other in ranks.items() if other != rank}
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": model.name,
-            "r": rank,
-            "lora_alpha": rank,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-            "fan_in_fan_out": model.layout.transposed,
-            "target_modules": sorted(pairs),
-            "rank_pattern": pattern,
-            "alpha_pattern": pattern,
-        }
-        tensors = {}
-        for name, (left, right) in pairs.items():
-            prefix = f"base_model.model.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = right.T.contiguous().cpu()
-            tensors[f"{prefix}.lora_B.weight"] = left.contiguous().cpu()
-        with atomic_folder(folder) as temporary:
-            save_file(tensors, temporary / "adapter_model.safetensors")
-            (temporary / "adapter_config.json").write_text(json.dumps(config, indent=1))
-        return Path(folder)
+        return export_format(format)(model, [self], path)
 
 
-def relative_norms(
-    model: EditableModel, factors: Mapping[int, tuple[Tensor, Tensor]]
-) -> dict[int, float]:
-    """`|U Vᵀ|_F / |W|_F` per layer, without forming the product."""
-    return {layer: relative_norm(model.weight(layer), pair) for layer, pair in factors.items()}
-
-
-def relative_norm(weight: Tensor, change: Change) -> float:
-    """`|change|_F / |weight|_F`."""
-    if isinstance(change, Tensor):
-        size = change.norm(dtype=torch.float64)
-    else:
-        left, right = (factor.double() for factor in change)
-        size = ((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt()
-    return float(size.cpu() / weight.detach().norm(dtype=torch.float64).cpu())
-
-
-def format_of(path: str | Path) -> str | None:
-    """What kind of file of ours it is; None: another's safetensors file. Raises EditError: missing
-    or damaged.
-    """
-    if not Path(path).is_file():
-        raise EditError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("knowedit", "{}")).get("format")
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise EditError(
-            f"{path} is damaged or not a safetensors file ({error}); make it again"
-        ) from error
-
-
-def read_file(
-    path: str | Path, kind: str | tuple[str, ...], what: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A safetensors file of ours: its JSON header and tensors.
-
-    Raises:
-        EditError: missing, damaged, or not of `kind` (one of several).
-    """
-    kinds, found = (kind,) if isinstance(kind, str) else kind, format_of(path)
-    if found not in kinds:
-        raise EditError(
-            f"{path} is not {what} of this version (format {found!r}, expected {kinds[0]!r})"
-        )
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["knowedit"]), {
-            name: file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118
-        }
+def _short(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

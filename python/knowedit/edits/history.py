@@ -1,7 +1,7 @@
 """What sequential editing must remember: the edits written so far, with the keys they were written
 at.
 
-A history is an object of the caller, never a global, and belongs to one model. Given to an editor
+A history is an object of the caller, never a global, and belongs to one model. Given to a method
 it adds K Kᵀ of the earlier keys to the metric, so that a later edit leaves their outputs alone.
 Memory: the keys, `n x d_ff` float32 a layer beside the edits' own factors, and never a `d_ff x
     d_ff` matrix of its own.
@@ -9,34 +9,35 @@ Memory: the keys, `n x d_ff` float32 a layer beside the edits' own factors, and 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from knowedit.edits.edit import Edit, format_of, read_file
+from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
-from knowedit.io.files import atomic_file
+from knowedit.io.tensors import format_of, read_file, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 from knowedit_kernels.solver import Metric
 
-FORMAT = "knowedit-history/1"
+FORMAT = "knowedit-history/2"
+EARLIER = ("knowedit-history/1",)  # read, and brought to today's form by `migrate`
 
 
 def edits_in(path: str | Path) -> list[Edit]:
     """The edits of a history's file, oldest first, or that of an edit file. Raises EditError: it is
     neither.
     """
-    return History.load(path).edits if format_of(path) == FORMAT else [Edit.load(path)]
+    known = (FORMAT, *EARLIER)
+    return History.load(path).edits if format_of(path) in known else [Edit.load(path)]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class History:
     """The committed edits of one model, oldest first.
 
@@ -47,6 +48,14 @@ class History:
 
     fingerprint: str
     edits: list[Edit] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        last = "".join(f"\n  {edit.key}: {len(edit.facts)} fact(s)" for edit in self.edits[-5:])
+        more = f"\n  (the last 5 of {len(self)})" if len(self) > 5 else ""
+        return (
+            f"History(of model {self.fingerprint[:12]}: {len(self)} edit(s), "
+            f"{len(self.facts)} fact(s){last}{more})"
+        )
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -65,15 +74,15 @@ class History:
         """
         if edit.fingerprint != self.fingerprint:
             raise EditError(
-                f"the {edit.method} edit is of model {edit.fingerprint[:12]}, not "
+                f"the {edit.method_name} edit is of model {edit.fingerprint[:12]}, not "
                 f"{self.fingerprint[:12]}"
             )
         if any(edit.key == known.key for known in self.edits):
-            raise EditError(f"this {edit.method} edit is in the history already")
-        if set(edit.keys) != set(edit.factors):
+            raise EditError(f"this {edit.method_name} edit is in the history already")
+        if set(edit.key_layers) - set(edit.keys):
             raise EditError(
-                f"this {edit.method} edit came without its keys; compute it again, or load the "
-                f"history it is in"
+                f"this {edit.method_name} edit came without its keys; compute it again, or load "
+                f"the history it is in"
             )
         self.edits.append(edit)
 
@@ -81,7 +90,7 @@ class History:
         """Forget `edit`. Raises EditError when it is not here."""
         left = [known for known in self.edits if known.key != edit.key]
         if len(left) == len(self.edits):
-            raise EditError(f"this {edit.method} edit is not in the history")
+            raise EditError(f"this {edit.method_name} edit is not in the history")
         self.edits = left
 
     def keys(self, layer: int) -> Tensor | None:
@@ -139,43 +148,38 @@ class History:
             if not edit.is_applied(model):
                 edit.apply(model)
 
-    # -- on disk
-    # ------------------------------------------------------------------------------------------------  # noqa: E501
+    # -- on disk ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file, atomically."""
         tensors: dict[str, Tensor] = {}
-        edits = []
         for number, edit in enumerate(self.edits):
-            keys = {f"{layer}.K": key.contiguous().cpu() for layer, key in edit.keys.items()}
+            if edit.format != Edit.format:  # of a class of its own, with tensors of its own
+                raise EditError(
+                    f"a {edit.method_name} edit cannot be part of a history's file; save the edit "
+                    f"itself"
+                )
+            keys = {f"{layer}.K": key for layer, key in edit.keys.items()}
             tensors |= {
                 f"{number}.{name}": tensor for name, tensor in {**edit.tensors(), **keys}.items()
             }
-            edits.append(
-                {
-                    "method": edit.method,
-                    "report": edit.report,
-                    "facts": [fact.to_dict() for fact in edit.facts],
-                }
-            )
-        header = {"format": FORMAT, "fingerprint": self.fingerprint, "edits": edits}
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
-        return Path(path)
+        records = [edit.record() for edit in self.edits]
+        header = {"format": FORMAT, "fingerprint": self.fingerprint, "edits": records}
+        return write_file(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> History:
-        """Read a file written by `save`.
+        """Read a file written by `save`, of this version or an earlier one.
 
         Raises:
             EditError: the file is missing, damaged or of another kind.
         """
-        header, tensors = read_file(path, FORMAT, "a history")
+        header, tensors = read_file(path, (FORMAT, *EARLIER), "a history")
         history = cls(header["fingerprint"])
-        for number, about in enumerate(header["edits"]):
+        for number, record in enumerate(header["edits"]):
             own = {
-                full.partition(".")[2]: t
-                for full, t in tensors.items()
+                full.partition(".")[2]: tensor
+                for full, tensor in tensors.items()
                 if full.partition(".")[0] == str(number)
             }
             keys = {
@@ -183,7 +187,13 @@ class History:
                 for name in sorted(own)
                 if name.endswith(".K")
             }
-            edit = Edit.of(about, own, header["fingerprint"])
+            record = record if header["format"] == FORMAT else cls.migrate(record, own)
+            edit = Edit.of(record, own, header["fingerprint"])
             edit.keys = keys
             history.edits.append(edit)
         return history
+
+    @classmethod
+    def migrate(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The record of an edit in a history of the first version, as `Edit.record` has it now."""
+        return Edit.migrate(record, tensors)

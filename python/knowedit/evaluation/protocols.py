@@ -226,11 +226,11 @@ def run(
             with Session(method, model, statistics) as session:
                 trajectory += write_in_sequence(session, monitor, batch, every, progress=progress)
                 evaluation, effects = monitor.evaluation(progress=progress), moved()
-                seconds, report = trajectory[-1].seconds, session.history.edits[0].report
+                seconds, report = trajectory[-1].seconds, session.history.edits[0].report.to_dict()
         else:
             start = time.perf_counter()
             edit = method.compute(model, facts, statistics, progress=progress)
-            seconds, report = time.perf_counter() - start, edit.report
+            seconds, report = time.perf_counter() - start, edit.report.to_dict()
             with edit.applied_to(model):
                 effects = moved()
             evaluation = evaluate(model, edit, facts, seed=seed, progress=progress)
@@ -262,7 +262,7 @@ class _Timed:
         start = time.perf_counter()
         for edit in self.compute():
             self.seconds += time.perf_counter() - start
-            self.report = self.report or edit.report
+            self.report = self.report or edit.report.to_dict()
             yield edit
             start = time.perf_counter()
 

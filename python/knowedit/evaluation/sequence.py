@@ -116,7 +116,7 @@ class SequenceMonitor:
             compare(self.ordinary, self.model.next_logprobs(ORDINARY), ORDINARY),
             perplexity(self.model, self.texts, tokens=self.tokens) if self.texts else None,
             max(total_norms(self.model, edits).values(), default=0.0),
-            min((edit.report["gain"] for edit in edits if "gain" in edit.report), default=1.0),
+            min((e.report.gain for e in edits if e.report.gain is not None), default=1.0),
         )
 
     def evaluation(self, *, progress: bool = True) -> Evaluation:
@@ -152,7 +152,7 @@ def write_in_sequence(
     if not begin:
         yield monitor.measure(edits, 0, progress=False)
     due = begin - begin % every + every
-    with bar(f"{session.editor.name}: in sequence", len(facts), "facts", show=progress) as advance:
+    with bar(f"{session.method.name}: in sequence", len(facts), "facts", show=progress) as advance:
         advance(begin)
         for start in range(begin, len(facts), batch):
             begun = time.perf_counter()
@@ -169,14 +169,12 @@ def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[str, float]
     """`|sum of the updates|_F / |W|_F` per changed matrix, W without them; low-rank sums are not
     formed.
     """
-    changes = [
-        edit.changes(model) for edit in edits if edit.factors or edit.others
-    ]  # a memory edit has none
+    changes = [edit.by_parameter(model) for edit in edits if edit.changes]
     named = {name for change in changes for name in change}
     return {
         name: _total_norm(
             weight,
-            [change[name] for change in changes if name in change],
+            [change[name].raw for change in changes if name in change],
             is_transposed(model.hf, name),
         )
         for name, weight in model.hf.named_parameters()

@@ -12,6 +12,7 @@ from knowedit.edits.history import History
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.io.config import Config, fields_of
+from knowedit.io.versions import software_versions
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 from knowedit.statistics.keys import KeyStatistics, layer_statistics
@@ -60,7 +61,8 @@ class Method(Config):
             EditError: settings, or a model, with which the method cannot work.
         """
         facts = checked(facts, model, history)
-        return self._recorded(self._compute(model, facts, statistics, history, progress))
+        edit = self._compute(model, facts, statistics, history, progress)
+        return self._recorded(edit, model, statistics)
 
     @abstractmethod
     def _compute(
@@ -73,8 +75,12 @@ class Method(Config):
     ) -> Edit:
         """The edit of checked `facts`; `compute` adds the record of how it was made."""
 
-    def _recorded(self, made: Edit) -> Edit:
-        made.config = self.to_dict()
+    def _recorded(self, made: Edit, model: EditableModel, statistics: KeyStatistics | None) -> Edit:
+        """`made`, with all that it takes to make it again."""
+        made.config, made.software = self.to_dict(), software_versions()
+        if statistics is not None:
+            layers = {str(layer) for layer in self.statistics_layers(model)}
+            made.statistics = {k: v for k, v in statistics.identity.items() if k in layers}
         return made
 
     @accepts_model

@@ -41,14 +41,14 @@ class Session:
     @accepts_model
     def __init__(
         self,
-        editor: Method,
+        method: Method,
         model: EditableModel,
         statistics: KeyStatistics | None = None,
         history: History | None = None,
         *,
         protect: bool = True,
     ) -> None:
-        self.editor, self.model, self.statistics, self.protect = editor, model, statistics, protect
+        self.method, self.model, self.statistics, self.protect = method, model, statistics, protect
         self.history = history if history is not None else History(model.fingerprint)
         self.history.replay(model)
         self.history.check(model)
@@ -59,12 +59,11 @@ class Session:
 
         Raises:
             FactError: a fact repeats or contradicts one that was written before. And what the
-                editor raises; the model
-            and the history are then as they were.
+                method raises; the model and the history are then as they were.
         """
         self.history.check_new(facts)
         history = self.history if self.protect else None
-        edit = self.editor.compute(
+        edit = self.method.compute(
             self.model, facts, self.statistics, history=history, progress=progress
         )
         edit.apply(self.model)

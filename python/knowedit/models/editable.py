@@ -35,7 +35,7 @@ class _InForce:
         self.router: Router | None = None
         self.fingerprint: str | None = None
         self.tokenizer: Any = None
-        self.rewritten: dict[str, set[tuple[str, int]]] = {}  # neurons, by the key of the edit
+        self.exclusive: dict[str, frozenset[str]] = {}  # by the key of the edit
 
 
 _IN_FORCE: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
@@ -146,9 +146,11 @@ class EditableModel:
         self._state.router = router
 
     @property
-    def rewritten(self) -> dict[str, set[tuple[str, int]]]:
-        """Neurons rewritten, by the key of the edit in force."""
-        return self._state.rewritten
+    def exclusive(self) -> dict[str, frozenset[str]]:
+        """What edits have for themselves (`Edit.exclusive`), by the key of the edit;
+        `ledger.active` says which are in force.
+        """
+        return self._state.exclusive
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -101,14 +101,14 @@ def write_page(
     sections = [
         Section("Measured on all prompts of these facts", [measured.table()]),
         Section("What moved elsewhere", [f"{where}{moved.same:.0%}; {far}"]),
-        Section("The edit", [_layers(edit)]),
+        Section("The edit", [_layers(edit, model)]),
     ]
     _write(
         path,
         "edit.html.j2",
         title=f"{len(edit.facts)} facts of {model.name}, edited and undone",
-        method=edit.method,
-        layers=[*edit.factors],
+        method=edit.method_name,
+        layers=[int(layer) for layer in edit.report.layers],
         rows=rows,
         sections=sections,
     )
@@ -123,15 +123,15 @@ def _answers(row: Mapping[str, Any], role: str, when: str) -> list[dict[str, Any
     ]
 
 
-def _layers(edit: Edit) -> Table:
+def _layers(edit: Edit, model: EditableModel) -> Table:
     rows = [
         (
             layer,
-            edit.factors[int(layer)][0].shape[1],
+            edit.by_parameter(model)[model.layout.weight_name(int(layer))].rank,
             chosen["gain"],
-            edit.report["relative_norm"][layer],
+            edit.report.relative_norm[layer],
         )
-        for layer, chosen in edit.report["layers"].items()
+        for layer, chosen in edit.report.layers.items()
     ]
     columns: list[Column | str] = [
         "layer",

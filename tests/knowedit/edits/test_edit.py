@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from knowedit.edits.edit import Edit, relative_norms
+from knowedit.edits.changes import Dense, LowRank, relative_norms
+from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import RECORD, restore, save_edited
+from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods.locate.keys import group_by_subject
@@ -21,19 +23,18 @@ FACT = Fact(prompt="The capital of {} is", subject="France", target="Lyon", true
 
 def an_edit(model, seed=0, layers=(1,), rank=2, size=0.3):
     generator = torch.Generator().manual_seed(seed)
-    factors = {
-        layer: (
+    changes = {
+        model.layout.weight_name(layer): LowRank(
             size * torch.randn(model.hidden, rank, generator=generator),
             torch.randn(model.d_ff, rank, generator=generator),
         )
         for layer in layers
     }
-    report = {
-        "layers": {str(k): {"gain": 0.9} for k in layers},
-        "relative_norm": {str(k): 0.1 for k in layers},
-        "warnings": [],
-    }
-    return Edit("TEST", factors, [FACT], model.fingerprint, report)
+    report = EditReport(
+        layers={str(k): {"gain": 0.9} for k in layers},
+        relative_norm={str(k): 0.1 for k in layers},
+    )
+    return Edit("TEST", changes, [FACT], model.fingerprint, report, key_layers=layers)
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
@@ -52,12 +53,14 @@ def a_trained_edit(model, seed=0):
         "attn.c_attn.weight" if conv else "self_attn.q_proj.weight"
     )
     shape = model.hf.get_parameter(attention).shape[:: -1 if conv else 1]
-    edit.others[attention] = tuple(0.3 * torch.randn(n, 3, generator=generator) for n in shape)
+    edit.changes[model.layout.weight_name(2)] = edit.changes[model.layout.weight_name(1)]
+    edit.changes[attention] = LowRank(
+        *(0.3 * torch.randn(n, 3, generator=generator) for n in shape)
+    )
     for name in (model.layout.weight_name(1), f"{model.layout.norm}.weight"):
-        edit.others[name] = 0.1 * torch.randn(
-            model.hf.get_parameter(name).shape, generator=generator
+        edit.changes[name] = Dense(
+            0.1 * torch.randn(model.hf.get_parameter(name).shape, generator=generator)
         )
-    edit.factors = {2: edit.factors[1]}
     return edit
 
 
@@ -92,14 +95,12 @@ def test_any_parameter_can_be_changed_and_taken_back(tiny, dtype, tmp_path):
     trained = Edit.load(a_trained_edit(model).save(tmp_path / "a.edit"))
     clean = {name: parameter.detach().clone() for name, parameter in model.hf.named_parameters()}
     trained.apply(model)
-    for name, change in trained.changes(model).items():
-        dense = change if isinstance(change, torch.Tensor) else change[0] @ change[1].T
+    for name, change in trained.changes.items():
         moved = model.hf.get_parameter(name).float() - clean[name].float()
-        moved = (
-            moved if isinstance(change, torch.Tensor) or not model.layout.transposed else moved.T
-        )
+        if isinstance(change, LowRank) and model.layout.transposed:
+            moved = moved.T
         torch.testing.assert_close(
-            moved, dense, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02
+            moved, change.dense(), rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02
         )
     both = an_edit(model, 3, (1, 2))
     both.apply(model)
@@ -110,7 +111,7 @@ def test_any_parameter_can_be_changed_and_taken_back(tiny, dtype, tmp_path):
 
 def test_a_parameter_that_does_not_exist_is_refused(tiny_llama):
     edit = an_edit(tiny_llama)
-    edit.others["model.nothing.weight"] = torch.zeros(2)
+    edit.changes["model.nothing.weight"] = Dense(torch.zeros(2))
     with pytest.raises(EditError, match=r"no parameter model\.nothing\.weight"):
         edit.apply(tiny_llama)
 
@@ -149,14 +150,16 @@ def test_a_weight_changed_behind_our_back_is_noticed(tiny_llama):
 def test_relative_norm_equals_the_dense_one(tiny):
     edit = an_edit(tiny)
     wanted = float(edit.delta(1).norm() / tiny.weight(1).norm())
-    assert relative_norms(tiny, edit.factors)[1] == pytest.approx(wanted, rel=1e-5)
+    assert relative_norms(tiny, {1: edit.changes[tiny.layout.weight_name(1)].raw})[
+        1
+    ] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_save_and_load(tiny_llama, tmp_path):
     edit = an_edit(tiny_llama, layers=(1, 3))
     loaded = Edit.load(edit.save(tmp_path / "a.edit.safetensors"))
-    assert (loaded.method, loaded.facts, loaded.fingerprint, loaded.report, loaded.key) == (
-        edit.method,
+    assert (loaded.method_name, loaded.facts, loaded.fingerprint, loaded.report, loaded.key) == (
+        edit.method_name,
         edit.facts,
         edit.fingerprint,
         edit.report,
@@ -188,22 +191,22 @@ def test_a_failed_save_leaves_the_old_file(tiny_llama, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("knowedit.edits.edit.save_file", full)
+    monkeypatch.setattr("knowedit.io.tensors.save_file", full)
     with pytest.raises(OSError, match="No space"):
         an_edit(tiny_llama, seed=5).save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_to_peft_gives_the_same_model(tiny, tmp_path):
+def test_an_adapter_gives_the_same_model(tiny, tmp_path):
     from peft import PeftModel
 
     edit = a_trained_edit(tiny)
     with pytest.raises(EditError, match="2 parameters densely"):
-        edit.to_peft(tmp_path / "adapter", tiny)
-    edit.others = {
-        name: change for name, change in edit.others.items() if isinstance(change, tuple)
+        edit.export(tmp_path / "adapter", tiny)
+    edit.changes = {
+        name: change for name, change in edit.changes.items() if isinstance(change, LowRank)
     }
-    folder = edit.to_peft(tmp_path / "adapter", tiny)
+    folder = edit.export(tmp_path / "adapter", tiny)
     ids = torch.tensor([[5, 6, 7, 8]])
     clean = tiny.hf(input_ids=ids).logits
     with edit.applied_to(tiny):

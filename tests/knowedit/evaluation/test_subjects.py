@@ -34,6 +34,7 @@ from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.generation import Score
 from tests.knowedit.edits.test_edit import an_edit
+from tests.knowedit.methods.helpers import pair
 
 BERN = [
     Fact(
@@ -153,7 +154,7 @@ def test_an_edit_is_measured_and_taken_back(chatty):
     assert weights_fingerprint(chatty.hf) == before
     probes = prepare(chatty, groups_)
     clean = observe(chatty, probes)
-    with chatty.virtual(edit.factors):
+    with chatty.virtual({1: pair(chatty, edit, 1)}):
         virtual = judge(probes, clean, observe(chatty, probes))
     for one, other in zip(found.values, virtual.values):
         assert (one.kind, one.measure, one.fact) == (other.kind, other.measure, other.fact)

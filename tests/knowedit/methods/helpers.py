@@ -43,6 +43,11 @@ def statistics_of(model, layers, *, sinks=(), count=5000, seed=0):
 MEAN = ContextKeys(mean=True)
 
 
+def pair(model, edit, layer):
+    """`U` and `V` of what an edit writes into a layer's output projection."""
+    return edit.by_parameter(model)[model.layout.weight_name(layer)].raw
+
+
 def target_of(values, kind=HiddenState):
     """The target that optimises with these numbers on every model."""
     names = ("steps", "clamp", "weight_decay", "kl", "stop", "contexts")

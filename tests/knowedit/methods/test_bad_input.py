@@ -35,7 +35,7 @@ def test_contradictions_through_one_key_cannot_both_be_written(tiny_llama):
     """
     pair = [Fact("In {} one says", "Bern", "yes"), Fact("In {} one said", "Bern", "no")]
     made = compute(tiny_llama, pair, values=replace(VALUES, steps=3))
-    assert made.factors[1][0].shape[1] == 1
+    assert next(iter(made.changes.values())).rank == 1
     assert any("share one value" in warning for warning in made.warnings)
     assert any("did not converge" in warning for warning in made.warnings)
 
@@ -44,12 +44,12 @@ def test_hundreds_of_facts_of_one_subject(tiny_llama):
     many = [Fact(f"{{}} has {number} ", "Peru", "no") for number in range(200)]
     values = ValueSettings(steps=2, contexts=("{}",))
     merged = compute(tiny_llama, many, values=values)
-    assert merged.factors[1][0].shape[1] == 1 and len(merged.facts) == 200
+    assert next(iter(merged.changes.values())).rank == 1 and len(merged.facts) == 200
     assert any(
         "1 subject(s) with several facts share one value" in warning for warning in merged.warnings
     )
     apart = compute(tiny_llama, many, values=values, merge_subjects=False)
-    assert apart.report["layers"]["1"]["lowest_gain"] < 0.05
+    assert apart.report.layers["1"]["lowest_gain"] < 0.05
     assert any("of the planned change is realised" in warning for warning in apart.warnings)
     with pytest.raises(EditError, match="keys.*are dependent.*merge"):
         compute(tiny_llama, many, EMMET(), values=values, merge_subjects=False)
@@ -63,7 +63,7 @@ def test_targets_of_one_and_of_sixty_tokens(tiny_llama, length):
         length == 1
     )  # the byte tokenizer counts the space
     made = compute(tiny_llama, [fact, FACTS[0]])
-    assert made.report["planned_nll"] > 0 and bool(torch.isfinite(made.delta(1)).all())
+    assert made.report.planned_nll > 0 and bool(torch.isfinite(made.delta(1)).all())
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_scripts_other_than_latin(tiny_llama, tiny_gpt2, prompt, subject, target
     assert before == fact.text[: fact.text.index(subject) + len(subject)]
     for model in (tiny_llama, tiny_gpt2):
         made = compute(model, [fact])
-        assert bool(torch.isfinite(made.delta(1)).all()) and made.report["gain"] > 0.8
+        assert bool(torch.isfinite(made.delta(1)).all()) and made.report.gain > 0.8
 
 
 def test_a_subject_longer_than_the_context(tiny_llama):

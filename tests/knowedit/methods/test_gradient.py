@@ -108,36 +108,38 @@ class TestAgainstNaiveLoops:
         made = FineTuning(steps=3, lr=1e-3, stop=None).compute(tiny, FACTS, progress=False)
         names = [name for name, _ in tiny.hf.named_parameters()]
         wanted = naive(tiny, FACTS, names, 3, 1e-3)
-        assert set(made.others) == set(names) and made.report["steps"] == 3
+        assert set(made.changes) == set(names) and made.report.steps == 3
         for name, change in wanted.items():
-            assert (made.others[name] - change).norm() <= 1e-6 * change.norm() + 1e-9, name
+            assert (made.changes[name].delta - change).norm() <= 1e-6 * change.norm() + 1e-9, name
         copied = copy.deepcopy(tiny.hf)
         for name, weight in copied.named_parameters():
-            weight.data += made.others[name]
-        assert float(said(copied, tiny, FACTS)) == pytest.approx(made.report["loss"], rel=1e-6)
+            weight.data += made.changes[name].delta
+        assert float(said(copied, tiny, FACTS)) == pytest.approx(
+            made.report.details["loss"], rel=1e-6
+        )
 
     def test_ftl_is_projected_after_every_step(self, tiny):
         name, bound, tiny = tiny.layout.weight_name(1), 0.012, cast(tiny, torch.float64)
         made = FTL(steps=5, lr=4e-3, layers=(1,), bound=bound, stop=None).compute(
             tiny, FACTS, progress=False
         )
-        assert set(made.others) == {name} and not made.factors
+        assert set(made.changes) == {name}
         wanted = naive(tiny, FACTS, [name], 5, 4e-3, bound)[name]
-        found = made.others[name]
+        found = made.changes[name].delta
         assert float(found.abs().max()) <= bound
         at_the_bound = float((found.abs() > 0.999 * bound).double().mean())
         assert 0.1 < at_the_bound < 0.99 and (found - wanted).norm() <= 1e-6 * wanted.norm()
         free = FTL(steps=5, lr=4e-3, layers=(1,), bound=1.0, stop=None).compute(
             tiny, FACTS, progress=False
         )
-        assert (free.others[name] - wanted).norm() > 0.1 * wanted.norm()
+        assert (free.changes[name].delta - wanted).norm() > 0.1 * wanted.norm()
 
     def test_ftl_takes_its_bound_from_the_weights(self, tiny):
         rms = float(tiny.weight(2).square().mean().sqrt())
         made = FTL(steps=2, lr=1.0, layers=(2,), share=0.05, stop=None).compute(
             tiny, FACTS, progress=False
         )
-        change = made.others[tiny.layout.weight_name(2)]
+        change = made.changes[tiny.layout.weight_name(2)].delta
         assert float(change.abs().max()) == pytest.approx(0.05 * rms, rel=1e-5)
 
     def test_kl_is_the_definition_at_every_token(self, tiny):
@@ -210,8 +212,9 @@ class TestAdapters:
             ids = torch.tensor([tiny.row(FACTS[0].text).ids])
             trained = tiny.hf(input_ids=ids).logits
         made = method.compute(tiny, FACTS, progress=False)
-        assert set(made.others) == set(merged) and made.report["trainable"] == part.size
-        for name, (left, right) in made.others.items():
+        assert set(made.changes) == set(merged) and made.report.details["trainable"] == part.size
+        for name, change in made.changes.items():
+            left, right = change.U, change.V
             assert left.shape[1] == right.shape[1] == 3
             delta = left @ right.T
             delta = delta.T if tiny.layout.transposed else delta
@@ -219,7 +222,7 @@ class TestAdapters:
         with made.applied_to(tiny):
             applied = tiny.hf(input_ids=ids).logits
         torch.testing.assert_close(applied, trained, rtol=1e-4, atol=1e-4)
-        made.to_peft(tmp_path / "adapter", tiny)
+        made.export(tmp_path / "adapter", tiny)
         wrapped = PeftModel.from_pretrained(copy.deepcopy(tiny.hf), tmp_path / "adapter")
         torch.testing.assert_close(wrapped(input_ids=ids).logits, applied, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(tiny.hf(input_ids=ids).logits, applied, atol=1e-3)
@@ -274,7 +277,7 @@ class TestEveryMethod:
             tiny.hf, "peft_config"
         )
         assert not tiny.hf.training and not tiny.ledger.active
-        report = made.report
+        report = made.report.to_dict()
         assert (
             report["loss"] < start
             and report["seconds"] > 0
@@ -282,7 +285,7 @@ class TestEveryMethod:
         )
         matrices = {name for name, weight in tiny.hf.named_parameters() if weight.ndim == 2}
         assert (
-            set(report["relative_norm"]) == set(made.others) & matrices
+            set(report["relative_norm"]) == set(made.changes) & matrices
             and max(report["relative_norm"].values()) > 0
         )
         assert 0 < report["trainable"] <= sum(weight.numel() for weight in tiny.hf.parameters())
@@ -296,11 +299,7 @@ class TestEveryMethod:
         model = cast(tiny_llama, torch.bfloat16)
         before, start = weights_fingerprint(model.hf), float(said(model.hf, model, FACTS))
         made = QUICK[kind].compute(model, FACTS, progress=False)
-        parts = [
-            part
-            for change in made.others.values()
-            for part in ([change] if isinstance(change, torch.Tensor) else change)
-        ]
+        parts = [part for change in made.changes.values() for part in change.tensors().values()]
         assert all(part.dtype == torch.float32 for part in parts)
         assert any(not part.equal(part.bfloat16().float()) for part in parts)
         made.apply(model)
@@ -352,10 +351,10 @@ class TestEveryMethod:
         made = QUICK[kind].compute(tiny_llama, FACTS, progress=False)
         read = Edit.load(made.save(tmp_path / "edit.safetensors"))
         said = describe(tmp_path / "edit.safetensors")
-        assert made.key in said and (f"and {len(made.others) - 12} more weights" in said) == (
-            len(made.others) > 12
+        assert made.key in said and (f"and {len(made.changes) - 12} more weights" in said) == (
+            len(made.changes) > 12
         )
-        assert read.key == made.key and read.report["settings"]["seed"] == 0
+        assert read.key == made.key and read.report.details["settings"]["seed"] == 0
         with made.applied_to(tiny_llama):
             applied = weights_fingerprint(tiny_llama.hf)
         with read.applied_to(tiny_llama):
@@ -381,7 +380,7 @@ class TestRegularisation:
             made = method(steps=60, lr=3e-3, stop=0.3, **settings).compute(
                 tiny_llama, FACTS[:1], progress=False
             )
-            assert 0.15 < made.report["loss"] < 0.4, method.name
+            assert 0.15 < made.report.details["loss"] < 0.4, method.name
             with made.applied_to(tiny_llama):
                 now = tiny_llama.next_logprobs(elsewhere)
             drifts[method.name] = float((clean.exp() * (clean - now)).sum(-1).mean())
@@ -419,13 +418,15 @@ class TestStopping:
             tiny_llama, FACTS, progress=False
         )
         assert (
-            by_lead.report["steps"] < 200 and by_lead.report["lead"] >= 1.0 and not by_lead.warnings
+            by_lead.report.steps < 200
+            and by_lead.report.details["lead"] >= 1.0
+            and not by_lead.warnings
         )
         for fact in FACTS:
             with by_lead.applied_to(tiny_llama):
                 assert tiny_llama.score([fact.text], [fact.target])[0].exact
         never = LoRA(steps=3, lr=1e-6, stop=None).compute(tiny_llama, FACTS, progress=False)
-        assert never.report["steps"] == 3 and any(
+        assert never.report.steps == 3 and any(
             "comes first" in warning for warning in never.warnings
         )
 
@@ -437,8 +438,8 @@ class TestStopping:
         for stop in (1e9, None):
             method = KLFineTuning(steps=1, lr=1e-3, stop=stop, context=CONTEXT)
             made = method.compute(exact, FACTS, progress=False)
-            assert made.report["steps"] == 1
-            moved[stop] = max(float(change.abs().max()) for change in made.others.values())
+            assert made.report.steps == 1
+            moved[stop] = max(float(change.delta.abs().max()) for change in made.changes.values())
         assert moved[1e9] < 1e-9 and moved[None] == pytest.approx(1e-3, rel=1e-3)
 
     def test_not_before_every_fact_was_seen(self, tiny_llama):
@@ -448,7 +449,7 @@ class TestStopping:
             .compute(tiny_llama, [easy, *FACTS[1:]], progress=False)
             .report
         )
-        assert report["steps"] == 2  # the third fact is drawn at step 2
+        assert report.steps == 2  # the third fact is drawn at step 2
 
 
 class TestInSequence:

@@ -33,7 +33,7 @@ def made(model, keep):
 
 
 def test_the_loss_of_the_edited_model_falls(tiny_llama):
-    told = made(tiny_llama, keep=0.1).report["look_ahead"]
+    told = made(tiny_llama, keep=0.1).report.details["look_ahead"]
     assert told["after"]["realised"] < told["before"]["realised"]
 
 

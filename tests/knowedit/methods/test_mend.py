@@ -141,14 +141,17 @@ def test_edits_of_several_facts_are_summed(tiny, monkeypatch):
     )
     for layer in LAYERS:
         torch.testing.assert_close(
-            both.delta(layer), one.delta(layer) + two.delta(layer), rtol=1e-3, atol=1e-5
+            both.delta(layer, tiny),
+            one.delta(layer, tiny) + two.delta(layer, tiny),
+            rtol=1e-3,
+            atol=1e-5,
         )
     whole = MEND(network).compute(tiny, PEOPLE[:1])
-    torch.testing.assert_close(whole.delta(2), 2 * one.delta(2), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(whole.delta(2, tiny), 2 * one.delta(2, tiny), rtol=1e-4, atol=1e-6)
     assert (
-        set(both.others) == set(one.others)
-        and both.others
-        and all("mlp" in name for name in both.others)
+        set(both.changes) == set(one.changes)
+        and both.changes
+        and all("mlp" in name for name in both.changes)
     )
 
 
@@ -424,7 +427,7 @@ def test_without_a_file_the_network_of_the_cache_is_used(tiny_llama, tmp_path, m
         MEND(network).compute(tiny_llama, PEOPLE[:1]),
         MEND().compute(tiny_llama, PEOPLE[:1]),
     )
-    assert named.key == found.key and set(found.factors) == {3}
+    assert named.key == found.key and set(found.keys) == {3}
 
 
 def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.load import load_model
 from knowedit.models.partial import read_keys
 from knowedit.models.structure import read_modules
+from tests.knowedit.methods.helpers import pair
 
 FACTS = [
     Fact(prompt="The capital of {} is", subject="France", target="Lyon", id="a"),
@@ -77,7 +78,7 @@ def test_facts_go_in_and_come_out(tiny, corpus, dtype):
     with edit.applied_to(model):
         assert nll(model, FACTS) < was - 0.1  # random weights: little can be said with one value
     assert (
-        edit.report["layers"]["1"]["gain"] > 0.9 and len(edit.report["neurons"]["1"]) == 4
+        edit.report.layers["1"]["gain"] > 0.9 and len(edit.report.details["neurons"]["1"]) == 4
     )  # two groups
     assert weights_fingerprint(model.hf) == before
 
@@ -88,16 +89,16 @@ def test_the_report_says_what_the_written_model_does(tiny, corpus):
     """
     edit = patch(corpus).compute(tiny, FACTS[2:], progress=False)
     row = tiny.row(FACTS[2].text, FACTS[2].subject)
-    neurons = edit.report["neurons"]["1"]
+    neurons = edit.report.details["neurons"]["1"]
     _, clean = at_lookup(tiny, [row], 1)
     keys = {}
     with edit.applied_to(tiny):
         read_keys(tiny, torch.tensor([row.ids]), [1], keys.__setitem__)
         weight = tiny.weight(1).T if tiny.layout.transposed else tiny.weight(1)
         written = keys[1][0, row.subject, neurons] @ weight[:, neurons].T
-    value = edit.factors[1][0][:, -2] * 50.0 * 0.25
+    value = pair(tiny, edit, 1)[0][:, -2] * 50.0 * 0.25
     gain = float(written @ value / (value @ value))
-    assert edit.report["layers"]["1"]["lowest_gain"] - 0.05 <= gain <= 1.1
+    assert edit.report.layers["1"]["lowest_gain"] - 0.05 <= gain <= 1.1
     others = [i for i in range(tiny.d_ff) if i not in neurons]
     torch.testing.assert_close(
         keys[1][0, row.subject, others], clean[0, others], rtol=1e-4, atol=1e-4
@@ -108,8 +109,10 @@ def test_each_alone_equals_one_by_one(tiny_llama, corpus):
     together = list(patch(corpus).compute_each(tiny_llama, FACTS[1:], progress=False))
     apart = [patch(corpus).compute(tiny_llama, [fact], progress=False) for fact in FACTS[1:]]
     for a, b in zip(together, apart):
-        assert a.facts == b.facts and a.report["neurons"] == b.report["neurons"]
-        torch.testing.assert_close(a.delta(1), b.delta(1), rtol=1e-3, atol=1e-3)
+        assert a.facts == b.facts and a.report.details["neurons"] == b.report.details["neurons"]
+        torch.testing.assert_close(
+            a.delta(1, tiny_llama), b.delta(1, tiny_llama), rtol=1e-3, atol=1e-3
+        )
 
 
 @settings(max_examples=25, deadline=None)
@@ -184,9 +187,11 @@ def test_a_second_patch_spares_the_first(tiny, corpus, tmp_path, from_disk):
     model = load_model(str(save_edited(tiny, [first], tmp_path / "edited"))) if from_disk else tiny
     if not from_disk:
         first.apply(tiny)
-    assert sorted(first.report["neurons"]["1"]) == patched(model, 1)
+    assert sorted(first.report.details["neurons"]["1"]) == patched(model, 1)
     second = patch(corpus).compute(model, FACTS[2:], progress=False)
-    assert not set(first.report["neurons"]["1"]) & set(second.report["neurons"]["1"])
+    assert not set(first.report.details["neurons"]["1"]) & set(
+        second.report.details["neurons"]["1"]
+    )
     alone = nll(model, FACTS[:2])
     with second.applied_to(model):
         assert nll(model, FACTS[:2]) < alone + 0.2
@@ -195,20 +200,20 @@ def test_a_second_patch_spares_the_first(tiny, corpus, tmp_path, from_disk):
 def test_patches_in_sequence(tiny_llama, corpus):
     with Session(patch(corpus), tiny_llama) as session:
         edits = [session.write([fact]) for fact in (FACTS[0], FACTS[2])]
-        assert not edits[0].neurons & edits[1].neurons
-    assert not tiny_llama.ledger.active and not tiny_llama.rewritten
+        assert not edits[0].exclusive & edits[1].exclusive
+    assert not tiny_llama.ledger.active and not tiny_llama.exclusive
 
 
 def test_patches_computed_apart_are_not_applied_together(tiny_llama, corpus):
     first, second = patch(corpus).compute_each(tiny_llama, [FACTS[0], FACTS[2]], progress=False)
-    assert first.neurons & second.neurons  # both took the cheapest
+    assert first.exclusive & second.exclusive  # both took the cheapest
     first.apply(tiny_llama)
     with pytest.raises(EditError, match="compute them together"):
         second.apply(tiny_llama)
     first.undo(tiny_llama)
     with second.applied_to(tiny_llama):
-        assert tiny_llama.rewritten
-    assert not tiny_llama.rewritten
+        assert tiny_llama.exclusive
+    assert not tiny_llama.exclusive
 
 
 def test_wordings_are_grouped_by_id_and_by_subject():
@@ -230,7 +235,7 @@ def test_it_travels_as_a_file_and_as_an_adapter(tiny_llama, corpus, tmp_path):
     with loaded.applied_to(tiny_llama):
         written = tiny_llama.hf(input_ids=ids).logits
     adapted = PeftModel.from_pretrained(
-        tiny_llama.hf, edit.to_peft(tmp_path / "adapter", tiny_llama)
+        tiny_llama.hf, edit.export(tmp_path / "adapter", tiny_llama)
     )(input_ids=ids).logits
     torch.testing.assert_close(adapted, written, rtol=1e-3, atol=1e-3)
 
@@ -269,7 +274,7 @@ def test_on_the_real_model_neighbours_do_not_move(smollm, tmp_path):
     )
     assert not any(patched(smollm, layer) for layer in range(len(smollm.layers)))
     with edit.applied_to(smollm):
-        assert patched(smollm, 8) == sorted(edit.report["neurons"]["8"])
+        assert patched(smollm, 8) == sorted(edit.report.details["neurons"]["8"])
         moved = (clean.exp() * (clean - smollm.next_logprobs(near))).sum(-1)
         assert all(score.exact for score in smollm.score([fact.text], ["Rome"]))
         rome, paris = smollm.score(asked, ["Rome"] * 2), smollm.score(asked, ["Paris"] * 2)

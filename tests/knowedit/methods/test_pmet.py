@@ -14,7 +14,7 @@ from knowedit.methods.locate.metrics import Covariance
 from knowedit.methods.locate.targets import AttentionAndMLP, TwoDeltas
 from knowedit.methods.locate.values import ESSENCE, optimise_values, prompt_rows
 from knowedit.models.structure import attention_of
-from tests.knowedit.methods.helpers import FACTS, SAME, VALUES, statistics_of, target_of
+from tests.knowedit.methods.helpers import FACTS, SAME, VALUES, pair, statistics_of, target_of
 
 
 def naive(model, group, layer, s):
@@ -95,11 +95,11 @@ def test_the_mlps_residual_is_spread_by_the_square_root(request, tiny):
         ),
     )
     made = editor.compute(model, FACTS, statistics, progress=False)
-    assert made.report["settings"]["values"]["clamp"] == editor.target.clamp == VALUES.clamp
+    assert made.report.details["settings"]["values"]["clamp"] == editor.target.clamp == VALUES.clamp
     wanted = optimise_values(model, [[fact] for fact in FACTS], 2, VALUES, problem=TwoDeltas).wanted
     rows = [prompt_rows(model, fact, VALUES.contexts) for fact in FACTS]
     for layer, left in ((1, 2), (2, 1)):
-        with model.virtual({1: made.factors[1]} if layer == 2 else {}):
+        with model.virtual({1: pair(model, made, 1)} if layer == 2 else {}):
             keys = [model.keys(found, [1, 2])[0] for found in rows]
         K = torch.stack([k[layer].double().mean(0) for k in keys], 1)
         now = model.projection(2)(torch.stack([k[2][0] for k in keys])).detach().double()

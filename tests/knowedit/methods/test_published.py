@@ -15,7 +15,7 @@ from knowedit.methods.locate.metrics import Covariance, Exact, NullSpace
 from knowedit.methods.locate.task import Task
 from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
-from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, statistics_of, target_of
+from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, pair, statistics_of, target_of
 
 LAYERS = (1, 2)
 
@@ -27,7 +27,7 @@ def inputs(model, editor, facts, made, layers=LAYERS):
     groups = group_by_subject(facts, editor.merge_subjects)
     task_targets = editor.target.values(task_of(model, editor, groups, layers))
     for i, layer in enumerate(layers):
-        with model.virtual({below: made.factors[below] for below in layers[:i]}):
+        with model.virtual({below: pair(model, made, below) for below in layers[:i]}):
             found = group_keys(model, groups, layer, layers[-1], editor.target.contexts)
         yield layer, found.keys.T, (task_targets.wanted - found.outputs).T, len(layers) - i
 
@@ -119,7 +119,7 @@ def test_alphaedit_writes_nothing_where_c_is_large(tiny_llama):
         tiny_llama, FACTS, statistics, progress=False
     )
     values, vectors = torch.linalg.eigh(statistics.moment(1))
-    chosen = made.report["layers"]["1"]
+    chosen = made.report.layers["1"]
     assert chosen["threshold"] == pytest.approx(float(values.mean())) and chosen["beta"] > 0
     kept = vectors[:, values > chosen["threshold"]]
     assert kept.shape[1] == tiny_llama.d_ff - chosen["null_directions"] > 0
@@ -132,7 +132,7 @@ def test_beta_follows_from_the_gain(tiny_llama, gain):
         layers=(1,), target=target_of(VALUES), metric=NullSpace(gain=gain), keys=MEAN
     )
     made = editor.compute(tiny_llama, FACTS[:1], statistics_of(tiny_llama, [1]), progress=False)
-    assert made.report["gain"] == pytest.approx(gain, abs=1e-6)
+    assert made.report.gain == pytest.approx(gain, abs=1e-6)
 
 
 TWINS = [
@@ -172,13 +172,13 @@ def test_emmet_refuses_dependent_keys_and_says_what_helps(tiny_llama):
     assert (
         replace(editor, metric=Exact(ridge=0.1))
         .compute(tiny_llama, TWINS, statistics, progress=False)
-        .report["gain"]
+        .report.gain
         < 1
     )
     merged = replace(editor, merge_subjects=True).compute(
         tiny_llama, TWINS, statistics, progress=False
     )
-    assert merged.report["gain"] == pytest.approx(1, abs=1e-6)
+    assert merged.report.gain == pytest.approx(1, abs=1e-6)
     with pytest.raises(EditError, match="ridge must not be negative"):
         EMMET(metric=Exact(ridge=-1))
 
@@ -238,7 +238,9 @@ class TestFaultsOfThePublishedCodes:
             targets = editor.target.values(task_of(tiny_llama, editor, [FACTS[:1]], (1,)))
             assert not any(part.requires_grad for part in vars(targets).values())
             made = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
-            assert not any(t.requires_grad for t in (*made.factors[1], *made.keys.values()))
+            assert not any(
+                t.requires_grad for t in (*pair(tiny_llama, made, 1), *made.keys.values())
+            )
 
 
 def test_alphaedit_names_a_null_space_that_is_not_there(tiny_llama):

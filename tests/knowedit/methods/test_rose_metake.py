@@ -60,7 +60,7 @@ def test_switched_off_it_is_the_recipe_without_training(tiny_llama):
         **settings, metric=Covariance(gain=0.98), keys=MEAN, merge_subjects=False
     ).compute(tiny_llama, FACTS, statistics, progress=False)
     assert torch.equal(ours.delta(2), plain.delta(2))
-    assert ours.report["look_ahead"]["used"] is False
+    assert ours.report.details["look_ahead"]["used"] is False
 
 
 @pytest.mark.parametrize("through", ["edit", "proxy", "plan"])
@@ -75,7 +75,7 @@ def test_training_lowers_what_it_sees(tiny_llama, through, layers, metric):
         training=replace(ALWAYS, settings=replace(AHEAD, through=through)),
     )
     made = method.compute(tiny_llama, FACTS, statistics, progress=False)
-    told = made.report["look_ahead"]
+    told = made.report.details["look_ahead"]
     seen = {"edit": "realised", "proxy": "gained", "plan": "planned"}[through]
     assert told["used"] and told["after"][seen] < told["before"][seen]
     if through == "edit":  # the report's figures are of a bfloat16 copy
@@ -93,20 +93,24 @@ def test_automatic_trains_for_close_keys_crowds_and_histories_only(tiny_llama):
         training=ThroughSolver(settings=replace(AHEAD, steps=1)),
     )
     alone = method.compute(tiny_llama, FACTS[:1], statistics, progress=False)
-    assert alone.report["look_ahead"] == {"used": False, "reasons": []}
-    close = method.compute(tiny_llama, CLOSE, statistics, progress=False).report["look_ahead"]
+    assert alone.report.details["look_ahead"] == {"used": False, "reasons": []}
+    close = method.compute(tiny_llama, CLOSE, statistics, progress=False).report.details[
+        "look_ahead"
+    ]
     assert close["used"] and close["gain"] == 0.9
     assert any("close" in why for why in close["reasons"])
     crowd = replace(method, target=replace(TARGET, clamp=50.0, lr=40.0))
-    told = crowd.compute(tiny_llama, FACTS[:1], statistics, progress=False).report["look_ahead"]
+    told = crowd.compute(tiny_llama, FACTS[:1], statistics, progress=False).report.details[
+        "look_ahead"
+    ]
     assert any("crowded" in why for why in told["reasons"]) and told["gain"] == 0.7
     session = Session(method, tiny_llama, statistics)
     first = session.write(FACTS[:1], progress=False)
-    assert first.report["look_ahead"]["reasons"] == [
+    assert first.report.details["look_ahead"]["reasons"] == [
         "the first of a sequence, which others will follow"
     ]
     later = session.write(FACTS[2:], progress=False)
-    assert "earlier edits to leave alone" in later.report["look_ahead"]["reasons"]
+    assert "earlier edits to leave alone" in later.report.details["look_ahead"]["reasons"]
     session.undo()
     session.undo()
 
@@ -121,7 +125,7 @@ def test_rehearsed_facts_are_still_said_after_the_next_edit(tiny_llama):
             later = session.write(CLOSE[1:], progress=False)
             scores = tiny_llama.score([f.text for f in CLOSE], [f.target for f in CLOSE])
             losses[rehearsed] = [-score.logprob for score in scores]
-        assert later.report["look_ahead"]["rehearsed"] == min(rehearsed, 1)
+        assert later.report.details["look_ahead"]["rehearsed"] == min(rehearsed, 1)
     assert losses[5][0] < losses[0][0] - 0.1 and losses[5][1] < losses[0][1] + 0.1
 
 
@@ -213,7 +217,7 @@ def test_training_lowers_the_nll_of_the_facts(tiny_llama, target):
         layers=(1, 2), target=target_of(VALUES, target), training=replace(FORMS, weights=weights)
     )
     made = method.compute(tiny_llama, facts, statistics, progress=False)
-    told = made.report["look_ahead"]
+    told = made.report.details["look_ahead"]
     assert told["after"]["realised"] < told["before"]["realised"]
     assert torch.linalg.matrix_rank(made.delta(1)) == 2  # one value a subject
     plain = replace(method, training=None).compute(tiny_llama, facts, statistics, progress=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from knowedit.cli.inspection import describe
+from knowedit.edits.changes import LowRank
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import save_edited
 from knowedit.errors import EditError
@@ -129,7 +130,7 @@ def test_what_needs_a_weight_is_refused(tiny_llama, tmp_path):
     made = SERAC(network_of(tiny_llama)).compute(tiny_llama, PEOPLE[:1])
     for act in (
         lambda: made.delta(2),
-        lambda: made.to_peft(tmp_path / "a", tiny_llama),
+        lambda: made.export(tmp_path / "a", tiny_llama),
         lambda: save_edited(tiny_llama, [made], tmp_path / "m"),
     ):
         with pytest.raises(EditError, match="SERAC edit changes no weight"):
@@ -140,8 +141,9 @@ def test_what_needs_a_weight_is_refused(tiny_llama, tmp_path):
 def test_edits_of_weights_at_the_same_time_are_refused(tiny_llama):
     network = network_of(tiny_llama)
     made = SERAC(network).compute(tiny_llama, PEOPLE[:1])
-    factors = {2: (torch.ones(tiny_llama.hidden, 1), torch.ones(tiny_llama.d_ff, 1))}
-    weights = Edit("MEMIT", factors, [], tiny_llama.fingerprint)
+    ones = LowRank(torch.ones(tiny_llama.hidden, 1), torch.ones(tiny_llama.d_ff, 1))
+    changes = {tiny_llama.layout.weight_name(2): ones}
+    weights = Edit("MEMIT", changes, [], tiny_llama.fingerprint)
     with weights.applied_to(tiny_llama):
         for act in (
             lambda: made.apply(tiny_llama),
@@ -176,8 +178,9 @@ def test_a_saved_edit_needs_nothing_else(tiny_llama, tmp_path):
     with found.applied_to(tiny_llama):
         assert tiny_llama.generate(prompts, 4) == wanted
     assert PEOPLE[0].text in describe(tmp_path / "e")
-    factors = {2: (torch.ones(tiny_llama.hidden, 1), torch.ones(tiny_llama.d_ff, 1))}
-    Edit("MEMIT", factors, [], tiny_llama.fingerprint).save(tmp_path / "w")
+    ones = LowRank(torch.ones(tiny_llama.hidden, 1), torch.ones(tiny_llama.d_ff, 1))
+    changes = {tiny_llama.layout.weight_name(2): ones}
+    Edit("MEMIT", changes, [], tiny_llama.fingerprint).save(tmp_path / "w")
     with pytest.raises(EditError, match="not an edit of this version"):
         MemoryEdit.load(tmp_path / "w")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from knowedit.edits.changes import LowRank
 from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
@@ -65,7 +66,10 @@ def edited(model, frozen, out):
     """The same change as an edit that can be applied."""
     return Edit(
         "test",
-        {k: (out[k].T.contiguous(), f.read_in.T.contiguous()) for k, f in frozen.items()},
+        {
+            model.layout.weight_name(k): LowRank(out[k].T.contiguous(), f.read_in.T.contiguous())
+            for k, f in frozen.items()
+        },
         [],
         model.fingerprint,
     )

@@ -1,21 +1,24 @@
-"""Edited models on disk: a folder any transformers user can load, and the record that takes every
-bit back.
+"""A copy of the whole model, edited, that any transformers user can load, beside the record that
+takes every bit back.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from knowedit.edits.edit import Edit, read_file
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_file, atomic_folder
+from knowedit.io.tensors import read_file, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model, fingerprint_of
+
+if TYPE_CHECKING:
+    from knowedit.edits.edit import Edit
 
 RECORD = "knowedit-undo.safetensors"
 FORMAT = "knowedit-undo/1"
@@ -38,7 +41,7 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
             f"{model.name} has active edits ({', '.join(active)}); undo them and name them with "
             f"the others"
         )
-    names = sorted({name for edit in edits for name in edit.changes(model)})
+    names = sorted({name for edit in edits for name in edit.by_parameter(model)})
     parameters = dict(model.hf.named_parameters())
     originals = {name: parameters[name].detach().cpu().clone() for name in names}
     header = {
@@ -46,7 +49,7 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
         "fingerprint": model.fingerprint,
         "model": model.name,
         "edits": [
-            {"method": e.method, "key": e.key, "facts": [f.to_dict() for f in e.facts]}
+            {"method": e.method_name, "key": e.key, "facts": [f.to_dict() for f in e.facts]}
             for e in edits
         ],
     }
@@ -58,13 +61,18 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
         with atomic_folder(folder) as temporary:
             model.hf.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
-            save_file(originals, temporary / RECORD, metadata={"knowedit": json.dumps(header)})
+            write_file(temporary / RECORD, originals, header)
     except FileExistsError as error:
         raise EditError(str(error)) from error
     finally:
         for edit in applied:
             edit.undo(model)
     return Path(folder)
+
+
+def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path:
+    """`save_edited`, as every export format is called."""
+    return save_edited(model, edits, path)
 
 
 def restore(folder: str | Path) -> str:

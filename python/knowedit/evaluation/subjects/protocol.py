@@ -150,7 +150,7 @@ def run_subjects(
                 found,
                 moved,
                 seconds,
-                edit.report,
+                edit.report.to_dict(),
                 method.to_dict(),
             )
         )

@@ -14,10 +14,11 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from knowedit.edits.edit import Edit, relative_norm
+from knowedit.edits.changes import change_of, relative_norm
+from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
+from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.wordings.ordinary import openings, sentences
@@ -126,28 +127,30 @@ class GradientMethod(Method, abstract=True):
                 found = {name: measured(part, term) for name, term in terms.items()}
                 changes, trained = part.changes(), part.size
             memory = peak()
-        report: dict[str, Any] = {
-            "settings": self.to_dict(),
-            "trainable": trained,
-            "peak_memory_bytes": memory,
-            "steps": steps,
-            "warnings": [],
-            "seconds": time.perf_counter() - begun,
-            "loss": found["answers"][0],
-            "lead": found["answers"][1],
-            "terms": {name: loss for name, (loss, _) in found.items()},
-        }
         matrices = {
             name: weight
             for name, weight in model.hf.named_parameters()
             if name in changes and weight.ndim == 2
         }
-        report["relative_norm"] = {
-            name: relative_norm(weight, changes[name]) for name, weight in matrices.items()
-        }
-        if report["lead"] <= 0:
-            report["warnings"] = [
-                f"not every answer comes first (mean NLL {report['loss']:.2f}): more steps or a "
-                f"larger lr"
+        loss, lead = found["answers"]
+        report = EditReport(
+            relative_norm={
+                name: relative_norm(weight, changes[name]) for name, weight in matrices.items()
+            },
+            steps=steps,
+            seconds=time.perf_counter() - begun,
+            details={
+                "settings": self.to_dict(),
+                "trainable": trained,
+                "peak_memory_bytes": memory,
+                "loss": loss,
+                "lead": lead,
+                "terms": {name: loss for name, (loss, _) in found.items()},
+            },
+        )
+        if lead <= 0:
+            report.warnings = [
+                f"not every answer comes first (mean NLL {loss:.2f}): more steps or a larger lr"
             ]
-        return Edit(self.name, {}, facts, fingerprint, report, others=changes)
+        named = {name: change_of(change) for name, change in changes.items()}
+        return Edit(self.name, named, facts, fingerprint, report)

@@ -40,7 +40,7 @@ class Trainable(ABC):
 
     @abstractmethod
     def changes(self) -> dict[str, Change]:
-        """What became of the weights, by the parameter's name: `Edit.others`."""
+        """What became of the weights, by the parameter's name: for `Edit.changes`."""
 
     def constrain_(self) -> None:
         """Put the leaves back where they may be, after a step."""

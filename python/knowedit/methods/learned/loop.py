@@ -5,7 +5,6 @@ bits, Ctrl-C loses nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from knowedit.edits.edit import read_file
 from knowedit.errors import EditError
 from knowedit.io.config import Config, fields_of
-from knowedit.io.files import atomic_file
 from knowedit.io.progress import bar
+from knowedit.io.tensors import read_file, write_file
 
 FORMAT = "knowedit-training/1"
 EVERY = 60.0  # seconds between checkpoints
@@ -201,13 +198,10 @@ def _save(
             "square": state.get("exp_avg_sq"),
         }
         tensors |= {
-            f"{name}:{part}": tensor.contiguous().cpu()
-            for part, tensor in parts.items()
-            if tensor is not None
+            f"{name}:{part}": tensor for part, tensor in parts.items() if tensor is not None
         }
     header = {"format": FORMAT, "stamp": stamp, "course": asdict(log)}
-    with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
+    write_file(path, tensors, header)
 
 
 def _resume(

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from knowedit.edits.edit import read_file
 from knowedit.errors import EditError
 from knowedit.io.config import Config
 from knowedit.io.files import cache_dir
+from knowedit.io.tensors import read_file
 from knowedit.models.editable import EditableModel
 
 N = TypeVar("N", bound="TrainedNetwork")

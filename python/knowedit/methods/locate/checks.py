@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from knowedit.edits.edit import relative_norms
+from knowedit.edits.changes import relative_norms
+from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods.locate.task import Task, WrittenLayers
@@ -65,25 +66,23 @@ def sink_warnings(statistics: KeyStatistics, layers: Sequence[int], allowed: boo
 
 def outcome(
     settings: dict[str, Any], task: Task, targets: Targets, written: WrittenLayers
-) -> dict[str, Any]:
+) -> EditReport:
     """What was planned and what came of it, for `Edit.report`."""
-    report = {
-        "settings": settings,
-        "layers": written.layers,
-        "gain": min(entry["gain"] for entry in written.layers.values()),
-        "relative_norm": {
-            str(k): v for k, v in relative_norms(task.model, written.factors).items()
-        },
-        "planned_nll": float(targets.nll.mean()),
-        "steps": targets.steps.tolist(),
-        **written.report,
-    }
-    warnings = [*task.warnings, *outcome_warnings(report, targets, task.groups)]
-    return {**report, "warnings": warnings}
+    norms = relative_norms(task.model, written.factors)
+    report = EditReport(
+        gain=min(entry["gain"] for entry in written.layers.values()),
+        relative_norm={str(layer): norm for layer, norm in norms.items()},
+        layers=written.layers,
+        planned_nll=float(targets.nll.mean()),
+        steps=targets.steps.tolist(),
+        details={"settings": settings, **written.report},
+    )
+    report.warnings = [*task.warnings, *outcome_warnings(report, targets, task.groups)]
+    return report
 
 
 def outcome_warnings(
-    report: dict[str, Any], targets: Targets, groups: Sequence[Sequence[Fact]]
+    report: EditReport, targets: Targets, groups: Sequence[Sequence[Fact]]
 ) -> list[str]:
     """What a careful user wants to know before trusting the edit."""
     warnings = []
@@ -93,19 +92,19 @@ def outcome_warnings(
             f"{len(merged)} subject(s) with several facts share one value each "
             f"({', '.join(merged[:3])}, ...)"
         )
-    ahead = report.get("look_ahead", {})
+    ahead = report.details.get("look_ahead", {})
     if ahead.get("used"):  # the training makes up for a small gain
         if ahead["after"]["realised"] > 1.0:
             warnings.append(
                 f"the answers end at an NLL of {ahead['after']['realised']:.1f}; more steps or "
                 f"a larger clamp may help"
             )
-    elif report["gain"] < LOW_GAIN:
+    elif report.gain is not None and report.gain < LOW_GAIN:
         warnings.append(
-            f"only {report['gain']:.0%} of the planned change is realised; lower the weight, or "
+            f"only {report.gain:.0%} of the planned change is realised; lower the weight, or "
             f"raise the gain"
         )
-    for layer, norm in report["relative_norm"].items():
+    for layer, norm in report.relative_norm.items():
         if norm > LARGE_NORM:
             warnings.append(
                 f"layer {layer} changes by {norm:.0%} of its own norm; spread over more layers "

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
+from knowedit.edits.changes import LowRank
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError
@@ -118,7 +119,7 @@ class Recipe(Method):
             self.prepare(model, [group], statistics, progress=progress) for group in whole.groups
         ]
         made = [self.finish(task, targets.select([i])) for i, task in enumerate(tasks)]
-        return [self._recorded(edit) for edit in made]
+        return [self._recorded(edit, model, statistics) for edit in made]
 
     def prepare(
         self,
@@ -186,8 +187,14 @@ class Recipe(Method):
             "merge_subjects": self.merge_subjects,
         }
         report = outcome(settings, task, targets, written)
+        names = task.model.layout.weight_name
         return Edit(
-            self.name, written.factors, task.facts, task.model.fingerprint, report, written.keys
+            method_name=self.name,
+            changes={names(layer): LowRank(*pair) for layer, pair in written.factors.items()},
+            facts=task.facts,
+            fingerprint=task.model.fingerprint,
+            report=report,
+            keys=written.keys,
         )
 
     def write(self, task: Task, metric: Metric, targets: Targets) -> WrittenLayers:

@@ -204,9 +204,9 @@ def patched(model: EditableModel, layer: int, factor: float = 10.0) -> list[int]
 def rewritten(
     model: EditableModel, layer: int, switch: Switch, freed: Freed, values: Tensor
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, Change]]:
-    """`Edit.factors` and `Edit.others`: the others take over what the freed neurons did, which then
-    write `values` `[groups, hidden]`; and their rows in the matrices that read the MLP's input, a
-    gate and a one for what it multiplies."""
+    """The changes of the output projection, by layer, and of other parameters. The other neurons
+    take over what the freed ones did, which then write `values` `[groups, hidden]`; and their
+    rows in the matrices that read the MLP's input, a gate and a one for what it multiplies."""
     place = torch.nn.functional.one_hot(torch.tensor(freed.neurons), model.d_ff).T.to(
         values
     )  # [d_ff, 2 groups]

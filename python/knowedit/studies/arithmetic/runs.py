@@ -127,7 +127,8 @@ def _one(
             [], {"seconds": time.perf_counter() - begun}, f"{type(error).__name__}: {error}"
         )
     kept = ("trainable", "peak_memory_bytes", "steps", "settings", "warnings")
-    report = {"seconds": seconds, **{k: _plain(edit.report[k]) for k in kept if k in edit.report}}
+    found = edit.report.to_dict()
+    report = {"seconds": seconds, **{k: _plain(found[k]) for k in kept if k in found}}
     return Outcome(study.halved(measured[edit.key], seed), report)
 
 

@@ -9,7 +9,6 @@ its own scales, offsets, normalisation and rate.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from knowedit.errors import EditError
-from knowedit.io.files import atomic_file
+from knowedit.io.tensors import write_file
 from knowedit.methods.learned.networks import TrainedNetwork, read_network
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import probed
@@ -176,9 +174,7 @@ class MendNetwork(TrainedNetwork):
             "layers": self.layers,
             "report": self.report,
         }
-        with atomic_file(path) as temporary:
-            save_file(self.tensors(), temporary, metadata={"knowedit": json.dumps(header)})
-        self.file = Path(path)
+        self.file = write_file(path, self.tensors(), header)
         return self.file
 
     @classmethod

@@ -10,8 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from knowedit.edits.edit import Edit, relative_norm
+from knowedit.edits.changes import change_of, relative_norm
+from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
+from knowedit.edits.report import EditReport
 from knowedit.facts.fact import Fact
 from knowedit.io.memory import peak_memory
 from knowedit.methods.learned.mend.network import MendNetwork, Tokens, token_factors
@@ -20,7 +22,6 @@ from knowedit.methods.learned.networks import NetworkFile
 from knowedit.models.editable import EditableModel
 from knowedit.models.texts import Texts
 from knowedit.statistics import KeyStatistics
-from knowedit_kernels.lowrank import Change
 
 AT_ONCE = 64  # facts in a backward pass
 NEGLIGIBLE = 1e-6  # singular values below this share of the largest are left out
@@ -67,28 +68,26 @@ class MEND(LearnedMethod):
         names = {model.layout.weight_name(layer): layer for layer in range(len(model.layers))}
         changes = {f"{name}.weight": pair for name, pair in pairs.items()}
         parameters = dict(model.hf.named_parameters())
-        report = {
-            "settings": {"weights": list(network.weights), "scale": self.scale},
-            "ranks": {name: pair[0].shape[1] for name, pair in changes.items()},
-            "relative_norm": {
+        report = EditReport(
+            relative_norm={
                 str(names.get(n, n)): relative_norm(parameters[n], pair)
                 for n, pair in changes.items()
             },
-            "seconds": seconds,
-            "peak_memory_bytes": memory,
-            "trainable_parameters": network.trainable,
-            "warnings": [],
-        }
-        factors = {names[name]: pair for name, pair in changes.items() if name in names}
-        others: dict[str, Change] = {
-            name: pair for name, pair in changes.items() if name not in names
-        }
+            seconds=seconds,
+            details={
+                "settings": {"weights": list(network.weights), "scale": self.scale},
+                "ranks": {name: pair[0].shape[1] for name, pair in changes.items()},
+                "peak_memory_bytes": memory,
+                "trainable_parameters": network.trainable,
+            },
+        )
         keys = {
             names[n]: torch.cat([part[n.removesuffix(".weight")][0] for part in tokens])
             for n in changes
             if n in names
         }
-        return Edit(self.name, factors, facts, model.fingerprint, report, keys, others)
+        named = {name: change_of(pair) for name, pair in changes.items()}
+        return Edit(self.name, named, facts, model.fingerprint, report, keys)
 
     def _pair(self, network: MendNetwork, name: str, tokens: list[Tokens]) -> tuple[Tensor, Tensor]:
         parts = [network.factors({name: part[name]})[name] for part in tokens]

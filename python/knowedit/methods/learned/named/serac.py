@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from knowedit.edits.history import History
+from knowedit.edits.report import EditReport
 from knowedit.facts.fact import Fact
 from knowedit.io.memory import peak_memory
 from knowedit.methods.learned.method import LearnedMethod
@@ -53,11 +54,12 @@ class SERAC(LearnedMethod):
         with peak_memory(model.device) as peak:
             embeddings = network.embed(model, [fact.text for fact in facts])
             memory = peak()
-        report = {
-            "settings": {"layer": network.layer, "threshold": network.threshold},
-            "seconds": time.perf_counter() - start,
-            "peak_memory_bytes": memory,
-            "trainable_parameters": network.report["trainable_parameters"],
-            "warnings": [],
-        }
+        report = EditReport(
+            seconds=time.perf_counter() - start,
+            details={
+                "settings": {"layer": network.layer, "threshold": network.threshold},
+                "peak_memory_bytes": memory,
+                "trainable_parameters": network.report["trainable_parameters"],
+            },
+        )
         return MemoryEdit(network, embeddings, facts, report, self.name)

@@ -10,21 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from knowedit.edits.edit import Edit
+from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.io.files import atomic_file
 from knowedit.methods.learned.serac.network import SeracNetwork, in_view
 from knowedit.models.editable import EditableModel
 
-FORMAT = "knowedit-memory/1"
+FORMAT = "knowedit-memory/2"
+EARLIER = ("knowedit-memory/1",)
 
 
 class MemoryEdit(Edit):
@@ -40,16 +39,18 @@ class MemoryEdit(Edit):
     """
 
     format: ClassVar[str] = FORMAT
+    earlier: ClassVar[tuple[str, ...]] = EARLIER
 
     def __init__(
         self,
         network: SeracNetwork,
         embeddings: Tensor,
         facts: Sequence[Fact],
-        report: dict[str, Any],
-        method: str = "SERAC",
+        report: EditReport,
+        method_name: str = "SERAC",
+        **recorded: Any,
     ) -> None:
-        super().__init__(method, {}, list(facts), network.fingerprint, report)
+        super().__init__(method_name, {}, list(facts), network.fingerprint, report, **recorded)
         self.network, self.embeddings = network, embeddings
 
     @cached_property
@@ -58,22 +59,17 @@ class MemoryEdit(Edit):
         digest = hashlib.blake2b(digest_size=8)
         digest.update(json.dumps([[fact.text, fact.target] for fact in self.facts]).encode())
         digest.update(self.network.bits())
-        return f"{self.method}-{digest.hexdigest()}"
+        return f"{self.method_name}-{digest.hexdigest()}"
 
-    def changes(self, model: EditableModel) -> NoReturn:
+    def by_parameter(self, model: EditableModel) -> NoReturn:
         raise EditError(
-            f"a {self.method} edit changes no weight: it cannot be merged, exported or written "
-            f"into a copy of the model; "
-            "apply it to the model in memory, or save the edit itself"
+            f"a {self.method_name} edit changes no weight: it cannot be merged, exported or "
+            "written into a copy of the model; apply it to the model in memory, or save the edit "
+            "itself"
         )
 
-    def delta(self, layer: int) -> NoReturn:
-        raise EditError(f"a {self.method} edit changes no weight, so it has no delta")
-
-    def tensors(self) -> NoReturn:
-        raise EditError(
-            f"a {self.method} edit cannot be part of a history's file; save the edit itself"
-        )
+    def delta(self, at: int | str, model: EditableModel | None = None) -> NoReturn:
+        raise EditError(f"a {self.method_name} edit changes no weight, so it has no delta")
 
     def is_applied(self, model: EditableModel) -> bool:
         return isinstance(model.router, Memory) and self.key in model.router.edits
@@ -89,7 +85,7 @@ class MemoryEdit(Edit):
         memory = model.router if isinstance(model.router, Memory) else Memory(model)
         if self.is_applied(model):
             raise EditError(
-                f"this {self.method} edit is already applied to {model.name}; undo it first"
+                f"this {self.method_name} edit is already applied to {model.name}; undo it first"
             )
         refuse_edited_weights(model)
         if memory.edits and memory.network.bits() != self.network.bits():
@@ -106,36 +102,39 @@ class MemoryEdit(Edit):
         """
         memory = model.router
         if not isinstance(memory, Memory) or not self.is_applied(model):
-            raise EditError(f"this {self.method} edit is not applied to {model.name}")
+            raise EditError(f"this {self.method_name} edit is not applied to {model.name}")
         del memory.edits[self.key]
         model.router = memory.changed() if memory.edits else None
 
-    def save(self, path: str | Path) -> Path:
-        """Write facts, embeddings and network to one safetensors file, atomically."""
-        header = {
-            "format": FORMAT,
-            "method": self.method,
-            "fingerprint": self.fingerprint,
-            "report": self.report,
-            "config": self.config,
-            "network": self.network.header(),
-            "facts": [fact.to_dict() for fact in self.facts],
-        }
-        tensors = self.network.tensors() | {"embeddings": self.embeddings.contiguous().cpu()}
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
-        return Path(path)
+    # -- on disk ---------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any]:
+        """As `Edit.record`, with the network's header."""
+        return {**super().record(), "network": self.network.header()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's, and the embeddings."""
+        return self.network.tensors() | {"embeddings": self.embeddings}
+
+    @classmethod
+    def migrate(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A file of the first version has all that is needed."""
+        return dict(record)
 
     @classmethod
     def of(
-        cls, about: dict[str, Any], tensors: Mapping[str, Tensor], fingerprint: str
+        cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor], fingerprint: str
     ) -> MemoryEdit:
-        """From what `save` writes."""
-        facts = [Fact.from_dict(fact) for fact in about["facts"]]
-        network = SeracNetwork.of(about["network"], tensors)
-        edit = cls(network, tensors["embeddings"], facts, about["report"], about["method"])
-        edit.config = about.get("config", {})
-        return edit
+        """From `record()` and `tensors()`."""
+        recorded = ("config", "software", "statistics")
+        return cls(
+            SeracNetwork.of(record["network"], tensors),
+            tensors["embeddings"],
+            [Fact.from_dict(fact) for fact in record["facts"]],
+            EditReport.from_dict(record["report"]),
+            record["method"],
+            **{name: record[name] for name in recorded if name in record},
+        )
 
 
 @dataclass

@@ -8,18 +8,16 @@ model each.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
-from knowedit.io.files import atomic_file
+from knowedit.io.tensors import write_file
 from knowedit.methods.learned.networks import TrainedNetwork, read_network
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import layer_outputs
@@ -157,13 +155,7 @@ class SeracNetwork(TrainedNetwork):
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file with a JSON header, written atomically."""
-        with atomic_file(path) as temporary:
-            save_file(
-                self.tensors(),
-                temporary,
-                metadata={"knowedit": json.dumps({"format": FORMAT, **self.header()})},
-            )
-        self.file = Path(path)
+        self.file = write_file(path, self.tensors(), {"format": FORMAT, **self.header()})
         return self.file
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from knowedit.edits.edit import relative_norms
+from knowedit.edits.changes import relative_norms
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar

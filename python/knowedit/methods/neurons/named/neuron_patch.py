@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from knowedit.edits.edit import Edit, relative_norms
+from knowedit.edits.changes import change_of, relative_norms
+from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
+from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.facts.wordings.ordinary import openings, sentences
@@ -85,7 +87,8 @@ class NeuronPatch(Method):
         together.
         """
         alone = [[check_facts([fact])] for fact in facts]
-        return self._edits(model, self._layer(model), alone, progress)
+        edits = self._edits(model, self._layer(model), alone, progress)
+        return (self._recorded(edit, model, statistics) for edit in edits)
 
     def _edits(
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
@@ -150,12 +153,20 @@ class NeuronPatch(Method):
             "leak": max(float(switch.at(x).abs().max()) for x in others),
         }
         factors, reads = rewritten(model, layer, switch, freed, targets.delta.to(own))
-        report = self._report(model, layer, values, targets, factors, chosen) | {
-            "neurons": {str(layer): freed.neurons}
-        }
+        report = self._report(model, layer, values, targets, factors, chosen)
+        report.details["neurons"] = {str(layer): freed.neurons}
         alone = first_token_warnings(model, facts, values.contexts, False)
-        report["warnings"] = [*alone, *outcome_warnings(report, targets, groups)]
-        return Edit(self.name, factors, facts, model.fingerprint, report, {layer: keys}, reads)
+        report.warnings = [*alone, *outcome_warnings(report, targets, groups)]
+        changes = {model.layout.weight_name(at): pair for at, pair in factors.items()} | reads
+        return Edit(
+            self.name,
+            {name: change_of(change) for name, change in changes.items()},
+            facts,
+            model.fingerprint,
+            report,
+            {layer: keys},
+            frozenset(f"layer {layer} neuron {neuron}" for neuron in freed.neurons),
+        )
 
     def _layer(self, model: EditableModel) -> int:
         chosen = self.layers or (max(1, round(0.27 * len(model.layers))),)
@@ -172,19 +183,18 @@ class NeuronPatch(Method):
         targets: Targets,
         factors: dict[int, tuple[Tensor, Tensor]],
         chosen: dict[str, float],
-    ) -> dict[str, Any]:
+    ) -> EditReport:
         settings = {
             "layers": [layer],
             "values": values.to_dict(),
             "sharpness": self.sharpness,
             "width": self.width,
         }
-        norms = {str(k): norm for k, norm in relative_norms(model, factors).items()}
-        return {
-            "settings": settings,
-            "layers": {str(layer): chosen},
-            "gain": chosen["gain"],
-            "relative_norm": norms,
-            "planned_nll": float(targets.nll.mean()),
-            "steps": targets.steps.tolist(),
-        }
+        return EditReport(
+            gain=chosen["gain"],
+            relative_norm={str(k): norm for k, norm in relative_norms(model, factors).items()},
+            layers={str(layer): chosen},
+            planned_nll=float(targets.nll.mean()),
+            steps=targets.steps.tolist(),
+            details={"settings": settings},
+        )

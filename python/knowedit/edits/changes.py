@@ -1,0 +1,126 @@
+"""What an edit adds to one parameter: a low-rank update, or a dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from knowedit.models.editable import EditableModel
+from knowedit_kernels.lowrank import Change as RawChange
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """`U Vᵀ`, of a matrix that maps `in` inputs to `out` outputs, however the model stores it.
+
+    Attributes:
+        U: `[out, r]`, float32.
+        V: `[in, r]`, float32.
+    """
+
+    U: Tensor
+    V: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+    @property
+    def norm(self) -> float:
+        """Of Frobenius, in float64 and without forming the product."""
+        left, right = self.U.double(), self.V.double()
+        return float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
+
+    @property
+    def raw(self) -> RawChange:
+        """As the kernels take it: the pair."""
+        return self.U, self.V
+
+    def dense(self) -> Tensor:
+        """The product `[out, in]`."""
+        return self.U @ self.V.T
+
+    def to(self, device: torch.device | str) -> LowRank:
+        return LowRank(self.U.to(device), self.V.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that a file has for them."""
+        return {"U": self.U, "V": self.V}
+
+    def __repr__(self) -> str:
+        return f"LowRank(rank {self.rank}, [{self.U.shape[0]}, {self.V.shape[0]}])"
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A change of every entry of a parameter.
+
+    Attributes:
+        delta: of the parameter's own shape, as the model stores it; float32.
+    """
+
+    delta: Tensor
+
+    @property
+    def rank(self) -> None:
+        """A dense change has none that is known."""
+        return None
+
+    @property
+    def norm(self) -> float:
+        """Of Frobenius, in float64."""
+        return float(self.delta.norm(dtype=torch.float64))
+
+    @property
+    def raw(self) -> RawChange:
+        """As the kernels take it: the tensor."""
+        return self.delta
+
+    def dense(self) -> Tensor:
+        return self.delta
+
+    def to(self, device: torch.device | str) -> Dense:
+        return Dense(self.delta.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the name that a file has for it."""
+        return {"delta": self.delta}
+
+    def __repr__(self) -> str:
+        return f"Dense({list(self.delta.shape)})"
+
+
+Change = LowRank | Dense
+
+
+def change_of(raw: RawChange | Change) -> Change:
+    """A change from what the kernels take: a pair `(U, V)`, or a dense tensor."""
+    if isinstance(raw, (LowRank, Dense)):
+        return raw
+    return Dense(raw) if isinstance(raw, Tensor) else LowRank(*raw)
+
+
+def read_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
+    """The changes of a file's tensors, `NAME.U` and `NAME.V`, or `NAME.delta`; sorted by name."""
+    names = sorted({full.rpartition(".")[0] for full in tensors})
+    return {
+        name: Dense(tensors[f"{name}.delta"])
+        if f"{name}.delta" in tensors
+        else LowRank(tensors[f"{name}.U"], tensors[f"{name}.V"])
+        for name in names
+    }
+
+
+def relative_norms(
+    model: EditableModel, factors: Mapping[int, tuple[Tensor, Tensor]]
+) -> dict[int, float]:
+    """`|U Vᵀ|_F / |W|_F` of the MLP's output projection, per layer."""
+    return {layer: relative_norm(model.weight(layer), pair) for layer, pair in factors.items()}
+
+
+def relative_norm(weight: Tensor, change: RawChange | Change) -> float:
+    """`|change|_F / |weight|_F`."""
+    return change_of(change).norm / float(weight.detach().norm(dtype=torch.float64))

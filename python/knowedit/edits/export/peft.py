@@ -1,0 +1,89 @@
+"""A LoRA adapter, as peft and vLLM read it: `lora_B @ lora_A` is the update, at scale 1.
+
+Dense changes have no place in one; several edits become one adapter of the sum of their ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+
+from knowedit.edits.changes import LowRank
+from knowedit.errors import EditError
+from knowedit.io.files import atomic_folder
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
+
+if TYPE_CHECKING:
+    from knowedit.edits.edit import Edit
+
+
+@accepts_model
+def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path:
+    """Write `edits` of `model` as the folder of one adapter.
+
+    Raises:
+        EditError: an edit is of another model, some changes are dense, or the folder exists.
+    """
+    from peft import LoraConfig, TaskType
+
+    pairs = {
+        name.removesuffix(".weight"): change for name, change in _low_rank(model, edits).items()
+    }
+    rank = max(change.rank for change in pairs.values())
+    pattern = {name: change.rank for name, change in pairs.items() if change.rank != rank}
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=model.name,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        fan_in_fan_out=model.layout.transposed,
+        target_modules=sorted(pairs),
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+    )
+    tensors = {}
+    for name, change in pairs.items():
+        prefix = f"base_model.model.{name}"
+        tensors[f"{prefix}.lora_A.weight"] = change.V.T.contiguous().cpu()
+        tensors[f"{prefix}.lora_B.weight"] = change.U.contiguous().cpu()
+    try:
+        with atomic_folder(path) as temporary:
+            save_file(tensors, temporary / "adapter_model.safetensors")
+            config.save_pretrained(str(temporary))
+    except FileExistsError as error:
+        raise EditError(str(error)) from error
+    return Path(path)
+
+
+def _low_rank(model: EditableModel, edits: Sequence[Edit]) -> dict[str, LowRank]:
+    """The sum of the edits by parameter. Raises EditError: a dense change."""
+    found: dict[str, LowRank] = {}
+    for edit in edits:
+        edit.check(model)
+        changes = edit.by_parameter(model)
+        dense = sorted(name for name, change in changes.items() if not isinstance(change, LowRank))
+        if dense:
+            raise EditError(
+                f"this {edit.method_name} edit changes {len(dense)} parameters densely "
+                f"({dense[0]}, ...), which no LoRA adapter "
+                "can hold; write it into a copy of the model instead (save_edited, `knowedit "
+                "apply`)"
+            )
+        for name, change in changes.items():
+            assert isinstance(change, LowRank)
+            before = found.get(name)
+            found[name] = (
+                change
+                if before is None
+                else LowRank(torch.cat([before.U, change.U], 1), torch.cat([before.V, change.V], 1))
+            )
+    if not found:
+        raise EditError("no edits to export; name at least one that changes weights")
+    return found

@@ -1,0 +1,57 @@
+"""What a method measured and chose while it computed an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from knowedit.errors import EditError
+
+
+@dataclass
+class EditReport:
+    """What every method may say, and what only one has to say.
+
+    Attributes:
+        gain: share of the planned change that is realised at the edited keys, the least of all
+            layers; None for a method that plans none.
+        relative_norm: |change| / |weight| in Frobenius norm, by layer (its number as text) for MLP
+            output projections, else by parameter.
+        layers: by layer (its number as text), what was chosen and measured there.
+        planned_nll: nats a token of the answers, were the plan realised; mean.
+        steps: of the optimisation, one number a value, or one for all.
+        seconds: of the computation.
+        warnings: what a careful user wants to know before trusting the edit.
+        details: what the method alone has to say; JSON-ready.
+    """
+
+    gain: float | None = None
+    relative_norm: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    planned_nll: float | None = None
+    steps: int | list[int] | None = None
+    seconds: float | None = None
+    warnings: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if taken := sorted(set(self.details) & set(_SHARED)):
+            raise EditError(f"the details of a report may not be called {', '.join(taken)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready and flat, what is not known left out: the shared entries and the details, side
+        by side.
+        """
+        shared = {name: getattr(self, name) for name in _SHARED}
+        known = {n: v for n, v in shared.items() if v not in (None, {}) or n == "relative_norm"}
+        return self.details | known
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EditReport:
+        """From what `to_dict` writes."""
+        shared = {name: record[name] for name in _SHARED if name in record}
+        return cls(**shared, details={n: v for n, v in record.items() if n not in _SHARED})
+
+
+_SHARED = tuple(entry.name for entry in fields(EditReport) if entry.name != "details")
