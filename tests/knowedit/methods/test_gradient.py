@@ -239,14 +239,23 @@ class TestAdapters:
         from peft import LoraConfig, LoraModel
 
         hf = tiny_llama.hf
-        LoraModel(hf, LoraConfig(r=2, target_modules=["q_proj"]), "default")
+        mine = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        LoraModel(hf, mine, "default")
         config = hf.peft_config = {"default": hf.peft_config["default"]}
         names = [name for name, _ in hf.named_modules()]
         trained = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
         before, hf.training = weights_fingerprint(hf), True
+        ids = torch.tensor([tiny_llama.row(FACTS[0].text).ids])
+        spoken = hf(input_ids=ids).logits
         method = replace(QUICK[LoRA], modules=("down_proj",))
         made = method.compute(tiny_llama, FACTS, progress=False)
         assert all(name.endswith("down_proj.weight") for name in made.others)
+        assert torch.equal(hf(input_ids=ids).logits, spoken)  # it is still switched on
+        assert all(leaf.grad is None for leaf in hf.parameters())
+        with made.applied_to(tiny_llama):  # and was, while the edit was trained
+            assert float(said(hf, tiny_llama, FACTS)) == pytest.approx(
+                made.report["loss"], rel=1e-3
+            )
         assert hf.peft_config is config and list(config) == ["default"] and hf.training
         assert [name for name, _ in hf.named_modules()] == names
         assert {name for name, leaf in hf.named_parameters() if leaf.requires_grad} == trained
