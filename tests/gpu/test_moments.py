@@ -1,5 +1,5 @@
 """Second moments on a real GPU: the accuracy gate, bit-repeatability, offsets beyond 2^31, and the
-whole state.
+whole state (gpu).
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""The target loss on a real GPU: the accuracy gate, a large vocabulary, bit-repeatability."""
+"""The target loss on a real GPU: the accuracy gate, a large vocabulary, bit-repeatability (gpu)."""
 
 import pytest
 import torch

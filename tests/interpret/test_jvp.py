@@ -1,5 +1,5 @@
 """The kernels of the tangents, run on the CPU: ragged sizes, strides, padding, options, poisoned
-buffers.
+buffers (unit).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The low-rank update kernel, run on the CPU: budgets, exact agreement, margins, probes."""
+"""The low-rank update kernel, run on the CPU: budgets, exact agreement, margins, probes (unit)."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """The Triton moments under the interpreter: dtype x ragged shape x tail x empty, poisoned and
-guarded.
+guarded (unit).
 """
 
 import dataclasses

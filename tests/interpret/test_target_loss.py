@@ -1,5 +1,5 @@
 """The target loss kernels, run on the CPU: ragged sizes, strides, several chunks, poisoned
-buffers.
+buffers (unit).
 """
 
 import pytest

@@ -1,5 +1,5 @@
 """The benchmark: no speed-up without accuracy, exit codes, peers that are absent, results files and
-their picture.
+their picture (unit).
 """
 
 import json

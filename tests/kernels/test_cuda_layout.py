@@ -1,5 +1,5 @@
 """The sm_90a second moment without a GPU: every address emulated, its tiles and chains, who may use
-it, and its gate.
+it, and its gate (unit).
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Dispatch: preference, reasons, forcing, logging once."""
+"""Dispatch: preference, reasons, forcing, logging once (unit)."""
 
 import logging
 from dataclasses import dataclass

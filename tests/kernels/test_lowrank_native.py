@@ -1,5 +1,5 @@
 """The compiled CPU kernels of the low-rank update: every instruction set against the
-specification.
+specification (unit).
 """
 
 import pytest

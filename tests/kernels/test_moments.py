@@ -1,5 +1,5 @@
 """Second moments on the CPU: every implementation against float64, on odd shapes, in budget,
-bit-repeatable.
+bit-repeatable (unit).
 """
 
 import math

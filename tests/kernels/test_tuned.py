@@ -1,5 +1,5 @@
 """A table of measured block sizes is used where it fits, gated like the built-in sizes, and
-harmless when damaged.
+harmless when damaged (unit).
 """
 
 import json

@@ -1,5 +1,5 @@
 """Deliberately wrong layers and tangents, which the gates must reject; the right ones, in the same
-hands, pass.
+hands, pass (unit).
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Deliberately wrong updates, which the gates must reject."""
+"""Deliberately wrong updates, which the gates must reject (unit)."""
 
 import pytest
 import torch

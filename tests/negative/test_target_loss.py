@@ -1,4 +1,4 @@
-"""Deliberately wrong losses, which the gate must reject."""
+"""Deliberately wrong losses, which the gate must reject (unit)."""
 
 from dataclasses import replace
 
