@@ -249,7 +249,7 @@ class TestAdapters:
         spoken = hf(input_ids=ids).logits
         method = replace(QUICK[LoRA], modules=("down_proj",))
         made = method.compute(tiny_llama, FACTS, progress=False)
-        assert all(name.endswith("down_proj.weight") for name in made.others)
+        assert all(name.endswith("down_proj.weight") for name in made.changes)
         assert torch.equal(hf(input_ids=ids).logits, spoken)  # it is still switched on
         assert all(leaf.grad is None for leaf in hf.parameters())
         with made.applied_to(tiny_llama):  # and was, while the edit was trained
