@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,19 +25,31 @@ class DispatchError(RuntimeError):
     """No implementation of an op can run on these arguments, or the forced one cannot."""
 
 
-def _anything(*args: Any, **kwargs: Any) -> str | None:
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of an op, in the order of its schema. Every op has a subclass, in its folder's
+    `call.py`, and every implementation takes one.
+    """
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The values in the order of the schema."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+def _anything(call: Any) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation: `run(*args)`, `verify(*args)` -> None or why not, `device` it is meant
-    for (None: any).
+    """One implementation: `run(call)`, `verify(call)` -> None or why not, `device` it is meant for
+    (None: any).
     """
 
     name: str
-    run: Callable[..., Any]
-    verify: Callable[..., str | None] = _anything
+    run: Callable[[Any], Any]
+    verify: Callable[[Any], str | None] = _anything
     device: str | None = None
 
 
@@ -59,13 +71,17 @@ class Decision:
         return "\n".join(lines)
 
 
+_calls: dict[str, type[Call]] = {}
 _candidates: dict[str, list[Candidate]] = {}
 _last: dict[str, Decision] = {}
 _logged: set[tuple[str, str, str]] = set()
 
 
-def register(op: str, *candidates: Candidate) -> None:
-    """Sets the candidates of `op`, best first. Called once by the op's folder."""
+def register(op: str, call: type[Call], *candidates: Candidate) -> None:
+    """Sets the candidates of `op`, best first, and what they take. Called once by the op's
+    folder.
+    """
+    _calls[op] = call
     _candidates[op] = list(candidates)
 
 
@@ -92,25 +108,30 @@ def _forced(op: str) -> str | None:
     return None
 
 
-def _device(args: tuple[Any, ...]) -> str | None:
+def _device(call: Call) -> str | None:
     """The device type of the first tensor among the arguments, also inside a list."""
-    flat = (item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+    flat = (
+        item
+        for arg in call.arguments
+        for item in (arg if isinstance(arg, (list, tuple)) else (arg,))
+    )
     return next((item.device.type for item in flat if isinstance(item, torch.Tensor)), None)
 
 
-def _refusal(
-    candidate: Candidate, device: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
+def _refusal(candidate: Candidate, device: str | None, call: Call) -> str | None:
     if candidate.device is not None and device is not None and candidate.device != device:
         return f"runs on {candidate.device}, the tensors are on {device}"
-    return candidate.verify(*args, **kwargs)
+    return candidate.verify(call)
 
 
-def choose(op: str, *args: Any, **kwargs: Any) -> tuple[Candidate | None, Decision]:
-    """The candidate that would run on these arguments (None if none can) and the record of the
-    decision.
-    """
-    forced, device = _forced(op), _device(args)
+def _call(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    candidates(op)
+    return _calls[op](*args, **kwargs)
+
+
+def choose(op: str, call: Call) -> tuple[Candidate | None, Decision]:
+    """The candidate that would run `call` (None if none can) and the record of the decision."""
+    forced, device = _forced(op), _device(call)
     refused: list[tuple[str, str]] = []
     chosen: Candidate | None = None
     rest: list[str] = []
@@ -121,7 +142,7 @@ def choose(op: str, *args: Any, **kwargs: Any) -> tuple[Candidate | None, Decisi
         if forced is not None and candidate.name != forced:
             reason: str | None = f"KNOWEDIT_IMPL asks for {forced}"
         else:
-            reason = _refusal(candidate, device, args, kwargs)
+            reason = _refusal(candidate, device, call)
         if reason is None:
             chosen = candidate
         else:
@@ -131,13 +152,14 @@ def choose(op: str, *args: Any, **kwargs: Any) -> tuple[Candidate | None, Decisi
 
 def run(op: str, *args: Any, **kwargs: Any) -> Any:
     """Runs the first candidate that can. Raises `DispatchError` with all reasons if none can."""
-    chosen, decision = choose(op, *args, **kwargs)
+    call = _call(op, args, kwargs)
+    chosen, decision = choose(op, call)
     _last[op] = decision
     if chosen is None:
         raise DispatchError(str(decision))
     if decision.refused:
-        _log_fallback(decision, _device(args))
-    return chosen.run(*args, **kwargs)
+        _log_fallback(decision, _device(call))
+    return chosen.run(call)
 
 
 def _log_fallback(decision: Decision, device: str | None) -> None:
@@ -161,7 +183,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     candidate.
     """
     if args or kwargs:
-        return choose(op, *args, **kwargs)[1]
+        return choose(op, _call(op, args, kwargs))[1]
     candidates(op)
     return _last.get(
         op, Decision(op, None, (("all", "not called yet; pass arguments to explain a call"),))

@@ -34,7 +34,9 @@ def environment(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str
     """
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": str(device), "cpu": cpu_name(), "cores": os.cpu_count(),
+        "device": str(device),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "knowedit_kernels": knowedit_kernels.__version__,

@@ -4,6 +4,7 @@ solver (see README.md).
 
 from knowedit_kernels._dispatch import register
 from knowedit_kernels.jvp import batched, gpu
+from knowedit_kernels.jvp.call import AttentionCall, RmsNormCall, SwigluCall
 from knowedit_kernels.jvp.layers import WithTangents as WithTangents
 from knowedit_kernels.jvp.layers import attention as attention
 from knowedit_kernels.jvp.layers import attention_jvp as attention_jvp
@@ -22,6 +23,6 @@ from knowedit_kernels.jvp.solver import spread_jvp as spread_jvp
 from knowedit_kernels.jvp.solver import spread_shares as spread_shares
 from knowedit_kernels.jvp.solver import spread_vjp as spread_vjp
 
-register("rms_norm_jvp", gpu.RMS_NORM, batched.RMS_NORM)
-register("swiglu_jvp", gpu.SWIGLU, batched.SWIGLU)
-register("attention_jvp", gpu.ATTENTION, batched.ATTENTION)
+register("rms_norm_jvp", RmsNormCall, gpu.RMS_NORM, batched.RMS_NORM)
+register("swiglu_jvp", SwigluCall, gpu.SWIGLU, batched.SWIGLU)
+register("attention_jvp", AttentionCall, gpu.ATTENTION, batched.ATTENTION)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels.jvp.call import AttentionCall, RmsNormCall, SwigluCall
 
 ELEMENTS = (
     1 << 18
@@ -29,8 +30,9 @@ def pieces(total: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 
-def rms_norm(x: Tensor, weight: Tensor, tangents: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(call: RmsNormCall) -> tuple[Tensor, Tensor]:
     """``rms_norm_jvp`` of `_ops.py`."""
+    x, weight, tangents, eps = call.arguments
     wide, (rows, d) = working(x), x.shape
     y, dy, scale = torch.empty_like(x), torch.empty_like(tangents), weight.to(wide)
     for part in pieces(rows, ELEMENTS // max(d * (1 + len(tangents)), 1)):
@@ -43,10 +45,9 @@ def rms_norm(x: Tensor, weight: Tensor, tangents: Tensor, eps: float) -> tuple[T
     return y, dy
 
 
-def swiglu(
-    gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor
-) -> tuple[Tensor, Tensor]:
+def swiglu(call: SwigluCall) -> tuple[Tensor, Tensor]:
     """``swiglu_jvp`` of `_ops.py`."""
+    gate, up, gate_tangents, up_tangents = call.arguments
     wide, (rows, d) = working(gate), gate.shape
     y, dy = torch.empty_like(gate), torch.empty_like(gate_tangents)
     for part in pieces(rows, ELEMENTS // max(d * (1 + len(dy)), 1)):
@@ -61,18 +62,9 @@ def swiglu(
     return y, dy
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tq: Tensor | None,
-    tk: Tensor | None,
-    tv: Tensor | None,
-    spans: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """``attention_jvp`` of `_ops.py`."""
+    q, k, v, tq, tk, tv, spans, causal, scale = call.arguments
     (batch, heads, queries, _), keys, wide = q.shape, k.shape[2], working(q)
     count = next((len(t) for t in (tq, tk, tv) if t is not None), 0)
     o, do = torch.empty_like(q), q.new_empty(count, *q.shape)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels import _device, _gate
-from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels._dispatch import Call, Candidate
 from knowedit_kernels.jvp import reference
+from knowedit_kernels.jvp.call import AttentionCall, RmsNormCall, SwigluCall
 from knowedit_kernels.numerics import tangent_error
 
 GROUP = 8  # tangents of one program of the elementwise kernels: the primal is read once for them
@@ -68,8 +69,9 @@ def attention_tile(dtype: torch.dtype, d: int) -> tuple[dict[str, Any], bool]:
     return tile, kind == ONE_PASS
 
 
-def rms_norm(x: Tensor, weight: Tensor, tangents: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(call: RmsNormCall) -> tuple[Tensor, Tensor]:
     """``rms_norm_jvp`` of `_ops.py`."""
+    x, weight, tangents, eps = call.arguments
     from knowedit_kernels.jvp.triton import rms_norm_kernel
 
     (rows, d), count = x.shape, len(tangents)
@@ -93,10 +95,9 @@ def rms_norm(x: Tensor, weight: Tensor, tangents: Tensor, eps: float) -> tuple[T
     return y, dy
 
 
-def swiglu(
-    gate: Tensor, up: Tensor, gate_tangents: Tensor, up_tangents: Tensor
-) -> tuple[Tensor, Tensor]:
+def swiglu(call: SwigluCall) -> tuple[Tensor, Tensor]:
     """``swiglu_jvp`` of `_ops.py`."""
+    gate, up, gate_tangents, up_tangents = call.arguments
     from knowedit_kernels.jvp.triton import swiglu_kernel
 
     (rows, d), count = gate.shape, len(gate_tangents)
@@ -123,20 +124,11 @@ def swiglu(
     return y, dy
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tq: Tensor | None,
-    tk: Tensor | None,
-    tv: Tensor | None,
-    spans: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """``attention_jvp`` of `_ops.py`. The softmax's statistics first, unless one pass can
     do all.
     """
+    q, k, v, tq, tk, tv, spans, causal, scale = call.arguments
     from knowedit_kernels.jvp.triton import attention_kernel
 
     (batch, heads, queries, d), (shared, keys) = q.shape, k.shape[1:3]
@@ -150,10 +142,7 @@ def attention(
     if not q.numel():
         return o.to(q.dtype), do
     if (tk is None) != (tv is None):
-        tk, tv = (
-            torch.zeros_like(other) if t is None else t  # type: ignore[arg-type]
-            for t, other in ((tk, tv), (tv, tk))
-        )
+        tk, tv = (torch.zeros_like(other) if t is None else t for t, other in ((tk, tv), (tv, tk)))
     spans = None if spans is None else spans.to(torch.int32).contiguous()
 
     def launch(known: bool, tangents: int) -> None:
@@ -209,7 +198,7 @@ def rms_norm_gate(device: torch.device) -> str | None:
             wanted = reference.tangents(
                 lambda x, w=w: reference.rms_norm(x, w.double(), 0.3), (x,), (t,)
             )
-            got = rms_norm(x.to(device), w.to(device), t.to(device), 0.3)
+            got = rms_norm(RmsNormCall(x.to(device), w.to(device), t.to(device), 0.3))
             if failure := _failure(device, "rms_norm", got, wanted):
                 return f"{dtype} [{count}, {rows}, {d}]: {failure}"
     return None
@@ -224,15 +213,18 @@ def swiglu_gate(device: torch.device) -> str | None:
             moved = tuple(_draw((count, rows, d), dtype, generator) for _ in range(2))
             wanted = reference.tangents(reference.swiglu, primals, moved)
             if failure := _failure(
-                device, "swiglu", swiglu(*(x.to(device) for x in primals + moved)), wanted
+                device,
+                "swiglu",
+                swiglu(SwigluCall(*(x.to(device) for x in primals + moved))),
+                wanted,
             ):
                 return f"{dtype} [{count}, {rows}, {d}]: {failure}"
     return None
 
 
 def attention_cases(generator: torch.Generator) -> Iterator[tuple[str, list[Any]]]:
-    """(what, arguments of `attention`): shared keys, padding, constant prefixes, one tangent and
-    several, every tile.
+    """(what, arguments of `AttentionCall`): shared keys, padding, constant prefixes, one tangent
+    and several, every tile.
     """
     for dtype in DTYPES:
         for d, count, queries, first, causal, padded in (
@@ -269,18 +261,19 @@ def attention_gate(device: torch.device) -> str | None:
         function = functools.partial(reference.attention, causal=causal, scale=scale, spans=spans)
         wanted = reference.tangents(function, (q, k, v), (tq, *whole))
         moved: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in given]
-        if failure := _failure(device, "attention", attention(*moved), wanted):
+        if failure := _failure(device, "attention", attention(AttentionCall(*moved)), wanted):
             return f"{what}: {failure}"
     return None
 
 
-Run = Callable[..., tuple[Tensor, Tensor]]
+Run = Callable[[Any], tuple[Tensor, Tensor]]
 
 
 def _candidate(
     run: Run, gate: Callable[[torch.device], str | None], refuse: Callable[[Tensor], str | None]
 ) -> Candidate:
-    def verify(first: Tensor, *others: Any) -> str | None:
+    def verify(call: Call) -> str | None:
+        first, *others = call.arguments
         if first.dtype not in DTYPES:
             return f"no kernel for {first.dtype}"
         if reason := refuse(first):

@@ -7,6 +7,7 @@ any order.
 
 from knowedit_kernels._dispatch import register
 from knowedit_kernels.lowrank import blocked, cpu, gpu
+from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.lowrank.ledger import Change as Change
 from knowedit_kernels.lowrank.ledger import LedgerError as LedgerError
 from knowedit_kernels.lowrank.ledger import WeightLedger as WeightLedger
@@ -15,4 +16,4 @@ from knowedit_kernels.lowrank.update import UpdateReport as UpdateReport
 from knowedit_kernels.lowrank.update import low_rank_update_ as low_rank_update_
 from knowedit_kernels.lowrank.update import low_rank_update_many_ as low_rank_update_many_
 
-register("low_rank_update_", gpu.TRITON, *cpu.COMPILED, blocked.TORCH)
+register("low_rank_update_", UpdateCall, gpu.TRITON, *cpu.COMPILED, blocked.TORCH)

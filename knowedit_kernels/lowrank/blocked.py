@@ -8,57 +8,27 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.lowrank.rounding import random_bits, round_stochastic
 
 _BLOCK = 1 << 18  # elements; 1 MiB of float32
 
 
-def update_(
-    w: list[Tensor],
-    base: list[Tensor],
-    u: list[Tensor],
-    v: list[Tensor],
-    rounding: str,
-    seed: int,
-    residual: list[Tensor],
-    probe: list[Tensor],
-    write: bool,
-    sums: Tensor,
-    errors: list[Tensor],
-) -> None:
+def update_(call: UpdateCall) -> None:
     """Runs ``low_rank_update_`` of `_ops.py` weight by weight."""
-    for i, weight in enumerate(w):
-        plane = residual[i] if residual else None
-        seen = (probe[i].to(u[i]), errors[i]) if probe else None
-        _one(
-            weight,
-            base[i] if base else weight,
-            u[i],
-            v[i],
-            rounding,
-            (seed, i),
-            plane,
-            seen,
-            write,
-            sums[i],
-        )
+    for i in range(len(call.w)):
+        _one(call, i)
 
 
-def _one(
-    w: Tensor,
-    source: Tensor,
-    u: Tensor,
-    v: Tensor,
-    rounding: str,
-    seed: tuple[int, int],
-    plane: Tensor | None,
-    seen: tuple[Tensor, Tensor] | None,
-    write: bool,
-    sums: Tensor,
-) -> None:
+def _one(call: UpdateCall, i: int) -> None:
+    """The update of weight `i`."""
+    w, u, v = call.w[i], call.u[i], call.v[i]
+    source = call.base[i] if call.base else w
+    plane = call.residual[i] if call.residual else None
+    probe = call.probe[i].to(u) if call.probe else None
     rows, columns = w.shape
     work = u.dtype
-    totals = torch.zeros_like(sums)
+    totals = torch.zeros_like(call.sums[i])
     step = max(1, _BLOCK // max(columns, 1))
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
@@ -67,12 +37,12 @@ def _one(
         exact = old + ideal
         if plane is not None:
             exact = exact + plane[block]
-        if rounding == "stochastic":
-            bits = random_bits(block, columns, *seed, w.device)
+        if call.rounding == "stochastic":
+            bits = random_bits(block, columns, call.seed, i, w.device)
             new = round_stochastic(exact, bits, w.dtype)
         else:
             new = exact.to(w.dtype)
-        if plane is not None and write:
+        if plane is not None and call.write:
             plane[block] = (exact - new.to(work)).to(plane.dtype)
         applied = new.to(work) - old
         totals[0] += _square(ideal)
@@ -83,11 +53,11 @@ def _one(
             totals[4] += (~torch.isfinite(applied)).sum()
         applied -= ideal
         totals[2] += _square(applied)
-        if seen is not None:
-            seen[1][block] = applied @ seen[0]
-        if write:
+        if probe is not None:
+            call.errors[i][block] = applied @ probe
+        if call.write:
             w[block] = new
-    sums.copy_(totals)
+    call.sums[i].copy_(totals)
 
 
 def _square(x: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ written once.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from knowedit_kernels import _native
 from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels.lowrank.call import UpdateCall
 
 ROUNDING = {"nearest": 0, "stochastic": 1, "compensated": 2}
 # as in csrc/cpu/isa.h
@@ -18,49 +18,19 @@ ISA = {"avx512": 2, "avx2": 1, "generic": 0}
 def compiled(name: str) -> Candidate:
     """The candidate of one instruction set."""
 
-    def update_(
-        w: list[Tensor],
-        base: list[Tensor],
-        u: list[Tensor],
-        v: list[Tensor],
-        rounding: str,
-        seed: int,
-        residual: list[Tensor],
-        probe: list[Tensor],
-        write: bool,
-        sums: Tensor,
-        errors: list[Tensor],
-    ) -> None:
-        for i, weight in enumerate(w):
+    def update_(call: UpdateCall) -> None:
+        for i, weight in enumerate(call.w):
             torch.ops.knowedit.low_rank_cpu_(
-                weight,
-                base[i] if base else weight,
-                u[i],
-                v[i],
-                ROUNDING[rounding],
-                seed,
-                i,
-                residual[i] if residual else None,
-                probe[i] if probe else None,
-                write,
-                sums[i],
-                errors[i] if probe else None,
-                ISA[name],
-            )
+                weight, call.base[i] if call.base else weight, call.u[i], call.v[i],
+                ROUNDING[call.rounding], call.seed, i, call.residual[i] if call.residual else None,
+                call.probe[i] if call.probe else None, call.write, call.sums[i],
+                call.errors[i] if call.probe else None, ISA[name],
+            )  # fmt: skip
 
-    def verify(
-        w: list[Tensor],
-        base: list[Tensor],
-        u: list[Tensor],
-        v: list[Tensor],
-        rounding: str,
-        seed: int,
-        residual: list[Tensor],
-        *rest: object,
-    ) -> str | None:
+    def verify(call: UpdateCall) -> str | None:
         if reason := _native.load().refusal(ISA[name]):
             return reason
-        for tensor in (*w, *base, *residual):
+        for tensor in (*call.w, *call.base, *call.residual):
             if tensor.dtype == torch.float64:
                 return "float64 weights need float64 arithmetic"
             if tensor.shape[1] > 1 and tensor.stride(1) != 1:

@@ -8,6 +8,7 @@ that the kernel sees one plain bfloat16 product whose terms are exact in float32
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from knowedit_kernels import _device, _gate, numerics
 from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.lowrank import blocked
+from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.lowrank.reference import grade_update
 from knowedit_kernels.lowrank.rounding import ROUNDS
 
@@ -47,68 +49,38 @@ def stack(u: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.pad(a, pad), torch.nn.functional.pad(b, pad)
 
 
-def update_(
-    w: list[Tensor],
-    base: list[Tensor],
-    u: list[Tensor],
-    v: list[Tensor],
-    rounding: str,
-    seed: int,
-    residual: list[Tensor],
-    probe: list[Tensor],
-    write: bool,
-    sums: Tensor,
-    errors: list[Tensor],
-) -> None:
+def update_(call: UpdateCall) -> None:
     """Runs ``low_rank_update_`` of `_ops.py`; weights of one dtype share a launch."""
-    sums.zero_()
-    widest = max((keys.shape[1] for keys in probe), default=0)
+    call.sums.zero_()
+    widest = max((keys.shape[1] for keys in call.probe), default=0)
     for start in range(0, max(widest, 1), _PROBES):  # only the last launch writes
-        keys = [k[:, start : start + _PROBES].float().mT.contiguous() for k in probe]
-        parts = [error[:, start : start + _PROBES] for error in errors]
-        last = write and start + _PROBES >= widest
-        for dtype in dict.fromkeys(tensor.dtype for tensor in w):
-            members = [i for i, tensor in enumerate(w) if tensor.dtype == dtype and tensor.numel()]
+        part = replace(
+            call,
+            probe=[k[:, start : start + _PROBES].float().mT.contiguous() for k in call.probe],
+            errors=[error[:, start : start + _PROBES] for error in call.errors],
+            write=call.write and start + _PROBES >= widest,
+        )
+        for dtype in dict.fromkeys(tensor.dtype for tensor in call.w):
+            members = [i for i, w in enumerate(call.w) if w.dtype == dtype and w.numel()]
             if members:
-                _launch(
-                    members,
-                    sums,
-                    parts,
-                    w,
-                    base or w,
-                    u,
-                    v,
-                    rounding,
-                    seed,
-                    residual or w,
-                    keys,
-                    last,
-                )
+                _launch(members, part)
 
 
-def _launch(
-    members: list[int],
-    sums: Tensor,
-    errors: list[Tensor],
-    w: list[Tensor],
-    base: list[Tensor],
-    u: list[Tensor],
-    v: list[Tensor],
-    rounding: str,
-    seed: int,
-    plane: list[Tensor],
-    probe: list[Tensor],  # [p, in]
-    write: bool,
-) -> None:
+def _launch(members: list[int], call: UpdateCall) -> None:
+    """One launch over the weights `members`, of one dtype; probes of `call` are transposed,
+    [p, in].
+    """
     import triton.language as tl
 
     from knowedit_kernels.lowrank.triton import update_kernel
 
+    w, probe, sums = call.w, call.probe, call.sums
+    base, plane = call.base or w, call.residual or w
     device, dtype = w[members[0]].device, w[members[0]].dtype
     pointers, shapes, programs, alive, aligned = [], [], [], [], True
     for entry, i in enumerate(members):
         (M, N), P = w[i].shape, len(probe[i]) if probe else 0
-        a, b = stack(u[i], v[i], PARTS[dtype])
+        a, b = stack(call.u[i], call.v[i], PARTS[dtype])
         chunks = _ceil(_ceil(N, BN), TILES)
         partial = torch.empty(chunks, M, P, dtype=torch.float32, device=device)
         tensors = (w[i], base[i], plane[i], a, b, probe[i] if probe else a, partial)
@@ -125,9 +97,9 @@ def _launch(
     out = torch.empty(len(programs), sums.shape[1], dtype=torch.float64, device=device)
     most = max(len(probe[i]) for i in members) if probe else 0
     update_kernel[(len(programs),)](
-        *tables, out, seed,
-        DT=getattr(tl, str(dtype).removeprefix("torch.")), ROUNDING=rounding,
-        COMPENSATED=rounding == "compensated", WRITE=write,
+        *tables, out, call.seed,
+        DT=getattr(tl, str(dtype).removeprefix("torch.")), ROUNDING=call.rounding,
+        COMPENSATED=call.rounding == "compensated", WRITE=call.write,
         BP=max(16, 1 << (most - 1).bit_length()) if most else 0, ALIGNED=aligned, ROUNDS=ROUNDS,
         FIELDS=_FIELDS, BM=BM, BN=BN, BR=BR, TILES=TILES, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -135,7 +107,7 @@ def _launch(
     for i, tensors, count in alive:
         sums[i] = out[first : first + count].sum(0)
         if probe:
-            errors[i].copy_(tensors[-1].sum(0))
+            call.errors[i].copy_(tensors[-1].sum(0))
         first += count
 
 
@@ -168,7 +140,7 @@ def _failures(
     W: Tensor, U: Tensor, V: Tensor, keys: Tensor, rounding: str, device: torch.device
 ) -> list[str]:
     def run(
-        implementation: Callable[..., None], where: torch.device
+        implementation: Callable[[UpdateCall], None], where: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
         w, u, v, k = (x.to(where, copy=True) for x in (W, U, V, keys))
         planes = [torch.zeros_like(w, dtype=torch.bfloat16)] if rounding == "compensated" else []
@@ -176,7 +148,7 @@ def _failures(
             w.new_empty(1, 5, dtype=torch.float64),
             w.new_empty(len(W), keys.shape[1], dtype=torch.float32),
         )
-        implementation([w], [], [u], [v], rounding, 3, planes, [k], True, sums, [error])
+        implementation(UpdateCall([w], [], [u], [v], rounding, 3, planes, [k], True, sums, [error]))
         return w.cpu(), sums.cpu(), error.double().cpu()
 
     w, sums, error = run(update_, device)
@@ -194,31 +166,19 @@ def _failures(
     return failures
 
 
-def _verify(
-    w: list[Tensor],
-    base: list[Tensor],
-    u: list[Tensor],
-    v: list[Tensor],
-    rounding: str,
-    seed: int,
-    residual: list[Tensor],
-    probe: list[Tensor],
-    write: bool,
-    sums: Tensor,
-    errors: list[Tensor],
-) -> str | None:
-    for name, tensors in (("weight", w), ("base", base), ("residual", residual)):
+def _verify(call: UpdateCall) -> str | None:
+    for name, tensors in (("weight", call.w), ("base", call.base), ("residual", call.residual)):
         for tensor in tensors:
             if tensor.dtype not in PARTS:
                 return f"no kernel for {tensor.dtype} weights"
             if tensor.stride(1) != 1 or tensor.data_ptr() % 16:
                 return f"a {name} has strided or unaligned rows"
-    if len({tensor.device for tensor in w}) != 1:
+    if len({tensor.device for tensor in call.w}) != 1:
         return "the weights are not all on one device"
     if _device.triton_version() is None:
         return "Triton is not installed"
     files = ("lowrank/triton.py", "lowrank/gpu.py", "triton_lib/rounding.py")
-    return _gate.unproven("lowrank.triton", files, w[0].device, gate)
+    return _gate.unproven("lowrank.triton", files, call.w[0].device, gate)
 
 
 TRITON = Candidate("triton", update_, _verify, device="cuda")

@@ -10,10 +10,11 @@ from knowedit_kernels import _ops as _ops
 from knowedit_kernels._dispatch import register
 from knowedit_kernels.moments import cpu, cuda, gpu
 from knowedit_kernels.moments.audit import AuditResult as AuditResult
+from knowedit_kernels.moments.call import MomentCall, PackCall
 from knowedit_kernels.moments.functional import PRECISIONS as PRECISIONS
 from knowedit_kernels.moments.functional import second_moment_ as second_moment_
 from knowedit_kernels.moments.state import SecondMoment as SecondMoment
 from knowedit_kernels.moments.state import update_together as update_together
 
-register("second_moment_", cuda.CUDA, gpu.TRITON, *cpu.COMPILED, cpu.TORCH)
-register("moment_pack_", gpu.TRITON_PACK, cpu.COMPILED_PACK, cpu.TORCH_PACK)
+register("second_moment_", MomentCall, cuda.CUDA, gpu.TRITON, *cpu.COMPILED, cpu.TORCH)
+register("moment_pack_", PackCall, gpu.TRITON_PACK, cpu.COMPILED_PACK, cpu.TORCH_PACK)

@@ -10,6 +10,7 @@ import torch
 
 from knowedit_kernels import _native
 from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels.moments.call import MomentCall, PackCall
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 # as in csrc/cpu/isa.h
@@ -31,53 +32,42 @@ def compiled(name: str, isa: int) -> Candidate:
     tokens, float64 beyond.
     """
 
-    def run(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
-        for c, key in zip(cs, keys):
+    def run(call: MomentCall) -> None:
+        for c, key in zip(call.cs, call.keys):
             torch.ops.knowedit.syrk_cpu_(c, key, isa)
 
-    def verify(
-        cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str
-    ) -> str | None:
-        return "float64 arithmetic was asked for" if precision == "fp64" else _refusal(isa, keys)
+    def verify(call: MomentCall) -> str | None:
+        if call.precision == "fp64":
+            return "float64 arithmetic was asked for"
+        return _refusal(isa, call.keys)
 
     return Candidate(name, run, verify, device="cpu")
 
 
-def panels_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
+def panels_(call: MomentCall) -> None:
     """Float64 column panels on and below the diagonal: half the work of a full product, on any
     device.
     """
-    for c, key in zip(cs, keys):
+    for c, key in zip(call.cs, call.keys):
         for block in key.split(4096):
             wide = block.double()
             for j in range(0, key.shape[1], 256):
                 c[j:, j : j + 256].addmm_(wide[:, j:].T, wide[:, j : j + 256])
 
 
-def _compiled_pack_(
-    out: torch.Tensor | None,
-    audit: torch.Tensor,
-    keys: torch.Tensor,
-    rows: torch.Tensor | None,
-    signs: torch.Tensor,
-) -> None:
-    torch.ops.knowedit.pack_cpu_(out, audit, keys, rows, signs, _native.load().isa)
+def _compiled_pack_(call: PackCall) -> None:
+    torch.ops.knowedit.pack_cpu_(*call.arguments, _native.load().isa)
 
 
-def _torch_pack_(
-    out: torch.Tensor | None,
-    audit: torch.Tensor,
-    keys: torch.Tensor,
-    rows: torch.Tensor | None,
-    signs: torch.Tensor,
-) -> None:
-    dense = keys if rows is None else keys.index_select(0, rows)
-    if out is not None:
-        out.copy_(dense)
+def _torch_pack_(call: PackCall) -> None:
+    keys, audit = call.keys, call.audit
+    dense = keys if call.rows is None else keys.index_select(0, call.rows)
+    if call.out is not None:
+        call.out.copy_(dense)
     for block in dense.split(1024):
         wide = block.double()
         audit[0] += wide.square().sum()
-        audit[1:] += (wide @ signs.T).square().sum(0)
+        audit[1:] += (wide @ call.signs.T).square().sum(0)
 
 
 COMPILED = tuple(
@@ -93,7 +83,7 @@ TORCH = Candidate("torch", panels_)
 COMPILED_PACK = Candidate(
     "compiled",
     _compiled_pack_,
-    lambda out, audit, keys, rows, signs: _refusal(GENERIC, [keys]),
+    lambda call: _refusal(GENERIC, [call.keys]),
     "cpu",
 )
 TORCH_PACK = Candidate("torch", _torch_pack_)

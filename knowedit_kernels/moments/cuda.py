@@ -19,6 +19,7 @@ from torch import Tensor
 from knowedit_kernels import _gate, _native, _native_cuda, testing
 from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.moments import gpu, reference, schedule, tuned
+from knowedit_kernels.moments.call import MomentCall
 from knowedit_kernels.moments.functional import mirror_
 
 # as in csrc/cuda/syrk_layout.h, which a test compares
@@ -27,13 +28,13 @@ HOPPER = 90
 _GATE_SECONDS = 300
 
 
-def accumulate_(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> None:
+def accumulate_(call: MomentCall) -> None:
     """c += K^T K on the lower triangle of every layer's c [d, d] float64; bf16 or fp16 keys, as in
     `gpu.accumulate_`.
     """
-    for group, rows in gpu.groups(cs, keys):
+    for group, rows in gpu.groups(call.cs, call.keys):
         d, tokens = rows[0].shape[1], min(map(len, rows))
-        config = schedule.config(rows[0].dtype, precision, HOPPER, tokens)
+        config = schedule.config(rows[0].dtype, call.precision, HOPPER, tokens)
         programs = len(schedule.tile_table(d, len(group), ROWS, width=COLUMNS))
         gpu.split_(group, rows, programs, functools.partial(launch_, config=config))
 
@@ -63,7 +64,7 @@ def gate(device: torch.device) -> str | None:
         for dtype in (torch.bfloat16, torch.float16):
             keys = raw.to(dtype)
             cs = [torch.zeros(d, d, dtype=torch.float64, device=device) for _ in range(layers)]
-            accumulate_(cs, [keys.to(device)] * layers, "exact")
+            accumulate_(MomentCall(cs, [keys.to(device)] * layers, "exact"))
             lower = [c.tril() for c in cs]
             if not all(torch.equal(lower[0], other) for other in lower):
                 return f"layers with the same {dtype} keys [{tokens}, {d}] differ"
@@ -98,21 +99,20 @@ def gate_apart(device: torch.device, seconds: float | None = None) -> str | None
     return None if done.returncode == 0 else f"{last[0]} (exit status {done.returncode})"
 
 
-def refusal(
-    capability: tuple[int, int], cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str
-) -> str | None:
+def refusal(capability: tuple[int, int], call: MomentCall) -> str | None:
     """Why the kernel does not apply to these arguments on a GPU of `capability`; None if
     it does.
     """
     if capability != (9, 0):
         return f"for Hopper (9.0) only, this GPU has {capability[0]}.{capability[1]}"
-    if precision == "fp64" or any(key.dtype not in (torch.bfloat16, torch.float16) for key in keys):
+    narrow = all(key.dtype in (torch.bfloat16, torch.float16) for key in call.keys)
+    if call.precision == "fp64" or not narrow:
         return "for bfloat16 and float16 keys only"
-    if any(key.shape[1] % 8 for key in keys):
+    if any(key.shape[1] % 8 for key in call.keys):
         return "needs a multiple of 8 channels"
-    if precision != "fast" and any(len(key) < schedule.FEW_TOKENS for key in keys):
+    if call.precision != "fast" and any(len(key) < schedule.FEW_TOKENS for key in call.keys):
         return f"fewer than {schedule.FEW_TOKENS} tokens run in float64"
-    if any(c.data_ptr() % 16 or c.stride(0) % 2 or c.stride(1) != 1 for c in cs):
+    if any(c.data_ptr() % 16 or c.stride(0) % 2 or c.stride(1) != 1 for c in call.cs):
         return "c does not start on 16 bytes, or its rows do not"
     return None
 
@@ -136,14 +136,12 @@ def _files() -> list[str]:
     ]
 
 
-def _verify(cs: Sequence[Tensor], keys: Sequence[Tensor], precision: str) -> str | None:
-    if not keys:
+def _verify(call: MomentCall) -> str | None:
+    if not call.keys:
         return None
-    device = keys[0].device
-    reason = refusal(torch.cuda.get_device_capability(device), cs, keys, precision) or _slower(
-        device, keys
-    )
-    reason = reason or _native_cuda.load().reason
+    device = call.keys[0].device
+    reason = refusal(torch.cuda.get_device_capability(device), call)
+    reason = reason or _slower(device, call.keys) or _native_cuda.load().reason
     return reason or _gate.unproven("moments.cuda", _files(), device, gate_apart)
 
 

@@ -15,6 +15,7 @@ from knowedit_kernels import _device, _gate, testing
 from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.moments import audit as _audit
 from knowedit_kernels.moments import reference, schedule, tuned
+from knowedit_kernels.moments.call import MomentCall, PackCall
 from knowedit_kernels.moments.cpu import panels_
 from knowedit_kernels.moments.functional import mirror_
 from knowedit_kernels.numerics import MOMENT, MOMENT_FP64, Budget
@@ -42,22 +43,22 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def accumulate_(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> None:
+def accumulate_(call: MomentCall) -> None:
     """c += K^T K on the lower triangle of every layer's c [d, d] float64; layers of one shape share
     a launch.
     """
+    precision = call.precision
     wide = [
         key.double()
         if precision == "fp64" or (precision != "fast" and len(key) < schedule.FEW_TOKENS)
         else key
-        for key in keys
+        for key in call.keys
     ]
-    for group, rows in groups(cs, wide):
+    for group, rows in groups(call.cs, wide):
         dim, dtype, device = rows[0].shape[1], rows[0].dtype, rows[0].device
         if dtype == torch.float64 and _capability(device) >= 100:
-            panels_(
-                group, rows, precision
-            )  # Triton 3.6 cannot compile a float64 product for sm_100
+            # Triton 3.6 cannot compile a float64 product for sm_100
+            panels_(MomentCall(group, rows, precision))
             continue
         aligned = dim * dtype.itemsize % 16 == 0
         config = schedule.config(
@@ -140,18 +141,13 @@ def launch_(
         )
 
 
-def pack_(
-    out: torch.Tensor | None,
-    audit: torch.Tensor,
-    keys: torch.Tensor,
-    rows: torch.Tensor | None,
-    signs: torch.Tensor,
-) -> None:
+def pack_(call: PackCall) -> None:
     """out = keys[rows] with the audit on the way; see `_ops`. Partial sums are added in a fixed
     order.
     """
     from knowedit_kernels.moments.triton import pack_kernel
 
+    out, audit, keys, rows, signs = call.arguments
     count, dim, block = (len(keys) if rows is None else len(rows)), keys.shape[1], 16
     if count == 0:
         return
@@ -199,7 +195,7 @@ def gate(device: torch.device) -> str | None:
             few = tokens < schedule.FEW_TOKENS
             seen = reference.two_parts(keys) if precision == "fp32" and not few else keys
             c = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-            accumulate_([c], [keys.to(device)], precision)
+            accumulate_(MomentCall([c], [keys.to(device)], precision))
             graded = testing.grade_moment(mirror_(c.cpu()), reference.second_moment(seen))
             if failures := graded.failures(MOMENT_FP64 if few or dtype == torch.float64 else GATE):
                 return (
@@ -230,7 +226,7 @@ def _gate_pack(keys: torch.Tensor, device: torch.device) -> str | None:
     sums = torch.zeros(1 + _audit.PROBES, dtype=torch.float64, device=device)
     out = testing.poisoned_empty(count, dim, dtype=keys.dtype, device=device)
     rows = torch.arange(count - 1, -1, -1, device=device)
-    pack_(out, sums, keys.to(device), rows, _audit.signs(dim, device))
+    pack_(PackCall(out, sums, keys.to(device), rows, _audit.signs(dim, device)))
     if not torch.equal(out.cpu(), keys.flip(0)):
         return f"packing of {keys.dtype} keys [{count}, {dim}] is not a copy"
     audit = _audit.compare(reference.second_moment(keys), sums.cpu(), count)
@@ -245,16 +241,14 @@ def _unproven(device: torch.device) -> str | None:
     return _gate.unproven("moments.triton", (*_SOURCES, *tuned.sources(device)), device, gate)
 
 
-def _verify(cs: Sequence[torch.Tensor], keys: Sequence[torch.Tensor], precision: str) -> str | None:
-    if any(c.data_ptr() % 16 for c in cs):
+def _verify(call: MomentCall) -> str | None:
+    if any(c.data_ptr() % 16 for c in call.cs):
         return "c does not start on 16 bytes"
-    return _unproven(keys[0].device) if keys else None
+    return _unproven(call.keys[0].device) if call.keys else None
 
 
-def _verify_pack(
-    out: Any, audit: torch.Tensor, keys: torch.Tensor, rows: Any, signs: Any
-) -> str | None:
-    return _unproven(keys.device)
+def _verify_pack(call: PackCall) -> str | None:
+    return _unproven(call.keys.device)
 
 
 TRITON = Candidate("triton", accumulate_, _verify, device="cuda")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels.target_loss.call import LossCall
 
 _LOGITS = 1 << 20  # logits held at a time
 
@@ -70,19 +71,10 @@ class _Running:
         return self.top + self.mass.log()
 
 
-def losses(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor | None,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    ref_hidden: Tensor | None,
-    scale: float,
-    softcap: float,
-    reverse: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def losses(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``target_losses`` of `_ops.py`."""
+    hidden, weight, targets, bias, reference, ref_hidden = call.arguments[:6]
+    scale, softcap, reverse, gradient = call.arguments[6:]
     rows, h = len(hidden), hidden.to(working(hidden))
     ce, kl, d_ce, d_kl = (
         h.new_zeros(rows),

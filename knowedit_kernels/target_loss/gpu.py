@@ -11,6 +11,7 @@ from knowedit_kernels import _device, _gate
 from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.numerics import GRADIENT_ERROR, LOSS_ERROR
 from knowedit_kernels.target_loss import chunked
+from knowedit_kernels.target_loss.call import LossCall
 from knowedit_kernels.target_loss.reference import logits
 
 # rows, vocabulary and hidden entries of a tile, by the head's bytes per entry (float32 products
@@ -33,19 +34,10 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def losses(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor | None,
-    bias: Tensor | None,
-    reference: Tensor | None,
-    ref_hidden: Tensor | None,
-    scale: float,
-    softcap: float,
-    reverse: bool,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def losses(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``target_losses`` of `_ops.py`."""
+    hidden, weight, targets, bias, reference, ref_hidden = call.arguments[:6]
+    scale, softcap, reverse, gradient = call.arguments[6:]
     from knowedit_kernels.target_loss.triton import loss_kernel
 
     (rows, D), vocabulary = hidden.shape, len(weight)
@@ -152,7 +144,7 @@ def _failure(device: torch.device, tensors: list[Tensor | None], *settings: Any)
         "gradient of the cross-entropy",
         "gradient of the divergence",
     )
-    for name, x, y in zip(names, losses(*args), chunked.losses(*exact)):
+    for name, x, y in zip(names, losses(LossCall(*args)), chunked.losses(LossCall(*exact))):
         difference = x.double().cpu() - y
         if name.startswith("gradient"):
             if not (off := float(difference.norm() / y.norm().clamp_min(1e-30))) <= GRADIENT_ERROR:
@@ -162,7 +154,8 @@ def _failure(device: torch.device, tensors: list[Tensor | None], *settings: Any)
     return None
 
 
-def _verify(hidden: Tensor, weight: Tensor, *others: Any) -> str | None:
+def _verify(call: LossCall) -> str | None:
+    hidden, weight, *others = call.arguments
     tensors = [x for x in others if isinstance(x, Tensor)]
     if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:
         return (

@@ -8,7 +8,7 @@ from knowedit.evaluation.measures.base import ask, questions
 from knowedit.facts.fact import Fact, Probe
 from knowedit.methods import MEND, SERAC
 from knowedit.methods.learned.mend.network import MendNetwork
-from tests.knowedit.methods.test_serac import network_of
+from tests.knowedit.methods.trained import network_of
 
 KEPT = (Probe("Kim lives in", "Rome"),)
 FACTS = [

@@ -1,4 +1,4 @@
-"""The checker itself: it reads real machine code, and it refuses what it must."""
+"""The checker itself: it reads real machine code, and it refuses what it must (unit)."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """The CUDA kernels compile for sm_90a, and to what they should; collected only where nvcc is (see
-conftest.py).
+conftest.py) (unit).
 """
 
 import re

@@ -1,5 +1,5 @@
 """Every block size that the GPU suite tries, and so every one a tuned table can name, compiles to a
-sound kernel.
+sound kernel (unit).
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The kernels of the tangents compile to what they should on every architecture."""
+"""The kernels of the tangents compile to what they should on every architecture (unit)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The low-rank update kernel compiles to what it should on every architecture."""
+"""The low-rank update kernel compiles to what it should on every architecture (unit)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The moment kernels compile to what they should on every architecture."""
+"""The moment kernels compile to what they should on every architecture (unit)."""
 
 import re
 

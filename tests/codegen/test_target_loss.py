@@ -1,4 +1,4 @@
-"""The target loss kernels compile to what they should on every architecture."""
+"""The target loss kernels compile to what they should on every architecture (unit)."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import pytest
 
 import knowedit as ke
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 
 def test_the_ten_lines_run(request, smollm, tmp_path, monkeypatch, capsys):

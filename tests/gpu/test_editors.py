@@ -1,5 +1,5 @@
 """Editors on a real GPU: statistics on the CPU, model on the device; computed, applied, undone, and
-in sequence.
+in sequence (gpu).
 """
 
 import pytest

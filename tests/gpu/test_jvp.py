@@ -1,5 +1,5 @@
 """The tangents on a real GPU: the accuracy gates, real sizes against float64, bit-repeatability,
-torch.func, plain torch.
+torch.func, plain torch (gpu).
 """
 
 import functools

@@ -1,5 +1,5 @@
 """Low-rank updates on a real GPU: the accuracy gate, bit-repeatability, the ledger, offsets beyond
-2^31.
+2^31 (gpu).
 """
 
 import pytest

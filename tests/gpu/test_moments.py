@@ -1,5 +1,5 @@
 """Second moments on a real GPU: the accuracy gate, bit-repeatability, offsets beyond 2^31, and the
-whole state.
+whole state (gpu).
 """
 
 import shutil
@@ -9,6 +9,7 @@ import torch
 
 from knowedit_kernels import _native_cuda, explain, numerics, testing
 from knowedit_kernels.moments import SecondMoment, cuda, gpu, schedule
+from knowedit_kernels.moments.call import MomentCall
 from knowedit_kernels.moments.functional import mirror_
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.moment_data import keys as make_keys
@@ -43,8 +44,8 @@ def test_the_cuda_kernel_agrees_with_triton_and_repeats(d, tokens):
     k = make_keys(tokens, d, torch.bfloat16).cuda()
     sums = [torch.zeros(d, d, dtype=torch.float64, device="cuda") for _ in range(3)]
     for c in sums[:2]:
-        cuda.accumulate_([c], [k], "exact")
-    gpu.accumulate_(sums[2:], [k], "exact")
+        cuda.accumulate_(MomentCall([c], [k], "exact"))
+    gpu.accumulate_(MomentCall(sums[2:], [k], "exact"))
     assert torch.equal(sums[0].tril(), sums[1].tril())
     testing.grade_moment(mirror_(sums[0]).cpu(), mirror_(sums[2]).cpu()).check(gpu.GATE)
 
@@ -53,7 +54,7 @@ def test_the_cuda_kernel_agrees_with_triton_and_repeats(d, tokens):
 def test_the_cuda_kernel_writes_nothing_outside_c():
     k = make_keys(schedule.FEW_TOKENS, 264, torch.bfloat16).cuda()
     guard = testing.guarded(torch.zeros(264, 264, dtype=torch.float64, device="cuda"), row_margin=8)
-    cuda.accumulate_([guard.tensor], [k], "exact")
+    cuda.accumulate_(MomentCall([guard.tensor], [k], "exact"))
     guard.check()
 
 
@@ -76,7 +77,7 @@ def test_streaming_on_the_device(dtype):
 def test_no_larger_error_than_the_float32_sum_it_replaces():
     k = make_keys(32_768, 512, torch.bfloat16)
     expected, c = second_moment(k), torch.zeros(512, 512, dtype=torch.float64, device="cuda")
-    gpu.accumulate_([c], [k.cuda()], "exact")
+    gpu.accumulate_(MomentCall([c], [k.cuda()], "exact"))
     plain = torch.zeros(512, 512, device="cuda")
     for part in k.cuda().float().split(3072):
         plain += part.T @ part
@@ -91,7 +92,7 @@ def test_offsets_beyond_two_to_the_31():
     k = torch.ones(tokens, dim, dtype=torch.bfloat16, device="cuda")
     k[:-1, 1:] = 0
     c = torch.zeros(dim, dim, dtype=torch.float64, device="cuda")
-    gpu.accumulate_([c], [k], "exact")
+    gpu.accumulate_(MomentCall([c], [k], "exact"))
     assert (
         c[0, 0].item() == tokens and c[dim - 1, 0].item() == 1 and c[dim - 1, dim - 1].item() == 1
     )

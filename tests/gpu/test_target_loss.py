@@ -1,10 +1,11 @@
-"""The target loss on a real GPU: the accuracy gate, a large vocabulary, bit-repeatability."""
+"""The target loss on a real GPU: the accuracy gate, a large vocabulary, bit-repeatability (gpu)."""
 
 import pytest
 import torch
 
 from knowedit_kernels import explain, numerics
 from knowedit_kernels.target_loss import chunked, gpu, target_loss
+from knowedit_kernels.target_loss.call import LossCall
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +24,9 @@ def test_a_large_vocabulary(dtype):
     weight = (torch.randn(128_256, 1024, generator=g) / 32).to(dtype)
     targets = torch.randint(128_256, (100,), generator=g)
     expected = chunked.losses(
-        hidden.double(), weight.double(), targets, None, None, old.double(), 1, 0, True, True
+        LossCall(
+            hidden.double(), weight.double(), targets, None, None, old.double(), 1, 0, True, True
+        )
     )
     results = []
     for _ in range(2):

@@ -1,5 +1,5 @@
 """The mended interpreter agrees bit for bit with torch; the other interpreter tests rest
-on this.
+on this (unit).
 """
 
 import pytest

@@ -1,5 +1,5 @@
 """The launches of the GPU suite's experiments, which a dry run replaces by the reference, give
-right sums.
+right sums (unit).
 """
 
 import dataclasses

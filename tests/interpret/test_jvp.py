@@ -1,5 +1,5 @@
 """The kernels of the tangents, run on the CPU: ragged sizes, strides, padding, options, poisoned
-buffers.
+buffers (unit).
 """
 
 import functools
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from knowedit_kernels import testing
 from knowedit_kernels.jvp import gpu, reference
+from knowedit_kernels.jvp.call import AttentionCall, RmsNormCall, SwigluCall
 from knowedit_kernels.numerics import UNIT_ROUNDOFF, tangent_error
 
 CPU = torch.device("cpu")
@@ -27,10 +28,10 @@ def draw(*shapes, dtype, seed=0):
     return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
 
 
-def check(op, run, args, wanted):
+def check(op, run, call, wanted):
     """In poisoned memory, twice, against float64."""
     with testing.poisoned_allocations():
-        got, again = run(*args), run(*args)
+        got, again = run(call), run(call)
     for value, second, truth in zip(got, again, wanted, strict=True):
         assert value.shape == truth.shape and torch.equal(value, second)
         few = (
@@ -57,12 +58,12 @@ def test_elementwise(dtype, rows, d, count):
     else:
         norm = reference.rms_norm(x.double(), w.double(), 0.1), t.double()
         unit = reference.swiglu(x.double(), y.double()), t.double()
-    first = check("rms_norm", gpu.rms_norm, (x, w, t, 0.1), norm)
-    second = check("swiglu", gpu.swiglu, (x, y, t, u), unit)
+    first = check("rms_norm", gpu.rms_norm, RmsNormCall(x, w, t, 0.1), norm)
+    second = check("swiglu", gpu.swiglu, SwigluCall(x, y, t, u), unit)
     padded = [testing.guarded(z, row_margin=5) for z in (x, y, t, u)]
     px, py, pt, pu = (guard.tensor for guard in padded)
-    assert all(torch.equal(a, b) for a, b in zip(first, gpu.rms_norm(px, w, pt, 0.1)))
-    assert all(torch.equal(a, b) for a, b in zip(second, gpu.swiglu(px, py, pt, pu)))
+    assert all(torch.equal(a, b) for a, b in zip(first, gpu.rms_norm(RmsNormCall(px, w, pt, 0.1))))
+    assert all(torch.equal(a, b) for a, b in zip(second, gpu.swiglu(SwigluCall(px, py, pt, pu))))
     for guard in padded:
         guard.check()
 
@@ -95,7 +96,7 @@ def test_ragged_sizes(queries, keys, d, causal, count):
     check(
         "attention",
         gpu.attention,
-        (*primals, *tangents, None, bool(causal), 0.3),
+        AttentionCall(*primals, *tangents, None, bool(causal), 0.3),
         expected(primals, tangents, causal, 0.3),
     )
 
@@ -107,10 +108,10 @@ def test_tangents_of_few_arguments_and_of_the_last_keys_only(given, last):
     short = [t if name == "q" else t[..., 50 - last :, :] for name, t in zip("qkv", tangents)]
     moved = [t if name in given else None for name, t in zip("qkv", short)]
     zero = [torch.zeros_like(t) if m is None else m for m, t in zip(moved, short)]
-    args = (*primals, *moved, None, True, 0.3)
+    args = AttentionCall(*primals, *moved, None, True, 0.3)
     wanted = expected(primals, zero, True, 0.3)
     if not wanted[1].any():
-        assert not gpu.attention(*args)[1].any()
+        assert not gpu.attention(args)[1].any()
     else:
         check("attention", gpu.attention, args, wanted)
 
@@ -121,9 +122,11 @@ def test_padding_is_never_read():
     key = torch.arange(70)
     exists = ((key >= spans[:, :1]) & (key < spans[:, 1:]))[:, None, :, None]
     wanted = expected(primals, tangents, True, 0.3, spans)
-    got = check("attention", gpu.attention, (*primals, *tangents, spans, True, 0.3), wanted)
+    got = check(
+        "attention", gpu.attention, AttentionCall(*primals, *tangents, spans, True, 0.3), wanted
+    )
     k, v, tk, tv = (torch.where(exists, x, torch.nan) for x in (*primals[1:], *tangents[1:]))
-    spoilt = gpu.attention(primals[0], k, v, tangents[0], tk, tv, spans, True, 0.3)
+    spoilt = gpu.attention(AttentionCall(primals[0], k, v, tangents[0], tk, tv, spans, True, 0.3))
     assert all(torch.equal(a, b) for a, b in zip(got, spoilt))
     assert not got[0][3].any() and not got[1][:, 3].any()
 
@@ -134,28 +137,32 @@ def test_strides_and_several_programs():
     """
     primals, tangents = problem(70, 70, 16, 2, torch.bfloat16, batch=2, heads=4, shared=2)
     wanted = expected(primals, tangents, True, 0.3)
-    plain = check("attention", gpu.attention, (*primals, *tangents, None, True, 0.3), wanted)
+    plain = check(
+        "attention", gpu.attention, AttentionCall(*primals, *tangents, None, True, 0.3), wanted
+    )
     guards = [
         testing.guarded(x.transpose(-3, -2).contiguous(), row_margin=8)
         for x in (*primals, *tangents)
     ]
     views = [guard.tensor.transpose(-3, -2) for guard in guards]
-    assert all(torch.equal(a, b) for a, b in zip(plain, gpu.attention(*views, None, True, 0.3)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain, gpu.attention(AttentionCall(*views, None, True, 0.3)))
+    )
     for guard in guards:
         guard.check()
 
 
 def test_no_tangents_and_nothing_at_all():
     primals, _ = problem(5, 40, 16, 1, torch.bfloat16)
-    o, do = gpu.attention(*primals, None, None, None, None, True, 0.3)
+    o, do = gpu.attention(AttentionCall(*primals, None, None, None, None, True, 0.3))
     assert do.shape == (0, *o.shape)
-    fused = gpu.attention(
-        *primals, *(torch.zeros(1, *x.shape, dtype=x.dtype) for x in primals), None, True, 0.3
-    )
+    still = (torch.zeros(1, *x.shape, dtype=x.dtype) for x in primals)
+    fused = gpu.attention(AttentionCall(*primals, *still, None, True, 0.3))
     assert torch.equal(o, fused[0]) and not fused[1].any()
     for queries, keys, batch in ((0, 3, 1), (0, 0, 1), (2, 2, 0)):
         primals, tangents = problem(queries, keys, 16, 2, torch.bfloat16, batch=batch)
-        o, do = gpu.attention(*primals, *tangents, None, True, 0.3)
+        o, do = gpu.attention(AttentionCall(*primals, *tangents, None, True, 0.3))
         assert o.shape == primals[0].shape and do.shape == tangents[0].shape
 
 
@@ -171,4 +178,6 @@ def test_what_all_keys_or_values_share_costs_no_accuracy(count):
     apart = [primals[0], primals[1], (primals[2].float() + 128).bfloat16()]
     for values in (primals, apart):
         wanted = expected(values, tangents, False, 0.3)
-        check("attention", gpu.attention, (*values, *tangents, None, False, 0.3), wanted)
+        check(
+            "attention", gpu.attention, AttentionCall(*values, *tangents, None, False, 0.3), wanted
+        )

@@ -1,4 +1,4 @@
-"""The low-rank update kernel, run on the CPU: budgets, exact agreement, margins, probes."""
+"""The low-rank update kernel, run on the CPU: budgets, exact agreement, margins, probes (unit)."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import triton.language as tl
 
 from knowedit_kernels import numerics, testing
 from knowedit_kernels.lowrank import blocked, gpu
+from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.lowrank.reference import grade_update, updated
 from knowedit_kernels.lowrank.rounding import philox
 from knowedit_kernels.triton_lib.rounding import random_halves
@@ -52,7 +53,19 @@ def run(
 
     with testing.poisoned_allocations():
         implementation(
-            [W], one(base), [U], [V], rounding, seed, one(plane), one(probe), write, sums, errors
+            UpdateCall(
+                [W],
+                one(base),
+                [U],
+                [V],
+                rounding,
+                seed,
+                one(plane),
+                one(probe),
+                write,
+                sums,
+                errors,
+            )
         )
     return sums[0], errors[0] if errors else None
 
@@ -136,13 +149,13 @@ def test_grouped_launch_base_and_dry_run():
     outputs = [testing.poisoned_empty(*W.shape, dtype=W.dtype) for W in Ws]
     sums, alone = torch.empty(6, 5, dtype=torch.float64), torch.empty(6, 5, dtype=torch.float64)
     errors = [testing.poisoned_empty(len(W), 5) for W in Ws]
-    gpu.update_(outputs, Ws, Us, Vs, "nearest", 0, [], keys, True, sums, errors)
+    gpu.update_(UpdateCall(outputs, Ws, Us, Vs, "nearest", 0, [], keys, True, sums, errors))
     for i, W in enumerate(Ws):
         single, error = W.clone(), [torch.empty(len(W), 5)]
         args = ([single], [], [Us[i]], [Vs[i]], "nearest", 0, [], [keys[i]])
-        gpu.update_(*args, False, alone[i : i + 1], error)
+        gpu.update_(UpdateCall(*args, False, alone[i : i + 1], error))
         assert torch.equal(single, W) and torch.equal(alone[i], sums[i])
-        gpu.update_(*args, True, alone[i : i + 1], error)
+        gpu.update_(UpdateCall(*args, True, alone[i : i + 1], error))
         assert torch.equal(single, outputs[i]) and torch.equal(error[0], errors[i])
 
 

@@ -1,5 +1,5 @@
 """The Triton moments under the interpreter: dtype x ragged shape x tail x empty, poisoned and
-guarded.
+guarded (unit).
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import torch
 
 from knowedit_kernels import numerics, testing
 from knowedit_kernels.moments import audit, gpu, reference, schedule
+from knowedit_kernels.moments.call import MomentCall, PackCall
 from knowedit_kernels.moments.functional import mirror_
 from tests.kernels.moment_data import keys as make_keys
 
@@ -63,14 +64,14 @@ def test_descriptors_give_the_same_bits(dtype):
 def test_default_configurations_keep_the_budget_against_the_true_keys(dtype):
     for tokens in (schedule.FEW_TOKENS - 9, schedule.FEW_TOKENS + 9):
         keys, c = make_keys(tokens, 24, dtype), torch.zeros(24, 24, dtype=torch.float64)
-        gpu.accumulate_([c], [keys], "exact")
+        gpu.accumulate_(MomentCall([c], [keys], "exact"))
         testing.grade_moment(mirror_(c), reference.second_moment(keys)).check(numerics.MOMENT)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fast"])
 def test_other_precisions(precision):
     keys, c = make_keys(200, 72, torch.bfloat16), torch.zeros(72, 72, dtype=torch.float64)
-    gpu.accumulate_([c], [keys], precision)
+    gpu.accumulate_(MomentCall([c], [keys], precision))
     # the interpreter rounds where a tensor core truncates, so "fast" is judged by its shape only
     budget = numerics.MOMENT_FP64 if precision == "fp64" else numerics.Budget(1e-5, 1e-5, 1e-5)
     testing.grade_moment(mirror_(c), reference.second_moment(keys)).check(budget)
@@ -82,7 +83,7 @@ def test_layers_of_different_lengths_and_shapes_accumulate():
     ]
     start = [reference.second_moment(make_keys(9, k.shape[1], seed=1)) for k in layers]
     cs = [c.clone() for c in start]
-    gpu.accumulate_(cs, layers, "exact")
+    gpu.accumulate_(MomentCall(cs, layers, "exact"))
     for c, before, keys in zip(cs, start, layers):
         testing.grade_moment(mirror_(c), before + reference.second_moment(keys)).check(
             numerics.MOMENT_FP64
@@ -93,14 +94,14 @@ def test_unaligned_memory_is_copied_or_refused():
     store = torch.zeros(1 + 24 * 9, dtype=torch.bfloat16)
     keys = store[1:].view(9, 24).copy_(make_keys(9, 24))
     c = torch.zeros(24, 24, dtype=torch.float64)
-    gpu.accumulate_([c], [keys], "fast")
+    gpu.accumulate_(MomentCall([c], [keys], "fast"))
     testing.grade_moment(mirror_(c), reference.second_moment(keys)).check(
         numerics.Budget(1e-5, 1e-5, 1e-5)
     )
     odd = torch.zeros(24 * 24 + 1, dtype=torch.float64)[1:].view(24, 24)
     assert (
         odd.data_ptr() % 16 == 0
-        or gpu.TRITON.verify([odd], [keys], "exact") == "c does not start on 16 bytes"
+        or gpu.TRITON.verify(MomentCall([odd], [keys], "exact")) == "c does not start on 16 bytes"
     )
 
 
@@ -108,7 +109,7 @@ def test_token_split_when_tiles_are_few(monkeypatch):
     monkeypatch.setattr(schedule, "splits", lambda programs, tokens, processors: 3)
     keys = [make_keys(100, 40, torch.bfloat16), make_keys(77, 40, torch.bfloat16, seed=1)]
     cs = [torch.zeros(40, 40, dtype=torch.float64) for _ in keys]
-    gpu.accumulate_(cs, keys, "exact")
+    gpu.accumulate_(MomentCall(cs, keys, "exact"))
     for c, key in zip(cs, keys):
         testing.grade_moment(mirror_(c), reference.second_moment(key)).check(numerics.MOMENT_FP64)
 
@@ -123,7 +124,7 @@ def test_pack(dtype, shape, gather):
     guard = testing.guarded(testing.poisoned_empty(*kept.shape, dtype=dtype))
     sums, signs = torch.ones(5, dtype=torch.float64), audit.signs(shape[1])
     with testing.poisoned_allocations():
-        gpu.pack_(guard.tensor, sums, keys, rows, signs)
+        gpu.pack_(PackCall(guard.tensor, sums, keys, rows, signs))
     guard.check()
     assert torch.equal(guard.tensor, kept)
     wide = kept.double()
@@ -134,7 +135,7 @@ def test_pack(dtype, shape, gather):
 def test_pack_reads_strided_keys_and_leaves_out_when_not_asked():
     keys = make_keys(20, 64)[:, 5:50]
     sums = torch.zeros(5, dtype=torch.float64)
-    gpu.pack_(None, sums, keys, None, audit.signs(45))
+    gpu.pack_(PackCall(None, sums, keys, None, audit.signs(45)))
     assert sums[0].item() == pytest.approx(keys.double().square().sum().item(), rel=1e-12)
 
 
@@ -167,5 +168,5 @@ def test_the_gate_rejects_wrong_kernels(fault, monkeypatch):
     elif fault == "nothing done":
         monkeypatch.setattr(gpu, "launch_", lambda cs, keys, config: None)
     else:
-        monkeypatch.setattr(gpu, "pack_", lambda out, *rest: out.zero_())
+        monkeypatch.setattr(gpu, "pack_", lambda call: call.out.zero_())
     assert re.search("second moment of|is not a copy", gpu.gate(torch.device("cpu")) or "passed")

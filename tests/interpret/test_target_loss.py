@@ -1,5 +1,5 @@
 """The target loss kernels, run on the CPU: ragged sizes, strides, several chunks, poisoned
-buffers.
+buffers (unit).
 """
 
 import pytest
@@ -8,6 +8,7 @@ import torch
 from knowedit_kernels import testing
 from knowedit_kernels.numerics import GRADIENT_ERROR, LOSS_ERROR
 from knowedit_kernels.target_loss import chunked, gpu
+from knowedit_kernels.target_loss.call import LossCall
 from knowedit_kernels.target_loss.reference import logits
 
 
@@ -26,9 +27,9 @@ def compare(hidden, weight, targets, bias, reference, old, settings):
     """Kernels in poisoned memory against the float64 path; returns (ce, kl, d_ce, d_kl)."""
     tensors = (hidden, weight, targets, bias, reference, old)
     exact = [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
-    expected = chunked.losses(*exact, *settings)
+    expected = chunked.losses(LossCall(*exact, *settings))
     with testing.poisoned_allocations():
-        got = gpu.losses(*tensors, *settings)
+        got = gpu.losses(LossCall(*tensors, *settings))
     for value, truth in zip(got, expected):
         assert value.shape == truth.shape and value.dtype == torch.float32
         error = value.double() - truth
@@ -66,7 +67,9 @@ def test_options(kind, softcap, reverse):
     assert kind == "targets" or (torch.equal(full[1], both[1]) and torch.equal(full[3], both[3]))
     bare = compare(hidden, weight, targets, bias, given, states, (*settings[:3], True))
     assert all(torch.equal(a, b) for a, b in zip(bare, both))
-    losses_only = gpu.losses(hidden, weight, targets, bias, given, states, *settings[:3], False)
+    losses_only = gpu.losses(
+        LossCall(hidden, weight, targets, bias, given, states, *settings[:3], False)
+    )
     assert torch.equal(losses_only[0], both[0]) and torch.equal(losses_only[1], both[1])
     assert not losses_only[2].any() and not losses_only[3].any()
 
@@ -89,9 +92,11 @@ def test_small_gradients_of_a_confident_model(dtype):
     hidden, weight, _, _ = problem(6, 32, 400, dtype)
     hidden = hidden * 20
     targets = (hidden.float() @ weight.float().T).argmax(-1)
-    _, _, d_ce, _ = gpu.losses(hidden, weight, targets, None, None, None, 1.0, 0.0, True, True)
+    _, _, d_ce, _ = gpu.losses(
+        LossCall(hidden, weight, targets, None, None, None, 1.0, 0.0, True, True)
+    )
     _, _, wanted, _ = chunked.losses(
-        hidden.double(), weight.double(), targets, None, None, None, 1.0, 0.0, True, True
+        LossCall(hidden.double(), weight.double(), targets, None, None, None, 1.0, 0.0, True, True)
     )
     assert float(wanted.norm(dim=1).min()) < 1e-2
     assert bool(

@@ -1,5 +1,5 @@
 """The sm_90a second moment without a GPU: every address emulated, its tiles and chains, who may use
-it, and its gate.
+it, and its gate (unit).
 """
 
 import subprocess
@@ -11,6 +11,7 @@ import torch
 
 from knowedit_kernels import _gate, _native_cuda
 from knowedit_kernels.moments import cuda, schedule
+from knowedit_kernels.moments.call import MomentCall
 from tests.kernels.cuda_emulation import Emulation
 from tests.negative.tensor_core import lengths
 
@@ -94,14 +95,14 @@ def of(tokens=5000, d=64, dtype=torch.bfloat16):
     ],
 )
 def test_who_may_use_it(capability, arguments, precision, reason):
-    found = cuda.refusal(capability, *of(**arguments), precision)
+    found = cuda.refusal(capability, MomentCall(*of(**arguments), precision))
     assert found is None if reason is None else reason in found
 
 
 def test_an_unaligned_sum_is_refused():
     _, keys = of()
     buffer = torch.zeros(64 * 64 + 1, dtype=torch.float64)
-    assert cuda.refusal((9, 0), [buffer[1:].view(64, 64)], keys, "exact")
+    assert cuda.refusal((9, 0), MomentCall([buffer[1:].view(64, 64)], keys, "exact"))
 
 
 def test_a_crash_or_a_hang_of_the_gate_is_only_a_refusal(monkeypatch):

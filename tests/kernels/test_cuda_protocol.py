@@ -1,5 +1,5 @@
 """The barrier protocol of csrc/cuda/syrk_kernel.cuh, restated and run under random schedules: no
-deadlock, no overwriting.
+deadlock, no overwriting (unit).
 
 One producer fills a ring of stages by copies that land at any time; two consumers read every stage.
 Two wrong protocols show that the model can fail.

@@ -1,30 +1,38 @@
-"""Dispatch: preference, reasons, forcing, logging once."""
+"""Dispatch: preference, reasons, forcing, logging once (unit)."""
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from knowedit_kernels import _dispatch
-from knowedit_kernels._dispatch import Candidate, DispatchError, explain
+from knowedit_kernels._dispatch import Call, Candidate, DispatchError, explain
+
+
+@dataclass(frozen=True, eq=False)
+class ToyCall(Call):
+    x: torch.Tensor
 
 
 @pytest.fixture
 def toy(monkeypatch):
     monkeypatch.setattr(_dispatch, "_candidates", {})
+    monkeypatch.setattr(_dispatch, "_calls", {})
     monkeypatch.setattr(_dispatch, "_last", {})
     monkeypatch.setattr(_dispatch, "_logged", set())
     monkeypatch.delenv("KNOWEDIT_IMPL", raising=False)
     _dispatch.register(
         "toy",
-        Candidate("gpu", lambda x: "gpu", device="cuda"),
+        ToyCall,
+        Candidate("gpu", lambda call: "gpu", device="cuda"),
         Candidate(
             "small",
-            lambda x: "small",
-            lambda x: None if x.numel() < 4 else "more than 3 elements",
+            lambda call: "small",
+            lambda call: None if call.x.numel() < 4 else "more than 3 elements",
             "cpu",
         ),
-        Candidate("plain", lambda x: "plain"),
+        Candidate("plain", lambda call: "plain"),
     )
 
 

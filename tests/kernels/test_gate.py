@@ -1,5 +1,5 @@
 """The accuracy gate's bookkeeping: run once, remember passes for this device and source only, never
-a failure.
+a failure (unit).
 """
 
 import json

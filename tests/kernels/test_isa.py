@@ -6,7 +6,9 @@ import torch
 from knowedit_kernels import _native
 from knowedit_kernels._native import LACKING
 from knowedit_kernels.lowrank import cpu as lowrank
+from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.moments import cpu as moments
+from knowedit_kernels.moments.call import MomentCall
 from tests.conftest import excused
 from tests.kernels import isa
 from tests.kernels.isa_emulation import LEVELS, emulated
@@ -62,7 +64,7 @@ def test_emulated_second_moments_have_the_bits_of_the_processor(candidate):
 
     def run():
         c = torch.zeros(70, 70, dtype=torch.float64)
-        candidate.run([c], [k], "exact")
+        candidate.run(MomentCall([c], [k], "exact"))
         return c
 
     assert torch.equal(*both(candidate, run))
@@ -77,7 +79,7 @@ def test_emulated_updates_have_the_bits_of_the_processor(candidate):
 
     def run():
         w, sums = W.clone(), torch.zeros(1, 5, dtype=torch.float64)
-        candidate.run([w], [], [U], [V], "stochastic", 5, [], [], True, sums, [])
+        candidate.run(UpdateCall([w], [], [U], [V], "stochastic", 5, [], [], True, sums, []))
         return w, sums
 
     (real, sums), (same, again) = both(candidate, run)

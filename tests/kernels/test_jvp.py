@@ -1,5 +1,5 @@
 """Layers and their tangents against float64: every option, dtypes, pieces, torch.func, a Llama
-block, refusals.
+block, refusals (unit).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""`benchmarks.jvp` runs, judges every row and names its target; tiny sizes."""
+"""`benchmarks.jvp` runs, judges every row and names its target; tiny sizes (unit)."""
 
 import json
 

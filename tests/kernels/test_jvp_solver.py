@@ -1,5 +1,5 @@
 """Derivatives of the editing solve against differentiating a dense solve, and the spread over
-layers against its loop.
+layers against its loop (unit).
 """
 
 import pytest

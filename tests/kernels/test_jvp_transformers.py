@@ -1,5 +1,5 @@
 """A model of transformers gets forward-mode derivatives by registering our attention; its own fused
-one refuses.
+one refuses (unit).
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The ledger restores every bit, in any order, and notices what it did not do itself."""
+"""The ledger restores every bit, in any order, and notices what it did not do itself (unit)."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""W += alpha U V^T: budgets against float64, roundings, the report, and refusals."""
+"""W += alpha U V^T: budgets against float64, roundings, the report, and refusals (unit)."""
 
 import pytest
 import torch

@@ -1,15 +1,17 @@
 """The compiled CPU kernels of the low-rank update: every instruction set against the
-specification.
+specification (unit).
 """
 
 import pytest
 import torch
 
-from knowedit_kernels import explain, numerics, testing
+from knowedit_kernels import _native, explain, numerics, testing
 from knowedit_kernels.lowrank import low_rank_update_
 from knowedit_kernels.lowrank.blocked import TORCH
+from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.lowrank.cpu import COMPILED
 from knowedit_kernels.lowrank.reference import grade_update, updated
+from knowedit_kernels.moments.cpu import GENERIC
 from tests.kernels.isa import skip
 from tests.kernels.isa_emulation import instructions_of
 from tests.kernels.test_lowrank import problem
@@ -32,7 +34,7 @@ def run(
 
     sums = testing.poisoned_empty(1, 5, dtype=torch.float64)
     error = None if probe is None else testing.poisoned_empty(len(W), probe.shape[1])
-    args = (
+    call = UpdateCall(
         [W],
         one(base),
         [U],
@@ -46,9 +48,9 @@ def run(
         one(error),
     )
     with instructions_of(candidate):
-        if reason := candidate.verify(*args):
+        if reason := candidate.verify(call):
             skip(candidate.name, reason)
-        candidate.run(*args)
+        candidate.run(call)
     return sums[0], error
 
 
@@ -191,7 +193,7 @@ def test_columns_that_are_not_dense_fall_back_to_torch():
 def test_opcheck():
     isa = {candidate.name: i for candidate, i in zip(COMPILED, (2, 1, 0))}
     W, U, V = problem(6, 10, torch.bfloat16, rank=2)
-    if reason := COMPILED[-1].verify([W], [], [U], [V], "nearest", 0, []):
+    if reason := _native.load().refusal(GENERIC):
         skip("generic", reason)
     sums, error = torch.zeros(5, dtype=torch.float64), torch.zeros(6, 2)
     args = (

@@ -1,5 +1,5 @@
 """Second moments on the CPU: every implementation against float64, on odd shapes, in budget,
-bit-repeatable.
+bit-repeatable (unit).
 """
 
 import math
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from knowedit_kernels import _native, explain, numerics, testing
 from knowedit_kernels.moments import PRECISIONS, second_moment_
 from knowedit_kernels.moments.audit import signs
+from knowedit_kernels.moments.call import MomentCall, PackCall
 from knowedit_kernels.moments.cpu import COMPILED, COMPILED_PACK, TORCH, TORCH_PACK
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.isa import skip
@@ -34,9 +35,10 @@ def add_(candidate, c, k, precision="exact"):
     skips with the verifier's reason.
     """
     with instructions_of(candidate):
-        if reason := candidate.verify([c], [k], precision):
+        call = MomentCall([c], [k], precision)
+        if reason := candidate.verify(call):
             skip(candidate.name, reason)
-        candidate.run([c], [k], precision)
+        candidate.run(call)
 
 
 def run(candidate, k, precision="exact"):
@@ -236,9 +238,10 @@ def test_pack_copies_and_audits(candidate, dtype, pick, threads):
             testing.guarded(testing.poisoned_empty(*kept.shape, dtype=dtype)),
             torch.ones(5).double(),
         )
-        if reason := candidate.verify(guard.tensor, audit, k, rows, z):
+        call = PackCall(guard.tensor, audit, k, rows, z)
+        if reason := candidate.verify(call):
             skip(candidate.name, reason)
-        candidate.run(guard.tensor, audit, k, rows, z)
+        candidate.run(call)
         guard.check()
         assert torch.equal(guard.tensor, kept)
         results.append(audit)

@@ -1,4 +1,4 @@
-"""SecondMoment: streaming, audit, merging, saving, resuming, refusing."""
+"""SecondMoment: streaming, audit, merging, saving, resuming, refusing (unit)."""
 
 import math
 import os

@@ -1,5 +1,5 @@
 """Building and loading the compiled extension: cache, staleness, absence, and the torch path
-without it.
+without it (unit).
 """
 
 import shutil

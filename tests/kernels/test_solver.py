@@ -1,5 +1,5 @@
 """The editing solver against dense float64 formulas, the identities of its algebra, and finite
-differences.
+differences (unit).
 """
 
 import pytest

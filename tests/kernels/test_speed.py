@@ -1,5 +1,5 @@
 """pytest-benchmark cases against regressions on a CPU; ordinary runs call each once and check the
-answer.
+answer (unit).
 
 pytest tests/kernels/test_speed.py --benchmark-enable --benchmark-autosave
 pytest tests/kernels/test_speed.py --benchmark-enable --benchmark-compare

@@ -1,4 +1,4 @@
-"""Target losses against full float64 logits: every option, gradients, chunks, refusals."""
+"""Target losses against full float64 logits: every option, gradients, chunks, refusals (unit)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The graders themselves: they measure what they say, and they refuse what they must."""
+"""The graders themselves: they measure what they say, and they refuse what they must (unit)."""
 
 import pytest
 import torch

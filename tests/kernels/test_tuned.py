@@ -1,5 +1,5 @@
 """A table of measured block sizes is used where it fits, gated like the built-in sizes, and
-harmless when damaged.
+harmless when damaged (unit).
 """
 
 import json
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from knowedit_kernels.moments import cuda, gpu, reference, schedule, tuned
+from knowedit_kernels.moments.call import MomentCall
 
 SMALL = {
     "d": 512,
@@ -104,9 +105,11 @@ def test_the_launcher_takes_the_table(monkeypatch):
     monkeypatch.setattr(tuned, "entries", lambda device: entries)
     monkeypatch.setattr(gpu, "launch_", lambda cs, keys, config: seen.append(config))
     gpu.accumulate_(
-        [torch.zeros(48, 48, dtype=torch.float64)],
-        [torch.ones(5000, 48, dtype=torch.bfloat16)],
-        "exact",
+        MomentCall(
+            [torch.zeros(48, 48, dtype=torch.float64)],
+            [torch.ones(5000, 48, dtype=torch.bfloat16)],
+            "exact",
+        )
     )
     assert [(config.tile, config.stages) for config in seen] == [(64, 5)]
 

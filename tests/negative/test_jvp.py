@@ -1,5 +1,5 @@
 """Deliberately wrong layers and tangents, which the gates must reject; the right ones, in the same
-hands, pass.
+hands, pass (unit).
 """
 
 import pytest
@@ -15,7 +15,8 @@ BLOCK = 16  # keys
 def online(flaw=""):
     """The kernel's algorithm in plain float64, block by block, with one flaw."""
 
-    def run(q, k, v, tq, tk, tv, spans, causal, scale):
+    def run(call):
+        q, k, v, tq, tk, tv, spans, causal, scale = call.arguments
         dtype, group, keys = q.dtype, q.shape[1] // k.shape[1], k.shape[2]
         first = keys - tk.shape[3] + (1 if flaw == "tangents of the neighbouring key" else 0)
         tk, tv = (F.pad(t[..., : keys - first, :], (0, 0, first, 0)) for t in (tk, tv))
@@ -74,10 +75,9 @@ def online(flaw=""):
 
 FLAWS = [
     "tangents not rescaled", "mean not rescaled", "mean not subtracted", "keys' tangents missing",
-    "values' tangents missing",
-    "scores' tangents unscaled", "tangents of the neighbouring key", "sees the next key", "queries "
-    "at the start",
-    "padding seen", "tangents rounded to 5 bits", "sums in the tensors' dtype",
+    "values' tangents missing", "scores' tangents unscaled", "tangents of the neighbouring key",
+    "sees the next key", "queries at the start", "padding seen", "tangents rounded to 5 bits",
+    "sums in the tensors' dtype",
 ]  # fmt: skip
 
 
@@ -91,8 +91,8 @@ def test_wrong_attention_is_rejected(flaw, monkeypatch):
 
 
 def test_heads_in_another_order_are_rejected(monkeypatch):
-    def flipped(*args):
-        o, do = batched.attention(*args)
+    def flipped(call):
+        o, do = batched.attention(call)
         return o.flip(1), do.flip(2)
 
     monkeypatch.setattr(gpu, "attention", flipped)
@@ -107,9 +107,9 @@ def test_right_attention_passes_the_same_gate(right, monkeypatch):
 
 def wide(formula):
     """A formula for one layer and its tangents, computed in float64 and rounded once."""
-    return lambda *args: tuple(
-        y.to(args[0].dtype)
-        for y in formula(*(a.double() if torch.is_tensor(a) else a for a in args))
+    return lambda call: tuple(
+        y.to(call.arguments[0].dtype)
+        for y in formula(*(a.double() if torch.is_tensor(a) else a for a in call.arguments))
     )
 
 
@@ -161,8 +161,8 @@ def test_right_ones_pass(norm, unit, monkeypatch):
 def test_the_last_tangents_of_a_program_count(monkeypatch):
     """A grid that is one program short leaves its tangents unwritten."""
 
-    def short(x, w, t, eps):
-        y, dy = batched.rms_norm(x, w, t, eps)
+    def short(call):
+        y, dy = batched.rms_norm(call)
         dy[gpu.GROUP :] = 0
         return y, dy
 

@@ -1,10 +1,11 @@
-"""Deliberately wrong updates, which the gates must reject."""
+"""Deliberately wrong updates, which the gates must reject (unit)."""
 
 import pytest
 import torch
 
 from knowedit_kernels import numerics
 from knowedit_kernels.lowrank import blocked
+from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.lowrank.reference import grade_update
 from knowedit_kernels.lowrank.rounding import random_bits
 
@@ -55,7 +56,9 @@ def test_the_right_update_passes_the_same_gate(rounding):
     W, U, V = problem()
     w = W.clone()
     blocked.update_(
-        [w], [], [U], [V], rounding, 3, [], [], True, torch.empty(1, 5, dtype=torch.float64), []
+        UpdateCall(
+            [w], [], [U], [V], rounding, 3, [], [], True, torch.empty(1, 5, dtype=torch.float64), []
+        )
     )
     budget = (
         numerics.UPDATE_STOCHASTIC

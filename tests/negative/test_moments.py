@@ -1,5 +1,5 @@
 """Deliberately wrong second moments: every gate must reject them, and the emulated right one must
-pass.
+pass (unit).
 
 On a tensor core that truncates, the single chain is biased and the self-centred scheme is not; no
 GPU is needed to see it.

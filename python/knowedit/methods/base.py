@@ -75,9 +75,7 @@ class Method(Config):
     ) -> Edit:
         """The edit of checked `facts`; `compute` adds the record of how it was made."""
 
-    def _recorded(
-        self, made: Edit, model: EditableModel, statistics: KeyStatistics | None
-    ) -> Edit:
+    def _recorded(self, made: Edit, model: EditableModel, statistics: KeyStatistics | None) -> Edit:
         """`made`, with all that it takes to make it again."""
         made.config, made.software = self.to_dict(), software_versions()
         if statistics is not None:

@@ -61,11 +61,6 @@ QUICK = {
 }
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
-def tiny(request):
-    return request.getfixturevalue(request.param)
-
-
 def cast(model, dtype):
     """The same model in another precision."""
     return EditableModel(copy.deepcopy(model.hf).to(dtype), model.tokenizer, name=str(dtype))
@@ -240,11 +235,32 @@ class TestAdapters:
         assert all(name.startswith(f"{tiny.layout.layers}.1.") for name in names)
         assert len(linear_names(tiny, None, None)) == len(tiny.layers) * len(names)
 
-    def test_what_was_an_adapter_before_stays_one(self, tiny_llama):
-        tiny_llama.hf.peft_config = {"mine": object()}
-        before = tiny_llama.hf.peft_config
-        QUICK[LoRA].compute(tiny_llama, FACTS, progress=False)
-        assert tiny_llama.hf.peft_config is before
+    def test_an_adapter_of_the_user_stays_as_it_was(self, tiny_llama):
+        from peft import LoraConfig, LoraModel
+
+        hf = tiny_llama.hf
+        mine = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        LoraModel(hf, mine, "default")
+        config = hf.peft_config = {"default": hf.peft_config["default"]}
+        names = [name for name, _ in hf.named_modules()]
+        trained = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
+        before, hf.training = weights_fingerprint(hf), True
+        ids = torch.tensor([tiny_llama.row(FACTS[0].text).ids])
+        spoken = hf(input_ids=ids).logits
+        method = replace(QUICK[LoRA], modules=("down_proj",))
+        made = method.compute(tiny_llama, FACTS, progress=False)
+        assert all(name.endswith("down_proj.weight") for name in made.others)
+        assert torch.equal(hf(input_ids=ids).logits, spoken)  # it is still switched on
+        assert all(leaf.grad is None for leaf in hf.parameters())
+        with made.applied_to(tiny_llama):  # and was, while the edit was trained
+            assert float(said(hf, tiny_llama, FACTS)) == pytest.approx(
+                made.report["loss"], rel=1e-3
+            )
+        assert hf.peft_config is config and list(config) == ["default"] and hf.training
+        assert [name for name, _ in hf.named_modules()] == names
+        assert {name for name, leaf in hf.named_parameters() if leaf.requires_grad} == trained
+        assert all("lora_" in name for name in trained) and len(trained) == 2 * len(hf.model.layers)
+        assert weights_fingerprint(hf) == before
 
 
 @pytest.mark.parametrize("kind", QUICK, ids=lambda kind: kind.name)

@@ -17,35 +17,16 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.records import write_facts
 from knowedit.methods.learned.examples import examples, split, sums
-from knowedit.methods.learned.loop import Plan, train
+from knowedit.methods.learned.loop import Plan, stamp, train
 from knowedit.methods.learned.mend.network import MendNetwork, token_factors
 from knowedit.methods.learned.mend.training import MendTraining, train_mend
 from knowedit.methods.learned.named import mend
 from knowedit.methods.learned.named.mend import MEND, compressed
+from knowedit.methods.learned.networks import NetworkFile
+from knowedit.methods.registry import make_method
 from knowedit.models.partial import PartialModel, layer_outputs, with_weights
 from knowedit.models.texts import Texts
-
-NAMES = (
-    "Anna Bert Carl Dora Emil Fred Gina Hans Ivan Jane Karl Lena Mona Nils Olga Paul Rosa "
-    "Sven Tina Udo Vera Wim"
-).split()
-FACTS = [
-    Fact(
-        ["{} lives in", "The home of {} is"][i % 2],
-        name,
-        ["Rome", "Oslo"][i % 3 == 0],
-        true="Kiev",
-        relation="home",
-    )
-    for i, name in enumerate(NAMES)
-]
-LAYERS = (2, 3)
-QUICK = MendTraining(rank=8, facts=4, layers=LAYERS, plan=Plan(steps=24, lr=3e-3, validate=8))
-
-
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
-def tiny(request):
-    return request.getfixturevalue(request.param)
+from tests.knowedit.methods.trained import LAYERS, NAMES, PEOPLE, QUICK_MEND, QUICK_SERAC
 
 
 def texts_of(model, facts, first=2):
@@ -69,9 +50,9 @@ def test_the_upper_layers_say_what_the_model_says(tiny):
 
 
 def test_texts_measure_what_the_model_scores(tiny):
-    texts = texts_of(tiny, FACTS[:5])
+    texts = texts_of(tiny, PEOPLE[:5])
     batch = texts.batch([3, 0])
-    scores = tiny.score([FACTS[3].text, FACTS[0].text], [FACTS[3].target, FACTS[0].target])
+    scores = tiny.score([PEOPLE[3].text, PEOPLE[0].text], [PEOPLE[3].target, PEOPLE[0].target])
     assert float(texts.nll(batch)) == pytest.approx(-sum(s.logprob for s in scores), rel=1e-4)
     assert float(texts.kl(batch)) == pytest.approx(0, abs=1e-5)
     moved = {
@@ -86,10 +67,10 @@ def test_texts_measure_what_the_model_scores(tiny):
 
 def test_token_factors_add_up_to_each_texts_gradient(tiny):
     network = MendNetwork.new(tiny, LAYERS, 4)
-    texts = texts_of(tiny, FACTS[:3])
+    texts = texts_of(tiny, PEOPLE[:3])
     tokens = token_factors(texts, texts.batch(range(3)), network.weights)
     for number in range(3):
-        alone = texts_of(tiny, FACTS[number : number + 1])
+        alone = texts_of(tiny, PEOPLE[number : number + 1])
         weights = {f"{name}.weight": tiny.hf.get_submodule(name).weight for name in tokens}
         leaves = {
             name: weight.detach().clone().requires_grad_() for name, weight in weights.items()
@@ -105,7 +86,7 @@ def test_token_factors_add_up_to_each_texts_gradient(tiny):
 def test_a_new_network_is_the_normalised_gradient(tiny_llama):
     network = MendNetwork.new(tiny_llama, LAYERS, 4, seed=1)
     network.start_at(0.01)
-    texts = texts_of(tiny_llama, FACTS[:2])
+    texts = texts_of(tiny_llama, PEOPLE[:2])
     tokens = token_factors(texts, texts.batch(range(2)), network.weights)
     name = network.weights[0]
     x, delta, _ = tokens[name]
@@ -132,11 +113,11 @@ def test_grouped_factors_are_the_edits_of_the_groups(tiny):
         for p in network.parameters.values():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     network.report = {"steps": 0}
-    texts = texts_of(tiny, FACTS[:4])
+    texts = texts_of(tiny, PEOPLE[:4])
     batch = texts.batch(range(4))
     tokens = token_factors(texts, batch, network.weights)
     grouped = network.factors(tokens, torch.tensor([0, 1, 0, 1]))
-    edits = [MEND(network).compute(tiny, part) for part in (FACTS[0:4:2], FACTS[1:4:2])]
+    edits = [MEND(network).compute(tiny, part) for part in (PEOPLE[0:4:2], PEOPLE[1:4:2])]
     whose = torch.tensor([0, 1, 0, 1])
     with tiny.virtual(
         {name: (left[whose], right[whose]) for name, (left, right) in grouped.items()}
@@ -155,7 +136,9 @@ def test_edits_of_several_facts_are_summed(tiny, monkeypatch):
     network.report = {"steps": 0}
     monkeypatch.setattr(mend, "AT_ONCE", 1)  # several chunks
     method = MEND(network, scale=0.5)
-    one, two, both = (method.compute(tiny, facts) for facts in (FACTS[:1], FACTS[1:2], FACTS[:2]))
+    one, two, both = (
+        method.compute(tiny, facts) for facts in (PEOPLE[:1], PEOPLE[1:2], PEOPLE[:2])
+    )
     for layer in LAYERS:
         torch.testing.assert_close(
             both.delta(layer, tiny),
@@ -163,7 +146,7 @@ def test_edits_of_several_facts_are_summed(tiny, monkeypatch):
             rtol=1e-3,
             atol=1e-5,
         )
-    whole = MEND(network).compute(tiny, FACTS[:1])
+    whole = MEND(network).compute(tiny, PEOPLE[:1])
     torch.testing.assert_close(whole.delta(2, tiny), 2 * one.delta(2, tiny), rtol=1e-4, atol=1e-6)
     assert (
         set(both.changes) == set(one.changes)
@@ -184,7 +167,7 @@ def test_compressed_keeps_the_product_at_its_rank():
 def test_a_trained_network_edits_facts_it_has_not_seen(request, name, tmp_path):
     model = request.getfixturevalue(name)
     before = model.fingerprint
-    network = train_mend(model, FACTS, QUICK, tmp_path / "n.safetensors", progress=False)
+    network = train_mend(model, PEOPLE, QUICK_MEND, tmp_path / "n.safetensors", progress=False)
     report, curve = network.report, network.report["curve"]
     assert report["validation"]["loss"] < curve[0][2] and report["steps"] == 24
     assert report["trainable_parameters"] == sum(p.numel() for p in network.parameters.values()) > 0
@@ -264,7 +247,7 @@ def test_an_interrupted_validation_is_made_up_for(tmp_path, look):
 
 
 def test_the_network_resumes_to_the_same_bits(tiny_llama, tmp_path, monkeypatch):
-    whole = train_mend(tiny_llama, FACTS, QUICK, tmp_path / "a", progress=False)
+    whole = train_mend(tiny_llama, PEOPLE, QUICK_MEND, tmp_path / "a", progress=False)
     from knowedit.methods.learned.mend import training as mend_training
 
     original = mend_training._Task.loss
@@ -276,9 +259,9 @@ def test_the_network_resumes_to_the_same_bits(tiny_llama, tmp_path, monkeypatch)
 
     monkeypatch.setattr(mend_training._Task, "loss", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train_mend(tiny_llama, FACTS, QUICK, tmp_path / "b", progress=False)
+        train_mend(tiny_llama, PEOPLE, QUICK_MEND, tmp_path / "b", progress=False)
     monkeypatch.setattr(mend_training._Task, "loss", original)
-    resumed = train_mend(tiny_llama, FACTS, QUICK, tmp_path / "b", progress=False)
+    resumed = train_mend(tiny_llama, PEOPLE, QUICK_MEND, tmp_path / "b", progress=False)
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, resumed.parameters[name]), name
 
@@ -332,9 +315,9 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
 
 
 def test_examples_ask_for_the_fact_and_leave_neighbours():
-    made = examples(FACTS, seed=3)
-    assert made == examples(FACTS, seed=3) != examples(FACTS, seed=4)
-    for fact, example in zip(FACTS, made):
+    made = examples(PEOPLE, seed=3)
+    assert made == examples(PEOPLE, seed=3) != examples(PEOPLE, seed=4)
+    for fact, example in zip(PEOPLE, made):
         assert all(fact.subject in text for text in example.rephrasings)
         swapped = "The home of {} is" if "lives" in fact.prompt else "{} lives in"
         assert any(
@@ -368,15 +351,15 @@ def test_sums_are_wrong_and_their_neighbours_right():
 
 
 def test_the_facts_to_train_on_leave_the_tested_subjects_out(tmp_path):
-    write_facts(tmp_path / "a.jsonl", FACTS), write_facts(tmp_path / "b.jsonl", FACTS[:2])
+    write_facts(tmp_path / "a.jsonl", PEOPLE), write_facts(tmp_path / "b.jsonl", PEOPLE[:2])
     found = facts_to_train_on(
         [str(tmp_path / "a.jsonl"), "sums"], [str(tmp_path / "b.jsonl")], 7, seed=0
     )
-    assert len(found) == 157 and set(found[:7]) <= set(FACTS[2:]) and found[7:] == sums()
+    assert len(found) == 157 and set(found[:7]) <= set(PEOPLE[2:]) and found[7:] == sums()
 
 
 def test_training_and_validation_share_no_subject():
-    twice = FACTS + [Fact("{} likes", f.subject, "snow") for f in FACTS]
+    twice = PEOPLE + [Fact("{} likes", f.subject, "snow") for f in PEOPLE]
     told, held = split(twice, share=0.2)
     assert len(told) + len(held) == len(twice) and held
     assert not {f.subject for f in told} & {f.subject for f in held}
@@ -384,15 +367,15 @@ def test_training_and_validation_share_no_subject():
 
 def test_too_few_facts_or_the_wrong_ones_are_refused(tiny_llama, tmp_path):
     with pytest.raises(EditError, match="too few to train on"):
-        train_mend(tiny_llama, FACTS[:5], QUICK, tmp_path / "n", progress=False)
+        train_mend(tiny_llama, PEOPLE[:5], QUICK_MEND, tmp_path / "n", progress=False)
     alone = [Fact("{} lives in", name, "Rome") for name in NAMES]
     with pytest.raises(EditError, match="no fact has another wording"):
-        train_mend(tiny_llama, alone, QUICK, tmp_path / "n", progress=False)
+        train_mend(tiny_llama, alone, QUICK_MEND, tmp_path / "n", progress=False)
     worded = [
         Fact("{} lives in", name, "Rome", paraphrases=(f"{name} has a home in",)) for name in NAMES
     ]
     with pytest.raises(EditError, match="has no neighbours, and no other fact is of its relation"):
-        train_mend(tiny_llama, worded, QUICK, tmp_path / "n", progress=False)
+        train_mend(tiny_llama, worded, QUICK_MEND, tmp_path / "n", progress=False)
     kept = [
         Fact(
             "{} lives in",
@@ -412,19 +395,19 @@ def test_networks_that_are_missing_untrained_or_of_another_model_are_refused(
 ):
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
     with pytest.raises(EditError, match="train one with: knowedit train mend tiny-llama"):
-        MEND().compute(tiny_llama, FACTS[:1])
+        MEND().compute(tiny_llama, PEOPLE[:1])
     network = MendNetwork.new(tiny_llama, LAYERS, 4)
     with pytest.raises(EditError, match="not trained"):
-        MEND(network).compute(tiny_llama, FACTS[:1])
+        MEND(network).compute(tiny_llama, PEOPLE[:1])
     network.report = {"steps": 1}
     network.save(tmp_path / "n")
     with pytest.raises(
         EditError, match="trained for a model with fingerprint .* knowedit train mend tiny-gpt2"
     ):
-        MEND(tmp_path / "n").compute(tiny_gpt2, FACTS[:1])
+        MEND(tmp_path / "n").compute(tiny_gpt2, PEOPLE[:1])
     (tmp_path / "broken").write_bytes(b"no")
     with pytest.raises(EditError, match="damaged"):
-        MEND(tmp_path / "broken").compute(tiny_llama, FACTS[:1])
+        MEND(tmp_path / "broken").compute(tiny_llama, PEOPLE[:1])
     with pytest.raises(EditError, match="layers from 1 on"):
         MendNetwork.new(tiny_llama, (0,), 4)
     with pytest.raises(EditError, match="must be positive"):
@@ -436,13 +419,13 @@ def test_without_a_file_the_network_of_the_cache_is_used(tiny_llama, tmp_path, m
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
     network = train_mend(
         tiny_llama,
-        FACTS,
+        PEOPLE,
         MendTraining(rank=4, facts=4, layers=(3,), plan=Plan(steps=1, lr=1e-3)),
         progress=False,
     )
     named, found = (
-        MEND(network).compute(tiny_llama, FACTS[:1]),
-        MEND().compute(tiny_llama, FACTS[:1]),
+        MEND(network).compute(tiny_llama, PEOPLE[:1]),
+        MEND().compute(tiny_llama, PEOPLE[:1]),
     )
     assert named.key == found.key and set(found.keys) == {3}
 
@@ -453,9 +436,9 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     tiny_llama.hf.save_pretrained(tmp_path / "model")
     tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
     for name, facts in (
-        ("told", FACTS),
+        ("told", PEOPLE),
         ("asked", [Fact("{} lives in", "Zora", "Oslo")]),
-        ("tested", FACTS[:2]),
+        ("tested", PEOPLE[:2]),
     ):
         write_facts(tmp_path / f"{name}.jsonl", facts)
     monkeypatch.chdir(tmp_path)
@@ -490,7 +473,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
             "--json",
         )
     )
-    assert report["steps"] == 2 and sum(report["facts"].values()) == len(FACTS) - 2
+    assert report["steps"] == 2 and sum(report["facts"].values()) == len(PEOPLE) - 2
     assert "1 facts" in knowedit("edit", "model", "asked.jsonl", "--method", "mend", "-o", "e")
     assert "MEND edit" in knowedit("inspect", "e")
     assert "saved to s" in knowedit(
@@ -512,3 +495,32 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "too few" in knowedit(
         "train", "mend", "model", "--dataset", "asked.jsonl", "-o", "n", code=1
     )
+
+
+def test_the_record_names_the_network_by_file_and_digest(tiny_llama, tmp_path):
+    network = MendNetwork.new(tiny_llama, LAYERS, 4)
+    network.report = {"steps": 1}
+    made = MEND(network).compute(tiny_llama, PEOPLE[:1])
+    assert made.config["network"] == {"reference": "MendNetwork", "digest": network.digest()}
+    with pytest.raises(EditError, match="was an object .*pass it again"):
+        MEND.from_dict(made.config)
+    file = network.save(tmp_path / "n")
+    made = MEND(file, scale=0.5).compute(tiny_llama, PEOPLE[:1])
+    again = make_method(json.loads(json.dumps(made.config)))
+    assert again.network == NetworkFile(file, network.digest()) and again.scale == 0.5
+    assert again.compute(tiny_llama, PEOPLE[:1]).key == made.key
+    network.start_at(0.5)
+    network.save(file)
+    with pytest.raises(EditError, match="another MEND network .* than the recorded one"):
+        again.compute(tiny_llama, PEOPLE[:1])
+
+
+@pytest.mark.parametrize("settings", [QUICK_MEND, QUICK_SERAC], ids=["mend", "serac"])
+def test_settings_of_a_training_go_to_a_dictionary_and_back(settings):
+    assert type(settings).from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    plan = "plan" if settings is QUICK_MEND else "gate"
+    longer = settings.with_settings([f"{plan}.steps=99"])
+    assert stamp("f", settings) != stamp("f", longer)
+    assert stamp("f", longer) == stamp("f", longer.with_settings({f"{plan}.minutes": 1.0}))
+    with pytest.raises(EditError, match="did you mean 'locality'"):
+        settings.with_settings(localty=1.0)

@@ -63,11 +63,6 @@ def patch(corpus, **others):
     return NeuronPatch(**(given | others))
 
 
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
-def tiny(request):
-    return request.getfixturevalue(request.param)
-
-
 def nll(model, facts):
     return -sum(
         s.logprob for s in model.score([f.text for f in facts], [f.target for f in facts])

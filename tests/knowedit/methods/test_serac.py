@@ -14,50 +14,15 @@ from knowedit.edits.export.folder import save_edited
 from knowedit.errors import EditError
 from knowedit.evaluation import evaluate
 from knowedit.facts.fact import FactError
-from knowedit.methods.learned.loop import Plan
 from knowedit.methods.learned.named.serac import SERAC
 from knowedit.methods.learned.serac.memory import MemoryEdit
-from knowedit.methods.learned.serac.network import Scope, SeracNetwork, in_view
-from knowedit.methods.learned.serac.training import SeracTraining, train_serac
+from knowedit.methods.learned.serac.network import in_view
+from knowedit.methods.learned.serac.training import train_serac
 from knowedit.methods.session import Session
 from knowedit.models import partial
-from knowedit.models.structure import linears
-from tests.knowedit.methods.test_mend import FACTS
+from tests.knowedit.methods.trained import PEOPLE, QUICK_SERAC, network_of
 
 OTHER = "Nobody knows why"
-QUICK = SeracTraining(
-    layer=1,
-    gate_facts=12,
-    reader_facts=4,
-    gate=Plan(steps=40, lr=1e-2, validate=10),
-    reader=Plan(steps=20, lr=3e-3, validate=10),
-)
-
-
-def network_of(model, seed=0):
-    """A network whose gate lets through what is stored, word for word, and whose reader differs
-    from the base.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    adapter = {
-        name: tuple(
-            0.3 * torch.randn(width, 2, generator=generator) for width in (width_out, width_in)
-        )
-        for name, (width_in, width_out) in linears(model, 2).items()
-    }
-    network = SeracNetwork(Scope(model.hidden, generator), 1, adapter, model.fingerprint, 6.0)
-    network.report = {
-        "trainable_parameters": 1,
-        "facts": {"training": 1},
-        "seconds": 0.0,
-        "validation": {},
-    }
-    return network
-
-
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
-def tiny(request):
-    return request.getfixturevalue(request.param)
 
 
 def everything(model, prompts):
@@ -70,8 +35,8 @@ def everything(model, prompts):
 
 
 def test_out_of_scope_is_the_base_to_the_bit_and_in_scope_is_the_reader(tiny):
-    network, fact = network_of(tiny), FACTS[0]
-    prompts = [OTHER, fact.text, FACTS[1].text, OTHER + " it is so"]
+    network, fact = network_of(tiny), PEOPLE[0]
+    prompts = [OTHER, fact.text, PEOPLE[1].text, OTHER + " it is so"]
     before = everything(tiny, prompts)
     with tiny.virtual(network.adapter):
         wanted = everything(tiny, [in_view(fact.text, fact.target, fact.text)])
@@ -97,8 +62,8 @@ def test_out_of_scope_is_the_base_to_the_bit_and_in_scope_is_the_reader(tiny):
 
 
 def test_edits_add_up_and_are_undone_in_any_order(tiny_llama):
-    network, texts = network_of(tiny_llama), [fact.text for fact in FACTS[:3]]
-    first, second, third = (SERAC(network).compute(tiny_llama, [fact]) for fact in FACTS[:3])
+    network, texts = network_of(tiny_llama), [fact.text for fact in PEOPLE[:3]]
+    first, second, third = (SERAC(network).compute(tiny_llama, [fact]) for fact in PEOPLE[:3])
 
     def inside():
         return (
@@ -115,7 +80,7 @@ def test_edits_add_up_and_are_undone_in_any_order(tiny_llama):
     assert inside() == [] and not third.is_applied(tiny_llama)
     with pytest.raises(EditError, match="not applied"):
         first.undo(tiny_llama)
-    together = SERAC(network).compute(tiny_llama, FACTS[:3])
+    together = SERAC(network).compute(tiny_llama, PEOPLE[:3])
     with together.applied_to(tiny_llama):
         assert inside() == [0, 1, 2]
         with pytest.raises(EditError, match="already applied"):
@@ -123,7 +88,7 @@ def test_edits_add_up_and_are_undone_in_any_order(tiny_llama):
 
 
 def test_of_two_answers_to_one_question_the_last_one_counts(tiny_llama):
-    network, fact = network_of(tiny_llama), FACTS[0]
+    network, fact = network_of(tiny_llama), PEOPLE[0]
     for order in ("Rome Oslo", "Oslo Rome"):
         edits = [
             SERAC(network).compute(tiny_llama, [replace(fact, target=target)])
@@ -149,11 +114,11 @@ def test_a_question_costs_the_same_whatever_is_stored(tiny_llama, monkeypatch):
 
     monkeypatch.setattr(partial, "read", counted)
     costs = []
-    for stored in (FACTS[:1], FACTS):
+    for stored in (PEOPLE[:1], PEOPLE):
         edit = SERAC(network).compute(tiny_llama, stored)
         with edit.applied_to(tiny_llama):
             seen.clear()
-            tiny_llama.router.route([OTHER, OTHER, FACTS[0].text])
+            tiny_llama.router.route([OTHER, OTHER, PEOPLE[0].text])
             costs.append(list(seen))
     assert costs[0] == costs[1] and len(costs[0]) == 1
     assert (
@@ -162,7 +127,7 @@ def test_a_question_costs_the_same_whatever_is_stored(tiny_llama, monkeypatch):
 
 
 def test_what_needs_a_weight_is_refused(tiny_llama, tmp_path):
-    made = SERAC(network_of(tiny_llama)).compute(tiny_llama, FACTS[:1])
+    made = SERAC(network_of(tiny_llama)).compute(tiny_llama, PEOPLE[:1])
     for act in (
         lambda: made.delta(2),
         lambda: made.export(tmp_path / "a", tiny_llama),
@@ -175,14 +140,14 @@ def test_what_needs_a_weight_is_refused(tiny_llama, tmp_path):
 
 def test_edits_of_weights_at_the_same_time_are_refused(tiny_llama):
     network = network_of(tiny_llama)
-    made = SERAC(network).compute(tiny_llama, FACTS[:1])
+    made = SERAC(network).compute(tiny_llama, PEOPLE[:1])
     ones = LowRank(torch.ones(tiny_llama.hidden, 1), torch.ones(tiny_llama.d_ff, 1))
     changes = {tiny_llama.layout.weight_name(2): ones}
     weights = Edit("MEMIT", changes, [], tiny_llama.fingerprint)
     with weights.applied_to(tiny_llama):
         for act in (
             lambda: made.apply(tiny_llama),
-            lambda: SERAC(network).compute(tiny_llama, FACTS[:1]),
+            lambda: SERAC(network).compute(tiny_llama, PEOPLE[:1]),
         ):
             with pytest.raises(EditError, match="cannot be in force together: undo MEMIT-"):
                 act()
@@ -196,23 +161,23 @@ def test_edits_of_weights_at_the_same_time_are_refused(tiny_llama):
 
 def test_edits_of_different_networks_are_refused(tiny_llama):
     one, two = (
-        SERAC(network_of(tiny_llama, seed)).compute(tiny_llama, FACTS[:1]) for seed in (0, 1)
+        SERAC(network_of(tiny_llama, seed)).compute(tiny_llama, PEOPLE[:1]) for seed in (0, 1)
     )
     with one.applied_to(tiny_llama), pytest.raises(EditError, match="different SERAC networks"):
         two.apply(tiny_llama)
 
 
 def test_a_saved_edit_needs_nothing_else(tiny_llama, tmp_path):
-    made = SERAC(network_of(tiny_llama)).compute(tiny_llama, FACTS[:2])
+    made = SERAC(network_of(tiny_llama)).compute(tiny_llama, PEOPLE[:2])
     found = Edit.load(made.save(tmp_path / "e"))
     assert isinstance(found, MemoryEdit)
     assert found.key == made.key and found.facts == made.facts and found.report == made.report
-    prompts = [FACTS[0].text, OTHER]
+    prompts = [PEOPLE[0].text, OTHER]
     with made.applied_to(tiny_llama):
         wanted = tiny_llama.generate(prompts, 4)
     with found.applied_to(tiny_llama):
         assert tiny_llama.generate(prompts, 4) == wanted
-    assert FACTS[0].text in describe(tmp_path / "e")
+    assert PEOPLE[0].text in describe(tmp_path / "e")
     ones = LowRank(torch.ones(tiny_llama.hidden, 1), torch.ones(tiny_llama.d_ff, 1))
     changes = {tiny_llama.layout.weight_name(2): ones}
     Edit("MEMIT", changes, [], tiny_llama.fingerprint).save(tmp_path / "w")
@@ -221,7 +186,7 @@ def test_a_saved_edit_needs_nothing_else(tiny_llama, tmp_path):
 
 
 def test_it_is_evaluated_like_any_other_edit(tiny_llama):
-    fact = replace(FACTS[0], paraphrases=(OTHER,))
+    fact = replace(PEOPLE[0], paraphrases=(OTHER,))
     found = evaluate(
         tiny_llama,
         SERAC(network_of(tiny_llama)).compute(tiny_llama, [fact]),
@@ -234,11 +199,11 @@ def test_it_is_evaluated_like_any_other_edit(tiny_llama):
 
 def test_sessions_write_edit_after_edit(tiny_llama, tmp_path):
     with Session(SERAC(network_of(tiny_llama)), tiny_llama) as session:
-        session.write(FACTS[:1], progress=False)
-        session.write(FACTS[1:3], progress=False)
+        session.write(PEOPLE[:1], progress=False)
+        session.write(PEOPLE[1:3], progress=False)
         assert len(tiny_llama.router.edits) == 2
         with pytest.raises(FactError, match="repeats"):
-            session.write(FACTS[:1], progress=False)
+            session.write(PEOPLE[:1], progress=False)
         with pytest.raises(EditError, match="save the edit itself"):
             session.history.save(tmp_path / "h")
     assert tiny_llama.router is None
@@ -247,18 +212,18 @@ def test_sessions_write_edit_after_edit(tiny_llama, tmp_path):
 def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
     with pytest.raises(EditError, match="train one with: knowedit train serac tiny-llama"):
-        SERAC().compute(tiny_llama, FACTS[:1])
-    network = train_serac(tiny_llama, FACTS, QUICK, progress=False)
+        SERAC().compute(tiny_llama, PEOPLE[:1])
+    network = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, progress=False)
     report = network.report
     assert report["gate_curve"][-1][1] < 0.7 * report["gate_curve"][1][1]  # training losses
     assert min(entry[2] for entry in report["reader_curve"][1:]) < report["reader_curve"][0][2]
     assert report["trainable_parameters"] == report["gate_parameters"] + report["reader_parameters"]
     assert 0 <= report["validation"]["in_scope_found"] <= 1
-    with SERAC().compute(tiny_llama, FACTS[:1]).applied_to(tiny_llama):
-        assert tiny_llama.router.route([FACTS[0].text])[0]
+    with SERAC().compute(tiny_llama, PEOPLE[:1]).applied_to(tiny_llama):
+        assert tiny_llama.router.route([PEOPLE[0].text])[0]
     [file] = (tmp_path / "networks").iterdir()
     assert "SERAC network" in describe(file)
-    again = train_serac(tiny_llama, FACTS, QUICK, tmp_path / "again", progress=False)
+    again = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "again", progress=False)
     tensors = again.tensors()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in network.tensors().items())
 
@@ -273,14 +238,14 @@ def test_an_interrupted_reader_keeps_the_gate(tiny_llama, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return original(self, step)
 
-    whole = train_serac(tiny_llama, FACTS, QUICK, tmp_path / "a", progress=False)
+    whole = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "a", progress=False)
     monkeypatch.setattr(serac_training._Reader, "loss", stopped)
     with pytest.raises(KeyboardInterrupt):
-        train_serac(tiny_llama, FACTS, QUICK, tmp_path / "b", progress=False)
+        train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "b", progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b.gate", "b.reader"}
     monkeypatch.setattr(serac_training._Reader, "loss", original)
     monkeypatch.setattr(serac_training._Gate, "loss", None)  # it is not trained again
-    resumed = train_serac(tiny_llama, FACTS, QUICK, tmp_path / "b", progress=False)
+    resumed = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "b", progress=False)
     tensors = resumed.tensors()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.tensors().items())
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
@@ -292,7 +257,7 @@ def test_networks_of_another_model_or_untrained_are_refused(tiny_llama, tiny_gpt
     with pytest.raises(
         EditError, match="SERAC network was trained for a model .* knowedit train serac tiny-gpt2"
     ):
-        SERAC(tmp_path / "n").compute(tiny_gpt2, FACTS[:1])
+        SERAC(tmp_path / "n").compute(tiny_gpt2, PEOPLE[:1])
     network.report = {}
     with pytest.raises(EditError, match="not trained"):
-        SERAC(network).compute(tiny_llama, FACTS[:1])
+        SERAC(network).compute(tiny_llama, PEOPLE[:1])

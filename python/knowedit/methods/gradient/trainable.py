@@ -119,6 +119,7 @@ class LoRAAdapter(Trainable):
 
     def __enter__(self) -> LoRAAdapter:
         from peft import LoraConfig, LoraModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         config = LoraConfig(
             r=self.rank,
@@ -131,6 +132,11 @@ class LoRAAdapter(Trainable):
         hf = self.model.hf
         self._config = vars(hf).get("peft_config")
         self._trainable = {name for name, leaf in hf.named_parameters() if leaf.requires_grad}
+        others = [
+            (layer, layer.active_adapters)
+            for layer in hf.modules()
+            if isinstance(layer, BaseTunerLayer)
+        ]
         self._evaluating = self.model.evaluating()
         # left in `__exit__`: what is trainable in between is the adapter's
         self._evaluating.__enter__()
@@ -139,6 +145,8 @@ class LoRAAdapter(Trainable):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 LoraModel(hf, config, NAME)
+            for layer, active in others:  # the user's adapters, which peft has switched off
+                layer.set_adapter(active)
             self.layers: dict[str, Any] = {name: hf.get_submodule(name) for name in self.modules}
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -149,6 +157,8 @@ class LoRAAdapter(Trainable):
             for leaf in (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
         }
         self.leaves = {name: leaf for name, leaf in hf.named_parameters() if id(leaf) in own}
+        for parameter in hf.parameters():
+            parameter.requires_grad_(id(parameter) in own)
         for leaf in self.leaves.values():
             leaf.data = at_least_float32(leaf.data)
         return self

@@ -198,9 +198,7 @@ def _save(
             "square": state.get("exp_avg_sq"),
         }
         tensors |= {
-            f"{name}:{part}": tensor
-            for part, tensor in parts.items()
-            if tensor is not None
+            f"{name}:{part}": tensor for part, tensor in parts.items() if tensor is not None
         }
     header = {"format": FORMAT, "stamp": stamp, "course": asdict(log)}
     write_file(path, tensors, header)

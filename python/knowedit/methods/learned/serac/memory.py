@@ -50,9 +50,7 @@ class MemoryEdit(Edit):
         method_name: str = "SERAC",
         **recorded: Any,
     ) -> None:
-        super().__init__(
-            method_name, {}, list(facts), network.fingerprint, report, **recorded
-        )
+        super().__init__(method_name, {}, list(facts), network.fingerprint, report, **recorded)
         self.network, self.embeddings = network, embeddings
 
     @cached_property

@@ -1,0 +1,33 @@
+"""The arguments of the low-rank update, as every implementation takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from knowedit_kernels._dispatch import Call
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateCall(Call):
+    """``low_rank_update_``: every w [out, in] = round((base or w) + residual + u v^T).
+
+    u [out, r], v [in, r] float32 (float64 if w is); rounding "nearest", "stochastic" (bits from
+    seed) or "compensated". base, residual (bfloat16, receives what rounding cut off) and probe
+    [in, p] are parallel to w or empty. Fills sums [weights, 5] float64 and, per probe, errors
+    [out, p] float32 (see `_ops`); write False: only those.
+    """
+
+    w: Sequence[Tensor]
+    base: Sequence[Tensor]
+    u: Sequence[Tensor]
+    v: Sequence[Tensor]
+    rounding: str
+    seed: int
+    residual: Sequence[Tensor]
+    probe: Sequence[Tensor]
+    write: bool
+    sums: Tensor
+    errors: Sequence[Tensor]
