@@ -71,14 +71,14 @@ class Edit:
     def __repr__(self) -> str:
         first = f"{self.facts[0].text!r} -> {self.facts[0].target!r}" if self.facts else ""
         names = list(self.changes)
-        some = ", ".join(f"{name} ({self.changes[name]!r})" for name in names[:2])
+        some = "".join(f"\n    {name}: {self.changes[name]!r}" for name in names[:3])
         more = [f" ... and {len(found) - n} more" if len(found) > n else ""
-                for found, n in ((self.facts, 1), (names, 2))]  # fmt: skip
+                for found, n in ((self.facts, 1), (names, 3))]  # fmt: skip
         gain = "" if self.report.gain is None else f"gain {self.report.gain:.3f}, "
         return (
             f"Edit({self.key}, of model {self.fingerprint[:12]}\n"
             f"  {len(self.facts)} fact(s): {_short(first)}{more[0]}\n"
-            f"  {len(names)} parameter(s): {some}{more[1]}\n"
+            f"  {len(names)} parameter(s):{some}{more[1]}\n"
             f"  {gain}{len(self.warnings)} warning(s))"
         )
 

@@ -30,7 +30,7 @@ class EditReport:
     relative_norm: dict[str, float] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     planned_nll: float | None = None
-    steps: int | list[int] | None = None
+    steps: int | list[float] | None = None
     seconds: float | None = None
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ Every named method is one small file in `named/`; any other combination is a `Re
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from knowedit.edits.changes import LowRank
 from knowedit.edits.edit import Edit
@@ -183,7 +183,7 @@ class Recipe(Method):
             written = self.training.trained(task, metric, targets, written, write)
         settings = {
             "layers": list(task.layers),
-            "values": asdict(task.values),
+            "values": task.values.to_dict(),
             "merge_subjects": self.merge_subjects,
         }
         report = outcome(settings, task, targets, written)
