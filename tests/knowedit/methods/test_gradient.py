@@ -254,7 +254,7 @@ class TestAdapters:
         assert all(leaf.grad is None for leaf in hf.parameters())
         with made.applied_to(tiny_llama):  # and was, while the edit was trained
             assert float(said(hf, tiny_llama, FACTS)) == pytest.approx(
-                made.report["loss"], rel=1e-3
+                made.report.details["loss"], rel=1e-3
             )
         assert hf.peft_config is config and list(config) == ["default"] and hf.training
         assert [name for name, _ in hf.named_modules()] == names
@@ -413,7 +413,7 @@ class TestStopping:
             .compute(tiny_llama, FACTS, progress=False)
             .report
         )
-        assert by_loss["steps"] < 200 and by_loss["loss"] < 0.7
+        assert by_loss.steps < 200 and by_loss.details["loss"] < 0.7
         by_lead = LoRA(steps=200, lr=1e-2, stop=None, margin=1.0).compute(
             tiny_llama, FACTS, progress=False
         )
