@@ -19,7 +19,7 @@ from torch import Tensor
 
 from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
-from knowedit.facts.fact import Fact, check_facts
+from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.io.tensors import format_of, read_file, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
@@ -134,10 +134,11 @@ class History:
             FactError: one repeats or contradicts another, or one written before; undo the edit that
                 has it first.
         """
+        facts = as_facts(facts)
         places = [f"history, edit {i}" for i, edit in enumerate(self.edits) for _ in edit.facts]
         places += [f"facts[{i}]" for i in range(len(facts))]
         check_facts([*self.facts, *facts], places=places)
-        return list(facts)
+        return facts
 
     @accepts_model
     def replay(self, model: EditableModel) -> None:

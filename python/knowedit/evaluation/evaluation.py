@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from knowedit.edits.edit import Edit
+from knowedit.errors import EditError
 from knowedit.evaluation import intervals
 from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.measures.base import Answer, Question, ask, fact_measures, questions
-from knowedit.facts.fact import Fact
+from knowedit.facts.fact import Fact, as_facts
 from knowedit.io.progress import bar
 from knowedit.io.tables import Column, Table
 from knowedit.models.editable import EditableModel
@@ -101,7 +102,14 @@ def evaluate(
     """Measure `facts` before and after `edit` (None: only as the model is now, reported as both).
 
     The model is left as it was found.
+
+    Raises:
+        FactError: one fact alone, or what is not a Fact.
+        EditError: `edit` is not an Edit.
     """
+    if not isinstance(edit, (Edit, type(None))):
+        raise EditError(f"an edit is what Edit.load and compute return, got {type(edit).__name__}")
+    facts = as_facts(facts)
     return evaluate_each(model, [edit] * len(facts), facts, seed=seed, progress=progress)
 
 
@@ -120,6 +128,7 @@ def evaluate_each(
     An edit that several facts share stands once for each, one after the other. Edits that are made
     when they are asked for need not all be kept.
     """
+    facts = as_facts(facts)
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before = ask(model, asked, title="before", progress=progress)
     after: list[Answer | None] = [None] * len(asked)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -224,6 +224,24 @@ def _probe(name: str, value: object) -> Probe:
     raise FactError(f'{name} must hold strings or {{"prompt": ..., "answer": ...}}, got {value!r}')
 
 
+def as_facts(
+    facts: Iterable[Fact], source: str = "facts", places: Sequence[str] | None = None
+) -> list[Fact]:
+    """`facts` as a list. Raises FactError for one Fact alone and for what is not a Fact."""
+    if isinstance(facts, Fact) or not isinstance(facts, Iterable):
+        raise FactError(
+            f"{source}: must be a list of Fact, got {type(facts).__name__}; put one fact in a list"
+        )
+    listed = list(facts)
+    for i, fact in enumerate(listed):
+        if not isinstance(fact, Fact):
+            raise FactError(
+                f"{places[i] if places else f'{source}[{i}]'}: must be a Fact, got "
+                f"{type(fact).__name__}; Fact.from_dict reads dictionaries"
+            )
+    return listed
+
+
 def check_facts(
     facts: Sequence[Fact], source: str = "facts", places: Sequence[str] | None = None
 ) -> list[Fact]:
@@ -235,13 +253,9 @@ def check_facts(
     allowed and logged as a warning: editing it changes little.
     """
     seen: dict[tuple[str, str], int] = {}
+    facts = as_facts(facts, source, places)
     for i, fact in enumerate(facts):
         place = places[i] if places else f"{source}[{i}]"
-        if not isinstance(fact, Fact):
-            raise FactError(
-                f"{place}: must be a Fact, got {type(fact).__name__}; Fact.from_dict reads "
-                "dictionaries"
-            )
         first = seen.setdefault((fact.prompt, fact.subject), i)
         if first != i:
             before, other = facts[first].target, places[first] if places else f"{source}[{first}]"
@@ -255,4 +269,4 @@ def check_facts(
             logger.warning(
                 "%s: target %r is already the true answer of %r", place, fact.target, fact.text
             )
-    return list(facts)
+    return facts

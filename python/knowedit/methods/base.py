@@ -60,6 +60,10 @@ class Method(Config):
             FactError: repeated or contradictory facts, earlier ones included.
             EditError: settings, or a model, with which the method cannot work.
         """
+        if not isinstance(statistics, (KeyStatistics, type(None))):
+            raise EditError(
+                f"statistics are what key_statistics returns, got {type(statistics).__name__}"
+            )
         facts = checked(facts, model, history)
         edit = self._compute(model, facts, statistics, history, progress)
         return self._recorded(edit, model, statistics)
@@ -113,7 +117,7 @@ class Method(Config):
 
 def checked(facts: Sequence[Fact], model: EditableModel, history: History | None) -> list[Fact]:
     """`facts`, when they can be written after those of the history. Raises FactError, EditError."""
-    facts = history.check_new(facts) if history else check_facts(list(facts))
+    facts = history.check_new(facts) if history else check_facts(facts)
     if not facts:
         raise EditError("there are no facts to write; give at least one")
     if history is not None:

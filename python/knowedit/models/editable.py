@@ -9,6 +9,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -217,6 +218,8 @@ class EditableModel:
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ModelError for a layer that does not exist."""
         for layer in layers:
+            if not isinstance(layer, Integral):
+                raise ModelError(f"layers are whole numbers, such as [4, 5], got {layer!r}")
             if not 0 <= layer < len(self.layers):
                 raise ModelError(
                     f"layer {layer} does not exist: {self.name} has layers "

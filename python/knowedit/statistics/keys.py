@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class KeyStatistics:
 @accepts_model
 def key_statistics(
     model: EditableModel,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     corpus: CorpusLike = "wikipedia",
     tokens: int | None = None,
     *,
@@ -191,7 +192,7 @@ def key_statistics(
     rounding.
 
     Args:
-        layers: default: those of the model's preset.
+        layers: one or several; default: those of the model's preset.
         corpus: path(s), a hub data set, "wikipedia", "self" (the model's own samples), or a
             mixture; see `Corpus.parse`.
         tokens: keys to sum, exactly (default: 64 for each of their dimensions; docs/statistics.md
@@ -219,10 +220,15 @@ def key_statistics(
             disk full, another rank died.
         CorpusError: the corpus cannot be read.
     """
-    layers = sorted(set(layers if layers is not None else preset_for(model).statistics_layers))
+    if layers is None:
+        layers = preset_for(model).statistics_layers
+    layers = [layers] if isinstance(layers, int) else list(layers)
     model.check_layers(layers)
+    layers = sorted(set(layers))
     if tokens is None:
         tokens = PER_DIMENSION * model.d_ff * (1 if until == "tokens" else 10)
+    if not isinstance(tokens, Integral):
+        raise StatisticsError(f"tokens must be a whole number, got {tokens!r}")
     if tokens < 1 or max_length < 2:
         raise StatisticsError(
             f"tokens and max_length must be positive, got {tokens} and {max_length}"

@@ -139,3 +139,12 @@ def test_unknown_names_are_refused_before_anything_is_loaded(bad):
     } | bad
     with pytest.raises(KnowEditError, match=r"unknown .*(known: |did you mean)"):
         measure(**arguments, corpus="self", tokens=10)
+
+
+def test_what_cannot_be_evaluated(tiny_llama):
+    with pytest.raises(KnowEditError, match=r"facts\[0\]: must be a Fact, got dict"):
+        evaluate(tiny_llama, None, [FACTS[0].to_dict()])
+    with pytest.raises(KnowEditError, match="must be a list of Fact, got Fact"):
+        evaluate(tiny_llama, None, FACTS[0])
+    with pytest.raises(KnowEditError, match="an edit is what .* got str"):
+        evaluate(tiny_llama, "lyon.edit.safetensors", FACTS)

@@ -106,3 +106,15 @@ def test_a_subject_at_position_zero(tiny_llama):
     with pytest.raises(EditError, match=r"'X'.*very first token.*contexts.*allow_sinks=True"):
         compute(tiny_llama, [fact, FACTS[0]], values=bare)
     assert len(compute(tiny_llama, [fact, FACTS[0]], values=bare, allow_sinks=True).keys[1]) == 2
+
+
+def test_facts_that_are_not_a_list_of_facts(tiny_llama):
+    with pytest.raises(FactError, match="facts: must be a list of Fact, got Fact; put one fact"):
+        compute(tiny_llama, FACTS[0])
+    with pytest.raises(FactError, match=r"facts\[0\]: must be a Fact, got dict"):
+        compute(tiny_llama, [FACTS[0].to_dict()])
+
+
+def test_statistics_that_are_none(tiny_llama):
+    with pytest.raises(EditError, match=r"statistics are what key_statistics returns, got str"):
+        MEMIT(layers=(1,)).compute(tiny_llama, FACTS[:1], "stats.safetensors")

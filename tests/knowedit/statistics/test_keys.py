@@ -7,7 +7,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from knowedit.errors import ModelError, StatisticsError
+from knowedit.errors import CorpusError, ModelError, StatisticsError
 from knowedit.facts.sets import load
 from knowedit.statistics import (
     KeyStatistics,
@@ -132,3 +132,23 @@ def test_the_identity_is_that_of_the_sums(tiny_llama, corpus, tmp_path):
     assert len({found[1].digest, *(other.digest for other in others)}) == 4
     zeros = torch.zeros(2, 2, dtype=torch.float64)
     assert replace(found[1], total=zeros).digest == replace(found[1], total=-zeros).digest
+
+
+def test_one_layer_may_be_given_as_a_number(tiny_llama, corpus, tmp_path):
+    assert key_statistics(tiny_llama, 1, corpus, 100, directory=tmp_path / "s").layers == [1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "match"),
+    [
+        ({"layers": "1,2"}, ModelError, "layers are whole numbers.*got '1'"),
+        ({"tokens": "many"}, StatisticsError, "tokens must be a whole number, got 'many'"),
+        ({"corpus": 5}, CorpusError, "corpus must be a path.*got 5"),
+        ({"corpus": ["a text. " * 100]}, CorpusError, "not a file's name.*give its path"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_type(tiny_llama, tmp_path, wrong, error, match):
+    settings = {"layers": [1], "corpus": "self", "tokens": 100} | wrong
+    with pytest.raises(error, match=match):
+        key_statistics(tiny_llama, **settings, directory=tmp_path / "s")

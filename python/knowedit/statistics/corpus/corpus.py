@@ -94,6 +94,8 @@ class Corpus:
         """
         if isinstance(corpus, Corpus):
             return corpus
+        if not isinstance(corpus, (str, os.PathLike, Iterable)):
+            raise CorpusError(f"corpus must be a path, a name or a list of them, got {corpus!r}")
         given = [corpus] if isinstance(corpus, (str, os.PathLike)) else list(corpus)
         if not given:
             raise CorpusError("corpus is an empty list; give at least one file, or corpus='self'")
@@ -228,6 +230,13 @@ CorpusLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Corpus
 
 
 def _source(text: str | os.PathLike[str]) -> TextFiles | HubSource:
+    try:
+        Path(text).exists()
+    except (TypeError, ValueError, OSError) as error:  # no path at all, or too long for one
+        raise CorpusError(
+            f"corpus {str(text)[:60]!r} is not a file's name ({type(error).__name__}); write texts "
+            "into a .txt or .jsonl file and give its path"
+        ) from error
     return HubSource.parse(text) if HubSource.named_by(text) else TextFiles.find(Path(text))
 
 
