@@ -249,13 +249,12 @@ class TestAdapters:
         spoken = hf(input_ids=ids).logits
         method = replace(QUICK[LoRA], modules=("down_proj",))
         made = method.compute(tiny_llama, FACTS, progress=False)
-        assert all(name.endswith("down_proj.weight") for name in made.others)
+        assert all(name.endswith("down_proj.weight") for name in made.changes)
         assert torch.equal(hf(input_ids=ids).logits, spoken)  # it is still switched on
         assert all(leaf.grad is None for leaf in hf.parameters())
         with made.applied_to(tiny_llama):  # and was, while the edit was trained
-            assert float(said(hf, tiny_llama, FACTS)) == pytest.approx(
-                made.report["loss"], rel=1e-3
-            )
+            loss = made.report.details["loss"]
+            assert float(said(hf, tiny_llama, FACTS)) == pytest.approx(loss, rel=1e-3)
         assert hf.peft_config is config and list(config) == ["default"] and hf.training
         assert [name for name, _ in hf.named_modules()] == names
         assert {name for name, leaf in hf.named_parameters() if leaf.requires_grad} == trained
@@ -413,7 +412,7 @@ class TestStopping:
             .compute(tiny_llama, FACTS, progress=False)
             .report
         )
-        assert by_loss["steps"] < 200 and by_loss["loss"] < 0.7
+        assert by_loss.steps < 200 and by_loss.details["loss"] < 0.7
         by_lead = LoRA(steps=200, lr=1e-2, stop=None, margin=1.0).compute(
             tiny_llama, FACTS, progress=False
         )
