@@ -253,8 +253,9 @@ class TestAdapters:
         assert torch.equal(hf(input_ids=ids).logits, spoken)  # it is still switched on
         assert all(leaf.grad is None for leaf in hf.parameters())
         with made.applied_to(tiny_llama):  # and was, while the edit was trained
-            loss = made.report.details["loss"]
-            assert float(said(hf, tiny_llama, FACTS)) == pytest.approx(loss, rel=1e-3)
+            assert float(said(hf, tiny_llama, FACTS)) == pytest.approx(
+                made.report.details["loss"], rel=1e-3
+            )
         assert hf.peft_config is config and list(config) == ["default"] and hf.training
         assert [name for name, _ in hf.named_modules()] == names
         assert {name for name, leaf in hf.named_parameters() if leaf.requires_grad} == trained
