@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         arguments.dataset, arguments.layers, arguments.tokens = "embedded", "5", 4096
         arguments.subjects, arguments.edited = 3, 0
-    layers = parse_layers(arguments.layers) or ()
+    layers = parse_layers([arguments.layers]) or ()
     groups = sorted(choose(arguments.dataset, 2, None, "all", None), key=len, reverse=True)[
         : arguments.subjects
     ]

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from knowedit.cli.app import parse_layers
+from knowedit.cli.options import parse_layers
 from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.measures.base import ask, questions
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = data_dir() or Path("KNOWEDIT_DATA")
     facts = draw_facts(load("counterfact-flat"), arguments.edits, arguments.seed)
     model = load_model(arguments.model, dtype=torch.float32)
-    layers = parse_layers(arguments.layers) or ()
+    layers = parse_layers([arguments.layers]) or ()
     methods = {
         name: method_for(name, layers, arguments.steps, not arguments.exact_values)
         for name in arguments.methods

@@ -62,7 +62,7 @@ def test_every_method_of_rose_runs(tiny_llama, monkeypatch):
         steps |= {"training.settings.steps": 2} if method.training else {}
         made = method.with_settings(steps)
         edit = made.compute(tiny_llama, facts, statistics, progress=False)
-        assert (edit.report.get("look_ahead") is not None) == bool(method.training), name
+        assert (edit.report.details.get("look_ahead") is not None) == bool(method.training), name
 
 
 @pytest.mark.parametrize("part", ["crowded", "same-subject"])

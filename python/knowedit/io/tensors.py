@@ -5,7 +5,8 @@ the metadata key "knowedit".
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ KEY = "knowedit"
 
 def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
     """Write `tensors` (moved to the CPU) and `header`, which has a "format", to one file,
-    atomically. Raises OSError: the disk refuses; an older file is left as it was.
+    atomically. Raises OSError or SafetensorError: the disk refuses; an older file is left as it
+    was.
     """
     held = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
@@ -29,27 +31,39 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
     return Path(path)
 
 
-def read_header(path: str | Path, error: type[KnowEditError] = EditError) -> dict[str, Any]:
-    """The header alone; empty for another program's safetensors file. Raises `error`: missing or
-    damaged.
+@contextmanager
+def opened(
+    path: str | Path, error: type[KnowEditError] = EditError, remedy: str = "make it again"
+) -> Iterator[Any]:
+    """The opened file, from which single tensors can be read. Raises `error`: missing or damaged;
+    the message ends with `remedy`.
     """
     if not Path(path).is_file():
         raise error(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            yield file
     except (SafetensorError, json.JSONDecodeError, OSError) as problem:
         raise error(
-            f"{path} is damaged or not a safetensors file ({problem}); make it again"
+            f"{path} is truncated or damaged, or not a safetensors file ({problem}); {remedy}"
         ) from problem
-    if not isinstance(found, dict):
-        raise error(f"{path} is damaged: its header is not a record; make it again")
-    return found
+
+
+def header_of(file: Any) -> dict[str, Any]:
+    """The header of an opened file; empty for another program's."""
+    found = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def tensors_of(file: Any) -> dict[str, Tensor]:
+    """All tensors of an opened file."""
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def format_of(path: str | Path, error: type[KnowEditError] = EditError) -> str | None:
     """The format of a file of ours; None: another program's. Raises `error`: missing or damaged."""
-    return read_header(path, error).get("format")
+    with opened(path, error) as file:
+        return header_of(file).get("format")
 
 
 def read_file(
@@ -67,25 +81,17 @@ def read_file(
     Raises:
         error: missing, damaged, of none of `formats`, or of a newer one.
     """
-    known, header = (
-        (formats,) if isinstance(formats, str) else tuple(formats),
-        read_header(path, error),
-    )
-    found = header.get("format")
-    if found not in known:
-        if _newer(found, known):
-            raise error(
-                f"{path} was written by a newer version of this program (format {found!r}, this "
-                f"one reads {', '.join(known)}); install that version"
-            )
+    known = (formats,) if isinstance(formats, str) else tuple(formats)
+    with opened(path, error) as file:
+        header = header_of(file)
+        if (found := header.get("format")) in known:
+            return header, tensors_of(file)
+    if _newer(found, known):
         raise error(
-            f"{path} is not {what} of this version (format {found!r}, expected {known[0]!r})"
+            f"{path} was written by a newer version of this program (format {found!r}, this one "
+            f"reads {', '.join(known)}); install that version"
         )
-    with safe_open(path, framework="pt") as file:
-        return header, {
-            name: file.get_tensor(name)
-            for name in file.keys()  # noqa: SIM118
-        }
+    raise error(f"{path} is not {what} of this version (format {found!r}, expected {known[0]!r})")
 
 
 def _newer(found: Any, known: Sequence[str]) -> bool:

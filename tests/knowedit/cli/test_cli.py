@@ -236,7 +236,7 @@ def test_stats_eval_doctor(place, knowedit):
         (("stats", "model", "--layer", "7", *CORPUS[:4]), "layer 7 does not exist"),
         (("stats", "model", "--layer", "four", *CORPUS[:4]), "give a number like"),
         (("stats", "model", "--corpus", "nothing.txt"), "no such file"),
-        (("apply", "model", "facts.jsonl", "-o", "x"), "damaged or not a safetensors file"),
+        (("apply", "model", "facts.jsonl", "-o", "x"), "damaged, or not a safetensors file"),
         (("inspect", "model"), "not a folder written by"),
         (("eval", "model", "--dataset", "coutnerfact"), "did you mean 'counterfact'?"),
     ],

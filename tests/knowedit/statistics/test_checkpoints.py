@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from knowedit.errors import CorpusError, StatisticsError
+from knowedit.io import tensors
 from knowedit.statistics import collect, key_statistics, sums
 from knowedit.statistics.corpus import windows
 from knowedit.statistics.distributed import checkpoints
@@ -20,21 +21,21 @@ def test_results_that_were_only_half_written_are_written_from_the_checkpoint(
 ):
     monkeypatch.setattr(windows, "SIZE", 200)
     whole = key_statistics(tiny_llama, [1, 2, 3], corpus, 1500, directory=tmp_path / "whole")
-    real = store.save_file
+    real = tensors.save_file
 
-    def full_at_layer_2(tensors, path, **named):
+    def full_at_layer_2(held, path, **named):
         if "layer-002" in str(path):
             raise OSError(28, "No space left on device")
-        real(tensors, path, **named)
+        real(held, path, **named)
 
-    monkeypatch.setattr(store, "save_file", full_at_layer_2)
+    monkeypatch.setattr(tensors, "save_file", full_at_layer_2)
     with pytest.raises(StatisticsError, match="No space left"):
         key_statistics(
             tiny_llama, [1, 2, 3], corpus, 1500, directory=tmp_path / "s", checkpoint_every=0
         )
     assert [path.name for path in (tmp_path / "s").glob("layer*")] == ["layer-001.safetensors"]
     (tmp_path / "s" / ".checkpoint-x.part").write_text("of a run that was killed while it wrote")
-    monkeypatch.setattr(store, "save_file", real)
+    monkeypatch.setattr(tensors, "save_file", real)
     started, goes_on = [], collect.Collection._resume
 
     def resumes(self):
@@ -116,18 +117,18 @@ def test_a_checkpoint_is_written_once_and_outlives_a_full_disk(
     tiny_llama, corpus, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(windows, "SIZE", 200)
-    real, writes = store.save_file, []
+    real, writes = tensors.save_file, []
 
-    def counted(tensors, path, **named):
+    def counted(held, path, **named):
         writes.append(path)
-        real(tensors, path, **named)
+        real(held, path, **named)
 
     def breaks(self, number, texts, made=windows.Reader._tokenised):
         if number == 4:
             raise CorpusError("the hub cannot be reached")
         return made(self, number, texts)
 
-    monkeypatch.setattr(store, "save_file", counted)
+    monkeypatch.setattr(tensors, "save_file", counted)
     monkeypatch.setattr(windows.Reader, "_tokenised", breaks)
     for _ in range(3):  # the second and third time there is nothing new to write
         with pytest.raises(CorpusError, match="cannot be reached"):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from knowedit.errors import CorpusError, StatisticsError
+from knowedit.io import tensors
 from knowedit.statistics import collect, key_statistics
 from knowedit.statistics.corpus import windows
-from knowedit.statistics.files import store
 from tests.knowedit.statistics.helpers import naive, rounds_that_stop_at, save_model
 
 
@@ -65,7 +65,7 @@ def test_a_full_disk_keeps_what_was_there(tiny_llama, corpus, tmp_path, monkeypa
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(StatisticsError, match="No space left.*KNOWEDIT_CACHE"):
         key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
     monkeypatch.undo()

@@ -13,6 +13,7 @@ import time
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from knowedit.cli import stats as cli_stats
 from knowedit.errors import CorpusError, StatisticsError
@@ -232,7 +233,7 @@ def test_an_error_in_the_middle_keeps_what_was_collected(
 def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(
     tiny_llama, corpus, small, tmp_path, monkeypatch, caplog
 ):
-    real, calls = store.save_file, []
+    real, calls = save_file, []
 
     def sometimes_full(tensors, path, **named):
         calls.append(path)
@@ -240,7 +241,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(
             raise OSError(28, "No space left on device")
         real(tensors, path, **named)
 
-    monkeypatch.setattr(store, "save_file", sometimes_full)
+    monkeypatch.setattr("knowedit.io.tensors.save_file", sometimes_full)
     found = key_statistics(
         tiny_llama, [1], corpus, 9000, directory=tmp_path / "s", checkpoint_every=0
     )
@@ -251,7 +252,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(
             raise OSError(28, "No space left on device")
         real(tensors, path, **named)
 
-    monkeypatch.setattr(store, "save_file", full_at_the_end)
+    monkeypatch.setattr("knowedit.io.tensors.save_file", full_at_the_end)
     with pytest.raises(StatisticsError, match="No space left"):
         key_statistics(tiny_llama, [1], corpus, 9000, directory=tmp_path / "t", checkpoint_every=0)
     assert list((tmp_path / "t").glob("checkpoint*"))

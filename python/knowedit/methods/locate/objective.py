@@ -190,7 +190,7 @@ class _Chunk:
             if len(line):
                 value = part.fused(self.model, final) * self.weights[kind]
                 at = torch.full_like(line, kind), self.owner[line]
-                losses = losses.index_put(at, value, accumulate=True)
+                losses = losses.index_put(at, value.to(losses), accumulate=True)
         return losses
 
 

@@ -228,7 +228,7 @@ def _optimise(
         active = (part.detach() >= s.stop) & (
             done[live] >= step - 1
         )  # once rested, a group stays so
-        loss[live], nll[live] = part.detach(), part_nll.detach()
+        loss[live], nll[live] = part.detach().to(loss), part_nll.detach().to(nll)
         if step == s.steps:
             break
         (gradient,) = torch.autograd.grad(part.sum(), variable)
@@ -335,9 +335,8 @@ class Problem:
         """
         final = self.run(delta)
         losses = AnswerLoss(self.places)(self.places.logits(self.model, final))
-        nll = torch.zeros(len(self.plans), device=delta.device).index_add(
-            0, self.owner, losses * self.weight
-        )
+        weighted = losses * self.weight
+        nll = weighted.new_zeros(len(self.plans)).index_add(0, self.owner, weighted)
         return nll, self.keep(self.keep.places.logits(self.model, final))
 
 

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from knowedit.errors import StatisticsError
+from knowedit.io.tensors import opened
 from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files import store
 from knowedit.statistics.files.store import CollectionRecipe
@@ -216,6 +216,6 @@ def _tag(layers: Sequence[int], recipe: CollectionRecipe) -> str:
 
 def _layers_in(path: Path) -> set[int]:
     """Whose sums a checkpoint holds; none where it is damaged."""
-    with suppress(SafetensorError, FileNotFoundError), safe_open(path, framework="pt") as file:
+    with suppress(StatisticsError), opened(path, StatisticsError) as file:
         return {int(name.split(".")[1]) for name in file.keys()}  # noqa: SIM118
     return set()

@@ -7,22 +7,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from knowedit.errors import StatisticsError
-from knowedit.io.files import atomic_file, cache_dir
+from knowedit.io.files import cache_dir
+from knowedit.io.tensors import header_of, opened, tensors_of, write_file
 
 FORMAT = "knowedit-statistics/1"
+REMEDY = "delete it and collect again"
 #: How to read the headers of earlier formats: format -> the header one format later, with its name.
 MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
@@ -170,8 +170,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Non
     disk refuses.
     """
     try:
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"knowedit": json.dumps(header)})
+        write_file(path, tensors, header)
     except (OSError, SafetensorError) as error:
         raise StatisticsError(
             f"{path} could not be written ({error}); free disk space or set KNOWEDIT_CACHE to "
@@ -188,33 +187,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise StatisticsError(
             f"{path}: there is no such statistics file; collect it with `knowedit stats`"
         )
-    with _opened(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _header(file), tensors
+    with opened(path, StatisticsError, REMEDY) as file:
+        return header_of(file), tensors_of(file)
 
 
 def header(path: Path) -> dict[str, Any]:
     """The header alone, in this version's format, without reading the sums. Raises StatisticsError
     when the file is damaged or no such file.
     """
-    with _opened(path) as file:
-        return _migrated(_header(file), path)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise StatisticsError(
-            f"{path} is truncated or damaged ({error}); delete it and collect again"
-        ) from error
-
-
-def _header(file: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((file.metadata() or {}).get("knowedit", "{}"))
-    return found
+    with opened(path, StatisticsError, REMEDY) as file:
+        return _migrated(header_of(file), path)
 
 
 def _migrated(header: dict[str, Any], path: Path) -> dict[str, Any]:
