@@ -21,7 +21,7 @@ from knowedit.errors import EditError
 from knowedit.evaluation import intervals
 from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.measures.base import Answer, Question, ask, fact_measures, questions
-from knowedit.facts.fact import Fact, as_facts
+from knowedit.facts.fact import Fact, FactError, as_facts
 from knowedit.io.progress import bar
 from knowedit.io.tables import Column, Table
 from knowedit.models.editable import EditableModel
@@ -104,7 +104,7 @@ def evaluate(
     The model is left as it was found.
 
     Raises:
-        FactError: one fact alone, or what is not a Fact.
+        FactError: no facts, one fact alone, or what is not a Fact.
         EditError: `edit` is not an Edit.
     """
     if not isinstance(edit, (Edit, type(None))):
@@ -129,6 +129,8 @@ def evaluate_each(
     when they are asked for need not all be kept.
     """
     facts = as_facts(facts)
+    if not facts:
+        raise FactError("there are no facts to measure; give at least one")
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     before = ask(model, asked, title="before", progress=progress)
     after: list[Answer | None] = [None] * len(asked)

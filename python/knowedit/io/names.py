@@ -13,5 +13,6 @@ def nearest(
     `known` behind `listed_as`: ``"known fields: prompt, subject, target"``.
     """
     known = list(known)
-    near = difflib.get_close_matches(str(name), [*known, *also], n=1)
+    likely = {word.lower(): word for word in (*also, *known)}  # the case is no mistake to dwell on
+    near = [likely[word] for word in difflib.get_close_matches(str(name).lower(), likely, n=1)]
     return f"did you mean {near[0]!r}?" if near else f"{listed_as}: {', '.join(known) or 'none'}"

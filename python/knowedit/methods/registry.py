@@ -36,19 +36,22 @@ def method_class(name: str) -> type[Method]:
 
 
 def make_method(
-    record: str | Mapping[str, Any] | Method, settings: Mapping[str, Any] | Iterable[str] = ()
+    record: str | Mapping[str, Any] | Method,
+    settings: Mapping[str, Any] | Iterable[str] = (),
+    **named: Any,
 ) -> Method:
     """A method from its name, a record as `Method.to_dict` writes it (fields may be left out), or
     another method.
 
     Args:
         settings: changed in it, as `Config.with_settings` takes them: `["metric.gain=0.95"]`.
+        named: the same, for names without dots: `layers=5`.
 
     Raises:
         ConfigError: an unknown method or setting, or a value of the wrong type.
     """
     if isinstance(record, Method):
-        return record.with_settings(settings)
+        return record.with_settings(settings, **named)
     if isinstance(record, str):
         record = {"kind": record}
     if not isinstance(record, Mapping) or not isinstance(record.get("kind"), str):
@@ -56,4 +59,4 @@ def make_method(
             f"a method's record needs its name as 'kind', got {record!r}; known: "
             f"{', '.join(methods())}"
         )
-    return method_class(record["kind"]).from_dict(record).with_settings(settings)
+    return method_class(record["kind"]).from_dict(record).with_settings(settings, **named)

@@ -148,3 +148,5 @@ def test_what_cannot_be_evaluated(tiny_llama):
         evaluate(tiny_llama, None, FACTS[0])
     with pytest.raises(KnowEditError, match="an edit is what .* got str"):
         evaluate(tiny_llama, "lyon.edit.safetensors", FACTS)
+    with pytest.raises(KnowEditError, match="no facts to measure; give at least one"):
+        evaluate(tiny_llama, None, [])

@@ -100,6 +100,9 @@ def test_settings_by_name():
     assert method.target == HiddenState(steps=10)
     other = make_method("memit", ["metric=null-space", "target=attention-and-mlp"])
     assert other.metric == NullSpace() and other.target == AttentionAndMLP()
+    assert make_method("memit", layers=5).layers == (5,)
+    with pytest.raises(ConfigError, match="unknown method 'MEMIT'; did you mean 'memit'"):
+        make_method("MEMIT")
     with pytest.raises(ConfigError, match="'gain' could be metric.gain, training.gain"):
         make_method("metake", ["gain=0.5"])
 

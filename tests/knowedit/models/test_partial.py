@@ -15,6 +15,8 @@ from knowedit.models.partial import (
     with_weights,
 )
 
+#: Fixtures of tiny models, one a family; each must pass what is parametrised over them.
+EVERY_FAMILY = ("tiny_llama", "tiny_gpt2", "tiny_mistral")
 TEXTS = [
     ("The capital of France is", "France", "Lyon"),
     ("x", "x", "a rather long answer with many tokens"),
@@ -29,7 +31,7 @@ def whole(model, rows):
     ).last_hidden_state
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_mistral", "smollm"])
+@pytest.mark.parametrize("name", [*EVERY_FAMILY, "smollm"])
 @pytest.mark.parametrize("layer", [0, 2])
 def test_equals_the_whole_model(request, name, layer):
     model = request.getfixturevalue(name)
@@ -58,7 +60,7 @@ def test_nothing_stands_above_the_last_layer(tiny_llama):
         PartialModel(tiny_llama, [tiny_llama.row(*TEXTS[0])], 4)
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_mistral"])
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_whole_texts_in_any_batch(request, name):
     model = request.getfixturevalue(name)
     rows = [model.row(*text) for text in TEXTS]
@@ -70,7 +72,7 @@ def test_whole_texts_in_any_batch(request, name):
             torch.testing.assert_close(found, full[i, :length], rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_mistral"])
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_layer_by_layer_behind_a_token_for_copies_of_the_rows(request, name):
     model = request.getfixturevalue(name)
     ids = torch.tensor([model.row(*TEXTS[0]).ids, model.row(*TEXTS[0]).ids[::-1]])
@@ -83,7 +85,7 @@ def test_layer_by_layer_behind_a_token_for_copies_of_the_rows(request, name):
     torch.testing.assert_close(model.norm(states), full, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_a_pass_ends_once_everything_was_read(request, name):
     model = request.getfixturevalue(name)
     ids, seen, ran = torch.tensor([[1, 2, 3]]), [], []

@@ -52,6 +52,21 @@ class TrainingSettings(Config):
     through: Through = "edit"
 
 
+def over_many_texts(clamp: float) -> TrainingSettings:
+    """For objectives of many texts, of which a step sees a share: more and calmer steps, a price on
+    the write-outs' length instead of the metric's.
+    """
+    return TrainingSettings(
+        steps=36,
+        betas=(0.9, 0.98),
+        decay=0.2,
+        clamp=clamp,
+        clamp_realised=False,
+        price=0,
+        norm=0.2,
+    )
+
+
 def train_write_outs(
     layers: Mapping[int, FrozenLayer],
     start: WriteOuts,

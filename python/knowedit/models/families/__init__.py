@@ -7,27 +7,27 @@ a change on SmolLM2 - so a preset has none for the metric: lambda and beta follo
 unless they are given. The calibrated default also sets the step of the value optimisation from the
 size of the hidden state, and the layer from the depth.
 
-A family is one file here, in the table below. It holds only what the model's structure cannot tell
+A family is one file here, named as the `model_type` of its transformers configuration, that sets
+`PRESETS`; being in the folder is enough. It holds only what the model's structure cannot tell
 (`models.structure` finds the parts).
 """
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from knowedit.models.families import gpt2, gptj, llama, mistral, qwen2
 from knowedit.models.families.preset import Preset, Presets
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
 
-#: Presets by the `model_type` of a transformers configuration.
+#: Presets by the `model_type` of a transformers configuration: those of every file beside this.
 FAMILIES: dict[str, Presets] = {
-    "gpt2": gpt2.PRESETS,
-    "gptj": gptj.PRESETS,
-    "llama": llama.PRESETS,
-    "mistral": mistral.PRESETS,
-    "qwen2": qwen2.PRESETS,
+    found.name: import_module(f"{__name__}.{found.name}").PRESETS
+    for found in pkgutil.iter_modules(__path__)
+    if found.name != "preset"
 }
 
 

@@ -13,7 +13,11 @@ from knowedit.methods.locate.forms import asked_forms
 from knowedit.methods.locate.metrics import Metric
 from knowedit.methods.locate.objective import TrainedText, TrainedTexts
 from knowedit.methods.locate.task import Task, WrittenLayers
-from knowedit.methods.locate.training import TrainingSettings, train_write_outs
+from knowedit.methods.locate.training import (
+    TrainingSettings,
+    over_many_texts,
+    train_write_outs,
+)
 from knowedit.methods.locate.trainings.base import (
     Training,
     Write,
@@ -56,17 +60,7 @@ class ThroughForms(Training):
     """
 
     weights: FormWeights = field(default_factory=FormWeights)
-    settings: TrainingSettings = field(
-        default_factory=lambda: TrainingSettings(
-            steps=36,
-            betas=(0.9, 0.98),
-            decay=0.2,
-            clamp=0.7,
-            clamp_realised=False,
-            price=0,
-            norm=0.2,
-        )
-    )
+    settings: TrainingSettings = field(default_factory=lambda: over_many_texts(clamp=0.7))
 
     def trained(
         self, task: Task, metric: Metric, targets: Targets, written: WrittenLayers, write: Write

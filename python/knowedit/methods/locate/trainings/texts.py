@@ -9,7 +9,11 @@ from knowedit.io.progress import bar
 from knowedit.methods.locate.metrics import Metric
 from knowedit.methods.locate.objective import TrainedText, TrainedTexts
 from knowedit.methods.locate.task import Task, WrittenLayers
-from knowedit.methods.locate.training import TrainingSettings, train_write_outs
+from knowedit.methods.locate.training import (
+    TrainingSettings,
+    over_many_texts,
+    train_write_outs,
+)
 from knowedit.methods.locate.trainings.base import (
     Training,
     Write,
@@ -36,17 +40,7 @@ class ThroughTexts(Training):
     keep: float = 8.0
     last: float = 0.6
     parts: int = 4
-    settings: TrainingSettings = field(
-        default_factory=lambda: TrainingSettings(
-            steps=36,
-            betas=(0.9, 0.98),
-            decay=0.2,
-            clamp=1.0,
-            clamp_realised=False,
-            price=0,
-            norm=0.2,
-        )
-    )
+    settings: TrainingSettings = field(default_factory=lambda: over_many_texts(clamp=1.0))
 
     def trained(
         self, task: Task, metric: Metric, targets: Targets, written: WrittenLayers, write: Write
