@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import knowedit as ke
-from knowedit.cli.demo import run
+from knowedit.cli.demo import demonstrate
 from knowedit.evaluation import drift
 from knowedit.facts import sets as datasets
 from knowedit.models.fingerprint import weights_fingerprint
@@ -20,16 +20,12 @@ def statistics(smollm, tmp_path_factory):
     )
 
 
-def test_the_demo_runs_and_says_what_happened(
-    smollm_path, statistics, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
+def test_the_demo_runs_and_says_what_happened(smollm, statistics, tmp_path, monkeypatch):
     monkeypatch.setattr("knowedit.cli.demo.key_statistics", lambda *_a, **_k: statistics)
-    monkeypatch.setenv("COLUMNS", "200")
-    run(smollm_path, "self", 4096, tmp_path / "out")
-    said = capsys.readouterr().out
+    shown = demonstrate(smollm, ke.MEMIT(), "self", 4096)
+    said = shown.text(200)
     assert "Lyon" in said and "Paris" in said and "all weight bits are back" in said
-    page = (tmp_path / "out" / "demo.html").read_text()
+    page = shown.write(tmp_path / "out").read_text()
     assert "Lyon" in page and "What moved elsewhere" in page and "http" not in page
 
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from knowedit.cli import edit, evaluate, lists, measure, stats, study, train
-from knowedit.cli.options import App, Config, Corpus, Json, OptionSettings, Quiet, one
+from knowedit.cli.commands import App, Interrupted, UsageError, usage
+from knowedit.cli.options import Corpus, Output, Run, one, say, seeded
 from knowedit.errors import KnowEditError
 from knowedit.io.tables import Table
 from knowedit.models.download import DEFAULT_MODEL
 
 app = App(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Change single facts inside a language model, see what moved, and take it back bit for "
@@ -44,23 +44,27 @@ def shared(
 
 
 def main() -> None:
-    """Run the command line; errors a user can mend end with one line and exit code 1."""
+    """Run the command line. What a user can mend ends with one line: exit code 1, or 2 for a
+    command line that cannot be read.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        app(prog_name="knowedit")
+        code = app(prog_name="knowedit", standalone_mode=False)
     except KnowEditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _end(f"error: {error}", 1)
+    except UsageError as error:
+        _end(f"error: {usage(error)}", 2)
     except OSError as error:
-        said = f"error: {error.strerror or error}: {error.filename or ''}"
-        print(said.rstrip(": "), file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print(
-            "interrupted; what was checkpointed is kept, run the same command to go on",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
+        _end(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        kept = str(stop) or "nothing was written"
+        _end(f"interrupted: {kept}; run the same command again to go on", 130)
+    raise SystemExit(code or 0)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    print(text, file=sys.stderr)
+    raise SystemExit(code)
 
 
 @app.command()
@@ -68,19 +72,23 @@ def demo(
     model: Annotated[str, typer.Argument(help="A hub id or a folder.")] = DEFAULT_MODEL,
     corpus: Corpus = ["self"],  # noqa: B006
     tokens: Annotated[int, typer.Option(help="Keys to sum for the statistics.")] = 16_384,
-    settings: OptionSettings = None,
-    config: Config = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the page demo.html there.")
     ] = None,
-    quiet: Quiet = False,
+    *,
+    run: Run,
 ) -> None:
     """Edit six facts of a real language model, show what changed and what did not, and undo it bit
     for bit.
     """
-    from knowedit.cli.demo import run
+    from knowedit.cli.demo import demonstrate
+    from knowedit.methods import MEMIT
 
-    run(model, one(corpus), tokens, output)
+    method = MEMIT() if run.seed is None else seeded(MEMIT(), run.seed)
+    shown = demonstrate(run.load(model), method, one(corpus), tokens, seed=run.seed or 0, say=say)
+    run.show(shown.to_dict(), lambda: shown.text(shutil.get_terminal_size().columns))
+    if output is not None:
+        say(f"wrote {shown.write(output)}")
 
 
 for _group in (edit, evaluate, measure):
@@ -106,19 +114,17 @@ def inspect(
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Argument(help="Also check this model.")] = None,
-    as_json: Json = False,
+    *,
+    output: Output,
 ) -> None:
     """What hardware is here, which kernels will run, why not the others, and whether a model can be
     edited.
     """
-    from knowedit.cli.inspection import diagnose
+    from knowedit.cli.doctor import diagnose
 
     report = diagnose(model)
-    if as_json:
-        print(json.dumps(report))
-        return
     tables = [
         Table([section, ""], [(name, str(value)) for name, value in entries.items()])
         for section, entries in report.items()
     ]
-    print("\n\n".join(map(str, tables)))
+    output.show(report, lambda: "\n\n".join(map(str, tables)))

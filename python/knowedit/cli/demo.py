@@ -5,77 +5,180 @@ back.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from knowedit.edits.edit import Edit
+from knowedit.errors import EditError
 from knowedit.evaluation import drift, evaluate
 from knowedit.evaluation.evaluation import Evaluation
+from knowedit.evaluation.measures.drift import Drift
 from knowedit.facts import sets as datasets
 from knowedit.facts.fact import Fact
-from knowedit.methods import MEMIT
-from knowedit.models.download import DEFAULT_MODEL
+from knowedit.io.tables import Table
+from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
-from knowedit.models.load import load_model
+from knowedit.report.page import write_page
 from knowedit.statistics import key_statistics
 
 WORDS = 6  # new tokens shown
+FACTS = "demo"  # the set that is written
+#: What the summary says of each measure's rate of success.
+RATES = {
+    "efficacy": "prefers the new fact",
+    "paraphrase": "... in other words",
+    "neighbourhood": "neighbours still right",
+}
 
 
-def run(
-    name: str = DEFAULT_MODEL,
-    corpus: Any = "self",
-    tokens: int = 16_384,
-    output: Path | None = None,
-) -> None:
-    """Run the demo and print it; `output` names a folder for the same as an HTML page."""
-    began = time.perf_counter()
-    console = Console()
-    say = console.print
-    model = load_model(name, say=say)
-    say(
-        f"[bold]{model.name}[/]: {len(model.layers)} layers, {model.d_ff} keys a layer, "
-        f"{str(model.dtype)[6:]}"
-    )
-    facts = datasets.load("demo")
-    statistics = key_statistics(model, corpus=corpus, tokens=tokens)
-    say(
-        f"key statistics of layers {statistics.layers}: {tokens:,} tokens of {corpus!r}, "
-        f"{_since(began)}"
-    )
-    before = continuations(model, facts)
-    edit = MEMIT().compute(model, facts, statistics)
-    fingerprint = weights_fingerprint(model.hf)
-    measured = evaluate(model, edit, facts)
-    moved = drift(model, edit)
-    edit.apply(model)
-    after = continuations(model, facts)
-    edited = weights_fingerprint(model.hf)
-    edit.undo(model)
-    restored = weights_fingerprint(model.hf)
-    console.print(table(facts, before, after, measured))
-    console.print(summary(edit, measured, moved))
-    if edited == fingerprint or restored != fingerprint:
-        raise SystemExit("the undo did not restore the model's bits: please report this")
-    say(
-        f"undone: all weight bits are back (fingerprint {fingerprint[:12]} -> {edited[:12]} -> "
-        f"{restored[:12]})"
-    )
-    say(f"done in {_since(began)}")
-    if output is not None:
-        from knowedit.report.page import write_page
+@dataclass(frozen=True)
+class Demonstration:
+    """One edit, what the model said before and after, and the model as it was again.
 
-        shown = [
+    Attributes:
+        before, after: what the model says to every shown prompt.
+        fingerprints: of the weights before, edited, and after the undo.
+    """
+
+    model: EditableModel
+    facts: list[Fact]
+    edit: Edit
+    measured: Evaluation
+    moved: Drift
+    before: dict[str, str]
+    after: dict[str, str]
+    fingerprints: tuple[str, str, str]
+
+    @property
+    def shown(self) -> list[tuple[int, str, str]]:
+        """(number of the fact, role, prompt) of every row."""
+        return [
             (record, role, prompt)
-            for record, fact in enumerate(facts)
+            for record, fact in enumerate(self.facts)
             for role, prompt in shown_prompts(fact)
         ]
-        write_page(Path(output) / "demo.html", model, edit, measured, moved, shown, before, after)
-        say(f"wrote {Path(output) / 'demo.html'}")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every shown prompt: the model's words, and the probabilities of both answers."""
+        rated = {(row["record"], row["prompt"]): row for row in self.measured.rows()}
+        found = []
+        for record, role, prompt in self.shown:
+            row = rated[record, prompt]
+            new, old = ("wrong", "right") if role == "neighbour" else ("right", "wrong")
+            found.append(
+                {
+                    "role": role,
+                    "prompt": prompt,
+                    "before": self.before[prompt],
+                    "after": self.after[prompt],
+                    "p_new": [row[f"p_{new}_before"], row[f"p_{new}_after"]],
+                    "p_old": [row[f"p_{old}_before"], row[f"p_{old}_after"]],
+                }
+            )
+        return found
+
+    def said(self) -> Table:
+        """What the model says, a row a prompt."""
+        rows = [
+            [
+                *(row[name] for name in ("role", "prompt", "before", "after")),
+                *(" -> ".join(f"{p:.2f}" for p in row[name]) for name in ("p_new", "p_old")),
+            ]
+            for row in self.rows()
+        ]
+        columns = ["", "prompt", "before", "after", "p(new)", "p(old)"]
+        return Table(columns, rows, "what the model says")
+
+    def summary(self) -> Table:
+        """The measures before and after, and what moved elsewhere."""
+        before, after = self.measured.before, self.measured.after
+        rates = [(kind, "success", label) for kind, label in RATES.items()]
+        rates.append(("efficacy", "exact", "says exactly the new fact"))
+        rows: list[tuple[str, str, str]] = []
+        for kind, measure, label in rates:
+            was, now = before[kind][measure], after[kind][measure]
+            interval = f"[{now.low:.0%}, {now.high:.0%}]"
+            rows.append((label, f"{was.mean:.0%}", f"{now.mean:.0%}  {interval}"))
+        moved = f"same next word {self.moved.same:.0%}, KL {self.moved.kl:.4f} nats"
+        rows.append((f"ordinary text ({self.moved.prompts} prompts)", "", moved))
+        rows += [(f"layer {layer}", "", text) for layer, text in self._layers()]
+        return Table(
+            ["", "before", "after"], rows, "measured", [f"note: {w}" for w in self.edit.warnings]
+        )
+
+    def _layers(self) -> list[tuple[str, str]]:
+        report = self.edit.report
+        return [
+            (
+                layer,
+                f"|delta|/|W| {norm:.3f}, gain {report.layers[layer]['gain']:.3f}, "
+                f"lambda {report.layers[layer]['lambda']:.3g}",
+            )
+            for layer, norm in report.relative_norm.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "model": self.model.name,
+            "fingerprints": list(self.fingerprints),
+            "prompts": self.rows(),
+            "evaluation": self.measured.to_dict(),
+            "drift": asdict(self.moved),
+            "report": self.edit.report.to_dict(),
+        }
+
+    def text(self, width: int) -> str:
+        """The two tables, folded to `width` characters, and the end of the story."""
+        first, edited, last = (found[:12] for found in self.fingerprints)
+        undone = f"undone: all weight bits are back (fingerprint {first} -> {edited} -> {last})"
+        return "\n\n".join([self.said().text(width), self.summary().text(width), undone])
+
+    def write(self, folder: Path) -> Path:
+        """The same as an HTML page `demo.html`."""
+        path = folder / "demo.html"
+        told = (self.measured, self.moved, self.shown, self.before, self.after)
+        write_page(path, self.model, self.edit, *told)
+        return path
+
+
+def demonstrate(
+    model: EditableModel,
+    method: Method,
+    corpus: Any,
+    tokens: int,
+    *,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> Demonstration:
+    """Edit the demo's facts into `model`, ask, measure, and undo.
+
+    Raises:
+        EditError: the undo did not restore the weights' bits; or what the parts raise.
+    """
+    began = time.perf_counter()
+    say(
+        f"{model.name}: {len(model.layers)} layers, {model.d_ff} keys a layer, "
+        f"{str(model.dtype)[6:]}"
+    )
+    facts = datasets.load(FACTS)
+    layers = method.statistics_layers(model)
+    statistics = key_statistics(model, layers, corpus, tokens, seed=seed)
+    say(f"key statistics of layers {statistics.layers}: {tokens:,} tokens of {corpus!r}")
+    before, original = continuations(model, facts), weights_fingerprint(model.hf)
+    edit = method.compute(model, facts, statistics)
+    measured, moved = evaluate(model, edit, facts, seed=seed), drift(model, edit)
+    with edit.applied_to(model):
+        after, edited = continuations(model, facts), weights_fingerprint(model.hf)
+    restored = weights_fingerprint(model.hf)
+    if edited == original or restored != original:
+        raise EditError("the undo did not restore the model's bits: please report this")
+    say(f"edited, measured and undone in {time.perf_counter() - began:.0f} s")
+    prints = (original, edited, restored)
+    return Demonstration(model, facts, edit, measured, moved, before, after, prints)
 
 
 def shown_prompts(fact: Fact) -> list[tuple[str, str]]:
@@ -89,82 +192,3 @@ def continuations(model: EditableModel, facts: list[Fact]) -> dict[str, str]:
     """What the model says to every shown prompt."""
     prompts = list(dict.fromkeys(p for fact in facts for _, p in shown_prompts(fact)))
     return dict(zip(prompts, (" ".join(text.split()) for text in model.generate(prompts, WORDS))))
-
-
-def table(
-    facts: list[Fact], before: dict[str, str], after: dict[str, str], measured: Evaluation
-) -> Table:
-    """Before and after, one row a prompt: the model's own words and the probabilities of both
-    answers.
-    """
-    rated = {(row["record"], row["prompt"]): row for row in measured.rows()}
-    view = Table(
-        box=None,
-        pad_edge=False,
-        title="what the model says",
-        title_justify="left",
-        header_style="bold",
-    )
-    for column in ("", "prompt", "before", "after", "p(new)", "p(old)"):
-        view.add_column(column, overflow="fold")
-    for record, fact in enumerate(facts):
-        for role, prompt in shown_prompts(fact):
-            row = rated[record, prompt]
-            new, old = ("wrong", "right") if role == "neighbour" else ("right", "wrong")
-            colour = (
-                "green"
-                if (role == "neighbour")
-                == (before[prompt].split()[:1] == after[prompt].split()[:1])
-                else "red"
-            )
-            view.add_row(
-                role,
-                prompt,
-                before[prompt],
-                f"[{colour}]{after[prompt]}[/]",
-                f"{row[f'p_{new}_before']:.2f} -> {row[f'p_{new}_after']:.2f}",
-                f"{row[f'p_{old}_before']:.2f} -> {row[f'p_{old}_after']:.2f}",
-                end_section=role == "neighbour",
-            )
-    return view
-
-
-def summary(edit: Edit, measured: Evaluation, moved: Any) -> Table:
-    """The measures before and after, and what moved elsewhere."""
-    view = Table(
-        box=None, pad_edge=False, title="measured", title_justify="left", header_style="bold"
-    )
-    for column in ("", "before", "after"):
-        view.add_column(column)
-    names = {
-        "efficacy": "prefers the new fact",
-        "paraphrase": "... in other words",
-        "neighbourhood": "neighbours still right",
-    }
-    for kind, label in names.items():
-        was, now = measured.before[kind]["success"], measured.after[kind]["success"]
-        view.add_row(label, f"{was.mean:.0%}", f"{now.mean:.0%}  [{now.low:.0%}, {now.high:.0%}]")
-    view.add_row(
-        "says exactly the new fact",
-        f"{measured.before['efficacy']['exact'].mean:.0%}",
-        f"{measured.after['efficacy']['exact'].mean:.0%}",
-    )
-    view.add_row(
-        f"ordinary text ({moved.prompts} prompts)",
-        "",
-        f"same next word {moved.same:.0%}, KL {moved.kl:.4f} nats",
-    )
-    for layer, norm in edit.report.relative_norm.items():
-        chosen = edit.report.layers[layer]
-        view.add_row(
-            f"layer {layer}",
-            "",
-            f"|delta|/|W| {norm:.3f}, gain {chosen['gain']:.3f}, lambda {chosen['lambda']:.3g}",
-        )
-    for warning in edit.warnings:
-        view.add_row("note", "", warning)
-    return view
-
-
-def _since(start: float) -> str:
-    return f"{time.perf_counter() - start:.0f} s"

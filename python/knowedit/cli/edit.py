@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from knowedit.cli.commands import App
 from knowedit.cli.options import (
-    App,
-    Config,
-    DeviceMap,
-    Dtype,
-    Json,
-    Layers,
     Limit,
-    MethodsCorpus,
+    Loading,
+    MethodRun,
     Model,
-    Quiet,
-    Seed,
-    Settings,
-    Statistics,
-    Tokens,
+    Output,
+    command_line,
     edit_of,
     one,
-    parse_methods,
-    placed,
-    say,
 )
 from knowedit.errors import KnowEditError
+from knowedit.io.files import check_free
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
@@ -37,7 +28,16 @@ if TYPE_CHECKING:
 
 app = App()
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+File = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+
+
+@dataclass(frozen=True)
+class OneMethod(MethodRun):
+    """What every command that computes edits takes, but one method."""
+
+    method: Annotated[
+        list[str], typer.Option("--method", help="A name of `knowedit methods`, or a record.")
+    ] = field(default_factory=lambda: ["memit"])
 
 
 @app.command()
@@ -51,28 +51,16 @@ def edit(
             "edit file: its facts."
         ),
     ],
-    output: Output,
-    method: Annotated[
-        list[str], typer.Option("--method", help="A name of `knowedit methods`, or a record.")
-    ] = ["memit"],  # noqa: B006
-    settings: Settings = None,
-    config: Config = None,
+    output: File,
     limit: Limit = None,
-    corpus: MethodsCorpus = None,
-    tokens: Tokens = None,
-    statistics: Statistics = None,
-    layers: Layers = None,
     history: Annotated[
         Path | None,
         typer.Option(
             help="Earlier edits of this model, to write after and to spare; grows with every edit."
         ),
     ] = None,
-    seed: Seed = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    run: OneMethod,
 ) -> None:
     """Compute an edit and save it; no model is changed. The file records how it was made:
     `--config` with it computes the same edit again.
@@ -80,44 +68,57 @@ def edit(
     from knowedit.edits.history import History
     from knowedit.methods.base import statistics_for
     from knowedit.methods.session import Session
-    from knowedit.models.load import load_model
 
-    if len(method) != 1:
+    if len(run.method) != 1:
         raise KnowEditError("an edit is made by one method; give --method once")
-    chosen = parse_methods(method, settings, layers, seed)[0].with_corpus(one(corpus))
-    wanted, earlier_edit = _facts(facts, limit), edit_of(ctx)
-    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
-    if earlier_edit is not None:
-        earlier_edit.check(editable)
-    keys = statistics_for([chosen], editable, one(corpus), tokens, statistics)
+    chosen = run.methods()[0].with_corpus(one(run.corpus))
+    wanted, again = _facts(facts, limit), edit_of(ctx)
+    editable = run.load(model)
+    if again is not None:
+        again.check(editable)
+    keys = statistics_for([chosen], editable, one(run.corpus), run.tokens, run.statistics)
     if history:
         earlier = History.load(history) if history.exists() else History(editable.fingerprint)
         made = Session(chosen, editable, keys, earlier).write(wanted)
     else:
         made = chosen.compute(editable, wanted, keys)
-    run = {
-        "model": model,
-        "corpus": corpus,
-        "tokens": tokens,
-        "statistics": None if statistics is None else str(statistics),
-        "dtype": dtype,
-    }
-    made.report.details["run"] = {name: value for name, value in run.items() if value is not None}
+    made.report.details["run"] = _recorded(model, run)
     made.save(output)
     if history:
         earlier.save(history)
-    if as_json:
-        print(json.dumps(_record(made, output)))
-        return
-    _print_edit(made)
-    if earlier_edit is not None:
-        same = made.key == earlier_edit.key
-        print(f"{'the same bits as' if same else 'not the same bits as'} {config}")
+    to_apply = command_line("apply", model, history or output, *run.words(), "-o", "FOLDER")
+    run.show(
+        _record(made, output),
+        lambda: "\n".join(
+            [*_lines(made), *_compared(made, again, run.config), _saved(made, output, to_apply)]
+        ),
+    )
+
+
+def _recorded(model: str, run: MethodRun) -> dict[str, Any]:
+    """What of the command line --config needs to compute the same edit again."""
+    given = {
+        "model": model,
+        "corpus": run.corpus,
+        "tokens": run.tokens,
+        "statistics": None if run.statistics is None else str(run.statistics),
+        "dtype": run.dtype,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _compared(made: Edit, again: Edit | None, config: Path | None) -> list[str]:
+    """Whether it is the edit of --config again."""
+    if again is None:
+        return []
+    return [f"{'the same bits as' if made.key == again.key else 'not the same bits as'} {config}"]
+
+
+def _saved(made: Edit, output: Path, to_apply: str) -> str:
+    """Where it is, and what to do with it."""
     if made.changes:
-        where = f"knowedit apply {model} {history or output} -o FOLDER"
-        print(f"saved to {output}; apply it with: {where}")
-    else:  # a memory edit changes no weight
-        print(f"saved to {output}; apply it in Python: Edit.load(...).apply(model)")
+        return f"saved to {output}; apply it with: {to_apply}"
+    return f"saved to {output}; apply it in Python: Edit.load(...).apply(model)"  # a memory edit
 
 
 def _facts(name: str, limit: int | None) -> list[Fact]:
@@ -138,54 +139,69 @@ def apply(
         list[Path],
         typer.Argument(help="Edit files, or the history of a sequence; all are written together."),
     ],
-    output: Output,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quiet: Quiet = False,
+    output: File,
+    *,
+    loading: Loading,
 ) -> None:
     """Write edits into a copy of the model that any transformers user can load; `undo` takes every
     bit back.
     """
     from knowedit.edits.export.folder import save_edited
     from knowedit.edits.history import edits_in
-    from knowedit.models.load import load_model
 
+    check_free(output)
     loaded = [edit for path in edits for edit in edits_in(path)]
-    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
+    editable = loading.load(model)
     save_edited(editable, loaded, output)
-    print(f"wrote {output}; take it back with: knowedit undo {output}")
+    loading.show(
+        _written(output, editable.fingerprint, loaded),
+        lambda: f"wrote {output}; take it back with: {command_line('undo', output)}",
+    )
 
 
 @app.command()
 def undo(
     folder: Annotated[Path, typer.Argument(help="A folder written by `knowedit apply`.")],
+    *,
+    output: Output,
 ) -> None:
     """Restore the original bits of an edited model's folder, and check its fingerprint."""
     from knowedit.edits.export.folder import restore
 
-    print(f"{folder}: every weight is back; fingerprint {restore(folder)}")
+    found = restore(folder)
+    output.show(
+        {"folder": str(folder), "fingerprint": found},
+        lambda: f"{folder}: every weight is back; fingerprint {found}",
+    )
 
 
 @app.command()
 def export(
     model: Model,
     edit_file: Annotated[Path, typer.Argument(help="An edit file.")],
-    output: Output,
+    output: File,
     format: Annotated[
         str, typer.Option(help="peft: a LoRA adapter; folder: the whole model, as `apply` does.")
     ] = "peft",
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    quiet: Quiet = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Write an edit in another program's format: as a LoRA adapter for peft or vLLM."""
     from knowedit.edits.edit import Edit
     from knowedit.edits.export.listing import export_format
-    from knowedit.models.load import load_model
 
-    loaded, write = Edit.load(edit_file), export_format(format)
-    write(load_model(model, dtype=dtype, device_map=placed(device_map), say=say), [loaded], output)
-    print(f"wrote {output}")
+    check_free(output)
+    loaded, write = [Edit.load(edit_file)], export_format(format)
+    editable = loading.load(model)
+    write(editable, loaded, output)
+    record = {"format": format, **_written(output, editable.fingerprint, loaded)}
+    loading.show(record, lambda: f"wrote {output}")
+
+
+def _written(folder: Path, fingerprint: str, edits: list[Edit]) -> dict[str, Any]:
+    """What `--json` prints of a folder that was written."""
+    keys = [edit.key for edit in edits]
+    return {"folder": str(folder), "fingerprint": fingerprint, "edits": keys}
 
 
 def _record(made: Edit, path: Path) -> dict[str, Any]:
@@ -200,22 +216,25 @@ def _record(made: Edit, path: Path) -> dict[str, Any]:
     }
 
 
-def _print_edit(made: Edit) -> None:
+def _lines(made: Edit) -> list[str]:
+    """What an edit did, a line a layer."""
     report = made.report.to_dict()
-    print(f"{made.method_name}: {len(made.facts)} facts, {len(made.changes)} weights changed")
+    lines = [f"{made.method_name}: {len(made.facts)} facts, {len(made.changes)} weights changed"]
     if "trainable" in report:
-        memory = report["peak_memory_bytes"]
-        print(
-            f"  {report['trainable']:,} numbers trained in {report['steps']} steps and "
-            f"{report['seconds']:.1f} s"
-            + (f", {memory / 2**20:,.0f} MiB of memory" if memory is not None else "")
-            + f"; NLL of the answers {report['loss']:.3f}"
-        )
+        lines.append(_trained(report))
     for layer, chosen in report.get("layers", {}).items():
         others = (f"  {k} {v:.4g}" for k, v in chosen.items() if k not in ("gain", "lowest_gain"))
-        print(
+        lines.append(
             f"  layer {layer}: gain {chosen['gain']:.3f}  |delta|/|W| "
             f"{report['relative_norm'][layer]:.3f}{''.join(others)}"
         )
-    for warning in made.warnings:
-        print(f"  note: {warning}")
+    return [*lines, *(f"  note: {warning}" for warning in made.warnings)]
+
+
+def _trained(report: dict[str, Any]) -> str:
+    memory = report["peak_memory_bytes"]
+    used = "" if memory is None else f", {memory / 2**20:,.0f} MiB of memory"
+    return (
+        f"  {report['trainable']:,} numbers trained in {report['steps']} steps and "
+        f"{report['seconds']:.1f} s{used}; NLL of the answers {report['loss']:.3f}"
+    )

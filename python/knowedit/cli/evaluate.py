@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from knowedit.cli.options import (
-    SWEEP,
-    App,
-    Config,
-    DeviceMap,
-    Dtype,
-    Folder,
-    Json,
-    Layers,
-    Limit,
-    Methods,
-    MethodsCorpus,
-    Quiet,
-    Seed,
-    Settings,
-    Statistics,
-    Tokens,
-    one,
-    parse_methods,
-    placed,
-    say,
-)
+from knowedit.cli.commands import SWEEP, App
+from knowedit.cli.options import Folder, Limit, MethodRun, one, placed, say
 from knowedit.errors import KnowEditError
 
 app = App()
@@ -44,9 +23,6 @@ def evaluate(
     dataset: Annotated[
         str, typer.Option(help="A name of `knowedit datasets` or a file of facts.")
     ] = "embedded",
-    method: Methods = ["memit"],  # noqa: B006
-    settings: Settings = None,
-    config: Config = None,
     limit: Limit = None,
     protocol: Annotated[
         str, typer.Option(help="batch: all facts at once; single: each alone; sequential.")
@@ -56,22 +32,15 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="Held-out text for the perplexity, as --corpus.")
     ] = None,
-    corpus: MethodsCorpus = None,
-    tokens: Tokens = None,
-    statistics: Statistics = None,
-    layers: Layers = None,
-    seed: Seed = None,
     output: Folder = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    run: MethodRun,
 ) -> None:
     """Measure methods: efficacy, paraphrase, neighbourhood, drift on ordinary text; with 95 %
     intervals. With a grid in --config (`methods:` and `grid:`), every combination, as one table.
     """
     if SWEEP in ctx.meta:
-        _sweep(ctx, output, as_json)
+        _sweep(ctx, output, run)
         return
     if model is None:
         raise KnowEditError("name a model: knowedit eval MODEL")
@@ -80,33 +49,30 @@ def evaluate(
     results = measure(
         model,
         dataset,
-        parse_methods(method, settings, layers, seed),
+        run.methods(),
         limit,
         protocol,
-        one(corpus),
-        tokens,
-        dtype,
-        device_map=placed(device_map),
+        one(run.corpus),
+        run.tokens,
+        run.dtype,
+        device_map=placed(run.device_map),
         batch=batch,
         every=every,
         text=text,
-        where=statistics,
-        seed=seed or 0,
+        where=run.statistics,
+        seed=run.seed or 0,
         say=say,
     )
     if output:
         write_run(output, results)
-    if as_json:
-        print(json.dumps([result.to_dict() for result in results]))
-    else:
-        print("\n\n".join(map(str, results)))
+    run.show([result.to_dict() for result in results], lambda: "\n\n".join(map(str, results)))
 
 
 #: Options that a grid takes from the command line, by the name of its field.
 GRID_OPTIONS = "model dataset limit protocol batch every text tokens statistics seed dtype".split()
 
 
-def _sweep(ctx: typer.Context, output: Path | None, as_json: bool) -> None:
+def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
     """Run the grid of --config; options on the command line win over the file's."""
     from knowedit.evaluation.sweep import read_sweep, run_sweep, table
 
@@ -124,7 +90,7 @@ def _sweep(ctx: typer.Context, output: Path | None, as_json: bool) -> None:
     if _given(ctx, "corpus"):
         given["corpus"] = one(ctx.params["corpus"])
     record = run_sweep(read_sweep(ctx.meta[SWEEP]).with_settings(given), output, say=say)
-    print(json.dumps(record) if as_json else table(record))
+    run.show(record, lambda: table(record))
 
 
 def _given(ctx: typer.Context, name: str) -> bool:

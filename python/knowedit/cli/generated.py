@@ -8,37 +8,36 @@ an earlier version, is set by `--set` alone.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import typer
 from typer.main import get_command
 
-from knowedit.cli.options import OLD, Command
-from knowedit.errors import ConfigError
-from knowedit.io.config import parse_setting
-from knowedit.io.names import nearest
+from knowedit.cli.commands import OLD, Command
+from knowedit.io.config import Config, fields_of, paths_of
 
 SETTINGS = "knowedit.settings"  # what was given, in a context's `meta`, by field
-Dataclass = TypeVar("Dataclass")
+Settings = TypeVar("Settings", bound=Config)
 
 
 class ConfigCommand(Command):
-    """A command with the fields of `config` ("module:Class") as options; it finds what was given in
-    `ctx.meta[SETTINGS]`. The module is imported when the options are asked for.
+    """A command with the fields of `config` ("module:Class") as options, but for those `without`;
+    it finds what was given in `ctx.meta[SETTINGS]`. The module is imported when the options are
+    asked for.
     """
 
     config: ClassVar[str]
+    without: ClassVar[tuple[str, ...]] = ()
 
     def get_params(self, ctx: Any) -> list[Any]:
         own = super().get_params(ctx)
-        taken = {str(param.name) for param in own}
+        taken = {str(param.name) for param in own} | set(self.without)
         module, _, name = self.config.partition(":")
         made = options_of(getattr(import_module(module), name)())
         return [*own[:-1], *(o for o in made if o.name not in taken), *own[-1:]]  # --help is last
@@ -51,9 +50,9 @@ class ConfigCommand(Command):
         return left
 
 
-def command(config: str) -> type[ConfigCommand]:
-    """The class of a command with the fields of `config` as options."""
-    return type("ConfigCommand", (ConfigCommand,), {"config": config})
+def command(config: str, without: tuple[str, ...] = ()) -> type[ConfigCommand]:
+    """The class of a command with the fields of `config` as options, but for those `without`."""
+    return type("ConfigCommand", (ConfigCommand,), {"config": config, "without": without})
 
 
 def options_of(settings: Any) -> list[Any]:
@@ -93,46 +92,29 @@ def _option(name: str, kind: type, text: str, defaults: list[str]) -> Any:
     ]
 
 
-def changed(settings: Dataclass, given: dict[str, Any], paths: list[str]) -> Dataclass:
-    """`settings` with the options that were given, and with `name=value` of `--set`.
+def changed(settings: Settings, given: dict[str, Any], named: Sequence[str] = ()) -> Settings:
+    """`settings` with the options that were given, each in every part that has it, and with
+    `name=value` of `--set`.
 
     Raises ConfigError.
     """
-    for path in [path for path, *_ in _leaves(settings)]:
-        if (name := path.rpartition(".")[2]) in given:
-            settings = _with(settings, path.split("."), given[name])
-    for text in paths:
-        name, value = parse_setting(text)
-        known = [path for path, *_ in _leaves(settings)]
-        places = [path for path in known if name in (path, path.rpartition(".")[2])]
-        if not places:
-            raise ConfigError(f"there is no setting {name!r}; {nearest(name, known)}")
-        for place in places:
-            settings = _with(settings, place.split("."), value)
-    return settings
-
-
-def _with(settings: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    if rest:
-        value = _with(getattr(settings, name), rest, value)
-    try:
-        value = tuple(value) if isinstance(value, list) else value
-        return dataclasses.replace(settings, **{name: value})
-    except TypeError as error:
-        raise ConfigError(f"{name}={value!r}: {error}") from None
+    every = {
+        path: given[name]
+        for path in paths_of(settings)
+        if (name := path.rpartition(".")[2]) in given
+    }
+    return settings.with_settings(every).with_settings(named)
 
 
 def _leaves(settings: Any, path: str = "") -> Iterator[tuple[str, Any, Any, str]]:
     """Path, value, type and help of every field that is no part."""
-    cls = type(settings)
-    hints, texts = typing.get_type_hints(cls), attribute_help(cls)
-    for field in dataclasses.fields(cls):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{path}{field.name}.")
+    texts = attribute_help(type(settings))
+    for name, hint in fields_of(type(settings)).items():
+        value = getattr(settings, name)
+        if isinstance(value, Config):
+            yield from _leaves(value, f"{path}{name}.")
         else:
-            yield path + field.name, value, hints[field.name], texts.get(field.name, "")
+            yield path + name, value, hint, texts.get(name, "")
 
 
 def _plain(hint: Any) -> type | None:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from knowedit.cli.options import App, Json
+from knowedit.cli.commands import App
+from knowedit.cli.options import Json
 from knowedit.io.tables import Column, Table
 
 app = App()

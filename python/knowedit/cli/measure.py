@@ -10,26 +10,18 @@ from typing import Annotated
 
 import typer
 
+from knowedit.cli.commands import App
 from knowedit.cli.options import (
-    App,
-    Config,
-    DeviceMap,
-    Dtype,
     Folder,
-    Json,
     Layers,
-    Methods,
+    MethodRun,
     MethodsCorpus,
     Model,
-    OptionSettings,
-    Quiet,
-    Seed,
-    Settings,
+    Run,
     Statistics,
     Tokens,
     one,
     parse_layers,
-    parse_methods,
     placed,
     say,
 )
@@ -50,9 +42,6 @@ Subjects = Annotated[
 def same_subject(
     model: Model,
     dataset: Dataset = "embedded",
-    method: Methods = ["memit"],  # noqa: B006
-    settings: Settings = None,
-    config: Config = None,
     least: Least = 2,
     most: Annotated[
         int | None, typer.Option(help="Use the first so many facts of a subject.")
@@ -64,16 +53,9 @@ def same_subject(
     wordings: Annotated[
         int | None, typer.Option(help="Ask at most so many wordings of each form.")
     ] = None,
-    corpus: MethodsCorpus = None,
-    tokens: Tokens = None,
-    statistics: Statistics = None,
-    layers: Layers = None,
-    seed: Seed = None,
     output: Folder = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    run: MethodRun,
 ) -> None:
     """Several facts of each subject, asked for as a user would: six forms, greedy answers,
     neighbours, identity. The last method is compared with the others.
@@ -83,33 +65,32 @@ def same_subject(
     results = measure_subjects(
         model,
         dataset,
-        parse_methods(method, settings, layers, seed),
-        one(corpus),
-        tokens,
+        run.methods(),
+        one(run.corpus),
+        run.tokens,
         least=least,
         most=most,
         half=half,
         subjects=subjects,
         wordings=wordings,
-        where=statistics,
-        device_map=placed(device_map),
-        dtype=dtype,
+        where=run.statistics,
+        device_map=placed(run.device_map),
+        dtype=run.dtype,
+        seed=run.seed or 0,
         say=say,
     )
     if output:
         write_subjects(output, results)
-    if as_json:
-        print(json.dumps([result.to_dict() for result in results]))
-    else:
-        print("\n\n".join(map(str, [*results, *differences(results)])))
+    run.show(
+        [result.to_dict() for result in results],
+        lambda: "\n\n".join(map(str, [*results, *differences(results)])),
+    )
 
 
 @app.command()
 def geometry(
     model: Model,
     dataset: Dataset = "embedded",
-    settings: OptionSettings = None,
-    config: Config = None,
     least: Least = 2,
     subjects: Subjects = 24,
     edited: Annotated[
@@ -123,15 +104,12 @@ def geometry(
     threshold: Annotated[
         float, typer.Option(help="Eigenvalues below it span AlphaEdit's null space.")
     ] = 2e-2,
-    seed: Annotated[int, typer.Option(help="Of the random directions and of the intervals.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for geometry.json and geometry.png."),
     ] = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    run: Run,
 ) -> None:
     """Is the covariance trap real for this model? Drift of keys, amplification, rho, tolerance,
     sharpness, by layer.
@@ -140,25 +118,31 @@ def geometry(
     from knowedit.evaluation.subjects.protocol import choose
     from knowedit.io.files import atomic_file
     from knowedit.models.families import preset_for
-    from knowedit.models.load import load_model
     from knowedit.report import plots
     from knowedit.report.page import in_text
     from knowedit.report.run import geometry_blocks
     from knowedit.statistics.keys import layer_statistics
 
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
-    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
+    editable = run.load(model)
     wanted = parse_layers(layers) or preset_for(editable).statistics_layers
     collected = layer_statistics(wanted, editable, one(corpus), tokens, statistics)
     layered = measure(
-        editable, chosen, collected, wanted, edited=edited, threshold=threshold, seed=seed, say=say
+        editable,
+        chosen,
+        collected,
+        wanted,
+        edited=edited,
+        threshold=threshold,
+        seed=run.seed or 0,
+        say=say,
     )
     found = [one.to_dict() for one in layered]
     if output:
         with atomic_file(output / "geometry.json") as path:
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         plots.save(plots.geometry(found), output / "geometry.png")
-    print(json.dumps(found) if as_json else in_text(geometry_blocks(found)))
+    run.show(found, lambda: in_text(geometry_blocks(found)))
 
 
 @app.command()
@@ -177,8 +161,6 @@ def trace(
     limit: Annotated[
         int, typer.Option(help="Trace the first so many that the model knows (--dataset).")
     ] = 50,
-    settings: OptionSettings = None,
-    config: Config = None,
     kind: Annotated[
         list[str], typer.Option(help="What is restored: hidden, mlp or attention; repeatable.")
     ] = ["hidden", "mlp", "attention"],  # noqa: B006
@@ -188,14 +170,11 @@ def trace(
         int | None,
         typer.Option(help="Layers restored together (mlp, attention); default: 10 of 48."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise and of the intervals.")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the JSON and the picture.")
     ] = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    run: Run,
 ) -> None:
     """Causal tracing: which tokens' states at which layers bring an answer back once its subject is
     corrupted?
@@ -205,7 +184,6 @@ def trace(
     from knowedit.facts.sets import load
     from knowedit.io.files import atomic_file
     from knowedit.io.progress import bar
-    from knowedit.models.load import load_model
     from knowedit.report import plots
     from knowedit.report.page import in_text
     from knowedit.report.run import trace_blocks
@@ -215,7 +193,7 @@ def trace(
     if dataset and answer is not None:
         raise KnowEditError("--answer goes with a prompt; the facts of a --dataset have their own")
     chosen = load(dataset) if dataset else []
-    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
+    editable = run.load(model)
     if prompt is None or subject is None:
         found = trace_many(
             editable,
@@ -225,7 +203,7 @@ def trace(
             noise=noise,
             samples=samples,
             window=window,
-            seed=seed,
+            seed=run.seed or 0,
         ).to_dict()
     else:
         with bar("tracing", 1) as advance:
@@ -238,7 +216,7 @@ def trace(
                 noise=noise,
                 samples=samples,
                 window=window,
-                seed=seed,
+                seed=run.seed or 0,
                 progress=advance,
             ).to_dict()
     if output:
@@ -246,12 +224,12 @@ def trace(
         with atomic_file(output / f"{name}.json") as path:
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         plots.save(plots.trace(found), output / f"{name}.png")
-    print(json.dumps(found) if as_json else in_text(trace_blocks(found)))
+    run.show(found, lambda: in_text(trace_blocks(found)))
 
 
 @app.command()
 def report(
-    run: Annotated[
+    folder: Annotated[
         Path,
         typer.Argument(
             help="A folder written by eval, same-subject, geometry, trace or study with -o."
@@ -264,5 +242,5 @@ def report(
     from knowedit.report.run import PAGE
     from knowedit.report.run import report as write
 
-    print(write(run))
-    print(f"\nwrote {run / PAGE}")
+    print(write(folder))
+    print(f"\nwrote {folder / PAGE}")

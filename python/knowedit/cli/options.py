@@ -1,142 +1,31 @@
-"""What the commands share: their options, old spellings, `--config` and `--set`, and what is made
-of them.
+"""The options that commands share, in groups (a dataclass each, see `commands.spread`), and what is
+made of them.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from knowedit.errors import ConfigError, KnowEditError
-from knowedit.io.config import parse_setting
-from knowedit.io.names import nearest
+from knowedit.cli.commands import EDIT, Config, OptionSettings
+from knowedit.errors import KnowEditError
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
     from knowedit.methods.base import Method
-
-#: Options of earlier versions, and what says the same now.
-OLD = {
-    "--edits": "--limit",
-    "--facts": "--limit for how many, --dataset for which",
-    "--subjects": "--limit",
-    "--prompts": "--limit",
-    "--methods": "--method, once for each method",
-    "--layers": "--layer, once for each layer or range",
-    "--kinds": "--kind, once for each",
-    "--targets": "--target, once for each",
-    "--seeds": "--halvings",
-    "--setting": "--set",
-    "--gain": "--set gain=VALUE",
-    "--weight": "--set weight=VALUE",
-    "--merge": "--set merge_subjects=true",
-    "--no-merge": "--set merge_subjects=false",
-}
-EDIT, SWEEP = "knowedit.edit", "knowedit.sweep"  # what --config leaves in a context's `meta`
+    from knowedit.models.editable import EditableModel
 
 
-class Command(TyperCommand):
-    """A command that answers options of earlier versions with today's."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        own = {name for param in self.get_params(ctx) for name in param.opts}
-        for word in args:
-            name = word.partition("=")[0]
-            if word == "--":
-                break
-            if name in OLD and name not in own:
-                raise KnowEditError(f"{name} is now {OLD[name]}; see {ctx.command_path} --help")
-        return super().parse_args(ctx, args)
-
-
-class App(typer.Typer):
-    """A group of `Command`s."""
-
-    def command(self, name: str | None = None, **others: Any) -> Callable[[Any], Any]:
-        def decorate(function: Any) -> Any:
-            text = " ".join((function.__doc__ or "").split())  # typer would keep its line breaks
-            made = {"cls": Command, "help": text, **others}
-            return super(App, self).command(name, **made)(function)
-
-        return decorate
-
-
-def _from_file(ctx: typer.Context, path: Path | None) -> Path | None:
-    """`--config`: what the file says is the default of the command's options."""
-    if path is None:
-        return None
-    known: dict[str, Any] = {}
-    for param in ctx.command.get_params(ctx):
-        spelled = [o.lstrip("-").replace("-", "_") for o in param.opts if o.startswith("--")]
-        known |= dict.fromkeys(spelled or [str(param.name)], param)
-    record = _read(ctx, path, "method" in known)
-    if "methods" in record or "grid" in record:
-        ctx.meta[SWEEP] = path
-        return path
-    for key, value in record.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            if EDIT in ctx.meta:
-                continue  # an edit knows more than some commands ask for
-            raise ConfigError(
-                f"{path}: {ctx.command_path} has no option {key!r}; {nearest(name, known)}"
-            )
-        option = known[name]
-        if name == "set" and isinstance(value, Mapping):
-            value = [f"{setting}={json.dumps(of)}" for setting, of in value.items()]
-        parts = value if isinstance(value, list) else [value]
-        parts = [json.dumps(part) if isinstance(part, Mapping) else part for part in parts]
-        several = getattr(option, "multiple", False)
-        if not several and len(parts) != 1:
-            raise ConfigError(f"{path}: {key} is one value, got {value!r}")
-        ctx.default_map = {
-            **(ctx.default_map or {}),
-            str(option.name): [str(part) for part in parts] if several else parts[0],
-        }
-    return path
-
-
-def _read(ctx: typer.Context, path: Path, has_method: bool) -> dict[str, Any]:
-    """Options from a YAML or JSON file, or from the record in an edit file."""
-    if path.suffix in (".yaml", ".yml", ".json"):
-        import yaml
-
-        try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: neither YAML nor JSON ({error})") from None
-        if not isinstance(record, Mapping):
-            raise ConfigError(f"{path}: expected names and values, got {type(record).__name__}")
-        return {"method": dict(record)} if "kind" in record and has_method else dict(record)
-    from knowedit.edits.edit import Edit
-
-    edit = ctx.meta[EDIT] = Edit.load(path)
-    if not edit.config:
-        raise ConfigError(f"{path} does not record how it was made; it is of an earlier version")
-    return {"facts": str(path), **edit.report.details.get("run", {}), "method": edit.config}
-
-
-def _as_options(ctx: typer.Context, given: list[str] | None) -> list[str] | None:
-    """`--set` of commands without a method: other options by name."""
-    for text in given or ():
-        name, value = parse_setting(text)
-        known = {str(p.name): p for p in ctx.command.get_params(ctx)}
-        name = name.replace("-", "_")
-        if name not in known:
-            raise ConfigError(f"{ctx.command_path} has no setting {name!r}; {nearest(name, known)}")
-        several = getattr(known[name], "multiple", False)
-        ctx.default_map = {**(ctx.default_map or {}), name: [str(value)] if several else value}
-    return given
-
-
-def _quiet(asked: bool) -> bool:
+def hush(asked: bool) -> bool:
+    """Show no notes and bars from here on, or show them."""
     from knowedit.io import progress
 
     progress.console.quiet = asked
@@ -153,25 +42,6 @@ Settings = Annotated[
     typer.Option(
         "--set",
         help='A setting of the method: metric.gain=0.95, steps=20, modules=["q_proj"]; repeatable.',
-    ),
-]
-OptionSettings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        is_eager=True,
-        callback=_as_options,
-        help="An option by name, as name=value; repeatable.",
-    ),
-]
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        is_eager=True,
-        callback=_from_file,
-        help="Options from a .yaml or .json file, a method's record, or an edit file; the command "
-        "line wins.",
     ),
 ]
 _CORPUS = (
@@ -202,7 +72,10 @@ Layers = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many.")]
-Seed = Annotated[int | None, typer.Option(help="Of everything random.", show_default="0")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Of all random numbers: methods, samples, intervals.", show_default="0"),
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
 DeviceMap = Annotated[
     str | None,
@@ -214,12 +87,69 @@ DeviceMap = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", callback=_quiet, help="Show the result only: no notes, no bars."),
+    typer.Option("--quiet", "-q", callback=hush, help="Show the result only: no notes, no bars."),
 ]
 Folder = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder for the results, read by `knowedit report`."),
 ]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How every command that does something shows it."""
+
+    as_json: Json = False
+    quiet: Quiet = False
+
+    def show(self, record: Any, text: Callable[[], Any]) -> None:
+        """Print the result: `record` with --json, else `text()`."""
+        print(json.dumps(record) if self.as_json else text())
+
+
+@dataclass(frozen=True)
+class Loading(Output):
+    """And how one that needs a model loads it."""
+
+    dtype: Dtype = "auto"
+    device_map: DeviceMap = None
+
+    def load(self, model: str) -> EditableModel:
+        """Load the model. Raises ModelError."""
+        from knowedit.models.load import load_model
+
+        place = placed(self.device_map)
+        return load_model(model, dtype=self.dtype, device_map=place, say=say)
+
+    def words(self) -> list[str]:
+        """The options that load the same model again."""
+        given = {"--dtype": self.dtype, "--device-map": self.device_map}
+        return [w for o, v in given.items() if v not in (None, "auto") for w in (o, v)]
+
+
+@dataclass(frozen=True)
+class Run(Loading):
+    """What every command that computes takes."""
+
+    settings: OptionSettings = None
+    config: Config = None
+    seed: Seed = None
+
+
+@dataclass(frozen=True)
+class MethodRun(Run):
+    """What every command that computes edits takes."""
+
+    method: Methods = field(default_factory=lambda: ["memit"])
+    settings: Settings = None
+    corpus: MethodsCorpus = None
+    tokens: Tokens = None
+    statistics: Statistics = None
+    layers: Layers = None
+
+    def methods(self) -> list[Method]:
+        """The methods, as `parse_methods`."""
+        return parse_methods(self.method, self.settings, self.layers, self.seed)
 
 
 def parse_layers(given: Sequence[str] | None) -> tuple[int, ...] | None:
@@ -246,27 +176,33 @@ def parse_methods(
     seed: int | None = None,
 ) -> list[Method]:
     """Methods from names or JSON records, each with the settings, layers and seed that were given.
+    Where a seed is given, a note says which method uses no random numbers.
 
     Raises:
         KnowEditError: several names in one; ConfigError: an unknown method or setting.
     """
-    from knowedit.io.config import Config, fields_of
     from knowedit.methods.registry import make_method
 
-    made = []
+    chosen, made = parse_layers(layers), []
     for text in given:
         if not text.startswith("{") and "," in text:
             one_by_one = " ".join(f"--method {name}" for name in text.split(","))
             raise KnowEditError(f"--method takes one name; repeat it: {one_by_one}")
         method = make_method(json.loads(text) if text.startswith("{") else text, settings or ())
-        if (chosen := parse_layers(layers)) is not None:
+        if chosen is not None:
             method = method.with_settings({"layers": chosen})
-        parts = [getattr(method, name) for name in fields_of(type(method))]
-        seeded = [method, *(part for part in parts if isinstance(part, Config))]
-        if seed is not None and any("seed" in fields_of(type(part)) for part in seeded):
-            method = method.with_settings({"seed": seed})
-        made.append(method)
+        made.append(method if seed is None else seeded(method, seed))
     return made
+
+
+def seeded(method: Method, seed: int) -> Method:
+    """The method with this seed, in whichever of its parts draw random numbers."""
+    from knowedit.io.config import paths_of
+
+    places = [path for path in paths_of(method) if path.rpartition(".")[2] == "seed"]
+    if not places:
+        say(f"note: {method.name} draws no random numbers; --seed does not change its edits")
+    return method.with_settings(dict.fromkeys(places, seed))
 
 
 def edit_of(ctx: typer.Context) -> Edit | None:
@@ -288,6 +224,11 @@ def placed(device_map: str | None) -> Any:
 def one(corpus: list[str] | None) -> Any:
     """A corpus as `documents` takes it; None where none was named."""
     return corpus[0] if corpus and len(corpus) == 1 else corpus
+
+
+def command_line(*words: Any) -> str:
+    """A command to copy: `knowedit` and these words, quoted as a shell needs them."""
+    return shlex.join(["knowedit", *map(str, words)])
 
 
 def say(text: str) -> None:

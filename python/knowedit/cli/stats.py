@@ -6,33 +6,23 @@ export, import, clean).
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from knowedit.cli.options import (
-    App,
-    Config,
-    DeviceMap,
-    Dtype,
-    Json,
-    Layers,
-    Model,
-    OptionSettings,
-    Quiet,
-    one,
-    parse_layers,
-    placed,
-    say,
-)
+from knowedit.cli.commands import App, Group
+from knowedit.cli.generated import SETTINGS, command
+from knowedit.cli.options import Layers, Loading, Model, Output, Run, hush, one, parse_layers, say
 from knowedit.errors import StatisticsError
 from knowedit.io.tables import Column, Table
 
+if TYPE_CHECKING:
+    from knowedit.statistics.files.verify import Finding
 
-class _Group(TyperGroup):
+
+class _Group(Group):
     """A first word that names no command is the model of `collect`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -43,7 +33,6 @@ class _Group(TyperGroup):
 
 app = App(
     cls=_Group,
-    no_args_is_help=True,
     help="Key statistics. `knowedit stats MODEL` collects them (see `knowedit stats collect "
     "--help`); under torchrun on many GPUs.",
 )
@@ -51,8 +40,11 @@ app = App(
 Where = Annotated[Path, typer.Argument(help="A statistics file or a folder of them.")]
 
 
-@app.command()
+@app.command(
+    cls=command("knowedit.statistics.collect:CollectSettings", without=("progress", "as_json"))
+)
 def collect(
+    ctx: typer.Context,
     model: Model,
     corpus: Annotated[
         list[str],
@@ -61,8 +53,6 @@ def collect(
             "repeatable, with weights ('wiki.txt*3') to mix."
         ),
     ] = ["wikipedia"],  # noqa: B006
-    settings: OptionSettings = None,
-    config: Config = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -82,46 +72,30 @@ def collect(
     max_length: Annotated[
         int, typer.Option(help="Longer documents are cut into pieces of this many tokens.")
     ] = 512,
-    seed: Annotated[int, typer.Option(help="Of the corpus' order or the model's samples.")] = 0,
     first_tokens: Annotated[
         bool, typer.Option(help="Count each piece's first token too (an outlier; not advised).")
     ] = False,
     precision: Annotated[
         str, typer.Option(help="Of the sums: exact, or what knowedit_kernels.SecondMoment offers.")
     ] = "exact",
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens a batch; default: what fits into memory.")
-    ] = None,
-    pack: Annotated[
-        bool | None,
-        typer.Option(help="Several texts a row; default: on GPUs, where the model can."),
-    ] = None,
-    halves: Annotated[
-        bool, typer.Option(help="Keep two halves to estimate the error; --no-halves saves memory.")
-    ] = True,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder (default: the cache).")
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    run: Run,
 ) -> None:
     """Collect: all layers in one partial pass, checkpointed; run again to go on after an
     interruption.
     """
-    from knowedit.models.load import load_model
     from knowedit.statistics import key_statistics
     from knowedit.statistics.distributed.ranks import started
     from knowedit.statistics.memory import keep_few_compiled_shapes
 
     keep_few_compiled_shapes()
     with started() as ranks:
-        told = say if ranks.rank == 0 else lambda _: None
-        editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=told)
+        hush(run.quiet or ranks.rank > 0)
         found = key_statistics(
-            editable,
+            run.load(model),
             parse_layers(layers),
             one(corpus),
             tokens,
@@ -129,14 +103,11 @@ def collect(
             tolerance=tolerance,
             max_length=max_length,
             skip_first=not first_tokens,
-            seed=seed,
+            seed=run.seed or 0,
             precision=precision,
             directory=output,
-            budget=batch_tokens,
-            packed=pack,
-            halves=halves,
-            checkpoint_every=checkpoint_every,
-            as_json=as_json,
+            as_json=run.as_json,
+            **ctx.meta[SETTINGS],
         )
     if ranks.rank > 0:
         return
@@ -152,9 +123,11 @@ def collect(
         }
         for layer in found.layers
     ]
-    if as_json:
-        print(json.dumps(rows))
-        return
+    run.show(rows, lambda: _collected(rows))
+
+
+def _collected(rows: list[dict[str, Any]]) -> Table:
+    """What was collected, a row a layer."""
     columns = [
         Column("layer"),
         Column("tokens", ","),
@@ -178,13 +151,14 @@ def collect(
         )
         for row in rows
     ]
-    print(Table(columns, cells).without_empty_columns())
+    return Table(columns, cells).without_empty_columns()
 
 
 @app.command()
 def ls(
     where: Annotated[Path | None, typer.Argument(help="A folder (default: the cache).")] = None,
-    as_json: Json = False,
+    *,
+    output: Output,
 ) -> None:
     """List the statistics on this machine: model, layers, tokens, corpus."""
     from knowedit.io.files import cache_dir
@@ -208,18 +182,16 @@ def ls(
         }
         for place, found in groups.items()
     ]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        layers = ", ".join(map(str, row["layers"]))
-        print(
-            f"{row['model']}  layers {layers}  {row['tokens']:,} tokens of {row['corpus']}  "
-            f"{row['bytes'] / 1e6:.0f} MB"
-        )
-        print(f"  {row['folder']}")
-    if not rows:
-        print(f"no statistics in {folder}; collect some with: knowedit stats MODEL")
+    nothing = f"no statistics in {folder}; collect some with: knowedit stats MODEL"
+    output.show(rows, lambda: "\n".join(map(_listed, rows)) or nothing)
+
+
+def _listed(row: dict[str, Any]) -> str:
+    layers = ", ".join(map(str, row["layers"]))
+    return (
+        f"{row['model']}  layers {layers}  {row['tokens']:,} tokens of {row['corpus']}  "
+        f"{row['bytes'] / 1e6:.0f} MB\n  {row['folder']}"
+    )
 
 
 @app.command()
@@ -229,25 +201,21 @@ def show(
         Path | None,
         typer.Option(help="Also draw errors and spectrum into this .png, .svg or .pdf."),
     ] = None,
-    as_json: Json = False,
+    *,
+    output: Output,
 ) -> None:
     """Say all that a file's header records, and how well it has converged."""
     from knowedit.cli.inspection import describe
     from knowedit.statistics import KeyStatistics
+    from knowedit.statistics.files import store
 
-    found = KeyStatistics.load(where)
-    if as_json:
-        from knowedit.statistics.files import store
-
-        print(json.dumps([store.header(path) for path in store.files(where)]))
-    else:
-        print("\n\n".join(describe(path) for path in _files(where)))
+    found, files = KeyStatistics.load(where), _files(where)
+    output.show([store.header(path) for path in files], lambda: "\n\n".join(map(describe, files)))
     if plot is not None:
         from knowedit.report import plots
 
         plots.save(plots.statistics(found), plot)
-        if not as_json:
-            print(f"drawn into {plot}")
+        say(f"drawn into {plot}")
 
 
 @app.command()
@@ -259,20 +227,16 @@ def verify(
         str | None, typer.Option(help="Also check that it belongs to this model.")
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Of an .npz whose name does not say.")] = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    as_json: Json = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Check symmetry, positivity, counts and accumulation error, and with --model that the keys are
     that model's.
     """
-    from knowedit.models.load import load_model
     from knowedit.statistics.files import npz, verify
     from knowedit.statistics.files.store import LayerStatistics
 
-    editable = (
-        load_model(model, dtype=dtype, device_map=placed(device_map), say=say) if model else None
-    )
+    editable = loading.load(model) if model else None
     report: dict[str, list[verify.Finding]] = {}
     for path in [where] if where.suffix == ".npz" else _files(where):
         if path.suffix == ".npz":
@@ -295,19 +259,21 @@ def verify(
                 *(verify.belongs(found, editable) if editable else []),
             ]
         report[str(path)] = findings
-    if as_json:
-        print(json.dumps({name: verify.as_json(findings) for name, findings in report.items()}))
-    else:
-        for name, findings in report.items():
-            print(name)
-            for finding in findings:
-                print(f"  {'ok  ' if finding.ok else 'FAIL'} {finding.name:22} {finding.detail}")
+    loading.show(
+        {name: verify.as_json(findings) for name, findings in report.items()},
+        lambda: "\n".join(line for file in report.items() for line in _verified(*file)),
+    )
     if bad := [
         name for name, findings in report.items() if not all(finding.ok for finding in findings)
     ]:
         raise StatisticsError(
             f"{len(bad)} of {len(report)} files failed: {', '.join(bad)}; collect them again"
         )
+
+
+def _verified(name: str, findings: Sequence[Finding]) -> list[str]:
+    marks = [(finding, "ok  " if finding.ok else "FAIL") for finding in findings]
+    return [name, *(f"  {mark} {found.name:22} {found.detail}" for found, mark in marks)]
 
 
 @app.command()
@@ -344,21 +310,28 @@ def take(
         Path | None, typer.Option("--output", "-o", help="Folder (default: the cache).")
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Where the file's name does not say.")] = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
+    *,
+    loading: Loading,
 ) -> None:
     """Take over .npz files of ROME, MEMIT, EasyEdit or AlphaEdit, if they are this model's."""
-    from knowedit.models.load import load_model
     from knowedit.statistics.files import npz, store
 
-    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
+    editable, taken = loading.load(model), []
     for path in files:
         made, _ = npz.import_layer(path, editable, layer)
         target = store.layer_file(output or store.folder(editable.name, made.recipe), made.layer)
         if target.exists():
             raise StatisticsError(f"{target} exists; choose another folder")
         made.save(target)
-        print(f"{path} -> {target}: layer {made.layer}, {made.count:,} tokens")
+        taken.append(
+            {"from": str(path), "file": str(target), "layer": made.layer, "tokens": made.count}
+        )
+    loading.show(
+        taken,
+        lambda: "\n".join(
+            f"{t['from']} -> {t['file']}: layer {t['layer']}, {t['tokens']:,} tokens" for t in taken
+        ),
+    )
 
 
 @app.command()

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from knowedit.cli.options import (
-    App,
-    Config,
-    Corpus,
-    DeviceMap,
-    Dtype,
-    Json,
-    OptionSettings,
-    Quiet,
-    Tokens,
-    one,
-    placed,
-    say,
-)
+from knowedit.cli.commands import App
+from knowedit.cli.options import Corpus, Dtype, Run, Tokens, one, say
 from knowedit.errors import KnowEditError
 from knowedit.models.download import DEFAULT_MODEL
 
@@ -33,7 +22,20 @@ if TYPE_CHECKING:
 
 Targets = Annotated[list[str], typer.Option("--target", help="What to write; repeatable.")]
 
-app = App(no_args_is_help=True, help="Studies: a question, every method, an answer.")
+FIRST_HALVING = 42  # its seed, unless --seed says another
+
+
+@dataclass(frozen=True)
+class StudyRun(Run):
+    """As every command; sums in float32, of a seed of their own."""
+
+    dtype: Dtype = "float32"
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first halving.", show_default=str(FIRST_HALVING))
+    ] = None
+
+
+app = App(help="Studies: a question, every method, an answer.")
 
 
 @app.callback()
@@ -48,12 +50,9 @@ def arithmetic(
         list[str] | None, typer.Option(help="Repeatable; default: all of the study's.")
     ] = None,
     target: Targets = ["2+2=5"],  # noqa: B006
-    settings: OptionSettings = None,
-    config: Config = None,
     halvings: Annotated[
         int, typer.Option(help="Random halvings of the prompts; the first has seed --seed.")
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Of the first halving.")] = 42,
     interference: Annotated[
         bool, typer.Option(help="With several targets: also each alone, and these added up.")
     ] = True,
@@ -75,22 +74,20 @@ def arithmetic(
     timeout: Annotated[float, typer.Option(help="Seconds a request to it.")] = 120.0,
     corpus: Corpus = ["self"],  # noqa: B006
     tokens: Tokens = 32_768,
-    dtype: Dtype = "float32",
-    device_map: DeviceMap = None,
     tracing: Annotated[bool, typer.Option(help="Also trace where the first sum is stored.")] = True,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for results; goes on where it stopped."),
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    *,
+    run: StudyRun,
 ) -> None:
     """Can the model be made to say "2+2=5", and nothing else? Every method, judged on prompts that
     none was given.
     """
-    from knowedit.models.load import load_model
     from knowedit.statistics import key_statistics
-    from knowedit.studies.arithmetic import Study, Sum, run
+    from knowedit.studies.arithmetic import Study, Sum
+    from knowedit.studies.arithmetic import run as run_study
     from knowedit.studies.arithmetic.experiments import default_experiments
     from knowedit.studies.arithmetic.prompts import unrelated_prompts
     from knowedit.studies.arithmetic.summary import summary
@@ -104,13 +101,14 @@ def arithmetic(
         edited, paraphrases, endpoint, paraphrase_model, key_variable, timeout
     )
     others = unrelated_prompts(limit, unrelated)
-    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
+    editable = run.load(model)
+    seed = FIRST_HALVING if run.seed is None else run.seed
     study = Study(
         editable, edited, [seed + n for n in range(halvings)], others, own, source, one(corpus)
     )
     for note in study.notes():
         say(f"note: {note}")
-    found = run(
+    found = run_study(
         study,
         method or default_experiments(),
         partial(key_statistics, editable, corpus=one(corpus), tokens=tokens),
@@ -120,7 +118,7 @@ def arithmetic(
     )
     if output and tracing:
         _trace(editable, edited[0], output)
-    print(json.dumps(found) if as_json else summary(found))
+    run.show(found, lambda: summary(found))
 
 
 def _paraphrases(

@@ -4,33 +4,25 @@ are the fields of `MendTraining` and `SeracTraining`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from knowedit.cli.commands import App
 from knowedit.cli.generated import SETTINGS, changed, command
-from knowedit.cli.options import (
-    App,
-    Config,
-    DeviceMap,
-    Dtype,
-    Json,
-    Layers,
-    Model,
-    Quiet,
-    parse_layers,
-    placed,
-    say,
-)
+from knowedit.cli.options import Layers, Model, Run, parse_layers
+from knowedit.io.config import Config as ConfigValue
+from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
     from knowedit.facts.fact import Fact
 
+C = TypeVar("C", bound=ConfigValue)
+
 app = App(
-    no_args_is_help=True,
     help="Train the network of a learned method; interrupted, the same command goes on.",
 )
 
@@ -55,62 +47,51 @@ Settings = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Training(Run):
+    """What both trainings take."""
+
+    output: Output = None
+    dataset: Datasets = field(default_factory=lambda: ["embedded", "sums"])
+    without: Without = field(default_factory=list)
+    limit: Limit = None
+    settings: Settings = None
+
+    def settings_of(self, start: C, ctx: typer.Context) -> C:
+        """`start` with all that the command line sets."""
+        seed = {} if self.seed is None else {"seed": self.seed}
+        return changed(start, seed | ctx.meta[SETTINGS], self.settings or ())
+
+    def train(self, kind: str, model: str, train: Callable[..., Any], made: Any, seed: int) -> None:
+        """Train and save the network `kind` with the settings `made`, and say what came of it."""
+        from knowedit.methods.learned.networks import default_file
+
+        chosen = facts_to_train_on(self.dataset, self.without, self.limit, seed)
+        editable = self.load(model)
+        path = self.output or default_file(kind, editable)
+        with kept_on_interrupt(lambda: f"the training's last checkpoint is beside {path}"):
+            report = train(editable, chosen, made, path).report
+        self.show({"file": str(path), **report}, lambda: _text(report, path))
+
+
 @app.command(cls=command("knowedit.methods.learned.mend.training:MendTraining"))
-def mend(
-    ctx: typer.Context,
-    model: Model,
-    output: Output = None,
-    dataset: Datasets = ["embedded", "sums"],  # noqa: B006
-    without: Without = [],  # noqa: B006
-    limit: Limit = None,
-    layers: Layers = None,
-    settings: Settings = None,
-    config: Config = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+def mend(ctx: typer.Context, model: Model, layers: Layers = None, *, run: Training) -> None:
     """MEND's hyper-network: from a fact's gradient to an edit."""
     from knowedit.methods.learned.mend.training import MendTraining, train_mend
-    from knowedit.methods.learned.networks import default_file
-    from knowedit.models.load import load_model
 
-    start = MendTraining(layers=parse_layers(layers))
-    training = changed(start, ctx.meta[SETTINGS], settings or [])
-    chosen = facts_to_train_on(dataset, without, limit, training.plan.seed)
-    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
-    path = output or default_file("mend", editable)
-    _print(train_mend(editable, chosen, training, path).report, path, as_json)
+    made = run.settings_of(MendTraining(layers=parse_layers(layers)), ctx)
+    run.train("mend", model, train_mend, made, made.plan.seed)
 
 
 @app.command(cls=command("knowedit.methods.learned.serac.training:SeracTraining"))
-def serac(
-    ctx: typer.Context,
-    model: Model,
-    output: Output = None,
-    dataset: Datasets = ["embedded", "sums"],  # noqa: B006
-    without: Without = [],  # noqa: B006
-    limit: Limit = None,
-    settings: Settings = None,
-    config: Config = None,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+def serac(ctx: typer.Context, model: Model, *, run: Training) -> None:
     """SERAC's gate, which tells questions about a stored fact from others, and the reader that
     answers them.
     """
-    from knowedit.methods.learned.networks import default_file
     from knowedit.methods.learned.serac.training import SeracTraining, train_serac
-    from knowedit.models.load import load_model
 
-    training = changed(SeracTraining(), ctx.meta[SETTINGS], settings or [])
-    chosen = facts_to_train_on(dataset, without, limit, training.gate.seed)
-    editable = load_model(model, dtype=dtype, device_map=placed(device_map), say=say)
-    path = output or default_file("serac", editable)
-    _print(train_serac(editable, chosen, training, path).report, path, as_json)
+    made = run.settings_of(SeracTraining(), ctx)
+    run.train("serac", model, train_serac, made, made.gate.seed)
 
 
 def facts_to_train_on(
@@ -131,14 +112,14 @@ def facts_to_train_on(
     return chosen + (sums(seed=seed) if "sums" in names else [])
 
 
-def _print(report: dict[str, Any], path: Path, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(report))
-        return
-    facts = report["facts"]["training"]
-    print(f"{report['trainable_parameters']:,} trained parameters on {facts} facts")
-    print(f"{report['seconds']:.0f} s, {report['cpu_seconds']:.0f} s of processor time")
-    if report["peak_memory_bytes"] is not None:
-        print(f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB at the peak, beyond the model")
-    print(f"validation: {report['validation']}")
-    print(f"saved to {path}")
+def _text(report: dict[str, Any], path: Path) -> str:
+    peak = report["peak_memory_bytes"]
+    lines = [
+        f"{report['trainable_parameters']:,} trained parameters on {report['facts']['training']} "
+        f"facts",
+        f"{report['seconds']:.0f} s, {report['cpu_seconds']:.0f} s of processor time",
+        f"{peak / 2**20:,.0f} MiB at the peak, beyond the model" if peak is not None else "",
+        f"validation: {report['validation']}",
+        f"saved to {path}",
+    ]
+    return "\n".join(filter(None, lines))

@@ -238,6 +238,16 @@ def fields_of(cls: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def paths_of(config: Config) -> list[str]:
+    """The names of all settings, those of the parts as `metric.gain`."""
+    found: list[str] = []
+    for name in fields_of(type(config)):
+        part = getattr(config, name)
+        inner = paths_of(part) if isinstance(part, Config) else []
+        found += [name] if not isinstance(part, Config) else [f"{name}.{path}" for path in inner]
+    return found
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON holds it; what no record can hold as `{"reference": type, "digest": ...}`."""
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -54,3 +54,14 @@ def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Itera
                 progress.update(task, note=note)
 
         yield advance
+
+
+@contextmanager
+def kept_on_interrupt(what: Callable[[], str]) -> Iterator[None]:
+    """A Ctrl-C within the block carries the sentence `what()` up to whoever tells the user: what is
+    kept, and where. The innermost block that says something is heard.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise stop if stop.args else KeyboardInterrupt(what()) from None

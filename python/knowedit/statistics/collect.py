@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 
 from knowedit.errors import StatisticsError
+from knowedit.io.config import Config
 from knowedit.models.editable import EditableModel
 from knowedit.statistics.convergence import ConvergenceChecks
 from knowedit.statistics.corpus.batching import trim
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CollectSettings:
+class CollectSettings(Config):
     """How to collect; none of it changes what is collected.
 
     Attributes:
@@ -50,7 +51,7 @@ class CollectSettings:
         packed: several texts a row; None: on a GPU. Only where the model is seen to keep them
             apart.
         halves: keep two halves apart, to estimate the error (twice the memory of the sums).
-        checkpoint_every: seconds.
+        checkpoint_every: seconds between checkpoints.
         worker: a process that tokenises ahead, and a cache of tokens; None: when there are many
             tokens.
         progress, as_json: see `throughput`.

@@ -182,7 +182,7 @@ class Sums:
                     raise
                 raise StatisticsError(
                     f"out of memory while the keys of {batch.tokens} tokens were summed; give a "
-                    f"budget (--batch-tokens) below "
+                    f"budget (--budget) below "
                     "that and start again: what was checkpointed is kept"
                 ) from error
             counts = int(batch.first.sum()), int((batch.keep & ~batch.first).sum())

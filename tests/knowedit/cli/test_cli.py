@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -215,6 +216,66 @@ def test_stats_eval_doctor(place, knowedit):
     tangents = {f"{op} tangents" for op in ("RMSNorm", "SwiGLU", "attention")}
     assert ran == {"second moment", "low-rank update", "target loss", *tangents}
     assert report["model"]["preset"].endswith("not measured on it") and report["versions"]["torch"]
+
+
+def test_the_demo_on_a_tiny_model(place, knowedit):
+    """It is refused nothing that a real one is not: every option, and JSON."""
+    given = ("demo", "model", "--corpus", "corpus.txt", "--tokens", "500", "--seed", "3")
+    shown = json.loads(knowedit(*given, "--dtype", "float32", "--json", "-o", "page"))
+    assert {row["role"] for row in shown["prompts"]} == {"edited", "paraphrase", "neighbour"}
+    before, edited, after = shown["fingerprints"]
+    assert before == after != edited
+    assert "demo.html" in {file.name for file in (place / "page").iterdir()}
+    said = knowedit(*given)
+    assert "what the model says" in said and "all weight bits are back" in said
+
+
+def test_the_printed_command_runs_as_printed(place, knowedit):
+    """With the dtype that the edit was made in, and quoted for a shell."""
+    (place / "model").rename(place / "my model")
+    given = ("edit", "my model", "facts.jsonl", "-o", "an edit.safetensors", "--method", "ft-l")
+    said = knowedit(*given, "--set", "steps=1", "--dtype", "bfloat16")
+    printed = said.rpartition("apply it with: ")[2]
+    program, *words = shlex.split(printed.replace("FOLDER", "edited"))
+    assert program == "knowedit" and "bfloat16" in words
+    assert "wrote edited" in knowedit(*words)
+    again = json.loads(knowedit("undo", "edited", "--json"))
+    assert again["fingerprint"] == Edit.load(place / "an edit.safetensors").fingerprint
+
+
+def test_an_existing_folder_is_refused_before_anything_is_loaded(place, knowedit):
+    (place / "taken").mkdir()
+    (place / "taken" / "file").touch()
+    for command in ("apply", "export"):
+        said = knowedit(command, "no model", "no edit", "-o", "taken", code=1)
+        assert said == "error: taken exists; choose another folder or remove it\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("edti",), "there is no command 'edti'; did you mean 'edit'?; see knowedit --help"),
+        (("train", "mind"), "there is no command 'mind'; did you mean 'mend'?; see knowedit train"),
+        (
+            ("edit", "--methdo", "x"),
+            "knowedit edit has no option --methdo; did you mean '--method'?",
+        ),
+        (("eval", "m", "--limit", "x"), "invalid value for '--limit': "),
+        (("edit", "model"), "missing argument 'facts'; see knowedit edit --help"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(knowedit, arguments, said):
+    told = knowedit(*arguments, code=2)
+    assert told.startswith(f"error: {said}") and told.count("\n") == 1
+
+
+def test_files_of_facts_are_shown_as_what_they_are(place, knowedit):
+    said = knowedit("inspect", "facts.jsonl")
+    assert (
+        said.startswith("facts: 2, of 2 subjects\n") and "The capital of France is -> Lyon" in said
+    )
+    (place / "broken.jsonl").write_text("{")
+    assert "broken.jsonl:1" in knowedit("inspect", "broken.jsonl", code=1)
 
 
 @pytest.mark.parametrize(

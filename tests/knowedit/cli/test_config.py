@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 
 import knowedit as ke
+from knowedit.cli.commands import OLD
 from knowedit.cli.generated import attribute_help, changed, options_of
-from knowedit.cli.options import OLD, parse_methods, say
+from knowedit.cli.options import parse_methods, say
 from knowedit.cli.reference import reference
 from knowedit.edits.edit import Edit
 from knowedit.errors import ConfigError, KnowEditError
+from knowedit.io.config import Config
 
 CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1")
 
@@ -73,6 +75,7 @@ def test_a_record_computes_the_same_edit(place, knowedit, form):
         ("kind: memitt", "unknown method 'memitt'; did you mean 'memit'?"),
         ("{kind: memit, gian: 1}", "memit has no setting 'gian'"),
         ("tokens: [1, 2]", "tokens is one value"),
+        ("", "r.yaml is empty; write options into it"),
     ],
 )
 def test_wrong_records_are_refused_before_a_model_is_loaded(place, knowedit, text, message):
@@ -124,6 +127,30 @@ def test_methods_by_name(given, message):
         parse_methods(given)
 
 
+def test_a_seed_that_a_method_does_not_use_is_said(capsys):
+    parse_methods(["memit"], seed=3)
+    assert capsys.readouterr().err == ""
+    assert parse_methods(["mend"], seed=3) == parse_methods(["mend"])
+    assert "draws no random numbers; --seed does not change its edits" in capsys.readouterr().err
+
+
+def test_set_wins_over_a_file_and_may_be_repeated(place, knowedit):
+    trace = ("trace", "model", "The capital of France is", "--subject", "France", "--json")
+    (place / "t.yaml").write_text("{samples: 3, kind: [hidden], seed: 4}")
+    given = (
+        "--set",
+        "samples=2",
+        "--config",
+        "t.yaml",
+        "--set",
+        "kind=mlp",
+        "--set",
+        "kind=hidden",
+    )
+    wanted = ("--samples", "2", "--kind", "mlp", "--kind", "hidden", "--seed", "4")
+    assert knowedit(*trace, *given) == knowedit(*trace, *wanted)
+
+
 def test_methods_from_options():
     made = parse_methods(["memit", "rome"], ["target.steps=7"], ["3"], 5)
     assert [method.target.steps for method in made] == [7, 7]
@@ -148,7 +175,7 @@ def test_wrong_types_are_errors_of_ours_that_name_the_field(make, message):
 
 
 @dataclass(frozen=True)
-class Pace:
+class Pace(Config):
     """How fast.
 
     Attributes:
@@ -162,7 +189,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Config):
     """Settings.
 
     Attributes:
@@ -186,6 +213,8 @@ def test_options_are_made_from_the_fields_of_a_dataclass():
     assert given == Training(8, ("b",), 4, Pace(9), Pace(2))
     with pytest.raises(ConfigError, match="no setting 'rnak'; did you mean 'rank'?"):
         changed(Training(), {}, ["rnak=3"])
+    with pytest.raises(ConfigError, match="'steps' could be first.steps, second.steps"):
+        changed(Training(), {}, ["steps=3"])
 
 
 def test_the_lists(knowedit):

@@ -39,7 +39,7 @@ def test_ls_show_verify(knowedit, tmp_path):
     assert json.loads(knowedit("ls", "ours", "--json"))[0]["layers"] == [1, 2]
     assert "no statistics in" in knowedit("ls")
     output = knowedit("show", "ours", "--plot", "picture.png")
-    assert output.count("key statistics of") == 2 and "drawn into picture.png" in output
+    assert output.count("key statistics of") == 2
     assert "error of solve" not in output  # all of it is in one window: no halves to compare
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
     assert (

@@ -106,9 +106,13 @@ def measure_subjects(
     where: Path | None = None,
     device_map: Any = None,
     dtype: str = "auto",
+    seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[SubjectsResult]:
     """Load everything and measure each method; what `knowedit same-subject` calls.
+
+    Args:
+        seed: of the intervals.
 
     Raises:
         KnowEditError: an unknown method or half, no subjects, or what the parts raise.
@@ -117,7 +121,7 @@ def measure_subjects(
     chosen = choose(dataset, least, most, half, subjects)
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
     statistics = statistics_for(made, model, corpus, tokens, where)
-    return run_subjects(model, chosen, statistics, made, dataset, wordings=wordings)
+    return run_subjects(model, chosen, statistics, made, dataset, wordings=wordings, seed=seed)
 
 
 def run_subjects(
@@ -128,9 +132,14 @@ def run_subjects(
     dataset: str = "",
     *,
     wordings: int | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> list[SubjectsResult]:
-    """Compute and measure each method on the same subjects; the model is left as it was found."""
+    """Compute and measure each method on the same subjects; the model is left as it was found.
+
+    Args:
+        seed: of the intervals.
+    """
     probes, facts = prepare(model, chosen, wordings), [fact for group in chosen for fact in group]
     before = observe(model, probes, title="before", progress=progress)
     results = []
@@ -139,9 +148,8 @@ def run_subjects(
         edit = method.compute(model, facts, statistics, progress=progress)
         seconds, moved = (time.perf_counter() - start) / len(facts), drift(model, edit)
         with edit.applied_to(model):
-            found = judge(
-                probes, before, observe(model, probes, title=method.name, progress=progress)
-            )
+            after = observe(model, probes, title=method.name, progress=progress)
+        found = judge(probes, before, after, seed=seed)
         results.append(
             SubjectsResult(
                 model.name,

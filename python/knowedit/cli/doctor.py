@@ -1,0 +1,97 @@
+"""`knowedit doctor`: the machine, the versions, the kernels that run here, and what is known of a
+model.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knowedit.io.versions import software_versions
+from knowedit.models.families import preset_for
+from knowedit.models.load import load_model
+from knowedit_kernels import SecondMoment, explain, low_rank_update_
+from knowedit_kernels.jvp import attention_jvp, rms_norm_jvp, swiglu_jvp
+from knowedit_kernels.target_loss import target_loss
+
+VERSIONS = ("torch", "triton", "transformers", "knowedit-kernels")
+
+
+def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
+    """Hardware, versions, the implementation each kernel would use here, and what is known of
+    `model`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = {"machine": _machine(), "versions": {**software_versions(VERSIONS)}}
+    report["kernels"] = {**_kernels(device)}
+    if model is not None:
+        report["model"] = _model(model)
+    return report
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none seen by torch",
+    }
+
+
+def _model(name: str) -> dict[str, Any]:
+    loaded = load_model(name, say=lambda _: None)
+    preset = preset_for(loaded)
+    origin = "" if preset.measured else f", {preset.origin}: not measured on it"
+    return {
+        "name": loaded.name,
+        "layers": len(loaded.layers),
+        "d_ff": loaded.d_ff,
+        "dtype": str(loaded.dtype)[6:],
+        "edited weight": loaded.layout.projection,
+        "fingerprint": loaded.fingerprint,
+        "preset": f"layers {list(preset.layers)}{origin}",
+    }
+
+
+def _kernels(device: str) -> dict[str, str]:
+    """Which implementation each op has run here just now, on small inputs, and why the better ones
+    did not.
+    """
+    found = {}
+    for name, (op, run) in _probes(device).items():
+        for dtype in (torch.float32, torch.bfloat16):
+            generator = torch.Generator(device).manual_seed(0)
+            run(torch.randn(64, 256, device=device, generator=generator).to(dtype))
+            found[f"{name} {str(dtype)[6:]}"] = str(explain(op))
+    return found
+
+
+def _probes(device: str) -> dict[str, tuple[str, Callable[[Tensor], Any]]]:
+    """Each op's name, and a call of it on `[64, 256]` values."""
+
+    def moment(x: Tensor) -> None:
+        sums = SecondMoment(x.shape[1], device=device)
+        sums.update(x)
+        sums.sum()
+
+    def update(x: Tensor) -> None:
+        low_rank_update_(x.clone(), x[:, :4], x.mT[:, :4].contiguous())
+
+    def attention(x: Tensor) -> None:
+        heads = x[:, :128].reshape(1, 2, 64, 64)
+        attention_jvp(heads, heads, heads, heads[None], heads[None], heads[None])
+
+    rows = torch.arange(64, device=device)
+    return {
+        "second moment": ("second_moment_", moment),
+        "low-rank update": ("low_rank_update_", update),
+        "target loss": ("target_losses", lambda x: target_loss(x, x, rows)),
+        "RMSNorm tangents": ("rms_norm_jvp", lambda x: rms_norm_jvp(x, x[0], x[None])),
+        "SwiGLU tangents": ("swiglu_jvp", lambda x: swiglu_jvp(x, x, x[None], x[None])),
+        "attention tangents": ("attention_jvp", attention),
+    }
