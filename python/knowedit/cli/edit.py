@@ -232,7 +232,7 @@ def _lines(made: Edit) -> list[str]:
 
 
 def _trained(report: dict[str, Any]) -> str:
-    memory = report["peak_memory_bytes"]
+    memory = report.get("peak_memory_bytes")
     used = "" if memory is None else f", {memory / 2**20:,.0f} MiB of memory"
     return (
         f"  {report['trainable']:,} numbers trained in {report['steps']} steps and "

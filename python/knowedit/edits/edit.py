@@ -256,7 +256,7 @@ class Edit:
         return {
             "method": self.method_name,
             "facts": [fact.to_dict() for fact in self.facts],
-            "report": self.report.to_dict(),
+            "report": self.report.record(),
             "key_layers": sorted({*self.key_layers, *self.keys}),
             "exclusive": sorted(self.exclusive),
             "config": self.config,

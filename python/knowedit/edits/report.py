@@ -8,6 +8,8 @@ from typing import Any
 
 from knowedit.errors import EditError
 
+COSTS = ("seconds", "peak_memory_bytes")
+
 
 @dataclass
 class EditReport:
@@ -46,6 +48,12 @@ class EditReport:
         shared = {name: getattr(self, name) for name in _SHARED}
         known = {n: v for n, v in shared.items() if v not in (None, {}) or n == "relative_norm"}
         return self.details | known
+
+    def record(self) -> dict[str, Any]:
+        """As a file keeps it: without what it cost, which differs from run to run, so that the same
+        edit computed again is the same file.
+        """
+        return {name: value for name, value in self.to_dict().items() if name not in COSTS}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditReport:

@@ -131,9 +131,7 @@ class Config(metaclass=ConfigType):
         if isinstance(record, str):
             record = {"kind": record}
         if not isinstance(record, Mapping):
-            raise ConfigError(
-                f"{cls._called()}: expected a record, got {type(record).__name__} {record!r}"
-            )
+            raise ConfigError(f"{cls._called()}: expected a record, got {_got(record)}")
         values = dict(record)
         kind, version = values.pop("kind", None), values.pop("version", None)
         if kind is None and base is not None:
@@ -317,9 +315,7 @@ def _checked(hint: Any, value: Any, place: str, before: Any = _MISSING) -> Any:
     """
     found = _fit(hint, value, place, before)
     if found is _MISSING:
-        raise ConfigError(
-            f"{place} must be {_say(hint)}, got {type(value).__name__} {_short(value)}"
-        )
+        raise ConfigError(f"{place} must be {_say(hint)}, got {_got(value)}")
     return found
 
 
@@ -399,7 +395,7 @@ def _say(hint: Any) -> str:
         return " or ".join(map(repr, args))
     if origin is tuple:
         several = len(args) == 2 and args[1] is Ellipsis
-        return f"a list of {_say(args[0])}" if several else f"({', '.join(map(_say, args))})"
+        return f"a list of {_several(args[0])}" if several else f"({', '.join(map(_say, args))})"
     words = {
         int: "a whole number",
         float: "a number",
@@ -412,6 +408,20 @@ def _say(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Config):
         return f"a {getattr(hint, 'family', hint.__name__)} ({', '.join(kinds(hint))})"
     return getattr(hint, "__name__", str(hint))
+
+
+def _several(hint: Any) -> str:
+    """A type in words, in the plural."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    words = {int: "whole numbers", float: "numbers", str: "texts"}
+    if all(option in words for option in options):
+        return " or ".join(words[option] for option in options)
+    return f"any number of: {_say(hint)}"
+
+
+def _got(value: Any) -> str:
+    """What came instead, with its type."""
+    return "nothing" if value is None else f"{type(value).__name__} {_short(value)}"
 
 
 def _short(value: Any) -> str:

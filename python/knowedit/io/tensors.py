@@ -38,6 +38,8 @@ def opened(
     """The opened file, from which single tensors can be read. Raises `error`: missing or damaged;
     the message ends with `remedy`.
     """
+    if Path(path).is_dir():
+        raise error(f"{path} is a folder; name one of our files in it, or another file")
     if not Path(path).is_file():
         raise error(f"{path}: there is no such file")
     try:

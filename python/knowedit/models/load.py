@@ -22,8 +22,8 @@ R = TypeVar("R")
 
 def load_model(
     name: str | Path | Any = DEFAULT_MODEL,
-    *,
     tokenizer: Any = None,
+    *,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     attn_implementation: str | None = "sdpa",
@@ -48,6 +48,11 @@ def load_model(
     Raises:
         ModelError: it cannot be found, loaded or edited; the message has the reason and the remedy.
     """
+    if isinstance(tokenizer, (str, Path)):
+        raise ModelError(
+            f"tokenizer={str(tokenizer)!r} is only a name; pass AutoTokenizer.from_pretrained"
+            f"({str(tokenizer)!r})"
+        )
     if isinstance(name, EditableModel):
         if tokenizer is not None and tokenizer is not name.tokenizer:
             raise ModelError(f"{name.name} has its tokenizer already; leave tokenizer out")
@@ -88,30 +93,40 @@ def as_editable(
 
 def accepts_model(function: Callable[P, R]) -> Callable[P, R]:
     """A function whose argument `model` may also be a transformers model, with the tokenizer saved
-    beside it or once given to `load_model`. Raises ModelError for anything else: a model that is
-    only named would be lost with what was done to it.
+    beside it, once given to `load_model`, or given here as `tokenizer=`. Raises ModelError for
+    anything else: a model that is only named would be lost with what was done to it.
     """
-    place = list(inspect.signature(function).parameters).index("model")
+    names = list(inspect.signature(function).parameters)
+    place = names.index("model")
+    called = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+    order = f"{called}({', '.join(name for name in names if name != 'self')})"
 
     @functools.wraps(function)
     def with_editable(*args: P.args, **kwargs: P.kwargs) -> R:
+        tokenizer = None if "tokenizer" in names else kwargs.pop("tokenizer", None)
         if "model" in kwargs:
-            kwargs["model"] = _loaded(kwargs["model"])
+            kwargs["model"] = _loaded(kwargs["model"], tokenizer, order)
         elif len(args) > place:
             given = list(args)
-            given[place] = _loaded(args[place])
+            given[place] = _loaded(args[place], tokenizer, order)
             args = tuple(given)  # type: ignore[assignment]
         return function(*args, **kwargs)
 
     return with_editable
 
 
-def _loaded(model: Any) -> EditableModel:
+def _loaded(model: Any, tokenizer: Any, order: str) -> EditableModel:
+    """The model that a function was given; `order` says how it takes its arguments."""
     if isinstance(model, (str, Path)):
         raise ModelError(
             f"{str(model)!r} is only a name; load it first: load_model({str(model)!r})"
         )
-    return as_editable(model)
+    if not isinstance(model, (EditableModel, torch.nn.Module)):
+        raise ModelError(
+            f"{order}: the model is a transformers causal LM or what load_model returns, got "
+            f"{type(model).__name__}"
+        )
+    return as_editable(model, tokenizer)
 
 
 def _check_is_model(found: Any) -> None:

@@ -78,6 +78,16 @@ class KeyStatistics:
             )
         return cls({layer.layer: layer for layer in found})
 
+    def __repr__(self) -> str:
+        if not self._layers:
+            return "KeyStatistics(no layers)"
+        found = self._layers[self.layers[0]]
+        return (
+            f"KeyStatistics(layers {', '.join(map(str, self.layers))} of {found.model}, "
+            f"{found.count:,} tokens of {found.recipe.corpus.get('name')}, "
+            f"{found.total.shape[0]} keys a layer)"
+        )
+
     @property
     def layers(self) -> list[int]:
         return sorted(self._layers)

@@ -33,6 +33,17 @@ def test_an_edit_file_computes_the_same_edit_again(place, knowedit):
     assert Edit.load(place / "c.safetensors").config["metric"]["gain"] == 0.5
 
 
+@pytest.mark.parametrize("method", ["ft-l", "memit"])
+def test_the_same_edit_is_the_same_file(place, knowedit, method):
+    """Byte for byte: what it cost to compute stays out."""
+    steps = "steps=2" if method == "ft-l" else "target.steps=2"
+    given = ("--method", method, "--set", steps, *(CORPUS if method == "memit" else CORPUS[-2:]))
+    said = knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *given, "--json")
+    knowedit("edit", "--config", "a.safetensors", "-o", "b.safetensors")
+    assert (place / "a.safetensors").read_bytes() == (place / "b.safetensors").read_bytes()
+    assert ("seconds" in json.loads(said)["report"]) == (method == "ft-l")
+
+
 def test_an_edit_of_another_model_is_refused(place, knowedit, tiny_gpt2):
     knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
     tiny_gpt2.hf.save_pretrained(place / "other")
@@ -161,7 +172,7 @@ def test_methods_from_options():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ke.MEMIT(layers="x"), "memit.layers must be .*a list of a whole number.* 'x'"),
+        (lambda: ke.MEMIT(layers="x"), "memit.layers must be .*a list of whole numbers.* 'x'"),
         (lambda: ke.Covariance(gain="0.9"), "covariance.gain must be .*a number.* '0.9'"),
         (lambda: ke.MEMIT(metric=3), "memit.metric must be a metric"),
         (lambda: ke.make_method("memit", {"gain": "0.9"}), "covariance.gain must be"),

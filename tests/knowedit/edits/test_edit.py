@@ -184,6 +184,11 @@ def test_a_bad_file_is_refused(tiny_llama, tmp_path, damage):
         Edit.load(path)
 
 
+def test_a_folder_is_no_edit(tmp_path):
+    with pytest.raises(EditError, match="is a folder; name one of our files in it"):
+        Edit.load(tmp_path)
+
+
 def test_a_failed_save_leaves_the_old_file(tiny_llama, tmp_path, monkeypatch):
     path = an_edit(tiny_llama).save(tmp_path / "a.safetensors")
     before = path.read_bytes()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knowedit.errors import ConfigError
-from knowedit.io.config import Config, parse_setting
+from knowedit.io.config import Config, parse_setting, paths_of
 
 
 class Shape(Config):
@@ -105,8 +105,9 @@ def test_values_are_made_to_fit():
     [
         ({"name": 3}, r"body\.name must be text, got int 3"),
         ({"fine": 1}, r"body\.fine must be true or false, got int 1"),
-        ({"layers": 0.5}, r"body\.layers must be a list of a whole number or None, got float 0\.5"),
+        ({"layers": 0.5}, r"body\.layers must be a list of whole numbers or None, got float 0\.5"),
         ({"layers": True}, r"body\.layers must be"),
+        ({"name": None}, r"body\.name must be text, got nothing"),
         ({"layers": {"a": 1}}, r"body\.layers must be"),
         ({"pair": (1.0,)}, r"body\.pair must be \(a number, a number\)"),
         ({"when": "later"}, r"body\.when must be 'auto' or 'never', got str 'later'"),
@@ -130,6 +131,14 @@ def test_unknown_settings_and_newer_records_are_refused():
         Shape.from_dict({"kind": "sharp-corner", "version": 4})
     with pytest.raises(ConfigError, match="expected a record, got list"):
         Body.from_dict([1])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="expected a record, got nothing"):
+        Body.from_dict(None)  # type: ignore[arg-type]
+
+
+def test_all_settings_by_path():
+    found = paths_of(Body())
+    assert "name" in found and "shape.radius" in found and "shape" not in found
+    assert Body().with_settings({"shape.radius": 4}).shape == Round(4.0)
 
 
 def test_an_older_record_is_migrated():

@@ -2,6 +2,7 @@
 makes.
 """
 
+import copy
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from knowedit.methods.learned.named import mend
 from knowedit.methods.learned.named.mend import MEND, compressed
 from knowedit.methods.learned.networks import NetworkFile
 from knowedit.methods.registry import make_method
+from knowedit.models.load import load_model
 from knowedit.models.partial import PartialModel, layer_outputs, with_weights
 from knowedit.models.texts import Texts
 from tests.knowedit.methods.trained import LAYERS, NAMES, PEOPLE, QUICK_MEND, QUICK_SERAC
@@ -396,6 +398,9 @@ def test_networks_that_are_missing_untrained_or_of_another_model_are_refused(
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
     with pytest.raises(EditError, match="train one with: knowedit train mend tiny-llama"):
         MEND().compute(tiny_llama, PEOPLE[:1])
+    nameless = load_model(copy.deepcopy(tiny_llama.hf), tiny_llama.tokenizer)
+    with pytest.raises(EditError, match=r"train one with train_mend\(model, facts\)"):
+        MEND().compute(nameless, PEOPLE[:1])
     network = MendNetwork.new(tiny_llama, LAYERS, 4)
     with pytest.raises(EditError, match="not trained"):
         MEND(network).compute(tiny_llama, PEOPLE[:1])

@@ -113,7 +113,7 @@ def test_settings_by_name():
         (lambda: MEMIT(weight=3.0), r"memit has no setting 'weight'; it is one of metric: "
                                     r".*Covariance\(weight="),
         (lambda: MEMIT(layer=3), "memit has no setting 'layer'; did you mean 'layers'"),
-        (lambda: MEMIT(layers="x"), r"memit.layers must be a list of a whole number or None, "
+        (lambda: MEMIT(layers="x"), r"memit.layers must be a list of whole numbers or None, "
                                     r"got str 'x'"),
         (lambda: MEMIT(metric=Covariance(gain="0.9")), r"covariance.gain must be a number, got "
                                                        r"str '0.9'"),

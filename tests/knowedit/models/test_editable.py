@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from knowedit.errors import EditError, ModelError
+from knowedit.evaluation import evaluate
 from knowedit.facts.fact import Fact
-from knowedit.methods import MEMIT, FineTuning, LoRA, MetaKE
+from knowedit.methods import FTL, MEMIT, FineTuning, LoRA, MetaKE, Session
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
@@ -240,6 +241,28 @@ def test_what_is_no_model_is_named(tiny):
         as_editable(tiny, tokenizer=object())
     with pytest.raises(ModelError, match="Linear is not a Hugging Face"):
         as_editable(nn.Linear(2, 2), tiny.tokenizer)
+    with pytest.raises(ModelError, match="tokenizer='gpt2' is only a name; pass AutoTokenizer"):
+        load_model(tiny.hf, "gpt2")
+
+
+def test_a_tokenizer_goes_with_a_transformers_model_everywhere(tiny):
+    """To a function by name, and to load_model in second place."""
+    fact = Fact("The capital of {} is", "France", "Lyon", true="Paris")
+    method, hf = FTL(steps=1, layers=(1,)), copy.deepcopy(tiny.hf)
+    edit = method.compute(hf, [fact], tokenizer=tiny.tokenizer, progress=False)
+    assert edit.key == method.compute(tiny, [fact], progress=False).key
+    other = copy.deepcopy(tiny.hf)
+    found = evaluate(other, edit, [fact], tokenizer=tiny.tokenizer, progress=False)
+    assert found.to_dict() == evaluate(tiny, edit, [fact], progress=False).to_dict()
+    assert load_model(copy.deepcopy(tiny.hf), tiny.tokenizer).tokenizer is tiny.tokenizer
+
+
+def test_arguments_in_the_wrong_order_get_the_right_one(tiny):
+    fact = Fact("The capital of {} is", "France", "Lyon", true="Paris")
+    with pytest.raises(ModelError, match=r"^Session\(method, model, .*\): .* got MEMIT$"):
+        Session(tiny, MEMIT())
+    with pytest.raises(ModelError, match=r"^evaluate\(model, edit, facts, .* got list$"):
+        evaluate([fact], None, tiny)
 
 
 def test_the_whole_path_with_a_transformers_model_in_training_mode(tiny):

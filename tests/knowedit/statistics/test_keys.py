@@ -44,6 +44,15 @@ def test_another_models_statistics_are_refused(tiny_llama, tiny_gpt2, corpus, tm
         key_statistics(tiny_gpt2, [1], corpus, 100, directory=tmp_path / "s")
 
 
+def test_its_repr_says_what_it_is_of(tiny_llama, corpus, tmp_path):
+    found = key_statistics(tiny_llama, [1, 2], corpus, 500, directory=tmp_path / "s")
+    said = "KeyStatistics(layers 1, 2 of tiny-llama, 500 tokens of corpus.txt, 64 keys a layer)"
+    assert repr(found) == said.replace("64", str(tiny_llama.d_ff)).replace(
+        "tiny-llama", tiny_llama.name
+    )
+    assert repr(KeyStatistics({})) == "KeyStatistics(no layers)"
+
+
 def test_a_missing_layer_is_named(tiny_llama, corpus, tmp_path):
     found = key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
     with pytest.raises(StatisticsError, match=r"no statistics of layer 2 here, only of \[1\]"):

@@ -107,8 +107,7 @@ class TrainedNetwork(ABC):
         check_network(self.name, self.fingerprint, model)
         if not self.report:
             raise EditError(
-                f"this {self.name.upper()} network is not trained; use train_{self.name}, or: "
-                f"knowedit train {self.name} MODEL"
+                f"this {self.name.upper()} network is not trained; {how_to_train(self.name, model)}"
             )
 
 
@@ -127,10 +126,7 @@ def read_network(
             that trains one.
     """
     if not path.is_file():
-        raise EditError(
-            f"{path}: no trained {name.upper()} network; train one with: knowedit train {name} "
-            f"{model.name}"
-        )
+        raise EditError(f"{path}: no trained {name.upper()} network; {how_to_train(name, model)}")
     header, tensors = read_file(path, form, f"a {name.upper()} network")
     check_network(name, header["fingerprint"], model)
     return header, tensors
@@ -142,5 +138,12 @@ def check_network(name: str, fingerprint: str, model: EditableModel) -> None:
         raise EditError(
             f"the {name.upper()} network was trained for a model with fingerprint "
             f"{fingerprint[:12]}, but {model.name} has {model.fingerprint[:12]}: other weights or "
-            f"another dtype; train one with: knowedit train {name} {model.name}"
+            f"another dtype; {how_to_train(name, model)}"
         )
+
+
+def how_to_train(name: str, model: EditableModel) -> str:
+    """The remedy: a command where the model has a name to be found by, else a call."""
+    if model.name == type(model.hf).__name__:  # an object that was made, not loaded
+        return f"train one with train_{name}(model, facts)"
+    return f"train one with: knowedit train {name} {model.name}"
