@@ -105,7 +105,7 @@ def _statistics(
         norms = sums.tally.norms[str(layer)]
         found[layer] = LayerStatistics(
             layer,
-            model.layout.projection.format(layer),
+            model.layout.projection(layer),
             model.name,
             recipe,
             count,

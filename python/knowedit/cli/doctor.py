@@ -52,7 +52,7 @@ def _model(name: str) -> dict[str, Any]:
         "layers": len(loaded.layers),
         "d_ff": loaded.d_ff,
         "dtype": str(loaded.dtype)[6:],
-        "edited weight": loaded.layout.projection,
+        "edited weight": loaded.layout.pattern,
         "fingerprint": loaded.fingerprint,
         "preset": f"layers {list(preset.layers)}{origin}",
     }

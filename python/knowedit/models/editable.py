@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from knowedit.errors import EditError, ModelError
 from knowedit.models import generation, partial
+from knowedit.models.evaluating import evaluating
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.generation import Router, Score
-from knowedit.models.structure import Layout, detect
+from knowedit.models.probing import states_of
+from knowedit.models.structure import Layout, detect, own_head
 from knowedit.models.tokens import Row, batches, tokenise
 from knowedit_kernels import WeightLedger
 from knowedit_kernels.lowrank import Change
@@ -36,6 +38,7 @@ class _InForce:
         self.router: Router | None = None
         self.fingerprint: str | None = None
         self.tokenizer: Any = None
+        self.layout: tuple[list[tuple[Any, ...]], Layout] | None = None  # of parameters like these
         self.exclusive: dict[str, frozenset[str]] = {}  # by the key of the edit
 
 
@@ -45,6 +48,20 @@ _IN_FORCE: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
 def known_tokenizer(hf: nn.Module) -> Any:
     """The tokenizer that a transformers model was wrapped with before, or None."""
     return _IN_FORCE[hf].tokenizer if hf in _IN_FORCE else None
+
+
+def _layout_of(hf: Any) -> Layout:
+    """The layout of a transformers model, found once as long as its parameters are of the same
+    kinds. Raises ModelError.
+    """
+    if not isinstance(hf, nn.Module):
+        return detect(hf)  # which refuses it
+    kinds = [(name, type(p.data), p.dtype, p.shape) for name, p in hf.named_parameters()]
+    state = _IN_FORCE.get(hf) or _InForce()
+    if state.layout is None or state.layout[0] != kinds:
+        state.layout = kinds, detect(hf)
+    _IN_FORCE[hf] = state
+    return state.layout[1]
 
 
 class EditableModel:
@@ -65,7 +82,7 @@ class EditableModel:
     """
 
     def __init__(self, hf: Any, tokenizer: Any, *, name: str | None = None) -> None:
-        self.layout: Layout = detect(hf)
+        self.layout: Layout = _layout_of(hf)
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; use "
@@ -73,19 +90,13 @@ class EditableModel:
             )
         self.hf, self.tokenizer = hf, tokenizer
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
-        if away := [name for name, parameter in hf.named_parameters() if parameter.is_meta]:
-            raise ModelError(
-                f"{len(away)} parameters of {self.name} are not in memory ({away[0]}, ...): "
-                f"device_map put them on the disk or "
-                "the CPU; use more or larger GPUs, dtype='bfloat16', or device_map='cpu'"
-            )
         if self.dtype == torch.float16 and self.device.type == "cpu":
             raise ModelError(
                 "float16 matrix products are ~100x slower than float32 on a CPU; load with "
                 "dtype='float32'"
             )
-        names = {self.layout.weight_name(i): self.weight(i) for i in range(len(self.layers))}
-        state = self._state = _IN_FORCE.setdefault(hf, _InForce())
+        names = {self.layout.weight_name(i): self.weight(i) for i in self.layout.editable}
+        state = self._state = _IN_FORCE[hf]
         state.tokenizer = tokenizer
         if not state.ledger.active:  # weights and dtype may be others than when it was last wrapped
             transposed = names if self.layout.transposed else ()
@@ -99,7 +110,7 @@ class EditableModel:
             f"EditableModel({self.name!r}: {type(self.hf).__name__}, "
             f"{parameters / 1e6:,.1f} M parameters, {self.dtype}, {self.device}\n"
             f"  {len(self.layers)} layers, hidden {self.hidden}, d_ff {self.d_ff}; "
-            f"edits go to {self.layout.weight_name(0).replace('.0.', '.{layer}.')}\n"
+            f"edits go to {self.layout.pattern.replace('{}', '{layer}')}.weight\n"
             f"  edits in force: {applied if len(applied) < 200 else applied[:200] + ' ...'})"
         )
 
@@ -111,20 +122,11 @@ class EditableModel:
         if self._evaluating:
             yield
             return
-        training = [module for module in self.hf.modules() if module.training]
-        trainable = [parameter for parameter in self.hf.parameters() if parameter.requires_grad]
         self._evaluating = True
         try:
-            for module in training:
-                module.training = False
-            for parameter in trainable:
-                parameter.requires_grad_(False)
-            yield
+            with evaluating(self.hf):
+                yield
         finally:
-            for module in training:
-                module.training = True
-            for parameter in trainable:
-                parameter.requires_grad_(True)
             self._evaluating = False
 
     # -- what it is
@@ -158,11 +160,24 @@ class EditableModel:
         return self.hf.get_submodule(self.layout.layers)
 
     @property
+    def base(self) -> nn.Module:
+        """What turns tokens into final hidden states: the model without its head."""
+        return self.hf.get_submodule(self.layout.base)
+
+    @property
     def norm(self) -> nn.Module:
-        return self.hf.get_submodule(self.layout.norm)
+        """What stands between the last layer and the head. Raises ModelError when that is not one
+        module.
+        """
+        if self.layout.norm is None:
+            raise ModelError(
+                f"{self.name}: what follows its last layer is not one norm, and cannot be run alone"
+            )
+        return self.hf.get_submodule(self.layout.norm) if self.layout.norm else nn.Identity()
 
     @property
     def d_ff(self) -> int:
+        """Size of the widest layer's key; `layout.width(layer)` is a layer's own."""
         return self.layout.d_ff
 
     @property
@@ -171,7 +186,7 @@ class EditableModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weight(0).dtype
+        return self.weight(self.layout.editable[0]).dtype
 
     @property
     def device(self) -> torch.device:
@@ -192,7 +207,7 @@ class EditableModel:
         value.
         """
         self.check_layers([layer])
-        return self.hf.get_submodule(self.layout.projection.format(layer))
+        return self.hf.get_submodule(self.layout.projection(layer))
 
     def weight(self, layer: int) -> Tensor:
         """The projection's weight as the model stores it (`[hidden, d_ff]`, or transposed for
@@ -311,14 +326,17 @@ class EditableModel:
         """
         self.check_layers(layers)
         deepest, count = max(layers), len(rows)
-        found = {layer: torch.empty(count, self.d_ff, device=self.device) for layer in layers}
+        found = {
+            layer: torch.empty(count, self.layout.width(layer), device=self.device)
+            for layer in layers
+        }
         out = torch.empty(count, self.hidden, device=self.device) if outputs else None
         ends = [len(r.ids) - 1 if r.subject is None else r.subject for r in rows]
         for batch in batches([e + 1 for e in ends], budget):
             ids, _ = self.pad([rows[i].ids[: ends[i] + 1] for i in batch])
             at = torch.tensor([ends[i] for i in batch])
             take = functools.partial(_put, torch.tensor(batch), at)
-            projections = {self.layout.projection.format(layer): found[layer] for layer in found}
+            projections = {self.layout.projection(layer): found[layer] for layer in found}
             last = {} if out is None else {self.layout.layer(deepest): out}
             partial.read(
                 self,
@@ -329,13 +347,13 @@ class EditableModel:
         return found, out
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits `[.., vocab]` of final hidden states `[.., hidden]` (norm not included), soft-cap
-        as in the model.
+        """Logits `[.., vocab]` of final hidden states `[.., hidden]` (norm not included), as the
+        model itself makes them: scales and soft-caps are its own.
         """
         with self.evaluating():
-            logits = self.hf.get_output_embeddings()(hidden)
-        cap = getattr(self.hf.config, "final_logit_softcapping", None)
-        return cap * torch.tanh(logits / cap) if cap else logits
+            if self.layout.head.kind == "plain":
+                return self.hf.get_output_embeddings()(hidden)
+            return own_head(self.hf, self.layout.base, hidden)
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities `[.., vocab]`, at least float32, of final hidden states
@@ -349,8 +367,8 @@ class EditableModel:
         """
         more = {} if positions is None else {"position_ids": positions}
         with self.evaluating():
-            out = self.hf.base_model(input_ids=ids, use_cache=False, **more)
-        return out.last_hidden_state
+            out = self.base(input_ids=ids, use_cache=False, **more)
+        return states_of(out)
 
     # -- what it says; see `models.generation`
     # ---------------------------------------------------------------------------------------------

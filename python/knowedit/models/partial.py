@@ -220,7 +220,7 @@ def read_keys(
     deepest one's projection; see `read`.
     """
     model.check_layers(layers)
-    names = {model.layout.projection.format(layer): layer for layer in sorted(set(layers))}
+    names = {model.layout.projection(layer): layer for layer in sorted(set(layers))}
     read(
         model,
         ids,
@@ -333,7 +333,7 @@ def capture(
         # layers
         text = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
         with model.evaluating():
-            out = model.hf.base_model(**text, past_key_values=DynamicCache(), use_cache=True)
+            out = model.base(**text, past_key_values=DynamicCache(), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,64 +1,202 @@
 """Where the parts an edit needs live in a Hugging Face causal LM, found by structure, not by the
 model's name.
 
-What is looked for: the stack of decoder layers, in each layer the *output projection of the MLP*
-(the associative memory that locate-then-edit methods write to: `[d_ff] -> [hidden]`), the final
-norm and the output head.
+What is looked for: the stack of decoder layers; in each layer the *output projection of the MLP*
+(the associative memory that locate-then-edit methods write to: `[d_ff] -> [hidden]`) and how its
+output reaches the residual stream; the final norm; and how the model makes logits of final states.
+`models.probing` runs the model on a few tokens; here its findings become a `Layout`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from knowedit.errors import EditError, ModelError
+from knowedit.models import probing
+from knowedit.models.probing import LayerTrace, Linear, Stream, is_linear, size_of
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
 
-_LAYERS = ("model.layers", "transformer.h")
-_NORMS = ("norm", "ln_f")
-_MLP = ("mlp",)
-_PROJECTIONS = ("down_proj", "c_proj", "fc_out")
-_ATTENTION = ("self_attn", "attn", "attention")
 _READS = (("gate_proj", "up_proj"), ("c_fc",), ("fc_in",), ("fc1",))
+
+#: What an edit can change: these, and held as ordinary tensors.
+EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The parts of one layer whose MLP can be edited.
+
+    Attributes:
+        projection: path of the MLP's output projection below the model.
+        width: its input size, the key's (`d_ff`).
+        stream: how its output reaches the layer's output.
+        mixers: paths of the layer's parts that mix tokens (attention, most often).
+        reads: paths of the linear modules that make the key, in the order in which they run.
+    """
+
+    projection: str
+    width: int
+    stream: Stream
+    mixers: tuple[str, ...]
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits come from final hidden states.
+
+    Attributes:
+        kind: "plain", the output embedding's to the bit; "scaled",
+            `softcap * tanh(scale * plain / softcap)` to rounding; "own", only the model's own
+            forward pass knows.
+        scale: of the plain logits.
+        softcap: None: none.
+    """
+
+    kind: Literal["plain", "scaled", "own"]
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Module paths inside a causal LM; `{}` stands for the layer's index."""
+    """Where a causal LM's parts are: module paths below it.
 
-    layers: str  #: the ModuleList of decoder layers
-    projection: str  #: the MLP's output projection, relative to the model
-    norm: str  #: the norm before the head
-    transposed: bool  #: True when the projection's weight is `[d_ff, hidden]` (GPT-2's Conv1D)
-    d_ff: int
+    Attributes:
+        layers: the ModuleList of decoder layers.
+        base: the module that turns tokens into final hidden states.
+        norm: the module behind the last layer; "" when there is none, None when it is not one
+            module.
+        transposed: the projections' weights are `[d_ff, hidden]` (GPT-2's Conv1D).
+        hidden: size of the residual stream.
+        head: how logits come from final hidden states.
+        parts: of each layer that can be edited, by index.
+        refused: of every other layer, why.
+    """
+
+    layers: str
+    base: str
+    norm: str | None
+    transposed: bool
     hidden: int
+    head: Head
+    parts: Mapping[int, Part]
+    refused: Mapping[int, str]
+
+    @property
+    def editable(self) -> tuple[int, ...]:
+        """The layers whose MLP can be edited, ascending."""
+        return tuple(sorted(self.parts))
+
+    @property
+    def d_ff(self) -> int:
+        """The widest key."""
+        return max(part.width for part in self.parts.values())
+
+    def part(self, layer: int) -> Part:
+        """The parts of a layer. Raises ModelError, with the reason, when it cannot be edited."""
+        if layer not in self.parts:
+            raise ModelError(
+                f"the MLP of layer {layer} cannot be edited: "
+                f"{self.refused.get(layer, 'there is no such layer')}; layers that can: "
+                f"{_ranges(self.editable)}"
+            )
+        return self.parts[layer]
+
+    def projection(self, layer: int) -> str:
+        """Path of the MLP's output projection."""
+        return self.part(layer).projection
 
     def weight_name(self, layer: int) -> str:
         """Name of the edited weight in the model's state dict."""
-        return self.projection.format(layer) + ".weight"
+        return self.projection(layer) + ".weight"
+
+    def width(self, layer: int) -> int:
+        """Size of the key at a layer (`d_ff`)."""
+        return self.part(layer).width
+
+    def stream(self, layer: int) -> Stream:
+        """How the output of a layer's projection reaches the residual stream."""
+        return self.part(layer).stream
 
     def layer(self, layer: int) -> str:
         """Path of a decoder layer."""
         return f"{self.layers}.{layer}"
 
     def mlp(self, layer: int) -> str:
-        """Path of a layer's MLP."""
-        return self.projection.format(layer).rpartition(".")[0]
+        """Path of what holds a layer's MLP: of the layer itself where its matrices stand there."""
+        return self.projection(layer).rpartition(".")[0]
+
+    @property
+    def pattern(self) -> str:
+        """The projections' path with `{}` for the layer, as most layers have it."""
+        paths = [
+            part.projection.replace(f"{self.layer(index)}.", f"{self.layers}.{{}}.", 1)
+            for index, part in self.parts.items()
+        ]
+        return max(paths, key=paths.count)
+
+
+# -- finding it
+# -------------------------------------------------------------------------------------------------
 
 
 def detect(model: Any) -> Layout:
-    """Find the layout of `model`, or refuse it.
+    """Find the layout of `model` with two forward passes on a few tokens, or refuse it.
 
     Raises:
         ModelError: with the reason: an encoder-decoder, a mixture of experts, quantised weights, or
             parts not found.
     """
-    config = getattr(model, "config", None)
     kind = type(model).__name__
+    _check(model, kind)
+    traced = probing.trace(model)
+    if not traced.states.isfinite().all():
+        raise ModelError(
+            f"{kind} gives hidden states that are not finite (NaN or infinity) on a few tokens: "
+            "its weights are damaged, or their dtype is too narrow; load it again, or with another "
+            "dtype"
+        )
+    layers = [f"{traced.stack}.{index}" for index in range(len(traced.layers))]
+    chosen, refused = _projections(model, layers, traced.layers, traced.hidden)
+    if not chosen:
+        raise ModelError(f"{kind} cannot be edited: {_most(refused)}")
+    reached = probing.streams(model, {layers[i]: chosen[i].path for i in chosen})
+    parts = {
+        index: Part(
+            projection=linear.path,
+            width=linear.width,
+            stream=reached[layers[index]],
+            mixers=tuple(f"{layers[index]}.{name}" for name in sorted(traced.layers[index].mixers)),
+            reads=_reads(layers[index], traced.layers[index], linear),
+        )
+        for index, linear in chosen.items()
+    }
+    transposed = {_is_conv1d(model.get_submodule(part.projection)) for part in parts.values()}
+    if len(transposed) > 1:
+        raise ModelError(f"{kind}: some projections are stored transposed and some are not")
+    return Layout(
+        layers=traced.stack,
+        base=traced.base,
+        norm=traced.norm,
+        transposed=transposed.pop(),
+        hidden=traced.hidden,
+        head=_head(model, traced),
+        parts=parts,
+        refused=refused,
+    )
+
+
+def _check(model: Any, kind: str) -> None:
+    """Refuse before anything is run what can be seen from outside. Raises ModelError."""
+    config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_output_embeddings"):
         raise ModelError(f"{kind} is not a Hugging Face transformers model")
     if getattr(config, "is_encoder_decoder", False):
@@ -69,103 +207,267 @@ def detect(model: Any) -> Layout:
         raise ModelError(
             f"{kind} has no output head; load it as a causal LM (AutoModelForCausalLM)"
         )
-    layers_path = next((p for p in _LAYERS if isinstance(_child(model, p), nn.ModuleList)), None)
-    if layers_path is None:
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
         raise ModelError(
-            f"{kind}: no stack of decoder layers at {' or '.join(_LAYERS)}; this architecture "
-            f"is not known"
+            f"{len(away)} parameters of {kind} are not in memory ({away[0]}, ...): device_map put "
+            "them on the disk or the CPU; use more or larger GPUs, dtype='bfloat16', or "
+            "device_map='cpu'"
         )
-    first = _child(model, layers_path)[0]
-    base = layers_path.rsplit(".", 1)[0]
-    norm = next((f"{base}.{n}" for n in _NORMS if _child(model, f"{base}.{n}") is not None), None)
-    mlp = next((name for name in _MLP if _child(first, name) is not None), None)
-    if norm is None or mlp is None:
+    if any(".lora_A." in name for name, _ in model.named_modules()):
         raise ModelError(
-            f"{kind}: the final norm or a layer's MLP was not found; this architecture is not known"
+            f"{kind} has peft adapters, and an edit of the weights below them would be lost; merge "
+            "them first: model = model.merge_and_unload()"
         )
-    if hasattr(_child(first, mlp), "experts"):
-        raise ModelError(
-            f"{kind} is a mixture of experts; which expert stores a fact is not known, so it is "
-            f"refused"
-        )
-    name = next((p for p in _PROJECTIONS if _child(first, f"{mlp}.{p}") is not None), None)
-    if name is None:
-        raise ModelError(
-            f"{kind}: the MLP has no output projection named {' or '.join(_PROJECTIONS)}"
-        )
-    projection = _child(first, f"{mlp}.{name}")
-    weight = getattr(projection, "weight", None)
-    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-        raise ModelError(
-            f"{kind}: the weight of {layers_path}.0.{mlp}.{name} is quantised "
-            f"({getattr(weight, 'dtype', None)}); "
-            "load the model in float32, bfloat16 or float16 to edit it"
-        )
-    transposed = type(projection).__name__ == "Conv1D"
-    if not transposed and not isinstance(projection, nn.Linear):
-        raise ModelError(
-            f"{kind}: {layers_path}.0.{mlp}.{name} is a {type(projection).__name__}, not a "
-            f"linear layer"
-        )
-    out_features, in_features = reversed(weight.shape) if transposed else weight.shape
-    return Layout(
-        layers_path, f"{layers_path}.{{}}.{mlp}.{name}", norm, transposed, in_features, out_features
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if why := _quantised(name, tensor):
+            raise ModelError(
+                f"{kind}: {name} is quantised ({why}), and an edit would be lost in its rounding; "
+                "load the model in float32, bfloat16 or float16 to edit it"
+            )
+
+
+def _quantised(name: str, tensor: Tensor) -> str | None:
+    """What says that this tensor holds quantised weights: its class, its dtype or its name."""
+    data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    if type(data) is not Tensor:
+        return type(data).__name__
+    leaf = name.rpartition(".")[2]
+    if leaf in ("qweight", "weight_packed") or (
+        (leaf == "weight" or isinstance(tensor, nn.Parameter)) and tensor.dtype not in EDITABLE
+    ):
+        return str(tensor.dtype).removeprefix("torch.")
+    return None
+
+
+def _projections(
+    model: Any, layers: list[str], traced: list[LayerTrace], hidden: int
+) -> tuple[dict[int, Linear], dict[int, str]]:
+    """The MLP's output projection in each layer, and why there is none in the others."""
+    chosen: dict[int, Linear] = {}
+    refused: dict[int, str] = {}
+    owners: dict[int, int] = {}
+    for index, (path, found) in enumerate(zip(layers, traced, strict=True)):
+        layer = model.get_submodule(path)
+        linear = _write_out(path, found, hidden)
+        if not found.ran:
+            refused[index] = "it does not run on plain text"
+        elif experts := _experts(layer, found.mixers):
+            refused[index] = (
+                f"its {experts} is a mixture of experts; which expert stores a fact is not known"
+            )
+        elif linear is None:
+            refused[index] = (
+                "it has no MLP output projection, a linear layer onto the hidden states outside "
+                f"of what mixes tokens ({', '.join(sorted(found.mixers)) or 'nothing'})"
+            )
+        else:
+            weight = id(model.get_submodule(linear.path).weight)
+            if weight in owners:
+                refused[index] = f"it shares its weights with layer {owners[weight]}"
+            else:
+                owners[weight], chosen[index] = index, linear
+    shared = {owners[id(model.get_submodule(chosen[i].path).weight)] for i in chosen} & {
+        int(why.rpartition(" ")[2]) for why in refused.values() if why.startswith("it shares")
+    }
+    for index in shared:
+        del chosen[index]
+        refused[index] = "other layers share its weights"
+    return chosen, refused
+
+
+def _write_out(path: str, traced: LayerTrace, hidden: int) -> Linear | None:
+    """The linear module outside of what mixes tokens that makes hidden states of the widest input,
+    which another linear module must have made; the last one of several.
+    """
+    inside = [
+        linear
+        for linear in _beside_mixers(path, traced)
+        if linear.out == hidden and _reads(path, traced, linear)
+    ]
+    return max(reversed(inside), key=lambda linear: linear.width, default=None)
+
+
+def _reads(path: str, traced: LayerTrace, write: Linear) -> tuple[str, ...]:
+    """The linear modules beside a projection, and before it, whose outputs have the key's size, or
+    twice it.
+    """
+    every = _beside_mixers(path, traced)
+    home = write.path.rpartition(".")[0] + "."
+    return tuple(
+        linear.path
+        for linear in every[: every.index(write)]
+        if linear.out in (write.width, 2 * write.width) and linear.path.startswith(home)
     )
 
 
-def attention_of(block: nn.Module) -> nn.Module:
-    """The attention of a decoder layer. Raises ModelError when it is not found."""
-    found = next(
-        (
-            module
-            for name in _ATTENTION
-            if isinstance(module := getattr(block, name, None), nn.Module)
-        ),
-        None,
-    )
-    if found is None:
+def _beside_mixers(path: str, traced: LayerTrace) -> list[Linear]:
+    """A layer's linear modules that are in no part that mixes tokens."""
+    mixers = tuple(f"{path}.{name}." for name in traced.mixers)
+    return [linear for linear in traced.linears if not f"{linear.path}.".startswith(mixers)]
+
+
+def _experts(layer: nn.Module, mixers: set[str]) -> str | None:
+    """Name of what holds several matrices of which a token uses some, or None."""
+    for name, module in layer.named_modules():
+        if name.partition(".")[0] in mixers:
+            continue
+        if name.rpartition(".")[2] in ("experts", "router", "moe"):
+            return name
+        if any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False)) and not (
+            isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        ):
+            return name or "weight"
+    return None
+
+
+def _most(reasons: Mapping[int, str]) -> str:
+    """The reason that most layers have."""
+    every = list(reasons.values())
+    return max(every, key=every.count)
+
+
+def _ranges(layers: tuple[int, ...]) -> str:
+    """Numbers in words: "0-3, 7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs) or "none"
+
+
+@torch.no_grad()
+def _head(model: Any, traced: probing.Trace) -> Head:
+    """How the model makes logits: compared with the output embedding's, and with the model's own
+    forward pass around given states, which must give its own logits again.
+
+    Raises:
+        ModelError: it does not.
+    """
+    head = model.get_output_embeddings()
+    fits = head.weight.shape[-1] == traced.states.shape[-1]
+    plain = head(traced.states) if fits else None
+    if plain is not None and torch.equal(plain, traced.logits):
+        return Head("plain")
+    again = own_head(model, traced.base, traced.states)
+    off = float((again - traced.logits).abs().max() / traced.logits.abs().max().clamp(min=1e-30))
+    if not off <= probing.rounding(traced.states.dtype):
         raise ModelError(
-            f"{type(block).__name__}: no attention at {' or '.join(_ATTENTION)}; this "
-            f"architecture is not known"
+            f"{type(model).__name__}: logits of its final hidden states differ from those of the "
+            f"whole model by {off:.1e} of the largest; what it does between them is not known"
         )
-    return found
+    found = None if plain is None else _scaled(model, plain, traced.logits)
+    return found or Head("own")
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether this is a linear layer as a Llama (`nn.Linear`) or a GPT-2 (`Conv1D`) has it."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _scaled(model: Any, plain: Tensor, logits: Tensor) -> Head | None:
+    """The scale and soft-cap between the output embedding's logits and the model's, if that is all;
+    a soft-cap is looked for among the configuration's numbers and believed when it fits.
+    """
+    config = model.config.get_text_config().to_dict()
+    caps = [v for name, v in config.items() if "cap" in name and isinstance(v, float | int) and v]
+    one, other = plain.double(), logits.double()
+    for cap in (None, *caps):
+        if cap is not None and float(other.abs().max()) > cap:
+            continue
+        straight = other if cap is None else cap * torch.atanh((other / cap).clamp(-0.99, 0.99))
+        inside = torch.ones_like(other) if cap is None else (other.abs() < 0.9 * cap).double()
+        scale = float((one * straight * inside).sum() / (one * one * inside).sum())
+        made = scale * one if cap is None else cap * torch.tanh(scale * one / cap)
+        if float((made - other).abs().max() / other.abs().max()) < probing.rounding(plain.dtype):
+            return Head("scaled", scale, cap)
+    return None
+
+
+class _OnlyStates(tuple):
+    """What a base model returns, with final hidden states and nothing else."""
+
+    def __new__(cls, states: Tensor) -> _OnlyStates:
+        return super().__new__(cls, (states,))
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def own_head(hf: Any, base: str, states: Tensor) -> Tensor:
+    """Logits `[.., vocab]` that the model's own forward pass makes of final states
+    `[.., hidden]`: whatever turns tokens into states is left out.
+    """
+    inner = hf.get_submodule(base)
+    rows = states.reshape(1, -1, states.shape[-1])
+    ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+    kept = inner.__dict__.get("forward")
+    inner.forward = lambda *_args, **_kwargs: _OnlyStates(rows)
+    try:
+        logits = hf(input_ids=ids, use_cache=False, return_dict=True).logits
+    finally:
+        if kept is None:
+            del inner.forward
+        else:
+            inner.forward = kept
+    return logits.reshape(*states.shape[:-1], logits.shape[-1])
+
+
+# -- what others ask
+# -------------------------------------------------------------------------------------------------
+def attention_of(model: EditableModel, layer: int) -> nn.Module:
+    """The attention of a layer: what mixes tokens there. Raises ModelError when that is not one
+    module.
+    """
+    found = model.layout.part(layer).mixers
+    if len(found) != 1:
+        raise ModelError(
+            f"{model.name}: layer {layer} has {len(found)} modules that mix tokens"
+            f"{' (' + ', '.join(found) + ')' if found else ''}, where one attention is wanted"
+        )
+    return model.hf.get_submodule(found[0])
 
 
 def is_transposed(model: Any, name: str) -> bool:
     """Whether the parameter of that name is a matrix stored `[in, out]` (GPT-2's Conv1D)."""
     owner, _, leaf = name.rpartition(".")
-    return leaf == "weight" and type(model.get_submodule(owner)).__name__ == "Conv1D"
+    return leaf == "weight" and _is_conv1d(model.get_submodule(owner))
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
 
 
 def linears(model: EditableModel, layer: int, *, mlp: bool = False) -> dict[str, tuple[int, int]]:
     """`{name below model.hf: (in, out)}` of a layer's linear modules, or of its MLP's only."""
-    folder = model.layout.mlp(layer) if mlp else model.layout.layer(layer)
-    found: dict[str, tuple[int, int]] = {}
-    for name, module in model.hf.get_submodule(folder).named_modules():
-        if is_linear(module):
-            rows, columns = module.weight.shape
-            transposed = type(module).__name__ == "Conv1D"
-            found[f"{folder}.{name}"] = (rows, columns) if transposed else (columns, rows)
-    return found
+    if mlp:
+        part = model.layout.part(layer)
+        paths = [*part.reads, part.projection]
+    else:
+        folder = model.layout.layer(layer)
+        paths = [
+            f"{folder}.{name}"
+            for name, module in model.hf.get_submodule(folder).named_modules()
+            if is_linear(module)
+        ]
+    return {path: size_of(model.hf.get_submodule(path)) for path in paths}
 
 
 def mlp_of(model: EditableModel, layer: int) -> Any:
-    """A layer's MLP."""
-    return model.hf.get_submodule(model.layout.mlp(layer))
+    """The module whose output is that of a layer's MLP."""
+    path = model.layout.mlp(layer)
+    return (
+        model.projection(layer)
+        if path == model.layout.layer(layer)
+        else model.hf.get_submodule(path)
+    )
 
 
 def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:
-    """The matrices that read the MLP's input at `layer`, by name: gate and up, or one.
+    """The matrices that read the MLP's input at `layer`, by path: gate and up, or one.
 
     Raises:
         EditError: this MLP is built differently (a fused gate and up, for example).
     """
-    path, mlp = model.layout.mlp(layer), mlp_of(model, layer)
+    path = model.layout.mlp(layer)
+    mlp = model.hf.get_submodule(path)
     for names in _READS:
         if all(hasattr(mlp, name) for name in names):
             return {f"{path}.{name}": getattr(mlp, name) for name in names}
@@ -174,11 +476,3 @@ def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:
         f"{model.name}: the MLP of layer {layer} has none of {known}; its neurons cannot be "
         f"rewritten one by one"
     )
-
-
-def _child(module: Any, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part, None)
-        if module is None:
-            return None
-    return module

@@ -94,8 +94,10 @@ class AnswerLoss:
 
     def fused(self, model: EditableModel, final: Tensor) -> Tensor:
         """`[n]`, from final hidden states `[B, T, hidden]`: head, loss and gradient in one kernel,
-        which never holds all logits.
+        which never holds all logits; where the kernel knows the model's head.
         """
+        if model.layout.head.kind == "own":
+            return self(self.places.logits(model, final))
         return _fused(model, self.places.states(final), targets=self.places.token)[0]
 
 
@@ -133,6 +135,8 @@ class KeepLoss:
         """`[n]`, from final hidden states `[B, T, hidden]`; see `AnswerLoss.fused`. `clean` must be
         hidden states.
         """
+        if model.layout.head.kind == "own":
+            return self(self.places.logits(model, final))
         states = self.places.states(final)
         return _fused(model, states, ref_hidden=self.clean, reverse=self.reverse)[1]
 
@@ -146,10 +150,14 @@ def margins(logits: Tensor, token: Tensor) -> Tensor:
 
 
 def _fused(model: EditableModel, states: Tensor, **wanted: Any) -> tuple[Tensor, Tensor]:
-    head = model.hf.get_output_embeddings()
-    cap = getattr(model.hf.config, "final_logit_softcapping", None)
+    head, how = model.hf.get_output_embeddings(), model.layout.head
     found = target_loss(
-        states, head.weight, bias=getattr(head, "bias", None), softcap=cap, **wanted
+        states,
+        head.weight,
+        bias=getattr(head, "bias", None),
+        logit_scale=how.scale,
+        softcap=how.softcap,
+        **wanted,
     )
     return found.ce, found.kl
 

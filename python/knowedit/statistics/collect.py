@@ -288,7 +288,7 @@ class Collection:
             first, firsts, other, others = tally.norms[str(layer)]
             result[layer] = LayerStatistics(
                 layer=layer,
-                module=self.model.layout.projection.format(layer),
+                module=self.model.layout.projection(layer),
                 model=self.model.name,
                 recipe=recipe,
                 count=moment.count,

@@ -105,7 +105,7 @@ class Sums:
         if (half, layer) not in self.moments:
             device = device or self.model.weight(layer).device
             self.moments[half, layer] = SecondMoment(
-                self.model.d_ff, device=device, precision=self.precision
+                self.model.layout.width(layer), device=device, precision=self.precision
             )
         return self.moments[half, layer]
 

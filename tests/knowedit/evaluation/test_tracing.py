@@ -24,6 +24,7 @@ from knowedit.io.tables import Table
 from knowedit.report import plots
 from knowedit.report.run import report, trace_blocks
 from tests.knowedit.cli.conftest import knowedit, place  # noqa: F401
+from tests.knowedit.models.layouts import without_attention
 from tests.knowedit.models.test_partial import tiny_mistral  # noqa: F401
 
 PROMPT, SUBJECT = "In Oslo it is", "Oslo"
@@ -136,8 +137,8 @@ def test_bad_input(tiny_llama, prompt, subject, settings, message):
         trace(tiny_llama, prompt, subject, **settings)
 
 
-def test_an_attention_of_unknown_name(tiny_llama, monkeypatch):
-    monkeypatch.setattr("knowedit.models.structure._ATTENTION", ("attn",))
+def test_layers_without_one_attention(tiny_llama):
+    tiny_llama.layout = without_attention(tiny_llama.layout, 1)
     with pytest.raises(ModelError, match="leave it out of kinds"):
         trace(tiny_llama, PROMPT, SUBJECT, samples=2)
     assert "mlp" in trace(tiny_llama, PROMPT, SUBJECT, samples=2, kinds=["mlp"]).effect

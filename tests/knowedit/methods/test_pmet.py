@@ -15,6 +15,7 @@ from knowedit.methods.locate.targets import AttentionAndMLP, TwoDeltas
 from knowedit.methods.locate.values import ESSENCE, optimise_values, prompt_rows
 from knowedit.models.structure import attention_of
 from tests.knowedit.methods.helpers import FACTS, SAME, VALUES, pair, statistics_of, target_of
+from tests.knowedit.models.layouts import without_attention
 
 
 def naive(model, group, layer, s):
@@ -39,7 +40,7 @@ def naive(model, group, layer, s):
 
         return add
 
-    parts = attention_of(model.layers[layer]), model.projection(layer)
+    parts = attention_of(model, layer), model.projection(layer)
     handles = [part.register_forward_hook(hook(i)) for i, part in enumerate(parts)]
     optimiser, was = torch.optim.Adam(deltas, lr=s.lr), None
     for step in range(s.steps):
@@ -129,9 +130,9 @@ def test_no_hook_is_left(tiny_llama):
     )
 
 
-def test_an_unknown_attention_is_named(tiny_llama, monkeypatch):
-    monkeypatch.setattr("knowedit.models.structure._ATTENTION", ("mixer",))
-    with pytest.raises(ModelError, match="no attention at mixer"):
+def test_a_layer_without_one_attention_is_named(tiny_llama):
+    tiny_llama.layout = without_attention(tiny_llama.layout, 1)
+    with pytest.raises(ModelError, match="layer 1 has 0 modules that mix tokens"):
         PMET(layers=(1,), target=target_of(VALUES, AttentionAndMLP)).compute(
             tiny_llama, FACTS, statistics_of(tiny_llama, (1,)), progress=False
         )

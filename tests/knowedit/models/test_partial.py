@@ -94,7 +94,7 @@ def test_a_pass_ends_once_everything_was_read(request, name):
         read(
             model,
             ids,
-            inputs={layout.projection.format(1): lambda x: seen.append(("key", x.shape[-1]))},
+            inputs={layout.projection(1): lambda x: seen.append(("key", x.shape[-1]))},
             outputs={layout.layer(0): lambda x: seen.append(("output", x.shape[-1]))},
         )
     assert seen == [("output", model.hidden), ("key", model.d_ff)] and ran == [0]

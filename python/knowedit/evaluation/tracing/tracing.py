@@ -380,7 +380,7 @@ def _mlps(model: EditableModel) -> list[nn.Module]:
 
 def _attentions(model: EditableModel) -> list[nn.Module]:
     try:
-        return [attention_of(layer) for layer in model.layers]
+        return [attention_of(model, layer) for layer in range(len(model.layers))]
     except ModelError as error:
         raise ModelError(f"{error}; leave it out of kinds") from error
 

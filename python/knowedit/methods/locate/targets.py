@@ -178,7 +178,7 @@ class TwoDeltas(Problem):
         `change`.
         """
         layer = self.part.from_layer
-        modules = attention_of(self.model.layers[layer]), self.model.projection(layer)
+        modules = attention_of(self.model, layer), self.model.projection(layer)
 
         def hook(part: int) -> Hook:
             return lambda _, output: change(part, output)

@@ -207,9 +207,9 @@ def rewritten(
     """The changes of the output projection, by layer, and of other parameters. The other neurons
     take over what the freed ones did, which then write `values` `[groups, hidden]`; and their
     rows in the matrices that read the MLP's input, a gate and a one for what it multiplies."""
-    place = torch.nn.functional.one_hot(torch.tensor(freed.neurons), model.d_ff).T.to(
-        values
-    )  # [d_ff, 2 groups]
+    place = torch.nn.functional.one_hot(
+        torch.tensor(freed.neurons), model.layout.width(layer)
+    ).T.to(values)  # [d_ff, 2 groups]
     left = torch.cat([freed.left.to(values), switch.write(values).T], 1)
     factors = {layer: (left, torch.cat([freed.right.to(values), place], 1))}
     others: dict[str, Change] = {}

@@ -60,7 +60,7 @@ def everywhere(
     """MLP inputs `[n, hidden]` float32 at every token, and the mean of k k^T `[d_ff, d_ff]`
     float64.
     """
-    inputs, moment = [], SecondMoment(model.d_ff, device=model.weight(layer).device)
+    inputs, moment = [], SecondMoment(model.layout.width(layer), device=model.weight(layer).device)
     for _, x, k in _observed(model, rows, layer):
         inputs.append(x)
         moment.update(k)
@@ -80,8 +80,8 @@ def _observed(
             model,
             ids,
             inputs={
-                model.layout.mlp(layer): inputs.append,
-                model.layout.projection.format(layer): keys.append,
+                model.layout.part(layer).reads[0]: inputs.append,
+                model.layout.projection(layer): keys.append,
             },
         )
         for line, i in enumerate(batch):

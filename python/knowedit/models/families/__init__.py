@@ -43,4 +43,5 @@ def calibrated(model: EditableModel) -> Preset:
     """
     depth = len(model.layers)
     layer = min(max(1, round(depth / 6)), depth - 2)
+    layer = min(model.layout.editable, key=lambda other: abs(other - layer))
     return Preset((layer,), layer, (layer,), {"lr": None}, "calibrated")

@@ -158,7 +158,7 @@ def read(path: Path) -> PeerFile:
 
 def layer_of(module: str | None, model: EditableModel) -> int | None:
     """The layer whose projection a file's name means, or None."""
-    names = {model.layout.projection.format(layer): layer for layer in range(len(model.layers))}
+    names = {model.layout.projection(layer): layer for layer in model.layout.editable}
     return names.get(module or "")
 
 
@@ -177,7 +177,7 @@ def import_layer(
     found = read(path)
     named = layer_of(found.module, model)
     if found.module is not None and named is None:
-        example = model.layout.projection.format(0)
+        example = model.layout.projection(model.layout.editable[0])
         raise StatisticsError(
             f"{path} is of {found.module}, {model.name} has modules like {example}: another "
             f"model's file"
@@ -206,7 +206,7 @@ def import_layer(
     )
     made = LayerStatistics(
         layer=layer,
-        module=model.layout.projection.format(layer),
+        module=model.layout.projection(layer),
         model=model.name,
         recipe=recipe,
         count=found.count,

@@ -170,7 +170,7 @@ def belongs(found: LayerStatistics, model: EditableModel) -> list[Finding]:
             *findings,
             Finding("layer", False, f"layer {found.layer}, the model has {len(model.layers)}"),
         ]
-    module = model.layout.projection.format(found.layer)
+    module = model.layout.projection(found.layer)
     findings.append(Finding("same module", found.module == module, found.module))
     return [*findings, resembles(found.total, found.count, sample(model, found.layer))]
 

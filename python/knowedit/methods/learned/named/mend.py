@@ -65,7 +65,7 @@ class MEND(LearnedMethod):
             with torch.no_grad():
                 pairs = {name: self._pair(network, name, tokens) for name in network.weights}
             seconds, memory = time.perf_counter() - start, peak()
-        names = {model.layout.weight_name(layer): layer for layer in range(len(model.layers))}
+        names = {model.layout.weight_name(layer): layer for layer in model.layout.editable}
         changes = {f"{name}.weight": pair for name, pair in pairs.items()}
         parameters = dict(model.hf.named_parameters())
         report = EditReport(
