@@ -390,10 +390,19 @@ class EditableModel:
         return generation.next_logprobs(self, prompts)
 
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int = 16, *, batch: int = 16
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 16,
+        *,
+        batch: int = 16,
+        as_configured: bool = False,
     ) -> list[str]:
-        """Greedy continuations (the new text only)."""
-        return generation.generate(self, prompts, max_new_tokens, batch=batch)
+        """Greedy continuations (the new text only), or what the model's `generation_config` asks
+        for (`as_configured`).
+        """
+        return generation.generate(
+            self, prompts, max_new_tokens, batch=batch, as_configured=as_configured
+        )
 
     def samples(
         self, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128

@@ -4,18 +4,23 @@ samples.
 Where a router is registered (`EditableModel.router`; SERAC registers one), `score`, `next_logprobs`
 and `generate` ask it which prompts another model should answer. The base has answered every prompt
 before, those too: its batches, and so its bits, are the same as without a router.
+
+Greedy is the arg-max and a sample is drawn from the model's own distribution, whatever the model's
+`generation_config` asks for (penalties, bans, temperature, beams): what is measured is the model,
+not the taste of whoever published it. Of that config only the tokens that end a text are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from knowedit.errors import ModelError
 from knowedit.models.tokens import batches
 
 if TYPE_CHECKING:
@@ -88,12 +93,22 @@ def next_logprobs(model: EditableModel, prompts: Sequence[str], *, budget: int =
 
 
 def generate(
-    model: EditableModel, prompts: Sequence[str], max_new_tokens: int = 16, *, batch: int = 16
+    model: EditableModel,
+    prompts: Sequence[str],
+    max_new_tokens: int = 16,
+    *,
+    batch: int = 16,
+    as_configured: bool = False,
 ) -> list[str]:
-    """Greedy continuations (the new text only), `batch` prompts at a time."""
+    """Greedy continuations (the new text only), `batch` prompts at a time.
+
+    Args:
+        as_configured: as the model's `generation_config` says instead: it may sample, punish
+            repetition, search with beams.
+    """
 
     def ask(_: Sequence[int], asked: Sequence[str]) -> list[str]:
-        found = continuations(model, asked, max_new_tokens, batch)
+        found = continuations(model, asked, max_new_tokens, batch, as_configured=as_configured)
         return [model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
     return _routed(model, prompts, ask([], prompts), ask)
@@ -106,13 +121,17 @@ def greedy(
     batch: int,
     *,
     logits: bool = False,
+    as_configured: bool = False,
 ) -> Iterator[tuple[Tensor, int, Tensor | None]]:
     """Of each batch, left-padded: the new tokens `[B, T]`, the token that fills up finished rows,
     and if asked for the logits `[B, T, vocab]`. Equal prompts and batches give equal bits, with and
     without the logits; a router has no part in them.
+
+    Args:
+        as_configured: not greedy, but as the model's `generation_config` says.
     """
-    pad, end = model.tokenizer.pad_token_id, model.tokenizer.eos_token_id
-    fill = pad if pad is not None else end
+    fill = _fill(model)
+    how = {} if as_configured else {"do_sample": False}
     for start in range(0, len(prompts), batch):
         rows = [model.row(p).ids for p in prompts[start : start + batch]]
         width = max(map(len, rows))
@@ -120,27 +139,32 @@ def greedy(
         mask = torch.tensor(
             [[0] * (width - len(r)) + [1] * len(r) for r in rows], device=model.device
         )
-        with model.evaluating(), torch.no_grad():
+        with _generating(model, as_configured):
             out = model.hf.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
                 pad_token_id=fill,
                 output_logits=logits,
                 return_dict_in_generate=True,
+                **how,
             )
         yield out.sequences[:, width:], fill, torch.stack(out.logits, 1) if logits else None
 
 
 def continuations(
-    model: EditableModel, prompts: Sequence[str], max_new_tokens: int = 16, batch: int = 16
+    model: EditableModel,
+    prompts: Sequence[str],
+    max_new_tokens: int = 16,
+    batch: int = 16,
+    *,
+    as_configured: bool = False,
 ) -> list[list[int]]:
     """Greedy continuations as tokens, without the padding behind the end of a text; a router has no
-    part in them.
+    part in them. `as_configured` as of `generate`.
     """
     found: list[list[int]] = []
-    for new, fill, _ in greedy(model, prompts, max_new_tokens, batch):
+    for new, fill, _ in greedy(model, prompts, max_new_tokens, batch, as_configured=as_configured):
         real = new != fill
         sizes = real.int().cumsum(1).argmax(1) + real.any(1)  # up to the last that is no filling
         found += [row[:size] for row, size in zip(new.tolist(), sizes.tolist())]
@@ -154,12 +178,15 @@ def samples(
     distribution).
 
     Document `n` depends on `seed` and `n` only, so a run can go on at `start`.
+
+    Raises:
+        ModelError: the tokenizer has no token that starts or ends a text.
     """
-    begin, pad = model.tokenizer.bos_token_id, model.tokenizer.pad_token_id
-    first = begin if begin is not None else model.tokenizer.eos_token_id
+    first = _first(model)
     ids = torch.full((batch, 1), first, device=model.device)
+    pad = model.tokenizer.pad_token_id
     for number in range(start // batch, 1 << 31):
-        with torch.random.fork_rng(), torch.no_grad(), model.evaluating():
+        with torch.random.fork_rng(), _generating(model):
             # the CPU generator uses 32 bits
             torch.manual_seed((seed * 1_000_003 + number) % (1 << 32))
             out = model.hf.generate(
@@ -174,6 +201,53 @@ def samples(
             )
         texts = model.tokenizer.batch_decode(out, skip_special_tokens=True)
         yield from texts[start % batch :] if number == start // batch else texts
+
+
+def end_tokens(model: EditableModel) -> set[int]:
+    """The tokens after which a text is over: those of the model's `generation_config`, else the
+    tokenizer's.
+    """
+    ends = model.hf.generation_config.eos_token_id
+    if ends is None:
+        ends = model.tokenizer.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+@contextmanager
+def _generating(model: EditableModel, as_configured: bool = False) -> Iterator[None]:
+    """Within the block the model generates without gradients, and follows only what it is told:
+    transformers fills whatever a call leaves open from the model's `generation_config`, so a plain
+    one stands in its place (`as_configured`: the model's own stays).
+    """
+    from transformers import GenerationConfig
+
+    own = model.hf.generation_config
+    plain = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=sorted(end_tokens(model)) or None
+    )
+    with model.evaluating(), torch.no_grad():
+        try:
+            model.hf.generation_config = own if as_configured else plain
+            yield
+        finally:
+            model.hf.generation_config = own
+
+
+def _fill(model: EditableModel) -> int:
+    """The token that fills up rows: the tokenizer's own for that, or one that ends a text."""
+    pad = model.tokenizer.pad_token_id
+    return int(pad) if pad is not None else min(end_tokens(model), default=0)
+
+
+def _first(model: EditableModel) -> int:
+    """The token that a sampled text starts with."""
+    begin, end = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
+    if begin is None and end is None:
+        raise ModelError(
+            f"{model.name} cannot be sampled: its tokenizer has no token that starts or ends a "
+            "text; give texts as the corpus, or set tokenizer.bos_token"
+        )
+    return int(begin if begin is not None else end)
 
 
 def _routed(

@@ -105,8 +105,7 @@ def greedy(
     """`EditableModel.generate`, in the same batches, with the margins between the two likeliest
     tokens.
     """
-    ends = model.hf.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = generation.end_tokens(model)
     found = []
     for new, _, logits in generation.greedy(model, prompts, tokens, BATCH, logits=True):
         assert logits is not None
