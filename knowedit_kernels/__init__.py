@@ -1,5 +1,7 @@
 """Fused kernels for the hot paths of knowledge editing, behind plain functions on tensors."""
 
+from knowedit_kernels import target_loss as target_loss  # its op is known to KNOWEDIT_IMPL, too
+from knowedit_kernels._dispatch import DispatchError as DispatchError
 from knowedit_kernels._dispatch import explain as explain
 from knowedit_kernels.jvp import attention_jvp as attention_jvp
 from knowedit_kernels.jvp import edit_jvp as edit_jvp

@@ -5,7 +5,8 @@ returns None (it can run) or the reason why it cannot. The first that can, runs.
 decision; a fallback from a candidate meant for the device at hand is logged once with its reason.
 
 `KNOWEDIT_IMPL=torch` (or `KNOWEDIT_IMPL=second_moment_=torch,low_rank_update_=native`) forces a
-choice; a forced candidate that cannot run raises `DispatchError` with its reason.
+choice; a forced candidate that cannot run raises `DispatchError` with its reason, an unknown name
+one with those that are known.
 """
 
 from __future__ import annotations
@@ -93,19 +94,32 @@ def candidates(op: str) -> tuple[Candidate, ...]:
 
 
 def _forced(op: str) -> str | None:
-    """The name KNOWEDIT_IMPL asks for; a bare name counts only for ops that have such a
-    candidate.
+    """The name KNOWEDIT_IMPL asks for; a bare name counts only for ops that have such a candidate.
+    Raises `DispatchError` for one that there is not.
     """
-    names = {candidate.name for candidate in candidates(op)}
-    for item in os.environ.get("KNOWEDIT_IMPL", "").split(","):
-        target, _, name = item.strip().rpartition("=")
-        if target == op and name not in names:
-            raise DispatchError(
-                f"KNOWEDIT_IMPL asks for {op}={name}; {op} has: {', '.join(sorted(names))}"
-            )
-        if name in names and target in ("", op):
-            return name
-    return None
+    names = _names(op)
+    asked = [
+        item.strip().rpartition("=") for item in os.environ.get("KNOWEDIT_IMPL", "").split(",")
+    ]
+    for target, _, name in asked:
+        _check_known(target, name)
+    return next((name for to, _, name in asked if name in names and to in ("", op)), None)
+
+
+def _names(op: str) -> set[str]:
+    return {candidate.name for candidate in candidates(op)}
+
+
+def _check_known(op: str, name: str) -> None:
+    """Raises `DispatchError` for an item of KNOWEDIT_IMPL that names what no op has."""
+    if op and op not in _candidates:
+        known = ", ".join(sorted(_candidates))
+        raise DispatchError(f"KNOWEDIT_IMPL asks for {op}={name}; the ops are: {known}")
+    names = _names(op) if op else set().union(*map(_names, _candidates))
+    if (name or op) and name not in names:
+        item, whose = (f"{op}={name}", op) if op else (name, "an op")
+        known = ", ".join(sorted(names))
+        raise DispatchError(f"KNOWEDIT_IMPL asks for {item}; {whose} has: {known}")
 
 
 def _device(call: Call) -> str | None:

@@ -55,12 +55,19 @@ def test_explain_with_arguments_runs_nothing():
 def test_forcing(monkeypatch):
     monkeypatch.setenv("KNOWEDIT_IMPL", "plain")
     assert _dispatch.run("toy", torch.zeros(2)) == "plain"
+    _dispatch.register("other", ToyCall, Candidate("plain", lambda call: "other"))
     monkeypatch.setenv("KNOWEDIT_IMPL", "other=plain, toy=small")
     assert _dispatch.run("toy", torch.zeros(2)) == "small"
     with pytest.raises(DispatchError, match="more than 3 elements"):
         _dispatch.run("toy", torch.zeros(9))
     monkeypatch.setenv("KNOWEDIT_IMPL", "toy=fast")
     with pytest.raises(DispatchError, match="toy has: gpu, plain, small"):
+        _dispatch.run("toy", torch.zeros(2))
+    monkeypatch.setenv("KNOWEDIT_IMPL", "plain, nonsense")
+    with pytest.raises(DispatchError, match="for nonsense; an op has: gpu, plain, small"):
+        _dispatch.run("toy", torch.zeros(2))
+    monkeypatch.setenv("KNOWEDIT_IMPL", "tory=plain")
+    with pytest.raises(DispatchError, match="tory=plain; the ops are: other, toy"):
         _dispatch.run("toy", torch.zeros(2))
 
 

@@ -54,6 +54,12 @@ def main() -> None:
         _end(f"error: {error}", 1)
     except UsageError as error:
         _end(f"error: {usage(error)}", 2)
+    except RuntimeError as error:
+        from knowedit_kernels import DispatchError  # loaded already, where it is raised
+
+        if not isinstance(error, DispatchError):
+            raise
+        _end(f"error: {error}", 1)
     except OSError as error:
         _end(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
     except (Interrupted, KeyboardInterrupt) as stop:

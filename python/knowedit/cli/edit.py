@@ -21,6 +21,7 @@ from knowedit.cli.options import (
 )
 from knowedit.errors import KnowEditError
 from knowedit.io.files import check_free
+from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
@@ -76,12 +77,13 @@ def edit(
     editable = run.load(model)
     if again is not None:
         again.check(editable)
-    keys = statistics_for([chosen], editable, one(run.corpus), run.tokens, run.statistics)
-    if history:
-        earlier = History.load(history) if history.exists() else History(editable.fingerprint)
-        made = Session(chosen, editable, keys, earlier).write(wanted)
-    else:
-        made = chosen.compute(editable, wanted, keys)
+    with kept_on_interrupt(lambda: "no edit was written; finished key statistics are kept"):
+        keys = statistics_for([chosen], editable, one(run.corpus), run.tokens, run.statistics)
+        if history:
+            earlier = History.load(history) if history.exists() else History(editable.fingerprint)
+            made = Session(chosen, editable, keys, earlier).write(wanted)
+        else:
+            made = chosen.compute(editable, wanted, keys)
     made.report.details["run"] = _recorded(model, run)
     made.save(output)
     if history:

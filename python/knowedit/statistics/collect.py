@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from knowedit.errors import StatisticsError
 from knowedit.io.config import Config
@@ -88,9 +89,11 @@ class Collection:
         self.checkpoints = Checkpoints(where, self.layers, recipe, ranks)
         self.checks = ConvergenceChecks(self.sums, recipe, ranks)
         self._dry: set[int] = set()  # lanes of the corpus that have ended
-        # of the last checkpoint: when it was written, seconds it took, windows it is after
-        self._saved, self._spent, self._safe = time.monotonic(), 0.0, 0
-        self._stop = False  # there was a SIGTERM
+        # of the last checkpoint: when it was written, seconds it took, windows it is after, tokens
+        self._saved, self._spent, self._safe, self._kept = time.monotonic(), 0.0, 0, 0
+        self._stop = False  # there was a SIGTERM, or a Ctrl-C that could not be answered at once
+        self._interrupted = False  # it was a Ctrl-C
+        self._summing = False  # counts and sums are not of the same windows just now
 
     # -- the main path --
 
@@ -100,6 +103,7 @@ class Collection:
         Raises:
             StatisticsError: nothing to count, NaN in a layer, one piece alone does not fit into
                 memory, another rank died; a SIGTERM, after a checkpoint.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint; its text says what is kept.
             CorpusError: the corpus cannot be read (on); what was counted until then is in a
                 checkpoint.
         """
@@ -115,7 +119,8 @@ class Collection:
         with (
             prefetch(reader, state.windows, tuple(state.documents), worker=worker) as source,
             metered(title, self.recipe.tokens, show=show, as_json=self.settings.as_json) as meter,
-            self._noting_sigterm(),
+            self._saving_on_interrupt(),
+            self._noting_signals(),
         ):
             meter.on_resume(state.count)
             rounds = Rounds(source, self.ranks, self.recipe.tokens)
@@ -144,6 +149,7 @@ class Collection:
         self._stop_if(now.stop)
         if now.checkpoint:
             self._save()
+        self._summing = True
         used: dict[int, int] = {}
         for number, (count, documents) in now.sizes.items():
             used[number] = min(count, self.recipe.tokens - state.count)
@@ -165,6 +171,9 @@ class Collection:
                 self.sums.add(self._half(number), trim(now.own[number].pieces, tokens))
             meter.on_tokens(tokens)
         rounds.record_time(time.monotonic() - began, len(now.own))
+        self._summing = False
+        if self._interrupted and self.ranks.size == 1:
+            raise KeyboardInterrupt
         if now.problem and state.count < self.recipe.tokens:
             self._save()
             raise now.problem
@@ -177,22 +186,48 @@ class Collection:
         return number % 2 if self.settings.halves else 0
 
     @contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
+    def _noting_signals(self) -> Iterator[None]:
         """A SIGTERM (what schedulers send, and torchrun to its ranks) is answered between two
-        rounds, by all ranks.
+        rounds, by all ranks; a Ctrl-C of a single process at once, where the sums are whole.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop", True))
+        handlers = {signal.SIGTERM: self._on_sigterm, signal.SIGINT: self._on_interrupt}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._stop = True
+
+    def _on_interrupt(self, *_: Any) -> None:
+        again, self._interrupted = self._interrupted, True
+        if again or (self.ranks.size == 1 and not self._summing):
+            raise KeyboardInterrupt
+        self._stop = True
+
+    @contextmanager
+    def _saving_on_interrupt(self) -> Iterator[None]:
+        """Ctrl-C: a checkpoint first, where the sums are whole; the text says what it has."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self._summing and self.ranks.size == 1:
+                self._save()
+            raise KeyboardInterrupt(
+                f"key statistics of {self._kept:,} of {self.recipe.tokens:,} tokens are kept in "
+                f"{self.where}"
+            ) from None
 
     def _stop_if(self, stop: bool) -> None:
         if stop:
             self._save()
+            if self._interrupted:
+                raise KeyboardInterrupt
             raise StatisticsError(
                 "stopped by SIGTERM: start again to go on from the last checkpoint"
             )
@@ -239,7 +274,7 @@ class Collection:
             return
         start = time.monotonic()
         if self.checkpoints.save(self.state, self.sums.tally, self.sums.moments):
-            self._safe = self.state.windows
+            self._safe, self._kept = self.state.windows, self.state.count
         self._saved = time.monotonic()
         if (
             self._saved - start > max(self.settings.checkpoint_every / 20, self._spent)
@@ -256,7 +291,7 @@ class Collection:
     def _resume(self) -> None:
         if (found := self.checkpoints.load()) is not None:
             self.state, tally, moments = found
-            self._safe = self.state.windows
+            self._safe, self._kept = self.state.windows, self.state.count
             self.sums.tally = tally or self.sums.tally
             for (half, layer), sums in moments.items():
                 self.sums.moment(half, layer).load_state_dict(sums)

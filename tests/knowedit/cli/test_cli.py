@@ -317,6 +317,23 @@ def test_a_bad_fact_names_file_and_line(place, knowedit):
     )
 
 
+def test_an_unknown_implementation_is_refused_with_the_names(knowedit, monkeypatch):
+    monkeypatch.setenv("KNOWEDIT_IMPL", "nonsense")
+    assert "asks for nonsense; an op has: " in knowedit("doctor", code=1)
+
+
+def test_ctrl_c_says_what_is_kept(place, knowedit, monkeypatch):
+    def stops(*_arguments, **_named):
+        raise KeyboardInterrupt(*kept)
+
+    monkeypatch.setattr("knowedit.methods.base.statistics_for", stops)
+    edit, kept = ("edit", "model", "facts.jsonl", "-o", "a", *CORPUS), ("500 tokens are kept",)
+    rest = "run the same command again to go on\n"
+    assert knowedit(*edit, code=130) == f"interrupted: 500 tokens are kept; {rest}"
+    kept = ()
+    assert knowedit(*edit, code=130).startswith("interrupted: no edit was written")
+
+
 @pytest.mark.parametrize("what", ["edit", "apply"])
 def test_kill_leaves_nothing_half_written(place, knowedit, what):
     """Killed at several moments, the output is whole or absent, and the same command then

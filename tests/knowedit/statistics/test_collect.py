@@ -1,6 +1,7 @@
 """One collection: exact sums of all layers in one pass, and interruption at any moment."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from knowedit.errors import CorpusError, StatisticsError
 from knowedit.io import tensors
 from knowedit.statistics import collect, key_statistics
 from knowedit.statistics.corpus import windows
+from knowedit.statistics.distributed.rounds import Rounds
 from tests.knowedit.statistics.helpers import naive, rounds_that_stop_at, save_model
 
 
@@ -70,6 +72,33 @@ def test_a_full_disk_keeps_what_was_there(tiny_llama, corpus, tmp_path, monkeypa
         key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
     monkeypatch.undo()
     assert key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")[1].count == 100
+
+
+@pytest.mark.parametrize("moment", ["reading", "summing"])
+def test_ctrl_c_keeps_what_was_counted(tiny_llama, corpus, tmp_path, monkeypatch, moment):
+    """While a window is read, which may take minutes, at once; while it is summed, after it."""
+    monkeypatch.setattr(windows, "SIZE", 200)
+    whole = key_statistics(tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "whole")
+    owner, name = {"reading": (Rounds, "announce"), "summing": (collect.Sums, "add")}[moment]
+    real, calls = getattr(owner, name), []
+
+    def interrupted(self, *arguments, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *arguments, **named)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(owner, name, interrupted)
+        with pytest.raises(
+            KeyboardInterrupt, match="key statistics of .* tokens are kept in"
+        ) as stop:
+            key_statistics(tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "cut")
+    kept = int(re.search(r"of ([0-9,]+) of 1,500", str(stop.value))[1].replace(",", ""))
+    assert kept > 0 and len(list((tmp_path / "cut").glob("checkpoint*"))) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = key_statistics(tiny_llama, [1, 2], corpus, 1500, directory=tmp_path / "cut")
+    assert all(torch.equal(resumed[layer].total, whole[layer].total) for layer in (1, 2))
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(tiny_llama, corpus, tmp_path, monkeypatch):
