@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from knowedit.cli.commands import SWEEP, App
 from knowedit.cli.options import Folder, Limit, MethodRun, one, placed, say
 from knowedit.errors import KnowEditError
+from knowedit.io.progress import kept_on_interrupt
+
+if TYPE_CHECKING:
+    from knowedit.evaluation.protocols import Result
 
 app = App()
 
@@ -37,35 +42,55 @@ def evaluate(
     run: MethodRun,
 ) -> None:
     """Measure methods: efficacy, paraphrase, neighbourhood, drift on ordinary text; with 95 %
-    intervals. With a grid in --config (`methods:` and `grid:`), every combination, as one table.
+    intervals. With -o, results are written as they come, and the same command goes on where it
+    stopped. With a grid in --config (`methods:` and `grid:`), every combination, as one table.
     """
     if SWEEP in ctx.meta:
         _sweep(ctx, output, run)
         return
     if model is None:
         raise KnowEditError("name a model: knowedit eval MODEL")
-    from knowedit.evaluation.protocols import measure, write_run
+    from knowedit.evaluation.protocols import measure
 
-    results = measure(
-        model,
-        dataset,
-        run.methods(),
-        limit,
-        protocol,
-        one(run.corpus),
-        run.tokens,
-        run.dtype,
-        device_map=placed(run.device_map),
-        batch=batch,
-        every=every,
-        text=text,
-        where=run.statistics,
-        seed=run.seed or 0,
-        say=say,
-    )
-    if output:
-        write_run(output, results)
-    run.show([result.to_dict() for result in results], lambda: "\n\n".join(map(str, results)))
+    found: list[dict[str, Any]] = []
+    with kept_on_interrupt(lambda: _kept(len(found), output)):
+        for result in measure(
+            model,
+            dataset,
+            run.methods(),
+            limit,
+            protocol,
+            one(run.corpus),
+            run.tokens,
+            run.dtype,
+            device_map=placed(run.device_map),
+            batch=batch,
+            every=every,
+            text=text,
+            where=run.statistics,
+            seed=run.seed or 0,
+            folder=output,
+            say=say,
+        ):
+            found.append(result if isinstance(result, dict) else result.to_dict())
+            if not run.as_json:
+                print(_shown(result), end="\n\n", flush=True)
+    if run.as_json:
+        print(json.dumps(found))
+
+
+def _shown(result: dict[str, Any] | Result) -> str:
+    """A result that was measured now, or the record of one that the folder had."""
+    from knowedit.report.run import result_text
+
+    return result_text(result) if isinstance(result, dict) else str(result)
+
+
+def _kept(count: int, folder: Path | None) -> str:
+    """What an interruption leaves."""
+    if folder is None:
+        return "nothing was written, for want of --output"
+    return f"the results of {count} method{'s' * (count != 1)} are in {folder}"
 
 
 #: Options that a grid takes from the command line, by the name of its field.

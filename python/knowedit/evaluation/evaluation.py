@@ -50,7 +50,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary (without the single prompts)."""
-        return {"before": plain(self.before), "after": plain(self.after)}
+        prompts = len(self.questions)
+        return {"before": plain(self.before), "after": plain(self.after), "prompts": prompts}
 
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary a prompt."""

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from knowedit.evaluation.sequence import (
 )
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
+from knowedit.io.config import plain
 from knowedit.io.files import atomic_file
 from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
@@ -49,6 +51,7 @@ class Result:
         report: of the edit (of the first one for `single` and `sequential`).
         config: the whole method, as `make_method` takes it.
         trajectory: for `sequential`, the model on its way.
+        run: what all results of a folder have in common, so that it can be gone on with.
     """
 
     model: str
@@ -62,6 +65,7 @@ class Result:
     report: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
     trajectory: list[SequenceStep] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary; `migrate` brings those of earlier versions to this form."""
@@ -72,6 +76,7 @@ class Result:
             "report": self.report,
             "config": self.config,
             "trajectory": [step.to_dict() for step in self.trajectory],
+            "run": self.run,
         }
 
     def __str__(self) -> str:
@@ -131,9 +136,10 @@ def measure(
     text: Any = None,
     where: Path | None = None,
     seed: int = 0,
+    folder: Path | None = None,
     say: Callable[[str], None] = print,
-) -> list[Result]:
-    """Load everything and measure each method; what `knowedit eval` calls.
+) -> Iterator[dict[str, Any] | Result]:
+    """Load everything and measure each method, one after the other; what `knowedit eval` calls.
 
     Args:
         methods: as `make_method` takes them; those that read ordinary text read the corpus.
@@ -141,18 +147,38 @@ def measure(
         text: held-out text for the perplexity (as `corpus`).
         where: statistics to take instead of collecting them from `corpus`.
         seed: of the intervals.
+        folder: for the results, on disk before the next method starts; those that it has are not
+            measured again, but yielded as their records.
 
     Raises:
-        KnowEditError: an unknown method, protocol or data set, or what the parts raise.
+        KnowEditError: an unknown method, protocol or data set; a folder with results of other
+            facts, another model or other settings; or what the parts raise.
     """
     made = [make_method(method).with_corpus(corpus) for method in methods]
     check_protocol(protocol)
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
-    statistics = statistics_for(made, model, corpus, tokens, where)
+    common = {
+        "fingerprint": model.fingerprint,
+        "facts": [fact.to_dict() for fact in facts],
+        **{"protocol": protocol, "batch": batch, "every": every, "seed": seed},
+        **{"corpus": plain(corpus), "tokens": tokens, "statistics": plain(where)},
+        "text": plain(text),
+    }
+    digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
+    settings = {"dataset": dataset, "digest": digest}
+    kept = kept_results(folder, settings)
+    missing = [method for method in made if method_key(method.to_dict()) not in kept]
+    statistics = statistics_for(missing, model, corpus, tokens, where) if missing else None
     texts = held_out(text)
-    return [
-        run(
+    for number, method in enumerate(made, 1):
+        place = f"{method.name}, {number} of {len(made)}"
+        if (record := kept.get(method_key(method.to_dict()))) is not None:
+            say(f"{place}: kept from {folder}")
+            yield record
+            continue
+        say(f"{place}: computing and measuring")
+        told = run(
             model,
             facts,
             statistics,
@@ -164,8 +190,48 @@ def measure(
             texts=texts,
             seed=seed,
         )
-        for method in made
-    ]
+        told = replace(told, run=settings)
+        if folder is not None:
+            add_to_run(folder, told)
+        yield told
+
+
+def method_key(config: Mapping[str, Any]) -> str:
+    """One text for the same method with the same settings."""
+    return json.dumps(config, sort_keys=True)
+
+
+def kept_results(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The records in a folder of results, by `method_key`.
+
+    Raises:
+        KnowEditError: they are of another run.
+    """
+    records = _records(folder) if folder is not None else []
+    if any(record.get("run") != settings for record in records):
+        raise KnowEditError(
+            f"{folder} holds results of other facts, another model or other settings; choose "
+            f"another folder"
+        )
+    return {method_key(record["config"]): record for record in records}
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    path = folder / RESULTS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise KnowEditError(f"{path} is damaged ({error}); choose another folder") from error
+    return list(found)
+
+
+def add_to_run(folder: Path, result: Result) -> None:
+    """Add a result to those of a folder: its prompts first, then its summary, which counts."""
+    records, path = _records(folder), folder / PROMPTS
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
+    kept = lines[: sum(record["evaluation"]["prompts"] for record in records)]
+    _write(path, "".join([*kept, *_prompt_lines(result)]))
+    _write(folder / RESULTS, _summaries([*records, result.to_dict()]))
 
 
 def check_protocol(name: str) -> None:
@@ -271,14 +337,19 @@ def write_run(folder: Path, results: Sequence[Result]) -> None:
     """`results.json` with the summaries and `prompts.jsonl` with every single prompt, each written
     whole.
     """
-    with atomic_file(folder / RESULTS) as path:
-        path.write_text(
-            json.dumps([r.to_dict() for r in results], indent=1) + "\n", encoding="utf-8"
-        )
-    with atomic_file(folder / PROMPTS) as path:
-        lines = (
-            json.dumps({"method": r.method, **row}, ensure_ascii=False)
-            for r in results
-            for row in r.evaluation.rows()
-        )
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    _write(folder / RESULTS, _summaries([result.to_dict() for result in results]))
+    _write(folder / PROMPTS, "".join(line for r in results for line in _prompt_lines(r)))
+
+
+def _prompt_lines(result: Result) -> list[str]:
+    rows = ({"method": result.method, **row} for row in result.evaluation.rows())
+    return [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+
+
+def _summaries(records: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps(list(records), indent=1) + "\n"
+
+
+def _write(file: Path, text: str) -> None:
+    with atomic_file(file) as path:
+        path.write_text(text, encoding="utf-8")

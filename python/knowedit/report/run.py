@@ -88,6 +88,11 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     return found
 
 
+def result_text(record: Mapping[str, Any]) -> str:
+    """One record of `results.json` as text."""
+    return "\n\n".join(section.text() for section in _results([record]))
+
+
 def _trajectory(name: str, steps: Sequence[Mapping[str, Any]]) -> Table:
     columns: list[Column | str] = [
         "facts",

@@ -322,6 +322,26 @@ def test_an_unknown_implementation_is_refused_with_the_names(knowedit, monkeypat
     assert "asks for nonsense; an op has: " in knowedit("doctor", code=1)
 
 
+def test_eval_goes_on_where_it_stopped(place, knowedit, monkeypatch, capsys):
+    """A method's results are on disk before the next one starts, and are not measured again."""
+    first = ("eval", "model", "--dataset", "facts.jsonl", *CORPUS, "-o", "run")
+    given = (*first, "--method", "ft-l", "--method", "memit", "--set", "layers=[1]")
+    with monkeypatch.context() as cut:
+        cut.setattr(
+            "knowedit.methods.MEMIT._compute", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        told = knowedit(*given, code=130)
+    assert "the results of 1 method are in run; run the same command again to go on" in told
+    (kept,) = json.loads((place / "run/results.json").read_text())
+    found = json.loads(knowedit(*given, "--json"))
+    assert found == json.loads((place / "run/results.json").read_text())
+    assert found[0] == kept and [record["method"] for record in found] == ["FT-L", "MEMIT"]
+    prompts = (place / "run/prompts.jsonl").read_text().splitlines()
+    assert len(prompts) == sum(record["evaluation"]["prompts"] for record in found)
+    assert "efficacy" in knowedit(*given)  # all of it from the folder
+    assert "holds results of other facts" in knowedit(*given, "--limit", "1", code=1)
+
+
 def test_ctrl_c_says_what_is_kept(place, knowedit, monkeypatch):
     def stops(*_arguments, **_named):
         raise KeyboardInterrupt(*kept)

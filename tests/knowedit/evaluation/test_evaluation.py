@@ -138,7 +138,7 @@ def test_unknown_names_are_refused_before_anything_is_loaded(bad):
         "protocol": "batch",
     } | bad
     with pytest.raises(KnowEditError, match=r"unknown .*(known: |did you mean)"):
-        measure(**arguments, corpus="self", tokens=10)
+        list(measure(**arguments, corpus="self", tokens=10))
 
 
 def test_what_cannot_be_evaluated(tiny_llama):
