@@ -158,6 +158,27 @@ def data():
     return folder
 
 
+@pytest.fixture(scope="session")
+def sampled_cache(smollm, compiled_kernels, tmp_path_factory):
+    """A cache folder with the compiled kernels and the default model's statistics of 4,096 tokens
+    that it sampled itself, which take a minute: made once for all test processes.
+    """
+    from filelock import FileLock
+
+    from knowedit.statistics import key_statistics
+
+    processes = os.environ.get("PYTEST_XDIST_WORKER")
+    top = tmp_path_factory.getbasetemp()
+    cache = (top.parent if processes else top) / "sampled"
+    with FileLock(f"{cache}.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KNOWEDIT_CACHE", str(cache))
+        cache.mkdir(exist_ok=True)
+        if compiled_kernels.is_dir() and not (cache / "native").exists():
+            (cache / "native").symlink_to(compiled_kernels)
+        key_statistics(smollm, corpus="self", tokens=4096, progress=False)
+    return cache
+
+
 def excused(markers: set[str], reason: str) -> bool:
     """Whether a skip is honest: the test needs a GPU, or data that are not shipped, or (marker
     `isa`) instructions that this processor was found to lack (`tests/kernels/isa.py`).

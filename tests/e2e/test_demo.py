@@ -12,12 +12,11 @@ from knowedit.models.fingerprint import weights_fingerprint
 pytestmark = pytest.mark.model
 
 
-@pytest.fixture(scope="module")
-def statistics(smollm, tmp_path_factory):
-    """Key statistics of layer 5 from the model's own samples, as the demo takes them."""
-    return ke.key_statistics(
-        smollm, [5], "self", 4096, directory=tmp_path_factory.mktemp("statistics"), progress=False
-    )
+@pytest.fixture
+def statistics(smollm, sampled_cache, monkeypatch):
+    """Key statistics from the model's own samples, as the demo takes them."""
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(sampled_cache))
+    return ke.key_statistics(smollm, corpus="self", tokens=4096, progress=False)
 
 
 def test_the_demo_runs_and_says_what_happened(smollm, statistics, tmp_path, monkeypatch):

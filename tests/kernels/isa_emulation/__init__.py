@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from filelock import FileLock
 
 from knowedit_kernels import _native
 from knowedit_kernels._dispatch import Candidate
@@ -84,8 +85,10 @@ def load() -> _native.Native:
     )
     digest = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
     library = _native.cache_dir() / f"emulated_{digest}.so"
-    if not library.exists():
-        build(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{library}.lock"):  # processes that test side by side compile it once
+        if not library.exists():
+            build(library)
     for op in OPS:
         schema = str(getattr(torch.ops.knowedit, op).default._schema)
         torch.library.define(f"{NAMESPACE}::{op}", schema.removeprefix(f"knowedit::{op}"))
