@@ -31,6 +31,7 @@ from knowedit.methods import NeuronPatch
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.statistics import key_statistics
 from knowedit_kernels import _native_cuda, lowrank
+from knowedit_kernels.bench import machine
 from knowedit_kernels.moments import SecondMoment, tuned
 from knowedit_kernels.testing import grade_moment
 
@@ -200,6 +201,10 @@ def wrong_update(W, U, V, **options):
 )
 def test_gpu_suite_rejects_a_wrong_kernel(holder, name, wrong, step, monkeypatch, capsys):
     monkeypatch.setattr(holder, name, wrong)
+    # not measured: a bfloat16 product takes seconds on a CPU without bfloat16 units
+    rates = {str(dtype).removeprefix("torch."): 1.0 for dtype in gpu_experiments.DTYPES.values()}
+    found = {"copy_gbps": 1.0, "matmul_tflops": rates}
+    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: found)
     assert gpu_suite.main(["--dry-run", "--repeats", "1", "--only", step]) == 1
     assert "RED" in capsys.readouterr().out
 

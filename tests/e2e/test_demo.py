@@ -5,7 +5,6 @@ import torch
 
 import knowedit as ke
 from knowedit.cli.demo import demonstrate
-from knowedit.evaluation import drift
 from knowedit.facts import sets as datasets
 from knowedit.models.fingerprint import weights_fingerprint
 
@@ -19,38 +18,32 @@ def statistics(smollm, sampled_cache, monkeypatch):
     return ke.key_statistics(smollm, corpus="self", tokens=4096, progress=False)
 
 
-def test_the_demo_runs_and_says_what_happened(smollm, statistics, tmp_path, monkeypatch):
+def test_six_facts_go_in_and_come_out(smollm, statistics, tmp_path, monkeypatch):
     monkeypatch.setattr("knowedit.cli.demo.key_statistics", lambda *_a, **_k: statistics)
+    before = weights_fingerprint(smollm.hf)
     shown = demonstrate(smollm, ke.MEMIT(), "self", 4096)
+    assert weights_fingerprint(smollm.hf) == before
+    found = shown.measured
+    assert found.before["efficacy"]["success"].mean == 0.0
+    assert found.after["efficacy"]["success"].mean == 1.0
+    assert found.after["paraphrase"]["success"].mean >= 0.8
+    assert found.after["neighbourhood"]["success"].mean >= 0.9
+    assert shown.moved.same >= 0.8
+    assert shown.after["The capital of France is"].startswith("Lyon")
     said = shown.text(200)
     assert "Lyon" in said and "Paris" in said and "all weight bits are back" in said
     page = shown.write(tmp_path / "out").read_text()
     assert "Lyon" in page and "What moved elsewhere" in page and "http" not in page
 
 
-def test_six_facts_go_in_and_come_out(smollm, statistics):
-    facts = datasets.load("demo")
-    before = weights_fingerprint(smollm.hf)
-    edit = ke.MEMIT(layers=(5,)).compute(smollm, facts, statistics)
-    found = ke.evaluate(smollm, edit, facts, progress=False)
-    assert found.before["efficacy"]["success"].mean == 0.0
-    assert found.after["efficacy"]["success"].mean == 1.0
-    assert found.after["paraphrase"]["success"].mean >= 0.8
-    assert found.after["neighbourhood"]["success"].mean >= 0.9
-    assert drift(smollm, edit).same >= 0.8
-    with edit.applied_to(smollm):
-        assert smollm.generate(["The capital of France is"], 2)[0].strip().startswith("Lyon")
-    assert weights_fingerprint(smollm.hf) == before
-
-
 def test_bfloat16_models_are_edited_and_undone_too(smollm_path, tmp_path):
     model = ke.load_model(smollm_path, dtype=torch.bfloat16)
-    facts = datasets.load("demo")[:2]
-    # not sampled: a CPU without bfloat16 units needs minutes for a few thousand tokens
+    facts = datasets.load("demo")[:1]
+    # few tokens, and not sampled: a CPU without bfloat16 units is slow
     told = [text for fact in datasets.load("embedded") for text in (fact.text, *fact.paraphrases)]
     (tmp_path / "texts.txt").write_text("\n\n".join(told))
     statistics = ke.key_statistics(
-        model, [5], tmp_path / "texts.txt", 4096, directory=tmp_path, progress=False
+        model, [5], tmp_path / "texts.txt", 1600, directory=tmp_path, progress=False
     )
     before = weights_fingerprint(model.hf)
     edit = ke.MEMIT(layers=(5,)).compute(model, facts, statistics)

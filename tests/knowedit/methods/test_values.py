@@ -75,7 +75,7 @@ def naive(model, fact, layer, s):
 
 @pytest.mark.model
 @pytest.mark.parametrize(
-    "settings", [ValueSettings(steps=8), ValueSettings(steps=20, lr=1.0, stop=0.6, clamp=1.2)]
+    "settings", [ValueSettings(steps=4), ValueSettings(steps=20, lr=1.0, stop=0.6, clamp=1.2)]
 )
 def test_equals_the_naive_loop(smollm, settings):
     batched = optimise_values(smollm, [[f] for f in FACTS], 5, settings)
