@@ -3,7 +3,7 @@
 Windows go alternately into two halves A and B, which are two independent estimates of C. Half of
 the difference between what follows from A and what follows from B is one standard error of what
 follows from both together, because the sum of two estimates has half the variance of one. Measured
-are the two things that editors take from C, at real keys k (those of the package's own facts at
+are the two things that methods take from C, at real keys k (those of the package's own facts at
 their subjects' last tokens):
 
     solve       the read-in a = C^-1 k / (k' C^-1 k), which ROME writes with and MEMIT's tends to:

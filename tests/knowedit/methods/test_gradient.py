@@ -27,7 +27,7 @@ from knowedit.methods import (
 )
 from knowedit.methods.gradient.descent import descend
 from knowedit.methods.gradient.method import GradientMethod
-from knowedit.methods.gradient.terms import Kept, Said, continued
+from knowedit.methods.gradient.terms import AnswerTerm, KeepTerm, continued
 from knowedit.methods.gradient.trainable import NAME, WholeWeights, linear_names
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
@@ -144,7 +144,7 @@ class TestAgainstNaiveLoops:
 
     def test_kl_is_the_definition_at_every_token(self, tiny):
         names = [tiny.layout.weight_name(1)]
-        term = Kept(tiny, [tiny.row(text) for text in CONTEXT], budget=40)
+        term = KeepTerm(tiny, [tiny.row(text) for text in CONTEXT], budget=40)
         part = WholeWeights(tiny, names)
         with torch.no_grad():
             part.leaves[names[0]] += 0.1 * torch.randn(
@@ -169,7 +169,7 @@ class TestAgainstNaiveLoops:
 
     def test_leads_are_the_worst_tokens(self, tiny_llama):
         rows = [tiny_llama.row(fact.text, answer=fact.target) for fact in FACTS]
-        (found,) = Said(tiny_llama, rows).evaluate(WholeWeights(tiny_llama, []), range(3))
+        (found,) = AnswerTerm(tiny_llama, rows).evaluate(WholeWeights(tiny_llama, []), range(3))
         for i, row in zip(found.texts, [rows[i] for i in found.texts]):
             logits = tiny_llama.hf(input_ids=torch.tensor([row.ids])).logits[0]
             leads = []
@@ -399,7 +399,7 @@ class TestRegularisation:
         )
 
     def test_every_text_is_drawn_before_any_comes_again(self, tiny_llama):
-        term = Said(tiny_llama, [Row([1, 2], answer=1)] * 7, draw=3)
+        term = AnswerTerm(tiny_llama, [Row([1, 2], answer=1)] * 7, draw=3)
         drawn = [text for step in range(7) for text in term.drawn(step, 5)]
         assert all(sorted(drawn[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
         assert len({tuple(drawn[start : start + 7]) for start in (0, 7, 14)}) == 3

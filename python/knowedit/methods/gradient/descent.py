@@ -10,7 +10,7 @@ from torch import Tensor
 
 from knowedit.errors import EditError
 from knowedit.io.progress import bar
-from knowedit.methods.gradient.terms import Found, Term
+from knowedit.methods.gradient.terms import LossTerm, TextLosses
 from knowedit.methods.gradient.trainable import Trainable
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def descend(
-    method: GradientMethod, part: Trainable, terms: Mapping[str, Term], progress: bool = True
+    method: GradientMethod, part: Trainable, terms: Mapping[str, LossTerm], progress: bool = True
 ) -> int:
     """Train the leaves of `part` in place on the terms, of which "answers" are the facts; returns
     the steps taken.
@@ -58,7 +58,7 @@ def descend(
     return method.steps
 
 
-def _learned(method: GradientMethod, found: Found) -> Tensor:
+def _learned(method: GradientMethod, found: TextLosses) -> Tensor:
     """Which answers are good enough; none without a criterion."""
     fine = torch.full_like(
         found.lead, method.stop is not None or method.margin is not None, dtype=torch.bool
@@ -69,7 +69,7 @@ def _learned(method: GradientMethod, found: Found) -> Tensor:
 
 
 @torch.no_grad()
-def measured(part: Trainable, term: Term) -> tuple[float, float]:
+def measured(part: Trainable, term: LossTerm) -> tuple[float, float]:
     """Mean loss over all texts of a term, and the smallest lead."""
     found = list(term.evaluate(part, range(len(term.rows))))
     return float(torch.cat([f.loss for f in found]).mean()), float(

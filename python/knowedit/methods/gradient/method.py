@@ -25,7 +25,7 @@ from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.memory import peak_memory
 from knowedit.methods.base import Method
 from knowedit.methods.gradient.descent import descend, measured
-from knowedit.methods.gradient.terms import Kept, Said, Term, continued
+from knowedit.methods.gradient.terms import AnswerTerm, KeepTerm, LossTerm, continued
 from knowedit.methods.gradient.trainable import Trainable
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics
@@ -89,19 +89,21 @@ class GradientMethod(Method, abstract=True):
     def part(self, model: EditableModel) -> Trainable:
         """What is trained, with its constraint."""
 
-    def terms(self, model: EditableModel, facts: Sequence[Fact]) -> dict[str, Term]:
+    def terms(self, model: EditableModel, facts: Sequence[Fact]) -> dict[str, LossTerm]:
         """The losses by name; the first is the answers'."""
         rows = [model.row(fact.text, answer=fact.target) for fact in facts]
-        found: dict[str, Term] = {"answers": Said(model, rows, 1.0, self.batch, self.budget)}
+        found: dict[str, LossTerm] = {
+            "answers": AnswerTerm(model, rows, 1.0, self.batch, self.budget)
+        }
         if self.stability:
             texts = openings(facts, seed=self.seed) if self.stable is None else self.stable
-            found["stability"] = Said(
+            found["stability"] = AnswerTerm(
                 model, continued(model, texts, 6), self.stability, self.draw, self.budget
             )
         if self.kl:
             shipped = [*sentences(), *openings(facts, len(sentences()), self.seed)]
             rows = [model.row(text) for text in (shipped if self.context is None else self.context)]
-            found["kl"] = Kept(model, rows, self.kl, self.draw, self.budget)
+            found["kl"] = KeepTerm(model, rows, self.kl, self.draw, self.budget)
         return found
 
     def _compute(

@@ -20,7 +20,7 @@ from knowedit.models.texts import AnswerLoss, KeepLoss, Places, margins
 from knowedit.models.tokens import Row, batches
 
 
-class Found(NamedTuple):
+class TextLosses(NamedTuple):
     """What a term says of some texts, each `[texts]`: their losses (mean over their scored tokens,
     nats, differentiable), and by how many nats the wanted token leads the best other one where it
     leads least (negative: another one wins)."""
@@ -30,7 +30,7 @@ class Found(NamedTuple):
     lead: Tensor
 
 
-class Term(ABC):
+class LossTerm(ABC):
     """Texts with a loss each. A step takes `weight` times the mean over the texts that it draws.
 
     Args:
@@ -69,7 +69,7 @@ class Term(ABC):
             order += torch.randperm(size, generator=generator).tolist()
         return order[first % size :][: self.draw]
 
-    def evaluate(self, part: Trainable, texts: Sequence[int]) -> Iterator[Found]:
+    def evaluate(self, part: Trainable, texts: Sequence[int]) -> Iterator[TextLosses]:
         """Batch after batch, so that each can be differentiated and forgotten before the next."""
         for batch in batches([len(self.rows[i].ids) for i in texts], self.budget):
             mine = [texts[i] for i in batch]
@@ -77,7 +77,7 @@ class Term(ABC):
             logits = part.run(lambda ids=ids, places=places: self._logits(ids, places))  # type: ignore[misc]
             loss, wanted = self.judge(logits, places, mine)
             lead = places.smallest(margins(logits.detach(), wanted))
-            yield Found(mine, places.means(loss), lead)
+            yield TextLosses(mine, places.means(loss), lead)
 
     def _logits(self, ids: Tensor, places: Places) -> Tensor:
         return places.logits(self.model, self.model.final_states(ids))
@@ -94,7 +94,7 @@ class Term(ABC):
         return ids, Places.of(scored, self.model.device)
 
 
-class Said(Term):
+class AnswerTerm(LossTerm):
     """Answers that the model should give: their negative log-likelihood."""
 
     def places(self, row: Row) -> range:
@@ -104,7 +104,7 @@ class Said(Term):
         return AnswerLoss(places).lean(logits), places.token
 
 
-class Kept(Term):
+class KeepTerm(LossTerm):
     """Texts after each of whose tokens the model should go on as it does now: KL(clean || edited).
 
     The clean side is kept as final hidden states, from which the model's own head makes the

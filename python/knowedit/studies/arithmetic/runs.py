@@ -74,9 +74,9 @@ def run(
     wanted = set()
     for chosen in plan.values() if statistics else ():
         try:
-            editor, _ = chosen.build(study.material(study.seeds[0]))
+            method, _ = chosen.build(study.material(study.seeds[0]))
             wanted |= (
-                set(editor.statistics_layers(study.model)) if editor.needs_statistics else set()
+                set(method.statistics_layers(study.model)) if method.needs_statistics else set()
             )
         except KnowEditError:
             continue  # said where the method's turn comes
@@ -112,9 +112,9 @@ def _one(
 ) -> Outcome:
     begun = time.perf_counter()
     try:
-        editor, facts = experiment(name).build(study.material(seed))
-        edit = editor.compute(
-            study.model, facts, keys if editor.needs_statistics else None, progress=progress
+        method, facts = experiment(name).build(study.material(seed))
+        edit = method.compute(
+            study.model, facts, keys if method.needs_statistics else None, progress=progress
         )
         seconds = time.perf_counter() - begun
         if (
@@ -147,10 +147,10 @@ def _interfere(
             return study.halved(study.rows(observe(study.model, study.asked)), study.seeds[0])
 
     def single(target: Sum) -> Sequence[Row]:
-        editor, facts = experiment(name).build(study.material(study.seeds[0], [target]))
+        method, facts = experiment(name).build(study.material(study.seeds[0], [target]))
         alone.append(
-            editor.compute(
-                study.model, facts, keys if editor.needs_statistics else None, progress=progress
+            method.compute(
+                study.model, facts, keys if method.needs_statistics else None, progress=progress
             )
         )
         return ask(alone[-1:])
