@@ -9,7 +9,7 @@ import knowedit as ke
 from knowedit.cli.commands import OLD
 from knowedit.cli.generated import attribute_help, changed, options_of
 from knowedit.cli.options import parse_methods, say
-from knowedit.cli.reference import reference
+from knowedit.cli.reference import JSON, LISTS, reference
 from knowedit.edits.edit import Edit
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.io.config import Config
@@ -247,6 +247,21 @@ def test_quiet_hides_notes(place, knowedit, capsys, quiet):
     knowedit("edit", "model", "facts.jsonl", "-o", "a", *CORPUS, *(["--quiet"] if quiet else []))
     say("a note")
     assert capsys.readouterr().err == ("" if quiet else "a note\n")
+
+
+def test_json_has_the_keys_that_the_reference_names(place, knowedit):
+    memit = ("--method", "memit", "--set", "target.steps=1", *CORPUS[:4])
+    lines = {
+        "edit": ("model", "facts.jsonl", "-o", "a.safetensors", "--layer", "1", *memit),
+        "apply": ("model", "a.safetensors", "-o", "edited"),
+        "undo": ("edited",),
+        "export": ("model", "a.safetensors", "-o", "adapter"),
+        "eval": ("model", "--dataset", "facts.jsonl", "--layer", "1", *memit),
+    }
+    for name, words in lines.items():
+        found = json.loads(knowedit(name, *words, "--json"))
+        (record,) = found if name in LISTS else [found]
+        assert set(record) == set(JSON[name].split(", ")), name
 
 
 def test_the_reference_is_up_to_date(request):

@@ -39,7 +39,9 @@ class SeracTraining(Config):
             halfway up.
         locality: weight of the KL that keeps neighbours as they are where the wrong fact is in
             view.
-        gate, reader: of the two trainings; facts a step `gate_facts`, `reader_facts`.
+        rank: of the low-rank additions.
+        gate_facts, reader_facts: facts a step of the one and the other training.
+        gate, reader: of the two trainings.
     """
 
     layer: int | None = None
