@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,17 @@ import torch
 from torch import Tensor
 
 from knowedit.io.versions import software_versions
+from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
 from knowedit.models.load import load_model
 from knowedit_kernels import SecondMoment, explain, low_rank_update_
 from knowedit_kernels.jvp import attention_jvp, rms_norm_jvp, swiglu_jvp
 from knowedit_kernels.target_loss import target_loss
 
+_STREAMS = {
+    "identity": "added as it is",
+    "other": "through a norm, a gate or another matrix",
+}
 VERSIONS = ("torch", "triton", "transformers", "knowedit-kernels")
 
 
@@ -30,7 +36,9 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
     report = {"machine": _machine(), "versions": {**software_versions(VERSIONS)}}
     report["kernels"] = {**_kernels(device)}
     if model is not None:
-        report["model"] = _model(model)
+        loaded = load_model(model, say=lambda _: None)
+        report["model"] = _model(loaded)
+        report["checks"] = _checks(loaded)
     return report
 
 
@@ -43,8 +51,7 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _model(name: str) -> dict[str, Any]:
-    loaded = load_model(name, say=lambda _: None)
+def _model(loaded: EditableModel) -> dict[str, Any]:
     preset = preset_for(loaded)
     origin = "" if preset.measured else f", {preset.origin}: not measured on it"
     return {
@@ -53,8 +60,37 @@ def _model(name: str) -> dict[str, Any]:
         "d_ff": loaded.d_ff,
         "dtype": str(loaded.dtype)[6:],
         "edited weight": loaded.layout.pattern,
+        "editable layers": loaded.layout.ranges,
+        "reaches the stream": _streams(loaded),
+        "logits": _logits(loaded),
         "fingerprint": loaded.fingerprint,
         "preset": f"layers {list(preset.layers)}{origin}",
+    }
+
+
+def _streams(loaded: EditableModel) -> str:
+    """How the projections' outputs reach the residual stream, and in how many layers."""
+    found = Counter(
+        f"x {stream.factor:.4g}" if stream.kind == "factor" else _STREAMS[stream.kind]
+        for stream in map(loaded.layout.stream, loaded.layout.editable)
+    )
+    return "; ".join(f"{how} ({count} layers)" for how, count in found.items())
+
+
+def _logits(loaded: EditableModel) -> str:
+    head = loaded.layout.head
+    cap = f", soft-cap {head.softcap:g}" if head.softcap else ""
+    return {
+        "plain": "the output embedding's",
+        "scaled": f"the output embedding's x {head.scale:.4g}{cap}",
+        "own": "made by the model's own forward pass",
+    }[head.kind]
+
+
+def _checks(loaded: EditableModel) -> dict[str, str]:
+    """What was tried when the model was opened, against its plain forward pass."""
+    return {
+        check.name: f"{check.outcome} (off by {check.error:.1e})" for check in loaded.checkup.checks
     }
 
 

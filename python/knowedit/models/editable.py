@@ -22,6 +22,7 @@ from knowedit.models.evaluating import evaluating
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.generation import Router, Score
 from knowedit.models.probing import states_of
+from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
 from knowedit.models.structure import Layout, detect, own_head
 from knowedit.models.tokens import Row, batches, tokenise
 from knowedit_kernels import WeightLedger
@@ -38,7 +39,8 @@ class _InForce:
         self.router: Router | None = None
         self.fingerprint: str | None = None
         self.tokenizer: Any = None
-        self.layout: tuple[list[tuple[Any, ...]], Layout] | None = None  # of parameters like these
+        self.kinds: list[tuple[Any, ...]] | None = None  # of parameters, when it was checked
+        self.checkup: Checkup | None = None
         self.exclusive: dict[str, frozenset[str]] = {}  # by the key of the edit
 
 
@@ -50,18 +52,21 @@ def known_tokenizer(hf: nn.Module) -> Any:
     return _IN_FORCE[hf].tokenizer if hf in _IN_FORCE else None
 
 
-def _layout_of(hf: Any) -> Layout:
-    """The layout of a transformers model, found once as long as its parameters are of the same
-    kinds. Raises ModelError.
+def _known(hf: Any) -> _InForce:
+    """What is known of a transformers model, without what was found for parameters of other kinds.
+    Raises ModelError for anything else.
     """
-    if not isinstance(hf, nn.Module):
-        return detect(hf)  # which refuses it
-    kinds = [(name, type(p.data), p.dtype, p.shape) for name, p in hf.named_parameters()]
-    state = _IN_FORCE.get(hf) or _InForce()
-    if state.layout is None or state.layout[0] != kinds:
-        state.layout = kinds, detect(hf)
-    _IN_FORCE[hf] = state
-    return state.layout[1]
+    if not isinstance(hf, nn.Module) or not hasattr(hf, "config"):
+        raise ModelError(f"{type(hf).__name__} is not a Hugging Face transformers model")
+    state, kinds = _IN_FORCE.get(hf) or _InForce(), _kinds(hf)
+    if state.kinds != kinds:
+        state.kinds, state.checkup = kinds, None
+    return state
+
+
+def _kinds(hf: nn.Module) -> list[tuple[Any, ...]]:
+    """What a layout is found for: parameters of these names, classes, dtypes and shapes."""
+    return [(name, type(p.data), p.dtype, p.shape) for name, p in hf.named_parameters()]
 
 
 class EditableModel:
@@ -82,7 +87,9 @@ class EditableModel:
     """
 
     def __init__(self, hf: Any, tokenizer: Any, *, name: str | None = None) -> None:
-        self.layout: Layout = _layout_of(hf)
+        state = _known(hf)
+        earlier = state.checkup or remembered(hf)
+        self.layout: Layout = earlier.layout if earlier else detect(hf)
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; use "
@@ -96,12 +103,26 @@ class EditableModel:
                 "dtype='float32'"
             )
         names = {self.layout.weight_name(i): self.weight(i) for i in self.layout.editable}
-        state = self._state = _IN_FORCE[hf]
-        state.tokenizer = tokenizer
+        self._state, state.tokenizer = state, tokenizer
         if not state.ledger.active:  # weights and dtype may be others than when it was last wrapped
             transposed = names if self.layout.transposed else ()
             state.ledger, state.fingerprint = WeightLedger(names, transposed=transposed), None
         self._evaluating = False
+        if state.checkup is None:
+            state.checkup = self._checked(earlier)
+        _IN_FORCE[hf] = state
+
+    def _checked(self, earlier: Checkup | None) -> Checkup:
+        """Try the parts against the plain model; only the head where the rest is known. Raises
+        ModelError.
+        """
+        head = check_head(self)
+        if earlier is not None:
+            return earlier
+        replays, others = check_parts(self)
+        found = Checkup(self.layout, replays, (head, *others))
+        remember(self.hf, found)
+        return found
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.hf.parameters())
@@ -174,6 +195,20 @@ class EditableModel:
                 f"{self.name}: what follows its last layer is not one norm, and cannot be run alone"
             )
         return self.hf.get_submodule(self.layout.norm) if self.layout.norm else nn.Identity()
+
+    @property
+    def replays(self) -> bool:
+        """Whether layers can be run one by one with the results of the whole model; otherwise the
+        whole model is run, which is slower.
+        """
+        return self.checkup.replays
+
+    @property
+    def checkup(self) -> Checkup:
+        """What was tried when it was opened."""
+        if self._state.checkup is None:  # while it is being opened
+            return Checkup(self.layout, False, ())
+        return self._state.checkup
 
     @property
     def d_ff(self) -> int:
@@ -269,7 +304,10 @@ class EditableModel:
         copied = copy.deepcopy(self.hf).to(torch.bfloat16)
         if self.device.type == "cpu":
             copied.set_attn_implementation("eager")
-        return EditableModel(copied.eval().requires_grad_(False), self.tokenizer, name=self.name)
+        copied.eval().requires_grad_(False)
+        known = _IN_FORCE[copied] = _InForce()
+        known.kinds, known.checkup = _kinds(copied), self.checkup
+        return EditableModel(copied, self.tokenizer, name=self.name)
 
     # -- text to tokens
     # -----------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 
 A causal model's hidden states up to an edited layer, and every later layer's keys and values at
 earlier tokens, do not depend on what is written at a later token. They are computed once, and each
-step of an optimisation runs the few remaining tokens through the few remaining layers.
+step of an optimisation runs the few remaining tokens through the few remaining layers. Where layers
+cannot be run like that (a recurrence keeps a state instead of keys and values, or a layer takes
+more than it is known for), the whole model is run, with the same results: `replays` compares.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from knowedit.errors import ModelError
+from knowedit.models.probing import direction, first_of, rounding, states_of
 from knowedit.models.tokens import Row, batches
 
 if TYPE_CHECKING:
@@ -32,6 +36,48 @@ T = TypeVar("T")
 Hook = Callable[[Any, Tensor], Tensor | None]
 
 
+@dataclass(frozen=True)
+class Window:
+    """Tokens of whole texts that stand for a part of them.
+
+    Attributes:
+        at: `[B, Q]` their places in the texts `[B, T]`.
+        inside: `[B, Q]` whether a row has such a token.
+    """
+
+    at: Tensor
+    inside: Tensor
+
+    def take(self, states: Tensor) -> Tensor:
+        """`[.., B, Q, width]` of `[.., B, T, width]`."""
+        at = self.at[..., None].expand(*states.shape[:-2], -1, states.shape[-1])
+        return states.gather(-2, at)
+
+    def put(self, states: Tensor, part: Tensor) -> Tensor:
+        """`states` `[.., B, T, width]` with `part` `[.., B, Q, width]` in its places."""
+        row, place = self.inside.nonzero(as_tuple=True)
+        changed = states.clone()
+        changed[..., row, self.at[row, place], :] = part[..., row, place, :].to(states)
+        return changed
+
+    def copies(self, count: int) -> Window:
+        """The same for `count` copies of the rows, copy by copy."""
+        return Window(self.at.repeat(count, 1), self.inside.repeat(count, 1))
+
+
+#: Where the whole model runs in place of a part: what hooks see and change.
+_window: ContextVar[Window | None] = ContextVar("window", default=None)
+
+
+@contextmanager
+def _seen_through(window: Window) -> Iterator[None]:
+    token = _window.set(window)
+    try:
+        yield
+    finally:
+        _window.reset(token)
+
+
 # -- hooks and virtual edits
 # -------------------------------------------------------------------------------------------------
 
@@ -39,16 +85,28 @@ Hook = Callable[[Any, Tensor], Tensor | None]
 @contextmanager
 def hooked(modules: Mapping[nn.Module, Hook]) -> Iterator[None]:
     """Pass the first input and the (first) output of each module through its hook, within the
-    block.
+    block. Where a part of a model is run, a hook sees that part's tokens only.
     """
+
+    def windowed(hook: Hook, window: Window, given: Any, whole: Tensor) -> Tensor | None:
+        part = window.take(whole)
+        untouched = part._version
+        found = hook(window.take(given) if isinstance(given, Tensor) else given, part)
+        if found is None and part._version == untouched:
+            return None
+        return window.put(whole, part if found is None else found)
 
     def forward(hook: Hook) -> Callable[..., Any]:
         def changed(_module: nn.Module, inputs: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            found = hook(inputs[0] if inputs else None, first)
+            first = first_of(output)
+            given, window = inputs[0] if inputs else None, _window.get()
+            if window is None:
+                found = hook(given, first)
+            else:
+                found = windowed(hook, window, given, first)
             if found is None:
                 return None
-            return (found, *output[1:]) if isinstance(output, tuple) else found
+            return (found, *output[1:]) if isinstance(output, tuple | list) else found
 
         return changed
 
@@ -187,7 +245,7 @@ def read(
     def after(
         name: str, take: Callable[[Tensor], Any], _module: nn.Module, _given: Any, output: Any
     ) -> None:
-        take(output[0] if isinstance(output, tuple) else output)
+        take(first_of(output))
         done("output", name)
 
     handles: list[Any] = []
@@ -283,18 +341,36 @@ class Capture:
 
     Attributes:
         states: `[B, T, hidden]` the input of the first of them.
-        calls: of each, its other arguments.
-        cache: `{layer: (keys, values)}`, `[B, heads, T, width]` each.
+        text: what the whole model was given: `input_ids` or `inputs_embeds`.
+        calls: of each layer, its other arguments; of none where the whole model is run.
+        cache: `{layer: (keys, values)}`, `[B, heads, T, width]` each; None likewise.
     """
 
     model: EditableModel
     from_layer: int
     states: Tensor
-    calls: list[dict[str, Any]]
-    cache: Prefix
+    text: dict[str, Tensor]
+    calls: list[Call]
+    cache: Prefix | None
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Call:
+    """A layer's arguments beside its hidden states.
+
+    Attributes:
+        cache: name of the one that takes the key/value cache, "" when there is none.
+        arguments: the others, by name.
+    """
+
+    cache: str
+    arguments: dict[str, Any]
+
+    def changed(self, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Call:
+        """The same with its arguments passed through `change`."""
+        return replace(self, arguments=change(self.arguments))
+
+
 def capture(
     model: EditableModel, ids: Tensor, from_layer: int, embeddings: Tensor | None = None
 ) -> Capture:
@@ -305,8 +381,20 @@ def capture(
         embeddings: `[B, T, hidden]`, in place of those of `ids`.
 
     Raises:
-        ModelError: there is no such layer, or its attention keeps no key/value cache.
+        ModelError: there is no such layer, or it does not run on plain text.
     """
+    return _captured(model, ids, from_layer, embeddings, replay=model.replays)
+
+
+@torch.no_grad()
+def _captured(
+    model: EditableModel,
+    ids: Tensor,
+    from_layer: int,
+    embeddings: Tensor | None = None,
+    *,
+    replay: bool,
+) -> Capture:
     from transformers import DynamicCache
 
     blocks = list(model.layers)[from_layer:]
@@ -314,38 +402,38 @@ def capture(
         raise ModelError(
             f"layer {from_layer - 1} is the last one; values are optimised at a layer below it"
         )
-    calls: list[dict[str, Any]] = []
+    text = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
+    calls: list[Call] = []
     states: list[Tensor] = []
+    # a cache made without the model's configuration keeps every token, also in sliding-window
+    # layers
+    cache = DynamicCache() if replay else None
 
     def note(block: nn.Module, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(block.forward).bind(*args, **kwargs)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         call.pop("kwargs", None)
-        state = call.pop("hidden_states")
+        state = call.pop(next(iter(call)))
         if not states:
             states.append(state)
-        call.pop("past_key_values", None)
-        calls.append(call)
+        named = next((name for name, value in call.items() if value is cache), "")
+        call.pop(named, None)
+        calls.append(Call(named, call))
 
     handles = [b.register_forward_pre_hook(note, with_kwargs=True) for b in blocks]
     try:
-        # a cache made without the model's configuration keeps every token, also in sliding-window
-        # layers
-        text = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
         with model.evaluating():
-            out = model.base(**text, past_key_values=DynamicCache(), use_cache=True)
+            model.base(**text, past_key_values=cache, use_cache=replay)
     finally:
         for handle in handles:
             handle.remove()
-    cache = getattr(out, "past_key_values", None)
-    if cache is None or not hasattr(cache, "layers"):
-        raise ModelError(
-            f"{model.name}: its layers keep no key/value cache, so a part of them cannot be run "
-            f"alone"
-        )
+    if not states:
+        raise ModelError(f"{model.name}: layer {from_layer} does not run on plain text")
+    if cache is None:
+        return Capture(model, from_layer, states[0], text, [], None)
     kept = {i: cache.layers[i] for i in range(from_layer, from_layer + len(blocks))}
     keys, values = ({i: getattr(c, part) for i, c in kept.items()} for part in ("keys", "values"))
-    return Capture(model, from_layer, states[0], calls, Prefix(keys, values))
+    return Capture(model, from_layer, states[0], text, calls, Prefix(keys, values))
 
 
 class PartialModel:
@@ -363,14 +451,13 @@ class PartialModel:
         states: `[B, Q, hidden]` clean inputs of `from_layer`, token 0 being `from_token`.
 
     Raises:
-        ModelError: the layers cannot be run alone (they do not take a cache or a 4-D mask).
+        ModelError: there is no such layer.
     """
 
     model: EditableModel
     from_layer: int
     states: Tensor
-    _calls: list[dict[str, Any]]
-    _prefix: Prefix | None
+    _way: _Replay | _Whole
 
     def __init__(
         self,
@@ -378,18 +465,26 @@ class PartialModel:
         rows: Sequence[Row],
         from_layer: int,
         from_token: Sequence[int] | None = None,
+        *,
+        _replay: bool | None = None,
     ) -> None:
         self.model, self.from_layer = model, from_layer
         ids, mask = model.pad([r.ids for r in rows])
         starts = [r.subject for r in rows] if from_token is None else list(from_token)
         start = torch.tensor(starts, device=ids.device)
-        found = capture(model, ids, from_layer)
+        found = _captured(
+            model, ids, from_layer, replay=model.replays if _replay is None else _replay
+        )
         queries, prefix = int((mask.sum(1) - start).max()), int(start.max())
         # [B, Q] global positions, may pass the end
         at = start[:, None] + torch.arange(queries, device=ids.device)
         inside = at < mask.sum(1)[:, None]
         at = at.clamp(max=ids.shape[1] - 1)
-        self.states = found.states.gather(1, at[..., None].expand(-1, -1, found.states.shape[-1]))
+        window = Window(at, inside)
+        self.states = window.take(found.states)
+        if found.cache is None:
+            self._way = _Whole(model, from_layer, found.text, window)
+            return
         before = torch.arange(prefix, device=ids.device)
         columns = torch.cat([before.expand(len(rows), -1), at], 1)  # key positions, global
         live = torch.cat([before < start[:, None], inside], 1)
@@ -401,81 +496,281 @@ class PartialModel:
             == prefix + torch.arange(queries, device=ids.device)[:, None]
         )
         idle = ~inside[:, :, None] & itself
-        self._calls = [_sliced(call, at, columns, causal, idle) for call in found.calls]
-        self._prefix = found.cache.changed(lambda tensor: tensor[:, :, :prefix])
+        length = ids.shape[1]
+        calls = [
+            call.changed(lambda given: _sliced(given, at, columns, causal, idle, length))
+            for call in found.calls
+        ]
+        before_it = found.cache.changed(lambda tensor: tensor[:, :, :prefix])
+        self._way = _Replay(model, from_layer, calls, before_it)
 
     @classmethod
     def behind(cls, found: Capture, from_token: int) -> PartialModel:
         """Of a capture of texts of one length, on the tokens from `from_token` on; for any number
         of copies of its rows (`layer`).
         """
-        count, length = found.states.shape[:2]
+        count, length = found.states.shape[-3:-1]
         columns = torch.arange(length, device=found.states.device)[None]
         at = columns[:, from_token:]
+        states = found.states[..., from_token:, :]
+        if found.cache is None:
+            window = Window(at.expand(count, -1), torch.ones_like(at, dtype=torch.bool))
+            window = replace(window, inside=window.inside.expand(count, -1))
+            way = _Whole(found.model, found.from_layer, found.text, window)
+            return cls._of(found.model, found.from_layer, states, way)
         causal = columns[:, None] <= at[..., None]
         idle = torch.zeros_like(causal)
-        alike = [_of_rows(call, count, slice(1)) for call in found.calls]  # the same for all rows
-        calls = [_sliced(call, at, columns, causal, idle) for call in alike]
+        calls = [
+            call.changed(  # the same for all rows
+                lambda given: _sliced(
+                    _of_rows(given, count, slice(1)), at, columns, causal, idle, length
+                )
+            )
+            for call in found.calls
+        ]
         prefix = found.cache.changed(lambda tensor: tensor[:, :, :from_token])
-        return cls._of(found.model, found.from_layer, found.states[:, from_token:], calls, prefix)
+        replayed = _Replay(found.model, found.from_layer, calls, prefix)
+        return cls._of(found.model, found.from_layer, states, replayed)
 
     @classmethod
     def for_texts(cls, model: EditableModel, from_layer: int, longest: int) -> PartialModel:
         """For whole texts of at most `longest` tokens that are batched anew at every step: `run`
         takes `[B, T, hidden]`. `from_layer` is 1 or more.
+
+        Raises:
+            ModelError: what the layers do depends on the tokens too, not only on their states.
         """
         model.check_layers([from_layer])
+        for replay in (True, False)[not model.replays :]:
+            part = cls._for_texts(model, from_layer, longest, replay)
+            if _fits_texts(part):
+                return part
+        raise ModelError(
+            f"{model.name}: its layers depend on the tokens themselves, not only on the hidden "
+            f"states below layer {from_layer}; a learned editor cannot be trained on it"
+        )
+
+    @classmethod
+    def _for_texts(
+        cls, model: EditableModel, from_layer: int, longest: int, replay: bool
+    ) -> PartialModel:
         ids = torch.zeros(1, longest, dtype=torch.long, device=model.device)
-        found = capture(model, ids, from_layer)
-        return cls._of(model, from_layer, found.states[:, :0], found.calls, None)
+        found = _captured(model, ids, from_layer, replay=replay)
+        way = (
+            _Whole(model, from_layer, {}, None)
+            if found.cache is None
+            else _Replay(model, from_layer, found.calls, None)
+        )
+        return cls._of(model, from_layer, found.states[:, :0], way)
 
     @classmethod
     def _of(
-        cls,
-        model: EditableModel,
-        from_layer: int,
-        states: Tensor,
-        calls: list[dict[str, Any]],
-        prefix: Prefix | None,
+        cls, model: EditableModel, from_layer: int, states: Tensor, way: _Replay | _Whole
     ) -> PartialModel:
         part = object.__new__(cls)
-        part.model, part.from_layer, part.states = model, from_layer, states
-        part._calls, part._prefix = calls, prefix
+        part.model, part.from_layer, part.states, part._way = model, from_layer, states, way
         return part
 
     def select(self, rows: Tensor) -> PartialModel:
         """The same for some of its rows (`rows`: indices)."""
-        calls = [_of_rows(call, len(self.states), rows) for call in self._calls]
-        prefix = None if self._prefix is None else self._prefix.changed(lambda t: t[rows])
-        return self._of(self.model, self.from_layer, self.states[rows], calls, prefix)
+        way = self._way.select(self.states.shape[-3], rows)
+        return self._of(self.model, self.from_layer, self.states[..., rows, :, :], way)
 
     def run(self, states: Tensor | None = None) -> Tensor:
         """Final hidden states (after the last norm) `[B, Q, hidden]` for inputs of `from_layer`;
         None: the clean ones.
         """
-        states = self.states if states is None else states
         with self.model.evaluating():
-            for index in range(self.from_layer, len(self.model.layers)):
-                states = self._layer(index, states, self._prefix)
-            return self.model.norm(states)
+            return self._way.run(self.states if states is None else states)
 
     def layer(self, index: int, states: Tensor) -> Tensor:
         """Output of one layer for inputs `[copies * B, Q, hidden]`, copy by copy."""
-        prefix = self._prefix
+        with self.model.evaluating():
+            return self._way.layer(index, states)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """Layers called one by one, with their own arguments cut to the part's tokens.
+
+    Attributes:
+        calls: of each layer from `from_layer` on.
+        prefix: keys and values of what stands in front; None: nothing does.
+    """
+
+    model: EditableModel
+    from_layer: int
+    calls: list[Call]
+    prefix: Prefix | None
+
+    def select(self, count: int, rows: Tensor) -> _Replay:
+        calls = [call.changed(lambda given: _of_rows(given, count, rows)) for call in self.calls]
+        prefix = None if self.prefix is None else self.prefix.changed(lambda tensor: tensor[rows])
+        return replace(self, calls=calls, prefix=prefix)
+
+    def run(self, states: Tensor) -> Tensor:
+        for index in range(self.from_layer, len(self.model.layers)):
+            states = self._layer(index, states, self.prefix)
+        return self.model.norm(states)
+
+    def layer(self, index: int, states: Tensor) -> Tensor:
+        prefix = self.prefix
         if prefix is not None:
             keys, values = prefix.keys[index], prefix.values[index]
             copies = len(states) // len(keys)
             keys, values = (tensor.repeat(copies, 1, 1, 1) for tensor in (keys, values))
             prefix = Prefix({index: keys}, {index: values})
-        with self.model.evaluating():
-            return self._layer(index, states, prefix)
+        return self._layer(index, states, prefix)
 
     def _layer(self, index: int, states: Tensor, prefix: Prefix | None) -> Tensor:
-        call = self._calls[index - self.from_layer]
+        call = self.calls[index - self.from_layer]
+        given = call.arguments
         if prefix is None:
-            call = _cut(call, states.shape[1])
-        out = self.model.layers[index](states, past_key_values=prefix, **call)
-        return out[0] if isinstance(out, tuple) else out
+            given = _cut(given, states.shape[1])
+        if call.cache:
+            given = {**given, call.cache: prefix}
+        out = self.model.layers[index](states, **given)
+        return first_of(out)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The whole model run, with the part's states put in where the part begins, and read where it
+    ends.
+
+    Attributes:
+        text: `input_ids` or `inputs_embeds` of all rows; {}: whole texts by their states alone.
+        window: the part's tokens; None: all.
+    """
+
+    model: EditableModel
+    from_layer: int
+    text: dict[str, Tensor]
+    window: Window | None
+
+    def select(self, count: int, rows: Tensor) -> _Whole:
+        text = {name: tensor[rows] for name, tensor in self.text.items()}
+        window = self.window
+        if window is not None:
+            window = Window(window.at[rows], window.inside[rows])
+        return replace(self, text=text, window=window)
+
+    def run(self, states: Tensor) -> Tensor:
+        text, window = self._given(states)
+        with _entering(self.model.layers[self.from_layer], states, window), _seen_through(window):
+            out = self.model.base(**text, use_cache=False)
+        return window.take(states_of(out))
+
+    def layer(self, index: int, states: Tensor) -> Tensor:
+        text, window = self._given(states)
+        block, found = self.model.layers[index], []
+
+        def stop(_block: nn.Module, _args: Any, output: Any) -> None:
+            found.append(window.take(first_of(output)))
+            raise _Stop
+
+        handle = block.register_forward_hook(stop)
+        try:
+            with _entering(block, states, window), _seen_through(window):
+                self.model.base(**text, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _given(self, states: Tensor) -> tuple[dict[str, Tensor], Window]:
+        """The whole texts and the window for states `[.., copies * B, Q, hidden]`."""
+        if self.window is None:
+            shape = states.shape[-3:-1]
+            at = torch.arange(shape[1], device=states.device).expand(shape)
+            ids = torch.zeros(shape, dtype=torch.long, device=states.device)
+            return {"input_ids": ids}, Window(at, torch.ones_like(at, dtype=torch.bool))
+        copies = states.shape[-3] // len(self.window.at)
+        text = {
+            name: tensor.repeat(copies, *(1,) * (tensor.dim() - 1))
+            for name, tensor in self.text.items()
+        }
+        return text, self.window.copies(copies)
+
+
+@contextmanager
+def _entering(block: nn.Module, states: Tensor, window: Window) -> Iterator[None]:
+    """Put `states` into the window of a layer's hidden states before it runs."""
+
+    def enter(_block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if args:
+            return (window.put(args[0], states), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: window.put(kwargs[name], states)}
+
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# -- whether a part gives what the whole model gives
+# -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def replays(model: EditableModel) -> float:
+    """How far layers run one by one are from the whole model, relatively, on two short rows with a
+    changed state; infinite when they cannot be run. 0 where there is nothing above layer 0.
+    """
+    if len(model.layers) < 2:
+        return 0.0
+    rows, starts = check_rows(model)
+    try:
+        one = PartialModel(model, rows, 1, starts, _replay=True)
+        whole = PartialModel(model, rows, 1, starts, _replay=False)
+        moved = whole.states.clone()
+        moved[..., 0, :] += moved[..., 0, :].std() * direction(moved)
+        mine, theirs = one.run(moved), whole.run(moved)
+    except Exception:  # whatever a model's own code raises when it is called like this
+        return float("inf")
+    return max(
+        off(mine[i, : len(row.ids) - start], theirs[i, : len(row.ids) - start])
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True))
+    )
+
+
+def off(one: Tensor, other: Tensor) -> float:
+    """The relative difference of two results; infinite where either is not finite."""
+    found = float((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30))
+    return found if found == found else float("inf")
+
+
+def check_rows(model: EditableModel) -> tuple[list[Row], list[int]]:
+    """Two texts of different lengths, long enough to pass a short attention window, and where in
+    them parts begin.
+    """
+    window = min(
+        (
+            value
+            for name, value in model.hf.config.to_dict().items()
+            if "window" in name and isinstance(value, int) and 0 < value <= 512
+        ),
+        default=8,
+    )
+    lengths, starts = (window + 12, 9), [window + 5, 2]
+    size = len(model.tokenizer)
+    rows = [[(7 * i + 3 * n) % max(size - 8, 2) for i in range(1, n + 1)] for n in lengths]
+    return [Row(ids) for ids in rows], starts
+
+
+@torch.no_grad()
+def _fits_texts(part: PartialModel) -> bool:
+    """Whether a part for whole texts gives what the whole model gives of a short one."""
+    model, ids = part.model, part.model.pad([check_rows(part.model)[0][1].ids])[0]
+    wanted = _captured(model, ids, part.from_layer, replay=False).states
+    try:
+        found = off(part.run(wanted), model.final_states(ids))
+    except Exception:  # whatever a model's own code raises when it is called like this
+        return False
+    return found < rounding(model.dtype)
 
 
 def _of_rows(call: Mapping[str, Any], count: int, rows: Tensor | slice) -> dict[str, Any]:
@@ -489,9 +784,23 @@ def _of_rows(call: Mapping[str, Any], count: int, rows: Tensor | slice) -> dict[
     return {name: take(value) for name, value in call.items()}
 
 
+def _by_token(name: str, value: Any, rows: int, length: int) -> bool:
+    """Whether an argument that is not known by name holds something of every token."""
+    known = ("position_ids", "position_embeddings", "attention_mask", "cache_position")
+    return name not in known and isinstance(value, Tensor) and value.shape[:2] == (rows, length)
+
+
+def _at_tokens(value: Tensor, at: Tensor) -> Tensor:
+    """Those of the tokens `at` `[B, Q]` of an argument `[B, T, ..]`."""
+    places = at.reshape(*at.shape, *(1,) * (value.dim() - 2))
+    return value.gather(1, places.expand(-1, -1, *value.shape[2:]))
+
+
 def _cut(call: Mapping[str, Any], length: int) -> dict[str, Any]:
     """A layer's arguments for texts of `length` tokens."""
-    result = dict(call, use_cache=False)
+    result = dict(call)
+    if "use_cache" in call:
+        result["use_cache"] = False
     if (positions := call.get("position_ids")) is not None:
         result["position_ids"] = positions[:, :length]
     if (rotary := call.get("position_embeddings")) is not None:
@@ -504,12 +813,18 @@ def _cut(call: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 
 def _sliced(
-    call: Mapping[str, Any], at: Tensor, columns: Tensor, causal: Tensor, idle: Tensor
+    call: Mapping[str, Any], at: Tensor, columns: Tensor, causal: Tensor, idle: Tensor, length: int
 ) -> dict[str, Any]:
-    """A layer's arguments restricted to the queries at positions `at` and the keys at positions
-    `columns`.
+    """A layer's arguments for texts of `length` tokens, restricted to the queries at positions
+    `at` and the keys at positions `columns`.
     """
-    result, rows = dict(call, use_cache=False), at.shape[0]
+    rows = at.shape[0]
+    result = {
+        name: _at_tokens(value, at) if _by_token(name, value, rows, length) else value
+        for name, value in call.items()
+    }
+    if "use_cache" in call:
+        result["use_cache"] = False
     if (positions := call.get("position_ids")) is not None:
         result["position_ids"] = positions.expand(rows, -1).gather(1, at)
     if (rotary := call.get("position_embeddings")) is not None:

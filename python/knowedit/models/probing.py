@@ -324,11 +324,11 @@ def _second_copy(value: Any, noise: Iterator[bool]) -> Any:
     one = states[0]
     other = one.clone()
     if next(noise, False):
-        other[0] += _direction(one[0]) * one[0].float().square().mean().sqrt().to(one)
+        other[0] += direction(one[0]) * one[0].float().square().mean().sqrt().to(one)
     return torch.stack([one, other]).view_as(value)
 
 
-def _direction(like: Tensor) -> Tensor:
+def direction(like: Tensor) -> Tensor:
     """A random vector of unit mean square, the same at every call."""
     generator = torch.Generator().manual_seed(7)
     vector = torch.randn(like.shape[-1], generator=generator)
@@ -404,7 +404,7 @@ def streams(hf: Any, layers: Mapping[str, str]) -> dict[str, Stream]:
         copies = output.view(3, LENGTH, -1)
         scales[path] = max(scales[path], _size(copies))
         steps = torch.arange(3, device=output.device, dtype=output.dtype)[:, None, None]
-        return (copies + steps * scales[path] * _direction(output)).view_as(output)
+        return (copies + steps * scales[path] * direction(output)).view_as(output)
 
     def look(path: str, _module: nn.Module, _args: Any, output: Any) -> None:
         states = first_of(output)
@@ -454,7 +454,7 @@ def _alike(value: Any) -> Any:
 def _stream(states: Tensor, size: float) -> Stream:
     """What the layer's outputs `[3, LENGTH, hidden]` say of 0, 1 and 2 times a push of `size`."""
     plain, once, twice = states.double()
-    push, loss = (_direction(states) * size).double(), rounding(states.dtype)
+    push, loss = (direction(states) * size).double(), rounding(states.dtype)
     moved, more = once - plain, twice - plain
     factor = float((moved @ push).median() / (push @ push))
     if abs(factor) < 1e-6 or max(_off(moved, factor * push), _off(more, 2 * factor * push)) > loss:

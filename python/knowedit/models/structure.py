@@ -96,6 +96,11 @@ class Layout:
         return tuple(sorted(self.parts))
 
     @property
+    def ranges(self) -> str:
+        """The editable layers in words, such as "0-3, 7"."""
+        return _ranges(self.editable)
+
+    @property
     def d_ff(self) -> int:
         """The widest key."""
         return max(part.width for part in self.parts.values())
@@ -106,7 +111,7 @@ class Layout:
             raise ModelError(
                 f"the MLP of layer {layer} cannot be edited: "
                 f"{self.refused.get(layer, 'there is no such layer')}; layers that can: "
-                f"{_ranges(self.editable)}"
+                f"{self.ranges}"
             )
         return self.parts[layer]
 

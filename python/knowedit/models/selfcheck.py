@@ -1,0 +1,263 @@
+"""What is tried when a model is opened: parts of it, run as editing runs them, against its plain
+forward pass.
+
+A model whose logits, changed weights or padded batches are not what the plain pass makes of them is
+refused, with the figures; where only the replay of single layers fails, the whole model is run
+instead. What was found is remembered for models of the same code, configuration and shapes: in
+memory, and on the disk for large ones. The head and the presence of finite numbers are tried every
+time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from knowedit.errors import ModelError
+from knowedit.io.files import atomic_file, cache_dir
+from knowedit.io.versions import software_versions
+from knowedit.models import partial
+from knowedit.models.probing import Stream, direction, rounding
+from knowedit.models.structure import Head, Layout, Part
+
+if TYPE_CHECKING:
+    from knowedit.models.editable import EditableModel
+
+#: Of what is remembered; another one is found anew.
+FORMAT = 1
+
+#: Models with fewer parameters are checked in milliseconds, and not remembered on the disk.
+SMALL = 20_000_000
+
+_REMEMBERED: dict[str, Checkup] = {}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison with the plain forward pass.
+
+    Attributes:
+        name: what was tried.
+        error: the relative difference; infinite when it could not be run.
+        outcome: what follows from it.
+    """
+
+    name: str
+    error: float
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What is known of a model's parts.
+
+    Attributes:
+        layout: where they are.
+        replays: whether layers can be run one by one.
+        checks: what was tried.
+    """
+
+    layout: Layout
+    replays: bool
+    checks: tuple[Check, ...]
+
+
+# -- what is remembered
+# -------------------------------------------------------------------------------------------------
+
+
+def remembered(hf: nn.Module) -> Checkup | None:
+    """What was found of a model like this before, or None."""
+    key = _key(hf)
+    if key not in _REMEMBERED and _is_large(hf):
+        try:
+            record = json.loads(_file(key).read_text("utf-8"))
+            _REMEMBERED[key] = _from_record(record)
+        except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+            return None
+    return _REMEMBERED.get(key)
+
+
+def remember(hf: nn.Module, found: Checkup) -> None:
+    """Keep what was found; a disk that cannot be written costs the next opening its checks, and
+    nothing else.
+    """
+    key = _key(hf)
+    _REMEMBERED[key] = found
+    if _is_large(hf):
+        try:
+            with atomic_file(_file(key)) as path:
+                path.write_text(json.dumps(asdict(found)), "utf-8")
+        except OSError:
+            pass
+
+
+def _file(key: str) -> Path:
+    return cache_dir("checkups") / f"{key}.json"
+
+
+def _is_large(hf: nn.Module) -> bool:
+    return sum(parameter.numel() for parameter in hf.parameters()) >= SMALL
+
+
+def _key(hf: Any) -> str:
+    """Digest of everything that what is found depends on: code, configuration, shapes, which
+    weights are shared, and the values of the small parameters (scales and norms).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(*parts: Any) -> None:
+        digest.update(repr(parts).encode())
+
+    config = {k: v for k, v in hf.config.to_dict().items() if k != "_name_or_path"}
+    add(FORMAT, software_versions(("torch", "transformers", "knowedit-kernels")))
+    add(json.dumps(config, sort_keys=True, default=str))
+    add(getattr(hf.config, "_attn_implementation", None))
+    for name, module in hf.named_modules():
+        add(name, type(module).__module__, type(module).__qualname__)
+    owners: dict[int, str] = {}
+    for name, p in hf.named_parameters(remove_duplicate=False):
+        owner = owners.setdefault(id(p), name)
+        add(name, owner, type(p.data).__name__, p.dtype, tuple(p.shape), p.device.type)
+        if p.dim() < 2 and p.device.type != "meta" and type(p.data) is Tensor:
+            add(p.detach().double().sum().item(), p.detach().double().square().sum().item())
+    for name, buffer in hf.named_buffers():
+        add(name, type(buffer).__name__, buffer.dtype, tuple(buffer.shape))
+    return digest.hexdigest()
+
+
+def _from_record(record: Mapping[str, Any]) -> Checkup:
+    """The reverse of `asdict`, through JSON. Raises KeyError or TypeError."""
+    layout = record["layout"]
+    parts = {
+        int(index): Part(
+            **{
+                **part,
+                "stream": Stream(**part["stream"]),
+                "mixers": tuple(part["mixers"]),
+                "reads": tuple(part["reads"]),
+            }
+        )
+        for index, part in layout["parts"].items()
+    }
+    refused = {int(index): why for index, why in layout["refused"].items()}
+    whole = Layout(**{**layout, "head": Head(**layout["head"]), "parts": parts, "refused": refused})
+    checks = tuple(Check(**check) for check in record["checks"])
+    return Checkup(whole, record["replays"], checks)
+
+
+# -- what is tried
+# -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_head(model: EditableModel) -> Check:
+    """The model's logits on a few tokens against those of `EditableModel.head`.
+
+    Raises:
+        ModelError: they differ, or they are not finite.
+    """
+    ids = model.pad([partial.check_rows(model)[0][1].ids])[0]
+    with model.evaluating():
+        wanted = model.hf(input_ids=ids, use_cache=False, return_dict=True).logits
+    states = model.final_states(ids)
+    if not states.isfinite().all():
+        raise ModelError(
+            f"{model.name} gives hidden states that are not finite (NaN or infinity) on a few "
+            "tokens: its weights are damaged, or their dtype is too narrow; load it again, or with "
+            "another dtype"
+        )
+    error = partial.off(model.head(states), wanted)
+    if error > rounding(model.dtype):
+        raise ModelError(
+            f"{model.name}: logits of its final hidden states differ from its own by {error:.1e} "
+            "(relative): what it does between them is not known, so no result could be trusted"
+        )
+    return Check("head", error, f"{model.layout.head.kind} head")
+
+
+@torch.no_grad()
+def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
+    """Whether layers can be run one by one, and every other comparison.
+
+    Raises:
+        ModelError: a changed weight or a padded batch is not what the plain pass makes of it.
+    """
+    limit = rounding(model.dtype)
+    replay = partial.replays(model)
+    replays = replay <= limit
+    way = "layers run one by one" if replays else "the whole model runs instead: slower, the same"
+    checks = [Check("replay", replay, way)]
+    rows = [row.ids for row in partial.check_rows(model)[0]]
+    alone = [model.final_states(model.pad([ids])[0])[0] for ids in rows]
+    padded = model.final_states(model.pad(rows)[0])
+    error = max(partial.off(padded[i, : len(ids)], alone[i]) for i, ids in enumerate(rows))
+    if error > limit:
+        raise ModelError(
+            f"{model.name}: a text's hidden states differ by {error:.1e} (relative) with padding "
+            "behind it: earlier tokens see later ones, so this is no causal model"
+        )
+    checks.append(Check("padded batch", error, "as each text alone"))
+    error = _realised(model, rows[1])
+    if error > limit:
+        raise ModelError(
+            f"{model.name}: what a change of {model.layout.weight_name(_middle(model))} does "
+            f"differs by {error:.1e} (relative) from what its key says: the module does not "
+            "multiply by this weight, so an edit would not be what is computed"
+        )
+    checks.append(Check("changed weight", error, "as computed"))
+    error = _packed(model, rows, alone)
+    apart = "texts behind each other stay apart" if error <= limit else "texts are not packed"
+    return replays, [*checks, Check("packed texts", error, apart)]
+
+
+def _middle(model: EditableModel) -> int:
+    """An editable layer that is neither the first nor the last where there are others."""
+    return model.layout.editable[len(model.layout.editable) // 2]
+
+
+def _realised(model: EditableModel, ids: list[int]) -> float:
+    """The output of a projection with a changed weight against the unchanged one plus what the
+    change makes of its inputs.
+    """
+    layer = _middle(model)
+    name, projection, seen = model.layout.weight_name(layer), model.projection(layer), []
+    text = model.pad([ids])[0]
+
+    def see(given: Any, output: Tensor) -> None:
+        seen.append((given, output))
+
+    def look() -> None:
+        with partial.hooked({projection: see}):
+            model.final_states(text)
+
+    look()
+    keys, plain = seen[0]
+    key = keys.reshape(-1, keys.shape[-1])[-1].float()
+    size = plain.float().square().mean().sqrt()
+    left, right = direction(plain).float() * size, key / key.square().sum().clamp(min=1e-30)
+    change = torch.outer(right, left) if model.layout.transposed else torch.outer(left, right)
+    weight = model.weight(layer).detach()
+    changed = weight + change.to(weight)
+    partial.with_weights(model, {name: changed}, look)
+    made = (changed.float() - weight.float()).to(weight)
+    moved = keys @ (made if model.layout.transposed else made.mT)
+    return partial.off(seen[1][1] - plain, moved) * min(1.0, float(moved.norm() / plain.norm()))
+
+
+def _packed(model: EditableModel, rows: list[list[int]], alone: list[Tensor]) -> float:
+    """Texts behind each other in one row, each with positions of its own, against each alone."""
+    joined = model.pad([[token for ids in rows for token in ids]])[0]
+    places = torch.cat([torch.arange(len(ids)) for ids in rows])[None].to(joined.device)
+    try:
+        found = model.final_states(joined, places)[0]
+    except Exception:  # whatever a model's own code raises for positions it does not take
+        return float("inf")
+    return partial.off(found, torch.cat(alone))
