@@ -136,9 +136,22 @@ def optimise_values(
         raise EditError("a group without facts cannot be optimised")
     model.check_layers([layer])
     model = model.draft() if settings.draft else model
-    plans = [_Plan(model, group, settings) for group in groups]
+    plans = [Plan.of(model, group, settings) for group in groups]
+    return optimise_plans(model, plans, layer, settings, problem=problem, progress=progress)
+
+
+def optimise_plans(
+    model: EditableModel,
+    plans: Sequence[Plan],
+    layer: int,
+    settings: ValueSettings,
+    *,
+    problem: type[Problem] | None = None,
+    progress: Callable[[float], None] = lambda groups: None,
+) -> Targets:
+    """Optimise one value per plan, whose rows the caller has tokenised; see `optimise_values`."""
     result = Targets(
-        *(torch.zeros(len(groups), n).squeeze(-1) for n in (model.hidden, model.hidden, 1, 1, 1))
+        *(torch.zeros(len(plans), n).squeeze(-1) for n in (model.hidden, model.hidden, 1, 1, 1))
     )
     # another batch costs a CPU as much as some 30 tokens (the weights are read again), a GPU far
     # more
@@ -152,34 +165,47 @@ def optimise_values(
     return result
 
 
-class _Plan:
-    """A group's rows: for each fact its contexts with the answer, then the essence row."""
+@dataclass(frozen=True)
+class Plan:
+    """The rows of one value: prompts with answers, then the essence row.
 
-    def __init__(
-        self, model: EditableModel, group: Sequence[Fact], settings: ValueSettings
-    ) -> None:
-        self.rows: list[Row] = []
-        self.weights: list[float] = []
-        self.bare: list[int] = []
+    Attributes:
+        rows: `subject` is the lookup token, what is scored begins at `answer`; the last row is the
+            essence row, which has none.
+        inputs: what is run of each row: nothing is predicted after an answer's last token, nor
+            scored after the essence row's subject.
+        weights: of each row but the last in the mean NLL; they add up to 1.
+        bare: the rows whose clean states define the value that is being changed.
+    """
+
+    rows: list[Row]
+    inputs: list[Row]
+    weights: list[float]
+    bare: list[int]
+
+    @classmethod
+    def of(cls, model: EditableModel, group: Sequence[Fact], settings: ValueSettings) -> Plan:
+        """Each fact of a group in its contexts with the answer; the facts weigh the same."""
+        rows: list[Row] = []
+        weights: list[float] = []
+        bare: list[int] = []
         for fact in group:
-            rows = prompt_rows(model, fact, settings.contexts, fact.target)
-            self.bare.append(len(self.rows))
-            self.rows += rows
-            self.weights += [1 / (len(group) * len(rows))] * len(rows)
-        self.rows.append(model.row(ESSENCE.format(group[0].subject), group[0].subject))
-
-        # what is run: nothing is predicted after an answer's last token, nor scored after the
-        # essence row's subject
-        *facts, essence = self.rows
-        self.inputs = [replace(r, ids=r.ids[:-1]) for r in facts]
-        self.inputs.append(replace(essence, ids=essence.ids[: (essence.subject or 0) + 1]))
+            found = prompt_rows(model, fact, settings.contexts, fact.target)
+            bare.append(len(rows))
+            rows += found
+            weights += [1 / (len(group) * len(found))] * len(found)
+        essence = model.row(ESSENCE.format(group[0].subject), group[0].subject)
+        inputs = [replace(row, ids=row.ids[:-1]) for row in rows]
+        inputs.append(replace(essence, ids=essence.ids[: (essence.subject or 0) + 1]))
+        return cls([*rows, essence], inputs, weights, bare)
 
     @property
     def tail(self) -> int:
+        """The most tokens that are run of a row."""
         return max(len(r.ids) - (r.subject or 0) for r in self.inputs)
 
 
-def _chunks(plans: Sequence[_Plan], budget: int, spare: int) -> list[list[int]]:
+def _chunks(plans: Sequence[Plan], budget: int, spare: int) -> list[list[int]]:
     """Groups of similar tail length: `rows x longest tail` within `budget`, at most `spare` of it
     from longer tails.
     """
@@ -197,7 +223,7 @@ def _chunks(plans: Sequence[_Plan], budget: int, spare: int) -> list[list[int]]:
 
 def _optimise(
     model: EditableModel,
-    plans: Sequence[_Plan],
+    plans: Sequence[Plan],
     layer: int,
     s: ValueSettings,
     kind: type[Problem],
@@ -266,12 +292,12 @@ class Problem:
     """
 
     @classmethod
-    def at(cls, layer: int, model: EditableModel, plans: Sequence[_Plan]) -> Problem:
+    def at(cls, layer: int, model: EditableModel, plans: Sequence[Plan]) -> Problem:
         """The problem of these plans for values at `layer`."""
         return cls(plans, PartialModel(model, _inputs(plans), layer + 1))
 
     def __init__(
-        self, plans: Sequence[_Plan], part: PartialModel, clean: Tensor | None = None
+        self, plans: Sequence[Plan], part: PartialModel, clean: Tensor | None = None
     ) -> None:
         self.plans, self.part, self.model = plans, part, part.model
         scored: list[tuple[int, int, int]] = []  # row, place, token
@@ -340,5 +366,5 @@ class Problem:
         return nll, self.keep(self.keep.places.logits(self.model, final))
 
 
-def _inputs(plans: Sequence[_Plan]) -> list[Row]:
+def _inputs(plans: Sequence[Plan]) -> list[Row]:
     return [row for plan in plans for row in plan.inputs]
