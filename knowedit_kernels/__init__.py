@@ -21,6 +21,7 @@ from knowedit_kernels.solver import EditSolver as EditSolver
 from knowedit_kernels.solver import Identity as Identity
 from knowedit_kernels.solver import NullSpace as NullSpace
 from knowedit_kernels.solver import ShrunkCovariance as ShrunkCovariance
+from knowedit_kernels.solver import cached_covariance as cached_covariance
 from knowedit_kernels.solver import weight_for_gain as weight_for_gain
 
 __version__ = "0.1.0"

@@ -2,6 +2,8 @@
 (see README.md).
 """
 
+from .cache import cached_covariance as cached_covariance
+from .cache import forget_factors as forget_factors
 from .cholesky import EquilibratedCholesky as EquilibratedCholesky
 from .cholesky import NotPositiveDefiniteError as NotPositiveDefiniteError
 from .edit_solver import EditSolver as EditSolver

@@ -20,6 +20,7 @@ WINGS = (
     "statistics",
     "edits",
     "methods",
+    "integrations",
     "evaluation",
     "studies",
     "report",
