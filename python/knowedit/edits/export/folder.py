@@ -15,6 +15,7 @@ from knowedit.errors import EditError
 from knowedit.io.files import atomic_file, atomic_folder
 from knowedit.io.tensors import read_file, write_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.gguf import as_plain
 from knowedit.models.load import accepts_model, fingerprint_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
         for edit in edits:
             edit.apply(model)
             applied.append(edit)
-        with atomic_folder(folder) as temporary:
+        with as_plain(model.hf), atomic_folder(folder) as temporary:
             model.hf.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
             write_file(temporary / RECORD, originals, header)

@@ -38,7 +38,7 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
     pattern = {name: change.rank for name, change in pairs.items() if change.rank != rank}
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=model.name,
+        base_model_name_or_path=model.source,
         inference_mode=True,
         r=rank,
         lora_alpha=rank,
