@@ -1,13 +1,14 @@
 # make demo   sets everything up and runs the main job: six facts into a real language model, and out again
 # make test   sets everything up and passes the tests
-# Both use .venv and may be run again and again.
+# make families  compares every decoder family with the plain model (docs/families.md)
+# All use .venv and may be run again and again.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test families lint setup clean
 
 # OpenMP threads that wait by spinning starve each other on a busy machine (10x and more); sleeping ones do not.
 demo: $(READY)
@@ -42,6 +43,10 @@ test: $(READY) lint
 	@echo "== kernels compiled ahead of time for sm_80, sm_90 and sm_100"
 	$(PYTEST) tests/codegen
 	@echo "== all tests passed"
+
+families: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families --jobs $(JOBS)
+	$(BIN)/python -m benchmarks.pages --write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

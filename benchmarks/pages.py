@@ -23,6 +23,7 @@ from . import neuron as by_neuron
 from . import sequential as in_sequence
 from . import tokens as by_tokens
 from .common import HERE, RESULTS, measured_on, percent, read
+from .families import page as by_family
 
 DOCS = HERE.parent / "docs"
 ROSE = {
@@ -283,6 +284,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "geometry": ("geometry.md", geometry, geometry_picture),
     "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
+    "families": ("families.md", by_family.table, by_family.picture),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
     "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
 }

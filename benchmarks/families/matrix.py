@@ -1,0 +1,119 @@
+"""Runs the checks on families, a process for each share of them, and collects a row a family."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from knowedit.errors import KnowEditError
+
+#: Seconds that a family may take.
+LIMIT = 240
+
+#: What can become of a family, and what a table says of it.
+VERDICTS = {
+    "right": "every check holds",
+    "partly": "what is not refused holds",
+    "wrong": "a check fails",
+    "refused": "refused when it is opened",
+    "not built": "no model could be made of it here",
+}
+
+
+def family(kind: str) -> dict[str, Any]:
+    """The row of one family: `verdict`, `why`, and by check a `figure`, `refused` or `error`."""
+    from benchmarks.families import models
+    from benchmarks.families.checks import CHECKS, Bench
+
+    start = time.monotonic()
+    row: dict[str, Any] = {"kind": kind, "checks": {}}
+    try:
+        models.build(kind)
+    except Exception as error:  # whatever a configuration class or a model raises
+        return row | {"verdict": "not built", "why": _said(error)}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            bench = Bench(kind, Path(folder))
+        except KnowEditError as error:
+            return row | {"verdict": "refused", "why": _said(error)}
+        except Exception as error:
+            return row | {"verdict": "wrong", "why": _said(error)}
+        for name, check in CHECKS.items():
+            row["checks"][name] = _outcome(lambda check=check: check.run(bench), check.limit)
+    outcomes = row["checks"].values()
+    bad = any("error" in outcome for outcome in outcomes)
+    some = any("refused" in outcome for outcome in outcomes)
+    row["verdict"] = "wrong" if bad else "partly" if some else "right"
+    return row | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _outcome(run: Callable[[], float], limit: float) -> dict[str, Any]:
+    try:
+        figure = run()
+    except TimeoutError:
+        raise
+    except KnowEditError as error:
+        return {"refused": _said(error)}
+    except Exception as error:
+        return {"error": _said(error)}
+    if figure <= limit:
+        return {"figure": float(f"{figure:.1e}")}
+    return {"error": f"off by {figure:.1e}, more than {limit:.0e}"}
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in one line; of one that is not ours, its class and where it was raised
+    as well.
+    """
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, KnowEditError):
+        return text
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})"
+
+
+def timed(kind: str) -> dict[str, Any]:
+    """`family`, which counts as wrong when it takes too long."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(LIMIT)
+    try:
+        return family(kind)
+    except TimeoutError:
+        why = f"it took more than {LIMIT} s"
+        return {"kind": kind, "checks": {}, "verdict": "wrong", "why": why}
+    finally:
+        signal.alarm(0)
+
+
+def quiet() -> None:
+    """One thread a process, and nothing printed by what is checked."""
+    import torch
+    from transformers.utils import logging as theirs
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+
+
+def rows(kinds: Sequence[str], jobs: int) -> Iterator[dict[str, Any]]:
+    """The row of each family, as it is done."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(jobs, get_context("spawn"), quiet) as pool:
+        for done in as_completed([pool.submit(timed, kind) for kind in kinds]):
+            yield done.result()

@@ -1,0 +1,73 @@
+"""A few families of the matrix (docs/families.md) hold every check; a wrong path shows; the page
+says what the rows say.
+"""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import pages
+from benchmarks.families import checks, matrix, models, page
+from knowedit.models.editable import EditableModel
+
+#: One of each make: gated, and plain with transposed matrices.
+SOME = ("llama", "gpt2")
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_every_check_holds(kind):
+    row = matrix.family(kind)
+    assert {name: o for name, o in row["checks"].items() if "error" in o} == {}
+    assert set(row["checks"]) == set(checks.CHECKS)
+
+
+def test_nothing_in_a_model_is_neutral():
+    hf = models.build("qwen2")
+    assert hf.config.num_hidden_layers == 4 and hf.config.hidden_size == 32
+    for name, parameter in hf.named_parameters():
+        assert float(parameter.std()) > 0.01, name
+
+
+def test_a_wrong_head_shows(tmp_path, monkeypatch):
+    bench = checks.Bench("llama", tmp_path)
+    assert checks.head(bench) < 1e-5
+    own = EditableModel.head
+    monkeypatch.setattr(EditableModel, "head", lambda self, states: 1.01 * own(self, states))
+    assert checks.head(bench) > 1e-3 and checks.replay(bench) > 1e-3
+
+
+def test_a_wrong_gain_shows():
+    planned = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert checks.share(0.5 * planned, planned) == pytest.approx(0.5)
+    assert checks.share(planned.flip(0), planned) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("checked", "verdict"),
+    [
+        ({"keys": 1e-6}, "right"),
+        ({"keys": 1e-3}, "wrong"),
+        ({"keys": float("nan")}, "wrong"),
+        ({"keys": checks.Wrong("not so")}, "wrong"),
+        ({"keys": checks.EditError("not here"), "head": 0.0}, "partly"),
+    ],
+)
+def test_a_verdict_follows_from_the_checks(monkeypatch, checked, verdict):
+    def run(outcome):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    found = {
+        name: checks.Check(name, 1e-5, lambda _, outcome=outcome: run(outcome))
+        for name, outcome in checked.items()
+    }
+    monkeypatch.setattr(checks, "CHECKS", found)
+    assert matrix.family("gpt2")["verdict"] == verdict
+
+
+def test_the_page_says_what_was_measured():
+    rows = [json.loads(line) for line in (pages.RESULTS / "families.jsonl").open()][1:]
+    text = (pages.DOCS / "families.md").read_text()
+    assert page.summary(rows) in text and page.table(pages.RESULTS) in text
