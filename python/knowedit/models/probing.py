@@ -57,12 +57,12 @@ class LayerTrace:
     Attributes:
         mixers: names of its children that mix tokens.
         linears: those that saw every token, in the order of their calls.
-        ran: whether the layer ran at all.
+        runs: how often the layer ran in the one pass.
     """
 
     mixers: set[str] = field(default_factory=set)
     linears: list[Linear] = field(default_factory=list)
-    ran: bool = False
+    runs: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,13 @@ def trace(hf: Any) -> Trace:
 
 
 def _decoder(hf: Any) -> nn.Module:
-    """What holds the text decoder: transformers' own answer, or the whole model."""
+    """What holds the text decoder: transformers' own answer where it has layers (some answer with
+    their head), or the whole model.
+    """
     found = hf.get_decoder() if hasattr(hf, "get_decoder") else None
-    return found if isinstance(found, nn.Module) else hf
+    if not isinstance(found, nn.Module):
+        return hf
+    return found if any(isinstance(m, nn.ModuleList) for m in found.modules()) else hf
 
 
 def _outermost_lists(decoder: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
@@ -255,8 +259,10 @@ def _watched(path: str, layer: nn.Module, layers: Mapping[str, LayerTrace]) -> I
     """
     found, handles = layers[path], []
 
+    def entered(_module: nn.Module, _args: Any) -> None:
+        found.runs += 1
+
     def prepared(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        found.ran = True
         noise = iter([True])
         renewed = tuple(_second_copy(value, noise) for value in args)
         return renewed, {name: _second_copy(value, noise) for name, value in kwargs.items()}
@@ -276,6 +282,7 @@ def _watched(path: str, layer: nn.Module, layers: Mapping[str, LayerTrace]) -> I
         if isinstance(given, Tensor) and given.numel() == 2 * LENGTH * given.shape[-1]:
             found.linears.append(Linear(f"{path}.{name}", *size_of(module)))
 
+    handles.append(layer.register_forward_pre_hook(entered))
     handles.append(layer.register_forward_pre_hook(prepared, with_kwargs=True))
     for name, child in layer.named_children():
         handles.append(child.register_forward_pre_hook(prepared, with_kwargs=True))
@@ -353,7 +360,7 @@ def _stack_of(hf: Any, stacks: Mapping[str, nn.ModuleList], calls: Mapping[str, 
     if not sizes:
         raise ModelError(
             f"{type(hf).__name__}: no stack of decoder layers was found: no list of modules passes "
-            "hidden states on from one to the next"
+            "hidden states [texts, tokens, hidden] on from one to the next"
         )
     return max(sizes, key=sizes.__getitem__)
 

@@ -255,8 +255,12 @@ def _projections(
     for index, (path, found) in enumerate(zip(layers, traced, strict=True)):
         layer = model.get_submodule(path)
         linear = _write_out(path, found, hidden)
-        if not found.ran:
-            refused[index] = "it does not run on plain text"
+        if found.runs != 1:
+            refused[index] = (
+                f"it runs {found.runs} times in one pass, and an edit acts each time"
+                if found.runs
+                else "it does not run on plain text"
+            )
         elif experts := _experts(layer, found.mixers):
             refused[index] = (
                 f"its {experts} is a mixture of experts; which expert stores a fact is not known"
@@ -298,12 +302,13 @@ def _reads(path: str, traced: LayerTrace, write: Linear) -> tuple[str, ...]:
     twice it.
     """
     every = _beside_mixers(path, traced)
-    home = write.path.rpartition(".")[0] + "."
-    return tuple(
+    made = [
         linear.path
         for linear in every[: every.index(write)]
-        if linear.out in (write.width, 2 * write.width) and linear.path.startswith(home)
-    )
+        if linear.out in (write.width, 2 * write.width)
+    ]
+    home = write.path.rpartition(".")[0] + "."
+    return tuple([name for name in made if name.startswith(home)] or made)
 
 
 def _beside_mixers(path: str, traced: LayerTrace) -> list[Linear]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from knowedit.errors import ModelError
+from knowedit.models.editable import EditableModel
 from knowedit.models.partial import (
     PartialModel,
     capture,
@@ -14,6 +15,7 @@ from knowedit.models.partial import (
     read,
     with_weights,
 )
+from tests.knowedit.models.tiny import build
 
 #: Fixtures of tiny models, one a family; each must pass what is parametrised over them.
 EVERY_FAMILY = ("tiny_llama", "tiny_gpt2", "tiny_mistral")
@@ -45,6 +47,81 @@ def test_equals_the_whole_model(request, name, layer):
         torch.testing.assert_close(
             final[i, :length], full[i, row.subject : len(row.ids)], rtol=2e-5, atol=2e-5
         )
+
+
+#: Families whose layers are replayed though they take their cache by another name, or whose whole
+#: model is run instead.
+OTHERS = ("gptj", "codegen", "gpt_bigcode", "gpt_neo", "bloom", "lfm2", "qwen3_5_text", "gemma3")
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_equal_their_plain_forward(byte_tokenizer, family):
+    """A changed state at the first token, and whole texts, against a hook on the plain model."""
+    model = EditableModel(build(family), byte_tokenizer)
+    rows = [model.row(*text) for text in TEXTS]
+    part = PartialModel(model, rows, 2)
+    states, push = part.states.clone(), torch.linspace(-1, 1, model.hidden)
+    states[:, 0] += push
+    final, some = part.run(states), part.select(torch.tensor([2, 0]))
+    torch.testing.assert_close(some.run(states[[2, 0]]), final[[2, 0]], rtol=1e-4, atol=1e-4)
+    for i, row in enumerate(rows):
+        with hooked({model.layers[1]: lambda _, y, at=row.subject: at_token(y, at, push)}):
+            full = model.final_states(torch.tensor([row.ids]))[0, row.subject :]
+        torch.testing.assert_close(final[i, : len(full)], full, rtol=1e-4, atol=1e-4)
+    texts = PartialModel.for_texts(model, 2, 80)
+    for group, below in layer_outputs(model, [row.ids for row in rows], 1, budget=1):
+        wanted = model.final_states(torch.tensor([rows[group[0]].ids]))
+        torch.testing.assert_close(texts.run(below), wanted, rtol=1e-4, atol=1e-4)
+
+
+def at_token(states, place, push):
+    changed = states.clone()
+    changed[:, place] += push
+    return changed
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_the_whole_model_gives_what_layers_alone_give(request, name):
+    """Hooks see the part's tokens only, edits act there only, and gradients are the same."""
+    model = request.getfixturevalue(name)
+    rows = [model.row(*text) for text in TEXTS]
+    generator = torch.Generator().manual_seed(2)
+    factors = {
+        2: (
+            torch.randn(model.hidden, 1, generator=generator),
+            torch.randn(model.d_ff, 1, generator=generator),
+        )
+    }
+    found = []
+    for replay in (True, False):
+        part = PartialModel(model, rows, 2, _replay=replay)
+        leaf = torch.zeros(len(rows), model.hidden, requires_grad=True)
+        seen = []
+
+        def add(_, y, leaf=leaf, seen=seen):
+            seen.append(y.shape)
+            return torch.cat([y[:, :1] + leaf[:, None], y[:, 1:]], 1)
+
+        with model.virtual(factors), hooked({model.projection(3): add}):
+            final = part.run()
+        final[:, 0].square().sum().backward()
+        lengths = [len(row.ids) - row.subject for row in rows]
+        ends = [final[i, :length].detach() for i, length in enumerate(lengths)]
+        assert seen == [part.states.shape]
+        found.append((torch.cat(ends), leaf.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "gpt_neo"])
+def test_copies_of_the_rows_of_a_whole_model(byte_tokenizer, family):
+    model = EditableModel(build(family), byte_tokenizer)
+    ids = torch.tensor([model.row(*TEXTS[0]).ids, model.row(*TEXTS[0]).ids[::-1]])
+    part = PartialModel.behind(capture(model, ids, 0), 5)
+    states = part.states.repeat(3, 1, 1)
+    for layer in range(len(model.layers)):
+        states = part.layer(layer, states)
+    full = model.final_states(ids)[:, 5:].repeat(3, 1, 1)
+    torch.testing.assert_close(model.norm(states), full, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_are_finite_with_padded_rows(tiny_llama):
