@@ -13,11 +13,13 @@ from knowedit.io.lazy import attributes
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit as Edit
     from knowedit.edits.history import History as History
+    from knowedit.edits.limits import Limits as Limits
     from knowedit.errors import ConfigError as ConfigError
     from knowedit.errors import CorpusError as CorpusError
     from knowedit.errors import EditError as EditError
     from knowedit.errors import KnowEditError as KnowEditError
     from knowedit.errors import ModelError as ModelError
+    from knowedit.errors import RuinousEditError as RuinousEditError
     from knowedit.errors import StatisticsError as StatisticsError
     from knowedit.evaluation.evaluation import evaluate as evaluate
     from knowedit.evaluation.measures.drift import drift as drift
@@ -62,12 +64,14 @@ __version__ = "0.1.0"
 MODULES = {
     "knowedit.edits.edit": ("Edit",),
     "knowedit.edits.history": ("History",),
+    "knowedit.edits.limits": ("Limits",),
     "knowedit.errors": (
         "ConfigError",
         "CorpusError",
         "EditError",
         "KnowEditError",
         "ModelError",
+        "RuinousEditError",
         "StatisticsError",
     ),
     "knowedit.evaluation.evaluation": ("evaluate",),

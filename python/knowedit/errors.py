@@ -17,6 +17,10 @@ class EditError(KnowEditError):
     """An edit that cannot be computed, loaded or applied."""
 
 
+class RuinousEditError(EditError):
+    """An edit that does not do what it should, or harms the model, by what was measured on it."""
+
+
 class CorpusError(KnowEditError):
     """A corpus that is missing, empty or unreadable; the message says where, why and what to do."""
 

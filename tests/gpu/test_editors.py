@@ -49,5 +49,5 @@ def test_a_sequence_goes_on_from_a_file(model, tmp_path):
     first = Session(editor, model, statistics)
     first.write(FACTS[:1], progress=False)
     history = History.load(first.history.save(tmp_path / "history"))
-    later = Session(editor, model, statistics, history).write(FACTS[1:], progress=False)
+    later = Session(editor, model, statistics, history).write(FACTS[1:], force=True, progress=False)
     assert later.report.details["look_ahead"]["rehearsed"] == 1 and len(model.ledger.active) == 2

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 app = App()
 
 File = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Write also what ruins the model.")]
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,27 @@ def edit(
             help="Earlier edits of this model, to write after and to spare; grows with every edit."
         ),
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="Another limit of what an edit may do, such as perplexity=1.2."),
+    ] = None,
+    force: Force = False,
     *,
     run: OneMethod,
 ) -> None:
-    """Compute an edit and save it; no model is changed. The file records how it was made:
-    `--config` with it computes the same edit again.
+    """Compute an edit, measure what the edited model does, and save it; no model is changed. One
+    that ruins the model is refused. The file records how it was made: `--config` with it computes
+    the same edit again.
     """
     from knowedit.edits.history import History
+    from knowedit.edits.limits import Limits
     from knowedit.methods.base import statistics_for
     from knowedit.methods.session import Session
 
     if len(run.method) != 1:
         raise KnowEditError("an edit is made by one method; give --method once")
     chosen = run.methods()[0].with_corpus(one(run.corpus))
+    limits = Limits().with_settings(allow or [])
     wanted, again = _facts(facts, limit), edit_of(ctx)
     editable = run.load(model)
     if again is not None:
@@ -81,9 +90,12 @@ def edit(
         keys = statistics_for([chosen], editable, one(run.corpus), run.tokens, run.statistics)
         if history:
             earlier = History.load(history) if history.exists() else History(editable.fingerprint)
-            made = Session(chosen, editable, keys, earlier).write(wanted)
+            session = Session(chosen, editable, keys, earlier, limits=limits)
+            made = session.write(wanted, force=force)
         else:
             made = chosen.compute(editable, wanted, keys)
+            if not force:
+                limits.check(made.report)
     made.report.details["run"] = _recorded(model, run)
     made.save(output)
     if history:
@@ -142,6 +154,7 @@ def apply(
         typer.Argument(help="Edit files, or the history of a sequence; all are written together."),
     ],
     output: File,
+    force: Force = False,
     *,
     loading: Loading,
 ) -> None:
@@ -152,7 +165,7 @@ def apply(
     from knowedit.edits.history import edits_in
 
     check_free(output)
-    loaded = [edit for path in edits for edit in edits_in(path)]
+    loaded = _checked([edit for path in edits for edit in edits_in(path)], force)
     editable = loading.load(model)
     save_edited(editable, loaded, output)
     loading.show(
@@ -185,6 +198,7 @@ def export(
     format: Annotated[
         str, typer.Option(help="peft: a LoRA adapter; folder: the whole model, as `apply` does.")
     ] = "peft",
+    force: Force = False,
     *,
     loading: Loading,
 ) -> None:
@@ -193,11 +207,21 @@ def export(
     from knowedit.edits.export.listing import export_format
 
     check_free(output)
-    loaded, write = [Edit.load(edit_file)], export_format(format)
+    loaded, write = _checked([Edit.load(edit_file)], force), export_format(format)
     editable = loading.load(model)
     write(editable, loaded, output)
     record = {"format": format, **_written(output, editable.fingerprint, loaded)}
     loading.show(record, lambda: f"wrote {output}")
+
+
+def _checked(edits: list[Edit], force: bool) -> list[Edit]:
+    """`edits`; unless `force` says so, none whose record says that it ruins the model."""
+    from knowedit.edits.limits import Limits
+
+    reports = [edit.report for edit in edits]
+    for number, report in enumerate([] if force else reports):
+        Limits().check(report, reports[:number])
+    return edits
 
 
 def _written(folder: Path, fingerprint: str, edits: list[Edit]) -> dict[str, Any]:
@@ -230,6 +254,8 @@ def _lines(made: Edit) -> list[str]:
             f"  layer {layer}: gain {chosen['gain']:.3f}  |delta|/|W| "
             f"{report['relative_norm'][layer]:.3f}{''.join(others)}"
         )
+    if made.report.measured is not None:
+        lines.append(f"  {made.report.measured}")
     return [*lines, *(f"  note: {warning}" for warning in made.warnings)]
 
 

@@ -46,6 +46,8 @@ class Edit:
         report: what the method measured and chose.
         keys: `{layer: [n, d_ff]}` float32, where it was written; for a `History`, and not saved
             with the edit.
+        plan: `{layer: [facts, hidden]}` what was to be added to the output of the layers' MLP
+            projections at the facts' own prompts, to measure its gain; not saved.
         key_layers: the layers that have `keys`, also where those were not saved.
         exclusive: names of what it has for itself: no two edits in force may share one.
         config: the whole record of the method that made it.
@@ -64,6 +66,7 @@ class Edit:
     software: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     key_layers: tuple[int, ...] = ()
+    plan: dict[int, Tensor] = field(default_factory=dict)
 
     format: ClassVar[str] = FORMAT
     earlier: ClassVar[tuple[str, ...]] = EARLIER

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from knowedit.edits.edit import Edit
+from knowedit.edits.limits import RUINOUS, Limits
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.evaluation import Evaluation, evaluate, evaluate_each
 from knowedit.evaluation.measures.base import ModelMeasure, measures, model_measures
@@ -84,15 +85,15 @@ class Result:
             f"{self.method}, {self.protocol} of {self.facts} facts from {self.dataset}, "
             f"{self.seconds:.2f} s a fact"
         )
-        parts = [head, str(self.evaluation), *describe(self.side_effects)]
+        warnings = self.report.get("warnings", [])
+        ruinous = [text for text in warnings if text.startswith(RUINOUS)]
+        parts = [head, *ruinous, str(self.evaluation), *describe(self.side_effects)]
         parts += (
             [str(trajectory_table(self.trajectory).without_empty_columns())]
             if self.trajectory
             else []
         )
-        return "\n".join(
-            parts + [f"note: {warning}" for warning in self.report.get("warnings", [])]
-        )
+        return "\n".join(parts + [f"note: {text}" for text in warnings if text not in ruinous])
 
 
 def describe(side_effects: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -292,7 +293,7 @@ def run(
             with Session(method, model, statistics) as session:
                 trajectory += write_in_sequence(session, monitor, batch, every, progress=progress)
                 evaluation, effects = monitor.evaluation(progress=progress), moved()
-                seconds, report = trajectory[-1].seconds, session.history.edits[0].report.to_dict()
+                seconds, report = trajectory[-1].seconds, sequence_report(session.history.edits)
         else:
             start = time.perf_counter()
             edit = method.compute(model, facts, statistics, progress=progress)
@@ -313,6 +314,15 @@ def run(
         method.to_dict(),
         trajectory,
     )
+
+
+def sequence_report(edits: Sequence[Edit]) -> dict[str, Any]:
+    """The first edit's report, and by what all of them together pass the limits."""
+    reports = [edit.report for edit in edits]
+    ruinous = Limits().broken(reports[-1], reports[:-1])
+    found = reports[0].to_dict()
+    known = [text for text in found["warnings"] if not text.startswith(RUINOUS)]
+    return {**found, "warnings": [f"{RUINOUS}: {text}" for text in ruinous] + known}
 
 
 class _Timed:

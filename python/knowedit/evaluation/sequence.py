@@ -156,7 +156,7 @@ def write_in_sequence(
         advance(begin)
         for start in range(begin, len(facts), batch):
             begun = time.perf_counter()
-            edits.append(session.write(facts[start : start + batch], progress=False))
+            edits.append(session.write(facts[start : start + batch], force=True, progress=False))
             seconds += time.perf_counter() - begun
             written = min(start + batch, len(facts))
             advance(written - start)

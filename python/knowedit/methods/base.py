@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
+from knowedit.edits.measured import measure
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.io.config import Config, fields_of
@@ -80,7 +81,8 @@ class Method(Config):
         """The edit of checked `facts`; `compute` adds the record of how it was made."""
 
     def _recorded(self, made: Edit, model: EditableModel, statistics: KeyStatistics | None) -> Edit:
-        """`made`, with all that it takes to make it again."""
+        """`made`, with what it does to the model, and all that it takes to make it again."""
+        made.report.add_measured(measure(model, made, made.plan))
         made.config, made.software = self.to_dict(), software_versions()
         if statistics is not None:
             layers = {str(layer) for layer in self.statistics_layers(model)}

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
+from knowedit.edits.limits import Limits
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods.base import Method
@@ -33,6 +34,7 @@ class Session:
             applied now.
         protect: False leaves the earlier keys out of the metric (a baseline; they may then be
             overwritten).
+        limits: of what an edit may do to the model; `write` refuses one that passes them.
 
     Raises:
         EditError: the history belongs to another model.
@@ -47,18 +49,24 @@ class Session:
         history: History | None = None,
         *,
         protect: bool = True,
+        limits: Limits | None = None,
     ) -> None:
+        self.limits = limits or Limits()
         self.method, self.model, self.statistics, self.protect = method, model, statistics, protect
         self.history = history if history is not None else History(model.fingerprint)
         self.history.replay(model)
         self.history.check(model)
         self._start = len(self.history)
 
-    def write(self, facts: Sequence[Fact], *, progress: bool = True) -> Edit:
+    def write(self, facts: Sequence[Fact], *, force: bool = False, progress: bool = True) -> Edit:
         """Compute one edit, apply it and commit it.
 
+        Args:
+            force: write also what passes the limits; the edit's warnings say that it does.
+
         Raises:
-            FactError: a fact repeats or contradicts one that was written before. And what the
+            FactError: a fact repeats or contradicts one that was written before.
+            RuinousEditError: the edit, or all of them together, would pass the limits. And what the
                 method raises; the model and the history are then as they were.
         """
         self.history.check_new(facts)
@@ -66,6 +74,8 @@ class Session:
         edit = self.method.compute(
             self.model, facts, self.statistics, history=history, progress=progress
         )
+        if not force:
+            self.limits.check(edit.report, [earlier.report for earlier in self.history.edits])
         edit.apply(self.model)
         self.history.add(edit)
         return edit

@@ -361,7 +361,7 @@ def test_kill_leaves_nothing_half_written(place, knowedit, what):
     """
     knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *CORPUS)
     arguments = (what, "model", "facts.jsonl" if what == "edit" else "a.safetensors", "-o", "out")
-    arguments += CORPUS if what == "edit" else ()
+    arguments += (*CORPUS, "--force") if what == "edit" else ("--force",)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KNOWEDIT_CACHE": str(place / "cache")}
     before = set(place.iterdir())
     process = subprocess.Popen(

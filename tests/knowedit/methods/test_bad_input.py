@@ -83,7 +83,7 @@ def test_scripts_other_than_latin(tiny_llama, tiny_gpt2, prompt, subject, target
     assert before == fact.text[: fact.text.index(subject) + len(subject)]
     for model in (tiny_llama, tiny_gpt2):
         made = compute(model, [fact])
-        assert bool(torch.isfinite(made.delta(1)).all()) and made.report.gain > 0.8
+        assert bool(torch.isfinite(made.delta(1)).all()) and made.report.layers["1"]["gain"] > 0.8
 
 
 def test_a_subject_longer_than_the_context(tiny_llama):

@@ -199,7 +199,7 @@ def test_a_second_patch_spares_the_first(tiny, corpus, tmp_path, from_disk):
 
 def test_patches_in_sequence(tiny_llama, corpus):
     with Session(patch(corpus), tiny_llama) as session:
-        edits = [session.write([fact]) for fact in (FACTS[0], FACTS[2])]
+        edits = [session.write([fact], force=True) for fact in (FACTS[0], FACTS[2])]
         assert not edits[0].exclusive & edits[1].exclusive
     assert not tiny_llama.ledger.active and not tiny_llama.exclusive
 

@@ -105,11 +105,11 @@ def test_automatic_trains_for_close_keys_crowds_and_histories_only(tiny_llama):
     ]
     assert any("crowded" in why for why in told["reasons"]) and told["gain"] == 0.7
     session = Session(method, tiny_llama, statistics)
-    first = session.write(FACTS[:1], progress=False)
+    first = session.write(FACTS[:1], force=True, progress=False)
     assert first.report.details["look_ahead"]["reasons"] == [
         "the first of a sequence, which others will follow"
     ]
-    later = session.write(FACTS[2:], progress=False)
+    later = session.write(FACTS[2:], force=True, progress=False)
     assert "earlier edits to leave alone" in later.report.details["look_ahead"]["reasons"]
     session.undo()
     session.undo()
@@ -121,8 +121,8 @@ def test_rehearsed_facts_are_still_said_after_the_next_edit(tiny_llama):
         training = ThroughSolver(settings=AHEAD, rehearsed=rehearsed)
         method = MetaKE(layers=(2,), target=TARGET, training=training)
         with Session(method, tiny_llama, statistics) as session:
-            session.write(CLOSE[:1], progress=False)
-            later = session.write(CLOSE[1:], progress=False)
+            session.write(CLOSE[:1], force=True, progress=False)
+            later = session.write(CLOSE[1:], force=True, progress=False)
             scores = tiny_llama.score([f.text for f in CLOSE], [f.target for f in CLOSE])
             losses[rehearsed] = [-score.logprob for score in scores]
         assert later.report.details["look_ahead"]["rehearsed"] == min(rehearsed, 1)

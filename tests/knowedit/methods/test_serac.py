@@ -199,11 +199,11 @@ def test_it_is_evaluated_like_any_other_edit(tiny_llama):
 
 def test_sessions_write_edit_after_edit(tiny_llama, tmp_path):
     with Session(SERAC(network_of(tiny_llama)), tiny_llama) as session:
-        session.write(PEOPLE[:1], progress=False)
-        session.write(PEOPLE[1:3], progress=False)
+        session.write(PEOPLE[:1], force=True, progress=False)
+        session.write(PEOPLE[1:3], force=True, progress=False)
         assert len(tiny_llama.router.edits) == 2
         with pytest.raises(FactError, match="repeats"):
-            session.write(PEOPLE[:1], progress=False)
+            session.write(PEOPLE[:1], force=True, progress=False)
         with pytest.raises(EditError, match="save the edit itself"):
             session.history.save(tmp_path / "h")
     assert tiny_llama.router is None

@@ -85,8 +85,8 @@ def test_a_session_writes_protects_and_takes_back(tiny_llama):
     statistics, before = statistics_of(tiny_llama, [1, 2]), weights_fingerprint(tiny_llama.hf)
     editor = MEMIT(layers=(1, 2), target=target_of(VALUES))
     with Session(editor, tiny_llama, statistics) as session:
-        first = session.write(FACTS[:2], progress=False)
-        second = session.write(FACTS[2:4], progress=False)
+        first = session.write(FACTS[:2], force=True, progress=False)
+        second = session.write(FACTS[2:4], force=True, progress=False)
         assert session.history.facts == FACTS[:4] and weights_fingerprint(tiny_llama.hf) != before
         # the keys are those of the edited model: layer 2 sees what layer 1 wrote
         rows = [tiny_llama.row(fact.text, fact.subject) for fact in FACTS[2:4]]
@@ -94,12 +94,12 @@ def test_a_session_writes_protects_and_takes_back(tiny_llama):
             second.keys[2], tiny_llama.keys(rows, [2])[0][2], rtol=1e-4, atol=1e-5
         )
         assert session.undo() is second and session.history.edits == [first]
-        session.write(FACTS[2:4], progress=False)
+        session.write(FACTS[2:4], force=True, progress=False)
         unprotected = Session(editor, tiny_llama, statistics, session.history, protect=False)
         overwriting = unprotected.write(FACTS[4:], progress=False)
         assert (
             session.undo() is overwriting
-            and session.write(FACTS[4:], progress=False).key != overwriting.key
+            and session.write(FACTS[4:], force=True, progress=False).key != overwriting.key
         )
     assert weights_fingerprint(tiny_llama.hf) == before and not tiny_llama.ledger.active
     with pytest.raises(EditError, match="no edit to undo"):
@@ -116,8 +116,8 @@ def test_earlier_keys_move_less_under_protection(tiny_llama):
             statistics,
             protect=protect,
         ) as session:
-            first = session.write(FACTS[:3], progress=False)
-            second = session.write(FACTS[3:], progress=False)
+            first = session.write(FACTS[:3], force=True, progress=False)
+            second = session.write(FACTS[3:], force=True, progress=False)
             moved[protect] = float((second.delta(1) @ first.keys[1].T).norm())
     assert moved[True] < 0.2 * moved[False]
 
@@ -126,11 +126,11 @@ def test_facts_written_before_cannot_be_repeated_or_contradicted(tiny_llama):
     with Session(
         MEMIT(layers=(1,), target=target_of(VALUES)), tiny_llama, statistics_of(tiny_llama, [1])
     ) as session:
-        session.write(FACTS[:2], progress=False)
+        session.write(FACTS[:2], force=True, progress=False)
         with pytest.raises(FactError, match="facts\\[1\\].*repeats history, edit 0"):
-            session.write([FACTS[2], FACTS[0]], progress=False)
+            session.write([FACTS[2], FACTS[0]], force=True, progress=False)
         with pytest.raises(FactError, match="contradicts 'sea' of history, edit 0"):
-            session.write([replace(FACTS[0], target="snow")], progress=False)
+            session.write([replace(FACTS[0], target="snow")], force=True, progress=False)
         assert len(session.history) == 1 and len(tiny_llama.ledger.active) == 1
 
 
@@ -141,7 +141,7 @@ class TestHistory:
             MEMIT(layers=(1,), target=target_of(VALUES)), tiny_llama, statistics_of(tiny_llama, [1])
         ) as session:
             for start in (0, 2):
-                session.write(FACTS[start : start + 2], progress=False)
+                session.write(FACTS[start : start + 2], force=True, progress=False)
             yield session.history
 
     def test_its_keys_are_never_more_than_their_size(self, tiny_llama, written):
@@ -255,7 +255,7 @@ class TestTheProtocol:
         with Session(
             MEMIT(layers=(1,), target=target_of(VALUES)), tiny_llama, statistics_of(tiny_llama, [1])
         ) as session:
-            session.write(MEASURED[1:2], progress=False)
+            session.write(MEASURED[1:2], force=True, progress=False)
             with pytest.raises(KnowEditError, match="holds other facts"):
                 next(write_in_sequence(session, monitor, 2, 2))
         with (

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.methods.locate.values import ValueSettings, optimise_values
+from knowedit.methods.locate.values import Problem, ValueSettings, optimise_values, problem_of
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import PartialModel
 from knowedit.models.texts import AnswerLoss, Places, answer_places
@@ -67,7 +68,15 @@ def landscape(
 ) -> Landscape:
     """Optimise the values of `groups` (the facts of one subject each) together and alone, and look
     around them.
+
+    Raises:
+        EditError: values are not planned at this layer's output.
     """
+    if problem_of(model, [layer]) is not Problem:
+        raise EditError(
+            f"{model.name}: something stands between the MLP of layer {layer} and the layer's "
+            "output, where the geometry of values is measured; ask for none (edited=0, --edited 0)"
+        )
     facts = [fact for group in groups for fact in group]
     recall = Recall(model, facts, layer)
     clean = recall.clean

@@ -1,9 +1,9 @@
-"""Texts that an edit should leave alone, to train with only; the drift is measured on others, in
-`knowedit.evaluation.drift`.
+"""Texts that an edit should leave alone: to train with, and others to measure with.
 
 ``ordinary.json`` holds sentences on many topics, written for this package: prose, instructions,
-code, questions, sums. Openings are prompts about entities of the shipped relations
-(`relations.probes`, training split), to be continued.
+code, questions, sums. ``held_out.json`` holds a few more, which nothing is trained on. Openings are
+prompts about entities of the shipped relations (`relations.probes`, training split), to be
+continued.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ NEIGHBOURS = 4  # prompts a fact
 def sentences() -> tuple[str, ...]:
     """The content of ``ordinary.json``."""
     return tuple(json.loads(PATH.with_name("ordinary.json").read_text("utf-8")))
+
+
+@cache
+def held_out() -> tuple[str, ...]:
+    """The content of ``held_out.json``."""
+    return tuple(json.loads(PATH.with_name("held_out.json").read_text("utf-8")))
 
 
 def openings(facts: Sequence[Fact], count: int = 48, seed: int = 0) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from knowedit.edits.changes import relative_norms
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
@@ -14,7 +16,6 @@ from knowedit.methods.locate.values import Targets, prompt_rows
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import SINK_RATIO, KeyStatistics
 
-LOW_GAIN = 0.9
 LARGE_NORM = 0.8
 
 
@@ -64,6 +65,17 @@ def sink_warnings(statistics: KeyStatistics, layers: Sequence[int], allowed: boo
     return warnings
 
 
+def planned(task: Task, targets: Targets, written: WrittenLayers) -> dict[int, Tensor]:
+    """`{layer: [facts, hidden]}` what the write was to add at each fact's lookup token: its value,
+    or what a training made of it.
+    """
+    owner = [number for number, group in enumerate(task.groups) for _ in group]
+    if written.report.get("look_ahead", {}).get("used"):
+        return {layer: left.T[owner] for layer, (left, _) in written.factors.items()}
+    values = targets.of_layers()[owner]
+    return dict(zip(task.layers[-values.shape[1] :], values.unbind(1)))
+
+
 def outcome(
     settings: dict[str, Any], task: Task, targets: Targets, written: WrittenLayers
 ) -> EditReport:
@@ -93,16 +105,10 @@ def outcome_warnings(
             f"({', '.join(merged[:3])}, ...)"
         )
     ahead = report.details.get("look_ahead", {})
-    if ahead.get("used"):  # the training makes up for a small gain
-        if ahead["after"]["realised"] > 1.0:
-            warnings.append(
-                f"the answers end at an NLL of {ahead['after']['realised']:.1f}; more steps or "
-                f"a larger clamp may help"
-            )
-    elif report.gain is not None and report.gain < LOW_GAIN:
+    if ahead.get("used") and ahead["after"]["realised"] > 1.0:
         warnings.append(
-            f"only {report.gain:.0%} of the planned change is realised; lower the weight, or "
-            f"raise the gain"
+            f"the answers end at an NLL of {ahead['after']['realised']:.1f}; more steps or a "
+            "larger clamp may help"
         )
     for layer, norm in report.relative_norm.items():
         if norm > LARGE_NORM:

@@ -19,7 +19,7 @@ from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.methods.base import Method
-from knowedit.methods.locate.checks import first_token_warnings, outcome, sink_warnings
+from knowedit.methods.locate.checks import first_token_warnings, outcome, planned, sink_warnings
 from knowedit.methods.locate.keys import group_by_subject
 from knowedit.methods.locate.keysets import ContextKeys, Keys
 from knowedit.methods.locate.metrics import Covariance, Metric
@@ -27,7 +27,7 @@ from knowedit.methods.locate.spreads import Even, Spread
 from knowedit.methods.locate.targets import HiddenState, Target
 from knowedit.methods.locate.task import Material, Runtime, Task, WrittenLayers
 from knowedit.methods.locate.trainings.base import Training
-from knowedit.methods.locate.values import Targets
+from knowedit.methods.locate.values import AtProjections, Targets, problem_of
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
 from knowedit.models.load import accepts_model
@@ -138,7 +138,8 @@ class Recipe(Method):
             ModelError: a layer that does not exist.
         """
         preset, layers = preset_for(model), self.statistics_layers(model)
-        values, warnings = self.target.resolved(preset, self.runtime), []
+        at_projection = problem_of(model, layers) is AtProjections
+        values, warnings = self.target.resolved(preset, self.runtime, at_projection), []
         if not preset.measured and (self.layers is None or not self.target.complete):
             how = (
                 "by calibration" if preset.origin == "calibrated" else "as published for this shape"
@@ -164,6 +165,7 @@ class Recipe(Method):
             layers=layers,
             values=values,
             statistics=statistics or KeyStatistics({}),
+            of_mlp=self.target.of_mlp or at_projection,
             material=self.material,
             runtime=self.runtime,
             history=history,
@@ -195,18 +197,24 @@ class Recipe(Method):
             fingerprint=task.model.fingerprint,
             report=report,
             keys=written.keys,
+            plan=planned(task, targets, written),
         )
 
     def write(self, task: Task, metric: Metric, targets: Targets) -> WrittenLayers:
-        """From values to factors, layer by layer; each layer sees what those below it have
-        written.
+        """From values to factors, layer by layer; each layer sees what those below it have written.
+
+        It writes its own value where it has one, else its share of what is still missing at the
+        last layer.
         """
         written = WrittenLayers()
         for i, layer in enumerate(task.layers):
             with task.model.virtual(written.factors):
-                found = self.keys.at(task, layer, of_mlp=self.target.of_mlp)
-            missing = targets.wanted.to(found.outputs.device) - found.outputs
-            residual = self.spread.share(missing, len(task.layers) - i)
+                found = self.keys.at(task, layer, of_mlp=task.of_mlp)
+            if targets.lower is not None:
+                residual = targets.of_layers()[:, i].double().to(found.outputs.device)
+            else:
+                missing = targets.wanted.to(found.outputs.device) - found.outputs
+                residual = self.spread.share(missing, len(task.layers) - i)
             solver, chosen = metric.solver(task.statistics, layer, found.keys.T, task.history)
             written.add(layer, residual, solver, found, chosen)
         return written

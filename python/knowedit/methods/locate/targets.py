@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowedit.io.config import Config
 from knowedit.io.progress import bar
 from knowedit.methods.locate.task import Runtime, Task
 from knowedit.methods.locate.values import (
+    AT_PROJECTION,
+    AtModules,
     Problem,
     Targets,
     ValueSettings,
@@ -22,7 +23,6 @@ from knowedit.methods.locate.values import (
 )
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
-from knowedit.models.partial import Hook, hooked
 from knowedit.models.structure import attention_of
 
 
@@ -42,8 +42,12 @@ class Target(Config):
         return all(value is not None for value in vars(self).values())
 
     @abstractmethod
-    def resolved(self, preset: Preset, runtime: Runtime) -> ValueSettings:
-        """The numbers to optimise with; what is None is the preset's."""
+    def resolved(
+        self, preset: Preset, runtime: Runtime, at_projection: bool = False
+    ) -> ValueSettings:
+        """The numbers to optimise with; what is None is the preset's, or what suits values at the
+        MLP's projection on a model where they are planned there.
+        """
 
     @abstractmethod
     def values(self, task: Task) -> Targets:
@@ -54,6 +58,10 @@ class Target(Config):
 class HiddenState(Target):
     """The layer's output at the subject's last token, optimised until the model says the new
     object (ROME, Meng et al. 2022, eq. 4). What is None comes from the model's preset.
+
+    Where something stands between an MLP's projection and the layer's output (a norm, a gate, a
+    factor), the value is the projection's output instead, and every edited layer has its own,
+    planned together.
 
     Attributes:
         steps: gradient evaluations, the last of which only measures.
@@ -85,8 +93,11 @@ class HiddenState(Target):
         given = {name: value for name, value in vars(self).items() if value is not None}
         return given | ({"lr": None} if self.lr == "calibrated" else {})
 
-    def resolved(self, preset: Preset, runtime: Runtime) -> ValueSettings:
-        return ValueSettings(**{**preset.values, **self._given(), **vars(runtime)})
+    def resolved(
+        self, preset: Preset, runtime: Runtime, at_projection: bool = False
+    ) -> ValueSettings:
+        chosen = {**preset.values, **(AT_PROJECTION if at_projection else {})}
+        return ValueSettings(**{**chosen, **self._given(), **vars(runtime)})
 
     def values(self, task: Task) -> Targets:
         return self._optimised(task, task.groups, "optimising values", "values")
@@ -96,7 +107,7 @@ class HiddenState(Target):
             return optimise_values(
                 task.model,
                 groups,
-                task.layers[-1],
+                task.layers,
                 task.values,
                 problem=self.problem,
                 progress=advance,
@@ -124,66 +135,45 @@ def merge(leaves: Targets, task: Task) -> Targets:
     noise.)
     """
     owner = torch.tensor([number for number, group in enumerate(task.groups) for _ in group])
-    parts = []
-    for number in range(len(task.groups)):
-        rows = leaves.delta[owner == number].double()
-        length = rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        unit = rows / length
-        gram = unit @ unit.T + 1e-3 * torch.eye(len(unit), dtype=unit.dtype)
-        parts.append((unit.T @ torch.linalg.solve(gram, length))[:, 0])
 
     def mean(x: Tensor) -> Tensor:
         rows = [x[owner == number].float().mean(0) for number in range(len(task.groups))]
         return torch.stack(rows)
 
-    value, delta = mean(leaves.value), torch.stack(parts).float()
+    def reaching(delta: Tensor) -> Tensor:
+        return torch.stack([_reaching(delta[owner == n]) for n in range(len(task.groups))])
+
+    value, delta = mean(leaves.value), reaching(leaves.delta)
     longest = task.values.clamp * value.norm(dim=1)
     delta = delta * (longest / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1)[:, None]
-    return Targets(delta, value, mean(leaves.loss), mean(leaves.nll), mean(leaves.steps))
+    below = leaves.lower
+    lower = None if below is None else torch.stack([reaching(x) for x in below.unbind(1)], 1)
+    return Targets(delta, value, mean(leaves.loss), mean(leaves.nll), mean(leaves.steps), lower)
 
 
-class TwoDeltas(Problem):
+def _reaching(deltas: Tensor) -> Tensor:
+    """The smallest vector that reaches as far as each of `deltas` `[n, hidden]` in its
+    direction.
+    """
+    rows = deltas.double()
+    length = rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    unit = rows / length
+    gram = unit @ unit.T + 1e-3 * torch.eye(len(unit), dtype=unit.dtype)
+    return (unit.T @ torch.linalg.solve(gram, length))[:, 0].float()
+
+
+class TwoDeltas(AtModules):
     """Two deltas a group, `[groups, 2, hidden]`: of the attention's and the MLP's output of the
-    layer.
+    last layer.
     """
 
     @classmethod
-    def at(cls, layer: int, model: EditableModel, plans: Sequence[Any]) -> Problem:
-        return super().at(layer - 1, model, plans)
+    def at(cls, layers: tuple[int, ...], model: EditableModel, plans: Sequence[Any]) -> Problem:
+        return super().at(layers[-1:], model, plans)
 
-    def states(self, rows: Tensor) -> Tensor:
-        seen: dict[int, Tensor] = {}
-
-        def see(part: int, output: Tensor) -> None:
-            seen[part] = output[:, 0]
-
-        with torch.no_grad(), self._hooked(see):
-            self.part.select(rows).run()
-        return torch.stack([seen[0], seen[1]], 1)
-
-    def run(self, delta: Tensor) -> Tensor:
-        each = delta[self.of_row]
-
-        def add(part: int, output: Tensor) -> Tensor:
-            lifted = output[:, :1] + each[:, part : part + 1].to(output)
-            return torch.cat([lifted, output[:, 1:]], 1)
-
-        with self._hooked(add):
-            return self.part.run()
-
-    def _hooked(
-        self, change: Callable[[int, Tensor], Tensor | None]
-    ) -> AbstractContextManager[None]:
-        """Pass the outputs of the attention (part 0) and the MLP's projection (part 1) through
-        `change`.
-        """
-        layer = self.part.from_layer
-        modules = attention_of(self.model, layer), self.model.projection(layer)
-
-        def hook(part: int) -> Hook:
-            return lambda _, output: change(part, output)
-
-        return hooked({module: hook(part) for part, module in enumerate(modules)})
+    def modules(self) -> Sequence[nn.Module]:
+        (layer,) = self.layers
+        return [attention_of(self.model, layer), self.model.projection(layer)]
 
 
 @dataclass(frozen=True)

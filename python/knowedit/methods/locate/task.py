@@ -15,7 +15,7 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import training_neighbours
 from knowedit.io.config import Config
 from knowedit.methods.locate.keys import GroupKeys
-from knowedit.methods.locate.values import ValueSettings
+from knowedit.methods.locate.values import AtProjections, ValueSettings, problem_of
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics
 from knowedit_kernels import EditSolver
@@ -65,6 +65,7 @@ class Task:
         name: of the method, for progress and reports.
         groups: facts that share a value.
         layers: edited layers, ascending; values are optimised at the last one.
+        of_mlp: values are outputs of the MLP's projection, not of the layer.
         values: numbers of the value optimisation.
         statistics: of `layers`; empty for a metric that needs none.
         material, runtime: as in the recipe.
@@ -79,6 +80,7 @@ class Task:
     layers: tuple[int, ...]
     values: ValueSettings
     statistics: KeyStatistics
+    of_mlp: bool = False
     material: Material = field(default_factory=Material)
     runtime: Runtime = field(default_factory=Runtime)
     history: History | None = None
@@ -88,6 +90,11 @@ class Task:
     @property
     def facts(self) -> list[Fact]:
         return [fact for group in self.groups for fact in group]
+
+    @property
+    def at_projection(self) -> bool:
+        """Whether values are planned at the MLPs' projections, as the model requires."""
+        return problem_of(self.model, self.layers) is AtProjections
 
     def neighbour_prompts(self, count: int) -> list[list[str]]:
         """For each fact up to `count` prompts on other subjects of the same relation."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Through, TrainedTexts, WriteOuts
+from knowedit.methods.locate.values import AT_PROJECTION, ValueSettings
 from knowedit.models.editable import EditableModel
 
 
@@ -161,17 +162,24 @@ def _price(frozen: FrozenLayer, out: Tensor) -> Tensor:
 
 
 def state_norms(
-    model: EditableModel, groups: Sequence[Sequence[Fact]], layers: Sequence[int]
+    model: EditableModel,
+    groups: Sequence[Sequence[Fact]],
+    layers: Sequence[int],
+    at_projection: bool = False,
 ) -> dict[int, Tensor]:
     """`{layer: [groups]}` length of the clean hidden state at the lookup tokens of the bare
-    prompts, mean over a group.
+    prompts, mean over a group; where values are written at the projection, of what stands for it
+    there.
     """
     rows = [model.row(fact.text, fact.subject) for group in groups for fact in group]
     owner = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     norms = {}
     for layer in layers:
-        outputs = model.keys(rows, [layer], outputs=True)[1]
-        assert outputs is not None
+        keys, outputs = model.keys(rows, [layer], outputs=not at_projection)
+        if outputs is None:
+            with torch.no_grad():
+                outputs = model.projection(layer)(keys[layer].to(model.weight(layer)))
+            outputs = outputs * (AT_PROJECTION["clamp"] / ValueSettings.clamp)
         total = torch.zeros(len(groups)).index_add(0, owner, outputs.norm(dim=1).float().cpu())
         norms[layer] = total / torch.bincount(owner, minlength=len(groups))
     return norms

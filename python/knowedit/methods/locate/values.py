@@ -10,17 +10,20 @@ each other, so the result is that of the per-fact loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.models.editable import EditableModel
-from knowedit.models.partial import PartialModel
+from knowedit.models.partial import Hook, PartialModel, hooked
 from knowedit.models.texts import AnswerLoss, KeepLoss, Places, answer_places
 from knowedit.models.tokens import Row
 
@@ -78,6 +81,11 @@ class ValueSettings(Config):
             )
 
 
+#: The numbers of values at an MLP's projection, where no others are given: relative to what it
+#: writes by itself, which is much shorter than the hidden state that presets are meant for.
+AT_PROJECTION: Mapping[str, Any] = {"lr": None, "clamp": 4.0}
+
+
 @dataclass(frozen=True)
 class Targets:
     """Optimised values, one per group of facts (a group shares a subject, or is a single fact).
@@ -89,6 +97,8 @@ class Targets:
         loss: `[groups]` last loss; `nll`: `[groups]` its negative log-likelihood part (nats a
             token).
         steps: `[groups]` updates made.
+        lower: `[groups, layers - 1, hidden]` what the layers below the last are to write, where
+            each layer has a value of its own (`AtProjections`).
     """
 
     delta: Tensor
@@ -96,6 +106,7 @@ class Targets:
     loss: Tensor
     nll: Tensor
     steps: Tensor
+    lower: Tensor | None = None
 
     @property
     def wanted(self) -> Tensor:
@@ -104,7 +115,17 @@ class Targets:
 
     def select(self, groups: Sequence[int]) -> Targets:
         """Those of some groups."""
-        return Targets(*(value[list(groups)] for value in vars(self).values()))
+        rows: dict[str, Any] = {
+            name: part if part is None else part[list(groups)] for name, part in vars(self).items()
+        }
+        return Targets(**rows)
+
+    def of_layers(self) -> Tensor:
+        """`[groups, layers, hidden]` what each layer is to write; one layer, unless each has its
+        own.
+        """
+        last = self.delta[:, None]
+        return last if self.lower is None else torch.cat([self.lower, last], 1)
 
 
 def prompt_rows(
@@ -120,13 +141,20 @@ def prompt_rows(
 def optimise_values(
     model: EditableModel,
     groups: Sequence[Sequence[Fact]],
-    layer: int,
+    layer: int | Sequence[int],
     settings: ValueSettings | None = None,
     *,
     problem: type[Problem] | None = None,
     progress: Callable[[float], None] = lambda groups: None,
 ) -> Targets:
-    """Optimise one value per group of facts at `layer`'s output, or where `problem` says.
+    """Optimise one value per group of facts where it is written.
+
+    That is the last layer's output, where an MLP's output is added to the residual as it is; else,
+    through whatever stands in between, the output projections of all layers (`problem_of`).
+
+    Args:
+        layer: one, or several that write together, ascending.
+        problem: where else the values are.
 
     Raises:
         EditError: a group is empty, or an answer or subject cannot be tokenised as needed.
@@ -134,34 +162,41 @@ def optimise_values(
     settings = settings or ValueSettings()
     if any(not group for group in groups):
         raise EditError("a group without facts cannot be optimised")
-    model.check_layers([layer])
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    model.check_layers(layers)
+    problem = problem or problem_of(model, layers)
     model = model.draft() if settings.draft else model
     plans = [Plan.of(model, group, settings) for group in groups]
-    return optimise_plans(model, plans, layer, settings, problem=problem, progress=progress)
+    return optimise_plans(model, plans, layers, settings, problem=problem, progress=progress)
 
 
 def optimise_plans(
     model: EditableModel,
     plans: Sequence[Plan],
-    layer: int,
+    layer: int | Sequence[int],
     settings: ValueSettings,
     *,
     problem: type[Problem] | None = None,
     progress: Callable[[float], None] = lambda groups: None,
 ) -> Targets:
-    """Optimise one value per plan, whose rows the caller has tokenised; see `optimise_values`."""
-    result = Targets(
-        *(torch.zeros(len(plans), n).squeeze(-1) for n in (model.hidden, model.hidden, 1, 1, 1))
-    )
+    """Optimise one value per plan, whose rows the caller has tokenised; see `optimise_values`.
+    None: values at the layer's output, whatever stands between it and the MLP.
+    """
+    problem = problem or Problem
+    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    count, own = len(plans), problem.each_layer and len(layers) > 1
+    lower = torch.zeros(count, len(layers) - 1, model.hidden) if own else None
+    delta, value = torch.zeros(2, count, model.hidden)
+    loss, nll, steps = torch.zeros(3, count)
+    result = Targets(delta, value, loss, nll, steps, lower)
     # another batch costs a CPU as much as some 30 tokens (the weights are read again), a GPU far
     # more
     spare = 32 if model.device.type == "cpu" else settings.budget
     for batch in _chunks(plans, settings.budget, spare):
-        part = _optimise(
-            model, [plans[i] for i in batch], layer, settings, problem or Problem, progress
-        )
+        part = _optimise(model, [plans[i] for i in batch], layers, settings, problem, progress)
         for whole, piece in zip(vars(result).values(), vars(part).values()):
-            whole[batch] = piece.to(whole)
+            if whole is not None:
+                whole[batch] = piece.to(whole)
     return result
 
 
@@ -224,15 +259,16 @@ def _chunks(plans: Sequence[Plan], budget: int, spare: int) -> list[list[int]]:
 def _optimise(
     model: EditableModel,
     plans: Sequence[Plan],
-    layer: int,
+    layers: tuple[int, ...],
     s: ValueSettings,
     kind: type[Problem],
     progress: Callable[[float], None],
 ) -> Targets:
     device, count = model.device, len(plans)
-    problem = kind.at(layer, model, plans)
+    problem = kind.at(layers, model, plans)
     value = problem.mean_bare()  # [groups, parts, hidden], like delta
     norm = value.norm(dim=2, keepdim=True)
+    clamp = s.clamp / len(layers) if kind.each_layer else s.clamp
     lr = torch.as_tensor(
         s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5, device=device
     ).expand_as(norm)
@@ -266,7 +302,7 @@ def _optimise(
             / ((second[live] / (1 - 0.999**step)).sqrt() + 1e-8)
         )
         moved = variable.detach() - update
-        moved = moved * (s.clamp * norm[live] / moved.norm(dim=2, keepdim=True)).clamp(max=1)
+        moved = moved * (clamp * norm[live] / moved.norm(dim=2, keepdim=True)).clamp(max=1)
         delta[live] = torch.where(active[:, None, None], moved, variable.detach())
         done[live] += active.to(done)
         if step % check == 0 and int(active.sum()) < 0.8 * len(live):
@@ -275,7 +311,8 @@ def _optimise(
                 break
             problem = problem.select(active.nonzero()[:, 0].tolist())
     progress(count * (1 - step / s.steps))  # the steps that early stopping saved
-    return Targets(delta[:, -1], value[:, -1], loss, nll, done)
+    lower = delta[:, :-1] if kind.each_layer else None
+    return Targets(delta[:, -1], value[:, -1], loss, nll, done, lower)
 
 
 def _safe_norm(x: Tensor) -> Tensor:
@@ -287,19 +324,26 @@ def _safe_norm(x: Tensor) -> Tensor:
 class Problem:
     """The rows of some groups on one partial model: deltas in, per-group NLL and KL out.
 
-    Here the delta is added to the layer's output. A subclass may add several vectors `[groups,
-    parts, hidden]` in other places; the last part is the one that is written.
+    Here the delta is added to the last layer's output. A subclass may add several vectors `[groups,
+    parts, hidden]` in other places; the last part is the one that is written, or each part by a
+    layer of its own (`each_layer`).
     """
 
+    each_layer: ClassVar[bool] = False
+
     @classmethod
-    def at(cls, layer: int, model: EditableModel, plans: Sequence[Plan]) -> Problem:
-        """The problem of these plans for values at `layer`."""
-        return cls(plans, PartialModel(model, _inputs(plans), layer + 1))
+    def at(cls, layers: tuple[int, ...], model: EditableModel, plans: Sequence[Plan]) -> Problem:
+        """The problem of these plans for values at `layers`."""
+        return cls(plans, PartialModel(model, _inputs(plans), layers[-1] + 1), layers)
 
     def __init__(
-        self, plans: Sequence[Plan], part: PartialModel, clean: Tensor | None = None
+        self,
+        plans: Sequence[Plan],
+        part: PartialModel,
+        layers: tuple[int, ...],
+        clean: Tensor | None = None,
     ) -> None:
-        self.plans, self.part, self.model = plans, part, part.model
+        self.plans, self.part, self.layers, self.model = plans, part, layers, part.model
         scored: list[tuple[int, int, int]] = []  # row, place, token
         owner: list[int] = []
         weight: list[float] = []
@@ -335,7 +379,7 @@ class Problem:
         kept = torch.tensor(groups, device=self.of_row.device)
         rows = torch.isin(self.of_row, kept).nonzero()[:, 0]
         plans = [self.plans[g] for g in groups]
-        return type(self)(plans, self.part.select(rows), self.keep.clean[kept])
+        return type(self)(plans, self.part.select(rows), self.layers, self.keep.clean[kept])
 
     def mean_bare(self) -> Tensor:
         """`[groups, parts, hidden]` clean states at the subject of the bare prompts, float32."""
@@ -364,6 +408,69 @@ class Problem:
         weighted = losses * self.weight
         nll = weighted.new_zeros(len(self.plans)).index_add(0, self.owner, weighted)
         return nll, self.keep(self.keep.places.logits(self.model, final))
+
+
+class AtModules(Problem):
+    """Deltas that are added to the outputs of modules, one a module; the partial model begins at
+    the lowest of their layers.
+    """
+
+    @classmethod
+    def at(cls, layers: tuple[int, ...], model: EditableModel, plans: Sequence[Plan]) -> Problem:
+        return cls(plans, PartialModel(model, _inputs(plans), layers[0]), layers)
+
+    @abstractmethod
+    def modules(self) -> Sequence[nn.Module]:
+        """In the order of the parts."""
+
+    def states(self, rows: Tensor) -> Tensor:
+        seen: dict[int, Tensor] = {}
+
+        def see(part: int, output: Tensor) -> None:
+            seen[part] = output[:, 0]
+
+        with torch.no_grad(), self._hooked(see):
+            self.part.select(rows).run()
+        return torch.stack([seen[part] for part in sorted(seen)], 1)
+
+    def run(self, delta: Tensor) -> Tensor:
+        each = delta[self.of_row]
+
+        def add(part: int, output: Tensor) -> Tensor:
+            lifted = output[:, :1] + each[:, part : part + 1].to(output)
+            return torch.cat([lifted, output[:, 1:]], 1)
+
+        with self._hooked(add):
+            return self.part.run()
+
+    def _hooked(
+        self, change: Callable[[int, Tensor], Tensor | None]
+    ) -> AbstractContextManager[None]:
+        """Pass the outputs of the modules through `change`, with the number of the part."""
+
+        def hook(part: int) -> Hook:
+            return lambda _, output: change(part, output)
+
+        return hooked({module: hook(part) for part, module in enumerate(self.modules())})
+
+
+class AtProjections(AtModules):
+    """One delta a layer, added to the output of its MLP's projection and planned together: what is
+    planned is what will be written, through whatever norm, gate or factor follows it.
+    """
+
+    each_layer = True
+
+    def modules(self) -> Sequence[nn.Module]:
+        return [self.model.projection(layer) for layer in self.layers]
+
+
+def problem_of(model: EditableModel, layers: Sequence[int]) -> type[Problem]:
+    """Where values are planned: at the last layer's output, which costs least, if every layer adds
+    what its MLP's projection writes to the residual as it is; else at the projections.
+    """
+    plain = all(model.layout.stream(layer).kind == "identity" for layer in layers)
+    return Problem if plain else AtProjections
 
 
 def _inputs(plans: Sequence[Plan]) -> list[Row]:

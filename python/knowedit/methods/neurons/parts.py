@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,17 +52,7 @@ class Switch:
         eye = torch.eye(score.shape[1], dtype=torch.float64, device=score.device)
         mean = torch.stack([x.mean(0) for x in sets]).sum(0)
         one = torch.linalg.solve(square + 1e-2 * square.diagonal().mean() * eye, mean).float()
-        mlp = mlp_of(model, layer)
-        act = next(
-            (
-                getattr(mlp, name)
-                for name in ("act_fn", "act", "activation_fn")
-                if hasattr(mlp, name)
-            ),
-            None,
-        )
-        if act is None:
-            raise EditError(f"{model.name}: the activation of layer {layer}'s MLP was not found")
+        act = activation_of(model, layer, mlp_of(model, layer))
         return cls(score, one, sharpness, width, act, len(read_modules(model, layer)) == 2)
 
     @property
@@ -87,6 +78,30 @@ class Switch:
         """`[n, groups]` how far each is closed at MLP inputs `[n, hidden]`."""
         fired = self.act(x @ self.gates.T) * ((x @ self.one)[:, None] if self.gated else 1)
         return (fired[:, ::2] - fired[:, 1::2]) / (self.sharpness * self.width)
+
+
+def check_keys(model: EditableModel, layer: int, inputs: Tensor, keys: Tensor) -> None:
+    """Raise EditError where the MLP's keys `[n, d_ff]` are not what its neurons say to its inputs
+    `[n, hidden]`: with a norm in between, a neuron that fires would silence all the others.
+    """
+    mlp, x = mlp_of(model, layer), inputs.to(model.weight(layer))
+    with torch.no_grad():
+        first, *gated = (module(x) for module in read_modules(model, layer).values())
+        said = activation_of(model, layer, mlp)(first) * (gated[0] if gated else 1)
+    if (said.float() - keys).norm() > 0.05 * keys.norm():
+        raise EditError(
+            f"{model.name}: something stands between the neurons of layer {layer} and the MLP's "
+            "output projection (a norm?), so they cannot be rewritten one by one; use MEMIT"
+        )
+
+
+def activation_of(model: EditableModel, layer: int, mlp: Any) -> Callable[[Tensor], Tensor]:
+    """The MLP's activation. Raises EditError when it is not found."""
+    names = ("act_fn", "act", "activation_fn")
+    act = next((getattr(mlp, name) for name in names if hasattr(mlp, name)), None)
+    if act is None:
+        raise EditError(f"{model.name}: the activation of layer {layer}'s MLP was not found")
+    return act
 
 
 def separate(own: Tensor, owner: Tensor, others: Sequence[Tensor], ridge: float) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from knowedit.facts.fact import Fact
@@ -36,11 +36,18 @@ class Training(Config):
 
 def frozen_layers(task: Task, written: WrittenLayers) -> tuple[dict[int, FrozenLayer], WriteOuts]:
     """What the solvers of a write fix at each layer, and its write-outs to start from."""
-    norms = state_norms(task.model, task.groups, task.layers)
+    norms = state_norms(task.model, task.groups, task.layers, task.at_projection)
     layers = {
         layer: FrozenLayer.of(*solved, norms[layer]) for layer, solved in written.solved.items()
     }
     return layers, {layer: left.T.contiguous() for layer, (left, _) in written.factors.items()}
+
+
+def settings_for(settings: TrainingSettings, task: Task) -> TrainingSettings:
+    """`settings`, with a step that follows from the values' length where these are no hidden
+    states.
+    """
+    return replace(settings, lr=None) if task.at_projection else settings
 
 
 def execution_report(

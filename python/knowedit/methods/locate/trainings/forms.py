@@ -23,6 +23,7 @@ from knowedit.methods.locate.trainings.base import (
     Write,
     execution_report,
     frozen_layers,
+    settings_for,
 )
 from knowedit.methods.locate.values import ESSENCE, Targets
 from knowedit.models.editable import EditableModel
@@ -66,12 +67,13 @@ class ThroughForms(Training):
         self, task: Task, metric: Metric, targets: Targets, written: WrittenLayers, write: Write
     ) -> WrittenLayers:
         layers, start = frozen_layers(task, written)
+        settings = settings_for(self.settings, task)
         with bar(
-            f"{task.name}: refining over forms", self.settings.steps, "steps", show=task.progress
+            f"{task.name}: refining over forms", settings.steps, "steps", show=task.progress
         ) as advance:
             objective = Objective(self.weights, task)
-            found = train_write_outs(layers, start, objective.plan, self.settings, progress=advance)
-        report = execution_report(self.settings, layers, start, found, objective.bare)
+            found = train_write_outs(layers, start, objective.plan, settings, progress=advance)
+        report = execution_report(settings, layers, start, found, objective.bare)
         written.report["look_ahead"] = report | {"weights": asdict(self.weights)}
         return written.with_write_outs(found)
 

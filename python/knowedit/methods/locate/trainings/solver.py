@@ -28,6 +28,7 @@ from knowedit.methods.locate.trainings.base import (
     answer_texts,
     execution_report,
     frozen_layers,
+    settings_for,
 )
 from knowedit.methods.locate.values import Targets
 from knowedit_kernels.jvp import compound_gain
@@ -88,6 +89,12 @@ class ThroughSolver(Training):
             metric = metric.with_gain(used)
             written = write(metric, targets)
         layers, start = frozen_layers(task, written)
+        settings = settings_for(self.settings, task)
+        if through != "edit" and targets.lower is not None:
+            raise EditError(
+                f"{task.model.name}: every layer has a target of its own there; take one layer, or "
+                'training.settings.through="edit"'
+            )
         if through != "edit":
             gains = [layers[layer].gain for layer in task.layers]
             plan_only = through == "plan"
@@ -97,10 +104,10 @@ class ThroughSolver(Training):
             layers = {layer: frozen.diagonal() for layer, frozen in layers.items()}
         bare, plan, rehearsed = self._texts(task, min(layers))
         with bar(
-            f"{task.name}: looking ahead", self.settings.steps, "steps", show=task.progress
+            f"{task.name}: looking ahead", settings.steps, "steps", show=task.progress
         ) as advance:
-            found = train_write_outs(layers, start, plan, self.settings, progress=advance)
-        report = execution_report(self.settings, layers, start, found, bare)
+            found = train_write_outs(layers, start, plan, settings, progress=advance)
+        report = execution_report(settings, layers, start, found, bare)
         report |= {"reasons": why, "gain": used, "rehearsed": rehearsed}
         if through == "edit":
             written = written.with_write_outs(found)

@@ -20,6 +20,7 @@ from knowedit.methods.locate.trainings.base import (
     answer_texts,
     execution_report,
     frozen_layers,
+    settings_for,
 )
 from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
@@ -46,6 +47,7 @@ class ThroughTexts(Training):
         self, task: Task, metric: Metric, targets: Targets, written: WrittenLayers, write: Write
     ) -> WrittenLayers:
         layers, start = frozen_layers(task, written)
+        settings = settings_for(self.settings, task)
         draft, first, budget = task.model.draft(), task.layers[0], task.runtime.budget
         bare = answer_texts(draft, task.groups, first, ("{}",), budget)
         answers = [
@@ -70,11 +72,9 @@ class ThroughTexts(Training):
             part = step // 2 % self.parts
             return [(answers[step % self.parts], 1.0), (kept[part], self.keep)]
 
-        with bar(
-            f"{task.name}: training", self.settings.steps, "steps", show=task.progress
-        ) as advance:
-            found = train_write_outs(layers, start, plan, self.settings, progress=advance)
-        written.report["look_ahead"] = execution_report(self.settings, layers, start, found, bare)
+        with bar(f"{task.name}: training", settings.steps, "steps", show=task.progress) as advance:
+            found = train_write_outs(layers, start, plan, settings, progress=advance)
+        written.report["look_ahead"] = execution_report(settings, layers, start, found, bare)
         return written.with_write_outs(found)
 
     def _kept(self, task: Task, draft: EditableModel, texts: list[str]) -> TrainedTexts:

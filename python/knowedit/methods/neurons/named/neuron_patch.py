@@ -26,8 +26,23 @@ from knowedit.io.progress import bar
 from knowedit.methods.base import Method
 from knowedit.methods.locate.checks import first_token_warnings, outcome_warnings
 from knowedit.methods.locate.keys import group_by_wording
-from knowedit.methods.locate.values import Targets, ValueSettings, optimise_values, prompt_rows
-from knowedit.methods.neurons.parts import Switch, free_neurons, patched, rewritten, separate
+from knowedit.methods.locate.values import (
+    AT_PROJECTION,
+    AtProjections,
+    Targets,
+    ValueSettings,
+    optimise_values,
+    problem_of,
+    prompt_rows,
+)
+from knowedit.methods.neurons.parts import (
+    Switch,
+    check_keys,
+    free_neurons,
+    patched,
+    rewritten,
+    separate,
+)
 from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
@@ -94,7 +109,10 @@ class NeuronPatch(Method):
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
     ) -> Iterator[Edit]:
         """One edit for each of the tasks, a task being groups of facts."""
-        preset = ValueSettings(**preset_for(model).values)
+        numbers = preset_for(model).values
+        if problem_of(model, [layer]) is AtProjections:
+            numbers = {**numbers, **AT_PROJECTION}
+        preset = ValueSettings(**numbers)
         groups = [group for task in tasks for group in task]
         values = self.values or replace(
             preset, clamp=max(2.0, preset.clamp), steps=max(30, preset.steps), draft=True
@@ -128,6 +146,7 @@ class NeuronPatch(Method):
             for row in prompt_rows(model, f, values.contexts)
         ]
         own, keys = at_lookup(model, [row for row, _ in owned], layer)
+        check_keys(model, layer, own, keys)
         owner = torch.tensor([i for _, i in owned], device=own.device)
         near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
         others, moments = zip(
@@ -166,6 +185,7 @@ class NeuronPatch(Method):
             report,
             {layer: keys},
             frozenset(f"layer {layer} neuron {neuron}" for neuron in freed.neurons),
+            plan={layer: targets.delta[[i for i, group in enumerate(groups) for _ in group]]},
         )
 
     def _layer(self, model: EditableModel) -> int:

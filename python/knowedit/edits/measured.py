@@ -1,0 +1,184 @@
+"""What an edit really does, measured on the edited model: at its own facts, and on ordinary text.
+
+A method plans and predicts; what comes of it depends on all that the plan leaves out (norms behind
+the projection, other keys, rounding). So the edit is applied, looked at, and taken back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from knowedit.facts.fact import Fact
+from knowedit.facts.wordings.ordinary import held_out
+from knowedit.io.config import Config
+from knowedit.models.editable import EditableModel
+from knowedit.models.partial import Hook, hooked, read
+from knowedit.models.tokens import batches
+
+if TYPE_CHECKING:
+    from knowedit.edits.edit import Edit
+
+WIDTH = 12  # tokens read of each shipped text: all are run as one batch without padding
+
+#: What is to be added to the output of layers' MLP projections: `{layer: [facts, hidden]}`.
+Plan = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Measured(Config):
+    """What the edited model does.
+
+    Attributes:
+        gain: of each fact, the share of the planned change that appears at the output of the last
+            edited layer, at the subject's last token of the fact's own prompt; empty where nothing
+            was planned there.
+        probability: of each fact, p(new) at its own prompt (geometric mean over the tokens).
+        exact: of each fact, whether its own prompt is answered with the new object.
+        perplexity_before, perplexity: of ordinary text, of the model as it was and edited.
+        kl: mean KL(before || edited) of the next token there, nats.
+        same: share of its places with the same most likely next token.
+        tokens: of ordinary text.
+    """
+
+    gain: tuple[float, ...] = ()
+    probability: tuple[float, ...] = ()
+    exact: tuple[bool, ...] = ()
+    perplexity_before: float = 1.0
+    perplexity: float = 1.0
+    kl: float = 0.0
+    same: float = 1.0
+    tokens: int = 0
+
+    @property
+    def mean_gain(self) -> float | None:
+        return sum(self.gain) / len(self.gain) if self.gain else None
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Of the perplexity after to that before."""
+        return self.perplexity / self.perplexity_before
+
+    def __str__(self) -> str:
+        said = f"{sum(self.exact)} of {len(self.exact)} facts are said at their own prompts"
+        gain = "" if self.mean_gain is None else f", gain {self.mean_gain:.3f}"
+        return (
+            f"{said}{gain}; ordinary text: perplexity {self.perplexity_before:.2f} -> "
+            f"{self.perplexity:.2f}, same next word {self.same:.0%}, KL {self.kl:.4f} nats"
+        )
+
+
+@torch.no_grad()
+def measure(model: EditableModel, edit: Edit, plan: Plan | None = None) -> Measured:
+    """Apply `edit` to `model`, measure, and take it back, which restores every bit.
+
+    Args:
+        plan: what the edit was to add; its gain is measured against this.
+
+    Raises:
+        EditError: it cannot be applied.
+    """
+    facts, clean = edit.facts, _ordinary(model)
+    before = _outputs(model, facts, max(plan)) if plan else None
+    planned = _outputs(model, facts, max(plan), plan) if plan else None
+    with edit.applied_to(model):
+        scores = model.score([fact.text for fact in facts], [fact.target for fact in facts])
+        now = _Ordinary.of(model)
+        after = _outputs(model, facts, max(plan)) if plan else None
+    gain: list[float] = []
+    if before is not None and planned is not None and after is not None:
+        wanted = planned - before
+        found = ((after - before) * wanted).sum(1) / wanted.square().sum(1).clamp(min=1e-30)
+        gain = found.tolist()
+    return Measured(
+        tuple(gain),
+        tuple(score.probability for score in scores),
+        tuple(score.exact for score in scores),
+        tokens=len(now.following),
+        **clean.against(model, now),
+    )
+
+
+def _outputs(
+    model: EditableModel, facts: Sequence[Fact], layer: int, plan: Plan | None = None
+) -> Tensor:
+    """`[facts, hidden]` float32, the layer's output at the subjects of the bare prompts; with what
+    is planned added there.
+    """
+    rows = [model.row(fact.text, fact.subject) for fact in facts]
+    ends = [row.subject or 0 for row in rows]
+    found = torch.empty(len(rows), model.hidden)
+    for batch in batches([end + 1 for end in ends], 4096):
+        ids, _ = model.pad([rows[i].ids[: ends[i] + 1] for i in batch])
+        lines, at = torch.arange(len(batch)), torch.tensor([ends[i] for i in batch])
+
+        def added(delta: Tensor, lines: Tensor = lines, at: Tensor = at) -> Hook:
+            return lambda _, output: output.index_put(
+                (lines.to(output.device), at.to(output.device)), delta.to(output), accumulate=True
+            )
+
+        outputs: list[Tensor] = []
+        changes = {model.projection(k): added(delta[batch]) for k, delta in (plan or {}).items()}
+        with hooked(changes):
+            read(model, ids, outputs={model.layout.layer(layer): outputs.append})
+        found[batch] = outputs[0][lines, at].to(found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Ordinary:
+    """A model on the shipped ordinary text.
+
+    Attributes:
+        states: `[n, hidden]` final hidden states at every token but the texts' last ones.
+        following: `[n]` the tokens that follow.
+    """
+
+    states: Tensor
+    following: Tensor
+
+    @classmethod
+    def of(cls, model: EditableModel) -> _Ordinary:
+        width = min(WIDTH, model.max_length)
+        ids, mask = model.pad([model.row(text).ids[:width] for text in held_out()])
+        places = mask[:, 1:]
+        return cls(model.final_states(ids)[:, :-1][places], ids[:, 1:][places])
+
+    def against(self, model: EditableModel, now: _Ordinary) -> dict[str, float]:
+        """This model's and another one's perplexity, the mean KL(this || now) in nats, and the
+        share of places with the same most likely token.
+        """
+        parts, columns = [], (self.states, now.states, self.following)
+        for mine, other, token in zip(*(column.split(64) for column in columns)):
+            before, after = model.logprobs(mine), model.logprobs(other)
+            at = token[:, None].to(before.device)
+            nll = [-logp.gather(1, at)[:, 0] for logp in (before, after)]
+            kl = (before.exp() * (before - after)).sum(-1)
+            same = (before.argmax(-1) == after.argmax(-1)).to(kl)
+            parts.append(torch.stack([*nll, kl, same], 1))
+        was, then, divergence, share = torch.cat(parts).double().mean(0).tolist()
+        found = {"perplexity_before": was, "perplexity": then}
+        return {n: math.exp(min(x, 700)) for n, x in found.items()} | {
+            "kl": divergence,
+            "same": share,
+        }
+
+
+#: The last one measured of each model without a new edit: which edits were in force, and what it
+#: said.
+_CLEAN: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], _Ordinary]] = WeakKeyDictionary()
+
+
+def _ordinary(model: EditableModel) -> _Ordinary:
+    """The model as it is now on ordinary text; measured once for each set of edits in force."""
+    now = (model.fingerprint, *model.ledger.active)
+    known = _CLEAN.get(model.hf)
+    if known is None or known[0] != now:
+        known = _CLEAN[model.hf] = now, _Ordinary.of(model)
+    return known[1]
