@@ -22,6 +22,7 @@ from knowedit.models.evaluating import evaluating
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.generation import Router, Score
 from knowedit.models.probing import states_of
+from knowedit.models.processor import has_bf16_units
 from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
 from knowedit.models.structure import Layout, detect, own_head
 from knowedit.models.tokens import Row, batches, tokenise
@@ -301,14 +302,16 @@ class EditableModel:
         return self._state.fingerprint
 
     def draft(self) -> EditableModel:
-        """A bfloat16 copy to optimise targets on: a third of the time on CPUs with bfloat16 units.
+        """A copy to optimise targets on, in the dtype whose products are fastest: bfloat16 where
+        the processor has units for it (a third of the time), else float32.
 
         Attention is the plain one on a CPU: torch's fused backward is slow there on short rows.
         Elsewhere a bfloat16 model is its own draft.
         """
         if self.dtype == torch.bfloat16 and self.device.type != "cpu":
             return self
-        copied = copy.deepcopy(self.hf).to(torch.bfloat16)
+        fastest = torch.bfloat16 if has_bf16_units(self.device) else torch.float32
+        copied = copy.deepcopy(self.hf).to(fastest)
         if self.device.type == "cpu":
             copied.set_attn_implementation("eager")
         copied.eval().requires_grad_(False)

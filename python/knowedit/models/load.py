@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from knowedit.errors import ModelError
+from knowedit.models.adapters import base_of, merge
 from knowedit.models.download import DEFAULT_MODEL, name_of, resolve
 from knowedit.models.editable import EditableModel, known_tokenizer
 from knowedit.models.fingerprint import weights_fingerprint
@@ -26,7 +27,7 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
-    attn_implementation: str | None = "sdpa",
+    attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
@@ -36,12 +37,15 @@ def load_model(
     Args:
         name: a hub id, a folder or a GGUF file (dequantised once, into the cache); some models also
             come from the package index when the hub is out of reach, as copies with a name of their
-            own (`knowedit models`). Or a transformers model: it is taken as it is, nothing of it is
-            changed, and the arguments about loading have no effect.
+            own (`knowedit models`). A peft adapter is merged into its base. Or a transformers
+            model: it is taken as it is, nothing of it is changed, and the arguments about loading
+            have no effect.
         tokenizer: a fast tokenizer; default: the one that is saved with the model.
         dtype: as in transformers; float16 is refused on the CPU (its matrix products are ~100x
             slower there).
-        device_map, attn_implementation: as in transformers.
+        device_map: as in transformers.
+        attn_implementation: as in transformers; default: "sdpa" where the model's class has it,
+            else "eager".
         revision: a branch, tag or commit of the hub's repository.
         trust_remote_code: run code that comes with the model. Never asked for at a prompt: a model
             that needs it is refused.
@@ -63,22 +67,57 @@ def load_model(
         if tokenizer is None:
             tokenizer = known_tokenizer(name) or _tokenizer_of(name)
         return EditableModel(name, tokenizer)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source = resolve(str(name), revision=revision, code=trust_remote_code, say=say)
     where = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with _loading(str(name)):
+        adapted = base_of(source, **where)
+        weights, there = source, where
+        if adapted is not None:
+            weights, there = resolve(adapted, say=say), {"trust_remote_code": trust_remote_code}
+        _check_plain(str(name), AutoConfig.from_pretrained(weights, **there))
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            tokenizer = _saved_tokenizer(source, weights, where)
         model = AutoModelForCausalLM.from_pretrained(
-            source,
+            weights,
             dtype=dtype,
             device_map=device_map,
             attn_implementation=attn_implementation,
-            **where,
+            **there,
         )
+        if adapted is not None:
+            model = merge(model, source, **where)
+            say(f"note: the adapter {name} is merged into its base {adapted}; edits are of both")
     called = name_of(str(name), source)
     return EditableModel(model.eval().requires_grad_(False), tokenizer, name=called)
+
+
+def _check_plain(name: str, config: Any) -> None:
+    """Raise ModelError for a checkpoint with quantised weights, before they are read."""
+    parts = (config, config.get_text_config())
+    found = next((q for p in parts if (q := getattr(p, "quantization_config", None))), None)
+    if found is not None:
+        record = found if isinstance(found, dict) else vars(found)
+        method = str(record.get("quant_method", "an unnamed method")).rpartition(".")[2].lower()
+        raise ModelError(
+            f"the weights of {name} are quantised ({method}), and an edit would be rounded away in "
+            "them; edit the original checkpoint, and export the edit as an adapter for this one "
+            "(`knowedit export`)"
+        )
+
+
+def _saved_tokenizer(source: str, weights: str, where: dict[str, Any]) -> Any:
+    """The tokenizer saved with the model; that of its base (`weights`) where an adapter's folder
+    has none.
+    """
+    from transformers import AutoTokenizer
+
+    bare = weights != source and Path(source).is_dir() and not any(Path(source).glob("tokenizer*"))
+    if bare:
+        code = where["trust_remote_code"]
+        return AutoTokenizer.from_pretrained(weights, trust_remote_code=code)
+    return AutoTokenizer.from_pretrained(source, **where)
 
 
 def as_editable(

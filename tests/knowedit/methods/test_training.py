@@ -233,14 +233,15 @@ def test_layer_0_is_refused(tiny_llama):
         lines_of(tiny_llama, [[FACTS[0]]], 0)
 
 
-def test_a_draft_is_a_copy_only_where_it_is_another_model(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("units, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_draft_is_a_copy_only_where_it_is_another_model(tiny_llama, monkeypatch, units, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units)
     draft = tiny_llama.draft()
     assert (
-        draft.dtype == torch.bfloat16
-        and tiny_llama.dtype == torch.float32
-        and draft.hf is not tiny_llama.hf
+        draft.dtype == dtype and tiny_llama.dtype == torch.float32 and draft.hf is not tiny_llama.hf
     )
     tiny_llama.hf.to(torch.bfloat16)
+    assert tiny_llama.draft().dtype == dtype
     assert tiny_llama.draft().hf is not tiny_llama.hf  # another attention, on a CPU
     monkeypatch.setattr(type(tiny_llama), "device", torch.device("cuda"))
     assert tiny_llama.draft() is tiny_llama

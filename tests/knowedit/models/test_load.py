@@ -1,0 +1,105 @@
+"""What `load_model` makes of the checkpoints that there are: adapters, quantised, sharded, and of
+classes without a fused attention.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import knowedit as ke
+from knowedit.edits.changes import LowRank
+from knowedit.edits.edit import Edit
+from knowedit.edits.export.folder import save_edited
+from knowedit.errors import ModelError
+from tests.knowedit.models.tiny import build
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_llama):
+    """The tiny Llama as a folder."""
+    tiny_llama.hf.save_pretrained(tmp_path / "base")
+    tiny_llama.tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(tmp_path, folder):
+    """A folder with a LoRA adapter of it and nothing else."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(1)
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    tuned.save_pretrained(tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@torch.no_grad()
+def test_an_adapter_is_merged_and_its_edit_kept(folder, adapter, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    said: list[str] = []
+    model = ke.load_model(adapter, say=said.append)
+    assert "merged into its base" in said[0] and str(folder) in said[0]
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)
+    torch.testing.assert_close(model.hf(IDS).logits, adapted(IDS).logits)
+    assert model.source == str(adapter)  # not the base: its weights are others
+
+    torch.manual_seed(2)
+    change = LowRank(torch.randn(32, 1), torch.randn(48, 1))
+    edit = Edit("TEST", {model.layout.weight_name(2): change}, [], model.fingerprint)
+    save_edited(model, [edit], tmp_path / "out")
+    with edit.applied_to(model):
+        expected = model.hf(IDS).logits
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(written(IDS).logits, expected)
+    assert (expected - adapted(IDS).logits).abs().max() > 0.1
+
+
+def test_an_adapter_without_its_base(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": None})
+    )
+    with pytest.raises(ModelError, match="does not name its base"):
+        ke.load_model(adapter)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes"])
+def test_quantised_weights_are_refused_before_they_are_read(folder, method):
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=rf"quantised \({method}\).*original checkpoint"):
+        ke.load_model(folder)
+
+
+def test_sharded_bfloat16_weights(tiny_llama, tmp_path):
+    half = tiny_llama.hf.to(torch.bfloat16)
+    half.save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny_llama.tokenizer.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model = ke.load_model(tmp_path)
+    assert model.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(model.hf.parameters(), half.parameters()))
+
+
+@pytest.mark.parametrize("family, attention", [("gptj", "eager"), ("llama", "sdpa")])
+def test_attention_is_what_the_class_has(family, attention, byte_tokenizer, tmp_path):
+    build(family).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    assert ke.load_model(tmp_path).hf.config._attn_implementation == attention
+    if family == "gptj":
+        with pytest.raises(ModelError, match="scaled_dot_product_attention"):
+            ke.load_model(tmp_path, attn_implementation="sdpa")
