@@ -1,16 +1,19 @@
 """Real hosts, as they are and accelerated: CPU-seconds, and how far the results lie apart.
 
-    python -m benchmarks.hosts memit PATH [--edits 8] [--what edit statistics evaluation]
+    python -m benchmarks.hosts memit PATH [--edits 8] [--what statistics edit]
+    python -m benchmarks.hosts alphaedit PATH
 
-PATH is a checkout of kmeng01/memit. A copy of its Python files is made in a temporary folder, with
-what keeps it from a CPU and from a model of today changed in it (`CHANGES`); nothing of it is kept.
-One thread. Texts and facts are the shipped ones, so figures of quality mean nothing here.
+PATH is a checkout of kmeng01/memit or jianghoucheng/AlphaEdit. A copy of its Python files is made
+in a temporary folder, with what keeps it from a CPU and from a model of today changed in it
+(`CHANGES`); nothing of it is kept. One thread. Texts and facts are the shipped ones, so figures of
+quality mean nothing here.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import os
 import shutil
@@ -27,6 +30,7 @@ import torch
 from knowedit.facts.sets import load
 from knowedit.integrations import accelerated
 from knowedit.models.load import load_model
+from knowedit_kernels import NullSpace
 
 #: In the copy: no GPU; layers of transformers 5 give a tensor where they gave a tuple.
 CHANGES = {
@@ -62,6 +66,8 @@ def copied(path: Path, folder: Path) -> None:
 
 def hparams_of(model: Any, folder: Path) -> SimpleNamespace:
     """As the host's files have them for Llama's kind of model."""
+    # the hosts find no parameter by its second name
+    tied = model.hf.get_output_embeddings().weight is model.hf.get_input_embeddings().weight
     return SimpleNamespace(
         layers=[4, 5, 6, 7, 8],
         fact_token="subject_last",
@@ -75,13 +81,15 @@ def hparams_of(model: Any, folder: Path) -> SimpleNamespace:
         mom2_update_weight=15000,
         mom2_dataset="wikipedia",
         mom2_n_samples=60,
+        L2=10,
+        nullspace_threshold=2e-2,
         mom2_dtype="float32",
         rewrite_module_tmp="model.layers.{}.mlp.down_proj",
         layer_module_tmp="model.layers.{}",
         mlp_module_tmp="model.layers.{}.mlp",
         attn_module_tmp="model.layers.{}.self_attn",
         ln_f_module="model.norm",
-        lm_head_module="lm_head",
+        lm_head_module="model.embed_tokens" if tied else "lm_head",
         stats_dir=str(folder),
     )
 
@@ -106,102 +114,118 @@ def corpus(count: int) -> list[dict[str, str]]:
     ]
 
 
-def memit(path: Path, edits: int, what: list[str]) -> dict[str, dict[str, float]]:
+def measured(host: str, path: Path, edits: int, what: list[str]) -> dict[str, dict[str, float]]:
     """Figures of one run each."""
     folder = Path(tempfile.mkdtemp())
     try:
         copied(path, folder)
         sys.path.insert(0, str(folder))
         os.chdir(folder)
-        return _memit(folder, edits, what)
+        bench = Bench(host, folder, edits)
+        found = {}
+        for task in what:
+            found[task] = bench.compare(task)
+            print(json.dumps({task: found[task]}), flush=True)
+        return found
     finally:
         os.chdir("/")
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _memit(folder: Path, edits: int, what: list[str]) -> dict[str, dict[str, float]]:
-    import rome.layer_stats as stats_module  # of the host
-    from memit import memit_main as main
+class Bench:
+    """A host, a model and requests."""
 
-    model = load_model(dtype="float32")
-    hf, tok = model.hf, model.tokenizer
-    hf.config.n_embd, hf.config.n_positions = model.hidden, 2048
-    tok.padding_side = "right"
-    tok.pad_token = tok.pad_token or tok.eos_token
-    hparams = hparams_of(model, folder)
-    stats_module.load_dataset = lambda *_, **__: {"train": corpus(hparams.mom2_n_samples)}
-    main.CONTEXT_TEMPLATES_CACHE = CONTEXTS
-    requests = [
-        {
-            "case_id": i,
-            "prompt": fact.prompt,
-            "subject": fact.subject,
-            "target_new": {"str": fact.target},
-        }
-        for i, fact in enumerate(load("embedded")[:edits])
-    ]
-    weights = {name: p.detach().clone() for name, p in hf.named_parameters() if "down_proj" in name}
-
-    def statistics(where: str) -> list[torch.Tensor]:
-        return [
-            main.layer_stats(
-                *(hf, tok, hparams.rewrite_module_tmp.format(layer), folder / where),
-                "wikipedia",
-                ["mom2"],
-                sample_size=hparams.mom2_n_samples,
-                precision="float32",
-                batch_tokens=1024,
-                download=False,
-            ).mom2.moment()
-            for layer in hparams.layers
+    def __init__(self, host: str, folder: Path, edits: int) -> None:
+        self.host, self.folder = host, folder
+        module = "memit.memit_main" if host == "memit" else "AlphaEdit.AlphaEdit_main"
+        self.main = importlib.import_module(module)
+        self.model = load_model(dtype="float32")
+        hf, tok = self.model.hf, self.model.tokenizer
+        hf.config.n_embd, hf.config.n_positions = self.model.hidden, 2048
+        tok.padding_side = "right"
+        tok.pad_token = tok.pad_token or tok.eos_token
+        self.hparams = hparams_of(self.model, folder)
+        count = self.hparams.mom2_n_samples
+        stats = importlib.import_module("rome.layer_stats")
+        stats.load_dataset = lambda *_, **__: {"train": corpus(count)}  # type: ignore[attr-defined]
+        self.main.CONTEXT_TEMPLATES_CACHE = CONTEXTS
+        self.requests = [
+            {
+                "case_id": i,
+                "prompt": fact.prompt,
+                "subject": fact.subject,
+                "target_new": {"str": fact.target},
+            }
+            for i, fact in enumerate(load("embedded", edits))
         ]
+        for layer in self.hparams.layers:  # an edit's time is without its covariances
+            name = self.hparams.rewrite_module_tmp.format(layer)
+            scale = torch.logspace(-2, 0.5, self.model.d_ff)
+            rows = torch.randn(4096, self.model.d_ff) * scale
+            key = hf.config._name_or_path.replace("/", "_"), name
+            self.main.COV_CACHE[key] = rows.T @ rows / len(rows)
 
-    def edit() -> list[torch.Tensor]:
-        main.apply_memit_to_model(hf, tok, copy.deepcopy(requests), hparams)
-        found = []
-        with torch.no_grad():
-            for name, old in weights.items():
-                parameter = hf.get_parameter(name)
-                if not torch.equal(parameter, old):
-                    found.append(parameter - old)
-                    parameter.copy_(old)
-        return found
-
-    results = {}
-    tasks = {
-        "statistics": lambda way: statistics(way),
-        "edit": lambda way: edit(),
-    }
-    for layer in hparams.layers:  # covariances ready: an edit's time is without them
-        name = hparams.rewrite_module_tmp.format(layer)
-        rows = torch.randn(4096, model.d_ff) * torch.logspace(-1, 0.5, model.d_ff)
-        main.COV_CACHE[hf.config._name_or_path.replace("/", "_"), name] = rows.T @ rows / len(rows)
-    for task in what:
-        plain_time, plain = timed(lambda task=task: tasks[task]("plain"))
-        with accelerated("memit", layers=hparams.layers):
-            fast_time, fast = timed(lambda task=task: tasks[task]("fast"))
-        results[task] = {
+    def compare(self, task: str) -> dict[str, float]:
+        """The host as it is, then accelerated."""
+        run = {"statistics": self.statistics, "edit": self.edit}[task]
+        plain_time, plain = timed(lambda: run("plain"))
+        with accelerated(self.host, layers=self.hparams.layers):
+            fast_time, fast = timed(lambda: run("fast"))
+        return {
             "host_cpu_s": plain_time,
             "accelerated_cpu_s": fast_time,
             "ratio": plain_time / fast_time,
             "largest_relative_difference": max(map(relative, fast, plain)),
         }
-    return results
 
+    def statistics(self, where: str) -> list[torch.Tensor]:
+        """Second moments of all layers, in files of their own."""
+        return [
+            self.main.layer_stats(
+                self.model.hf,
+                self.model.tokenizer,
+                self.hparams.rewrite_module_tmp.format(layer),
+                self.folder / where,
+                "wikipedia",
+                ["mom2"],
+                sample_size=self.hparams.mom2_n_samples,
+                precision="float32",
+                batch_tokens=1024,
+                download=False,
+            ).mom2.moment()
+            for layer in self.hparams.layers
+        ]
 
-HOSTS = {"memit": memit}
+    def edit(self, where: str) -> list[torch.Tensor]:
+        """What is added to the weights, which are given back."""
+        hf = self.model.hf
+        weights = [self.model.weight(layer) for layer in self.hparams.layers]
+        before = [weight.detach().clone() for weight in weights]
+        given = hf, self.model.tokenizer, copy.deepcopy(self.requests), self.hparams
+        if self.host == "memit":
+            self.main.apply_memit_to_model(*given)
+        else:
+            covs = [cov.double() for cov in self.main.COV_CACHE.values()]
+            bases = [NullSpace(cov, threshold=2e-2) for cov in covs]
+            eye = torch.eye(self.model.d_ff)
+            stack = torch.stack([base.inverse(eye).float() for base in bases])
+            self.main.apply_AlphaEdit_to_model(*given, cache_c=torch.zeros_like(stack), P=stack)
+        with torch.no_grad():
+            found = [weight - old for weight, old in zip(weights, before)]
+            for weight, old in zip(weights, before):
+                weight.copy_(old)
+        return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("host", choices=HOSTS)
+    parser.add_argument("host", choices=("memit", "alphaedit"))
     parser.add_argument("path", type=Path)
     parser.add_argument("--edits", type=int, default=8)
     parser.add_argument("--what", nargs="+", default=["statistics", "edit"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = HOSTS[options.host](options.path.resolve(), options.edits, options.what)
-    print(json.dumps(found, indent=2))
+    measured(options.host, options.path.resolve(), options.edits, options.what)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from knowedit.models.load import load_model as load_model
     from knowedit.statistics.keys import KeyStatistics as KeyStatistics
     from knowedit.statistics.keys import key_statistics as key_statistics
+    from knowedit.statistics.moments import second_moments as second_moments
 
 __version__ = "0.1.0"
 
@@ -107,6 +108,7 @@ MODULES = {
     "knowedit.models.editable": ("EditableModel",),
     "knowedit.models.load": ("load_model",),
     "knowedit.statistics.keys": ("KeyStatistics", "key_statistics"),
+    "knowedit.statistics.moments": ("second_moments",),
 }
 __all__ = sorted(["__version__", *(name for names in MODULES.values() for name in names)])
 

@@ -32,8 +32,8 @@ def tokenise(
     *,
     longest: int = 1 << 30,
 ) -> Row:
-    """Tokenise `prompt` (+ `answer`), and find the last token of the last occurrence of `subject`
-    in the prompt.
+    """Tokenise `prompt` (+ `answer`), and find the last token of `subject` in it: where `{}` stands
+    for it in the prompt, or else its last occurrence.
 
     A space goes between prompt and answer unless the prompt ends in white space or in "=" (`join`).
 
@@ -41,6 +41,9 @@ def tokenise(
         EditError: the subject is not in the prompt, ends inside a token, or the text is longer than
             the context.
     """
+    template = subject is not None and prompt.count("{}") == 1
+    given = prompt.index("{}") if template else None
+    prompt = prompt.replace("{}", subject) if template and subject is not None else prompt
     text = prompt if answer is None else join(prompt, answer)
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
@@ -50,7 +53,7 @@ def tokenise(
         )
     where = start = None
     if subject is not None:
-        at = last_place(subject, prompt)
+        at = last_place(subject, prompt) if given is None else given
         if at < 0:
             raise EditError(f"subject {subject!r} does not occur in {prompt!r}")
         end = at + len(subject.rstrip())

@@ -22,3 +22,10 @@ from knowedit.models.tokens import join
 )
 def test_a_blank_before_the_answer_where_the_script_has_one(prompt, answer, whole):
     assert join(prompt, answer) == whole
+
+
+def test_a_template_says_which_occurrence_is_the_subject(tiny_llama):
+    row = tiny_llama.row("{} is not what Rome was", "Rome", "so")
+    assert row.subject == 3 and row.start == 0
+    assert row.ids == tiny_llama.row("Rome is not what Rome was", answer="so").ids
+    assert tiny_llama.row("Rome is not what Rome was", "Rome").subject == 20
