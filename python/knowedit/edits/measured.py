@@ -119,9 +119,12 @@ def _outputs(
         lines, at = torch.arange(len(batch)), torch.tensor([ends[i] for i in batch])
 
         def added(delta: Tensor, lines: Tensor = lines, at: Tensor = at) -> Hook:
-            return lambda _, output: output.index_put(
-                (lines.to(output.device), at.to(output.device)), delta.to(output), accumulate=True
-            )
+            def add(_: Tensor, output: Tensor) -> Tensor:
+                places = lines.to(output.device), at.to(output.device)
+                whole = output.reshape(len(lines), -1, output.shape[-1])  # OPT has texts in a row
+                return whole.index_put(places, delta.to(output), accumulate=True).view_as(output)
+
+            return add
 
         outputs: list[Tensor] = []
         changes = {model.projection(k): added(delta[batch]) for k, delta in (plan or {}).items()}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.activations import ACT2FN
 
 from knowedit.edits.export.folder import save_edited
 from knowedit.errors import EditError
@@ -15,15 +16,22 @@ from knowedit.facts.fact import Fact
 from knowedit.methods import NeuronPatch
 from knowedit.methods.locate.keys import group_by_wording
 from knowedit.methods.locate.values import ValueSettings
-from knowedit.methods.neurons.parts import Switch, free_neurons, patched, separate
+from knowedit.methods.neurons.parts import (
+    Switch,
+    free_neurons,
+    patched,
+    separate,
+    step_of,
+)
 from knowedit.methods.neurons.texts import at_lookup, everywhere
+from knowedit.methods.neurons.wiring import Wiring
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.load import load_model
-from knowedit.models.partial import read_keys
-from knowedit.models.structure import read_modules
+from knowedit.models.partial import read_keys, recorded
 from tests.knowedit.methods.helpers import pair
+from tests.knowedit.models.tiny import build
 
 FACTS = [
     Fact(prompt="The capital of {} is", subject="France", target="Lyon", id="a"),
@@ -61,6 +69,10 @@ def patch(corpus, **others):
         "tokens": 2000,
     }
     return NeuronPatch(**(given | others))
+
+
+def wiring_of(model, layer=1):
+    return Wiring.of(model, layer, *at_lookup(model, [model.row("Some text", "text")], layer))
 
 
 def nll(model, facts):
@@ -171,23 +183,66 @@ def test_directions_separate_what_can_be_separated():
 
 def test_a_switch_is_open_below_and_closed_above(tiny_llama):
     inputs, _ = everywhere(tiny_llama, [tiny_llama.row(text).ids for text in OTHERS], 1)
-    switch = Switch.of(tiny_llama, 1, torch.randn(1, 32), [inputs], 50.0, 0.25)
-    flat = Switch(torch.ones(1, 1), torch.zeros(1), 50.0, 0.25, torch.nn.functional.silu, False)
-    z = torch.tensor([[-3.0], [-0.2], [0.6], [5.0]])
-    fired = (flat.act(50 * z) - flat.act(50 * (z - 0.25))) / 12.5
-    torch.testing.assert_close(fired[:, 0], torch.tensor([0.0, 0.0, 1.0, 1.0]), atol=2e-3, rtol=0)
+    switch = Switch.of(wiring_of(tiny_llama), torch.randn(1, 32), [inputs], 50.0, 0.25)
     assert switch.gates.shape == (2, 32) and switch.write(torch.ones(1, 32)).sum(0).abs().max() == 0
+
+
+@pytest.mark.parametrize(("act", "neurons"), [("silu", 2), ("gelu", 2), ("relu", 2), ("relu2", 3)])
+def test_neurons_of_a_switch_step_once(act, neurons):
+    """Written out: weighted activations of shifted scores, 0 below and 1 above the width."""
+    act = ACT2FN[act]
+    difference, height = step_of(act, 50.0, 0.25, torch.zeros(1))
+    assert len(difference) == neurons
+    shifted = torch.linspace(0, 0.25, neurons)
+    scores = torch.tensor([[-3.0], [-0.2], [0.6], [5.0]])
+    found = (act(50 * (scores - shifted)) @ difference) / height
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, 1.0, 1.0]), atol=3e-3, rtol=0)
+
+
+@pytest.mark.parametrize("act", ["tanh", "sigmoid", "linear"])
+def test_what_does_not_step_is_no_switch(act):
+    with pytest.raises(EditError, match="no switch can be"):
+        step_of(ACT2FN[act], 50.0, 0.25, torch.zeros(1))
+
+
+@pytest.mark.parametrize("family", ["phi3", "falcon", "opt", "gpt_bigcode"])
+def test_wirings_are_found_whatever_the_matrices_are_called(family, byte_tokenizer):
+    """Gate and up in one matrix; one matrix, with a bias or without; activations of any name."""
+    model = EditableModel(build(family), byte_tokenizer)
+    inputs, keys = at_lookup(model, [model.row("Some text", "text")] * 2, 1)
+    wiring = Wiring.of(model, 1, inputs, keys)
+    assert (wiring.up is not None) == (family == "phi3")
+    torch.testing.assert_close(wiring.keys(inputs), keys, rtol=1e-4, atol=1e-4)
+    with pytest.raises(EditError, match="neither act"):
+        Wiring.of(model, 1, inputs, keys.square())
+
+
+@pytest.mark.parametrize("family", ["phi3", "falcon", "opt", "nemotron"])
+def test_a_patch_of_any_wiring_writes_its_value(family, byte_tokenizer, corpus):
+    """At the fact, the output of the MLP's projection moves by the planned value."""
+    model = EditableModel(build(family), byte_tokenizer)
+    edit = patch(corpus).compute(model, FACTS[2:], progress=False)
+    row = model.row(FACTS[2].text, FACTS[2].subject)
+    ids = torch.tensor([row.ids])
+    with recorded([model.projection(1)]) as outputs:
+        model.hf(input_ids=ids)
+        with edit.applied_to(model):
+            model.hf(input_ids=ids)
+    seen = [output.reshape(len(row.ids), -1)[row.subject] for output in outputs]
+    value = edit.plan[1][0]
+    share = float((seen[1] - seen[0]) @ value / (value @ value))
+    assert abs(share - edit.report.gain) < 0.05 and 0.8 < share < 1.2
 
 
 @pytest.mark.parametrize("from_disk", [False, True])
 def test_a_second_patch_spares_the_first(tiny, corpus, tmp_path, from_disk):
     """Also when nothing but the weights remembers it."""
     first = patch(corpus).compute(tiny, FACTS[:2], progress=False)
-    assert not patched(tiny, 1)
+    assert not patched(wiring_of(tiny))
     model = load_model(str(save_edited(tiny, [first], tmp_path / "edited"))) if from_disk else tiny
     if not from_disk:
         first.apply(tiny)
-    assert sorted(first.report.details["neurons"]["1"]) == patched(model, 1)
+    assert sorted(first.report.details["neurons"]["1"]) == patched(wiring_of(model))
     second = patch(corpus).compute(model, FACTS[2:], progress=False)
     assert not set(first.report.details["neurons"]["1"]) & set(
         second.report.details["neurons"]["1"]
@@ -249,9 +304,6 @@ def test_bad_settings_are_refused(tiny_llama, corpus):
         patch(corpus, tokens=10**6).compute(tiny_llama, FACTS, progress=False)
     with pytest.raises(EditError, match="write fewer facts"):
         free_neurons(torch.ones(2, 8), torch.eye(8, dtype=torch.float64), 3)
-    del tiny_llama.layers[1].mlp.gate_proj
-    with pytest.raises(EditError, match="none of gate_proj\\+up_proj"):
-        read_modules(tiny_llama, 1)
 
 
 @pytest.mark.model
@@ -272,9 +324,9 @@ def test_on_the_real_model_neighbours_do_not_move(smollm, tmp_path):
     edit = NeuronPatch(corpus=tmp_path / "texts.txt", tokens=2000).compute(
         smollm, [fact], progress=False
     )
-    assert not any(patched(smollm, layer) for layer in range(len(smollm.layers)))
+    assert not any(patched(wiring_of(smollm, layer)) for layer in range(len(smollm.layers)))
     with edit.applied_to(smollm):
-        assert patched(smollm, 8) == sorted(edit.report.details["neurons"]["8"])
+        assert patched(wiring_of(smollm, 8)) == sorted(edit.report.details["neurons"]["8"])
         moved = (clean.exp() * (clean - smollm.next_logprobs(near))).sum(-1)
         assert all(score.exact for score in smollm.score([fact.text], ["Rome"]))
         rome, paris = smollm.score(asked, ["Rome"] * 2), smollm.score(asked, ["Paris"] * 2)

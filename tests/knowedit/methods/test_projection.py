@@ -219,7 +219,7 @@ def test_neurons_behind_a_norm_are_not_patched(byte_tokenizer, tmp_path):
     """BitNet has a norm between the neurons and the output projection."""
     (tmp_path / "c.txt").write_text("Some text about nothing. " * 40)
     editor = NeuronPatch(layers=(1,), values=VALUES, corpus=str(tmp_path / "c.txt"), tokens=500)
-    with pytest.raises(EditError, match="between the neurons of layer 1"):
+    with pytest.raises(EditError, match="keys of layer 1 are neither"):
         editor.compute(built("BitNet", byte_tokenizer), FACTS[:1], progress=False)
 
 

@@ -59,6 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "bloom": {},
     "falcon": {},
+    "nemotron": {},
     "opt": {"hidden_size": 32},
     "phi3": {"rope_parameters": None},
     "lfm2": {

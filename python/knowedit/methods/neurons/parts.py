@@ -4,104 +4,119 @@ be spared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from knowedit.errors import EditError
-from knowedit.models.editable import EditableModel
-from knowedit.models.structure import mlp_of, read_modules
+from knowedit.methods.neurons.wiring import Activation, Wiring
 from knowedit_kernels.lowrank import Change
 
 
 @dataclass(frozen=True)
 class Switch:
-    """`s(z) = (act(b z) - act(b (z - width))) / (b width)` of scores `z = w.x`: 0 well below 0, 1
-    above `width`.
+    """`s(z) = sum_i c_i act(b (z - i w / n)) / h` of scores `z = w.x`: 0 well below 0, 1 above the
+    width w; a neuron for each of the n + 1 coefficients c, which are those of the n-th difference.
+    One is enough where the activation grows linearly (ReLU, SiLU, GELU); where it grows with the
+    square, it takes two.
 
     Attributes:
         score: `[groups, hidden]` w, of the MLP's input x. one: `[hidden]`, with `one.x` = 1 as
             nearly as can be.
         sharpness: b. act: the MLP's activation. gated: it multiplies another linear function of x.
+        difference: `[n + 1]` c.
+        height: h, the sum far above the width.
     """
 
     score: Tensor
     one: Tensor
     sharpness: float
     width: float
-    act: Callable[[Tensor], Tensor]
+    act: Activation
     gated: bool
+    difference: Tensor
+    height: float
 
     @classmethod
     def of(
         cls,
-        model: EditableModel,
-        layer: int,
+        wiring: Wiring,
         score: Tensor,
         inputs: Sequence[Tensor],
         sharpness: float,
         width: float,
     ) -> Switch:
         """`inputs` `[n, hidden]` each: where `one` is fitted, each set with the same weight (a
-        norm's output has no constant coordinate, but nearly constant combinations)."""
+        norm's output has no constant coordinate, but nearly constant combinations).
+
+        Raises:
+            EditError: no difference of the activation is a step.
+        """
         sets = [x.double() for x in inputs]
         square = sum((x.T @ x / len(x) for x in sets), torch.zeros((), dtype=torch.float64))
         eye = torch.eye(score.shape[1], dtype=torch.float64, device=score.device)
         mean = torch.stack([x.mean(0) for x in sets]).sum(0)
         one = torch.linalg.solve(square + 1e-2 * square.diagonal().mean() * eye, mean).float()
-        act = activation_of(model, layer, mlp_of(model, layer))
-        return cls(score, one, sharpness, width, act, len(read_modules(model, layer)) == 2)
+        difference, height = step_of(wiring.act, sharpness, width, score)
+        gated = wiring.up is not None
+        return cls(score, one, sharpness, width, wiring.act, gated, difference, height)
+
+    @property
+    def neurons(self) -> int:
+        """How many a group takes."""
+        return len(self.difference)
 
     @property
     def gates(self) -> Tensor:
-        """`[2 groups, hidden]` the neurons' first matrix, two rows a group."""
-        return self.sharpness * torch.stack(
-            [self.score, self.score - self.width * self.one], 1
-        ).flatten(0, 1)
+        """`[neurons groups, hidden]` the neurons' first matrix, a row for each neuron of a
+        group.
+        """
+        offsets = torch.linspace(0, self.width, self.neurons).tolist()
+        rows = [self.score - offset * self.one for offset in offsets]
+        return self.sharpness * torch.stack(rows, 1).flatten(0, 1)
 
     @property
     def ones(self) -> Tensor:
-        """`[2 groups, hidden]` what a gated MLP multiplies them by."""
-        return self.one.expand(2 * len(self.score), -1)
+        """`[neurons groups, hidden]` what a gated MLP multiplies them by."""
+        return self.one.expand(self.neurons * len(self.score), -1)
 
     def write(self, values: Tensor) -> Tensor:
-        """`[2 groups, hidden]` what the neurons write, so that a closed switch writes `values`
-        `[groups, hidden]`.
+        """`[neurons groups, hidden]` what the neurons write, so that a closed switch writes
+        `values` `[groups, hidden]`.
         """
-        scaled = values / (self.sharpness * self.width)
-        return torch.stack([scaled, -scaled], 1).flatten(0, 1)
+        weights = (self.difference / self.height).to(values)
+        return (weights[:, None] * values[:, None]).flatten(0, 1)
 
+    @torch.no_grad()
     def at(self, x: Tensor) -> Tensor:
         """`[n, groups]` how far each is closed at MLP inputs `[n, hidden]`."""
         fired = self.act(x @ self.gates.T) * ((x @ self.one)[:, None] if self.gated else 1)
-        return (fired[:, ::2] - fired[:, 1::2]) / (self.sharpness * self.width)
+        weights = (self.difference / self.height).to(fired)
+        return fired.unflatten(1, (-1, self.neurons)) @ weights
 
 
-def check_keys(model: EditableModel, layer: int, inputs: Tensor, keys: Tensor) -> None:
-    """Raise EditError where the MLP's keys `[n, d_ff]` are not what its neurons say to its inputs
-    `[n, hidden]`: with a norm in between, a neuron that fires would silence all the others.
+def step_of(act: Activation, sharpness: float, width: float, like: Tensor) -> tuple[Tensor, float]:
+    """The coefficients of the lowest difference of the activation that is a step, 0 far below and
+    constant far above `width`, and its height; on the device and with the dtype of `like`.
+
+    Raises:
+        EditError: neither the first nor the second is.
     """
-    mlp, x = mlp_of(model, layer), inputs.to(model.weight(layer))
-    with torch.no_grad():
-        first, *gated = (module(x) for module in read_modules(model, layer).values())
-        said = activation_of(model, layer, mlp)(first) * (gated[0] if gated else 1)
-    if (said.float() - keys).norm() > 0.05 * keys.norm():
-        raise EditError(
-            f"{model.name}: something stands between the neurons of layer {layer} and the MLP's "
-            "output projection (a norm?), so they cannot be rewritten one by one; use MEMIT"
-        )
-
-
-def activation_of(model: EditableModel, layer: int, mlp: Any) -> Callable[[Tensor], Tensor]:
-    """The MLP's activation. Raises EditError when it is not found."""
-    names = ("act_fn", "act", "activation_fn")
-    act = next((getattr(mlp, name) for name in names if hasattr(mlp, name)), None)
-    if act is None:
-        raise EditError(f"{model.name}: the activation of layer {layer}'s MLP was not found")
-    return act
+    far = width * torch.tensor([-40, -20, 20, 40], dtype=torch.float64, device=like.device)
+    for coefficients in ([1.0, -1.0], [1.0, -2.0, 1.0]):
+        offsets = torch.linspace(0, width, len(coefficients)).to(far)
+        with torch.no_grad():
+            steps = act(sharpness * (far[:, None] - offsets)) @ torch.tensor(coefficients).to(far)
+        below, under, over, above = steps.tolist()
+        off = max(abs(below), abs(under), abs(above - over))
+        if off <= 1e-2 * abs(above) and abs(above) > 1e-3 * sharpness * width:
+            return torch.tensor(coefficients).to(like), above
+    raise EditError(
+        "this model's activation grows neither linearly nor with the square, so no switch can be "
+        "made of it; use MEMIT"
+    )
 
 
 def separate(own: Tensor, owner: Tensor, others: Sequence[Tensor], ridge: float) -> Tensor:
@@ -206,31 +221,34 @@ def free_neurons(
     return Freed(neurons, left_all, right_all, (lost / output) ** 0.5)
 
 
-def patched(model: EditableModel, layer: int, factor: float = 10.0) -> list[int]:
+def patched(wiring: Wiring, factor: float = 10.0) -> list[int]:
     """Neurons of patches already in the weights, whoever wrote them: their gates are far longer
     than any trained one. They are silent on any text, and would be the first to be freed."""
-    module = next(iter(read_modules(model, layer).values()))
-    length = (
-        (module.weight.T if model.layout.transposed else module.weight).detach().float().norm(dim=1)
-    )
+    length = wiring.gate.weight.norm(dim=1)
     return (length > factor * length.median()).nonzero()[:, 0].tolist()
 
 
 def rewritten(
-    model: EditableModel, layer: int, switch: Switch, freed: Freed, values: Tensor
+    layer: int, wiring: Wiring, switch: Switch, freed: Freed, values: Tensor
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, Change]]:
     """The changes of the output projection, by layer, and of other parameters. The other neurons
     take over what the freed ones did, which then write `values` `[groups, hidden]`; and their
     rows in the matrices that read the MLP's input, a gate and a one for what it multiplies."""
-    place = torch.nn.functional.one_hot(
-        torch.tensor(freed.neurons), model.layout.width(layer)
-    ).T.to(values)  # [d_ff, 2 groups]
+    place = torch.nn.functional.one_hot(torch.tensor(freed.neurons), wiring.gate.count).T.to(
+        values
+    )  # [d_ff, neurons]
     left = torch.cat([freed.left.to(values), switch.write(values).T], 1)
     factors = {layer: (left, torch.cat([freed.right.to(values), place], 1))}
-    others: dict[str, Change] = {}
-    for (name, module), new in zip(read_modules(model, layer).items(), (switch.gates, switch.ones)):
-        weight = (module.weight.T if model.layout.transposed else module.weight).detach().float()
-        others[f"{name}.weight"] = place, (new - place.T @ weight).T.contiguous()
-        if (bias := getattr(module, "bias", None)) is not None:
-            others[f"{name}.bias"] = -bias.detach().float() * place.sum(1)
-    return factors, others
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    biases: dict[str, Tensor] = {}
+    for rows, new in zip(wiring.reads, (switch.gates, switch.ones)):
+        change = (new - place.T @ rows.weight).T.contiguous()
+        pairs.setdefault(f"{rows.name}.weight", []).append((rows.embedded(place), change))
+        if rows.bias is not None:
+            name, change = f"{rows.name}.bias", rows.embedded(-rows.bias * place.sum(1))
+            biases[name] = biases[name] + change if name in biases else change
+    others: dict[str, Change] = {
+        name: (torch.cat([left for left, _ in both], 1), torch.cat([right for _, right in both], 1))
+        for name, both in pairs.items()
+    }
+    return factors, others | biases

@@ -86,4 +86,5 @@ def _observed(
         )
         for line, i in enumerate(batch):
             live = mask[line].to(inputs[0].device)
-            yield i, inputs[0][line][live].float(), keys[0][line][live].float()
+            x, k = (found[0].reshape(*mask.shape, -1)[line] for found in (inputs, keys))
+            yield i, x[live].float(), k[live].float()

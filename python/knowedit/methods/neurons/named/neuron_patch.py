@@ -1,4 +1,5 @@
-"""NeuronPatch: store each fact in two rewritten neurons, which fire at the fact's own tokens only.
+"""NeuronPatch: store each fact in two rewritten neurons, which fire at the fact's own tokens only
+(in three, where the activation is a square).
 
 A linear update answers every key a little, and that is what drifts; a neuron is silent below its
 threshold. Adding a neuron for a mistake is the idea of Transformer-Patcher (Huang et al. 2023, "One
@@ -37,13 +38,13 @@ from knowedit.methods.locate.values import (
 )
 from knowedit.methods.neurons.parts import (
     Switch,
-    check_keys,
     free_neurons,
     patched,
     rewritten,
     separate,
 )
 from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
+from knowedit.methods.neurons.wiring import Wiring
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
 from knowedit.statistics import KeyStatistics
@@ -146,15 +147,14 @@ class NeuronPatch(Method):
             for row in prompt_rows(model, f, values.contexts)
         ]
         own, keys = at_lookup(model, [row for row, _ in owned], layer)
-        check_keys(model, layer, own, keys)
+        wiring = Wiring.of(model, layer, own, keys)
         owner = torch.tensor([i for _, i in owned], device=own.device)
         near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
         others, moments = zip(
             ordinary, everywhere(model, [model.row(text).ids for text in near], layer)
         )
         switch = Switch.of(
-            model,
-            layer,
+            wiring,
             separate(own, owner, others, self.ridge),
             [*others, own],
             self.sharpness,
@@ -162,7 +162,7 @@ class NeuronPatch(Method):
         )
         weight = model.weight(layer).T if model.layout.transposed else model.weight(layer)
         freed = free_neurons(
-            weight, torch.stack(moments).mean(0), 2 * len(groups), patched(model, layer)
+            weight, torch.stack(moments).mean(0), switch.neurons * len(groups), patched(wiring)
         )
         closed = switch.at(own).gather(1, owner[:, None])
         chosen = {
@@ -171,7 +171,7 @@ class NeuronPatch(Method):
             "freed": freed.loss,
             "leak": max(float(switch.at(x).abs().max()) for x in others),
         }
-        factors, reads = rewritten(model, layer, switch, freed, targets.delta.to(own))
+        factors, reads = rewritten(layer, wiring, switch, freed, targets.delta.to(own))
         report = self._report(model, layer, values, targets, factors, chosen)
         report.details["neurons"] = {str(layer): freed.neurons}
         alone = first_token_warnings(model, facts, values.contexts, False)

@@ -1,0 +1,141 @@
+"""How an MLP makes its keys of its inputs: `act(gate x)`, or `act(gate x) * up x`, whatever its
+matrices are called and whether or not they stand in one; found by trying it on real inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from knowedit.errors import EditError
+from knowedit.models.editable import EditableModel
+from knowedit.models.probing import is_linear
+from knowedit.models.structure import is_transposed
+
+Activation = Callable[[Tensor], Tensor]
+
+#: Relative difference between keys and what is made of the inputs, from which on they are not
+#: theirs: rounding of bfloat16 stays below it.
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Those rows of a linear module that make one number a neuron.
+
+    Attributes:
+        name: of the module below the transformers model.
+        first, count: which outputs.
+    """
+
+    name: str
+    module: Any
+    transposed: bool
+    first: int
+    count: int
+
+    @property
+    def weight(self) -> Tensor:
+        """`[count, hidden]` float32."""
+        whole = self.module.weight.T if self.transposed else self.module.weight
+        return whole.detach().float()[self.first : self.first + self.count]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`[count]` float32."""
+        whole = getattr(self.module, "bias", None)
+        return None if whole is None else whole.detach().float()[self.first :][: self.count]
+
+    @property
+    def outputs(self) -> int:
+        """Of the whole module."""
+        return self.module.weight.shape[1 if self.transposed else 0]
+
+    def of(self, inputs: Tensor) -> Tensor:
+        """`[n, count]` of inputs `[n, hidden]` float32."""
+        found = inputs @ self.weight.T
+        return found if self.bias is None else found + self.bias
+
+    def embedded(self, part: Tensor) -> Tensor:
+        """`[outputs, ..]` with `part` `[count, ..]` in these rows and zeros in the others."""
+        whole = part.new_zeros(self.outputs, *part.shape[1:])
+        whole[self.first : self.first + self.count] = part
+        return whole
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The first half of an MLP.
+
+    Attributes:
+        gate: what goes through the activation.
+        up: what multiplies it; None: nothing does.
+        act: the activation, as the model has it.
+    """
+
+    gate: Rows
+    up: Rows | None
+    act: Activation
+
+    @property
+    def reads(self) -> list[Rows]:
+        return [self.gate] if self.up is None else [self.gate, self.up]
+
+    @torch.no_grad()
+    def keys(self, inputs: Tensor) -> Tensor:
+        """`[n, d_ff]` of MLP inputs `[n, hidden]` float32."""
+        fired = self.act(self.gate.of(inputs).to(self.gate.module.weight.dtype)).float()
+        return fired if self.up is None else fired * self.up.of(inputs)
+
+    @classmethod
+    def of(cls, model: EditableModel, layer: int, inputs: Tensor, keys: Tensor) -> Wiring:
+        """The one that makes `keys` `[n, d_ff]` of MLP inputs `[n, hidden]`, both float32.
+
+        Raises:
+            EditError: none does: something else (a norm, a clamp) stands between the two, where a
+                neuron that fires could change all the others.
+        """
+        for wiring in _candidates(model, layer):
+            made = wiring.keys(inputs)
+            if made.shape == keys.shape and (made - keys).norm() <= TOLERANCE * keys.norm():
+                return wiring
+        raise EditError(
+            f"{model.name}: the keys of layer {layer} are neither act(gate x) nor act(gate x) * "
+            "up x of its MLP's input (a norm in between?), so its neurons cannot be rewritten one "
+            "by one; use MEMIT"
+        )
+
+
+def _candidates(model: EditableModel, layer: int) -> Iterator[Wiring]:
+    """Every wiring that the layer's linear modules and activations allow."""
+    rows, width = [], model.layout.width(layer)
+    for name in model.layout.part(layer).reads:
+        module, transposed = model.hf.get_submodule(name), is_transposed(model.hf, f"{name}.weight")
+        outputs = module.weight.shape[1 if transposed else 0]
+        rows += [Rows(name, module, transposed, first, width) for first in range(0, outputs, width)]
+    activations = list(_activations(model, layer))
+    for gate, up in itertools.permutations(rows, 2):
+        yield from (Wiring(gate, up, act) for act in activations)
+    for gate in rows:
+        yield from (Wiring(gate, None, act) for act in activations)
+
+
+def _activations(model: EditableModel, layer: int) -> Iterator[Activation]:
+    """What may be an activation: whatever is called so in the layer, and what the configuration
+    names.
+    """
+    from transformers.activations import ACT2FN
+
+    for module in model.layers[layer].modules():
+        for name, part in (*module.named_children(), *vars(module).items()):
+            plain = not isinstance(part, nn.Module) or not any(map(is_linear, part.modules()))
+            if ("act" in name or "gelu" in name or "silu" in name) and callable(part) and plain:
+                yield part
+    for name, value in model.hf.config.get_text_config().to_dict().items():
+        if "act" in name and isinstance(value, str) and value in ACT2FN:
+            yield ACT2FN[value]
