@@ -25,7 +25,7 @@ from knowedit.models.probing import states_of
 from knowedit.models.processor import has_bf16_units
 from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
 from knowedit.models.structure import Layout, detect, own_head
-from knowedit.models.tokens import Row, batches, tokenise
+from knowedit.models.tokens import Row, batches, check_tokenizer, check_vocabulary, tokenise
 from knowedit_kernels import WeightLedger
 from knowedit_kernels.lowrank import Change
 
@@ -88,14 +88,11 @@ class EditableModel:
     """
 
     def __init__(self, hf: Any, tokenizer: Any, *, name: str | None = None) -> None:
+        check_tokenizer(tokenizer)
         state = _known(hf)
         earlier = state.checkup or remembered(hf)
         self.layout: Layout = earlier.layout if earlier else detect(hf)
-        if not getattr(tokenizer, "is_fast", False):
-            raise ModelError(
-                f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; use "
-                f"a fast one"
-            )
+        check_vocabulary(tokenizer, hf.get_input_embeddings().weight.shape[0])
         self.hf, self.tokenizer = hf, tokenizer
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         if self.dtype == torch.float16 and self.device.type == "cpu":
@@ -236,6 +233,11 @@ class EditableModel:
         return self.hf.get_input_embeddings().weight.device
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model embeds; the tokenizer may know more, or fewer."""
+        return int(self.hf.get_input_embeddings().weight.shape[0])
+
+    @property
     def max_length(self) -> int:
         """Longest sequence the model was made for, in tokens."""
         config = self.hf.config
@@ -326,7 +328,14 @@ class EditableModel:
         """Tokenise `prompt` (+ `answer`) and find the last token of `subject`; see
         `tokens.tokenise`.
         """
-        return tokenise(self.tokenizer, prompt, subject, answer, longest=self.max_length)
+        return tokenise(
+            self.tokenizer,
+            prompt,
+            subject,
+            answer,
+            longest=self.max_length,
+            vocabulary=self.vocabulary,
+        )
 
     def chat(self, message: str, answer_prefix: str = "") -> str:
         """The text of a one-turn chat with `message`, up to where the answer starts.
@@ -347,6 +356,7 @@ class EditableModel:
         """Right-pad token lists to `ids [B, T]` and `mask [B, T]` (bool) on the model's device."""
         width = max(map(len, rows))
         fill = self.tokenizer.pad_token_id or 0
+        fill = fill if fill < self.vocabulary else 0
         ids = torch.tensor([list(r) + [fill] * (width - len(r)) for r in rows], device=self.device)
         lengths = torch.tensor([len(r) for r in rows], device=self.device)
         return ids, torch.arange(width, device=self.device) < lengths[:, None]

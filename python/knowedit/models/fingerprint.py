@@ -7,15 +7,26 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from knowedit.errors import ModelError
+
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Digest of a model's parameters: blake2b over name, shape, dtype and a position-dependent
     64-bit sum of the bits.
 
     Every single-bit change alters it. It is a guard against mistakes, not against forgery.
+
+    Raises:
+        ModelError: a weight is NaN or infinite: nothing that is made of such a model means
+            anything.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter.detach()).all():
+            raise ModelError(
+                f"{name} of this {type(model).__name__} has weights that are NaN or infinite; its "
+                "file is damaged, or was saved after a training that failed: load it again"
+            )
         digest.update(
             f"{name}{tuple(parameter.shape)}{parameter.dtype}{_bit_sum(parameter)}".encode()
         )

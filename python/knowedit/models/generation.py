@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from knowedit.errors import ModelError
-from knowedit.models.tokens import batches
+from knowedit.models.tokens import batches, start_tokens
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
@@ -182,9 +182,8 @@ def samples(
     Raises:
         ModelError: the tokenizer has no token that starts or ends a text.
     """
-    first = _first(model)
-    ids = torch.full((batch, 1), first, device=model.device)
-    pad = model.tokenizer.pad_token_id
+    begin, pad = _begin(model), model.tokenizer.pad_token_id
+    ids = torch.tensor([begin] * batch, device=model.device)
     for number in range(start // batch, 1 << 31):
         with torch.random.fork_rng(), _generating(model):
             # the CPU generator uses 32 bits
@@ -196,8 +195,8 @@ def samples(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                max_new_tokens=length - 1,
-                pad_token_id=pad if pad is not None else first,
+                max_new_tokens=length - len(begin),
+                pad_token_id=pad if pad is not None else begin[-1],
             )
         texts = model.tokenizer.batch_decode(out, skip_special_tokens=True)
         yield from texts[start % batch :] if number == start // batch else texts
@@ -236,18 +235,23 @@ def _generating(model: EditableModel, as_configured: bool = False) -> Iterator[N
 def _fill(model: EditableModel) -> int:
     """The token that fills up rows: the tokenizer's own for that, or one that ends a text."""
     pad = model.tokenizer.pad_token_id
-    return int(pad) if pad is not None else min(end_tokens(model), default=0)
+    fill = pad if pad is not None else min(end_tokens(model), default=0)
+    return int(fill) if fill < model.vocabulary else 0
 
 
-def _first(model: EditableModel) -> int:
-    """The token that a sampled text starts with."""
-    begin, end = model.tokenizer.bos_token_id, model.tokenizer.eos_token_id
-    if begin is None and end is None:
+def _begin(model: EditableModel) -> list[int]:
+    """The tokens that a sampled text begins with: those of the tokenizer's template, else the one
+    that starts a text, else the one that ends one.
+    """
+    tokenizer = model.tokenizer
+    known = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+    begin = start_tokens(tokenizer) or known[:1]
+    if not begin:
         raise ModelError(
             f"{model.name} cannot be sampled: its tokenizer has no token that starts or ends a "
             "text; give texts as the corpus, or set tokenizer.bos_token"
         )
-    return int(begin if begin is not None else end)
+    return begin
 
 
 def _routed(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from knowedit.errors import EditError
+from knowedit.errors import EditError, ModelError
 from knowedit.facts.fact import last_place
 
 
@@ -31,15 +31,19 @@ def tokenise(
     answer: str | None = None,
     *,
     longest: int = 1 << 30,
+    vocabulary: int = 1 << 60,
 ) -> Row:
     """Tokenise `prompt` (+ `answer`), and find the last token of `subject` in it: where `{}` stands
     for it in the prompt, or else its last occurrence.
 
     A space goes between prompt and answer unless the prompt ends in white space or in "=" (`join`).
+    What the tokenizer's template puts in front of a text stays (a start token); what it puts behind
+    one does not: the text goes on.
 
     Raises:
-        EditError: the subject is not in the prompt, ends inside a token, or the text is longer than
-            the context.
+        EditError: the subject is not in the prompt, ends inside a token, the text is longer than
+            the context (`longest` tokens), or the model has no embedding for one of its tokens
+            (`vocabulary` of them).
     """
     template = subject is not None and prompt.count("{}") == 1
     given = prompt.index("{}") if template else None
@@ -47,9 +51,15 @@ def tokenise(
     text = prompt if answer is None else join(prompt, answer)
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    ids = ids[: len(ids) - len(_template(encoded)[1])]
     if len(ids) > longest:
         raise EditError(
             f"{text[:60]!r}...: {len(ids)} tokens are more than the model's context of {longest}"
+        )
+    if unknown := [i for i in ids if i >= vocabulary]:
+        raise EditError(
+            f"{text[:60]!r}: the model has no embedding for its token "
+            f"{tokenizer.convert_ids_to_tokens(unknown[0])!r}; leave it out"
         )
     where = start = None
     if subject is not None:
@@ -78,6 +88,66 @@ def tokenise(
         if first == 0:
             raise EditError(f"the answer {answer!r} has no prompt before it")
     return Row(ids, where, first, start)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ModelError for a tokenizer that cannot say which characters a token covers."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; use a fast "
+            "one (AutoTokenizer.from_pretrained gives one where there is a tokenizer.json)"
+        )
+
+
+def check_vocabulary(tokenizer: Any, rows: int) -> None:
+    """Raise ModelError for a tokenizer whose ordinary tokens go beyond the `rows` of a model's
+    embedding. Tokens that were added to it may: they are refused where a text holds one.
+    """
+    added = tokenizer.added_tokens_decoder
+    missing = [i for i in range(rows, len(tokenizer)) if i not in added]
+    if missing:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows} "
+            f"({tokenizer.convert_ids_to_tokens(missing[0])!r} is left out): this tokenizer "
+            "belongs to another model; pass the model's own as tokenizer="
+        )
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer's template puts in front of every text: its start token, most often, or
+    nothing.
+    """
+    return _template(tokenizer("a"))[0]
+
+
+def cut(ids: Sequence[int], length: int, start: Sequence[int] = ()) -> list[list[int]]:
+    """A tokenised document in pieces of at most `length` tokens, each of which begins with `start`
+    (`start_tokens`) as the document does: some models are broken without their start token.
+
+    Raises:
+        ModelError: `length` leaves no room behind the start tokens.
+    """
+    start = list(start)
+    begun = list(ids[: len(start)]) == start
+    body = list(ids[len(start) :] if begun else ids)
+    room = length - len(start)
+    if room < 1:
+        raise ModelError(
+            f"pieces of {length} tokens have no room for text behind the {len(start)} tokens that "
+            "every text starts with; give a larger length"
+        )
+    return [start + body[i : i + room] for i in range(0, len(body), room)]
+
+
+def _template(encoded: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer's template put in front of a text and behind it; those
+    in the text itself are not among them.
+    """
+    ids, of_text = list(encoded["input_ids"]), [i is not None for i in encoded.sequence_ids(0)]
+    if True not in of_text:
+        return ids, []
+    first, behind = of_text.index(True), of_text[::-1].index(True)
+    return ids[:first], ids[len(ids) - behind :]
 
 
 #: Thai, Lao, Burmese, Khmer, Chinese and Japanese: written without blanks.

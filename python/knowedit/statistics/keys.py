@@ -29,6 +29,7 @@ from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
 from knowedit.models.load import accepts_model
+from knowedit.models.tokens import start_tokens
 from knowedit.statistics.collect import Collection, CollectSettings
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit.statistics.distributed.checkpoints import resumable_layers
@@ -261,6 +262,7 @@ def key_statistics(
         precision,
         until,
         tolerance if until != "tokens" else None,
+        tuple(start_tokens(model.tokenizer)),
     )
     ranks = Ranks.current()
     if any(other != recipe for other in ranks.gather(recipe)):

@@ -55,7 +55,7 @@ def test_an_empty_and_a_short_corpus(tiny_llama, tmp_path, corpus):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_infinity_name_layer_and_text(tiny_llama, corpus, tmp_path, bad):
-    tiny_llama.layers[1].mlp.up_proj.weight.data[3] = bad
+    tiny_llama.layers[1].mlp.up_proj.register_forward_hook(lambda *_: torch.full((), bad))
     with pytest.raises(
         StatisticsError, match=r"layer 1 has NaN or infinite keys at the text '[a-z ]{10,}'"
     ):

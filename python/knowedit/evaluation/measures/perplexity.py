@@ -11,6 +11,7 @@ from knowedit.errors import KnowEditError
 from knowedit.evaluation.measures.base import ModelMeasure, register
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
+from knowedit.models.tokens import cut, start_tokens
 
 
 @register
@@ -37,8 +38,8 @@ def perplexity(
     model: EditableModel, texts: Iterable[str], *, tokens: int = 2048, window: int = 256
 ) -> float:
     """exp of the mean negative log-likelihood of `tokens` tokens of `texts` (documents in order),
-    each predicted from those before it in its window of `window` tokens; documents shorter than a
-    window stand alone.
+    each predicted from those before it in its window of `window` tokens, which starts as the
+    tokenizer starts a text; documents shorter than a window stand alone.
 
     Raises:
         KnowEditError: there is no document of two tokens.
@@ -58,6 +59,7 @@ def perplexity(
 
 
 def _windows(model: EditableModel, texts: Iterable[str], window: int) -> Iterator[list[int]]:
+    start = start_tokens(model.tokenizer)
     for text in texts:
         ids = model.tokenizer(text, truncation=False, verbose=False)["input_ids"]
-        yield from (ids[i : i + window] for i in range(0, len(ids), window) if len(ids) - i > 1)
+        yield from (piece for piece in cut(ids, window, start) if len(piece) > 1)

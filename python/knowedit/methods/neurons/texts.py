@@ -12,7 +12,7 @@ from torch import Tensor
 from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import read
-from knowedit.models.tokens import Row, batches
+from knowedit.models.tokens import Row, batches, cut, start_tokens
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit_kernels import SecondMoment
 
@@ -20,16 +20,18 @@ from knowedit_kernels import SecondMoment
 def windows(
     model: EditableModel, corpus: CorpusLike, tokens: int, length: int = 256, seed: int = 0
 ) -> list[list[int]]:
-    """About `tokens` tokens of the corpus in rows of at most `length`.
+    """About `tokens` tokens of the corpus in rows of at most `length`, each of which starts as the
+    tokenizer starts a text.
 
     Raises:
         CorpusError: it cannot be read. EditError: it holds less than half of them.
     """
     rows: list[list[int]] = []
     left, length = tokens, min(length, model.max_length)
+    start = start_tokens(model.tokenizer)
     for text in Corpus.parse(corpus).documents(samples=model.samples, seed=seed):
         ids = model.tokenizer(text)["input_ids"][:left]
-        rows += [ids[i : i + length] for i in range(0, len(ids), length)]
+        rows += cut(ids, length, start)
         left -= len(ids)
         if left <= 0:
             break

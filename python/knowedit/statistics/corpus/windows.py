@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Queue
@@ -32,6 +33,7 @@ import numpy as np
 from knowedit.errors import CorpusError
 from knowedit.io.files import atomic_file, cache_dir, trim
 from knowedit.models.editable import EditableModel
+from knowedit.models.tokens import cut, start_tokens
 from knowedit.statistics.corpus.batching import Piece
 from knowedit.statistics.corpus.corpus import Corpus
 
@@ -67,8 +69,10 @@ class Reader:
     Attributes:
         corpus, seed: as of `Corpus.documents`.
         tokenizer: a fast one.
-        max_length: longer documents are cut into pieces of this many tokens.
-        skip_first: the first token of a piece does not count.
+        max_length: longer documents are cut into pieces of this many tokens, each of which starts
+            as the tokenizer starts a text.
+        skip_first: the first token of a piece does not count, nor any other that the tokenizer puts
+            in front.
         rank, ranks: which windows to make.
         samples: `EditableModel.samples`, for "self".
         cache: a folder of windows that were tokenised before, or None.
@@ -129,9 +133,15 @@ class Reader:
         return Window(number, len(texts), self._pieces(encoded))
 
     def _pieces(self, encoded: Sequence[Sequence[int]]) -> list[Piece]:
-        skip, length = int(self.skip_first), self.max_length
-        cut = (list(ids[i : i + length]) for ids in encoded for i in range(0, len(ids), length))
-        return [Piece(ids, skip) for ids in cut if len(ids) > 1]
+        start = self.start
+        skip = max(len(start), 1) if self.skip_first else 0
+        pieces = (piece for ids in encoded for piece in cut(ids, self.max_length, start))
+        return [Piece(ids, skip) for ids in pieces if len(ids) > 1]
+
+    @cached_property
+    def start(self) -> list[int]:
+        """The tokens that every piece begins with."""
+        return start_tokens(self.tokenizer)
 
     # -- windows that were tokenised before --
 
@@ -183,6 +193,7 @@ def token_cache(model: EditableModel, reader: Reader) -> Path:
         "tokenizer": hashlib.blake2b(
             model.tokenizer.backend_tokenizer.to_str().encode(), digest_size=8
         ).hexdigest(),
+        **({"start": reader.start} if reader.start else {}),
     }
     folder = cache_dir(
         "tokens",

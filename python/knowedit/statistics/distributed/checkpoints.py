@@ -210,7 +210,7 @@ def resumable_layers(
 
 
 def _tag(layers: Sequence[int], recipe: CollectionRecipe) -> str:
-    what = json.dumps([list(layers), asdict(recipe)], sort_keys=True)
+    what = json.dumps([list(layers), recipe.record], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=6).hexdigest()
 
 

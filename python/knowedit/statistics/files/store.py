@@ -42,6 +42,7 @@ class CollectionRecipe:
         until: "tokens": exactly so many; "solve", "converged": that many at most (see
             `convergence`).
         tolerance: relative error at which to stop, or None.
+        start: the tokens that every piece begins with (`models.tokens.start_tokens`).
     """
 
     fingerprint: str
@@ -53,12 +54,22 @@ class CollectionRecipe:
     precision: str = "exact"
     until: str = "tokens"
     tolerance: float | None = None
+    start: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", tuple(self.start))  # JSON has lists
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As JSON has it; without a start token the same as before there was a field for one."""
+        found = asdict(self)
+        return found if self.start else {k: v for k, v in found.items() if k != "start"}
 
     @property
     def slug(self) -> str:
         """A readable folder name, unique to the recipe."""
         digest = hashlib.blake2b(
-            json.dumps(asdict(self), sort_keys=True).encode(), digest_size=6
+            json.dumps(self.record, sort_keys=True).encode(), digest_size=6
         ).hexdigest()
         name = re.sub(r"[^A-Za-z0-9.]+", "-", str(self.corpus.get("name", "corpus"))).strip("-")[
             -40:
@@ -119,7 +130,7 @@ class LayerStatistics:
             StatisticsError: the disk is full or not writable; an older file is left as it was.
         """
         header = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "total"}
-        header["recipe"], header["format"] = asdict(self.recipe), FORMAT
+        header["recipe"], header["format"] = self.recipe.record, FORMAT
         write(path, {"lower": pack_lower(self.total)}, header)
 
     @classmethod
