@@ -24,7 +24,7 @@ from knowedit.errors import ModelError
 from knowedit.io.files import atomic_file, cache_dir
 from knowedit.io.versions import software_versions
 from knowedit.models import partial
-from knowedit.models.probing import Stream, direction, rounding
+from knowedit.models.probing import Stream, direction, rounding, run, states_of
 from knowedit.models.structure import Head, Layout, Part
 
 if TYPE_CHECKING:
@@ -165,9 +165,15 @@ def check_head(model: EditableModel) -> Check:
         ModelError: they differ, or they are not finite.
     """
     ids = model.pad([partial.check_rows(model)[0][1].ids])[0]
-    with model.evaluating():
-        wanted = model.hf(input_ids=ids, use_cache=False, return_dict=True).logits
-    states = model.final_states(ids)
+    found: list[Tensor] = []
+    handle = model.base.register_forward_hook(
+        lambda _m, _x, output: found.append(states_of(output))
+    )
+    try:
+        wanted = run(model.hf, ids).logits
+    finally:
+        handle.remove()
+    states = found[0]
     if not states.isfinite().all():
         raise ModelError(
             f"{model.name} gives hidden states that are not finite (NaN or infinity) on a few "
