@@ -6,10 +6,12 @@ tables (`{"MEMIT": apply_memit_to_model}`), so replacing one means replacing it 
 
 from __future__ import annotations
 
+import ast
 import inspect
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,3 +153,50 @@ def mentions(function: FunctionType, name: str) -> bool:
 
     code = function.__code__
     return name in code.co_names or name in set(words(code.co_consts))
+
+
+def source_of(function: FunctionType) -> ast.AST | None:
+    """The function's syntax tree, or None when its source cannot be read."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return None
+
+
+def read_from(tree: ast.AST, name: str) -> set[str]:
+    """The attributes that are read from the variable `name`, such as `hparams`."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == name
+    }
+
+
+def returned(tree: ast.AST) -> ast.expr | None:
+    """What a function returns last: the expression, or what the name that is returned was last
+    given. Functions inside it are left out.
+    """
+    own = sorted(_own_statements(tree), key=lambda node: node.lineno)
+    values = [node.value for node in own if isinstance(node, ast.Return)]
+    if not values or not isinstance(name := values[-1], ast.Name):
+        return values[-1] if values else None
+    given = [
+        node.value
+        for node in own
+        if isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == name.id for target in node.targets)
+    ]
+    return given[-1] if given else None
+
+
+def _own_statements(tree: ast.AST, inside: bool = False) -> Iterator[ast.stmt]:
+    """The statements of the outermost function, at any depth."""
+    for node in ast.iter_child_nodes(tree):
+        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if function and inside:
+            continue
+        if isinstance(node, ast.stmt):
+            yield node
+        yield from _own_statements(node, inside or function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -74,6 +75,38 @@ def test_an_unknown_signature_is_left_alone_with_the_difference(standin, caplog)
     assert standin.compute_z.compute_z is compute_z
     assert "unknown parameters: temperature" in done.explain()
     assert "unknown parameters: temperature" in caplog.text
+
+
+def other_loss(model, tok, request, hparams, layer, context_templates):
+    return hparams.nll_loss_factor + request
+
+
+def other_end(model, tok, request, hparams, layer, context_templates):
+    loss = request
+    return layer + 1 if loss < 0.01 else layer + 2
+
+
+def other_value(model, tok, request, hparams, layer, context_templates):
+    target = layer + request
+    target = target * hparams.v_lr
+    return target
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (other_loss, "it reads hparams.nll_loss_factor: another method"),
+        (other_end, "it ends at `loss < 0.01`, not at a loss of 0.05"),
+        (other_value, "it returns `target * hparams.v_lr`, not the clean state plus"),
+    ],
+)
+def test_another_method_of_the_same_signature_is_left_alone(standin, function, reason):
+    changed = types.FunctionType(function.__code__, vars(standin.compute_z), "compute_z")
+    changed.__module__ = "standin.compute_z"
+    standin.compute_z.compute_z = changed
+    done = accelerate("standin")
+    assert standin.compute_z.compute_z is changed
+    assert reason in done.explain()
 
 
 @pytest.mark.parametrize("fix", ["speed", ("rome_key", "speed")])

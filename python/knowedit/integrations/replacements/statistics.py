@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knowedit.integrations.discovery import Signature, mentions
+from knowedit.integrations.discovery import Signature, mentions, source_of
 from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import NotOurs, Replacement, editable, own_way
 from knowedit.integrations.replacements.requests import current_job
@@ -97,12 +96,11 @@ def _returns_the_sums(function: FunctionType) -> str | None:
     """The loop over batches is left empty, so nothing of it may be returned."""
     if not mentions(function, "tally"):
         return "it does not loop over tally(...)"
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):
+    tree = source_of(function)
+    if tree is None:
         return "its source cannot be read"
-    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    if any(isinstance(value, ast.Tuple) for value in returned):
+    results = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    if any(isinstance(value, ast.Tuple) for value in results):
         return "it returns more than the sums"
     return None
 

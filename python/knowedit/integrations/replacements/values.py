@@ -8,6 +8,7 @@ number of steps and the loss are the host's.
 
 from __future__ import annotations
 
+import ast
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from knowedit.errors import KnowEditError
-from knowedit.integrations.discovery import Signature, mentions
+from knowedit.integrations.discovery import Signature, mentions, read_from, returned, source_of
 from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import (
     NotOurs,
@@ -44,6 +45,47 @@ logger = logging.getLogger(__name__)
 
 #: The loss below which all hosts end an optimisation.
 STOP = 0.05
+#: The hyper-parameters that the hosts' optimisations read. One that reads others is another method
+#: under the same name (PMET's `compute_z`, R-ROME's `compute_v`).
+SETTINGS = frozenset(
+    "clamp_norm_factor fact_token kl_factor layer_module_tmp lm_head_module ln_f_module "
+    "mlp_module_tmp rewrite_module_tmp v_loss_layer v_lr v_num_grad_steps v_weight_decay "
+    "device".split()
+)
+
+
+def another_method(function: FunctionType, siblings: set[str]) -> str | None:
+    """Why the function does something else than we do under its name, or None."""
+    if missing := siblings - function.__globals__.keys():
+        return f"its module has no {', '.join(sorted(missing))}"
+    tree = source_of(function)
+    if tree is None:
+        return "its source cannot be read"
+    if others := read_from(tree, "hparams") - SETTINGS:
+        return f"it reads hparams.{', hparams.'.join(sorted(others))}: another method"
+    for node in ast.walk(tree):  # `if loss < 5e-2: break`
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == "loss":
+            limit = node.comparators[0]
+            if not isinstance(limit, ast.Constant) or limit.value != STOP:
+                return f"it ends at `{ast.unparse(node)}`, not at a loss of {STOP}"
+    return None
+
+
+def another_value(function: FunctionType) -> str | None:
+    """`another_method`, or what is returned is not the clean state plus the delta."""
+    if reason := another_method(function, {"find_fact_lookup_idx"}):
+        return reason
+    tree = source_of(function)
+    value = returned(tree) if tree is not None else None
+    if not (isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)):
+        what = ast.unparse(value) if value is not None else "something"
+        return f"it returns `{what}`, not the clean state plus what was optimised"
+    return None
+
+
+def another_vector(function: FunctionType) -> str | None:
+    """`another_method`, for ROME's."""
+    return another_method(function, {"find_fact_lookup_idx", "get_module_input_output_at_word"})
 
 
 def settings_of(hparams: Any) -> ValueSettings:
@@ -186,11 +228,7 @@ COMPUTE_Z = Replacement(
     "all requests of a call together; only the tokens and layers that a value can reach",
     Signature("compute_z", ("model", "tok", "request", "hparams", "layer", "context_templates")),
     _make_compute_z,
-    lambda function: (
-        None
-        if "find_fact_lookup_idx" in function.__globals__
-        else "its module has no find_fact_lookup_idx"
-    ),
+    another_value,
 )
 
 
@@ -287,10 +325,5 @@ COMPUTE_V = Replacement(
         ("model", "tok", "request", "hparams", "layer", "left_vector", "context_templates"),
     ),
     _make_compute_v,
-    lambda function: (
-        None
-        if {"find_fact_lookup_idx", "get_module_input_output_at_word"}
-        <= function.__globals__.keys()
-        else "its module has no find_fact_lookup_idx or get_module_input_output_at_word"
-    ),
+    another_vector,
 )
