@@ -13,7 +13,7 @@ from knowedit.integrations import accelerated
 from knowedit.integrations.replacements import matrices
 from knowedit.integrations.replacements.matrices import Inverse, Symmetric
 from knowedit_kernels.solver import cache, cached_covariance, forget_factors
-from tests.knowedit.integrations.conftest import REQUESTS
+from tests.knowedit.integrations.conftest import REQUESTS, hparams_of
 from tests.knowedit.integrations.test_acceleration import relative
 
 
@@ -133,6 +133,33 @@ def test_rome(standin, tiny, hparams, monkeypatch):
         fast = vectors()
     assert relative(fast[0], plain[0]) < 1e-5
     assert relative(fast[1], plain[1]) < 1e-4
+
+
+def test_romes_key_is_corrected_on_demand(standin, tiny_llama, tmp_path):
+    rome, request = standin.rome_main, {**REQUESTS[2], "target_new": " harp"}
+    hparams = hparams_of(tiny_llama, tmp_path)
+    left = torch.randn(tiny_llama.d_ff, generator=torch.Generator().manual_seed(0))
+    given = tiny_llama.hf, tiny_llama.tokenizer, request, hparams, 2, left, rome.CONTEXTS
+    with accelerated("standin"):
+        plain = rome.compute_v(*given)
+    with accelerated("standin", fix="rome_key"):
+        fixed = rome.compute_v(*given)
+
+    def states(contexts):
+        return [
+            part.mean(0)
+            for part in standin.repr_tools.get_reprs_at_word_tokens(
+                *(tiny_llama.hf, tiny_llama.tokenizer),
+                [context.format(request["prompt"]) for context in contexts],
+                [request["subject"]] * len(contexts),
+                *(2, hparams.rewrite_module_tmp, "last", "both"),
+            )
+        ]
+
+    (key, value), (mean_key, mean_value) = states(["{}"]), states(rome.CONTEXTS)
+    target = plain * (key @ left) + value
+    assert relative(fixed, (target - mean_value) / (mean_key @ left)) < 1e-4
+    assert relative(fixed, plain) > 1e-2
 
 
 def edits(standin, tiny, hparams, way):
