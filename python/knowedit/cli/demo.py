@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
 from knowedit.evaluation import drift, evaluate
 from knowedit.evaluation.evaluation import Evaluation
+from knowedit.evaluation.interview import Interview, Said, said_table
 from knowedit.evaluation.measures.drift import Drift
 from knowedit.facts import sets as datasets
 from knowedit.facts.fact import Fact
@@ -41,6 +42,7 @@ class Demonstration:
     Attributes:
         before, after: what the model says to every shown prompt.
         fingerprints: of the weights before, edited, and after the undo.
+        interviewed: the facts asked as questions and in the chat.
     """
 
     model: EditableModel
@@ -51,6 +53,7 @@ class Demonstration:
     before: dict[str, str]
     after: dict[str, str]
     fingerprints: tuple[str, str, str]
+    interviewed: list[Said] = field(default_factory=list)
 
     @property
     def shown(self) -> list[tuple[int, str, str]]:
@@ -129,13 +132,15 @@ class Demonstration:
             "evaluation": self.measured.to_dict(),
             "drift": asdict(self.moved),
             "report": self.edit.report.to_dict(),
+            "said": [one.to_dict() for one in self.interviewed],
         }
 
     def text(self, width: int) -> str:
-        """The two tables, folded to `width` characters, and the end of the story."""
+        """The three tables, folded to `width` characters, and the end of the story."""
         first, edited, last = (found[:12] for found in self.fingerprints)
         undone = f"undone: all weight bits are back (fingerprint {first} -> {edited} -> {last})"
-        return "\n\n".join([self.said().text(width), self.summary().text(width), undone])
+        tables = (self.said(), said_table(self.interviewed, len(self.facts)), self.summary())
+        return "\n\n".join([*(table.text(width) for table in tables), undone])
 
     def write(self, folder: Path) -> Path:
         """The same as an HTML page `demo.html`."""
@@ -169,16 +174,18 @@ def demonstrate(
     statistics = key_statistics(model, layers, corpus, tokens, seed=seed)
     say(f"key statistics of layers {statistics.layers}: {tokens:,} tokens of {corpus!r}")
     before, original = continuations(model, facts), weights_fingerprint(model.hf)
+    asked = Interview(model, facts)
     edit = method.compute(model, facts, statistics)
     measured, moved = evaluate(model, edit, facts, seed=seed), drift(model, edit)
     with edit.applied_to(model):
         after, edited = continuations(model, facts), weights_fingerprint(model.hf)
+        interviewed = asked.hear()
     restored = weights_fingerprint(model.hf)
     if edited == original or restored != original:
         raise EditError("the undo did not restore the model's bits: please report this")
     say(f"edited, measured and undone in {time.perf_counter() - began:.0f} s")
     prints = (original, edited, restored)
-    return Demonstration(model, facts, edit, measured, moved, before, after, prints)
+    return Demonstration(model, facts, edit, measured, moved, before, after, prints, interviewed)
 
 
 def shown_prompts(fact: Fact) -> list[tuple[str, str]]:

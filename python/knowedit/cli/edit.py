@@ -75,6 +75,7 @@ def edit(
     """
     from knowedit.edits.history import History
     from knowedit.edits.limits import Limits
+    from knowedit.evaluation.interview import Interview, said_table
     from knowedit.methods.base import statistics_for
     from knowedit.methods.session import Session
 
@@ -88,23 +89,32 @@ def edit(
         again.check(editable)
     with kept_on_interrupt(lambda: "no edit was written; finished key statistics are kept"):
         keys = statistics_for([chosen], editable, one(run.corpus), run.tokens, run.statistics)
+        asked = Interview(editable, wanted)
         if history:
             earlier = History.load(history) if history.exists() else History(editable.fingerprint)
             session = Session(chosen, editable, keys, earlier, limits=limits)
             made = session.write(wanted, force=force)
+            said = asked.hear()
         else:
             made = chosen.compute(editable, wanted, keys)
             if not force:
                 limits.check(made.report)
+            with made.applied_to(editable):
+                said = asked.hear()
     made.report.details["run"] = _recorded(model, run)
     made.save(output)
     if history:
         earlier.save(history)
     to_apply = command_line("apply", model, history or output, *run.words(), "-o", "FOLDER")
     run.show(
-        _record(made, output),
+        {**_record(made, output), "said": [one.to_dict() for one in said]},
         lambda: "\n".join(
-            [*_lines(made), *_compared(made, again, run.config), _saved(made, output, to_apply)]
+            [
+                *_lines(made),
+                f"\n{said_table(said, len(wanted))}\n",
+                *_compared(made, again, run.config),
+                _saved(made, output, to_apply),
+            ]
         ),
     )
 

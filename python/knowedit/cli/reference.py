@@ -33,13 +33,13 @@ cannot be read.
 
 #: The keys of what `--json` prints of the commands that make or measure edits.
 JSON = {
-    "edit": "file, key, fingerprint, facts, config, report",
+    "edit": "file, key, fingerprint, facts, config, report, said",
     "apply": "folder, fingerprint, edits",
     "export": "format, folder, fingerprint, edits",
     "undo": "folder, fingerprint",
-    "demo": "model, fingerprints, prompts, evaluation, drift, report",
+    "demo": "model, fingerprints, prompts, evaluation, drift, report, said",
     "eval": "model, dataset, method, protocol, facts, seconds, side_effects, evaluation, report, "
-    "config, trajectory, run",
+    "config, trajectory, run, said",
 }
 LISTS = ("eval",)  # print a list of such objects
 

@@ -17,6 +17,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.limits import RUINOUS, Limits
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.evaluation import Evaluation, evaluate, evaluate_each
+from knowedit.evaluation.interview import ASKED, Interview, Said, said_table
 from knowedit.evaluation.measures.base import ModelMeasure, measures, model_measures
 from knowedit.evaluation.sequence import (
     SequenceMonitor,
@@ -53,6 +54,7 @@ class Result:
         config: the whole method, as `make_method` takes it.
         trajectory: for `sequential`, the model on its way.
         run: what all results of a folder have in common, so that it can be gone on with.
+        said: what the edited model says of the first facts, in its own words.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Result:
     config: dict[str, Any] = field(default_factory=dict)
     trajectory: list[SequenceStep] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
+    said: list[Said] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary; `migrate` brings those of earlier versions to this form."""
@@ -78,6 +81,7 @@ class Result:
             "config": self.config,
             "trajectory": [step.to_dict() for step in self.trajectory],
             "run": self.run,
+            "said": [one.to_dict() for one in self.said],
         }
 
     def __str__(self) -> str:
@@ -88,6 +92,7 @@ class Result:
         warnings = self.report.get("warnings", [])
         ruinous = [text for text in warnings if text.startswith(RUINOUS)]
         parts = [head, *ruinous, str(self.evaluation), *describe(self.side_effects)]
+        parts += [str(said_table(self.said, self.facts))] if self.said else []
         parts += (
             [str(trajectory_table(self.trajectory).without_empty_columns())]
             if self.trajectory
@@ -275,9 +280,19 @@ def run(
         raise KnowEditError("there are no facts to measure; give at least one")
     trajectory: list[SequenceStep] = []
     effects: dict[str, dict[str, Any]] = {}
+    asked = Interview(model, facts)
+    said: list[Said] = []
     if protocol == "single":
         edits = _Timed(lambda: method.compute_each(model, facts, statistics, progress=progress))
-        evaluation = evaluate_each(model, edits, facts, seed=seed, progress=progress)
+
+        def heard() -> Iterator[Edit]:
+            for record, edit in enumerate(edits):
+                if record < ASKED:
+                    with edit.applied_to(model):
+                        said.extend(asked.hear(record))
+                yield edit
+
+        evaluation = evaluate_each(model, heard(), facts, seed=seed, progress=progress)
         seconds, report = edits.seconds, edits.report
     else:
         watched = model_measures(texts=bool(texts))
@@ -293,6 +308,7 @@ def run(
             with Session(method, model, statistics) as session:
                 trajectory += write_in_sequence(session, monitor, batch, every, progress=progress)
                 evaluation, effects = monitor.evaluation(progress=progress), moved()
+                said += asked.hear()
                 seconds, report = trajectory[-1].seconds, sequence_report(session.history.edits)
         else:
             start = time.perf_counter()
@@ -300,6 +316,7 @@ def run(
             seconds, report = time.perf_counter() - start, edit.report.to_dict()
             with edit.applied_to(model):
                 effects = moved()
+                said += asked.hear()
             evaluation = evaluate(model, edit, facts, seed=seed, progress=progress)
     return Result(
         model.name,
@@ -313,6 +330,7 @@ def run(
         report,
         method.to_dict(),
         trajectory,
+        said=said,
     )
 
 
