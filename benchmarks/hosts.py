@@ -36,9 +36,9 @@ from knowedit_kernels import NullSpace
 CHANGES = {
     '"cuda"': '"cpu"',
     ".cuda()": "",
-    "cur_out[0][0, lookup": "cur_out[0, lookup",
-    "cur_out[0][i, idx": "cur_out[i, idx",
+    "cur_out[0]": "cur_out",
     ".output[0][\n": ".output[\n",
+    ".output[0]\n": ".output\n",
     "from matplotlib.style import context\n": "",
 }
 CONTEXTS = [
