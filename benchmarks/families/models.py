@@ -132,7 +132,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 1, 1, 0],
         "moe_layers": [1, 3],
     },
-    "bamba": {"attn_layer_indices": [1, 3], "layers_block_type": None},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import pages
 from benchmarks.families import checks, matrix, models, page
+from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel
 
 #: One of each make: gated, and plain with transposed matrices.
@@ -20,6 +21,19 @@ def test_every_check_holds(kind):
     row = matrix.family(kind)
     assert {name: o for name, o in row["checks"].items() if "error" in o} == {}
     assert set(row["checks"]) == set(checks.CHECKS)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "nemotron", "opt"])
+def test_neurons_of_every_make_are_rewritten(kind, tmp_path):
+    """Gate and up in one matrix; no gate, and an activation that grows as a square; biases, and
+    matrices that stand in the layer itself.
+    """
+    assert checks.neurons(checks.Bench(kind, tmp_path)) < checks.CHECKS["neurons"].limit
+
+
+def test_neurons_in_front_of_a_norm_are_refused(tmp_path):
+    with pytest.raises(EditError, match="bitnet: the keys of layer 2 are neither"):
+        checks.neurons(checks.Bench("bitnet", tmp_path))
 
 
 def test_nothing_in_a_model_is_neutral():
@@ -50,7 +64,7 @@ def test_a_wrong_gain_shows():
         ({"keys": 1e-3}, "wrong"),
         ({"keys": float("nan")}, "wrong"),
         ({"keys": checks.Wrong("not so")}, "wrong"),
-        ({"keys": checks.EditError("not here"), "head": 0.0}, "partly"),
+        ({"keys": EditError("not here"), "head": 0.0}, "partly"),
     ],
 )
 def test_a_verdict_follows_from_the_checks(monkeypatch, checked, verdict):
