@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import tempfile
 import time
@@ -19,6 +20,9 @@ from knowedit.errors import KnowEditError
 
 #: Seconds that a family may take.
 LIMIT = 240
+
+#: Folders of one run, which mean nothing in a table.
+FOLDER = re.compile(re.escape(tempfile.gettempdir()) + r"/\w+/")
 
 #: What can become of a family, and what a table says of it.
 VERDICTS = {
@@ -75,7 +79,7 @@ def _said(error: Exception) -> str:
     """What an error says, in one line; of one that is not ours, its class and where it was raised
     as well.
     """
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(FOLDER.sub("", str(error)).split())[:300]
     if isinstance(error, KnowEditError):
         return text
     last = traceback.extract_tb(error.__traceback__)[-1]
