@@ -130,3 +130,13 @@ def test_files_that_are_none_of_ours(tmp_path):
         store.LayerStatistics.load(tmp_path / "b.safetensors")
     with pytest.raises(StatisticsError, match="there is no such statistics file"):
         store.LayerStatistics.load(tmp_path / "c.safetensors")
+
+
+def test_the_same_weights_under_another_name_have_the_same_statistics(
+    tiny_llama, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
+    made = key_statistics(tiny_llama, [1], corpus, 100, progress=False)
+    tiny_llama.name = "someone/another-name"
+    monkeypatch.setattr("knowedit.statistics.keys.Collection", None)  # nothing is collected again
+    assert key_statistics(tiny_llama, [1], corpus, 100)[1].digest == made[1].digest

@@ -158,9 +158,15 @@ class LayerStatistics:
 
 
 def folder(model_name: str, recipe: CollectionRecipe) -> Path:
-    """Where files of this recipe live in the cache."""
+    """Where files of this recipe live in the cache: fingerprint and recipe decide, the model's name
+    only makes a new folder readable.
+    """
+    digest = recipe.fingerprint[:12]
+    for known in sorted(cache_dir("statistics").glob(f"*-{digest}/{recipe.slug}")):
+        if any(known.glob("layer-*.safetensors")):
+            return known
     name = re.sub(r"[^A-Za-z0-9.]+", "-", model_name.rstrip("/").rsplit("/", 1)[-1])
-    return cache_dir("statistics", f"{name}-{recipe.fingerprint[:12]}", recipe.slug)
+    return cache_dir("statistics", f"{name}-{digest}", recipe.slug)
 
 
 def files(where: Path) -> list[Path]:
