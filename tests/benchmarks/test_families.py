@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import pages
 from benchmarks.families import checks, matrix, models, page
-from knowedit.errors import EditError
+from knowedit.errors import EditError, ModelError
 from knowedit.models.editable import EditableModel
 
 #: One of each make: gated, and plain with transposed matrices.
@@ -34,6 +34,17 @@ def test_neurons_of_every_make_are_rewritten(kind, tmp_path):
 def test_neurons_in_front_of_a_norm_are_refused(tmp_path):
     with pytest.raises(EditError, match="bitnet: the keys of layer 2 are neither"):
         checks.neurons(checks.Bench("bitnet", tmp_path))
+
+
+def test_an_adapter_that_peft_would_load_without_the_edit_is_refused(tmp_path):
+    """Of a dense layer in a model whose other layers have experts."""
+    with pytest.raises(EditError, match="takes targets named .*down_proj in a glm4_moe model"):
+        checks.adapter(checks.Bench("glm4_moe", tmp_path))
+
+
+def test_a_model_whose_earlier_tokens_see_later_ones_is_refused():
+    with pytest.raises(ModelError, match="xlm: .* earlier tokens see later ones"):
+        EditableModel(models.build("xlm"), models.tokenizer(), name="xlm")
 
 
 def test_nothing_in_a_model_is_neutral():

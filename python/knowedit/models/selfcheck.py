@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
 
 #: Of what is remembered; another one is found anew.
-FORMAT = 1
+FORMAT = 2
 
 #: Models with fewer parameters are checked in milliseconds, and not remembered on the disk.
 SMALL = 20_000_000
@@ -211,6 +211,15 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
             "behind it: earlier tokens see later ones, so this is no causal model"
         )
     checks.append(Check("padded batch", error, "as each text alone"))
+    begun = [len(ids) // 2 for ids in rows]
+    first = (model.final_states(model.pad([ids[:n]])[0])[0] for ids, n in zip(rows, begun))
+    error = max(partial.off(states, whole[:n]) for states, whole, n in zip(first, alone, begun))
+    if error > limit:
+        raise ModelError(
+            f"{model.name}: hidden states differ by {error:.1e} (relative) when the text goes on "
+            "behind them: earlier tokens see later ones, so this is no causal model"
+        )
+    checks.append(Check("later tokens", error, "not seen by earlier ones"))
     error = _realised(model, rows[1])
     if error > limit:
         raise ModelError(

@@ -5,6 +5,7 @@ Dense changes have no place in one; several edits become one adapter of the sum 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from knowedit.edits.edit import Edit
 
 
@@ -48,6 +51,12 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
         rank_pattern=pattern,
         alpha_pattern=pattern,
     )
+    if lost := _taken_for_experts(config, model):
+        raise EditError(
+            f"peft takes targets named {lost[0]} in a {model.hf.config.model_type} model for its "
+            "experts' weights, and the adapter would be loaded without this edit; write it into a "
+            "copy of the model instead (save_edited, `knowedit apply`)"
+        )
     tensors = {}
     for name, change in pairs.items():
         prefix = f"base_model.model.{name}"
@@ -60,6 +69,21 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
     except FileExistsError as error:
         raise EditError(str(error)) from error
     return Path(path)
+
+
+def _taken_for_experts(config: LoraConfig, model: EditableModel) -> list[str]:
+    """Targets that peft, as it loads the adapter, gives to other weights: in mixtures of experts it
+    goes by a module's last name, also in layers that have no experts.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+
+        convert = conversion.convert_peft_config_for_transformers
+    except (ImportError, AttributeError):  # of another version, which converts nothing by name
+        return []
+    loaded = copy.deepcopy(config)
+    convert(loaded, model.hf, None)
+    return sorted(set(config.target_modules or ()) - set(loaded.target_modules or ()))
 
 
 def _low_rank(model: EditableModel, edits: Sequence[Edit]) -> dict[str, LowRank]:
