@@ -1,7 +1,7 @@
 """Probability tests: the logits at the tokens that are scored, and no others.
 
-CounterFact's test (`test_batch_prediction`) asks for two answers to each prompt; both stand behind
-one copy of the prompt here. EasyEdit's (`test_prediction_acc`) asks which tokens win.
+CounterFact's test (`test_batch_prediction`) asks for two answers to each prompt, EasyEdit's
+(`test_prediction_acc`) which tokens win.
 """
 
 from __future__ import annotations
