@@ -43,7 +43,7 @@ def test_bfloat16_models_are_edited_and_undone_too(smollm_path, tmp_path):
     told = [text for fact in datasets.load("embedded") for text in (fact.text, *fact.paraphrases)]
     (tmp_path / "texts.txt").write_text("\n\n".join(told))
     statistics = ke.key_statistics(
-        model, [5], tmp_path / "texts.txt", 1600, directory=tmp_path, progress=False
+        model, [5], tmp_path / "texts.txt", 3100, directory=tmp_path, progress=False
     )
     before = weights_fingerprint(model.hf)
     edit = ke.MEMIT(layers=(5,)).compute(model, facts, statistics)
