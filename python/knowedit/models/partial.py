@@ -239,13 +239,13 @@ def read(
             raise _Stop
 
     def before(name: str, take: Callable[[Tensor], Any], _module: nn.Module, given: Any) -> None:
-        take(given[0])
+        take(_by_text(given[0], ids))
         done("input", name)
 
     def after(
         name: str, take: Callable[[Tensor], Any], _module: nn.Module, _given: Any, output: Any
     ) -> None:
-        take(first_of(output))
+        take(_by_text(first_of(output), ids))
         done("output", name)
 
     handles: list[Any] = []
@@ -264,6 +264,13 @@ def read(
             handle.remove()
     left = ", ".join(sorted(name for _, name in wanted)) or "anything that was asked for"
     raise ModelError(f"{model.name}: the forward pass ended without reaching {left}")
+
+
+def _by_text(states: Tensor, ids: Tensor) -> Tensor:
+    """States of the texts `ids` `[B, T]` as `[B, T, width]`: OPT's MLP has all tokens in one
+    row.
+    """
+    return states.reshape(*ids.shape, -1) if states.dim() == 2 else states
 
 
 def read_keys(

@@ -180,6 +180,24 @@ def test_a_pass_ends_once_everything_was_read(request, name):
         read(model, ids, outputs={name: seen.append for name in names})
 
 
+def test_states_are_read_text_by_text_where_the_model_flattens_them(byte_tokenizer):
+    """OPT's MLP has the tokens of all texts in one row."""
+    model = EditableModel(build("opt"), byte_tokenizer)
+    rows = [model.row("The capital of France is", "France"), model.row("Old Rome", "Rome")]
+    together, _ = model.keys(rows, [1])
+    for line, row in enumerate(rows):
+        alone, _ = model.keys([row], [1])
+        torch.testing.assert_close(together[1][line], alone[1][0], rtol=1e-5, atol=1e-6)
+        seen = []
+        handle = model.projection(1).register_forward_pre_hook(
+            lambda _, x, seen=seen: seen.append(x[0])
+        )
+        model.hf(input_ids=torch.tensor([row.ids]))
+        handle.remove()
+        plain = seen[0].reshape(len(row.ids), -1)[row.subject]
+        torch.testing.assert_close(together[1][line], plain, rtol=1e-5, atol=1e-6)
+
+
 def test_weights_are_exchanged_for_one_call(tiny_gpt2):
     ids, name = torch.tensor([[1, 2, 3]]), tiny_gpt2.layout.weight_name(1)
     before, weight = tiny_gpt2.final_states(ids), tiny_gpt2.weight(1).detach().clone()
