@@ -194,7 +194,8 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
     """Whether layers can be run one by one, and every other comparison.
 
     Raises:
-        ModelError: a changed weight or a padded batch is not what the plain pass makes of it.
+        ModelError: a changed weight or a padded batch is not what the plain pass makes of it, or
+            earlier tokens see later ones.
     """
     limit = rounding(model.dtype)
     replay = partial.replays(model)
