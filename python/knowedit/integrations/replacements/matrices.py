@@ -10,6 +10,7 @@ that changes some of them keeps its change.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,16 +25,16 @@ from knowedit_kernels.solver import cached_covariance
 SAME = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-class Remembering:
+class Remembering(ABC):
     """Base of the stand-ins: whatever is not known here happens to the plain tensor."""
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The plain tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def copy(self, **changes: Any) -> Any:
         """The same, of another dtype or on another device."""
-        raise NotImplementedError
 
     dtype: torch.dtype
     device: torch.device

@@ -223,9 +223,9 @@ class _Shifts:
         def hook(shift: Tensor) -> Hook:
             def add(_inputs: Tensor, output: Tensor) -> Tensor:
                 lines = torch.arange(len(owner), device=output.device)
-                return output.index_put(
-                    (lines, lookup), shift[owner.to(shift.device)].to(output), accumulate=True
-                )
+                texts = output.reshape(len(owner), -1, output.shape[-1])  # OPT has them in a row
+                added = shift[owner.to(shift.device)].to(output)
+                return texts.index_put((lines, lookup), added, accumulate=True).view_as(output)
 
             return add
 
