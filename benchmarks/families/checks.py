@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.families import models
 from knowedit.edits.edit import Edit
@@ -421,10 +420,7 @@ def folder(bench: Bench) -> float:
     ids = bench.rows[0].ids
     with bench.edit.applied_to(bench.model):
         wanted = bench.plain(ids)
-    try:
-        again = AutoModelForCausalLM.from_pretrained(where)
-    except ValueError:  # a type with pictures
-        again = AutoModelForImageTextToText.from_pretrained(where)
+    again = type(bench.model.hf).from_pretrained(where)
     with torch.no_grad():
         logits = again.eval()(input_ids=torch.tensor([ids])).logits[0].float()
     if restore(where) != bench.model.fingerprint:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
@@ -33,15 +34,15 @@ NAMES = {
     8: "head_dim global_head_dim v_head_dim qk_head_dim kv_lora_rank state_size mamba_d_state "
     "mamba_d_head mamba_headdim ssm_state_size linear_key_head_dim linear_value_head_dim "
     "hidden_size_per_layer_input laurel_rank index_head_dim mamba_head_dim mamba_n_heads "
-    "mamba_num_heads",
+    "mamba_num_heads linear_head_dim",
     4: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers "
     "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
     "encoder_attention_heads rotary_dim qk_rope_head_dim qk_nope_head_dim mamba_dt_rank "
-    "time_step_rank mamba_d_conv adapter_rank num_experts num_local_experts n_routed_experts "
-    "moe_num_experts",
+    "time_step_rank mamba_d_conv adapter_rank linear_num_heads num_experts num_local_experts "
+    "n_routed_experts moe_num_experts",
+    3: "first_k_dense_replace num_dense_layers moe_layer_start_index",
     2: "num_key_value_heads num_global_key_value_heads linear_num_key_heads linear_num_value_heads "
-    "num_experts_per_tok moe_topk moe_k first_k_dense_replace num_dense_layers mamba_expand "
-    "num_mem_blocks index_n_heads",
+    "num_experts_per_tok moe_topk moe_k mamba_expand num_mem_blocks index_n_heads",
     1: "n_group topk_group n_shared_experts moe_num_shared_experts n_groups n_mamba_groups "
     "mamba_n_groups",
     0: "num_kv_shared_layers rescale_every num_nextn_predict_layers",
@@ -71,10 +72,14 @@ SENSES = {
     "vision_output_dim": 64,
     "supported_aspect_ratios": [[1, 1]],
     "fullatt_block_indexes": [0],
+    "mlp_layer_types": ["dense"],
+    "adapter_in_dim": 32,
+    "adapter_input_size": 32,
+    "adapter_out_dim": 32,
 }
 
 SLIDING = ["sliding_attention"] * 3 + ["full_attention"]
-LINEAR_ATTENTION = ("bailing_hybrid", "kimi_linear", "qwen3_5_text", "qwen3_next")
+LINEAR_ATTENTION = ("qwen3_5_text", "qwen3_next")
 LINEAR = ["linear_attention"] * 3 + ["full_attention"]
 GRANITE = {
     "residual_multiplier": 0.22,
@@ -90,16 +95,26 @@ BOTH_WAYS = (
     "roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl"
 ).split()
 
+#: Types with experts whose first layers have none.
+DENSE_FIRST = (
+    "axk1 axk2 bailing_hybrid beam deepseek_v32 exaone_moe glm4_moe_lite glm_moe_dsa hy_v3 hy_v4 "
+    "kimi_linear laguna mimo_v2_flash"
+).split()
+DENSE = {"mlp_layer_types": ["dense"] * 3 + ["sparse"]}
+
 #: What a type needs besides its sizes, and multipliers and soft-caps off their neutral values.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     **{kind: GRANITE for kind in ("granite", "granite_swa", "granitemoe", "granitemoeshared")},
     "hyperclovax": GRANITE | {"logits_scaling": 0.125},
     "granitemoehybrid": GRANITE
     | {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0},
-    **{kind: LATENT for kind in ("axk1", "deepseek_v3", "longcat_flash", "youtu")},
-    **{kind: LATENT for kind in ("axk2", "deepseek_v32", "glm_moe_dsa")},
+    **{kind: DENSE for kind in DENSE_FIRST},
+    **{kind: LATENT for kind in ("deepseek_v3", "longcat_flash", "youtu")},
+    **{kind: LATENT | DENSE for kind in ("axk1", "axk2", "deepseek_v32", "glm_moe_dsa")},
     **{kind: {"layer_types": SLIDING} for kind in ("exaone4", "olmo3")},
     **{kind: {"layer_types": LINEAR} for kind in LINEAR_ATTENTION},
+    **{kind: DENSE | {"layer_types": LINEAR} for kind in ("bailing_hybrid", "kimi_linear")},
+    "flint": {"mlp_only_layers": [0, 1, 2]},
     "gemma2": {
         "query_pre_attn_scalar": 8,
         "attn_logit_softcapping": 5.0,
@@ -128,16 +143,15 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {
         "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
-        "interleave_moe_layer_step": 2,
         "no_rope_layers": [1, 1, 1, 0],
-        "moe_layers": [1, 3],
+        "moe_layers": [3],
     },
     "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
+        "expert_layer_period": 4,
+        "expert_layer_offset": 3,
         "use_mamba_kernels": False,
     },
     **{kind: {"is_decoder": True} for kind in BOTH_WAYS},
@@ -158,27 +172,30 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "per_layer_config": {},
         "layer_types": ["sliding_attention"] * 4,
-        "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+        **DENSE,
     },
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid"] * 4},
     "dbrx": {
-        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+        "attn_config": {"clip_qkv": 8.0, "rope_theta": 1e4, "kv_n_heads": 2},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2},
     },
     "qwen4_exp_text": {
         "layer_types": ["linear_attention"] * 3 + ["indexed_attention"],
         "indexer_n_heads": 2,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 64,
         "indexer_compress_ratio": 4,
     },
     "openai-gpt": {"afn": "gelu"},
+    "xlm": {"causal": True, "n_langs": 1},
+    "xlstm": {"qk_dim_factor": 2.0, "v_dim_factor": 2.0},
+    "nemotron_h": {"layers_block_type": ["mamba", "mlp", "full_attention", "mlp", "mlp"]},
     "falcon_h1": {"mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
     "mamba2": {"num_heads": 8},
     "zamba": {
         "attn_layer_period": 2,
-        "attn_layer_offset": 1,
+        "attn_layer_offset": 0,
         "num_key_value_heads": 4,
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
@@ -227,10 +244,9 @@ def build(kind: str, seed: int = 0) -> Any:
     """A model of the type, float32, in evaluation mode and frozen; nothing in it is neutral."""
     torch.manual_seed(seed)
     config = config_of(kind)
-    try:
-        model = AutoModelForCausalLM.from_config(config)
-    except ValueError:  # a type with pictures
-        model = AutoModelForImageTextToText.from_config(config)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    model = auto.from_config(config)
     return off_neutral(model.float(), seed).eval().requires_grad_(False)
 
 
@@ -245,7 +261,8 @@ def config_of(kind: str) -> Any:
     if "text_config" not in parts:
         return small(cls, kind)
     text = parts.pop("text_config")
-    senses = {name: _sense(part) for name, part in parts.items() if name == "vision_config"}
+    run = ("vision_config", "audio_config") if kind == "dots3_note" else ("vision_config",)
+    senses = {name: _sense(part) for name, part in parts.items() if name in run}
     return cls(text_config=small(type(text), text.model_type), pad_token_id=256, **senses)
 
 
@@ -276,6 +293,9 @@ def off_neutral(model: Any, seed: int) -> Any:
             parameter.copy_(0.25 * noise)
         elif parameter.numel() == 1 or float(parameter.std()) < 1e-6:
             parameter.add_(0.1 * noise)
+    for module in model.modules():  # some models set the padding's row to zero when they are loaded
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0
     return model
 
 

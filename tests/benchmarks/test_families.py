@@ -43,8 +43,8 @@ def test_an_adapter_that_peft_would_load_without_the_edit_is_refused(tmp_path):
 
 
 def test_a_model_whose_earlier_tokens_see_later_ones_is_refused():
-    with pytest.raises(ModelError, match="xlm: .* earlier tokens see later ones"):
-        EditableModel(models.build("xlm"), models.tokenizer(), name="xlm")
+    with pytest.raises(ModelError, match="paligemma: .* earlier tokens see later ones"):
+        EditableModel(models.build("paligemma"), models.tokenizer(), name="paligemma")
 
 
 def test_nothing_in_a_model_is_neutral():

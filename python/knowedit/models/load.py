@@ -67,7 +67,7 @@ def load_model(
         if tokenizer is None:
             tokenizer = known_tokenizer(name) or _tokenizer_of(name)
         return EditableModel(name, tokenizer)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = resolve(str(name), revision=revision, code=trust_remote_code, say=say)
     where = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
@@ -76,10 +76,11 @@ def load_model(
         weights, there = source, where
         if adapted is not None:
             weights, there = resolve(adapted, say=say), {"trust_remote_code": trust_remote_code}
-        _check_plain(str(name), AutoConfig.from_pretrained(weights, **there))
+        config = AutoConfig.from_pretrained(weights, **there)
+        _check_plain(str(name), config)
         if tokenizer is None:
             tokenizer = _saved_tokenizer(source, weights, where)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = class_for(config).from_pretrained(
             weights,
             dtype=dtype,
             device_map=device_map,
@@ -91,6 +92,31 @@ def load_model(
             say(f"note: the adapter {name} is merged into its base {adapted}; edits are of both")
     called = name_of(str(name), source)
     return EditableModel(model.eval().requires_grad_(False), tokenizer, name=called)
+
+
+def class_for(config: Any) -> Any:
+    """The class that opens a checkpoint whole: the one that its configuration names where that sees
+    pictures, so that they stay in the model; else transformers' own choice for texts; else the one
+    that is named.
+
+    Raises:
+        ModelError: transformers has none.
+    """
+    import transformers as theirs
+
+    named = getattr(theirs, next(iter(getattr(config, "architectures", None) or ()), ""), None)
+    pictures = theirs.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if named is not None and named is pictures:
+        return named
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if remote or type(config) in theirs.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return theirs.AutoModelForCausalLM
+    if pictures or named:
+        return pictures or named
+    raise ModelError(
+        f"transformers has no class for texts of models of the type {config.model_type!r}; a "
+        "decoder-only causal LM is wanted"
+    )
 
 
 def _check_plain(name: str, config: Any) -> None:
@@ -197,10 +223,11 @@ def fingerprint_of(folder: Path) -> str:
     """The `EditableModel.fingerprint` of a folder's model, of any dtype: nothing is run. Raises
     ModelError.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _loading(str(folder)):
-        return weights_fingerprint(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+        opened = class_for(AutoConfig.from_pretrained(folder))
+        return weights_fingerprint(opened.from_pretrained(folder, dtype="auto"))
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import torch
 import knowedit as ke
 from knowedit.edits.changes import LowRank
 from knowedit.edits.edit import Edit
-from knowedit.edits.export.folder import save_edited
+from knowedit.edits.export.folder import restore, save_edited
 from knowedit.errors import ModelError
+from knowedit.models.load import class_for
 from tests.knowedit.models.tiny import build
 
 
@@ -103,3 +104,43 @@ def test_attention_is_what_the_class_has(family, attention, byte_tokenizer, tmp_
     if family == "gptj":
         with pytest.raises(ModelError, match="scaled_dot_product_attention"):
             ke.load_model(tmp_path, attn_implementation="sdpa")
+
+
+@torch.no_grad()
+def test_of_a_model_that_sees_pictures_the_text_decoder_is_edited(byte_tokenizer, tmp_path):
+    """LLaVA: its checkpoints call the weights otherwise than its modules do; folder and undo."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    text = LlamaConfig(vocab_size=258, num_hidden_layers=3, **sizes)
+    eyes = CLIPVisionConfig(image_size=28, patch_size=14, num_hidden_layers=2, **sizes)
+    torch.manual_seed(0)
+    hf = Llava(LlavaConfig(vision_config=eyes, text_config=text, image_token_id=257))
+    hf.save_pretrained(tmp_path / "base")
+    byte_tokenizer.save_pretrained(tmp_path / "base")
+
+    model = ke.load_model(tmp_path / "base", say=lambda _: None)
+    assert type(model.hf) is Llava
+    change = LowRank(torch.randn(32, 1), torch.randn(48, 1))
+    name = model.layout.weight_name(1)
+    assert name == "model.language_model.layers.1.mlp.down_proj.weight"
+    edit = Edit("TEST", {name: change}, [], model.fingerprint)
+    with edit.applied_to(model):
+        wanted = model.hf(IDS).logits
+    assert (wanted - model.hf(IDS).logits).abs().max() > 1e-3
+
+    edited = Llava.from_pretrained(save_edited(model, [edit], tmp_path / "edited"))
+    torch.testing.assert_close(edited(IDS).logits, wanted)
+    before, after = model.hf.state_dict(), edited.state_dict()
+    assert [n for n in before if not torch.equal(before[n], after[n])] == [name]
+    assert restore(tmp_path / "edited") == model.fingerprint
+
+
+def test_a_type_without_a_class_for_texts_is_opened_by_the_one_it_names():
+    from transformers import CLIPConfig, Emu3ForCausalLM, Emu3TextConfig
+
+    config = Emu3TextConfig(architectures=["Emu3ForCausalLM"])
+    assert class_for(config) is Emu3ForCausalLM
+    with pytest.raises(ModelError, match="no class for texts of models of the type 'clip'"):
+        class_for(CLIPConfig())

@@ -4,12 +4,14 @@ takes every bit back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_file, atomic_folder
@@ -33,7 +35,8 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
     The folder appears whole or not at all; the model in memory is left as it was found.
 
     Raises:
-        EditError: an edit does not fit, or the folder exists already. OSError: the disk refuses.
+        EditError: an edit does not fit, the folder exists already, or transformers writes an edited
+            weight as a part of another one. OSError: the disk refuses.
     """
     if not edits:
         raise EditError("no edits to apply; name at least one edit file")
@@ -62,13 +65,43 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
         with as_plain(model.hf), atomic_folder(folder) as temporary:
             model.hf.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
-            write_file(temporary / RECORD, originals, header)
+            record = _as_written(model.hf, originals)
+            _check_written(record, temporary)
+            write_file(temporary / RECORD, record, header)
     except FileExistsError as error:
         raise EditError(str(error)) from error
     finally:
         for edit in applied:
             edit.undo(model)
     return Path(folder)
+
+
+def _as_written(hf: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters under the names, and in the shapes, in which transformers saves them: a checkpoint
+    can call them otherwise than the model's modules do (most models that see pictures).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder, state_dict=dict(tensors))
+        return {
+            name: tensor
+            for file in Path(folder).glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+
+
+def _check_written(record: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise EditError for a tensor that is in none of the folder's files in this shape."""
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            names = opened.keys()
+            shapes |= {name: opened.get_slice(name).get_shape() for name in names}
+    missing = [name for name, tensor in record.items() if shapes.get(name) != [*tensor.shape]]
+    if missing:
+        raise EditError(
+            f"transformers writes {missing[0]} together with other weights, so that its bits could "
+            "not be put back into the folder; keep the edit file, and apply it to the loaded model"
+        )
 
 
 def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path:
