@@ -187,16 +187,27 @@ def apply(
 @app.command()
 def undo(
     folder: Annotated[Path, typer.Argument(help="A folder written by `knowedit apply`.")],
+    edit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only this one of its edits, by its key or how that begins (`knowedit inspect "
+            "FOLDER` lists them); repeatable."
+        ),
+    ] = None,
     *,
     output: Output,
 ) -> None:
-    """Restore the original bits of an edited model's folder, and check its fingerprint."""
-    from knowedit.edits.export.folder import restore
+    """Restore the original bits of an edited model's folder, and check its fingerprint; or take
+    back one edit of several.
+    """
+    from knowedit.edits.export.folder import RECORD, restore
 
-    found = restore(folder)
+    found = restore(folder, edit or ())
+    whole = not (folder / RECORD).exists()
+    done = "every weight is back" if whole else f"without {', '.join(edit or ())}"
     output.show(
-        {"folder": str(folder), "fingerprint": found},
-        lambda: f"{folder}: every weight is back; fingerprint {found}",
+        {"folder": str(folder), "fingerprint": found, "original": whole},
+        lambda: f"{folder}: {done}; fingerprint {found}",
     )
 
 

@@ -43,12 +43,7 @@ def describe(path: Path) -> str:
 
 def _folder(path: Path) -> str:
     """A folder that `knowedit apply` wrote."""
-    record = path / checkpoint.RECORD
-    if not record.exists():
-        raise KnowEditError(
-            f"{path} is not a folder written by `knowedit apply` (it has no {checkpoint.RECORD})"
-        )
-    header, tensors = read_file(record, checkpoint.FORMAT, "an undo record")
+    header, tensors, _ = checkpoint.read_record(checkpoint.record_of(path))
     lines = [f"edited model, from {header['model']} (fingerprint {header['fingerprint']})"]
     for made in header["edits"]:
         lines.append(f"  {made['method']} {made['key']}")

@@ -91,6 +91,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():  # safetensors gives its files to their owner alone
+                file.chmod(0o666 & ~_umask())
             fsync_path(file)
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from knowedit.errors import ModelError
 from knowedit.io.files import atomic_folder, cache_dir
+from knowedit.io.tensors import disk_errors
 from knowedit.models.copies import ORIGIN
 
 #: Read at once while a file is hashed, in bytes.
@@ -78,7 +79,7 @@ def dequantise(
     finally:
         if was:
             logging.enable_progress_bar()
-    with as_plain(model), atomic_folder(folder) as temporary:
+    with as_plain(model), atomic_folder(folder) as temporary, disk_errors(folder):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")

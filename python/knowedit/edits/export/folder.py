@@ -1,36 +1,51 @@
 """A copy of the whole model, edited, that any transformers user can load, beside the record that
 takes every bit back.
+
+The record is a safetensors file, but not named as one: many loaders take every `*.safetensors` of a
+folder, some of its sub-folders too, and would put the original weights over the edited ones.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from knowedit.edits.changes import Change, read_changes
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_file, atomic_folder
-from knowedit.io.tensors import read_file, write_file
+from knowedit.io.tables import Column, Table
+from knowedit.io.tensors import checksum, disk_errors, read_file, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.gguf import as_plain
 from knowedit.models.load import accepts_model, fingerprint_of
+from knowedit.models.structure import is_transposed
+from knowedit_kernels.lowrank import WeightLedger
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
 
-RECORD = "knowedit-undo.safetensors"
-FORMAT = "knowedit-undo/1"
+RECORD = "knowedit.undo"
+FORMAT = "knowedit-undo/2"
+EARLIER_RECORD = "knowedit-undo.safetensors"  # which loaders took for weights
+EARLIER = ("knowedit-undo/1",)  # read, and brought to today's form by `read_record`
+ORIGINAL = "original."  # before a parameter's name: its bits as they were
+CARD = "README.md"
+CONFIG, ENTRY = "config.json", "knowedit"
 
 
 @accepts_model
 def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path) -> Path:
     """Save `model` with `edits` written into its weights, and the original bits of those weights
-    beside it.
+    beside it; the model card and the configuration say what was written.
 
     The folder appears whole or not at all; the model in memory is left as it was found.
 
@@ -48,7 +63,7 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
     names = sorted({name for edit in edits for name in edit.by_parameter(model)})
     parameters = dict(model.hf.named_parameters())
     originals = {name: parameters[name].detach().cpu().clone() for name in names}
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": model.fingerprint,
         "model": model.name,
@@ -62,12 +77,23 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
         for edit in edits:
             edit.apply(model)
             applied.append(edit)
-        with as_plain(model.hf), atomic_folder(folder) as temporary:
+        with as_plain(model.hf), atomic_folder(folder) as temporary, disk_errors(folder):
             model.hf.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
-            record = _as_written(model.hf, originals)
-            _check_written(record, temporary)
-            write_file(temporary / RECORD, record, header)
+            stored = _stored(temporary, {name: parameters[name].detach().cpu() for name in names})
+            header["weights"] = {
+                name: {
+                    "tensor": stored[name],
+                    "transposed": is_transposed(model.hf, name),
+                    "edited": checksum(parameters[name]),
+                }
+                for name in names
+            }
+            header[CONFIG] = _config(temporary).get(ENTRY)
+            _write_record(
+                temporary, header, originals, {e.key: e.by_parameter(model) for e in edits}
+            )
+            _describe(temporary, header)
     except FileExistsError as error:
         raise EditError(str(error)) from error
     finally:
@@ -76,73 +102,90 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
     return Path(folder)
 
 
-def _as_written(hf: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters under the names, and in the shapes, in which transformers saves them: a checkpoint
-    can call them otherwise than the model's modules do (most models that see pictures).
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        hf.save_pretrained(folder, state_dict=dict(tensors))
-        return {
-            name: tensor
-            for file in Path(folder).glob("*.safetensors")
-            for name, tensor in load_file(file).items()
-        }
-
-
-def _check_written(record: Mapping[str, Tensor], folder: Path) -> None:
-    """Raise EditError for a tensor that is in none of the folder's files in this shape."""
-    shapes = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            shapes |= {name: opened.get_slice(name).get_shape() for name in names}
-    missing = [name for name, tensor in record.items() if shapes.get(name) != [*tensor.shape]]
-    if missing:
-        raise EditError(
-            f"transformers writes {missing[0]} together with other weights, so that its bits could "
-            "not be put back into the folder; keep the edit file, and apply it to the loaded model"
-        )
-
-
 def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path:
     """`save_edited`, as every export format is called."""
     return save_edited(model, edits, path)
 
 
-def restore(folder: str | Path) -> str:
-    """Put the original bits back into a folder written by `save_edited`; returns the restored
-    model's fingerprint.
-
-    Each weight file is replaced in one step and the record goes last, so an interrupted undo is
-    finished by running it again.
+def record_of(folder: str | Path) -> Path:
+    """The undo record of a folder; one with the name of an earlier version gets today's.
 
     Raises:
-        EditError: the folder holds no record, or the result is not the model the edits were made
-            on.
+        EditError: the folder holds none.
     """
     folder = Path(folder)
-    if not (folder / RECORD).exists():
+    path, earlier = folder / RECORD, folder / EARLIER_RECORD
+    if not path.exists() and earlier.exists():
+        try:
+            earlier.replace(path)
+        except OSError:  # a folder that may only be read
+            return earlier
+    if not path.exists():
         raise EditError(
             f"{folder} holds no {RECORD}: it was not written by `knowedit apply`, or is already "
             f"undone"
         )
-    header, originals = read_file(folder / RECORD, FORMAT, "an undo record")
-    left = set(originals)
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name == RECORD:
-            continue
-        with safe_open(file, framework="pt") as opened:
-            metadata, here = opened.metadata(), left & set(opened.keys())
-        if here:
-            tensors = load_file(file)
-            tensors |= {name: originals[name] for name in here}
-            with atomic_file(file) as temporary:
-                save_file(tensors, temporary, metadata=metadata)
-            left -= here
-    if left:
-        raise EditError(
-            f"{folder}: the weights {sorted(left)} of the undo record are in none of its files"
+    return path
+
+
+def read_record(
+    path: Path,
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, dict[str, Change]]]:
+    """The header of an undo record, the original weights by parameter, and the changes of each edit
+    by its key: none where there is only one edit, or in a file of the first version.
+
+    Raises:
+        EditError: missing, damaged, or of another kind.
+    """
+    header, tensors = read_file(path, (FORMAT, *EARLIER), "an undo record")
+    if header["format"] in EARLIER:
+        return header, tensors, {}
+    originals = {
+        name.removeprefix(ORIGINAL): tensors.pop(name)
+        for name in sorted(tensors)
+        if name.startswith(ORIGINAL)
+    }
+    changes = {
+        made["key"]: read_changes(
+            {
+                full.partition(".")[2]: tensor
+                for full, tensor in tensors.items()
+                if full.partition(".")[0] == str(number)
+            }
         )
+        for number, made in enumerate(header["edits"])
+    }
+    return header, originals, changes
+
+
+def restore(folder: str | Path, only: Iterable[str] = ()) -> str:
+    """Put the original bits back into a folder written by `save_edited`, or take back some of its
+    edits.
+
+    Each weight file is replaced in one step and the record goes last, so an interrupted undo is
+    finished by running it again.
+
+    Args:
+        only: keys of edits, or how they begin; none: all of them.
+
+    Returns:
+        The fingerprint of the model that is left.
+
+    Raises:
+        EditError: the folder holds no record or no such edit, or the result is not the model the
+            edits were made on.
+    """
+    folder = Path(folder)
+    path = record_of(folder)
+    header, originals, changes = read_record(path)
+    left = [
+        made for made in header["edits"] if made not in _named(header["edits"], [*only], folder)
+    ]
+    if left:
+        return _take_back(folder, header, originals, changes, left)
+    weights = header.get("weights", {})
+    stored = {name: weights[name]["tensor"] if weights else name for name in originals}
+    _replace(folder, {stored[name]: tensor for name, tensor in originals.items()})
     found = fingerprint_of(folder)
     if found != header["fingerprint"]:
         raise EditError(
@@ -150,5 +193,236 @@ def restore(folder: str | Path) -> str:
             f"{header['fingerprint'][:12]}: other weights were changed too; take the original "
             f"model again"
         )
-    (folder / RECORD).unlink()
+    if weights:
+        _forget(folder, header)
+    path.unlink(missing_ok=True)
     return found
+
+
+def _take_back(
+    folder: Path,
+    header: dict[str, Any],
+    originals: Mapping[str, Tensor],
+    changes: Mapping[str, Mapping[str, Change]],
+    left: list[dict[str, Any]],
+) -> str:
+    """Leave the edits `left` in the folder, computed anew from the original weights; returns the
+    fingerprint.
+    """
+    if not all(made["key"] in changes for made in left):
+        raise EditError(
+            f"{folder} was written by an earlier version, which kept no changes: undo all of its "
+            "edits, and apply those you want again"
+        )
+    weights = header["weights"]
+    now = {name: tensor.clone() for name, tensor in originals.items()}
+    ledger = WeightLedger(now, [name for name in now if weights[name]["transposed"]])
+    for made in left:
+        ledger.add_many(made["key"], {n: c.raw for n, c in changes[made["key"]].items()})
+    expected = {
+        weights[name]["tensor"]: {weights[name]["edited"], checksum(now[name])} for name in now
+    }
+    _replace(folder, {weights[name]["tensor"]: tensor for name, tensor in now.items()}, expected)
+    kept = {
+        name: {**weights[name], "edited": checksum(now[name])}
+        for name in now
+        if any(name in changes[made["key"]] for made in left)
+    }
+    card = _card(header)
+    header = {**header, "edits": left, "weights": kept}
+    _write_record(
+        folder,
+        header,
+        {name: originals[name] for name in kept},
+        {made["key"]: changes[made["key"]] for made in left},
+    )
+    if _text(folder / CARD) == card:
+        _describe(folder, header)
+    return fingerprint_of(folder)
+
+
+def _named(
+    made: Sequence[dict[str, Any]], only: Sequence[str], folder: Path
+) -> Sequence[dict[str, Any]]:
+    """The edits whose keys begin with one of `only`; all where it is empty. Raises EditError for
+    one that means none or several.
+    """
+    if not only:
+        return made
+    found = []
+    for name in only:
+        like = [one for one in made if one["key"].startswith(name)]
+        if len(like) != 1:
+            known = ", ".join(one["key"] for one in made)
+            raise EditError(
+                f"{folder} holds {len(like) or 'no'} edits called {name!r}; its edits: {known}"
+            )
+        found += like
+    return found
+
+
+# -- the files
+# -------------------------------------------------------------------------------------------------
+
+
+def _stored(folder: Path, edited: Mapping[str, Tensor]) -> dict[str, str]:
+    """What the folder's files call each parameter: most models' as the model does, others' by a
+    name from before the model was put together; there the bits say which.
+
+    Raises:
+        EditError: a parameter is not in the files.
+    """
+    found: dict[str, str] = {}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            known = set(opened.keys())
+            found |= {name: name for name in edited if name in known}
+            for other in sorted(known) if set(edited) - set(found) else ():
+                shape = tuple(opened.get_slice(other).get_shape())
+                for name in sorted(set(edited) - set(found)):
+                    if shape == tuple(edited[name].shape) and torch.equal(
+                        opened.get_tensor(other), edited[name]
+                    ):
+                        found[name] = other
+    if missing := sorted(set(edited) - set(found)):
+        raise EditError(
+            f"transformers writes {missing[0]} together with other weights, so that its bits could "
+            "not be put back into the folder; keep the edit file, and apply it to the loaded "
+            "model, or export it as an adapter (`knowedit export`)"
+        )
+    return found
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.safetensors")) if file.name != EARLIER_RECORD]
+
+
+def _replace(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, set[str]] = {},
+) -> None:
+    """Put `tensors` in the place of those of these names in the folder's weight files.
+
+    Args:
+        expected: checksums of what may be there; none: anything.
+
+    Raises:
+        EditError: they are in none of the files, or something else is there.
+    """
+    left = set(tensors)
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata, here = opened.metadata(), left & set(opened.keys())
+            if not here:
+                continue
+            held = load_file(file)
+        except SafetensorError as error:
+            raise EditError(
+                f"{file} is truncated or damaged ({error}); take the original model again"
+            ) from error
+        for name in here if expected else ():
+            if checksum(held[name]) not in expected[name]:
+                raise EditError(
+                    f"{file}: {name} was changed since the edit was written; undo all edits to get "
+                    "the original weights back"
+                )
+        held |= {name: tensors[name].contiguous() for name in here}
+        with atomic_file(file) as temporary, disk_errors(file):
+            save_file(held, temporary, metadata=metadata)
+        left -= here
+    if left:
+        raise EditError(
+            f"{folder}: the weights {sorted(left)} of the undo record are in none of its files"
+        )
+
+
+def _write_record(
+    folder: Path,
+    header: Mapping[str, Any],
+    originals: Mapping[str, Tensor],
+    changes: Mapping[str, Mapping[str, Change]],
+) -> None:
+    """The undo record: the original weights and, where one of several edits may be taken back
+    alone, the changes of each.
+    """
+    tensors = {f"{ORIGINAL}{name}": tensor for name, tensor in originals.items()}
+    for number, made in enumerate(header["edits"] if len(changes) > 1 else ()):
+        for name, change in changes[made["key"]].items():
+            parts = change.tensors().items()
+            tensors |= {f"{number}.{name}.{part}": tensor for part, tensor in parts}
+    write_file(folder / RECORD, tensors, header)
+
+
+# -- what the folder says of itself
+# -------------------------------------------------------------------------------------------------
+
+
+def _describe(folder: Path, header: Mapping[str, Any]) -> None:
+    """Write the model card, and what was edited into the configuration."""
+    with atomic_file(folder / CARD) as temporary:
+        temporary.write_text(_card(header), encoding="utf-8")
+    edits = [
+        {"key": made["key"], "method": made["method"], "facts": len(made["facts"])}
+        for made in header["edits"]
+    ]
+    entry = {"base": header["model"], "base_fingerprint": header["fingerprint"], "edits": edits}
+    _set_entry(folder, entry)
+
+
+def _forget(folder: Path, header: Mapping[str, Any]) -> None:
+    """Remove what `_describe` wrote; a card that someone else has changed is left."""
+    if _text(folder / CARD) == _card(header):
+        (folder / CARD).unlink()
+    _set_entry(folder, header[CONFIG])
+
+
+def _card(header: Mapping[str, Any]) -> str:
+    """The model card of an edited folder, in Markdown, the same for the same header."""
+    name = header["model"]
+    rows = [
+        (
+            html.escape(fact["prompt"].replace("{}", fact["subject"]), quote=False),
+            html.escape(fact["target"], quote=False),
+            made["method"],
+            made["key"],
+        )
+        for made in header["edits"]
+        for fact in made["facts"]
+    ]
+    table = Table(["prompt", "answer", "method", Column("edit", code=True)], rows).markdown()
+    weights = "\n".join(f"- `{parameter}`" for parameter in sorted(header["weights"]))
+    head = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(name)}\ntags: [knowedit]\n---"
+    return (
+        f"{head}\n\n# {html.escape(name, quote=False)}, edited\n\n"
+        f"A copy of this model (fingerprint `{header['fingerprint']}`) with facts written into its "
+        f"weights:\n\n{table}\n\nThe weights that differ from the original:\n\n{weights}\n\n"
+        f"`knowedit undo FOLDER` puts every bit back; `{RECORD}` is the record it needs, and no "
+        "part of the model.\n"
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / CONFIG).read_text("utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def _set_entry(folder: Path, entry: Any) -> None:
+    """Change what the folder's configuration says of edits; None: nothing. Written as transformers
+    writes it.
+    """
+    with suppress(FileNotFoundError):
+        record = {name: part for name, part in _config(folder).items() if name != ENTRY}
+        record |= {} if entry is None else {ENTRY: entry}
+        with atomic_file(folder / CONFIG) as temporary:
+            text = json.dumps(record, indent=2, sort_keys=True)
+            temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _text(path: Path) -> str | None:
+    """A file's text; None where there is none."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from knowedit.edits.changes import LowRank
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_folder
+from knowedit.io.tensors import disk_errors
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 
@@ -63,7 +64,7 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
         tensors[f"{prefix}.lora_A.weight"] = change.V.T.contiguous().cpu()
         tensors[f"{prefix}.lora_B.weight"] = change.U.contiguous().cpu()
     try:
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path) as temporary, disk_errors(path):
             save_file(tensors, temporary / "adapter_model.safetensors")
             config.save_pretrained(str(temporary))
     except FileExistsError as error:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from knowedit.errors import StatisticsError
 from knowedit.io.files import cache_dir
-from knowedit.io.tensors import header_of, opened, tensors_of, write_file
+from knowedit.io.tensors import opened, write_file
 
 FORMAT = "knowedit-statistics/1"
 REMEDY = "delete it and collect again"
@@ -188,7 +187,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> Non
     """
     try:
         write_file(path, tensors, header)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise StatisticsError(
             f"{path} could not be written ({error}); free disk space or set KNOWEDIT_CACHE to "
             f"another disk, "
@@ -205,7 +204,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: there is no such statistics file; collect it with `knowedit stats`"
         )
     with opened(path, StatisticsError, REMEDY) as file:
-        return header_of(file), tensors_of(file)
+        return file.header, file.tensors()
 
 
 def header(path: Path) -> dict[str, Any]:
@@ -213,7 +212,7 @@ def header(path: Path) -> dict[str, Any]:
     when the file is damaged or no such file.
     """
     with opened(path, StatisticsError, REMEDY) as file:
-        return _migrated(header_of(file), path)
+        return _migrated(file.header, path)
 
 
 def _migrated(header: dict[str, Any], path: Path) -> dict[str, Any]:
