@@ -52,6 +52,18 @@ _define(
     compiled=True,
 )
 
+# moments of groups of rows (experts): c [groups, d (d + 1) / 2] float64 or float32, each a lower
+# triangle row by row, += sum of weights^2 key^T key over the rows of its group, keys [n, d]. order
+# int64 [n] lists the rows sorted by group (None: they are), offsets int64 [groups + 1] on the host
+# says where each group starts in it
+_define(
+    "grouped_moment_(Tensor(a!) c, Tensor keys, Tensor? order, Tensor offsets, Tensor? weights, "
+    "str precision) -> ()"
+)
+# out = keys (unless None), and of every row: sums [n, 5] float64 = its square, and the squares of
+# its products with signs [4, d] float64
+_define("row_audit_(Tensor(a!)? out, Tensor(b!) sums, Tensor keys, Tensor signs) -> ()")
+
 # the CUDA kernel for Hopper, bfloat16 or float16 keys; tiles int32 [programs, 4] of
 # schedule.tile_table, chains of first, first, 2 first, ... chain tokens (chain 0: a single
 # uncentred one)

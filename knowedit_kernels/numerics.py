@@ -30,6 +30,20 @@ MOMENT = Budget(normwise=1e-7, elementwise=5e-7, bias=1e-7)
 # The float64 paths.
 MOMENT_FP64 = Budget(normwise=1e-14, elementwise=1e-13, bias=1e-14)
 
+
+def float32_storage(launches: int) -> Budget:
+    """What a moment keeps whose sums are stored in float32 and were added to `launches` times.
+
+    Each addition rounds by at most 2^-24 of the sum so far, 0.58 of that as a root mean square; of
+    a sum that grows steadily the roundings add up to sqrt(launches / 3) of the last one. The limits
+    are twice that beyond `MOMENT`'s.
+    """
+    scatter = 2 * 0.58 * 2.0**-24 * (launches / 3 + 1) ** 0.5
+    return Budget(
+        MOMENT.normwise + scatter, MOMENT.elementwise + 5 * scatter, MOMENT.bias + scatter
+    )
+
+
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
     torch.float32: 2.0**-24,

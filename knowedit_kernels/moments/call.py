@@ -34,3 +34,32 @@ class PackCall(Call):
     keys: Tensor
     rows: Tensor | None
     signs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedCall(Call):
+    """``grouped_moment_``: c [groups, d (d + 1) / 2] += the packed lower triangles of the moments.
+
+    keys [n, d]; order int64 [n]: the rows sorted by group, None: as they lie; offsets int64
+    [groups + 1] on the host; weights [n] (of the rows as they lie) or None; precision as in
+    `functional.PRECISIONS`.
+    """
+
+    c: Tensor
+    keys: Tensor
+    order: Tensor | None
+    offsets: Tensor
+    weights: Tensor | None
+    precision: str
+
+
+@dataclass(frozen=True, eq=False)
+class RowAuditCall(Call):
+    """``row_audit_``: out = keys [n, d] unless None; sums [n, 5] float64 of every row for itself:
+    its square and the squares of its products with signs [4, d] float64.
+    """
+
+    out: Tensor | None
+    sums: Tensor
+    keys: Tensor
+    signs: Tensor

@@ -4,13 +4,15 @@ torch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from knowedit_kernels import _native
 from knowedit_kernels._dispatch import Candidate
-from knowedit_kernels.moments.call import MomentCall, PackCall
+from knowedit_kernels.moments import triangle
+from knowedit_kernels.moments.call import GroupedCall, MomentCall, PackCall, RowAuditCall
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 # as in csrc/cpu/isa.h
@@ -55,6 +57,30 @@ def panels_(call: MomentCall) -> None:
                 c[j:, j : j + 256].addmm_(wide[:, j:].T, wide[:, j : j + 256])
 
 
+def grouped_panels_(call: GroupedCall) -> None:
+    """`panels_` group by group, on any device."""
+    bounds = call.offsets.tolist()
+    for group, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start == stop:
+            continue
+        rows = slice(start, stop) if call.order is None else call.order[start:stop]
+        wide = call.keys[rows].double()
+        if call.weights is not None:
+            wide *= call.weights[rows].double()[:, None]
+        square = wide.new_zeros(wide.shape[1], wide.shape[1])
+        panels_(MomentCall([square], [wide], call.precision))
+        triangle.add_lower_(call.c[group], square)
+
+
+def _torch_row_audit_(call: RowAuditCall) -> None:
+    if call.out is not None:
+        call.out.copy_(call.keys)
+    for sums, block in zip(call.sums.split(1024), call.keys.split(1024)):
+        wide = block.double()
+        sums[:, 0] = wide.square().sum(1)
+        sums[:, 1:] = (wide @ call.signs.T).square()
+
+
 def _compiled_pack_(call: PackCall) -> None:
     torch.ops.knowedit.pack_cpu_(*call.arguments, _native.load().isa)
 
@@ -87,3 +113,5 @@ COMPILED_PACK = Candidate(
     "cpu",
 )
 TORCH_PACK = Candidate("torch", _torch_pack_)
+GROUPED_TORCH = Candidate("torch", grouped_panels_)
+TORCH_ROW_AUDIT = Candidate("torch", _torch_row_audit_)

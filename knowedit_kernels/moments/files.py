@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 FORMAT = "knowedit-second-moment-1"
+GROUPED = "knowedit-grouped-moment-1"
 FIELDS = ("lower", "sums", "count", "pending")
 
 
@@ -23,7 +24,12 @@ def check_state(state: Mapping[str, torch.Tensor], dim: int, where: str = "state
         )
 
 
-def write(path: Path, state: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write(
+    path: Path,
+    state: Mapping[str, torch.Tensor],
+    metadata: dict[str, str],
+    form: str = FORMAT,
+) -> None:
     """Writes through a temporary file in the same folder, synced before it takes the name."""
     from safetensors.torch import save_file
 
@@ -31,7 +37,7 @@ def write(path: Path, state: Mapping[str, torch.Tensor], metadata: dict[str, str
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(tensors, scratch, metadata={"format": FORMAT, **metadata})
+        save_file(tensors, scratch, metadata={"format": form, **metadata})
         with open(scratch, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
@@ -40,7 +46,7 @@ def write(path: Path, state: Mapping[str, torch.Tensor], metadata: dict[str, str
         raise
 
 
-def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read(path: Path, form: str = FORMAT) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors and the metadata. Raises FileNotFoundError, or ValueError if the file is damaged
     or foreign.
     """
@@ -54,10 +60,10 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}); delete it and collect again"
         ) from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != form:
         raise ValueError(
-            f"{path} is not a second moment (format {metadata.get('format')!r}, expected "
-            f"{FORMAT!r})"
+            f"{path} is not a second moment (format {metadata.get('format')!r}, expected {form!r})"
         )
-    check_state(state, state["lower"].shape[0] if "lower" in state else 0, str(path))
+    if form == FORMAT:
+        check_state(state, state["lower"].shape[0] if "lower" in state else 0, str(path))
     return state, metadata

@@ -26,6 +26,11 @@ def _capacity(dim: int, device: torch.device) -> int:
     )
 
 
+def limit_of(precision: str) -> float:
+    """The sum of squares that a batch of keys must stay below."""
+    return math.inf if precision == "fp64" else _LARGEST_TRACE
+
+
 class SecondMoment:
     """Streaming C += K^T K over the kept tokens, float64 [dim, dim].
 
@@ -79,7 +84,7 @@ class SecondMoment:
             out = dense.new_empty(rows.numel(), self.dim)
         sums = torch.zeros_like(self._sums)
         torch.ops.knowedit.moment_pack_(out, sums, dense, rows, self._signs)
-        limit = math.inf if self.precision == "fp64" else _LARGEST_TRACE
+        limit = limit_of(self.precision)
         if not sums[0].item() < limit:
             raise ValueError(_complaint(keys.detach(), mask, limit))
         return (dense if out is None else out), sums

@@ -2,6 +2,10 @@
 (see README.md).
 """
 
+from .blocks import BlockMetric as BlockMetric
+from .blocks import BlockSolver as BlockSolver
+from .blocks import RoutedKeys as RoutedKeys
+from .blocks import shrunk_by_count as shrunk_by_count
 from .cache import cached_covariance as cached_covariance
 from .cache import forget_factors as forget_factors
 from .cholesky import EquilibratedCholesky as EquilibratedCholesky

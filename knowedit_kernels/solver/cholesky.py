@@ -223,3 +223,22 @@ class EquilibratedCholesky:
             term = self._excess(term) * (0.5 / k - 1)
             total = total + term
         return total
+
+
+def factor_of_cosines(cosines: Tensor, scale: int) -> Tensor:
+    """The Cholesky factor of the cosines [n, n] between keys, refusing dependent ones.
+
+    scale: terms of a cosine's sum, for the roundoff that a pivot must exceed. Raises ValueError
+    naming the closest pair of keys and the remedy.
+    """
+    L, info = torch.linalg.cholesky_ex(cosines)
+    if int(info) or float(L.diagonal().amin() ** 2) <= 8 * scale * torch.finfo(L.dtype).eps:
+        n = len(cosines)
+        cosines = cosines.clone().fill_diagonal_(0)
+        i, j = divmod(int(cosines.abs().argmax()), n)
+        raise ValueError(
+            f"exact writing: keys are dependent (closest: {i} and {j}, cosine "
+            f"{float(cosines[i, j]):.6f}); merge edits that share a subject, or use "
+            "constraint='soft' without compensation"
+        )
+    return L

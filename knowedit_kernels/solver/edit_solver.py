@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .cholesky import factor_of_cosines
 from .metrics import Metric
 
 Constraint = Literal["soft", "equality"]
@@ -185,15 +186,7 @@ def _independent(Z: Tensor) -> tuple[Tensor, Tensor]:
     if n == 0:
         return Z, Z.new_zeros(0, 0)
     unit = Z / norm
-    cosines = unit.mT @ unit
-    L, info = torch.linalg.cholesky_ex(cosines)
-    if int(info) or float(L.diagonal().amin() ** 2) <= 8 * r * torch.finfo(Z.dtype).eps:
-        cosines.fill_diagonal_(0)
-        i, j = divmod(int(cosines.abs().argmax()), n)
-        cos = float(cosines[i, j])
-        raise ValueError(
-            f"exact writing: keys are dependent (closest: {i} and {j}, cosine {cos:.6f}); {remedy}"
-        )
+    L = factor_of_cosines(unit.mT @ unit, r)
     return torch.cholesky_solve(unit.mT, L).mT / norm, torch.cholesky_inverse(L) / (
         norm[:, None] * norm
     )

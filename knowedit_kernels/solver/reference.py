@@ -4,9 +4,13 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from knowedit_kernels.solver.blocks import RoutedKeys
 
 
 def dense_delta(R: Tensor, K: Tensor, M: Tensor) -> Tensor:
@@ -48,3 +52,13 @@ def dense_null_space(R: Tensor, K: Tensor, K_previous: Tensor, P: Tensor, beta: 
     R, K, Kp, P = R.double(), K.double(), K_previous.double(), P.double()
     left = P @ (K @ K.mT + Kp @ Kp.mT) + beta * torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve(left, P @ K @ R.mT).mT
+
+
+def wide_moment(keys: RoutedKeys, experts: Iterable[int]) -> Tensor:
+    """sum of k k^T over the wide keys of a mixture's tokens, [sum of m, sum of m]: with the cross
+    terms between experts that a block metric leaves out.
+
+    For small layers, to measure what those terms are worth: `dense_delta` takes it as M.
+    """
+    wide = keys.stacked(experts)
+    return wide @ wide.mT

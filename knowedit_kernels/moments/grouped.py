@@ -1,0 +1,387 @@
+"""`GroupedSecondMoment`: one second moment for each expert of a mixture, all in one launch.
+
+A mixture's layer is one linear layer whose key is the concatenation of `g_j k_j` over its experts
+j (gate times key). What an edit of expert j must preserve is therefore `sum g_j^2 k_j k_j^T` over
+the tokens that were routed to j. Rows arrive sorted by expert, or with their expert's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knowedit_kernels.moments import audit as _audit
+from knowedit_kernels.moments import files, triangle
+from knowedit_kernels.moments.functional import check_keys, check_precision
+from knowedit_kernels.moments.state import limit_of
+
+STORAGE = {"float64": torch.float64, "float32": torch.float32}
+_FIELDS = ("lower", "sums", "counts")
+
+
+def sort_rows(index: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order that sorts rows by their group, and where each group starts in it.
+
+    index int [n], of groups 0 to groups - 1. Returns order int64 [n], stable, on the index's
+    device, and offsets int64 [groups + 1] on the host. Raises ValueError or TypeError for an index
+    that is no list of groups.
+    """
+    if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(f"index must hold whole numbers (the group of each row), not {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(
+            f"index has shape {list(index.shape)}; it must be [n], one group a row: with top-k "
+            "experts a token, flatten both it and the rows"
+        )
+    index = index.long()
+    counts = torch.bincount(index.clamp(0, groups - 1), minlength=groups).cpu()
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= groups):
+        wrong = int(((index < 0) | (index >= groups)).nonzero()[0])
+        raise ValueError(f"index[{wrong}] is {int(index[wrong])}; the groups are 0 to {groups - 1}")
+    return torch.argsort(index, stable=True), _starts(counts)
+
+
+def _starts(counts: torch.Tensor) -> torch.Tensor:
+    """counts [groups] -> offsets int64 [groups + 1]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+class GroupedSecondMoment:
+    """Streaming sum of w^2 k k^T of every group's rows, packed lower triangles [groups, d (d+1)/2].
+
+    storage: "float64", or "float32" for half of the memory and one rounding more a launch
+    (`numerics.float32_storage`). precision: see PRECISIONS; with weights, 16-bit keys are
+    multiplied in float32. Rows are collected until a launch is worth while (512 a group on a CPU,
+    4096 on a GPU, on average), so small updates cost little. The same updates give the same bits,
+    on any number of threads. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        dim: int,
+        *,
+        storage: str = "float64",
+        device: torch.device | str = "cpu",
+        precision: str = "exact",
+    ) -> None:
+        if groups < 1 or dim < 1:
+            raise ValueError(f"groups={groups} and dim={dim} must be at least 1")
+        if storage not in STORAGE:
+            raise ValueError(f"storage={storage!r} is unknown; choose one of: {', '.join(STORAGE)}")
+        self.groups, self.dim, self.storage = groups, dim, storage
+        self.precision = check_precision(precision)
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        width = triangle.size(dim)
+        self._lower = torch.zeros(groups, width, dtype=STORAGE[storage], device=self.device)
+        self._sums = torch.zeros(groups, 1 + _audit.PROBES, dtype=torch.float64, device=self.device)
+        self._counts = torch.zeros(groups, dtype=torch.int64)
+        self._signs = _audit.signs(dim, self.device)
+        self._log = _Log(groups, dim, _capacity(groups, dim, self.device))
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Rows seen of every group, int64 [groups] on the host."""
+        return self._counts.clone()
+
+    @property
+    def count(self) -> int:
+        """Rows seen of all groups."""
+        return int(self._counts.sum())
+
+    @torch.no_grad()
+    def update(
+        self,
+        rows: torch.Tensor,
+        *,
+        counts: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> GroupedSecondMoment:
+        """Adds rows [n, dim] (float64, float32, float16, bfloat16), each times its weight.
+
+        Which rows are a group's is said by exactly one of: counts [groups], rows a group of rows
+        sorted by group; offsets [groups + 1], where each group starts in them; index [n], the
+        group of every row, in any order. weights [n], None: 1. A group may have no rows.
+
+        Raises ValueError for shapes, groups or a device that do not fit, and for NaN, infinite or
+        absurdly large rows or weights, naming the first such row; TypeError for a wrong dtype. A
+        refused update leaves the state as it was.
+        """
+        if rows.device != self.device:
+            raise ValueError(
+                f"rows are on {rows.device}, the moment is on {self.device}: move the rows there"
+            )
+        keys, _ = check_keys(rows, None, self.dim, self.precision)
+        if rows.dim() != 2:
+            raise ValueError(f"rows has shape {list(rows.shape)}; it must be [n, {self.dim}]")
+        order, starts = self._grouping(len(keys), counts, offsets, index)
+        weights = self._checked_weights(keys, weights)
+        out = self._log.slot(keys, weights)
+        sums = torch.zeros(len(keys), 1 + _audit.PROBES, dtype=torch.float64, device=self.device)
+        torch.ops.knowedit.row_audit_(out, sums, keys, self._signs)
+        self._check_rows(keys, sums, weights, index, starts)
+        if weights is not None:
+            sums *= weights.double().square()[:, None]
+        sizes = starts.diff()
+        self._sums += _sum_groups(sums if order is None else sums[order], sizes)
+        self._counts += sizes
+        if out is None:
+            self._launch(self._log.take())
+            out = self._log.slot(keys, weights)
+            if out is None:  # more rows than the log holds
+                self._launch(_Batch(keys, weights, order, starts))
+                return self
+            out.copy_(keys)
+        if index is None:
+            index = torch.repeat_interleave(sizes).to(self.device)
+        self._log.append(index, weights)
+        return self
+
+    def _grouping(
+        self,
+        n: int,
+        counts: torch.Tensor | None,
+        offsets: torch.Tensor | None,
+        index: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The order of `n` rows (None: sorted already) and the groups' offsets [groups + 1]."""
+        if sum(given is not None for given in (counts, offsets, index)) != 1:
+            raise ValueError("give exactly one of counts=, offsets= or index=")
+        if index is not None:
+            if index.shape != (n,):
+                raise ValueError(f"index has shape {list(index.shape)}; {n} rows need [{n}]")
+            return sort_rows(index, self.groups)
+        name, given = ("counts", counts) if counts is not None else ("offsets", offsets)
+        assert given is not None
+        width = self.groups + (name == "offsets")
+        if given.is_floating_point() or given.shape != (width,):
+            raise ValueError(
+                f"{name} is {given.dtype} {list(given.shape)}; {self.groups} groups need whole "
+                f"numbers [{width}]"
+            )
+        starts = given.detach().cpu().long()
+        starts = _starts(starts) if name == "counts" else starts
+        if int(starts[0]) or int(starts[-1]) != n or bool((starts.diff() < 0).any()):
+            raise ValueError(
+                f"{name} must rise from row 0 to the last of the {n} rows, group by group; it is "
+                f"{given.tolist()[:8]}{'...' if width > 8 else ''} and ends at {int(starts[-1])}"
+            )
+        return None, starts
+
+    def _checked_weights(
+        self, keys: torch.Tensor, weights: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """weights [n] in the arithmetic of the keys: float64 for float64 ones, else float32."""
+        if weights is None:
+            return None
+        if not weights.is_floating_point() or weights.shape != (len(keys),):
+            raise ValueError(
+                f"weights is {weights.dtype} {list(weights.shape)}; {len(keys)} rows need one "
+                f"floating-point weight each, [{len(keys)}]"
+            )
+        if weights.device != self.device:
+            raise ValueError(f"weights are on {weights.device}, the moment is on {self.device}")
+        wide = keys.dtype == torch.float64
+        return weights.detach().to(torch.float64 if wide else torch.float32)
+
+    def _check_rows(
+        self,
+        keys: torch.Tensor,
+        sums: torch.Tensor,
+        weights: torch.Tensor | None,
+        index: torch.Tensor | None,
+        starts: torch.Tensor,
+    ) -> None:
+        """Raises ValueError naming the first row that is not finite or too large to be summed."""
+        squares = sums[:, 0] if weights is None else sums[:, 0] * weights.double().square()
+        limit = limit_of(self.precision)
+        if float(squares.sum()) < limit:
+            return
+        bad = (~(squares < limit)).nonzero().flatten()
+        if len(bad) == 0:
+            raise ValueError(
+                "the rows are too large: their squares overflow float32; scale them, or use "
+                "precision='fp64'"
+            )
+        row = int(bad[0])
+        group = int(torch.searchsorted(starts, row, right=True)) - 1
+        if index is not None:
+            group = int(index[row])
+        channels = (~keys[row].isfinite()).nonzero().flatten().tolist()
+        what = f"is NaN or infinite in {len(channels)} channels (first: {channels[:1]})"
+        if not channels:
+            what = "is too large" if weights is None else "times its weight is too large or NaN"
+        raise ValueError(
+            f"rows[{row}] of group {group} {what}; {len(bad)} such rows in this batch, of which "
+            "nothing was added. Leave them out, or run the model in a wider dtype"
+        )
+
+    def _launch(self, batch: _Batch | None) -> None:
+        """Accumulates a batch of rows of all groups, if there is one."""
+        if batch is not None:
+            torch.ops.knowedit.grouped_moment_(
+                self._lower, batch.rows, batch.order, batch.offsets, batch.weights, self.precision
+            )
+
+    def _flush(self) -> GroupedSecondMoment:
+        self._launch(self._log.take())
+        return self
+
+    @torch.no_grad()
+    def matrix(self, group: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """sum of w^2 k k^T over the group's rows so far: a new symmetric tensor [dim, dim]."""
+        if not 0 <= group < self.groups:
+            raise ValueError(f"group {group} is unknown; the groups are 0 to {self.groups - 1}")
+        return triangle.symmetric(self._flush()._lower[group], self.dim).to(dtype)
+
+    @torch.no_grad()
+    def pooled(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The sum of all groups' matrices, [dim, dim]."""
+        lower = self._flush()._lower.sum(0, dtype=torch.float64)
+        return triangle.symmetric(lower, self.dim).to(dtype)
+
+    def audit(self, group: int | None = None) -> _audit.AuditResult:
+        """The accumulation error measured on the rows seen, of one group or of all together."""
+        if group is None:
+            return _audit.compare(self.pooled(), self._sums.sum(0), self.count)
+        return _audit.compare(self.matrix(group), self._sums[group], int(self._counts[group]))
+
+    @torch.no_grad()
+    def merge(self, other: GroupedSecondMoment) -> GroupedSecondMoment:
+        """Adds what `other` has seen (other keeps it). Raises ValueError if the sizes differ."""
+        if (other.groups, other.dim) != (self.groups, self.dim):
+            raise ValueError(
+                f"cannot merge moments of {other.groups} groups of dimension {other.dim} and of "
+                f"{self.groups} groups of dimension {self.dim}"
+            )
+        self._flush()._lower += other._flush()._lower.to(self._lower)
+        self._sums += other._sums.to(self.device)
+        self._counts += other._counts
+        return self
+
+    @torch.no_grad()
+    def all_reduce(self, group: Any = None) -> GroupedSecondMoment:
+        """Sums over the ranks of a torch.distributed group: every rank then holds the total. Call
+        once.
+        """
+        counts = self._counts.to(self.device)
+        for part in (self._flush()._lower, self._sums, counts):
+            torch.distributed.all_reduce(part, group=group)
+        self._counts = counts.cpu()
+        return self
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything needed to go on with the same bits (buffered rows are accumulated first)."""
+        self._flush()
+        return {"lower": self._lower, "sums": self._sums, "counts": self._counts}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> GroupedSecondMoment:
+        """Restores `state_dict`. Raises ValueError naming what is missing or of another size."""
+        if missing := [name for name in _FIELDS if name not in state]:
+            raise ValueError(f"state lacks {', '.join(missing)}: not a grouped second moment")
+        for name, mine in zip(_FIELDS, (self._lower, self._sums, self._counts)):
+            if state[name].shape != mine.shape:
+                raise ValueError(
+                    f"state's {name} is {list(state[name].shape)}, expected {list(mine.shape)}"
+                )
+        self._log.take()
+        for name, mine in zip(_FIELDS, (self._lower, self._sums, self._counts)):
+            mine.copy_(state[name])
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Writes the state as safetensors; the file appears whole or not at all."""
+        about = {"precision": self.precision, "storage": self.storage, "dim": str(self.dim)}
+        files.write(Path(path), self.state_dict(), about, files.GROUPED)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> GroupedSecondMoment:
+        """Reads `save`'s file. Raises ValueError naming the file if it is truncated or foreign."""
+        state, about = files.read(Path(path), files.GROUPED)
+        try:
+            moment = cls(
+                len(state["counts"]),
+                int(about["dim"]),
+                storage=about["storage"],
+                device=device,
+                precision=about["precision"],
+            )
+            return moment.load_state_dict(state)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); collect again") from None
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Rows [n, d] with their weights, order and offsets, as `grouped_moment_` takes them."""
+
+    rows: torch.Tensor
+    weights: torch.Tensor | None
+    order: torch.Tensor | None
+    offsets: torch.Tensor
+
+
+class _Log:
+    """Rows in the order in which they came, of one dtype and all with or all without weights."""
+
+    def __init__(self, groups: int, dim: int, capacity: int) -> None:
+        self.groups, self.dim, self.capacity = groups, dim, capacity
+        self.filled = 0
+        self._rows: torch.Tensor | None = None
+        self._index: torch.Tensor | None = None
+        self._weights: torch.Tensor | None = None
+
+    def slot(self, like: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor | None:
+        """The next len(like) rows of the buffer; None if they do not fit or differ in kind."""
+        if self.filled + len(like) > self.capacity:
+            return None
+        if self.filled == 0:
+            self._allocate(like, weights)
+        assert self._rows is not None
+        alike = self._rows.dtype == like.dtype and (self._weights is None) == (weights is None)
+        return self._rows[self.filled : self.filled + len(like)] if alike else None
+
+    def _allocate(self, like: torch.Tensor, weights: torch.Tensor | None) -> None:
+        if self._rows is None or self._rows.dtype != like.dtype:
+            self._rows = like.new_empty(self.capacity, self.dim)
+            self._index = torch.empty(self.capacity, dtype=torch.int64, device=like.device)
+        self._weights = None if weights is None else weights.new_empty(self.capacity)
+
+    def append(self, index: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Counts the rows that were written to the last `slot`, with their groups and weights."""
+        here = slice(self.filled, self.filled + len(index))
+        assert self._index is not None
+        self._index[here] = index
+        if weights is not None:
+            assert self._weights is not None
+            self._weights[here] = weights
+        self.filled += len(index)
+
+    def take(self) -> _Batch | None:
+        """All rows, which are then no longer the log's; None if there are none."""
+        n, self.filled = self.filled, 0
+        if n == 0:
+            return None
+        assert self._rows is not None and self._index is not None
+        order, offsets = sort_rows(self._index[:n], self.groups)
+        weights = None if self._weights is None else self._weights[:n]
+        return _Batch(self._rows[:n], weights, order, offsets)
+
+
+def _capacity(groups: int, dim: int, device: torch.device) -> int:
+    """Rows a launch: enough to make reading and writing the sums cheap, in at most 2 GiB."""
+    wanted = groups * (512 if device.type == "cpu" else 4096)
+    return max(min(wanted, 2**31 // (4 * dim)), 4096)
+
+
+def _sum_groups(sums: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """sums [n, c] of rows sorted by group -> [groups, c], always added in the same order."""
+    lengths = sizes.to(sums.device)
+    return torch.segment_reduce(sums, "sum", lengths=lengths, axis=0, initial=0.0)
