@@ -37,6 +37,7 @@ class _Entry:
     pristine: Tensor | None = None  # W0, kept while edits are active
     changes: dict[str, Change] = field(default_factory=dict)
     fingerprint: int = 0
+    settled: bool = True  # False while the weight may differ from what its edits say
 
 
 class WeightLedger:
@@ -48,8 +49,9 @@ class WeightLedger:
     the pristine copies in host memory.
 
     With no active edit a weight has its original bits and no copy is kept. Before every change the
-    ledger checks that nobody else wrote to the weight, and raises LedgerError if so. Not
-    thread-safe.
+    ledger checks that nobody else wrote to the weight, and raises LedgerError if so. An interrupted
+    `add_many` is taken back, an interrupted `remove` completed; where that is interrupted too, the
+    next call does it. Not thread-safe.
     """
 
     def __init__(
@@ -86,6 +88,22 @@ class WeightLedger:
             )
         self._entries[name] = _Entry(name, weight, transposed)
 
+    def follow(self, weights: Mapping[str, Tensor]) -> None:
+        """Edits these tensors from now on under their names, where a model has others than it had.
+
+        Raises LedgerError for one whose earlier tensor has edits in force.
+        """
+        for name, weight in weights.items():
+            entry = self._entries.get(name)
+            if entry is None or entry.weight is weight:
+                continue
+            if entry.changes:
+                raise LedgerError(
+                    f"weight {name!r} is another tensor than the one that was edited: put that one "
+                    "back and undo its edits, or call reset() and load the model again"
+                )
+            entry.weight = weight
+
     @property
     def active(self) -> tuple[str, ...]:
         """Keys of the edits in force, in the order they were added."""
@@ -114,6 +132,7 @@ class WeightLedger:
         """Adds an edit of several weights, all or nothing: name -> (U [out, r], V [in, r]), or a
         dense delta.
         """
+        self._settle_all()
         entries = [self._find(name) for name in changes]
         for entry, change in zip(entries, changes.values()):
             if key in entry.changes:
@@ -131,6 +150,7 @@ class WeightLedger:
                 like = entry.weight.new_empty(
                     0, dtype=torch.promote_types(entry.weight.dtype, torch.float32)
                 )
+                entry.settled = False
                 if entry.pristine is None:
                     entry.pristine = entry.weight.detach().to(
                         "cpu" if self._offload else like.device, copy=True
@@ -149,7 +169,7 @@ class WeightLedger:
                         f"entries of {entry.name!r}: "
                         "nothing was changed; scale the edit down or use a wider dtype"
                     )
-        except Exception:
+        except BaseException:
             for entry in entries:
                 self._drop(entry, key)
             raise
@@ -157,6 +177,7 @@ class WeightLedger:
 
     def remove(self, key: str) -> None:
         """Undoes one edit on every weight it covers; raises LedgerError for an unknown key."""
+        self._settle_all()
         entries = [entry for entry in self._entries.values() if key in entry.changes]
         if not entries:
             raise LedgerError(
@@ -164,8 +185,13 @@ class WeightLedger:
             )
         for entry in entries:
             self._check_untouched(entry)
-        for entry in entries:
-            self._drop(entry, key)
+        try:
+            for entry in entries:
+                self._drop(entry, key)
+        except BaseException:  # half of an edit is worse than none
+            for entry in entries:
+                self._drop(entry, key)
+            raise
 
     def reset(self) -> None:
         """Restores every pristine weight and forgets all edits, whatever else was written to the
@@ -177,6 +203,7 @@ class WeightLedger:
 
     def verify(self) -> None:
         """Raises LedgerError if a weight with active edits was changed by anyone else."""
+        self._settle_all()
         for entry in self._entries.values():
             self._check_untouched(entry)
 
@@ -213,7 +240,7 @@ class WeightLedger:
         if dense:
             weight.copy_(target)
             report = _report(weight, base, target)
-        entry.fingerprint = fingerprint(weight)
+        entry.fingerprint, entry.settled = fingerprint(weight), True
         return report
 
     def _check_change(self, entry: _Entry, change: Change) -> None:
@@ -230,14 +257,27 @@ class WeightLedger:
             )
 
     def _drop(self, entry: _Entry, *keys: str) -> None:
-        dropped = [entry.changes.pop(key) for key in keys if key in entry.changes]
-        if not dropped or entry.pristine is None:
+        if any(key in entry.changes for key in keys):
+            entry.settled = False
+        for key in keys:
+            entry.changes.pop(key, None)
+        self._settle(entry)
+
+    def _settle(self, entry: _Entry) -> None:
+        """Brings a weight to what its edits say."""
+        if entry.settled:
             return
-        if entry.changes:
+        if entry.pristine is not None and entry.changes:
             self._write(entry, entry.pristine)
-        else:
+        elif entry.pristine is not None:
             entry.weight.detach().copy_(entry.pristine)
             entry.pristine = None
+        entry.settled = True
+
+    def _settle_all(self) -> None:
+        """After an interruption whose mending was interrupted too; else there is nothing to do."""
+        for entry in self._entries.values():
+            self._settle(entry)
 
     def _check_untouched(self, entry: _Entry) -> None:
         self._check_layout(entry)
@@ -256,7 +296,8 @@ class WeightLedger:
             raise LedgerError(
                 f"weight {entry.name!r} was {pristine.dtype} {tuple(pristine.shape)} when edited "
                 "and is now "
-                f"{weight.dtype} {tuple(weight.shape)}: undo edits before converting a model"
+                f"{weight.dtype} {tuple(weight.shape)}: undo edits before converting a model "
+                "(convert it back, then undo)"
             )
 
 

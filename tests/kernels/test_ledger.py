@@ -1,6 +1,7 @@
 """The ledger restores every bit, in any order, and notices what it did not do itself (unit)."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -238,3 +239,116 @@ def test_fingerprint_of_a_weight_larger_than_a_block():
     before = fingerprint(W)
     W[2099, 299] += 1
     assert fingerprint(W) != before
+
+
+def interrupted(action, n, file):
+    """Run `action` with a KeyboardInterrupt before line `n` (counted as they run) of a file; says
+    whether it came that far.
+    """
+    left = [n]
+
+    def trace(frame, event, _argument):
+        if frame.f_code.co_filename != file:
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left[0] <= 0
+
+
+DOING = {  # with the edits in force before
+    "add": ((), lambda ledger, change: ledger.add_many("a", change)),
+    "add another": (("b",), lambda ledger, change: ledger.add_many("a", change)),
+    "remove": (("a",), lambda ledger, _: ledger.remove("a")),
+    "remove one of two": (("a", "b"), lambda ledger, _: ledger.remove("a")),
+    "reset": (("a", "b"), lambda ledger, _: ledger.reset()),
+}
+
+
+@pytest.mark.parametrize("doing", DOING)
+def test_ctrl_c_at_any_line_leaves_the_bits_of_the_edits_in_force(doing):
+    """Never half of one, and every later call works as if it had not come."""
+    file = WeightLedger.add.__code__.co_filename
+    changes = {
+        "a": {name: factors(5, 6, i) for i, name in enumerate("vw", 1)},
+        "b": {"v": 0.01 * rand(5, 6, seed=9), "w": factors(5, 6, 7)},
+    }
+
+    def made(keys):
+        weights = {name: rand(5, 6, seed=i).bfloat16() for i, name in enumerate("vw")}
+        ledger = WeightLedger(weights)
+        for key in keys:
+            ledger.add_many(key, changes[key])
+        return ledger, weights
+
+    states = {keys: made(keys)[1] for keys in ((), ("a",), ("b",), ("a", "b"))}
+    before, action = DOING[doing]
+    n, seen = 0, set()
+    while True:
+        n += 1
+        ledger, weights = made(before)
+        if not interrupted(lambda: action(ledger, changes["a"]), n, file):  # noqa: B023
+            break
+        if doing == "reset":
+            ledger.reset()
+        ledger.verify()
+        now = tuple(sorted(ledger.active))
+        seen.add(now)
+        for name in "vw":
+            assert torch.equal(bits(weights[name]), bits(states[now][name])), (n, now)
+        for key in now:
+            ledger.remove(key)
+        for name in "vw":
+            assert torch.equal(bits(weights[name]), bits(states[()][name])), (n, now)
+    assert n > 30 and len(seen) <= 2 and (before in seen or doing == "reset")
+
+
+def test_an_interruption_of_the_mending_is_mended_by_the_next_call(monkeypatch):
+    """Ctrl-C twice: in the second weight of an edit, and while the first is put back."""
+    v, w = rand(5, 6), rand(5, 6, seed=1)
+    original, ledger = (bits(v), bits(w)), WeightLedger({"v": v, "w": w})
+    write, calls = WeightLedger._write, []
+
+    def interrupted_write(self, entry, pristine):
+        report = write(self, entry, pristine)
+        calls.append(entry.name)
+        if entry.name == "w":
+            entry.settled = False  # as before its last line
+            raise KeyboardInterrupt
+        return report
+
+    def interrupted_drop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightLedger, "_write", interrupted_write)
+        patch.setattr(WeightLedger, "_drop", interrupted_drop)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.add_many("a", {"v": factors(5, 6, 3), "w": factors(5, 6, 4)})
+    assert calls == ["v", "w"] and ledger.active == ("a",)
+    ledger.remove("a")
+    assert (bits(v) == original[0]).all() and (bits(w) == original[1]).all()
+
+
+def test_the_tensors_that_a_model_has_now_are_edited():
+    old, new = rand(4, 4), rand(4, 4, seed=1)
+    kept, ledger = bits(new), WeightLedger({"w": old})
+    ledger.follow({"w": new, "unknown": old})
+    ledger.add("w", *factors(4, 4, 2), "a")
+    assert torch.equal(old, rand(4, 4)) and not torch.equal(bits(new), kept)
+    ledger.follow({"w": new})
+    with pytest.raises(LedgerError, match="another tensor than the one that was edited"):
+        ledger.follow({"w": old})
+    ledger.remove("a")
+    assert torch.equal(bits(new), kept)
