@@ -64,6 +64,17 @@ _define(
 # its products with signs [4, d] float64
 _define("row_audit_(Tensor(a!)? out, Tensor(b!) sums, Tensor keys, Tensor signs) -> ()")
 
+# their C++ kernels
+_define(
+    "grouped_syrk_cpu_(Tensor(a!) c, Tensor keys, Tensor? order, Tensor offsets, Tensor? weights, "
+    "int isa) -> ()",
+    compiled=True,
+)
+_define(
+    "row_audit_cpu_(Tensor(a!)? out, Tensor(b!) sums, Tensor keys, Tensor signs, int isa) -> ()",
+    compiled=True,
+)
+
 # the CUDA kernel for Hopper, bfloat16 or float16 keys; tiles int32 [programs, 4] of
 # schedule.tile_table, chains of first, first, 2 first, ... chain tokens (chain 0: a single
 # uncentred one)

@@ -60,10 +60,79 @@ void check_keys(const Tensor& keys) {
   STD_TORCH_CHECK(keys.dim() == 2 && (keys.stride(1) == 1 || keys.size(1) <= 1), "keys must be [tokens, d] with dense rows");
 }
 
-void add_tile(double* c, int64_t ldc, int64_t d, int64_t i0, int64_t j0, const double* sum) {
+// Rows of one group that are summed together: `rows.first` says where they start.
+struct Segment {
+  int64_t group, count;
+  Rows rows;
+};
+
+// Cuts a group's `count` rows into equal segments of at most `most`, and appends them. Two of one group are more than
+// `most` together, so that no wave of `for_each_tile` has both.
+void cut(std::vector<Segment>& segments, int64_t group, int64_t count, Rows rows, int64_t most) {
+  const int64_t pieces = (count + most - 1) / most;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t begin = count * i / pieces / 32 * 32, end = i + 1 < pieces ? count * (i + 1) / pieces / 32 * 32 : count;
+    segments.push_back({group, end - begin, {rows.stride, rows.first + begin, rows.order, rows.weights}});
+  }
+}
+
+// add(group, i0, j0, sum) for every tile of the lower triangle of every segment's K^T K, `sum` [kTile, kTile].
+// Segments are taken in waves of at most `most` rows (or one), so that what is packed stays in cache and every
+// thread has work, however uneven the groups are.
+template <class Add>
+void for_each_tile(const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments, int64_t most,
+                   const Add& add) {
+  const Type type = type_of(keys);
+  const int64_t d = keys.size(1), panels = (d + kPanel - 1) / kPanel, blocks = (d + kTile - 1) / kTile;
+  const int64_t per_block = kTile / kPanel, tiles = blocks * (blocks + 1) / 2;
+  const auto steps = [&](const Segment& segment) {
+    return (segment.count + kernel.tokens_per_step - 1) / kernel.tokens_per_step;
+  };
+  std::vector<int64_t> start;  // of the wave's segments in `packed`, in steps
+  std::unique_ptr<char[]> memory;  // not initialised
+  size_t held = 0;
+  for (size_t first = 0, last = 0; first < segments.size(); first = last) {
+    start.assign(1, 0);
+    for (int64_t rows = 0; last < segments.size() && (last == first || rows + segments[last].count <= most); ++last) {
+      rows += segments[last].count;
+      start.push_back(start.back() + steps(segments[last]));
+    }
+    const size_t bytes = start.back() * panels * kPanel * 4 + 64;
+    if (held < bytes) memory.reset(new char[held = bytes]);
+    char* packed = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+    const int64_t count = static_cast<int64_t>(last - first);
+    const auto panel = [&](int64_t s, int64_t p) {
+      return packed + (start[s] * panels + (start[s + 1] - start[s]) * p) * kPanel * 4;
+    };
+    dynamic_for(count * panels, [&](int64_t item) {
+      const int64_t s = item / panels, p = item % panels;
+      const Segment& segment = segments[first + s];
+      kernel.pack(address(keys, 0, p * kPanel), type, segment.rows, segment.count, std::min(kPanel, d - p * kPanel),
+                  panel(s, p));
+    });
+    // the last rows of tiles are the longest: first in, so that no thread ends with a long tail
+    dynamic_for(count * tiles, [&](int64_t item) {
+      const int64_t s = item / tiles;
+      int64_t i = blocks - 1, j = item % tiles;
+      for (; j > i; --i) j -= i + 1;
+      alignas(64) thread_local double sum[kTile * kTile];
+      std::fill_n(sum, kTile * kTile, 0.0);
+      const int64_t length = start[s + 1] - start[s];
+      kernel.tile(panel(s, i * per_block), panel(s, j * per_block), length * kPanel * 4,
+                  std::min(per_block, panels - i * per_block), std::min(per_block, panels - j * per_block), length,
+                  i == j, sum);
+      add(segments[first + s].group, i * kTile, j * kTile, sum);
+    });
+  }
+}
+
+// The tile at (i0, j0) of a lower triangle of `d` rows, of which `row(i)` is the start.
+template <class T, class Row>
+void add_tile(const Row& row, int64_t d, int64_t i0, int64_t j0, const double* sum) {
   for (int64_t i = 0; i < kTile && i0 + i < d; ++i) {
     const int64_t end = std::min({kTile, d - j0, i0 + i - j0 + 1});
-    for (int64_t j = 0; j < end; ++j) c[(i0 + i) * ldc + j0 + j] += sum[i * kTile + j];
+    T* out = row(i0 + i) + j0;
+    for (int64_t j = 0; j < end; ++j) out[j] = static_cast<T>(out[j] + sum[i * kTile + j]);
   }
 }
 
@@ -74,35 +143,82 @@ void syrk(Tensor c, Tensor keys, int64_t isa) {
                       (c.stride(1) == 1 || d <= 1),
                   "c must be float64 [d, d] with dense rows");
   if (tokens == 0 || d == 0) return;
+  const int64_t most = tokens_per_block(d);
+  std::vector<Segment> segments;
+  cut(segments, 0, tokens, {keys.stride(0), 0, nullptr, nullptr}, most);
+  double* out = static_cast<double*>(c.mutable_data_ptr());
+  for_each_tile(keys, kernels(isa, type_of(keys)), segments, most,
+                [&](int64_t, int64_t i0, int64_t j0, const double* sum) {
+                  add_tile<double>([&](int64_t i) { return out + i * ldc; }, d, i0, j0, sum);
+                });
+}
+
+template <class T>
+void grouped(Tensor& c, const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments, int64_t most) {
+  const int64_t d = keys.size(1), size = d * (d + 1) / 2;
+  T* out = static_cast<T*>(c.mutable_data_ptr());
+  for_each_tile(keys, kernel, segments, most, [&](int64_t group, int64_t i0, int64_t j0, const double* sum) {
+    add_tile<T>([&](int64_t i) { return out + group * size + i * (i + 1) / 2; }, d, i0, j0, sum);
+  });
+}
+
+// c [groups, d (d + 1) / 2], of every group a lower triangle row by row, += the moments of the groups' rows.
+void grouped_syrk(Tensor c, Tensor keys, std::optional<Tensor> order, Tensor offsets, std::optional<Tensor> weights,
+                  int64_t isa) {
+  check_keys(keys);
+  const int64_t tokens = keys.size(0), d = keys.size(1), groups = c.size(0);
+  const auto whole = [](const Tensor& x, int64_t n) {
+    return x.scalar_type() == ScalarType::Long && x.is_contiguous() && x.numel() == n;
+  };
+  STD_TORCH_CHECK(c.is_contiguous() && c.dim() == 2 && c.size(1) == d * (d + 1) / 2, "c must be [groups, d (d + 1) / 2]");
+  STD_TORCH_CHECK(whole(offsets, groups + 1), "offsets must be int64 [groups + 1]");
+  STD_TORCH_CHECK(!order || whole(*order, tokens), "order must be int64 [n]");
+  STD_TORCH_CHECK(!weights || (weights->scalar_type() == ScalarType::Float && weights->is_contiguous() &&
+                               weights->numel() == tokens), "weights must be float32 [n]");
+  const int64_t* start = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const int64_t* index = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr;
+  STD_TORCH_CHECK(start[0] == 0 && start[groups] == tokens, "offsets must run from 0 to the number of rows");
+  for (int64_t t = 0; index && t < tokens; ++t)
+    STD_TORCH_CHECK(index[t] >= 0 && index[t] < tokens, "row ", index[t], " is not among the keys");
+  if (tokens == 0 || d == 0) return;
+  const Rows rows{keys.stride(0), 0, index, weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr};
+  const int64_t most = tokens_per_block(d);
+  std::vector<Segment> segments;
+  for (int64_t g = 0; g < groups; ++g) {
+    STD_TORCH_CHECK(start[g] <= start[g + 1], "offsets must rise");
+    cut(segments, g, start[g + 1] - start[g], {rows.stride, start[g], rows.order, rows.weights}, most);
+  }
+  // pairs of bf16 tokens take no weights: these go through float32
+  const SyrkKernels& kernel = kernels(weights ? std::min<int64_t>(isa, kAvx512) : isa, type_of(keys));
+  if (c.scalar_type() == ScalarType::Double) return grouped<double>(c, keys, kernel, segments, most);
+  STD_TORCH_CHECK(c.scalar_type() == ScalarType::Float, "c must be float64 or float32");
+  grouped<float>(c, keys, kernel, segments, most);
+}
+
+// Every row's own audit, and a copy of it to `out` (if present) while it is in cache.
+void row_audit(std::optional<Tensor> out, Tensor sums, Tensor keys, Tensor signs, int64_t isa) {
+  check_keys(keys);
+  const int64_t tokens = keys.size(0), d = keys.size(1), bytes = d * keys.element_size();
+  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Double && signs.is_contiguous() && signs.numel() == kProbes * d,
+                  "signs must be contiguous float64 [4, d]");
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == tokens * (1 + kProbes),
+                  "sums must be contiguous float64 [n, 5]");
+  STD_TORCH_CHECK(!out || (out->is_contiguous() && out->scalar_type() == keys.scalar_type() && out->numel() == tokens * d),
+                  "out must be contiguous, [n, d], of the keys' dtype");
   const Type type = type_of(keys);
   const SyrkKernels& kernel = kernels(isa, type);
-  const int64_t panels = (d + kPanel - 1) / kPanel, blocks = (d + kTile - 1) / kTile, per_block = kTile / kPanel;
-  const int64_t most = std::min(tokens, tokens_per_block(d));
-  const int64_t panel_bytes = (most + kernel.tokens_per_step - 1) / kernel.tokens_per_step * kPanel * 4;
-  // 64-byte aligned, not initialised
-  std::unique_ptr<char[]> memory(new char[panels * panel_bytes + 64]);
-  char* packed = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
-  double* out = static_cast<double*>(c.mutable_data_ptr());
-
-  for (int64_t t0 = 0; t0 < tokens; t0 += most) {
-    const int64_t n = std::min(most, tokens - t0), steps = (n + kernel.tokens_per_step - 1) / kernel.tokens_per_step;
-    dynamic_for(panels, [&](int64_t p) {
-      kernel.pack(address(keys, t0, p * kPanel), type, keys.stride(0), n, std::min(kPanel, d - p * kPanel),
-                  packed + p * panel_bytes);
-    });
-    // the last rows of tiles are the longest: first in, so that no thread ends with a long tail
-    dynamic_for(blocks * (blocks + 1) / 2, [&](int64_t item) {
-      int64_t i = blocks - 1;
-      for (; item > i; --i) item -= i + 1;
-      const int64_t j = item;
-      alignas(64) thread_local double sum[kTile * kTile];
-      std::fill_n(sum, kTile * kTile, 0.0);
-      kernel.tile(packed + i * per_block * panel_bytes, packed + j * per_block * panel_bytes, panel_bytes,
-                  std::min(per_block, panels - i * per_block), std::min(per_block, panels - j * per_block), steps,
-                  i == j, sum);
-      add_tile(out, ldc, d, i * kTile, j * kTile, sum);
-    });
-  }
+  const double* z = static_cast<const double*>(signs.const_data_ptr());
+  double* each = static_cast<double*>(sums.mutable_data_ptr());
+  char* to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
+  const int64_t chunk = 256, chunks = (tokens + chunk - 1) / chunk;
+  dynamic_for(chunks, [&](int64_t i) {
+    for (int64_t t = i * chunk; t < std::min(tokens, (i + 1) * chunk); ++t) {
+      const char* row = address(keys, t, 0);
+      if (to) std::memcpy(to + t * bytes, row, bytes);
+      std::fill_n(each + t * (1 + kProbes), 1 + kProbes, 0.0);
+      kernel.audit(row, type, d, z, each + t * (1 + kProbes));
+    }
+  });
 }
 
 // Copies rows (all when `rows` is absent) to `out` (if present) and audits them while they are in cache.
@@ -153,4 +269,6 @@ extern "C" __attribute__((visibility("default"))) int knowedit_cpu_isa() { retur
 STABLE_TORCH_LIBRARY_IMPL(knowedit, CPU, m) {
   m.impl("syrk_cpu_", TORCH_BOX(&knowedit::syrk));
   m.impl("pack_cpu_", TORCH_BOX(&knowedit::pack));
+  m.impl("grouped_syrk_cpu_", TORCH_BOX(&knowedit::grouped_syrk));
+  m.impl("row_audit_cpu_", TORCH_BOX(&knowedit::row_audit));
 }

@@ -36,11 +36,12 @@ struct PairVector : Vector {
   static Reg multiply_add(Reg a, Reg b, Reg c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 };
 
-void pack_pairs(const void* x, Type, int64_t ldx, int64_t tokens, int64_t columns, void* out) {
-  const uint16_t* row = static_cast<const uint16_t*>(x);
+void pack_pairs(const void* x, Type, const Rows& rows, int64_t tokens, int64_t columns, void* out) {
+  const uint16_t* keys = static_cast<const uint16_t*>(x);
   uint32_t* o = static_cast<uint32_t*>(out);
-  for (int64_t t = 0; t < tokens; t += 2, row += 2 * ldx, o += kPanel) {
-    const uint16_t* next = row + ldx;
+  for (int64_t t = 0; t < tokens; t += 2, o += kPanel) {
+    const uint16_t* row = keys + rows.at(t) * rows.stride;
+    const uint16_t* next = t + 1 < tokens ? keys + rows.at(t + 1) * rows.stride : row;
     if (columns >= kPanel && t + 1 < tokens) {
       for (int64_t l = 0; l < kPanel; ++l) o[l] = row[l] | uint32_t(next[l]) << 16;
     } else {

@@ -5,8 +5,9 @@
 
 // Tokens summed in a float32 register before the float64 fold. So short, because squares of bf16 numbers are not
 // uniform in their low bits (a square is 0, 1 or 4 modulo 8): even round-to-nearest loses 1.2e-9 of the sum per
-// token of chain length. A call with few tokens has few chains to average over and takes shorter ones.
-constexpr int64_t kChain = 32, kShortChain = 8, kFewTokens = 512;
+// token of chain length. A call with few tokens has few chains to average over and takes shorter ones: the error
+// goes with the chain's length over the root of the tokens.
+constexpr int64_t chain_length(int64_t tokens) { return tokens < 128 ? 8 : tokens < 512 ? 16 : 32; }
 // Tokens per pass over a tile: a strip of each operand then stays in L1.
 constexpr int64_t kDepth = 256;
 
@@ -26,21 +27,23 @@ inline float widen(F16 x) {
 }
 
 template <class T>
-void pack_f32(const T* x, int64_t ldx, int64_t tokens, int64_t columns, float* out) {
-  for (int64_t t = 0; t < tokens; ++t, x += ldx, out += kPanel) {
+void pack_f32(const T* x, const Rows& rows, int64_t tokens, int64_t columns, float* out) {
+  for (int64_t t = 0; t < tokens; ++t, out += kPanel) {
+    const T* row = x + rows.at(t) * rows.stride;
+    const float weight = rows.weight(t);
     if (columns >= kPanel) {
-      for (int64_t l = 0; l < kPanel; ++l) out[l] = widen(x[l]);
+      for (int64_t l = 0; l < kPanel; ++l) out[l] = weight * widen(row[l]);
     } else {
-      for (int64_t l = 0; l < kPanel; ++l) out[l] = l < columns ? widen(x[l]) : 0.0f;
+      for (int64_t l = 0; l < kPanel; ++l) out[l] = l < columns ? weight * widen(row[l]) : 0.0f;
     }
   }
 }
 
-inline void pack_float(const void* x, Type type, int64_t ldx, int64_t tokens, int64_t columns, void* out) {
+inline void pack_float(const void* x, Type type, const Rows& rows, int64_t tokens, int64_t columns, void* out) {
   float* o = static_cast<float*>(out);
-  if (type == Type::kF32) pack_f32(static_cast<const float*>(x), ldx, tokens, columns, o);
-  if (type == Type::kF16) pack_f32(static_cast<const F16*>(x), ldx, tokens, columns, o);
-  if (type == Type::kBF16) pack_f32(static_cast<const BF16*>(x), ldx, tokens, columns, o);
+  if (type == Type::kF32) pack_f32(static_cast<const float*>(x), rows, tokens, columns, o);
+  if (type == Type::kF16) pack_f32(static_cast<const F16*>(x), rows, tokens, columns, o);
+  if (type == Type::kBF16) pack_f32(static_cast<const BF16*>(x), rows, tokens, columns, o);
 }
 
 // One register chain over `steps`, folded into sum[MR, NV * kLanes].
@@ -73,7 +76,7 @@ void tile(const char* a, const char* b, int64_t stride, int64_t a_panels, int64_
           bool diagonal, double* sum) {
   using Packed = typename V::Packed;
   constexpr int64_t NR = NV * V::kLanes, depth = kDepth / kTokensPerStep;
-  const int64_t length = (steps * kTokensPerStep < kFewTokens ? kShortChain : kChain) / kTokensPerStep;
+  const int64_t length = chain_length(steps * kTokensPerStep) / kTokensPerStep;
   static_assert(kPanel % MR == 0 && kPanel % NR == 0);
   for (int64_t s0 = 0; s0 < steps; s0 += depth) {
     const int64_t s1 = std::min(steps, s0 + depth);

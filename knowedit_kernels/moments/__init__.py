@@ -21,5 +21,5 @@ from knowedit_kernels.moments.state import update_together as update_together
 
 register("second_moment_", MomentCall, cuda.CUDA, gpu.TRITON, *cpu.COMPILED, cpu.TORCH)
 register("moment_pack_", PackCall, gpu.TRITON_PACK, cpu.COMPILED_PACK, cpu.TORCH_PACK)
-register("grouped_moment_", GroupedCall, cpu.GROUPED_TORCH)
-register("row_audit_", RowAuditCall, cpu.TORCH_ROW_AUDIT)
+register("grouped_moment_", GroupedCall, *cpu.COMPILED_GROUPED, cpu.GROUPED_TORCH)
+register("row_audit_", RowAuditCall, cpu.COMPILED_ROW_AUDIT, cpu.TORCH_ROW_AUDIT)

@@ -46,6 +46,20 @@ def compiled(name: str, isa: int) -> Candidate:
     return Candidate(name, run, verify, device="cpu")
 
 
+def compiled_grouped(name: str, isa: int) -> Candidate:
+    """The same for the groups of a mixture; with weights, 16-bit keys are multiplied in float32."""
+
+    def run(call: GroupedCall) -> None:
+        torch.ops.knowedit.grouped_syrk_cpu_(*call.arguments[:-1], isa)
+
+    def verify(call: GroupedCall) -> str | None:
+        if call.precision == "fp64":
+            return "float64 arithmetic was asked for"
+        return _refusal(isa, [call.keys])
+
+    return Candidate(name, run, verify, device="cpu")
+
+
 def panels_(call: MomentCall) -> None:
     """Float64 column panels on and below the diagonal: half the work of a full product, on any
     device.
@@ -66,7 +80,7 @@ def grouped_panels_(call: GroupedCall) -> None:
         rows = slice(start, stop) if call.order is None else call.order[start:stop]
         wide = call.keys[rows].double()
         if call.weights is not None:
-            wide *= call.weights[rows].double()[:, None]
+            wide = wide * call.weights[rows].double()[:, None]
         square = wide.new_zeros(wide.shape[1], wide.shape[1])
         panels_(MomentCall([square], [wide], call.precision))
         triangle.add_lower_(call.c[group], square)
@@ -96,15 +110,14 @@ def _torch_pack_(call: PackCall) -> None:
         audit[1:] += (wide @ call.signs.T).square().sum(0)
 
 
-COMPILED = tuple(
-    compiled(name, isa)
-    for name, isa in (
-        ("avx512_bf16", AVX512_BF16),
-        ("avx512", AVX512),
-        ("avx2", AVX2),
-        ("generic", GENERIC),
-    )
+_ISAS = (
+    ("avx512_bf16", AVX512_BF16),
+    ("avx512", AVX512),
+    ("avx2", AVX2),
+    ("generic", GENERIC),
 )
+COMPILED = tuple(compiled(name, isa) for name, isa in _ISAS)
+COMPILED_GROUPED = tuple(compiled_grouped(name, isa) for name, isa in _ISAS)
 TORCH = Candidate("torch", panels_)
 COMPILED_PACK = Candidate(
     "compiled",
@@ -113,5 +126,11 @@ COMPILED_PACK = Candidate(
     "cpu",
 )
 TORCH_PACK = Candidate("torch", _torch_pack_)
+COMPILED_ROW_AUDIT = Candidate(
+    "compiled",
+    lambda call: torch.ops.knowedit.row_audit_cpu_(*call.arguments, _native.load().isa),
+    lambda call: _refusal(GENERIC, [call.keys]),
+    "cpu",
+)
 GROUPED_TORCH = Candidate("torch", grouped_panels_)
 TORCH_ROW_AUDIT = Candidate("torch", _torch_row_audit_)
