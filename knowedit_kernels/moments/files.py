@@ -1,9 +1,10 @@
-"""A moment on disk: one safetensors file, written atomically, never a pickle."""
+"""A moment on disk: one safetensors file with a checksum, written atomically, never a pickle."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 FORMAT = "knowedit-second-moment-1"
 GROUPED = "knowedit-grouped-moment-1"
 FIELDS = ("lower", "sums", "count", "pending")
+CHECKSUM = " crc32 "  # behind the format's name, and then the sum; earlier files have none
 
 
 def check_state(state: Mapping[str, torch.Tensor], dim: int, where: str = "state") -> None:
@@ -37,7 +39,8 @@ def write(
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(tensors, scratch, metadata={"format": form, **metadata})
+        marked = form + CHECKSUM + _checksum(tensors, metadata)
+        save_file(tensors, scratch, metadata={**metadata, "format": marked})
         with open(scratch, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
@@ -60,10 +63,25 @@ def read(path: Path, form: str = FORMAT) -> tuple[dict[str, torch.Tensor], dict[
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}); delete it and collect again"
         ) from None
-    if metadata.get("format") != form:
+    found, _, checksum = metadata.pop("format", "none").partition(CHECKSUM)
+    if found != form:
+        raise ValueError(f"{path} is not a second moment (format {found!r}, expected {form!r})")
+    if checksum and checksum != _checksum(state, metadata):
         raise ValueError(
-            f"{path} is not a second moment (format {metadata.get('format')!r}, expected {form!r})"
+            f"{path} is damaged: it is not what was written (its checksum is another); delete it "
+            "and collect again"
         )
     if form == FORMAT:
         check_state(state, state["lower"].shape[0] if "lower" in state else 0, str(path))
     return state, metadata
+
+
+def _checksum(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of the metadata, and of each tensor's name, dtype, shape and bits."""
+    found = zlib.crc32(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(state.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        if tensor.numel():
+            bits = tensor.reshape(-1).view(torch.uint8).numpy()
+            found = zlib.crc32(memoryview(bits), found)
+    return f"{found:08x}"

@@ -198,6 +198,20 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         SecondMoment(2).load_state_dict(moment(make_keys(9, DIM)).state_dict())
 
 
+def test_one_flipped_bit_anywhere_is_seen(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    moment(make_keys(9, 3)).save(path)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 2):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"layer\.safetensors"):
+            SecondMoment.load(path)
+    path.write_bytes(whole)
+    assert SecondMoment.load(path).count == 9
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "layer.safetensors"
     moment(make_keys(9, DIM)).save(path)

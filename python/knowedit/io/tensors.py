@@ -78,8 +78,10 @@ class TensorFile:
 
     def _read(self, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str] | None]:
         """The header, and the tensors' checksums: None where the file has none."""
-        if KEY not in metadata:
+        if KEY not in metadata and CHECKSUMS not in metadata:
             return {}, None
+        if KEY not in metadata:
+            raise self._damaged("its header")
         header = json.loads(metadata[KEY])
         if not isinstance(header, dict):
             raise self._damaged("its header")
