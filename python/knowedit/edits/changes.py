@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import slice_name, split_name
 from knowedit_kernels.lowrank import Change as RawChange
 
 
@@ -103,21 +104,59 @@ def change_of(raw: RawChange | Change) -> Change:
     return Dense(raw) if isinstance(raw, Tensor) else LowRank(*raw)
 
 
+def write_changes(changes: Mapping[str, Change]) -> dict[str, Tensor]:
+    """The tensors of a file, by name: `NAME.U` and `NAME.V`, or `NAME.delta`. Experts of one
+    parameter have a `NAME[expert].V` each, and share its `NAME.U` where they have the same.
+    """
+    found: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        parameter, expert = split_name(name)
+        for part, tensor in change.tensors().items():
+            if expert is not None and part == "U":
+                if found.setdefault(f"{parameter}.U", tensor) is tensor:
+                    continue
+                tensor = tensor.clone()  # a file holds no tensor twice
+            found[f"{name}.{part}"] = tensor
+    return found
+
+
 def read_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
-    """The changes of a file's tensors, `NAME.U` and `NAME.V`, or `NAME.delta`; sorted by name."""
-    names = sorted({full.rpartition(".")[0] for full in tensors})
-    return {
-        name: Dense(tensors[f"{name}.delta"])
-        if f"{name}.delta" in tensors
-        else LowRank(tensors[f"{name}.U"], tensors[f"{name}.V"])
-        for name in names
-    }
+    """The changes of what `write_changes` makes; sorted by name."""
+    names = sorted(full.rpartition(".")[0] for full in tensors if full.endswith((".V", ".delta")))
+    found: dict[str, Change] = {}
+    for name in names:
+        if f"{name}.delta" in tensors:
+            found[name] = Dense(tensors[f"{name}.delta"])
+        else:
+            own, shared = f"{name}.U", f"{split_name(name)[0]}.U"
+            found[name] = LowRank(tensors[own if own in tensors else shared], tensors[f"{name}.V"])
+    return found
+
+
+def changes_of(
+    model: EditableModel, factors: Mapping[int, tuple[Tensor, Tensor]]
+) -> dict[str, Change]:
+    """By parameter, what `{layer: (U [hidden, r], V [width, r])}` adds to the layers' MLP output
+    projections; of routed experts to the matrix of each that it changes, all with the same `U`.
+    """
+    found: dict[str, Change] = {}
+    for layer, (left, right) in factors.items():
+        name, experts = model.layout.weight_name(layer), model.layout.experts(layer)
+        if experts is None:
+            found[name] = LowRank(left, right)
+            continue
+        for expert, part in enumerate(right.split(experts.width)):
+            if bool(part.any()):
+                found[slice_name(name, expert)] = LowRank(left, part.contiguous())
+    return found
 
 
 def relative_norms(
     model: EditableModel, factors: Mapping[int, tuple[Tensor, Tensor]]
 ) -> dict[int, float]:
-    """`|U Vᵀ|_F / |W|_F` of the MLP's output projection, per layer."""
+    """`|U Vᵀ|_F / |W|_F` of the MLP's output projection, per layer; of all experts together where
+    it has routed ones.
+    """
     return {layer: relative_norm(model.weight(layer), pair) for layer, pair in factors.items()}
 
 

@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from knowedit.edits.changes import Change, LowRank, read_changes
+from knowedit.edits.changes import Change, LowRank, read_changes, write_changes
 from knowedit.edits.export.listing import export_format
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.tensors import read_file, write_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import split_name
 from knowedit.models.load import accepts_model
-from knowedit.models.structure import is_transposed
 from knowedit_kernels.lowrank import LedgerError
 
 if TYPE_CHECKING:
     from knowedit.methods.base import Method
 
-FORMAT = "knowedit-edit/2"
-EARLIER = ("knowedit-edit/1",)  # read, and brought to today's form by `migrate`
+FORMAT = "knowedit-edit/3"
+#: Read, and brought to today's form by `migrate`; the second version had no matrices of experts.
+EARLIER = ("knowedit-edit/1", "knowedit-edit/2")
 
 
 @dataclass(eq=False, repr=False)
@@ -38,9 +39,10 @@ class Edit:
 
     Attributes:
         method_name: of the method that made it; `method()` rebuilds the method itself.
-        changes: `{parameter: LowRank or Dense}`, parameters as in `model.hf.named_parameters()`. A
-            file of the first version names an MLP output projection by its layer's number;
-            `by_parameter` has the names.
+        changes: `{parameter: LowRank or Dense}`, parameters as in `model.hf.named_parameters()`; an
+            expert's matrix in a parameter that holds all of them is `NAME[expert]`. A file of the
+            first version names an MLP output projection by its layer's number; `by_parameter` has
+            the names.
         facts: what it writes.
         fingerprint: of the unedited model it belongs to.
         report: what the method measured and chose.
@@ -167,14 +169,14 @@ class Edit:
                 f"edit again for this model"
             )
         changes = self.by_parameter(model) if self.changes else {}
-        parameters = dict(model.hf.named_parameters())
-        if unknown := sorted(set(changes) - set(parameters)):
+        parameters = {name for name, _ in model.hf.named_parameters()}
+        if unknown := sorted({split_name(name)[0] for name in changes} - parameters):
             raise EditError(f"{model.name} has no parameter {', '.join(unknown)}")
         for name, change in changes.items():
-            stored = tuple(parameters[name].shape)
+            stored = tuple(model.stored(name).shape)
             if isinstance(change, LowRank):
                 shape: tuple[int, ...] = (change.U.shape[0], change.V.shape[0])
-                shape = shape[::-1] if is_transposed(model.hf, name) else shape
+                shape = shape[::-1] if model.is_transposed(name) else shape
             else:
                 shape = tuple(change.delta.shape)
             if shape != stored:
@@ -268,12 +270,10 @@ class Edit:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The changes as a file holds them: `U` and `V`, or `delta`, of each parameter."""
-        return {
-            f"{name}.{part}": tensor
-            for name, change in self.changes.items()
-            for part, tensor in change.tensors().items()
-        }
+        """The changes as a file holds them: `U` and `V`, or `delta`, of each parameter; a `U` that
+        experts of one parameter share once, under the parameter's own name.
+        """
+        return write_changes(self.changes)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -292,9 +292,11 @@ class Edit:
 
     @classmethod
     def migrate(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The record of a file of the first version as today's `record` has it. There the neurons
-        that NeuronPatch took stood in the report, and layers that have factors had keys.
+        """The record of an earlier version's file as today's `record` has it. In the first the
+        neurons that NeuronPatch took stood in the report, and layers that have factors had keys.
         """
+        if "key_layers" in record:
+            return dict(record)
         names = {full.rpartition(".")[0] for full in tensors}
         neurons = record["report"].get("neurons", {})
         exclusive = [f"layer {layer} neuron {n}" for layer in neurons for n in neurons[layer]]

@@ -25,8 +25,11 @@ from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 from knowedit_kernels.solver import Metric
 
-FORMAT = "knowedit-history/2"
-EARLIER = ("knowedit-history/1",)  # read, and brought to today's form by `migrate`
+FORMAT = "knowedit-history/3"
+EARLIER = (
+    "knowedit-history/1",
+    "knowedit-history/2",
+)  # read, and brought to today's form by `migrate`
 
 
 def edits_in(path: str | Path) -> list[Edit]:

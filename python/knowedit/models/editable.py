@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,15 +19,19 @@ from torch import Tensor, nn
 from knowedit.errors import EditError, ModelError
 from knowedit.models import generation, partial
 from knowedit.models.evaluating import evaluating
+from knowedit.models.experts import Routed, WideProjection, as_keys, split_name
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.generation import Router, Score
 from knowedit.models.probing import states_of
 from knowedit.models.processor import has_bf16_units
 from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
-from knowedit.models.structure import Layout, detect, own_head
+from knowedit.models.structure import Layout, detect, is_transposed, own_head
 from knowedit.models.tokens import Row, batches, check_tokenizer, check_vocabulary, tokenise
 from knowedit_kernels import WeightLedger
 from knowedit_kernels.lowrank import Change
+
+#: Which outputs to read beside the keys: none, a layer's, or its MLP projection's.
+Outputs = bool | Literal["projection"]
 
 
 class _InForce:
@@ -100,7 +104,11 @@ class EditableModel:
                 "float16 matrix products are ~100x slower than float32 on a CPU; load with "
                 "dtype='float32'"
             )
-        names = {self.layout.weight_name(i): self.weight(i) for i in self.layout.editable}
+        names = {
+            self.layout.weight_name(i): self.weight(i)
+            for i in self.layout.editable
+            if self.layout.experts(i) is None
+        }
         self._state, state.tokenizer = state, tokenizer
         if not state.ledger.active:  # weights and dtype may be others than when it was last wrapped
             transposed = names if self.layout.transposed else ()
@@ -129,7 +137,7 @@ class EditableModel:
             f"EditableModel({self.name!r}: {type(self.hf).__name__}, "
             f"{parameters / 1e6:,.1f} M parameters, {self.dtype}, {self.device}\n"
             f"  {len(self.layers)} layers, hidden {self.hidden}, d_ff {self.d_ff}; "
-            f"edits go to {self.layout.pattern.replace('{}', '{layer}')}.weight\n"
+            f"edits go to {self.layout.pattern.replace('{}', '{layer}')}\n"
             f"  edits in force: {applied if len(applied) < 200 else applied[:200] + ' ...'})"
         )
 
@@ -249,31 +257,47 @@ class EditableModel:
 
     def projection(self, layer: int) -> nn.Module:
         """The MLP output projection of `layer`: its input is the key `[.., d_ff]`, its output the
-        value.
+        value. Routed experts are one wide projection.
         """
         self.check_layers([layer])
-        return self.hf.get_submodule(self.layout.projection(layer))
+        module = self.hf.get_submodule(self.layout.projection(layer))
+        experts = self.layout.experts(layer)
+        return module if experts is None else WideProjection(module, experts)
 
     def weight(self, layer: int) -> Tensor:
         """The projection's weight as the model stores it (`[hidden, d_ff]`, or transposed for
-        GPT-2).
+        GPT-2; `[E, hidden, d]` for routed experts).
         """
         return self.projection(layer).weight  # type: ignore[return-value]
 
     def register(self, changes: Mapping[str, Change]) -> Mapping[str, Change]:
         """Make the ledger know the parameters of `changes`, which it gives back; those edited by
-        layer it knows.
+        layer it knows. Matrices of experts are known each by itself.
         """
-        new = set(changes) - {name for name in changes if name in self.ledger}
-        for name, parameter in self.hf.named_parameters() if new else ():
-            if name in new:
-                owner = self.hf.get_submodule(name.rpartition(".")[0])
-                self.ledger.register(
-                    name,
-                    parameter,
-                    transposed=type(owner).__name__ == "Conv1D" and parameter.ndim == 2,
-                )
+        for name in changes:
+            if name not in self.ledger:
+                self.ledger.register(name, self.stored(name), transposed=self.is_transposed(name))
         return changes
+
+    def stored(self, name: str) -> Tensor:
+        """A parameter, or one expert's matrix in it (`NAME[expert]`), as the model stores it.
+
+        Raises:
+            ModelError: there is none of this name.
+        """
+        parameter, expert = split_name(name)
+        try:
+            found = self.hf.get_parameter(parameter)
+            return found if expert is None else found.detach()[expert]
+        except (AttributeError, IndexError):
+            raise ModelError(f"{self.name} has no parameter {name}") from None
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a matrix is stored `[in, out]`: GPT-2's, or an expert's of a layer that is known
+        to hold them like this.
+        """
+        of_expert = self.layout.transposes(name)
+        return is_transposed(self.hf, name) if of_expert is None else of_expert
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ModelError for a layer that does not exist."""
@@ -369,14 +393,15 @@ class EditableModel:
         rows: Sequence[Row],
         layers: Sequence[int],
         *,
-        outputs: bool = False,
+        outputs: Outputs = False,
         budget: int = 4096,
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         """MLP keys at each row's subject token, for all `layers` in one pass; nothing after that
-        token is run.
+        token is run. Of routed experts they are the wide layer's (`models.experts`).
 
         Args:
-            outputs: also return the deepest layer's output at the token.
+            outputs: also return the deepest layer's output at the token, or that of its MLP's
+                projection.
             budget: padded tokens a batch.
 
         Returns:
@@ -395,7 +420,8 @@ class EditableModel:
             at = torch.tensor([ends[i] for i in batch])
             take = functools.partial(_put, torch.tensor(batch), at)
             projections = {self.layout.projection(layer): found[layer] for layer in found}
-            last = {} if out is None else {self.layout.layer(deepest): out}
+            where = self.layout.projection if outputs == "projection" else self.layout.layer
+            last = {} if out is None else {where(deepest): out}
             partial.read(
                 self,
                 ids,
@@ -475,10 +501,13 @@ class EditableModel:
         return partial.virtual(self, factors)
 
 
-def _put(rows: Tensor, at: Tensor, into: Tensor, part: Tensor) -> None:
-    """Put the states of `part` `[B, T, width]` at the places `at` `[B]` into `rows` of `into`."""
-    lines = torch.arange(len(at), device=part.device)
-    into[rows.to(into.device)] = part[lines, at.to(part.device)].to(into)
+def _put(rows: Tensor, at: Tensor, into: Tensor, part: Tensor | Routed) -> None:
+    """Put the states, or keys, of `part` `[B, T, width]` at the places `at` `[B]` into `rows` of
+    `into`.
+    """
+    device = part.states.device if isinstance(part, Routed) else part.device
+    lines = torch.arange(len(at), device=device)
+    into[rows.to(into.device)] = as_keys(part[lines, at.to(device)]).to(into)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

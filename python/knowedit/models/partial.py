@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from knowedit.errors import ModelError
+from knowedit.models.experts import Routed, WideProjection, as_keys
 from knowedit.models.probing import direction, first_of, rounding, states_of
 from knowedit.models.tokens import Row, batches
 
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Takes a module's first input (None: it has none by position) and its output; what it returns
-#: takes the output's place, unless it is None.
+#: Takes a module's first input (None: it has none by position; what the experts are given where it
+#: is a `WideProjection`) and its output; what it returns takes the output's place, unless it is
+#: None.
 Hook = Callable[[Any, Tensor], Tensor | None]
 
 
@@ -49,7 +51,8 @@ class Window:
     inside: Tensor
 
     def take(self, states: Tensor) -> Tensor:
-        """`[.., B, Q, width]` of `[.., B, T, width]`."""
+        """`[.., B, Q, width]` of `[.., B, T, width]`, or of `[B * T, width]`."""
+        states = self._by_text(states)
         at = self.at[..., None].expand(*states.shape[:-2], -1, states.shape[-1])
         return states.gather(-2, at)
 
@@ -57,8 +60,13 @@ class Window:
         """`states` `[.., B, T, width]` with `part` `[.., B, Q, width]` in its places."""
         row, place = self.inside.nonzero(as_tuple=True)
         changed = states.clone()
-        changed[..., row, self.at[row, place], :] = part[..., row, place, :].to(states)
+        texts = self._by_text(changed)
+        texts[..., row, self.at[row, place], :] = part[..., row, place, :].to(states)
         return changed
+
+    def _by_text(self, states: Tensor) -> Tensor:
+        """States of all texts in one row (OPT's MLP, experts) text by text: a view."""
+        return states.view(len(self.at), -1, states.shape[-1]) if states.dim() == 2 else states
 
     def copies(self, count: int) -> Window:
         """The same for `count` copies of the rows, copy by copy."""
@@ -91,15 +99,22 @@ def hooked(modules: Mapping[nn.Module, Hook]) -> Iterator[None]:
     def windowed(hook: Hook, window: Window, given: Any, whole: Tensor) -> Tensor | None:
         part = window.take(whole)
         untouched = part._version
-        found = hook(window.take(given) if isinstance(given, Tensor) else given, part)
+        if isinstance(given, Tensor):
+            given = window.take(given)
+        elif isinstance(given, Routed):
+            given = given.each(window.take)
+        found = hook(given, part)
         if found is None and part._version == untouched:
             return None
         return window.put(whole, part if found is None else found)
 
-    def forward(hook: Hook) -> Callable[..., Any]:
-        def changed(_module: nn.Module, inputs: Any, output: Any) -> Any:
-            first = first_of(output)
-            given, window = inputs[0] if inputs else None, _window.get()
+    def forward(module: nn.Module, hook: Hook) -> Callable[..., Any]:
+        def changed(_module: nn.Module, inputs: Any, named: Any, output: Any) -> Any:
+            first, window = first_of(output), _window.get()
+            if isinstance(module, WideProjection):
+                given: Any = module.given(inputs, named)
+            else:
+                given = inputs[0] if inputs else None
             if window is None:
                 found = hook(given, first)
             else:
@@ -110,12 +125,20 @@ def hooked(modules: Mapping[nn.Module, Hook]) -> Iterator[None]:
 
         return changed
 
-    handles = [module.register_forward_hook(forward(hook)) for module, hook in modules.items()]
+    handles = [
+        _own(module).register_forward_hook(forward(module, hook), with_kwargs=True)
+        for module, hook in modules.items()
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The model's module that runs where this one stands."""
+    return module.module if isinstance(module, WideProjection) else module
 
 
 @contextmanager
@@ -137,9 +160,9 @@ def virtual(
     """
 
     def hook(pair: tuple[Tensor, Tensor]) -> Hook:
-        def add(inputs: Tensor, output: Tensor) -> Tensor:
+        def add(inputs: Any, output: Tensor) -> Tensor:
             left, right = (factor.to(output) for factor in pair)
-            return output + (inputs @ right) @ left.mT
+            return output + (as_keys(inputs) @ right) @ left.mT
 
         return add
 
@@ -212,7 +235,7 @@ def read(
     model: EditableModel,
     ids: Tensor,
     *,
-    inputs: Mapping[str, Callable[[Tensor], Any]] | None = None,
+    inputs: Mapping[str, Callable[[Any], Any]] | None = None,
     outputs: Mapping[str, Callable[[Tensor], Any]] | None = None,
     positions: Tensor | None = None,
 ) -> None:
@@ -222,8 +245,9 @@ def read(
         ids: `[B, T]`, right-padded: causal attention never looks at the padding, so no mask is
             needed.
         inputs, outputs: by module name below `hf`, what is called with the module's first input or
-            output, `[B, T, width]`. Before the last of `inputs` the pass stops without running the
-            module itself.
+            output, `[B, T, width]`; with what routed experts are given (`Routed`) where the module
+            holds them. Before the last of `inputs` the pass stops without running the module
+            itself.
         positions: `[B, T]`, where several texts stand behind each other in a row: each begins again
             at 0.
 
@@ -232,14 +256,20 @@ def read(
     """
     wanted = {("input", name) for name in inputs or {}}
     wanted |= {("output", name) for name in outputs or {}}
+    routed = model.layout.routed
 
     def done(kind: str, name: str) -> None:
         wanted.discard((kind, name))
         if not wanted:
             raise _Stop
 
-    def before(name: str, take: Callable[[Tensor], Any], _module: nn.Module, given: Any) -> None:
-        take(_by_text(given[0], ids))
+    def before(
+        name: str, take: Callable[[Any], Any], module: nn.Module, given: Any, named: Any
+    ) -> None:
+        if name in routed:
+            take(WideProjection(module, routed[name]).given(given, named).reshape(*ids.shape))
+        else:
+            take(_by_text(given[0], ids))
         done("input", name)
 
     def after(
@@ -252,7 +282,9 @@ def read(
     try:
         for name, take in (inputs or {}).items():
             module = model.hf.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(partial(before, name, take)))
+            handles.append(
+                module.register_forward_pre_hook(partial(before, name, take), with_kwargs=True)
+            )
         for name, take in (outputs or {}).items():
             module = model.hf.get_submodule(name)
             handles.append(module.register_forward_hook(partial(after, name, take)))
@@ -277,12 +309,12 @@ def read_keys(
     model: EditableModel,
     ids: Tensor,
     layers: Sequence[int],
-    on_key: Callable[[int, Tensor], Any],
+    on_key: Callable[[int, Any], Any],
     *,
     positions: Tensor | None = None,
 ) -> None:
     """`on_key(layer, keys [B, T, d_ff])` for each of `layers` in one pass, which ends before the
-    deepest one's projection; see `read`.
+    deepest one's projection; `Routed` in place of the keys where a layer has experts; see `read`.
     """
     model.check_layers(layers)
     names = {model.layout.projection(layer): layer for layer in sorted(set(layers))}

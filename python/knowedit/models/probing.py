@@ -9,7 +9,7 @@ looks at what the layer's output makes of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -385,6 +385,22 @@ def _norm_of(order: Sequence[tuple[str, Any, Any]], last: str, states: Tensor) -
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
+def calls(hf: Any, paths: Iterable[str]) -> dict[str, tuple[Any, Any, Any]]:
+    """What each of these modules was called with, by position and by name, and its output, in one
+    forward pass; of modules that did not run nothing.
+    """
+    found: dict[str, tuple[Any, Any, Any]] = {}
+
+    def note(path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        found[path] = args, kwargs, output
+
+    with ExitStack() as hooks:
+        for path in paths:
+            hooks.enter_context(_noted(path, hf.get_submodule(path), note))
+        run(hf, probe_ids(hf, 2))
+    return found
 
 
 # -- the second pass

@@ -24,6 +24,7 @@ from knowedit.errors import ModelError
 from knowedit.io.files import atomic_file, cache_dir
 from knowedit.io.versions import software_versions
 from knowedit.models import partial
+from knowedit.models.experts import Experts, WideProjection, as_keys
 from knowedit.models.probing import Stream, direction, rounding, run, states_of
 from knowedit.models.structure import Head, Layout, Part
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
 
 #: Of what is remembered; another one is found anew.
-FORMAT = 2
+FORMAT = 3
 
 #: Models with fewer parameters are checked in milliseconds, and not remembered on the disk.
 SMALL = 20_000_000
@@ -136,19 +137,30 @@ def _key(hf: Any) -> str:
 def _from_record(record: Mapping[str, Any]) -> Checkup:
     """The reverse of `asdict`, through JSON. Raises KeyError or TypeError."""
     layout = record["layout"]
-    parts = {
-        int(index): Part(
-            **{
-                **part,
-                "stream": Stream(**part["stream"]),
-                "mixers": tuple(part["mixers"]),
-                "reads": tuple(part["reads"]),
-            }
-        )
-        for index, part in layout["parts"].items()
-    }
-    refused = {int(index): why for index, why in layout["refused"].items()}
-    whole = Layout(**{**layout, "head": Head(**layout["head"]), "parts": parts, "refused": refused})
+
+    def parts(kind: str) -> dict[int, Part]:
+        return {
+            int(index): Part(
+                **{
+                    **part,
+                    "stream": Stream(**part["stream"]),
+                    "mixers": tuple(part["mixers"]),
+                    "reads": tuple(part["reads"]),
+                    "experts": Experts(**part["experts"]) if part["experts"] else None,
+                }
+            )
+            for index, part in layout[kind].items()
+        }
+
+    whole = Layout(
+        **{
+            **layout,
+            "head": Head(**layout["head"]),
+            "parts": parts("parts"),
+            "shared": parts("shared"),
+            "refused": {int(index): why for index, why in layout["refused"].items()},
+        }
+    )
     checks = tuple(Check(**check) for check in record["checks"])
     return Checkup(whole, record["replays"], checks)
 
@@ -221,10 +233,11 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
             "behind them: earlier tokens see later ones, so this is no causal model"
         )
     checks.append(Check("later tokens", error, "not seen by earlier ones"))
-    error = _realised(model, rows[1])
+    tried = {layer: _realised(model, layer, rows[1]) for layer in _one_of_each(model)}
+    layer, error = max(tried.items(), key=lambda found: found[1])
     if error > limit:
         raise ModelError(
-            f"{model.name}: what a change of {model.layout.weight_name(_middle(model))} does "
+            f"{model.name}: what a change of {model.layout.weight_name(layer)} does "
             f"differs by {error:.1e} (relative) from what its key says: the module does not "
             "multiply by this weight, so an edit would not be what is computed"
         )
@@ -234,38 +247,55 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
     return replays, [*checks, Check("packed texts", error, apart)]
 
 
-def _middle(model: EditableModel) -> int:
-    """An editable layer that is neither the first nor the last where there are others."""
-    return model.layout.editable[len(model.layout.editable) // 2]
+def _one_of_each(model: EditableModel) -> list[int]:
+    """An editable layer of each kind, dense and with routed experts, that is neither the first nor
+    the last where there are others.
+    """
+    layout = model.layout
+    routed = [layer for layer in layout.editable if layout.experts(layer)]
+    dense = [layer for layer in layout.editable if not layout.experts(layer)]
+    return [kind[len(kind) // 2] for kind in (dense, routed) if kind]
 
 
-def _realised(model: EditableModel, ids: list[int]) -> float:
+def _realised(model: EditableModel, layer: int, ids: list[int]) -> float:
     """The output of a projection with a changed weight against the unchanged one plus what the
     change makes of its inputs.
     """
-    layer = _middle(model)
     name, projection, seen = model.layout.weight_name(layer), model.projection(layer), []
     text = model.pad([ids])[0]
 
     def see(given: Any, output: Tensor) -> None:
-        seen.append((given, output))
+        seen.append((as_keys(given), output))
 
     def look() -> None:
         with partial.hooked({projection: see}):
             model.final_states(text)
 
+    def stored(change: Tensor) -> Tensor:
+        if isinstance(projection, WideProjection):
+            return projection.stored(change)
+        return change.mT if model.layout.transposed else change
+
     look()
     keys, plain = seen[0]
-    key = keys.reshape(-1, keys.shape[-1])[-1].float()
+    keys, plain = (states.reshape(-1, states.shape[-1]) for states in (keys, plain))
+    key = keys[-1].float()
     size = plain.float().square().mean().sqrt()
     left, right = direction(plain).float() * size, key / key.square().sum().clamp(min=1e-30)
-    change = torch.outer(right, left) if model.layout.transposed else torch.outer(left, right)
-    weight = model.weight(layer).detach()
-    changed = weight + change.to(weight)
+    change, weight = torch.outer(left, right), model.weight(layer).detach()
+    changed = weight + stored(change).to(weight)
     partial.with_weights(model, {name: changed}, look)
     made = (changed.float() - weight.float()).to(weight)
-    moved = keys @ (made if model.layout.transposed else made.mT)
-    return partial.off(seen[1][1] - plain, moved) * min(1.0, float(moved.norm() / plain.norm()))
+    moved = _through(projection, keys, made, model.layout.transposed)
+    after = seen[1][1].reshape(plain.shape)
+    return partial.off(after - plain, moved) * min(1.0, float(moved.norm() / plain.norm()))
+
+
+def _through(projection: nn.Module, keys: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """`[n, hidden]` what a projection with this weight makes of keys."""
+    if isinstance(projection, WideProjection):
+        return projection.times(keys, weight)
+    return keys @ (weight if transposed else weight.mT)
 
 
 def _packed(model: EditableModel, rows: list[list[int]], alone: list[Tensor]) -> float:

@@ -4,13 +4,14 @@ model's name.
 What is looked for: the stack of decoder layers; in each layer the *output projection of the MLP*
 (the associative memory that locate-then-edit methods write to: `[d_ff] -> [hidden]`) and how its
 output reaches the residual stream; the final norm; and how the model makes logits of final states.
-`models.probing` runs the model on a few tokens; here its findings become a `Layout`.
+`models.probing` runs the model on a few tokens; here its findings become a `Layout`. Where a layer
+has routed experts, their output matrices together are that projection (`models.experts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from knowedit.errors import EditError, ModelError
 from knowedit.models import probing
+from knowedit.models.experts import Experts, holds_experts, recognise, split_name
 from knowedit.models.probing import LayerTrace, Linear, Stream, is_linear, size_of
 
 if TYPE_CHECKING:
@@ -34,11 +36,14 @@ class Part:
     """The parts of one layer whose MLP can be edited.
 
     Attributes:
-        projection: path of the MLP's output projection below the model.
-        width: its input size, the key's (`d_ff`).
+        projection: path of the MLP's output projection below the model; of the module that holds
+            the experts where the layer has routed ones.
+        width: its input size, the key's (`d_ff`); of all experts together.
         stream: how its output reaches the layer's output.
         mixers: paths of the layer's parts that mix tokens (attention, most often).
-        reads: paths of the linear modules that make the key, in the order in which they run.
+        reads: paths of the linear modules that make the key, in the order in which they run; of
+            none for routed experts.
+        experts: how the module holds routed experts; None for a dense MLP.
     """
 
     projection: str
@@ -46,6 +51,12 @@ class Part:
     stream: Stream
     mixers: tuple[str, ...]
     reads: tuple[str, ...]
+    experts: Experts | None = None
+
+    @property
+    def weight(self) -> str:
+        """Name of the edited weight in the model's state dict."""
+        return f"{self.projection}.{self.experts.weight if self.experts else 'weight'}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,8 @@ class Layout:
         head: how logits come from final hidden states.
         parts: of each layer that can be edited, by index.
         refused: of every other layer, why.
+        shared: of layers with routed experts, those of the dense MLP beside them that every token
+            passes, where there is one.
     """
 
     layers: str
@@ -89,6 +102,7 @@ class Layout:
     head: Head
     parts: Mapping[int, Part]
     refused: Mapping[int, str]
+    shared: Mapping[int, Part] = field(default_factory=dict)
 
     @property
     def editable(self) -> tuple[int, ...]:
@@ -121,7 +135,26 @@ class Layout:
 
     def weight_name(self, layer: int) -> str:
         """Name of the edited weight in the model's state dict."""
-        return self.projection(layer) + ".weight"
+        return self.part(layer).weight
+
+    def experts(self, layer: int) -> Experts | None:
+        """How a layer holds its routed experts; None where its MLP is dense."""
+        return self.part(layer).experts
+
+    @property
+    def routed(self) -> dict[str, Experts]:
+        """The routed experts by the path of the module that holds them."""
+        return {p.projection: p.experts for p in self.parts.values() if p.experts is not None}
+
+    def transposes(self, name: str) -> bool | None:
+        """Whether one expert's matrix, by its name, is stored `[d, hidden]`. None: it is no
+        expert's.
+        """
+        parameter, expert = split_name(name)
+        for part in self.parts.values():
+            if part.experts and part.weight == parameter and expert is not None:
+                return part.experts.transposed
+        return None
 
     def width(self, layer: int) -> int:
         """Size of the key at a layer (`d_ff`)."""
@@ -141,9 +174,9 @@ class Layout:
 
     @property
     def pattern(self) -> str:
-        """The projections' path with `{}` for the layer, as most layers have it."""
+        """The edited weights' name with `{}` for the layer, as most layers have it."""
         paths = [
-            part.projection.replace(f"{self.layer(index)}.", f"{self.layers}.{{}}.", 1)
+            part.weight.replace(f"{self.layer(index)}.", f"{self.layers}.{{}}.", 1)
             for index, part in self.parts.items()
         ]
         return max(paths, key=paths.count)
@@ -171,18 +204,24 @@ def detect(model: Any) -> Layout:
         )
     layers = [f"{traced.stack}.{index}" for index in range(len(traced.layers))]
     chosen, refused = _projections(model, layers, traced.layers, traced.hidden)
-    if not chosen:
+    routed, unknown = _routed(model, layers, traced.layers)
+    shared = {index: chosen.pop(index) for index in {*routed, *unknown} & set(chosen)}
+    refused = {i: why for i, why in refused.items() if i not in routed} | unknown
+    if not {**chosen, **routed}:
         raise ModelError(f"{kind} cannot be edited: {_most(refused)}")
-    reached = probing.streams(model, {layers[i]: chosen[i].path for i in chosen})
-    parts = {
+    dense = _dense_parts(model, layers, traced.layers, chosen)
+    paths = {layers[index]: path for index, (path, _) in routed.items()}
+    reached = probing.streams(model, paths) if paths else {}
+    parts = dense | {
         index: Part(
-            projection=linear.path,
-            width=linear.width,
+            projection=path,
+            width=experts.count * experts.width,
             stream=reached[layers[index]],
-            mixers=tuple(f"{layers[index]}.{name}" for name in sorted(traced.layers[index].mixers)),
-            reads=_reads(layers[index], traced.layers[index], linear),
+            mixers=_mixers(layers[index], traced.layers[index]),
+            reads=(),
+            experts=experts,
         )
-        for index, linear in chosen.items()
+        for index, (path, experts) in routed.items()
     }
     transposed = {_is_conv1d(model.get_submodule(part.projection)) for part in parts.values()}
     if len(transposed) > 1:
@@ -194,9 +233,33 @@ def detect(model: Any) -> Layout:
         transposed=transposed.pop(),
         hidden=traced.hidden,
         head=_head(model, traced),
-        parts=parts,
+        parts=dict(sorted(parts.items())),
         refused=refused,
+        shared=_dense_parts(model, layers, traced.layers, shared),
     )
+
+
+def _dense_parts(
+    model: Any, layers: list[str], traced: list[LayerTrace], chosen: Mapping[int, Linear]
+) -> dict[int, Part]:
+    """The parts of layers whose projections are linear modules."""
+    if not chosen:
+        return {}
+    reached = probing.streams(model, {layers[i]: chosen[i].path for i in chosen})
+    return {
+        index: Part(
+            projection=linear.path,
+            width=linear.width,
+            stream=reached[layers[index]],
+            mixers=_mixers(layers[index], traced[index]),
+            reads=_reads(layers[index], traced[index], linear),
+        )
+        for index, linear in chosen.items()
+    }
+
+
+def _mixers(layer: str, traced: LayerTrace) -> tuple[str, ...]:
+    return tuple(f"{layer}.{name}" for name in sorted(traced.mixers))
 
 
 def _check(model: Any, kind: str) -> None:
@@ -253,17 +316,12 @@ def _projections(
     refused: dict[int, str] = {}
     owners: dict[int, int] = {}
     for index, (path, found) in enumerate(zip(layers, traced, strict=True)):
-        layer = model.get_submodule(path)
         linear = _write_out(path, found, hidden)
         if found.runs != 1:
             refused[index] = (
                 f"it runs {found.runs} times in one pass, and an edit acts each time"
                 if found.runs
                 else "it does not run on plain text"
-            )
-        elif experts := _experts(layer, found.mixers):
-            refused[index] = (
-                f"its {experts} is a mixture of experts; which expert stores a fact is not known"
             )
         elif linear is None:
             refused[index] = (
@@ -317,6 +375,37 @@ def _beside_mixers(path: str, traced: LayerTrace) -> list[Linear]:
     return [linear for linear in traced.linears if not f"{linear.path}.".startswith(mixers)]
 
 
+def _routed(
+    model: Any, layers: list[str], traced: list[LayerTrace]
+) -> tuple[dict[int, tuple[str, Experts]], dict[int, str]]:
+    """In each layer with routed experts, the path of what holds them, and how; and why they cannot
+    be edited in the others.
+    """
+    named = {
+        index: name
+        for index, (path, found) in enumerate(zip(layers, traced, strict=True))
+        if found.runs == 1 and (name := _experts(model.get_submodule(path), found.mixers))
+    }
+    paths = {
+        f"{layers[index]}.{name}": index
+        for index in named
+        for name, module in model.get_submodule(layers[index]).named_modules()
+        if holds_experts(module) and name.partition(".")[0] not in traced[index].mixers
+    }
+    routed: dict[int, tuple[str, Experts]] = {}
+    refused = {
+        index: f"its {name} is a mixture of experts that are not held in one parameter"
+        for index, name in named.items()
+    }
+    for path, (args, kwargs, output) in (probing.calls(model, paths) if paths else {}).items():
+        try:
+            found = recognise(model.get_submodule(path), args, kwargs, output)
+            routed[paths[path]] = path, found
+        except ModelError as error:
+            refused[paths[path]] = f"its experts ({path}) cannot be taken apart: {error}"
+    return routed, {i: why for i, why in refused.items() if i not in routed}
+
+
 def _experts(layer: nn.Module, mixers: set[str]) -> str | None:
     """Name of what holds several matrices of which a token uses some, or None."""
     for name, module in layer.named_modules():
@@ -324,9 +413,7 @@ def _experts(layer: nn.Module, mixers: set[str]) -> str | None:
             continue
         if name.rpartition(".")[2] in ("experts", "router", "moe"):
             return name
-        if any(p.dim() == 3 and len(p) > 1 for p in module.parameters(recurse=False)) and not (
-            isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        ):
+        if holds_experts(module):
             return name or "weight"
     return None
 

@@ -75,7 +75,7 @@ def test_an_edit_of_the_first_version_gives_the_same_weights(of_v1, tmp_path, na
     edit = Edit.load(V1 / f"{name}.safetensors")
     assert edit.method_name == wanted["method"] and isinstance(edit.report, EditReport)
     again = Edit.load(edit.save(tmp_path / "again.safetensors"))
-    assert format_of(tmp_path / "again.safetensors") == "knowedit-edit/2"
+    assert format_of(tmp_path / "again.safetensors") == "knowedit-edit/3"
     for read in (edit, again):
         with read.applied_to(model):
             assert same_weights(model, name) == set(edit.by_parameter(model))
@@ -106,7 +106,7 @@ def test_a_history_of_the_first_version_goes_on(of_v1, tmp_path):
     read.replay(model)
     assert same_weights(model, "history-llama")
     again = History.load(read.save(tmp_path / "again.safetensors"))
-    assert format_of(tmp_path / "again.safetensors") == "knowedit-history/2"
+    assert format_of(tmp_path / "again.safetensors") == "knowedit-history/3"
     again.check(model)
     method = MEMIT(layers=(0, 1), target=target_of(VALUES))
     session = Session(method, model, statistics_of(model, (0, 1)), again)

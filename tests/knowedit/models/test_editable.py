@@ -337,20 +337,11 @@ class TestRefusals:
         with pytest.raises(ModelError, match="head"):
             detect(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)))
 
-    def test_a_mixture_of_experts(self):
-        from transformers import MixtralConfig, MixtralForCausalLM
-
-        config = MixtralConfig(
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            vocab_size=16,
-            num_local_experts=2,
-        )
-        with pytest.raises(ModelError, match="mixture of experts|output projection"):
-            detect(MixtralForCausalLM(config))
+    def test_experts_that_are_not_held_in_one_parameter(self, tiny_llama):
+        for layer in tiny_llama.layers:
+            layer.mlp.experts = torch.nn.ModuleList([layer.mlp.up_proj, layer.mlp.gate_proj])
+        with pytest.raises(ModelError, match="mixture of experts that are not held in one"):
+            detect(tiny_llama.hf)
 
     def test_quantised_weights(self, tiny_llama):
         projection = tiny_llama.projection(0)

@@ -57,7 +57,7 @@ def test_parts_are_those_of_the_plain_model(byte_tokenizer, family, projection, 
     model = EditableModel(hf, byte_tokenizer)
     layout = model.layout
     assert layout.editable == (0, 1, 2, 3) and layout.hidden == 32
-    assert layout.pattern == projection and layout.head.kind == head
+    assert layout.pattern == f"{projection}.weight" and layout.head.kind == head
     push = torch.randn(32, generator=torch.Generator().manual_seed(1))
     for layer in layout.editable:
         found = layout.stream(layer)
@@ -126,11 +126,12 @@ def test_widths_differ_by_layer(byte_tokenizer):
     assert keys[1].shape == (1, 48) and keys[2].shape == (1, 80)
 
 
-def test_only_dense_layers_of_a_mixture_are_editable(byte_tokenizer):
-    model = EditableModel(build("deepseek_v3"), byte_tokenizer)
-    assert model.layout.editable == (0, 1)
-    with pytest.raises(ModelError, match="layer 2 cannot be edited: .*mixture of experts.*: 0-1"):
-        model.projection(2)
+def test_dense_layers_in_front_of_experts_are_dense(byte_tokenizer):
+    layout = EditableModel(build("deepseek_v3"), byte_tokenizer).layout
+    assert [layout.experts(layer) is None for layer in range(4)] == [True, True, False, False]
+    assert layout.weight_name(1) == "model.layers.1.mlp.down_proj.weight"
+    assert layout.weight_name(2) == "model.layers.2.mlp.experts.down_proj"
+    assert layout.shared[2].projection == "model.layers.2.mlp.shared_experts.down_proj"
 
 
 def test_shared_weights_are_not_edited():

@@ -33,6 +33,8 @@ SIZES = {
     "word_embed_proj_dim": 32,
 }
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
 #: What else each family needs; a family's MLP width is 48 where its configuration has one.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -89,6 +91,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
     "gemma3": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": ROPE},
+    "granitemoe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "residual_multiplier": 0.22,
+    },
 }
 VISION = {
     "hidden_size": 32,

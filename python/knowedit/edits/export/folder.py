@@ -19,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from knowedit.edits.changes import Change, read_changes
+from knowedit.edits.changes import Change, read_changes, write_changes
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_file, atomic_folder
 from knowedit.io.tables import Column, Table
 from knowedit.io.tensors import checksum, disk_errors, read_file, write_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import split_name
 from knowedit.models.gguf import as_plain
 from knowedit.models.load import accepts_model, fingerprint_of
-from knowedit.models.structure import is_transposed
 from knowedit_kernels.lowrank import WeightLedger
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
             f"the others"
         )
     names = sorted({name for edit in edits for name in edit.by_parameter(model)})
-    parameters = dict(model.hf.named_parameters())
-    originals = {name: parameters[name].detach().cpu().clone() for name in names}
+    originals = {name: model.stored(name).detach().cpu().clone() for name in names}
     header: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": model.fingerprint,
@@ -80,12 +79,13 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
         with as_plain(model.hf), atomic_folder(folder) as temporary, disk_errors(folder):
             model.hf.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
-            stored = _stored(temporary, {name: parameters[name].detach().cpu() for name in names})
+            edited = {name: model.stored(name).detach().cpu() for name in names}
+            stored = _stored(temporary, edited)
             header["weights"] = {
                 name: {
                     "tensor": stored[name],
-                    "transposed": is_transposed(model.hf, name),
-                    "edited": checksum(parameters[name]),
+                    "transposed": model.is_transposed(name),
+                    "edited": checksum(edited[name]),
                 }
                 for name in names
             }
@@ -276,7 +276,7 @@ def _stored(folder: Path, edited: Mapping[str, Tensor]) -> dict[str, str]:
     for file in _weight_files(folder):
         with safe_open(file, framework="pt") as opened:
             known = set(opened.keys())
-            found |= {name: name for name in edited if name in known}
+            found |= {name: name for name in edited if split_name(name)[0] in known}
             for other in sorted(known) if set(edited) - set(found) else ():
                 shape = tuple(opened.get_slice(other).get_shape())
                 for name in sorted(set(edited) - set(found)):
@@ -314,7 +314,8 @@ def _replace(
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
-                metadata, here = opened.metadata(), left & set(opened.keys())
+                metadata, known = opened.metadata(), set(opened.keys())
+            here = {name for name in left if split_name(name)[0] in known}
             if not here:
                 continue
             held = load_file(file)
@@ -323,12 +324,13 @@ def _replace(
                 f"{file} is truncated or damaged ({error}); take the original model again"
             ) from error
         for name in here if expected else ():
-            if checksum(held[name]) not in expected[name]:
+            if checksum(_part(held, name)) not in expected[name]:
                 raise EditError(
                     f"{file}: {name} was changed since the edit was written; undo all edits to get "
                     "the original weights back"
                 )
-        held |= {name: tensors[name].contiguous() for name in here}
+        for name in here:
+            _part(held, name).copy_(tensors[name])
         with atomic_file(file) as temporary, disk_errors(file):
             save_file(held, temporary, metadata=metadata)
         left -= here
@@ -336,6 +338,12 @@ def _replace(
         raise EditError(
             f"{folder}: the weights {sorted(left)} of the undo record are in none of its files"
         )
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of that name, or one expert's matrix in one."""
+    parameter, expert = split_name(name)
+    return tensors[parameter] if expert is None else tensors[parameter][expert]
 
 
 def _write_record(
@@ -349,9 +357,8 @@ def _write_record(
     """
     tensors = {f"{ORIGINAL}{name}": tensor for name, tensor in originals.items()}
     for number, made in enumerate(header["edits"] if len(changes) > 1 else ()):
-        for name, change in changes[made["key"]].items():
-            parts = change.tensors().items()
-            tensors |= {f"{number}.{name}.{part}": tensor for part, tensor in parts}
+        parts = write_changes(changes[made["key"]])
+        tensors |= {f"{number}.{name}": tensor for name, tensor in parts.items()}
     write_file(folder / RECORD, tensors, header)
 
 

@@ -18,6 +18,7 @@ from knowedit.errors import EditError
 from knowedit.io.files import atomic_folder
 from knowedit.io.tensors import disk_errors
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import split_name
 from knowedit.models.load import accepts_model
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
     """
     from peft import LoraConfig, TaskType
 
+    for edit in edits:
+        if of_experts := [name for name in edit.changes if split_name(name)[1] is not None]:
+            raise EditError(
+                f"this {edit.method_name} edit changes {len(of_experts)} experts' matrices "
+                f"({of_experts[0]}, ...) at one rank for all of them together, which a LoRA "
+                "adapter gives each expert in full; write it into a copy of the model instead "
+                "(save_edited, `knowedit apply`)"
+            )
     pairs = {
         name.removesuffix(".weight"): change for name, change in _low_rank(model, edits).items()
     }

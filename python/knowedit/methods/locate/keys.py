@@ -11,7 +11,7 @@ from torch import Tensor
 
 from knowedit.facts.fact import Fact
 from knowedit.methods.locate.values import prompt_rows
-from knowedit.models.editable import EditableModel
+from knowedit.models.editable import EditableModel, Outputs
 from knowedit.models.tokens import Row
 
 
@@ -110,10 +110,9 @@ def keys_at(
     flat = [row for group in rows for fact in group for row in fact]
     owners = [g for g, group in enumerate(rows) for fact in group for _ in fact]
     starts = accumulate((len(fact) for group in rows for fact in group), initial=0)
-    keys, outputs = model.keys(flat, sorted({layer, last}), outputs=not of_mlp)
-    if outputs is None:
-        with torch.no_grad():
-            outputs = model.projection(last)(keys[last].to(model.weight(last)))
+    where: Outputs = "projection" if of_mlp else True
+    keys, outputs = model.keys(flat, sorted({layer, last}), outputs=where)
+    assert outputs is not None
     own, owner = keys[layer].double(), torch.tensor(owners, device=keys[layer].device)
     at = torch.tensor(list(starts)[:-1], device=outputs.device)
     now = _mean(outputs[at].double(), owner.to(at)[at], len(rows)).float()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from knowedit.edits.changes import LowRank
+from knowedit.edits.changes import changes_of
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError
@@ -189,10 +189,9 @@ class Recipe(Method):
             "merge_subjects": self.merge_subjects,
         }
         report = outcome(settings, task, targets, written)
-        names = task.model.layout.weight_name
         return Edit(
             method_name=self.name,
-            changes={names(layer): LowRank(*pair) for layer, pair in written.factors.items()},
+            changes=changes_of(task.model, written.factors),
             facts=task.facts,
             fingerprint=task.model.fingerprint,
             report=report,

@@ -22,7 +22,7 @@ from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Through, TrainedTexts, WriteOuts
 from knowedit.methods.locate.values import AT_PROJECTION, ValueSettings
-from knowedit.models.editable import EditableModel
+from knowedit.models.editable import EditableModel, Outputs
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ def state_norms(
     owner = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     norms = {}
     for layer in layers:
-        keys, outputs = model.keys(rows, [layer], outputs=not at_projection)
-        if outputs is None:
-            with torch.no_grad():
-                outputs = model.projection(layer)(keys[layer].to(model.weight(layer)))
+        where: Outputs = "projection" if at_projection else True
+        outputs = model.keys(rows, [layer], outputs=where)[1]
+        assert outputs is not None
+        if at_projection:
             outputs = outputs * (AT_PROJECTION["clamp"] / ValueSettings.clamp)
         total = torch.zeros(len(groups)).index_add(0, owner, outputs.norm(dim=1).float().cpu())
         norms[layer] = total / torch.bincount(owner, minlength=len(groups))

@@ -427,7 +427,7 @@ class AtModules(Problem):
         seen: dict[int, Tensor] = {}
 
         def see(part: int, output: Tensor) -> None:
-            seen[part] = output[:, 0]
+            seen[part] = output.reshape(len(rows), -1, output.shape[-1])[:, 0]
 
         with torch.no_grad(), self._hooked(see):
             self.part.select(rows).run()
@@ -437,8 +437,9 @@ class AtModules(Problem):
         each = delta[self.of_row]
 
         def add(part: int, output: Tensor) -> Tensor:
-            lifted = output[:, :1] + each[:, part : part + 1].to(output)
-            return torch.cat([lifted, output[:, 1:]], 1)
+            texts = output.reshape(len(each), -1, output.shape[-1])  # experts have them in a row
+            lifted = texts[:, :1] + each[:, part : part + 1].to(output)
+            return torch.cat([lifted, texts[:, 1:]], 1).view_as(output)
 
         with self._hooked(add):
             return self.part.run()
