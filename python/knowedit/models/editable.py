@@ -283,14 +283,14 @@ class EditableModel:
         """A parameter, or one expert's matrix in it (`NAME[expert]`), as the model stores it.
 
         Raises:
-            ModelError: there is none of this name.
+            EditError: there is none of this name.
         """
         parameter, expert = split_name(name)
         try:
             found = self.hf.get_parameter(parameter)
             return found if expert is None else found.detach()[expert]
         except (AttributeError, IndexError):
-            raise ModelError(f"{self.name} has no parameter {name}") from None
+            raise EditError(f"{self.name} has no parameter {name}") from None
 
     def is_transposed(self, name: str) -> bool:
         """Whether a matrix is stored `[in, out]`: GPT-2's, or an expert's of a layer that is known

@@ -330,7 +330,10 @@ def _replace(
                     "the original weights back"
                 )
         for name in here:
-            _part(held, name).copy_(tensors[name])
+            if name in held:
+                held[name] = tensors[name].contiguous()
+            else:
+                _part(held, name).copy_(tensors[name])
         with atomic_file(file) as temporary, disk_errors(file):
             save_file(held, temporary, metadata=metadata)
         left -= here

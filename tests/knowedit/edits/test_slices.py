@@ -1,0 +1,97 @@
+"""Edits of routed experts: matrices inside one parameter, in both layouts."""
+
+import pytest
+import torch
+
+from knowedit.edits.changes import LowRank, changes_of, read_changes, write_changes
+from knowedit.edits.edit import Edit
+from knowedit.edits.export.folder import RECORD, read_record, restore, save_edited
+from knowedit.errors import EditError
+from knowedit.models.editable import EditableModel
+from knowedit.models.load import load_model
+from tests.knowedit.methods.helpers import FACTS
+from tests.knowedit.models.tiny import build
+
+LAYER = 2
+
+
+@pytest.fixture(params=["mixtral", "gpt_oss"])  # [E, hidden, d] and [E, d, hidden]
+def mixture(request, byte_tokenizer):
+    return EditableModel(build(request.param), byte_tokenizer, name=request.param)
+
+
+def an_edit(model, seed=0, left_out=1):
+    """Of all experts but one, of rank 2."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = model.layout.experts(LAYER)
+    left = torch.randn(model.hidden, 2, generator=generator)
+    right = torch.randn(experts.count, experts.width, 2, generator=generator)
+    right[left_out] = 0
+    factors = {LAYER: (left, right.flatten(0, 1))}
+    edit = Edit("test", changes_of(model, factors), FACTS, model.fingerprint)
+    wanted = torch.einsum("hr,edr->ehd", left, right)
+    return edit, wanted.mT if experts.transposed else wanted
+
+
+def test_an_edit_changes_the_experts_it_names_and_is_undone_to_the_bit(mixture, tmp_path):
+    weight = mixture.weight(LAYER)
+    before = weight.clone()
+    edit, wanted = an_edit(mixture)
+    name = mixture.layout.weight_name(LAYER)
+    assert list(edit.changes) == [f"{name}[{expert}]" for expert in (0, 2, 3)]
+    read = Edit.load(edit.save(tmp_path / "edit.safetensors"))
+    assert read.key == edit.key
+    other, more = an_edit(mixture, seed=1, left_out=3)
+    with read.applied_to(mixture):
+        torch.testing.assert_close(weight.detach(), before + wanted)
+        assert torch.equal(weight[1], before[1])
+        other.apply(mixture)
+        torch.testing.assert_close(weight.detach(), before + wanted + more)
+    torch.testing.assert_close(weight.detach(), before + more)
+    other.undo(mixture)
+    assert torch.equal(weight, before)
+
+
+def test_a_file_holds_what_experts_share_once(mixture):
+    edit, _ = an_edit(mixture)
+    name = mixture.layout.weight_name(LAYER)
+    tensors = write_changes(edit.changes)
+    assert sorted(tensors) == [f"{name}.U", *(f"{name}[{expert}].V" for expert in (0, 2, 3))]
+    own = {**edit.changes, f"{name}[3]": LowRank(torch.ones(32, 1), torch.ones(len(tensors), 1))}
+    for changes in (edit.changes, own):
+        read = read_changes(write_changes(changes))
+        assert list(read) == list(changes)
+        for at, change in changes.items():
+            assert torch.equal(read[at].U, change.U) and torch.equal(read[at].V, change.V)
+
+
+def test_an_edited_folder_is_restored(mixture, tmp_path):
+    """Mixtral's files hold a tensor for each expert, gpt-oss's one of all of them."""
+    (edit, _), (other, _) = an_edit(mixture), an_edit(mixture, seed=1)
+    with edit.applied_to(mixture), other.applied_to(mixture):
+        wanted = mixture.next_logprobs(["Rome is"])
+    save_edited(mixture, [edit, other], tmp_path / "edited")
+    loaded = load_model(tmp_path / "edited", dtype="float32")
+    torch.testing.assert_close(loaded.next_logprobs(["Rome is"]), wanted, rtol=1e-4, atol=1e-4)
+    _, originals, _ = read_record(tmp_path / "edited" / RECORD)
+    assert all(tensor.dim() == 2 for tensor in originals.values()) and len(originals) == 3
+    restore(tmp_path / "edited", [other.key])
+    with edit.applied_to(mixture):
+        wanted = mixture.next_logprobs(["Rome is"])
+    loaded = load_model(tmp_path / "edited", dtype="float32")
+    torch.testing.assert_close(loaded.next_logprobs(["Rome is"]), wanted, rtol=1e-4, atol=1e-4)
+    assert restore(tmp_path / "edited") == mixture.fingerprint
+
+
+def test_what_does_not_fit_is_refused(mixture, tmp_path):
+    name = mixture.layout.weight_name(LAYER)
+    change = LowRank(torch.ones(32, 1), torch.ones(7, 1))
+    edit = Edit("test", {f"{name}[0]": change}, FACTS, mixture.fingerprint)
+    with pytest.raises(EditError, match=r"\[0\]: a change of shape .* does not fit"):
+        edit.apply(mixture)
+    change = LowRank(torch.ones(32, 1), torch.ones(mixture.layout.experts(LAYER).width, 1))
+    edit = Edit("test", {f"{name}[9]": change}, FACTS, mixture.fingerprint)
+    with pytest.raises(EditError, match=r"no parameter .*\[9\]"):
+        edit.apply(mixture)
+    with pytest.raises(EditError, match="experts' matrices .*save_edited"):
+        an_edit(mixture)[0].export(tmp_path / "adapter", mixture)
