@@ -13,8 +13,18 @@ import typer
 
 from knowedit.cli import edit, evaluate, lists, measure, stats, study, train
 from knowedit.cli.commands import App, Interrupted, UsageError, usage
-from knowedit.cli.options import Corpus, Output, Run, one, say, seeded
+from knowedit.cli.options import (
+    AGAIN,
+    Corpus,
+    EitherRun,
+    Output,
+    kept_at_the_end,
+    one,
+    parse_methods,
+    say,
+)
 from knowedit.errors import KnowEditError
+from knowedit.io.progress import kept_on_interrupt
 from knowedit.io.tables import Table
 from knowedit.models.download import DEFAULT_MODEL
 
@@ -63,8 +73,7 @@ def main() -> None:
     except OSError as error:
         _end(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
     except (Interrupted, KeyboardInterrupt) as stop:
-        kept = str(stop) or "nothing was written"
-        _end(f"interrupted: {kept}; run the same command again to go on", 130)
+        _end(f"interrupted: {str(stop) or f'nothing was written; {AGAIN}'}", 130)
     raise SystemExit(code or 0)
 
 
@@ -82,16 +91,17 @@ def demo(
         Path | None, typer.Option("--output", "-o", help="Also write the page demo.html there.")
     ] = None,
     *,
-    run: Run,
+    run: EitherRun,
 ) -> None:
-    """Edit six facts of a real language model, show what changed and what did not, and undo it bit
-    for bit.
+    """Edit six facts of a real language model with MEMIT, show what changed and what did not, and
+    undo it bit for bit.
     """
     from knowedit.cli.demo import demonstrate
-    from knowedit.methods import MEMIT
 
-    method = MEMIT() if run.seed is None else seeded(MEMIT(), run.seed)
-    shown = demonstrate(run.load(model), method, one(corpus), tokens, seed=run.seed or 0, say=say)
+    (method,) = parse_methods(["memit"], run.settings, seed=run.seed)
+    seed = run.seed or 0
+    with kept_on_interrupt(lambda: kept_at_the_end(output)):
+        shown = demonstrate(run.load(model), method, one(corpus), tokens, seed=seed, say=say)
     run.show(shown.to_dict(), lambda: shown.text(shutil.get_terminal_size().columns))
     if output is not None:
         say(f"wrote {shown.write(output)}")

@@ -42,6 +42,7 @@ OLD = {
 }
 EDIT, SWEEP = "knowedit.edit", "knowedit.sweep"  # what --config leaves in a context's `meta`
 FILE, SET = "knowedit.config", "knowedit.set"  # defaults from --config and --set, by parameter
+FILE_SET = "knowedit.config.set"  # what --config says under `set`, as --set takes it
 
 #: What every error of the parser is. Typer brings its own copy of click or not, as its version has
 #: it; this is the class in both.
@@ -63,6 +64,9 @@ class Command(TyperCommand):
                 break
             if name in OLD and name not in own:
                 raise KnowEditError(f"{name} is now {OLD[name]}; see {ctx.command_path} --help")
+        given = self.make_parser(ctx).parse_args(args=list(args))[0]
+        if given.get("config") and not ctx.resilient_parsing:
+            read_config(ctx, Path(given["config"]))  # before any option: it says their defaults
         return super().parse_args(ctx, args)
 
 
@@ -155,15 +159,15 @@ def usage(error: Any) -> str:
 # -- --config and --set ---------------------------------------------------------------------------
 
 
-def from_file(ctx: typer.Context, path: Path | None) -> Path | None:
-    """`--config`: what the file says is the default of the command's options."""
-    if path is None:
-        return None
+def read_config(ctx: typer.Context, path: Path) -> None:
+    """`--config`: what the file says is the default of the command's options, and goes before what
+    `--set` says.
+    """
     known = _options(ctx)
     record = _read(ctx, path, "method" in known)
     if "methods" in record or "grid" in record:
         ctx.meta[SWEEP] = path
-        return path
+        return
     for key, value in record.items():
         name = str(key).replace("-", "_")
         if name not in known:
@@ -172,25 +176,54 @@ def from_file(ctx: typer.Context, path: Path | None) -> Path | None:
             raise ConfigError(
                 f"{path}: {ctx.command_path} has no option {key!r}; {nearest(name, known)}"
             )
-        if name == "set" and isinstance(value, Mapping):
-            value = [f"{setting}={json.dumps(of)}" for setting, of in value.items()]
-        _set_default(ctx, FILE, known[name], value, f"{path}: {key}")
-    return path
+        if name == "set":
+            ctx.meta[FILE_SET] = _settings(value, f"{path}: {key}")
+        else:
+            _set_default(ctx, FILE, known[name], value, f"{path}: {key}")
 
 
-def from_settings(ctx: typer.Context, given: list[str] | None) -> list[str] | None:
-    """`--set` of commands without a method: their other options by name. Wins over `--config`."""
-    settings: dict[str, Any] = {}
-    for text in given or ():
-        name, value = parse_setting(text)
-        name, known = name.replace("-", "_"), _options(ctx)
-        if name not in known:
-            raise ConfigError(f"{ctx.command_path} has no setting {name!r}; {nearest(name, known)}")
-        if getattr(known[name], "multiple", False):  # repeatable, as the option is
-            value = [*settings.get(name, []), *(value if isinstance(value, list) else [value])]
-        settings[name] = value
-        _set_default(ctx, SET, known[name], value, f"--set {name}")
-    return given
+def _settings(value: Any, place: str) -> list[str]:
+    """What a file says under `set`, names and values or a list of `name=value`, as the list."""
+    if isinstance(value, Mapping):
+        return [f"{name}={json.dumps(of)}" for name, of in value.items()]
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"{place} must be names and values, or name=value, got {value!r}")
+    return texts
+
+
+def method_settings(ctx: typer.Context, given: list[str] | None) -> list[str]:
+    """`--set` of commands whose settings are a method's: the file's, then the command line's."""
+    return [*ctx.meta.get(FILE_SET, ()), *(given or ())]
+
+
+def option_settings(ctx: typer.Context, given: list[str] | None) -> list[str]:
+    """`--set` of commands that run no method: their other options by name."""
+    for text in (others := either_settings(ctx, given)):
+        name, known = parse_setting(text)[0], _options(ctx)
+        raise ConfigError(f"{ctx.command_path} has no setting {name!r}; {nearest(name, known)}")
+    return others
+
+
+def either_settings(ctx: typer.Context, given: list[str] | None) -> list[str]:
+    """`--set` of commands that run a method of their own: their other options by name. Returns
+    what names none of them: the settings of the method.
+    """
+    known, others = _options(ctx), []
+    for source in (ctx.meta.get(FILE_SET, ()), given or ()):
+        settings: dict[str, Any] = {}
+        for text in source:
+            name, value = parse_setting(text)
+            option = name.replace("-", "_")
+            if option not in known:
+                others.append(text)
+                continue
+            if getattr(known[option], "multiple", False):  # repeatable, as the option is
+                more = value if isinstance(value, list) else [value]
+                value = [*settings.get(option, []), *more]
+            settings[option] = value
+            _set_default(ctx, SET, known[option], value, f"--set {option}")
+    return others
 
 
 def _options(ctx: typer.Context) -> dict[str, Any]:
@@ -241,8 +274,6 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        is_eager=True,
-        callback=from_file,
         help="Options from a .yaml or .json file, a method's record, or an edit file; the command "
         "line wins.",
     ),
@@ -252,7 +283,17 @@ OptionSettings = Annotated[
     typer.Option(
         "--set",
         is_eager=True,
-        callback=from_settings,
+        callback=option_settings,
         help="An option by name, as name=value; repeatable.",
+    ),
+]
+EitherSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        is_eager=True,
+        callback=either_settings,
+        help="An option by name, else a setting of the method that is run here, as name=value; "
+        "repeatable.",
     ),
 ]

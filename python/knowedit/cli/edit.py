@@ -10,6 +10,8 @@ import typer
 
 from knowedit.cli.commands import App
 from knowedit.cli.options import (
+    GO_ON,
+    STATISTICS,
     Limit,
     Loading,
     MethodRun,
@@ -87,8 +89,10 @@ def edit(
     editable = run.load(model)
     if again is not None:
         again.check(editable)
-    with kept_on_interrupt(lambda: "no edit was written; finished key statistics are kept"):
-        keys = statistics_for([chosen], editable, one(run.corpus), run.tokens, run.statistics)
+    with kept_on_interrupt(lambda: f"no edit was written; {STATISTICS}; {GO_ON}"):
+        keys = statistics_for(
+            [chosen], editable, one(run.corpus), run.tokens, run.statistics, run.seed or 0
+        )
         asked = Interview(editable, wanted)
         if history:
             earlier = History.load(history) if history.exists() else History(editable.fingerprint)
@@ -127,6 +131,7 @@ def _recorded(model: str, run: MethodRun) -> dict[str, Any]:
         "tokens": run.tokens,
         "statistics": None if run.statistics is None else str(run.statistics),
         "dtype": run.dtype,
+        "seed": run.seed,
     }
     return {name: value for name, value in given.items() if value is not None}
 

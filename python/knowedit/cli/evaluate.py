@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knowedit.cli.commands import SWEEP, App
-from knowedit.cli.options import Folder, Limit, MethodRun, one, placed, say
+from knowedit.cli.options import (
+    Folder,
+    Limit,
+    MethodRun,
+    kept_so_far,
+    one,
+    placed,
+    say,
+)
 from knowedit.errors import KnowEditError
 from knowedit.io.progress import kept_on_interrupt
 
@@ -53,7 +61,7 @@ def evaluate(
     from knowedit.evaluation.protocols import measure
 
     found: list[dict[str, Any]] = []
-    with kept_on_interrupt(lambda: _kept(len(found), output)):
+    with kept_on_interrupt(lambda: kept_so_far(output, len(found), "method")):
         for result in measure(
             model,
             dataset,
@@ -86,20 +94,13 @@ def _shown(result: dict[str, Any] | Result) -> str:
     return result_text(result) if isinstance(result, dict) else str(result)
 
 
-def _kept(count: int, folder: Path | None) -> str:
-    """What an interruption leaves."""
-    if folder is None:
-        return "nothing was written, for want of --output"
-    return f"the results of {count} method{'s' * (count != 1)} are in {folder}"
-
-
 #: Options that a grid takes from the command line, by the name of its field.
 GRID_OPTIONS = "model dataset limit protocol batch every text tokens statistics seed dtype".split()
 
 
 def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
     """Run the grid of --config; options on the command line win over the file's."""
-    from knowedit.evaluation.sweep import read_sweep, run_sweep, table
+    from knowedit.evaluation.sweep import read_sweep, rows_kept, run_sweep, table
 
     given: dict[str, Any] = {
         name: ctx.params[name]
@@ -114,7 +115,9 @@ def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
             )
     if _given(ctx, "corpus"):
         given["corpus"] = one(ctx.params["corpus"])
-    record = run_sweep(read_sweep(ctx.meta[SWEEP]).with_settings(given), output, say=say)
+    sweep = read_sweep(ctx.meta[SWEEP]).with_settings(given)
+    with kept_on_interrupt(lambda: kept_so_far(output, rows_kept(output), "row")):
+        record = run_sweep(sweep, output, say=say)
     run.show(record, lambda: table(record))
 
 

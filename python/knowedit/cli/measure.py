@@ -12,6 +12,7 @@ import typer
 
 from knowedit.cli.commands import App
 from knowedit.cli.options import (
+    EitherRun,
     Folder,
     Layers,
     MethodRun,
@@ -20,12 +21,14 @@ from knowedit.cli.options import (
     Run,
     Statistics,
     Tokens,
+    kept_at_the_end,
     one,
     parse_layers,
     placed,
     say,
 )
 from knowedit.errors import KnowEditError
+from knowedit.io.progress import kept_on_interrupt
 
 app = App()
 
@@ -62,23 +65,24 @@ def same_subject(
     """
     from knowedit.evaluation.subjects.protocol import differences, measure_subjects, write_subjects
 
-    results = measure_subjects(
-        model,
-        dataset,
-        run.methods(),
-        one(run.corpus),
-        run.tokens,
-        least=least,
-        most=most,
-        half=half,
-        subjects=subjects,
-        wordings=wordings,
-        where=run.statistics,
-        device_map=placed(run.device_map),
-        dtype=run.dtype,
-        seed=run.seed or 0,
-        say=say,
-    )
+    with kept_on_interrupt(lambda: kept_at_the_end(output)):
+        results = measure_subjects(
+            model,
+            dataset,
+            run.methods(),
+            one(run.corpus),
+            run.tokens,
+            least=least,
+            most=most,
+            half=half,
+            subjects=subjects,
+            wordings=wordings,
+            where=run.statistics,
+            device_map=placed(run.device_map),
+            dtype=run.dtype,
+            seed=run.seed or 0,
+            say=say,
+        )
     if output:
         write_subjects(output, results)
     run.show(
@@ -109,34 +113,42 @@ def geometry(
         typer.Option("--output", "-o", help="Folder for geometry.json and geometry.png."),
     ] = None,
     *,
-    run: Run,
+    run: EitherRun,
 ) -> None:
     """Is the covariance trap real for this model? Drift of keys, amplification, rho, tolerance,
-    sharpness, by layer.
+    sharpness, by layer. `--set target.steps=20` and `--set gain=0.9` change how the values are
+    found and written.
     """
+    from knowedit.evaluation.geometry.geometry import GeometryMethod
     from knowedit.evaluation.geometry.geometry import geometry as measure
     from knowedit.evaluation.subjects.protocol import choose
     from knowedit.io.files import atomic_file
+    from knowedit.methods.locate.task import Runtime
     from knowedit.models.families import preset_for
     from knowedit.report import plots
     from knowedit.report.page import in_text
     from knowedit.report.run import geometry_blocks
     from knowedit.statistics.keys import layer_statistics
 
+    method = GeometryMethod().with_settings(run.settings or ())
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
-    editable = run.load(model)
-    wanted = parse_layers(layers) or preset_for(editable).statistics_layers
-    collected = layer_statistics(wanted, editable, one(corpus), tokens, statistics)
-    layered = measure(
-        editable,
-        chosen,
-        collected,
-        wanted,
-        edited=edited,
-        threshold=threshold,
-        seed=run.seed or 0,
-        say=say,
-    )
+    with kept_on_interrupt(lambda: kept_at_the_end(output)):
+        editable = run.load(model)
+        wanted = parse_layers(layers) or preset_for(editable).statistics_layers
+        seed = run.seed or 0
+        collected = layer_statistics(wanted, editable, one(corpus), tokens, statistics, seed)
+        layered = measure(
+            editable,
+            chosen,
+            collected,
+            wanted,
+            method.target.resolved(preset_for(editable), Runtime()),
+            gain=method.gain,
+            edited=edited,
+            threshold=threshold,
+            seed=seed,
+            say=say,
+        )
     found = [one.to_dict() for one in layered]
     if output:
         with atomic_file(output / "geometry.json") as path:
@@ -193,32 +205,33 @@ def trace(
     if dataset and answer is not None:
         raise KnowEditError("--answer goes with a prompt; the facts of a --dataset have their own")
     chosen = load(dataset) if dataset else []
-    editable = run.load(model)
-    if prompt is None or subject is None:
-        found = trace_many(
-            editable,
-            chosen,
-            limit,
-            kinds=kind,
-            noise=noise,
-            samples=samples,
-            window=window,
-            seed=run.seed or 0,
-        ).to_dict()
-    else:
-        with bar("tracing", 1) as advance:
-            found = measure(
+    with kept_on_interrupt(lambda: kept_at_the_end(output, statistics=False)):
+        editable = run.load(model)
+        if prompt is None or subject is None:
+            found = trace_many(
                 editable,
-                prompt,
-                subject,
-                answer,
+                chosen,
+                limit,
                 kinds=kind,
                 noise=noise,
                 samples=samples,
                 window=window,
                 seed=run.seed or 0,
-                progress=advance,
             ).to_dict()
+        else:
+            with bar("tracing", 1) as advance:
+                found = measure(
+                    editable,
+                    prompt,
+                    subject,
+                    answer,
+                    kinds=kind,
+                    noise=noise,
+                    samples=samples,
+                    window=window,
+                    seed=run.seed or 0,
+                    progress=advance,
+                ).to_dict()
     if output:
         name = "trace" if dataset is None else "traces"
         with atomic_file(output / f"{name}.json") as path:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from knowedit.cli.commands import EDIT, Config, OptionSettings
+from knowedit.cli.commands import (
+    EDIT,
+    Config,
+    EitherSettings,
+    OptionSettings,
+    method_settings,
+)
 from knowedit.errors import KnowEditError
 
 if TYPE_CHECKING:
@@ -41,6 +47,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
+        callback=method_settings,
         help='A setting of the method: metric.gain=0.95, steps=20, modules=["q_proj"]; repeatable.',
     ),
 ]
@@ -74,7 +81,11 @@ Layers = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many.")]
 Seed = Annotated[
     int | None,
-    typer.Option(help="Of all random numbers: methods, samples, intervals.", show_default="0"),
+    typer.Option(
+        help="Of all random numbers: the methods', those of the statistics' corpus (the order of a "
+        "hub data set, the model's own samples; files are read in order), the intervals'.",
+        show_default="0",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (as saved).")]
 DeviceMap = Annotated[
@@ -137,6 +148,13 @@ class Run(Loading):
 
 
 @dataclass(frozen=True)
+class EitherRun(Run):
+    """What every command takes that runs a method of its own: --set reaches that too."""
+
+    settings: EitherSettings = None
+
+
+@dataclass(frozen=True)
 class MethodRun(Run):
     """What every command that computes edits takes."""
 
@@ -196,11 +214,13 @@ def parse_methods(
 
 
 def seeded(method: Method, seed: int) -> Method:
-    """The method with this seed, in whichever of its parts draw random numbers."""
+    """The method with this seed, in whichever of its parts draw random numbers; a note says where
+    neither it nor its statistics do.
+    """
     from knowedit.io.config import paths_of
 
     places = [path for path in paths_of(method) if path.rpartition(".")[2] == "seed"]
-    if not places:
+    if not places and not method.needs_statistics:
         say(f"note: {method.name} draws no random numbers; --seed does not change its edits")
     return method.with_settings(dict.fromkeys(places, seed))
 
@@ -224,6 +244,31 @@ def placed(device_map: str | None) -> Any:
 def one(corpus: list[str] | None) -> Any:
     """A corpus as `documents` takes it; None where none was named."""
     return corpus[0] if corpus and len(corpus) == 1 else corpus
+
+
+GO_ON = "run the same command again to go on"
+AGAIN = "run the same command again"
+STATISTICS = "finished key statistics are kept"
+
+
+def kept_so_far(folder: Path | None, count: int, what: str) -> str:
+    """What Ctrl-C says of a command that writes the results of so many methods, rows or runs to
+    --output as they come.
+    """
+    if folder is None:
+        return (
+            f"no result was written, {STATISTICS}; with -o FOLDER results are written as they "
+            "come, and the same command goes on"
+        )
+    results = f"the results of {count} {what}{'s' * (count != 1)} are"
+    return f"{results if count else 'no results are yet'} in {folder}, {STATISTICS}; {GO_ON}"
+
+
+def kept_at_the_end(folder: Path | None, statistics: bool = True) -> str:
+    """What it says of one that writes --output, if given, when all is measured."""
+    where = "" if folder is None else f" to {folder}, which is done at the end"
+    kept = f"; {STATISTICS}" if statistics else ""
+    return f"no result was written{where}{kept}; {AGAIN} to start over"
 
 
 def command_line(*words: Any) -> str:

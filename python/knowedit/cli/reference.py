@@ -15,9 +15,11 @@ Made by `python -m knowedit.cli.reference > docs/cli.md`; `knowedit COMMAND --he
 
 The same idea has the same name everywhere: `--limit` is "the first so many", `--method`, `--layer`,
 `--corpus` and `--set` may be given several times, `--layer 4-8` is a range. `--set` changes a
-setting of the method (`--set metric.gain=0.95`) or, where there is none, an option by its name.
+setting of the method (`--set metric.gain=0.95`) or, where none is named, an option by its name;
+`demo`, `geometry` and `study`, which bring their methods along, take both.
 
-`--config FILE` takes the options from a file, by name; the command line wins. It is
+`--config FILE` takes the options from a file, by name; the command line wins, and what `--set` says
+is added to the file's `set`. It is
 
 - YAML or JSON with options: `{method: memit, set: {metric.gain: 0.95}, limit: 48}`;
 - a method's record alone, as `knowedit methods NAME --json` prints it: `{kind: memit, ...}`;

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knowedit.cli.commands import App
-from knowedit.cli.options import Corpus, Dtype, Run, Tokens, one, say
+from knowedit.cli.options import Corpus, Dtype, EitherRun, Tokens, kept_so_far, one, say
 from knowedit.errors import KnowEditError
+from knowedit.io.progress import kept_on_interrupt
 from knowedit.models.download import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ FIRST_HALVING = 42  # its seed, unless --seed says another
 
 
 @dataclass(frozen=True)
-class StudyRun(Run):
+class StudyRun(EitherRun):
     """As every command; sums in float32, of a seed of their own."""
 
     dtype: Dtype = "float32"
@@ -83,41 +84,44 @@ def arithmetic(
     run: StudyRun,
 ) -> None:
     """Can the model be made to say "2+2=5", and nothing else? Every method, judged on prompts that
-    none was given.
+    none was given. `--set` changes a setting of every method that is run.
     """
     from knowedit.statistics import key_statistics
     from knowedit.studies.arithmetic import Study, Sum
     from knowedit.studies.arithmetic import run as run_study
-    from knowedit.studies.arithmetic.experiments import default_experiments
+    from knowedit.studies.arithmetic.experiments import check_settings, default_experiments
     from knowedit.studies.arithmetic.prompts import unrelated_prompts
+    from knowedit.studies.arithmetic.runs import runs_kept
     from knowedit.studies.arithmetic.summary import summary
 
     if halvings < 1 or limit < 2:
         raise KnowEditError(
             f"--halvings must be at least 1 and --limit at least 2, got {halvings} and {limit}"
         )
+    methods, settings = method or default_experiments(), run.settings or []
+    check_settings(methods, settings)
     edited = [Sum.parse(text) for text in target]
     own, source = _paraphrases(
         edited, paraphrases, endpoint, paraphrase_model, key_variable, timeout
     )
     others = unrelated_prompts(limit, unrelated)
-    editable = run.load(model)
-    seed = FIRST_HALVING if run.seed is None else run.seed
-    study = Study(
-        editable, edited, [seed + n for n in range(halvings)], others, own, source, one(corpus)
-    )
-    for note in study.notes():
-        say(f"note: {note}")
-    found = run_study(
-        study,
-        method or default_experiments(),
-        partial(key_statistics, editable, corpus=one(corpus), tokens=tokens),
-        output,
-        interference=interference,
-        say=say,
-    )
-    if output and tracing:
-        _trace(editable, edited[0], output)
+    with kept_on_interrupt(lambda: kept_so_far(output, runs_kept(output), "run")):
+        editable = run.load(model)
+        seed = FIRST_HALVING if run.seed is None else run.seed
+        seeds = [seed + n for n in range(halvings)]
+        study = Study(editable, edited, seeds, others, own, source, one(corpus), settings)
+        for note in study.notes():
+            say(f"note: {note}")
+        found = run_study(
+            study,
+            methods,
+            partial(key_statistics, editable, corpus=one(corpus), tokens=tokens),
+            output,
+            interference=interference,
+            say=say,
+        )
+        if output and tracing:
+            _trace(editable, edited[0], output)
     run.show(found, lambda: summary(found))
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from knowedit.cli.commands import App
+from knowedit.cli.commands import App, method_settings
 from knowedit.cli.generated import SETTINGS, changed, command
-from knowedit.cli.options import Layers, Model, Run, parse_layers
+from knowedit.cli.options import GO_ON, Layers, Model, Run, parse_layers
 from knowedit.io.config import Config as ConfigValue
 from knowedit.io.progress import kept_on_interrupt
 
@@ -43,7 +43,11 @@ Limit = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A setting of the training, as name=value; repeatable."),
+    typer.Option(
+        "--set",
+        callback=method_settings,
+        help="A setting of the training, as name=value; repeatable.",
+    ),
 ]
 
 
@@ -69,7 +73,7 @@ class Training(Run):
         chosen = facts_to_train_on(self.dataset, self.without, self.limit, seed)
         editable = self.load(model)
         path = self.output or default_file(kind, editable)
-        with kept_on_interrupt(lambda: f"the training's last checkpoint is beside {path}"):
+        with kept_on_interrupt(lambda: f"a checkpoint is beside {path}; {GO_ON}"):
             report = train(editable, chosen, made, path).report
         self.show({"file": str(path), **report}, lambda: _text(report, path))
 

@@ -152,7 +152,7 @@ def measure(
         batch, every: of `sequential`: facts an edit, and facts between two steps.
         text: held-out text for the perplexity (as `corpus`).
         where: statistics to take instead of collecting them from `corpus`.
-        seed: of the intervals.
+        seed: of the statistics' corpus and of the intervals.
         folder: for the results, on disk before the next method starts; those that it has are not
             measured again, but yielded as their records.
 
@@ -175,7 +175,7 @@ def measure(
     settings = {"dataset": dataset, "digest": digest}
     kept = kept_results(folder, settings)
     missing = [method for method in made if method_key(method.to_dict()) not in kept]
-    statistics = statistics_for(missing, model, corpus, tokens, where) if missing else None
+    statistics = statistics_for(missing, model, corpus, tokens, where, seed) if missing else None
     texts = held_out(text)
     for number, method in enumerate(made, 1):
         place = f"{method.name}, {number} of {len(made)}"

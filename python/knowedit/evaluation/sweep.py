@@ -57,7 +57,7 @@ class Sweep(Config):
         batch, every, protocol: as `protocols.run`.
         text: held-out text for the perplexity.
         corpus, tokens, statistics: of the key statistics, as `statistics_for`.
-        seed: of the intervals.
+        seed: of the statistics' corpus and of the intervals.
     """
 
     methods: tuple[Any, ...] = ()
@@ -148,7 +148,9 @@ def run_sweep(
     facts = conflict_free(load(sweep.dataset))[: sweep.limit]
     model = load_model(sweep.model, dtype=sweep.dtype, say=say)
     able = [method for method in methods if _fits(method, model)]
-    statistics = statistics_for(able, model, sweep.corpus, sweep.tokens, sweep.statistics)
+    statistics = statistics_for(
+        able, model, sweep.corpus, sweep.tokens, sweep.statistics, sweep.seed
+    )
     texts = protocols.held_out(sweep.text)
     return measure_sweep(sweep, model, facts, statistics, folder, texts=texts, say=say)
 
@@ -206,10 +208,20 @@ def measure_sweep(
                 kept["reason"] = f"{type(error).__name__}: {error}"
             say(f"{label(kept)}: {kept['reason'] or 'measured'}")
         record["rows"].append(kept)
-        if folder is not None:
+        done.pop(json.dumps(kept["config"], sort_keys=True), None)
+        if folder is not None:  # with those whose turn comes later: an interruption keeps them
+            whole = record | {"rows": [*record["rows"], *done.values()]}
             with atomic_file(folder / FILE) as path:
-                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def rows_kept(folder: Path | None) -> int:
+    """How many rows with results a folder has."""
+    if folder is None or not (folder / FILE).is_file():
+        return 0
+    rows = json.loads((folder / FILE).read_text(encoding="utf-8"))["rows"]
+    return sum(row["reason"] is None for row in rows)
 
 
 def _resume(sweep: Sweep, folder: Path | None) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Itera
 
 @contextmanager
 def kept_on_interrupt(what: Callable[[], str]) -> Iterator[None]:
-    """A Ctrl-C within the block carries the sentence `what()` up to whoever tells the user: what is
-    kept, and where. The innermost block that says something is heard.
+    """A Ctrl-C within the block carries what `what()` says up to whoever tells the user: what is
+    kept, where, and how to go on. The innermost block that says something is heard.
     """
     try:
         yield

@@ -133,6 +133,7 @@ def statistics_for(
     corpus: Any,
     tokens: int | None,
     where: Path | None = None,
+    seed: int = 0,
 ) -> KeyStatistics | None:
     """The key statistics that the methods need together, as `layer_statistics`; None where none
     does.
@@ -143,4 +144,4 @@ def statistics_for(
     layers = sorted({layer for method in methods for layer in method.statistics_layers(model)})
     if where is not None and not layers:
         raise StatisticsError(f"no method here reads statistics; leave {where} out")
-    return layer_statistics(layers, model, corpus, tokens, where) if layers else None
+    return layer_statistics(layers, model, corpus, tokens, where, seed) if layers else None

@@ -103,7 +103,8 @@ class Collection:
         Raises:
             StatisticsError: nothing to count, NaN in a layer, one piece alone does not fit into
                 memory, another rank died; a SIGTERM, after a checkpoint.
-            KeyboardInterrupt: Ctrl-C, after a checkpoint; its text says what is kept.
+            KeyboardInterrupt: Ctrl-C, after a checkpoint; its text says what is kept, and how to
+                go on.
             CorpusError: the corpus cannot be read (on); what was counted until then is in a
                 checkpoint.
         """
@@ -220,7 +221,7 @@ class Collection:
                 self._save()
             raise KeyboardInterrupt(
                 f"key statistics of {self._kept:,} of {self.recipe.tokens:,} tokens are kept in "
-                f"{self.where}"
+                f"{self.where}; run the same command again to go on"
             ) from None
 
     def _stop_if(self, stop: bool) -> None:

@@ -213,6 +213,7 @@ def key_statistics(
         tolerance: relative error, estimated from two halves of the tokens.
         max_length: longer documents are cut into pieces of this many tokens.
         skip_first: leave each piece's first token out: it carries the attention sink's outliers.
+        seed: of the order of a hub data set, or of the model's own samples.
         directory: where files and checkpoints go (default: the cache, under the model's
             fingerprint). Several nodes need one that all of them see.
         budget: tokens a batch (default: from the memory that is free); halved when memory runs out.
@@ -302,11 +303,13 @@ def layer_statistics(
     corpus: Any,
     tokens: int | None,
     where: Path | None = None,
+    seed: int = 0,
 ) -> KeyStatistics:
     """The key statistics of `layers`, collected or read.
 
     Args:
         corpus: None: Wikipedia.
+        seed: of the corpus, as `key_statistics`.
         where: a file or folder of statistics, collected or imported, to take them from instead of
             the corpus.
 
@@ -315,7 +318,7 @@ def layer_statistics(
             `key_statistics`.
     """
     if where is None:
-        return key_statistics(model, layers, corpus or "wikipedia", tokens)
+        return key_statistics(model, layers, corpus or "wikipedia", tokens, seed=seed)
     if where.suffix == ".npz":
         raise StatisticsError(
             f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then "

@@ -221,7 +221,9 @@ def test_stats_eval_doctor(place, knowedit):
 def test_the_demo_on_a_tiny_model(place, knowedit):
     """It is refused nothing that a real one is not: every option, and JSON."""
     given = ("demo", "model", "--corpus", "corpus.txt", "--tokens", "500", "--seed", "3")
-    shown = json.loads(knowedit(*given, "--dtype", "float32", "--json", "-o", "page"))
+    ours = ("--set", "metric.gain=0.5", "--set", "target.steps=3", "--set", "tokens=400")
+    shown = json.loads(knowedit(*given, *ours, "--dtype", "float32", "--json", "-o", "page"))
+    assert all(0.3 < layer["gain"] < 0.55 for layer in shown["report"]["layers"].values())
     assert {row["role"] for row in shown["prompts"]} == {"edited", "paraphrase", "neighbour"}
     before, edited, after = shown["fingerprints"]
     assert before == after != edited
@@ -331,7 +333,7 @@ def test_eval_goes_on_where_it_stopped(place, knowedit, monkeypatch, capsys):
             "knowedit.methods.MEMIT._compute", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         told = knowedit(*given, code=130)
-    assert "the results of 1 method are in run; run the same command again to go on" in told
+    assert "the results of 1 method are in run, finished key statistics are kept; run the" in told
     (kept,) = json.loads((place / "run/results.json").read_text())
     found = json.loads(knowedit(*given, "--json"))
     assert found == json.loads((place / "run/results.json").read_text())
@@ -348,10 +350,45 @@ def test_ctrl_c_says_what_is_kept(place, knowedit, monkeypatch):
 
     monkeypatch.setattr("knowedit.methods.base.statistics_for", stops)
     edit, kept = ("edit", "model", "facts.jsonl", "-o", "a", *CORPUS), ("500 tokens are kept",)
-    rest = "run the same command again to go on\n"
-    assert knowedit(*edit, code=130) == f"interrupted: 500 tokens are kept; {rest}"
+    assert knowedit(*edit, code=130) == "interrupted: 500 tokens are kept\n"
     kept = ()
-    assert knowedit(*edit, code=130).startswith("interrupted: no edit was written")
+    assert knowedit(*edit, code=130) == (
+        "interrupted: no edit was written; finished key statistics are kept; run the same command "
+        "again to go on\n"
+    )
+
+
+TRACE = ("trace", "model", "The capital of France is", "--subject", "France")
+AT_THE_END = "no result was written; finished key statistics are kept; run the same command again"
+
+
+@pytest.mark.parametrize(
+    ("words", "stops", "said"),
+    [
+        (("same-subject", "model"), "evaluation.subjects.protocol.measure_subjects", AT_THE_END),
+        (("geometry", "model"), "statistics.keys.layer_statistics", AT_THE_END),
+        (TRACE, "evaluation.tracing.tracing.trace", "no result was written; run the same command"),
+        (("demo", "model"), "statistics.keys.Collection", AT_THE_END),
+        (("study", "arithmetic", "model"), "studies.arithmetic.Study", "no result was written, "),
+        (("eval", "--config", "grid.yaml"), "evaluation.sweep.load_model", "no result was writ"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on_with_and_without_a_folder(
+    place, knowedit, monkeypatch, words, stops, said
+):
+    def stop(*_arguments, **_named):
+        raise KeyboardInterrupt
+
+    (place / "grid.yaml").write_text("{model: model, dataset: facts.jsonl, methods: [memit]}")
+    monkeypatch.setattr(f"knowedit.{stops}", stop)
+    told = knowedit(*words, code=130)
+    assert told.splitlines()[-1].startswith(f"interrupted: {said}")
+    writes_early = words[0] in ("study", "eval")
+    assert (("with -o FOLDER" in told) == writes_early and "to start over" in told) or writes_early
+    told = knowedit(*words, "-o", "run", code=130).splitlines()[-1]
+    kept = "no results are yet in run" if writes_early else "no result was written to run, which"
+    assert kept in told and ("again to go on" in told) == writes_early
+    assert not (place / "run").exists()
 
 
 @pytest.mark.parametrize("what", ["edit", "apply"])

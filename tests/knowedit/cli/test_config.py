@@ -162,6 +162,46 @@ def test_set_wins_over_a_file_and_may_be_repeated(place, knowedit):
     assert knowedit(*trace, *given) == knowedit(*trace, *wanted)
 
 
+def test_set_is_added_to_what_a_file_sets(place, knowedit):
+    """The command line wins, wherever --config stands."""
+    (place / "r.yaml").write_text("set: {target.steps: 2, metric.gain: 0.5}")
+    given = ("edit", "model", "facts.jsonl", "-o", "a", "--set", "metric.gain=0.8", *CORPUS)
+    knowedit(*given, "--config", "r.yaml")
+    made = Edit.load(place / "a").config
+    assert made["target"]["steps"] == 2 and made["metric"]["gain"] == 0.8
+    (place / "t.yaml").write_text("set: {samples: 3, kind: [attention]}\nnoise: 1.0")
+    trace = ("trace", "model", "The capital of France is", "--subject", "France", "--json")
+    found = knowedit(*trace, "--set", "kind=mlp", "--config", "t.yaml")
+    assert found == knowedit(*trace, "--samples", "3", "--kind", "mlp", "--noise", "1")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("geometry", "no"), "has no setting 'stesp'"),
+        (("study", "arithmetic", "no", "--method", "ft"), "ft has no setting 'stesp'; did you"),
+        (("demo", "no"), "memit has no setting 'stesp'"),
+    ],
+)
+def test_commands_with_methods_of_their_own_refuse_what_these_do_not_have(knowedit, words, message):
+    assert message in knowedit(*words, "--set", "stesp=3", code=1)
+
+
+def test_the_seed_draws_the_statistics(place, knowedit):
+    """Another seed is another sample of the model's own texts; files are read in order."""
+    given = ("edit", "model", "facts.jsonl", "--tokens", "300", "--layer", "1", "--seed", "3")
+    given += ("--set", "target.steps=1")
+    seeds = {}
+    for corpus in ("self", "corpus.txt"):
+        knowedit(*given, "--corpus", corpus, "-o", f"{corpus}.safetensors")
+        listed = json.loads(knowedit("stats", "ls", "--json"))
+        (where,) = [row["folder"] for row in listed if row["corpus"] == corpus]
+        (header,) = json.loads(knowedit("stats", "show", where, "--json"))
+        seeds[corpus] = header["recipe"]["seed"]
+    assert seeds == {"self": 3, "corpus.txt": 0}
+    assert "the same bits" in knowedit("edit", "--config", "self.safetensors", "-o", "again")
+
+
 def test_methods_from_options():
     made = parse_methods(["memit", "rome"], ["target.steps=7"], ["3"], 5)
     assert [method.target.steps for method in made] == [7, 7]

@@ -106,6 +106,13 @@ def test_one_table_and_rows_that_can_be_made_again(tiny_llama, tmp_path, monkeyp
     def never(*arguments, **others):
         raise AssertionError("measured again")
 
+    def stopped(*arguments, **others):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps.protocols, "run", stopped)  # at MEMIT's row that failed
+    with pytest.raises(KeyboardInterrupt):
+        measure_sweep(sweep, tiny_llama, FACTS, statistics, tmp_path, progress=False)
+    assert sweeps.rows_kept(tmp_path) == 2  # the one behind it too
     monkeypatch.setattr(sweeps.protocols, "run", never)
     less = Sweep(methods=(methods[0],), grid={"layers": [[1]]}, dataset="ours")
     kept = measure_sweep(less, tiny_llama, FACTS, statistics, tmp_path, progress=False)

@@ -27,6 +27,7 @@ from knowedit.report.study import comparison, front, pareto
 from knowedit.studies.arithmetic import Study, Sum, run
 from knowedit.studies.arithmetic.experiments import (
     Experiment,
+    check_settings,
     experiment,
     experiments,
 )
@@ -275,6 +276,17 @@ def test_every_method_is_given_settings_it_has(chatty):
         ]
         assert not written & set(judged), name
         assert not [text for text in texts if text.startswith(tuple(judged))], name
+
+
+def test_settings_of_the_command_line_reach_every_method(chatty):
+    """They win over the study's own, and a folder of other settings is another study."""
+    made = study(chatty, settings=["steps=3", "decay=0.5"])
+    method, _ = made.build("ft", 42)
+    assert (method.steps, method.decay) == (3, 0.5)
+    assert study(chatty).head() == {k: v for k, v in made.head().items() if k != "settings"}
+    check_settings(["ft", "lora"], made.settings)
+    with pytest.raises(KnowEditError, match="memit has no setting .decay."):
+        check_settings(["ft", "memit"], made.settings)
 
 
 # -- measures

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from knowedit.evaluation.geometry.curvature import Landscape, landscape
 from knowedit.evaluation.intervals import Estimate
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
+from knowedit.io.config import Config
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
@@ -48,6 +49,19 @@ METRICS = ("C", "P", "I")
 OTHER = "other cloze"  # the clozes of the subject's other facts
 THRESHOLD = 2e-2  # AlphaEdit's published eigenvalue threshold
 GAIN = 0.95  # of each metric's edit, so that the three are compared at equal strength
+
+
+@dataclass(frozen=True)
+class GeometryMethod(Config):
+    """How the values are found, and how strongly each metric writes them.
+
+    Attributes:
+        target: what finds the values.
+        gain: of each metric's edit.
+    """
+
+    target: HiddenState = field(default_factory=HiddenState)
+    gain: float = GAIN
 
 
 def read_in(metric: Metric, keys: Tensor) -> Tensor:
@@ -159,6 +173,7 @@ def geometry(
     layers: Sequence[int],
     values: ValueSettings | None = None,
     *,
+    gain: float = GAIN,
     edited: int | None = None,
     threshold: float = THRESHOLD,
     seed: int = 0,
@@ -201,7 +216,7 @@ def geometry(
         kappa = {name: amplification(metric, at) for name, metric in metrics.items()}
         landed = landscape(model, some, layer, values, seed=seed) if some else None
         recall, points = (
-            _written(model, asked, layer, metrics, at[:, :n], landed, unedited)
+            _written(model, asked, layer, metrics, at[:, :n], landed, unedited, gain)
             if landed
             else ({}, [])
         )
@@ -330,6 +345,7 @@ def _written(
     keys: Tensor,
     landed: Landscape,
     unedited: dict[str, Tensor],
+    gain: float,
 ) -> tuple[dict[str, dict[str, dict[str, float]]], list[tuple[float, float, bool, str]]]:
     """`LayerGeometry.recall` and `.points`: the joint values written at the subjects' mean keys, at
     equal gain.
@@ -343,7 +359,7 @@ def _written(
     for name in ("none", *metrics):
         factors = {}
         if name in metrics:
-            metric = metrics[name].with_weight(weight_for_gain(metrics[name], mean, GAIN))
+            metric = metrics[name].with_weight(weight_for_gain(metrics[name], mean, gain))
             factors[layer] = delta.T.float(), EditSolver(metric, mean).A.T.float()
         with model.virtual(factors):
             here, (away, now) = (

@@ -112,7 +112,7 @@ def measure_subjects(
     """Load everything and measure each method; what `knowedit same-subject` calls.
 
     Args:
-        seed: of the intervals.
+        seed: of the statistics' corpus and of the intervals.
 
     Raises:
         KnowEditError: an unknown method or half, no subjects, or what the parts raise.
@@ -120,7 +120,7 @@ def measure_subjects(
     made = [make_method(method).with_corpus(corpus) for method in methods]
     chosen = choose(dataset, least, most, half, subjects)
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
-    statistics = statistics_for(made, model, corpus, tokens, where)
+    statistics = statistics_for(made, model, corpus, tokens, where, seed)
     return run_subjects(model, chosen, statistics, made, dataset, wordings=wordings, seed=seed)
 
 

@@ -36,7 +36,8 @@ class CollectionRecipe:
         tokens: keys asked for.
         max_length: documents are cut into pieces of at most this many tokens.
         skip_first: the first token of a piece is left out (it is the model's attention sink).
-        seed: of the corpus' order, or of the model's own samples.
+        seed: of the corpus' order, or of the model's own samples; 0 for files, which are read in
+            their own order.
         precision: of the accumulation (`knowedit_kernels.SecondMoment`).
         until: "tokens": exactly so many; "solve", "converged": that many at most (see
             `convergence`).
@@ -57,6 +58,8 @@ class CollectionRecipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", tuple(self.start))  # JSON has lists
+        if "files" in self.corpus:
+            object.__setattr__(self, "seed", 0)
 
     @property
     def record(self) -> dict[str, Any]:

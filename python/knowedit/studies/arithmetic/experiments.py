@@ -9,7 +9,7 @@ its own defaults.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -201,6 +201,13 @@ def experiments() -> dict[str, Experiment]:
         if unknown := sorted(set(entry) - known):
             raise KnowEditError(f"{path.name}: {name} has no {unknown[0]}; known: {sorted(known)}")
     return {name: Experiment(**{"method": name, **entry}) for name, entry in found.items()}
+
+
+def check_settings(names: Iterable[str], settings: Iterable[str]) -> None:
+    """Raise KnowEditError unless the method of every named experiment has these settings."""
+    given = list(settings)
+    for name in names if given else ():
+        make_method(experiment(name).method, given)
 
 
 def default_experiments() -> list[str]:

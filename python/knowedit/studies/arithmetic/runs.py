@@ -68,13 +68,13 @@ def run(
     Raises:
         KnowEditError: an unknown method; `folder` holds another study.
     """
-    plan = {name: experiment(name) for name in methods}
+    plan = [name for name in dict.fromkeys(methods) if experiment(name)]
     found, rows = _resume(study, folder)
     _write(found, rows, folder)
     wanted = set()
-    for chosen in plan.values() if statistics else ():
+    for name in plan if statistics else ():
         try:
-            method, _ = chosen.build(study.material(study.seeds[0]))
+            method, _ = study.build(name, study.seeds[0])
             wanted |= (
                 set(method.statistics_layers(study.model)) if method.needs_statistics else set()
             )
@@ -112,7 +112,7 @@ def _one(
 ) -> Outcome:
     begun = time.perf_counter()
     try:
-        method, facts = experiment(name).build(study.material(seed))
+        method, facts = study.build(name, seed)
         edit = method.compute(
             study.model, facts, keys if method.needs_statistics else None, progress=progress
         )
@@ -147,7 +147,7 @@ def _interfere(
             return study.halved(study.rows(observe(study.model, study.asked)), study.seeds[0])
 
     def single(target: Sum) -> Sequence[Row]:
-        method, facts = experiment(name).build(study.material(study.seeds[0], [target]))
+        method, facts = study.build(name, study.seeds[0], [target])
         alone.append(
             method.compute(
                 study.model, facts, keys if method.needs_statistics else None, progress=progress
@@ -219,6 +219,14 @@ def _resume(study: Study, folder: Path | None) -> tuple[dict[str, Any], list[Row
     ]  # what failed is tried again
     fresh["interference"] = kept["interference"]
     return fresh | {"runs": runs}, [row for row in rows if (row["method"], row["seed"]) in done]
+
+
+def runs_kept(folder: Path | None) -> int:
+    """How many runs with results a folder has."""
+    if folder is None or not (folder / RESULTS).is_file():
+        return 0
+    runs = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["runs"]
+    return sum(run["reason"] is None for run in runs)
 
 
 def _write(found: dict[str, Any], rows: Sequence[Row], folder: Path | None) -> None:

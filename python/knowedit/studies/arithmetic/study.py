@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from knowedit.errors import KnowEditError
+from knowedit.facts.fact import Fact
+from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
-from knowedit.studies.arithmetic.experiments import TuningMaterial, material
+from knowedit.studies.arithmetic.experiments import TuningMaterial, experiment, material
 from knowedit.studies.arithmetic.measure import (
     LONGER,
     MARGIN,
@@ -43,6 +45,7 @@ class Study:
         own: paraphrases by target ("2+2=5") instead of the shipped ones; `source` says where they
             come from.
         corpus: ordinary text for methods that read some themselves.
+        settings: changed in every method, after the study's own; as `Config.with_settings`.
 
     Raises:
         KnowEditError: the model has active edits or other weights than float32; what
@@ -56,6 +59,7 @@ class Study:
     own: Mapping[str, Sequence[str]] | None = None
     source: str = "shipped, hand-written"
     corpus: Any = "self"
+    settings: Sequence[str] = ()
     asked: list[StudyPrompt] = field(init=False)
     before: Responses = field(init=False)
     unedited: dict[int, Continuation] = field(init=False)
@@ -92,6 +96,7 @@ class Study:
             "margin": MARGIN,
             "paraphrases": self.source,
             "unrelated": self.unrelated[0],
+            **({"settings": list(self.settings)} if self.settings else {}),
             "digest": hashlib.blake2b(
                 "\0".join(p.prompt for p in self.asked).encode(), digest_size=8
             ).hexdigest(),
@@ -146,3 +151,12 @@ class Study:
     def material(self, seed: int, only: Sequence[Sum] | None = None) -> TuningMaterial:
         """What a method is given under `seed`."""
         return material(self.model, split(self.asked, seed), self.before, seed, only, self.corpus)
+
+    def build(
+        self, name: str, seed: int, only: Sequence[Sum] | None = None
+    ) -> tuple[Method, list[Fact]]:
+        """The method of the experiment `name`, and the facts for it. Raises as
+        `Experiment.build`.
+        """
+        method, facts = experiment(name).build(self.material(seed, only))
+        return method.with_settings(self.settings), facts
