@@ -11,6 +11,9 @@ import torch
 
 from knowedit.errors import ConfigError
 from knowedit.integrations import accelerate, accelerated, explain, uninstall
+from knowedit.integrations.replacements.kept import Kept
+from knowedit.integrations.replacements.states import states_at
+from knowedit.models.partial import PartialModel
 from tests.knowedit.integrations.conftest import REQUESTS
 
 
@@ -137,6 +140,49 @@ def test_states(standin, tiny, hparams, track):
         for one, other in zip(fast, plain) if track == "both" else [(fast, plain)]:
             assert one.shape == other.shape
             assert relative(one, other) < 1e-6
+
+
+def test_from_layer_to_layer_only_what_was_written_runs_again(tiny):
+    texts = [tiny.tokenizer(text)["input_ids"] for text in ("Ada lives in", "a longer text", "b")]
+    places, kept, ran = [[2], [9, 3], [0]], Kept(), []
+    first = tiny.hf.get_submodule(tiny.layout.layer(0))
+    handle = first.register_forward_hook(lambda *_: ran.append(1))
+
+    def states(layer, rows, kept=None, whole=False):
+        name = (tiny.layout.layer if whole else tiny.layout.projection)(layer)
+        both = {"inputs": not whole, "outputs": True}
+        found = states_at(tiny, rows, places, name, **both, kept=kept)
+        return [part for part in found if part is not None]
+
+    def write(layer):
+        with torch.no_grad():
+            tiny.weight(layer).mul_(1.5)
+
+    def check(layer, rows, again, whole=False):
+        """The same as from the bottom; layer 0 runs for the kept states only if it must."""
+        plain = states(layer, rows, whole=whole)
+        ran.clear()
+        fast = states(layer, rows, kept, whole=whole)
+        assert bool(ran) == again
+        for one, other in zip(fast, plain):
+            assert relative(one, other) < 1e-6
+
+    try:
+        kept.part = PartialModel.for_texts(tiny, 1, 20)  # made with passes of the whole model
+        kept.longest = 20
+        check(1, texts, again=True)
+        check(3, texts[:1], again=False, whole=True)
+        write(1)
+        check(2, texts, again=False)
+        write(2)
+        check(3, texts, again=False)
+        check(3, [texts[0] + [1], *texts[1:]], again=False)  # the token behind is not read
+        check(3, [list(reversed(texts[0]))], again=True)
+        check(2, texts, again=True)  # below what is kept
+        write(0)
+        check(3, texts, again=True)
+    finally:
+        handle.remove()
 
 
 def test_keys_weigh_groups_of_contexts_alike(standin, tiny, hparams):

@@ -19,6 +19,7 @@ from knowedit.integrations.discovery import Signature
 from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import Replacement
 from knowedit.integrations.replacements.covariance import remembering
+from knowedit.integrations.replacements.kept import Kept
 
 #: What tells one request from another: prompt, subject, target.
 Key = tuple[str, str, str]
@@ -34,6 +35,7 @@ class Job:
         cache_template: of the files with values that the host may read instead.
         values: `[hidden]` of requests that were optimised together, until they are fetched.
         version: of the weights these belong to.
+        states: hidden states of its prompts, kept from layer to layer.
     """
 
     requests: list[Any]
@@ -41,6 +43,7 @@ class Job:
     cache_template: str | None = None
     values: dict[Key, Tensor] = field(default_factory=dict)
     version: tuple[int, ...] = ()
+    states: Kept = field(default_factory=Kept)
 
     def from_here(self, key: Key, layer: int) -> list[dict[str, Any]]:
         """The request of this key and those after it that no file of the host's has a value of;

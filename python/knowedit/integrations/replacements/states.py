@@ -3,12 +3,14 @@ vector are read with.
 
 The host runs the whole model and its head on whole prompts to read one module in the middle. Here a
 prompt ends at its last wanted token, prompts of similar length are run together, and the pass stops
-at the module.
+at the module. Within one call of an entry point it also begins where the last one left off: of the
+layers below, only those that were written since are run again (`Kept`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -20,6 +22,8 @@ from knowedit.errors import ModelError
 from knowedit.integrations.discovery import Signature
 from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import NotOurs, Replacement, editable, own_way
+from knowedit.integrations.replacements.kept import Kept, layer_of
+from knowedit.integrations.replacements.requests import current_job
 from knowedit.models import partial as parts
 from knowedit.models.editable import EditableModel
 from knowedit.models.tokens import batches
@@ -61,33 +65,77 @@ def states_at(
     *,
     inputs: bool,
     outputs: bool,
+    kept: Kept | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """A module's input and output, averaged over each row's places: `[rows, width]` each, or None
     where not asked for; of the model's dtype, on the module's device.
+
+    Args:
+        kept: states of an earlier call, where the pass may begin; those in front of a layer whose
+            projection is read are kept in it.
 
     Raises:
         NotOurs: the pass does not reach the module with an input.
     """
     found: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
-    ends = [max(where) + 1 for where in places]
+    texts = [tuple(row[: max(where) + 1]) for row, where in zip(rows, places)]
 
     def take(into: dict[int, Tensor], group: list[int], states: Tensor) -> None:
         for line, i in enumerate(group):
             into[i] = states[line, list(places[i])].mean(0)
 
-    for group in batches(ends, BUDGET):
-        ids, _ = model.pad([rows[i][: ends[i]] for i in group])
+    layer = layer_of(model, module) if kept is not None else None
+    begin = kept if kept is not None and kept.reach(model, texts, layer) else None
+    moves = bool(layer) and module == model.layout.projection(layer)
+    entering: dict[tuple[int, ...], Tensor] = {}
+
+    def enter(group: list[int], states: Tensor) -> None:
+        for line, i in enumerate(group):
+            entering[texts[i]] = states[line, : len(texts[i])].clone()
+
+    for group in batches([len(text) for text in texts], BUDGET):
         readers: list[dict[str, Callable[[Tensor], Any]]] = [
             {module: partial(take, into, group)} if asked else {}
             for into, asked in zip(found, (inputs, outputs))
         ]
         try:
+            if begin is not None and layer is not None:
+                part, states = begin.run(model, [texts[i] for i in group], layer)
+                enter(group, states)
+                with _reading(model, *readers):
+                    part.layer(layer, states)
+                continue
+            ids, _ = model.pad([list(texts[i]) for i in group])
+            if moves and layer is not None:
+                readers[1][model.layout.layer(layer - 1)] = partial(enter, group)
             parts.read(model, ids, inputs=readers[0], outputs=readers[1])
         except (ModelError, IndexError, AttributeError) as error:
             raise NotOurs(f"{module} cannot be read: {error}") from error
+    if moves and kept is not None and layer is not None:
+        kept.move(model, layer, entering)
     order = range(len(rows))
     stacked = [torch.stack([into[i] for i in order]) if into else None for into in found]
     return stacked[0], stacked[1]
+
+
+def _reading(
+    model: EditableModel,
+    inputs: dict[str, Callable[[Tensor], Any]],
+    outputs: dict[str, Callable[[Tensor], Any]],
+) -> AbstractContextManager[None]:
+    """Hand the module's first input and its output on, by its name."""
+
+    def hook(name: str) -> parts.Hook:
+        def see(given: Any, output: Tensor) -> None:
+            if name in inputs:
+                inputs[name](given)
+            if name in outputs:
+                outputs[name](output)
+
+        return see
+
+    names = inputs.keys() | outputs.keys()
+    return parts.hooked({model.hf.get_submodule(name): hook(name) for name in names})
 
 
 def _make(original: FunctionType, host: Host) -> Callable[..., Any]:
@@ -114,6 +162,7 @@ def _make(original: FunctionType, host: Host) -> Callable[..., Any]:
                 module_template.format(layer),
                 inputs=track in ("in", "both"),
                 outputs=track in ("out", "both"),
+                kept=known.states if (known := current_job()) else None,
             )
         except NotOurs as reason:
             own_way(original, reason)
