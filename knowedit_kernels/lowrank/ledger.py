@@ -95,7 +95,7 @@ class WeightLedger:
         """
         for name, weight in weights.items():
             entry = self._entries.get(name)
-            if entry is None or entry.weight is weight:
+            if entry is None or _is_same_memory(entry.weight, weight):
                 continue
             if entry.changes:
                 raise LedgerError(
@@ -110,6 +110,11 @@ class WeightLedger:
         return tuple(
             dict.fromkeys(key for entry in self._entries.values() for key in entry.changes)
         )
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """Names of the weights with edits in force."""
+        return tuple(name for name, entry in self._entries.items() if entry.changes)
 
     def __contains__(self, name: str) -> bool:
         """Is a weight of this name registered?"""
@@ -299,6 +304,15 @@ class WeightLedger:
                 f"{weight.dtype} {tuple(weight.shape)}: undo edits before converting a model "
                 "(convert it back, then undo)"
             )
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether what is written to one is written to the other."""
+
+    def place(tensor: Tensor) -> tuple[object, ...]:
+        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+    return one is other or place(one) == place(other)
 
 
 def _report(weight: Tensor, base: Tensor, ideal: Tensor) -> UpdateReport:

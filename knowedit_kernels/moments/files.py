@@ -83,5 +83,5 @@ def _checksum(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
         found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
         if tensor.numel():
             bits = tensor.reshape(-1).view(torch.uint8).numpy()
-            found = zlib.crc32(memoryview(bits), found)
+            found = zlib.crc32(bits.data, found)
     return f"{found:08x}"

@@ -10,6 +10,7 @@ from knowedit.facts.fact import Fact
 from knowedit.methods import make_method
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
+from knowedit.models.fingerprint import WeightsWatch
 from tests.knowedit.methods.test_locate import statistics_of
 
 pytestmark = [
@@ -40,7 +41,7 @@ def test_computed_applied_and_taken_back(model, method):
     ):
         now = model.score([fact.text for fact in FACTS], [fact.target for fact in FACTS])
         assert sum(s.logprob for s in now) > sum(s.logprob for s in said)
-    model._state.fingerprint = None
+    model._state.weights = WeightsWatch()
     assert model.fingerprint == before
 
 

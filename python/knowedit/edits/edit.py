@@ -22,6 +22,7 @@ from knowedit.facts.fact import Fact
 from knowedit.io.tensors import read_file, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
+from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
 from knowedit_kernels.lowrank import LedgerError
 
@@ -55,6 +56,7 @@ class Edit:
         config: the whole record of the method that made it.
         software: versions of what computed it.
         statistics: identity of the key statistics it was computed with, by layer.
+        setup: of the model's configuration and tokenizer; empty in a file of an earlier version.
     """
 
     method_name: str
@@ -69,6 +71,7 @@ class Edit:
     statistics: dict[str, Any] = field(default_factory=dict)
     key_layers: tuple[int, ...] = ()
     plan: dict[int, Tensor] = field(default_factory=dict)
+    setup: str = ""
 
     format: ClassVar[str] = FORMAT
     earlier: ClassVar[tuple[str, ...]] = EARLIER
@@ -161,12 +164,11 @@ class Edit:
     @accepts_model
     def check(self, model: EditableModel) -> None:
         """Raise EditError when this edit was made for another model."""
-        if model.fingerprint != self.fingerprint:
+        if other := difference(model, self.fingerprint, self.setup):
             raise EditError(
                 f"this {self.method_name} edit was made for a model with fingerprint "
                 f"{self.fingerprint[:12]}, but {model.name} "
-                f"has {model.fingerprint[:12]}: other weights or another dtype; compute the "
-                f"edit again for this model"
+                f"has {model.fingerprint[:12]}: {other}; compute the edit again for this model"
             )
         changes = self.by_parameter(model) if self.changes else {}
         parameters = {name for name, _ in model.hf.named_parameters()}
@@ -215,12 +217,12 @@ class Edit:
                     "other is applied"
                 )
         raw = {name: change.raw for name, change in self.by_parameter(model).items()}
+        if self.exclusive:  # before anything is written: it says nothing of an edit not in force
+            model.exclusive[self.key] = self.exclusive
         try:
             model.ledger.add_many(self.key, model.register(raw))
         except (LedgerError, ValueError) as error:
             raise EditError(f"the {self.method_name} edit could not be applied: {error}") from error
-        if self.exclusive:
-            model.exclusive[self.key] = self.exclusive
 
     @accepts_model
     def undo(self, model: EditableModel) -> None:
@@ -234,19 +236,35 @@ class Edit:
         if not self.is_applied(model):
             raise EditError(f"this {self.method_name} edit is not applied to {model.name}")
         try:
+            model.follow_parameters()
             model.ledger.remove(self.key)
         except LedgerError as error:
             raise EditError(f"the {self.method_name} edit could not be undone: {error}") from error
+        model.restored(self.by_parameter(model))
         model.exclusive.pop(self.key, None)
 
     @accepts_model
     @contextmanager
     def applied_to(self, model: EditableModel) -> Iterator[EditableModel]:
-        """Apply within a `with` block; undone at its end, also after an error."""
-        self.apply(model)
+        """Apply within a `with` block; undone at its end, also after an error. Where both the block
+        and the undo fail, the block's error is the one that is raised, with a note on the other.
+        """
+        before = self.is_applied(model)
         try:
+            self.apply(model)
             yield model
-        finally:
+        except BaseException as error:
+            try:
+                self._leave(model, before)
+            except EditError as problem:
+                error.add_note(f"and then: {problem}")
+            raise
+        else:
+            self._leave(model, before)
+
+    def _leave(self, model: EditableModel, before: bool) -> None:
+        """Undo it unless it was applied before, or could not be."""
+        if not before and self.is_applied(model):
             self.undo(model)
 
     # -- on disk ---------------------------------------------------------------------------------
@@ -267,6 +285,7 @@ class Edit:
             "config": self.config,
             "software": self.software,
             "statistics": self.statistics,
+            **({"setup": self.setup} if self.setup else {}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -317,6 +336,7 @@ class Edit:
             software=record.get("software", {}),
             statistics=record.get("statistics", {}),
             key_layers=tuple(record.get("key_layers", ())),
+            setup=record.get("setup", ""),
         )
 
     @accepts_model

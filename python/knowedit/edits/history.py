@@ -22,6 +22,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.io.tensors import format_of, read_file, write_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
 from knowedit_kernels.solver import Metric
 
@@ -115,12 +116,13 @@ class History:
 
     def check(self, model: EditableModel) -> None:
         """Raise EditError unless every edit here is of `model` and applied to it."""
-        if model.fingerprint != self.fingerprint:
+        setups = {edit.setup for edit in self.edits} or {""}
+        found = (difference(model, self.fingerprint, setup) for setup in sorted(setups))
+        if other := next(filter(None, found), None):
             raise EditError(
                 f"the history belongs to a model with fingerprint {self.fingerprint[:12]}, but "
-                f"{model.name} has "
-                f"{model.fingerprint[:12]}: other weights or another dtype; start a new history "
-                f"for this model"
+                f"{model.name} has {model.fingerprint[:12]}: {other}; start a new history for this "
+                "model"
             )
         absent = sum(not edit.is_applied(model) for edit in self.edits)
         if absent:

@@ -37,7 +37,7 @@ def checksum(tensor: Tensor) -> str:
     start = zlib.crc32(f"{flat.dtype} {list(tensor.shape)}".encode())
     if not flat.numel():
         return f"{start:08x}"
-    return f"{zlib.crc32(memoryview(flat.view(torch.uint8).numpy()), start):08x}"
+    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data, start):08x}"
 
 
 def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:

@@ -84,6 +84,7 @@ class Method(Config):
         """`made`, with what it does to the model, and all that it takes to make it again."""
         made.report.add_measured(measure(model, made, made.plan))
         made.config, made.software = self.to_dict(), software_versions()
+        made.setup = model.setup
         if statistics is not None:
             layers = {str(layer) for layer in self.statistics_layers(model)}
             made.statistics = {k: v for k, v in statistics.identity.items() if k in layers}

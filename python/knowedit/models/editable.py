@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from knowedit.errors import EditError, ModelError
 from knowedit.models import generation, partial
 from knowedit.models.evaluating import evaluating
 from knowedit.models.experts import Routed, WideProjection, as_keys, split_name
-from knowedit.models.fingerprint import weights_fingerprint
+from knowedit.models.fingerprint import WeightsWatch, setup_of
 from knowedit.models.generation import Router, Score
 from knowedit.models.probing import states_of
 from knowedit.models.processor import has_bf16_units
@@ -36,13 +36,13 @@ Outputs = bool | Literal["projection"]
 
 class _InForce:
     """What is known of one transformers model, whoever wraps it: the ledger of its edits, the
-    router, the fingerprint of the unedited weights, the tokenizer.
+    router, what is known of the unedited weights, the tokenizer.
     """
 
     def __init__(self) -> None:
         self.ledger = WeightLedger()
         self.router: Router | None = None
-        self.fingerprint: str | None = None
+        self.weights = WeightsWatch()
         self.tokenizer: Any = None
         self.kinds: list[tuple[Any, ...]] | None = None  # of parameters, when it was checked
         self.checkup: Checkup | None = None
@@ -112,7 +112,7 @@ class EditableModel:
         self._state, state.tokenizer = state, tokenizer
         if not state.ledger.active:  # weights and dtype may be others than when it was last wrapped
             transposed = names if self.layout.transposed else ()
-            state.ledger, state.fingerprint = WeightLedger(names, transposed=transposed), None
+            state.ledger, state.weights = WeightLedger(names, transposed=transposed), WeightsWatch()
         self._evaluating = False
         if state.checkup is None:
             state.checkup = self._checked(earlier)
@@ -271,13 +271,40 @@ class EditableModel:
         return self.projection(layer).weight  # type: ignore[return-value]
 
     def register(self, changes: Mapping[str, Change]) -> Mapping[str, Change]:
-        """Make the ledger know the parameters of `changes`, which it gives back; those edited by
-        layer it knows. Matrices of experts are known each by itself.
+        """Make the ledger know the parameters of `changes`, which it gives back: those that the
+        model has now. Matrices of experts are known each by itself.
+
+        Raises:
+            LedgerError: the model has another parameter in the place of one that is edited.
         """
+        self.follow_parameters(changes)
         for name in changes:
             if name not in self.ledger:
                 self.ledger.register(name, self.stored(name), transposed=self.is_transposed(name))
         return changes
+
+    def follow_parameters(self, names: Iterable[str] = ()) -> None:
+        """Let the ledger edit the parameters that the model has now: of these names, and those with
+        edits in force.
+
+        Raises:
+            LedgerError: the model has another in the place of one that is edited.
+            EditError: it has none there.
+        """
+        known = (name for name in {*names, *self.ledger.edited} if name in self.ledger)
+        self.ledger.follow({name: self.stored(name) for name in known})
+
+    def restored(self, names: Iterable[str]) -> None:
+        """Parameters of these names, from which edits were taken back, have their own bits again
+        where no other edit is in force: they need not be read for the fingerprint.
+        """
+        clean = {split_name(name)[0] for name in names} - self._edited
+        self._state.weights.as_read({name: self.hf.get_parameter(name) for name in clean})
+
+    @property
+    def _edited(self) -> frozenset[str]:
+        """The parameters with edits in force."""
+        return frozenset(split_name(name)[0] for name in self.ledger.edited)
 
     def stored(self, name: str) -> Tensor:
         """A parameter, or one expert's matrix in it (`NAME[expert]`), as the model stores it.
@@ -312,20 +339,19 @@ class EditableModel:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all *unedited* weights (name, shape, dtype, values), taken on first use; 32 hex
-        digits.
+        """Digest of all *unedited* weights (name, shape, dtype, values) as they are now; 32 hex
+        digits. What was changed since it was last asked for is read again.
 
         Raises:
+            ModelError: a weight is NaN or infinite.
             EditError: asked for the first time while an edit is applied.
         """
-        if self._state.fingerprint is None:
-            if self.ledger.active:
-                raise EditError(
-                    "the model's fingerprint was never taken before an edit was applied; undo "
-                    "the edit first"
-                )
-            self._state.fingerprint = weights_fingerprint(self.hf)
-        return self._state.fingerprint
+        return self._state.weights.fingerprint(self.hf, self._edited)
+
+    @property
+    def setup(self) -> str:
+        """Digests of what the configuration computes with the weights, and of the tokenizer."""
+        return setup_of(self.hf.config, self.tokenizer)
 
     def draft(self) -> EditableModel:
         """A copy to optimise targets on, in the dtype whose products are fastest: bfloat16 where

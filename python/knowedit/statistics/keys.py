@@ -28,6 +28,7 @@ from torch import Tensor
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
+from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
 from knowedit.models.tokens import start_tokens
 from knowedit.statistics.collect import Collection, CollectSettings
@@ -165,12 +166,12 @@ class KeyStatistics:
     def check(self, model: EditableModel, layers: Sequence[int]) -> None:
         """Raise StatisticsError unless these statistics are of `model` and hold `layers`."""
         for layer in layers:
-            if self[layer].recipe.fingerprint != model.fingerprint:
+            recipe = self[layer].recipe
+            if other := difference(model, recipe.fingerprint, recipe.setup):
                 raise StatisticsError(
                     f"the statistics of layer {layer} are of {self[layer].model} "
-                    f"(fingerprint {self[layer].recipe.fingerprint[:12]}), not of {model.name} "
-                    f"({model.fingerprint[:12]}): other weights or another dtype; collect them "
-                    f"for this model"
+                    f"(fingerprint {recipe.fingerprint[:12]}), not of {model.name} "
+                    f"({model.fingerprint[:12]}): {other}; collect them for this model"
                 )
 
 
@@ -264,6 +265,7 @@ def key_statistics(
         until,
         tolerance if until != "tokens" else None,
         tuple(start_tokens(model.tokenizer)),
+        model.setup,
     )
     ranks = Ranks.current()
     if any(other != recipe for other in ranks.gather(recipe)):
@@ -370,4 +372,9 @@ def _load(where: Path, layer: int, recipe: CollectionRecipe) -> LayerStatistics:
             f"{k}: {was[k]!r}, asked for {now[k]!r}" for k in now if was[k] != now[k]
         )
         raise StatisticsError(f"{path} holds other statistics ({differs}); use another folder")
+    if here.recipe.setup not in ("", recipe.setup):
+        raise StatisticsError(
+            f"{path} is of the same weights with another configuration or tokenizer; use another "
+            "folder"
+        )
     return here

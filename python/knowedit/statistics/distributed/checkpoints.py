@@ -80,7 +80,7 @@ class Checkpoints:
         self, where: Path, layers: Sequence[int], recipe: CollectionRecipe, ranks: Ranks
     ) -> None:
         self.where, self.ranks, self.layers = where, ranks, set(layers)
-        self._tag = _tag(layers, recipe)
+        self._tag, self._setup = _tag(layers, recipe), recipe.setup
 
     def save(
         self,
@@ -97,7 +97,8 @@ class Checkpoints:
         }
         path, written = self._file(state.windows, self.ranks.rank, self.ranks.size), True
         try:
-            store.write(path, tensors, {**state.header(), **asdict(tally)})
+            header = {**state.header(), **asdict(tally), "setup": self._setup}
+            store.write(path, tensors, header)
         except StatisticsError as error:
             written = False
             logger.warning("no checkpoint: %s", error)
@@ -175,6 +176,11 @@ class Checkpoints:
         total: MomentStates = {}
         for file in files:
             header, tensors = store.read(self._file(*file))
+            if header.get("setup", "") not in ("", self._setup):
+                raise StatisticsError(
+                    f"{self._file(*file)} is of the same weights with another configuration or "
+                    "tokenizer; remove it, or collect into another folder"
+                )
             part = KeyTally(header["norms"], header["padded"], header["text"])
             state = CollectionState.from_header(header)
             tally = tally.add(part) if tally else part

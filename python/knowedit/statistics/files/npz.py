@@ -203,6 +203,7 @@ def import_layer(
         skip_first=False,
         seed=0,
         precision="imported",
+        setup=model.setup,
     )
     made = LayerStatistics(
         layer=layer,

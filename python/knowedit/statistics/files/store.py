@@ -43,6 +43,8 @@ class CollectionRecipe:
             `convergence`).
         tolerance: relative error at which to stop, or None.
         start: the tokens that every piece begins with (`models.tokens.start_tokens`).
+        setup: of the model's configuration and tokenizer (`EditableModel.setup`); empty in files of
+            earlier versions. Not what makes two recipes equal: whoever reads a file compares it.
     """
 
     fingerprint: str
@@ -55,6 +57,7 @@ class CollectionRecipe:
     until: str = "tokens"
     tolerance: float | None = None
     start: tuple[int, ...] = ()
+    setup: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", tuple(self.start))  # JSON has lists
@@ -63,8 +66,10 @@ class CollectionRecipe:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As JSON has it; without a start token the same as before there was a field for one."""
-        found = asdict(self)
+        """What makes it equal to others, as JSON has it; without a start token the same as before
+        there was a field for one.
+        """
+        found = {k: v for k, v in asdict(self).items() if k != "setup"}
         return found if self.start else {k: v for k, v in found.items() if k != "start"}
 
     @property
@@ -133,6 +138,7 @@ class LayerStatistics:
         """
         header = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "total"}
         header["recipe"], header["format"] = self.recipe.record, FORMAT
+        header["recipe"] |= {"setup": self.recipe.setup} if self.recipe.setup else {}
         write(path, {"lower": pack_lower(self.total)}, header)
 
     @classmethod

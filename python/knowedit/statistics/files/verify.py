@@ -13,6 +13,7 @@ from torch import Tensor
 from knowedit.errors import StatisticsError
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
+from knowedit.models.fingerprint import difference
 from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, batches
 from knowedit.statistics.files.store import LayerStatistics
@@ -151,7 +152,8 @@ def resembles(total: Tensor, count: int, seen: KeySample) -> Finding:
 
 def belongs(found: LayerStatistics, model: EditableModel) -> list[Finding]:
     """Whether a file of ours is of `model`: fingerprint, module, and its keys on a few texts."""
-    same = found.recipe.fingerprint == model.fingerprint
+    other = difference(model, found.recipe.fingerprint, found.recipe.setup)
+    same = other is None
     findings = [
         Finding(
             "same weights",
@@ -161,7 +163,7 @@ def belongs(found: LayerStatistics, model: EditableModel) -> list[Finding]:
                 ""
                 if same
                 else f" ({found.model}), the model {model.name} has {model.fingerprint[:12]}: "
-                f"other weights or another dtype"
+                f"{other}"
             ),
         )
     ]

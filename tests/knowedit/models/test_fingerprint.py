@@ -1,0 +1,215 @@
+"""A model that is changed in memory has another fingerprint, and nothing of the old one is taken
+for it.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from knowedit.edits.edit import Edit
+from knowedit.edits.export.folder import save_edited
+from knowedit.edits.history import History
+from knowedit.errors import EditError, ModelError, StatisticsError
+from knowedit.models import fingerprint as module
+from knowedit.models.editable import EditableModel
+from knowedit.models.fingerprint import difference, setup_of, weights_fingerprint
+from knowedit.statistics import KeyStatistics, key_statistics
+from tests.knowedit.edits.test_edit import a_trained_edit, an_edit
+from tests.knowedit.statistics.helpers import varied_texts
+
+
+def step(model):
+    """One of an optimiser, on every weight."""
+    with torch.enable_grad():
+        model.hf.requires_grad_(True)
+        model.hf(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
+        torch.optim.SGD(model.hf.parameters(), lr=0.1).step()
+
+
+def doubled(model):
+    return {name: 2 * tensor for name, tensor in model.hf.state_dict().items()}
+
+
+def replaced(model):
+    model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.ones(48, 32), requires_grad=False)
+
+
+def tied(model):
+    model.hf.lm_head.weight = model.hf.model.embed_tokens.weight
+
+
+def assigned(model):
+    model.hf.load_state_dict(doubled(model), assign=True)
+
+
+CHANGES = {
+    "an optimiser's step": step,
+    "multiplied": lambda model: model.weight(2).detach().mul_(1.5),
+    "behind torch's back": lambda model: model.weight(2).data.mul_(1.5),
+    "one number": lambda model: model.weight(2).detach()[3, 5].add_(1),
+    "other memory": lambda model: setattr(model.weight(2), "data", model.weight(2).data * 2),
+    "cast": lambda model: model.hf.to(torch.bfloat16),
+    "loaded": lambda model: model.hf.load_state_dict(doubled(model)),
+    "another parameter": replaced,
+    "tied": tied,
+    "assigned": assigned,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_memory_is_noticed_before_anything_is_written(tiny_llama, tmp_path, change):
+    edit, history = an_edit(tiny_llama), History(tiny_llama.fingerprint)
+    CHANGES[change](tiny_llama)
+    found = weights_fingerprint(tiny_llama.hf)
+    assert tiny_llama.fingerprint == found != edit.fingerprint
+    for refused in (
+        lambda: edit.apply(tiny_llama),
+        lambda: save_edited(tiny_llama, [edit], tmp_path / "edited"),
+        lambda: history.check(tiny_llama),
+    ):
+        with pytest.raises(EditError, match="other weights or another dtype"):
+            refused()
+    assert weights_fingerprint(tiny_llama.hf) == found and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change", ["one number", "behind torch's back", "cast", "another parameter"]
+)
+def test_a_change_beside_an_edit_in_force_is_noticed(tiny_llama, change):
+    edit, other = an_edit(tiny_llama), an_edit(tiny_llama, seed=3)
+    edit.apply(tiny_llama)
+    CHANGES[change](tiny_llama)
+    with pytest.raises(EditError, match="other weights or another dtype"):
+        other.apply(tiny_llama)
+    assert tiny_llama.ledger.active == (edit.key,)
+
+
+def test_what_was_not_changed_is_not_read_again(tiny_llama, monkeypatch):
+    read, original = [], module._bit_sum
+    shown = tiny_llama.fingerprint
+    monkeypatch.setattr(module, "_bit_sum", lambda t: read.append(t) or original(t))
+    edits = [an_edit(tiny_llama), a_trained_edit(tiny_llama, 1)]
+    for edit in edits:
+        edit.apply(tiny_llama)
+        assert tiny_llama.fingerprint == shown
+    for edit in edits:
+        edit.undo(tiny_llama)
+        assert tiny_llama.fingerprint == shown
+    assert not read
+    tiny_llama.weight(1).detach().mul_(1)  # written to, with the same bits
+    assert tiny_llama.fingerprint == shown and len(read) == 1
+    assert weights_fingerprint(tiny_llama.hf) == shown
+
+
+def test_the_sum_of_bits_is_that_of_one_pass():
+    """Fingerprints in files of the first version were made so."""
+    for dtype in (torch.float32, torch.bfloat16):
+        words = torch.randn(70_001).to(dtype)
+        whole = words.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).long()
+        places = torch.arange(1, 2 * len(words), 2)
+        assert module._bit_sum(words) == int((whole * places).sum()) % 2**64
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(tiny_llama, bad):
+    tiny_llama.weight(2).detach()[1, 1] = bad
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        _ = tiny_llama.fingerprint
+    assert module._is_finite(torch.full((4,), 3e38))
+
+
+# -- parameters that the model has no longer ------------------------------------------------------
+
+
+def with_new_parameters(model):
+    state = {name: tensor.clone() for name, tensor in model.hf.state_dict().items()}
+    model.hf.load_state_dict(state, assign=True)
+
+
+def test_an_edit_goes_into_the_parameters_that_the_model_has_now(tiny_llama):
+    edit, shown = a_trained_edit(tiny_llama), tiny_llama.fingerprint
+    edit.apply(tiny_llama)
+    wanted = {name: p.detach().clone() for name, p in tiny_llama.hf.named_parameters()}
+    edit.undo(tiny_llama)
+    with_new_parameters(tiny_llama)
+    edit.apply(tiny_llama)
+    for name, parameter in tiny_llama.hf.named_parameters():
+        assert torch.equal(parameter, wanted[name]), name
+    edit.undo(tiny_llama)
+    assert tiny_llama.fingerprint == shown
+
+
+def test_an_undo_on_other_parameters_is_refused(tiny_llama):
+    edit = an_edit(tiny_llama)
+    edit.apply(tiny_llama)
+    with_new_parameters(tiny_llama)
+    with pytest.raises(EditError, match="another tensor than the one that was edited"):
+        edit.undo(tiny_llama)
+    with pytest.raises(EditError, match="another tensor than the one that was edited"):
+        an_edit(tiny_llama, seed=2).apply(tiny_llama)
+
+
+# -- configuration and tokenizer ------------------------------------------------------------------
+
+
+def another(model, **config):
+    """The same weights with another configuration."""
+    hf = copy.deepcopy(model.hf)
+    for name, value in config.items():
+        setattr(hf.config, name, value)
+    hf = type(hf)(hf.config)
+    hf.load_state_dict(model.hf.state_dict())
+    return EditableModel(hf.requires_grad_(False).eval(), model.tokenizer)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 77.0}
+
+
+@pytest.mark.parametrize(
+    "config", [{"hidden_act": "gelu"}, {"rms_norm_eps": 1e-2}, {"rope_parameters": ROPE}]
+)
+def test_another_configuration_is_another_model(tiny_llama, tmp_path, config):
+    edit = an_edit(tiny_llama)
+    edit.setup = tiny_llama.setup
+    loaded = Edit.load(edit.save(tmp_path / "a.safetensors"))
+    other = another(tiny_llama, **config)
+    assert other.fingerprint == edit.fingerprint
+    with pytest.raises(EditError, match="the same weights, but another configuration"):
+        loaded.apply(other)
+    history = History(edit.fingerprint, [loaded])
+    with pytest.raises(EditError, match="the same weights, but another configuration"):
+        history.check(other)
+
+
+def test_statistics_of_another_configuration_are_refused(tiny_llama, tmp_path):
+    other, corpus = another(tiny_llama, hidden_act="gelu"), tmp_path / "corpus.txt"
+    corpus.write_text(varied_texts(20))
+    key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s", progress=False)
+    with pytest.raises(StatisticsError, match="another configuration"):
+        KeyStatistics.load(tmp_path / "s").check(other, [1])
+    with pytest.raises(StatisticsError, match="another configuration or tokenizer"):
+        key_statistics(other, [1], corpus, 100, directory=tmp_path / "s", progress=False)
+    KeyStatistics.load(tmp_path / "s").check(another(tiny_llama, use_cache=False), [1])
+    key_statistics(another(tiny_llama), [1], corpus, 100, directory=tmp_path / "s", progress=False)
+
+
+def test_another_tokenizer_is_another_model(tiny_llama):
+    edit = an_edit(tiny_llama)
+    edit.setup = tiny_llama.setup
+    tiny_llama.tokenizer = copy.deepcopy(tiny_llama.tokenizer)
+    tiny_llama.tokenizer.add_tokens(["Paris"])
+    with pytest.raises(EditError, match="the same weights, but another tokenizer"):
+        edit.apply(tiny_llama)
+    edit.setup = ""  # of an earlier version, which did not know
+    edit.check(tiny_llama)
+
+
+def test_what_does_not_change_logits_is_not_in_the_setup(tiny_llama):
+    config, tokenizer = copy.deepcopy(tiny_llama.hf.config), copy.deepcopy(tiny_llama.tokenizer)
+    config.use_cache, config.knowedit, config._name_or_path = False, {"edits": []}, "x"
+    config.eos_token_id, config.max_position_embeddings = 3, 9
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert setup_of(config, tokenizer) == tiny_llama.setup
+    assert difference(tiny_llama, tiny_llama.fingerprint, tiny_llama.setup) is None
