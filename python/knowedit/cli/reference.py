@@ -8,6 +8,7 @@ from typing import Any
 import typer.main
 
 from knowedit.cli.app import app
+from knowedit.cli.printed import table
 
 HEAD = """# The command line
 
@@ -33,30 +34,9 @@ cannot be read.
 """
 
 
-#: The keys of what `--json` prints of the commands that make or measure edits.
-JSON = {
-    "edit": "file, key, fingerprint, facts, config, report, said",
-    "apply": "folder, fingerprint, edits",
-    "export": "format, folder, fingerprint, edits",
-    "undo": "folder, fingerprint",
-    "demo": "model, fingerprints, prompts, evaluation, drift, report, said",
-    "eval": "model, dataset, method, protocol, facts, seconds, side_effects, evaluation, report, "
-    "config, trajectory, run, said",
-}
-LISTS = ("eval",)  # print a list of such objects
-
-
-def _json() -> str:
-    rows = (
-        f"| `knowedit {name}` | {'a list of: ' if name in LISTS else ''}{keys} |"
-        for name, keys in JSON.items()
-    )
-    return "\n".join(["| `--json` of | the object's keys |", "|---|---|", *rows, ""])
-
-
 def reference() -> str:
     """The page, as Markdown."""
-    return "\n".join([HEAD, _json(), *_commands("knowedit", typer.main.get_command(app), None)])
+    return "\n".join([HEAD, table(), *_commands("knowedit", typer.main.get_command(app), None)])
 
 
 def _commands(path: str, command: Any, parent: Any) -> Iterator[str]:

@@ -450,6 +450,9 @@ def test_measuring_in_depth(knowedit, place):
         *chosen,
     )
     assert "EMMET - MEMIT, paired" in said and "3 facts of 2 subjects" in said
+    quick = ("--dataset", "facts.jsonl", "--limit", "1", "--wordings", "1", "--layer", "1")
+    quick += ("--least", "1", "--method", "ft-l", "--set", "steps=1", "--json")
+    assert json.loads(knowedit("same-subject", "model", *quick))[0]["method"] == "FT-L"
     rows = json.loads(
         knowedit("geometry", "model", "--edited", "0", "--threshold", "1e9", *chosen, "--json")
     )

@@ -1,17 +1,21 @@
 """`--config`, `--set`, generated options and old spellings (unit; edits on a tiny model)."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
+import typer.main
 
 import knowedit as ke
+from knowedit.cli.app import app
 from knowedit.cli.commands import OLD
 from knowedit.cli.generated import attribute_help, changed, options_of
 from knowedit.cli.options import parse_methods, say
-from knowedit.cli.reference import JSON, LISTS, reference
+from knowedit.cli.printed import JSON, Printed
+from knowedit.cli.reference import reference
 from knowedit.edits.edit import Edit
 from knowedit.errors import ConfigError, KnowEditError
+from knowedit.evaluation.tracing.localisation import AverageTrace
 from knowedit.io.config import Config
 
 CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1")
@@ -291,19 +295,39 @@ def test_quiet_hides_notes(place, knowedit, capsys, quiet):
     assert capsys.readouterr().err == ("" if quiet else "a note\n")
 
 
-def test_json_has_the_keys_that_the_reference_names(place, knowedit):
+def test_edits_as_json(place, knowedit):
+    """Every --json in these tests is held to the reference's keys (`CommandLine`)."""
     memit = ("--method", "memit", "--set", "target.steps=1", *CORPUS[:4])
-    lines = {
-        "edit": ("model", "facts.jsonl", "-o", "a.safetensors", "--layer", "1", *memit),
-        "apply": ("model", "a.safetensors", "-o", "edited"),
-        "undo": ("edited",),
-        "export": ("model", "a.safetensors", "-o", "adapter"),
-        "eval": ("model", "--dataset", "facts.jsonl", "--layer", "1", *memit),
-    }
-    for name, words in lines.items():
-        found = json.loads(knowedit(name, *words, "--json"))
-        (record,) = found if name in LISTS else [found]
-        assert set(record) == set(JSON[name].split(", ")), name
+    for line in (
+        ("edit", "model", "facts.jsonl", "-o", "a.safetensors", "--layer", "1", *memit),
+        ("apply", "model", "a.safetensors", "-o", "edited"),
+        ("undo", "edited"),
+        ("export", "model", "a.safetensors", "-o", "adapter"),
+        ("eval", "model", "--dataset", "facts.jsonl", "--layer", "1", *memit),
+    ):
+        assert knowedit(*line, "--json")
+
+
+def test_every_command_with_json_says_its_keys():
+    def named(command, path):
+        for name, found in getattr(command, "commands", {}).items():
+            yield from named(found, [*path, name])
+        if any("--json" in option.opts for option in command.params):
+            yield " ".join(path)
+
+    assert set(named(typer.main.get_command(app), [])) == set(JSON)
+    averaged = {field.name: 0 for field in fields(AverageTrace)}
+    assert JSON["trace"][1].fits(averaged) and not JSON["trace"][0].fits(averaged)
+
+
+def test_what_fits_the_reference():
+    printed = Printed("a, b, [c]", "list")
+    assert printed.fits([]) and printed.fits([{"a": 1, "b": 2}, {"a": 1, "b": 2, "c": 3}])
+    for wrong in ({"a": 1, "b": 2}, [{"a": 1}], [{"a": 1, "b": 2, "d": 4}], [1]):
+        assert not printed.fits(wrong)
+    assert Printed("a, ...").fits({"a": 1, "z": 2}) and not Printed("a, ...").fits({"z": 2})
+    by_file = Printed("a", "file: list")
+    assert by_file.fits({"x": [{"a": 1}]}) and not by_file.fits({"x": {"a": 1}})
 
 
 def test_the_reference_is_up_to_date(request):

@@ -24,10 +24,12 @@ from knowedit.methods.learned.mend.training import MendTraining, train_mend
 from knowedit.methods.learned.named import mend
 from knowedit.methods.learned.named.mend import MEND, compressed
 from knowedit.methods.learned.networks import NetworkFile
+from knowedit.methods.learned.serac.network import SeracNetwork
 from knowedit.methods.registry import make_method
 from knowedit.models.load import load_model
 from knowedit.models.partial import PartialModel, layer_outputs, with_weights
 from knowedit.models.texts import Texts
+from tests.knowedit.commandline import CommandLine, check_json
 from tests.knowedit.methods.trained import LAYERS, NAMES, PEOPLE, QUICK_MEND, QUICK_SERAC
 
 
@@ -436,8 +438,6 @@ def test_without_a_file_the_network_of_the_cache_is_used(tiny_llama, tmp_path, m
 
 
 def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, monkeypatch, capsys):
-    from knowedit.cli.app import main
-
     tiny_llama.hf.save_pretrained(tmp_path / "model")
     tiny_llama.tokenizer.save_pretrained(tmp_path / "model")
     for name, facts in (
@@ -446,21 +446,7 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
         ("tested", PEOPLE[:2]),
     ):
         write_facts(tmp_path / f"{name}.jsonl", facts)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("KNOWEDIT_CACHE", str(own_cache))
-
-    def knowedit(*arguments, code=0):
-        monkeypatch.setattr("sys.argv", ["knowedit", *arguments])
-        capsys.readouterr()
-        try:
-            main()
-            left = 0
-        except SystemExit as stop:
-            left = stop.code or 0
-        said = capsys.readouterr()
-        assert left == code, said.out + said.err
-        return said.out if code == 0 else said.err
-
+    knowedit = CommandLine(monkeypatch, capsys, tmp_path, cache=own_cache)
     assert "knowedit train mend model" in knowedit(
         "edit", "model", "asked.jsonl", "--method", "mend", "-o", "e", code=1
     )
@@ -484,6 +470,8 @@ def test_train_and_edit_from_the_command_line(tiny_llama, tmp_path, own_cache, m
     assert "saved to s" in knowedit(
         "train", "serac", "model", "--dataset", "told.jsonl", "--steps", "1", "-o", "s"
     )
+    report = SeracNetwork.load("s", tiny_llama).report
+    check_json(["train", "serac"], json.dumps({"file": "s", **report}))
     asked = (
         "edit",
         "model",

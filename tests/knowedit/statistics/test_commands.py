@@ -1,12 +1,11 @@
 """The commands that collect statistics and look after their files."""
 
 import json
-import sys
 
 import pytest
 
-from knowedit.cli.app import main
 from knowedit.statistics import KeyStatistics, key_statistics
+from tests.knowedit.commandline import CommandLine
 from tests.knowedit.statistics.helpers import MODULE, peer_file, save_model
 
 
@@ -14,23 +13,7 @@ from tests.knowedit.statistics.helpers import MODULE, peer_file, save_model
 def knowedit(monkeypatch, capsys, tmp_path, collected, tiny_llama):
     """Run a command line in a folder with the model and its statistics."""
     save_model(tiny_llama, tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["knowedit", "stats", *arguments])
-        capsys.readouterr()
-        left = 0
-        try:
-            main()
-        except SystemExit as stop:
-            left = stop.code or 0
-        output = capsys.readouterr()
-        assert left == code, output.out + output.err
-        return output.out if code == 0 else output.out + output.err
-
-    return run
+    return CommandLine(monkeypatch, capsys, tmp_path, "stats")
 
 
 def test_ls_show_verify(knowedit, tmp_path):
@@ -49,6 +32,8 @@ def test_ls_show_verify(knowedit, tmp_path):
     assert "ends in .png" in knowedit("show", "ours", "--plot", "picture.txt", code=1)
     output = knowedit("verify", "ours", "--model", "model")
     assert "FAIL" not in output and output.count("ok   same weights") == 2
+    found = json.loads(knowedit("verify", "ours", "--json"))
+    assert len(found) == 2 and all(one["ok"] for file in found.values() for one in file)
     (tmp_path / "ours" / "layer-002.safetensors").write_bytes(b"short")
     assert "truncated or damaged" in knowedit("verify", "ours", code=1)
     assert "no such file" in knowedit("show", "nowhere", code=1)
@@ -60,6 +45,8 @@ def test_export_import_and_a_foreign_file(knowedit, tmp_path, tiny_gpt2, river_c
     assert "FAIL" not in knowedit("verify", paths[0], "--model", "model")
     assert "layer 1, 4,000 tokens" in knowedit("import", "model", *paths, "-o", "taken")
     assert KeyStatistics.load(tmp_path / "taken").layers == [1, 2]
+    (taken,) = json.loads(knowedit("import", "model", paths[0], "-o", "again", "--json"))
+    assert (taken["layer"], taken["tokens"]) == (1, 4000)
     assert "exists; choose another folder" in knowedit(
         "import", "model", paths[0], "-o", "taken", code=1
     )

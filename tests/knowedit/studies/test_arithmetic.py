@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knowedit.cli.app import main
 from knowedit.errors import EditError, KnowEditError
 from knowedit.facts.fact import FactError
 from knowedit.methods import FTL
@@ -61,6 +59,7 @@ from knowedit.studies.arithmetic.summary import (
     summary,
     verdict,
 )
+from tests.knowedit.commandline import CommandLine
 
 TARGET = Sum(2, 2, 5)
 OTHERS = [f"Text number {i} is about" for i in range(6)]
@@ -598,20 +597,7 @@ def test_reports_and_pictures(chatty, quick, tmp_path):
 def test_the_command(chatty, tmp_path, monkeypatch, capsys, own_cache):
     chatty.hf.save_pretrained(tmp_path / "model")
     chatty.tokenizer.save_pretrained(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("KNOWEDIT_CACHE", str(own_cache))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def knowedit(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["knowedit", *arguments])
-        try:
-            main()
-            left = 0
-        except SystemExit as stop:
-            left = stop.code or 0
-        assert left == code
-        return capsys.readouterr()
-
+    knowedit = CommandLine(monkeypatch, capsys, tmp_path, cache=own_cache)
     common = (
         "study",
         "arithmetic",
@@ -623,11 +609,12 @@ def test_the_command(chatty, tmp_path, monkeypatch, capsys, own_cache):
         "--unrelated",
         "embedded",
     )
-    said = knowedit(
+    knowedit(
         *common,
         *("--method", "ft-l", "--method", "rome"),
         *("--corpus", "self", "--tokens", "300", "-o", "run"),
     )
+    said = knowedit.said
     assert (
         said.out.startswith("# “2+2=5”, and nothing else?")
         and "**ft-l** " in said.out
@@ -641,10 +628,10 @@ def test_the_command(chatty, tmp_path, monkeypatch, capsys, own_cache):
         "trace.png",
     }
     as_json = json.loads(
-        knowedit(*common, "--method", "ft-l", "--no-tracing", "-o", "run", "--json").out
+        knowedit(*common, "--method", "ft-l", "--no-tracing", "-o", "run", "--json")
     )
     assert as_json["head"]["prompts"]["unrelated"] == 4 and as_json["head"]["seeds"] == [42]
-    assert "2+2=5, and nothing else?" in knowedit("report", "run").out
+    assert "2+2=5, and nothing else?" in knowedit("report", "run")
     for wrong, message in (
         (("--target", "2+2=x"), "like 2+2=5"),
         (("--method", "nothing"), "unknown method"),
@@ -655,5 +642,5 @@ def test_the_command(chatty, tmp_path, monkeypatch, capsys, own_cache):
             "cannot be reached",
         ),
     ):
-        assert message in knowedit(*common, *wrong, code=1).err
+        assert message in knowedit(*common, *wrong, code=1)
     shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,135 @@
+"""What `--json` prints, command by command: the table of the reference, which the tests hold to
+what is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Printed:
+    """The keys of an object.
+
+    Attributes:
+        keys: separated by commas; one in [brackets] is not always there, "..." stands for more.
+        form: around the objects: "" (one alone), "list", or "file: list" (a list by each name).
+        when: where a command prints several kinds, which this is.
+    """
+
+    keys: str
+    form: str = ""
+    when: str = ""
+
+    def fits(self, record: Any) -> bool:
+        """Whether `record`, read from what was printed, is as this says."""
+        keys = self.keys.split(", ")
+        known = {key.strip("[]") for key in keys}
+        needed = {key for key in keys if key[0] != "[" and key != "..."}
+        found = self._objects(record)
+        return found is not None and all(
+            isinstance(one, Mapping)
+            and needed <= set(one)
+            and ("..." in known or set(one) <= known)
+            for one in found
+        )
+
+    def _objects(self, record: Any) -> list[Any] | None:
+        """The objects in `record`; None where it is of another form."""
+        if self.form == "file: list":
+            lists = list(record.values()) if isinstance(record, Mapping) else [None]
+            whole = all(isinstance(found, list) for found in lists)
+            return [one for found in lists for one in found] if whole else None
+        if self.form == "list":
+            return record if isinstance(record, list) else None
+        return [record]
+
+
+JSON: dict[str, tuple[Printed, ...]] = {
+    "demo": (Printed("model, fingerprints, prompts, evaluation, drift, report, said"),),
+    "edit": (Printed("file, key, fingerprint, facts, config, report, said"),),
+    "apply": (Printed("folder, fingerprint, edits"),),
+    "undo": (Printed("folder, fingerprint, original"),),
+    "export": (Printed("format, folder, fingerprint, edits"),),
+    "eval": (
+        Printed(
+            "model, dataset, method, protocol, facts, seconds, side_effects, evaluation, report, "
+            "config, trajectory, run, said",
+            "list",
+        ),
+        Printed("format, sweep, rows", when="of a grid"),
+    ),
+    "same-subject": (
+        Printed("model, dataset, method, seconds, report, config, drift, evaluation", "list"),
+    ),
+    "geometry": (
+        Printed(
+            "layer, facts, subjects, edited, kappa, null, forms, values, recall, points, within",
+            "list",
+        ),
+    ),
+    "trace": (
+        Printed(
+            "model, prompt, tokens, subject, answer, token, clean, corrupted, rows, effect, low, "
+            "high, window, deviation, samples, seed, warnings"
+        ),
+        Printed(
+            "model, rows, counts, effect, low, high, facts, unknown, unusable, advice, window, "
+            "deviation, samples, seed",
+            when="with --dataset",
+        ),
+    ),
+    "stats collect": (
+        Printed(
+            "layer, module, tokens, trace, first_token_ratio, sink, audit, padding, batches, "
+            "ranks, convergence, version, [commits]",
+            "list",
+        ),
+    ),
+    "stats ls": (Printed("folder, model, fingerprint, layers, tokens, corpus, bytes", "list"),),
+    "stats show": (
+        Printed(
+            "format, layer, module, model, recipe, count, first_norm, other_norm, extra", "list"
+        ),
+    ),
+    "stats verify": (Printed("name, ok, detail", "file: list"),),
+    "stats import": (Printed("from, file, layer, tokens", "list"),),
+    "train mend": (
+        Printed(
+            "file, settings, facts, trainable_parameters, steps, seconds, cpu_seconds, "
+            "preparation_seconds, peak_memory_bytes, start_rate, validation, curve"
+        ),
+    ),
+    "train serac": (
+        Printed(
+            "file, settings, facts, trainable_parameters, gate_parameters, reader_parameters, "
+            "seconds, cpu_seconds, preparation_seconds, peak_memory_bytes, validation, "
+            "gate_curve, reader_curve"
+        ),
+    ),
+    "study arithmetic": (Printed("head, notes, unedited, runs, interference, methods"),),
+    "methods": (
+        Printed("name, group, what", "list"),
+        Printed("kind, version, ...", when="of one method"),
+    ),
+    "datasets": (Printed("name, here, bytes, files, what", "list"),),
+    "models": (
+        Printed("copies, presets"),
+        Printed("model, folder", when="with --get"),
+    ),
+    "doctor": (Printed("machine, versions, kernels, [model], [checks]"),),
+}
+
+
+def table() -> str:
+    """As Markdown."""
+    forms = {"": "", "list": "a list of: ", "file: list": "by file, a list of: "}
+    rows = [
+        f"| `knowedit {name}`{' ' * bool(one.when)}{one.when} | {forms[one.form]}{one.keys} |"
+        for name, kinds in JSON.items()
+        for one in kinds
+    ]
+    head = "`--json` prints one value; a key in [brackets] is not always there.\n"
+    return "\n".join([head, "| `--json` of | the object's keys |", "|---|---|", *rows, ""])
