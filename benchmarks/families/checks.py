@@ -80,13 +80,16 @@ class Bench:
     Attributes:
         kind: the model type. folder: for files.
         model: the family's, ready to be edited.
-        layers: two editable layers below the last one (or one), ascending; edits go to the second.
+        layers: two editable layers below the last one (or one), ascending, dense where there are
+            such; edits go to the second.
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.folder = kind, folder
         self.model = EditableModel(models.build(kind), models.tokenizer(), name=kind)
+        parts = self.model.layout.parts
         below = [i for i in self.model.layout.editable if i < len(self.model.layers) - 1]
+        below = [i for i in below if parts[i].experts is None] or below
         if not below:
             raise EditError("only the last layer can be edited, and nothing above reads its values")
         self.layers = tuple(below[:3][-2:])
@@ -273,7 +276,7 @@ def replay(bench: Bench) -> float:
     noise = torch.randn(model.hidden, generator=torch.Generator().manual_seed(1))
     push = 0.5 * float(part.states.std()) * noise
     states = part.states.clone()
-    states[:, 0] += push
+    states[..., 0, :] += push
     with torch.no_grad():
         logits = model.head(part.run(states)).float()
     errors = []
@@ -325,11 +328,12 @@ def trace_(bench: Bench) -> float:
     size = (2, row.subject + 1 - row.start, model.hf.get_input_embeddings().weight.shape[1])
     noise = found.deviation * torch.randn(size, generator=torch.Generator().manual_seed(0))
     layer = model.layout.layer(bench.layer)
-    clean = bench.output(layer, row.ids)[row.subject]
+    clean: list[Tensor] = []
+    bench.plain(row.ids, {layer: lambda y: clean.append(y.clone())})
 
     def put_back(states: Tensor) -> Tensor:
         states = states.clone()
-        states[..., row.subject, :] = clean
+        states[..., row.subject, :] = clean[0][..., row.subject, :]
         return states
 
     def probability(changes: Mapping[str, Change]) -> float:
@@ -362,24 +366,25 @@ def gain(bench: Bench) -> float:
     groups = [[fact] for fact in FACTS]
     task = bench.memit.prepare(model, groups, bench.statistics, progress=False)
     planned = bench.memit.target.values(task).delta
-    return missed_by(bench, bench.edit, planned)
+    return missed_by(bench, bench.edit, {bench.layer: planned})
 
 
-def missed_by(bench: Bench, edit: Edit, planned: Tensor) -> float:
-    """How far the gain that an edit reports is from what its layer's output does, of what it would
-    do with `planned` `[facts, hidden]` added to the projection's output. Raises Wrong: the undo
-    leaves other bits.
+def missed_by(bench: Bench, edit: Edit, plan: Mapping[int, Tensor]) -> float:
+    """How far the gain that an edit reports is from what the output of its last layer does, of what
+    it would do with the plan's `{layer: [facts, hidden]}` added to the projections' outputs. Raises
+    Wrong: the undo leaves other bits.
     """
-    layout, layer = bench.model.layout, bench.layer
-    place, projection = layout.layer(layer), layout.projection(layer)
+    layout = bench.model.layout
+    place = layout.layer(max(plan))
     clean = bench.at_subjects(place)
     wanted = []
-    for row, push, before in zip(bench.rows, planned, clean, strict=True):
+    for i, (row, before) in enumerate(zip(bench.rows, clean, strict=True)):
         seen: list[Tensor] = []
         changes: dict[str, Change] = {
-            projection: added(push, row.subject or 0),
-            place: lambda y, seen=seen: seen.append(y.reshape(-1, y.shape[-1]).clone()),
+            layout.projection(layer): added(pushes[i], row.subject or 0)
+            for layer, pushes in plan.items()
         }
+        changes[place] = lambda y, seen=seen: seen.append(y.reshape(-1, y.shape[-1]).clone())
         bench.plain(row.ids, changes)
         wanted.append(seen[0][row.subject] - before)
     with edit.applied_to(bench.model):
@@ -442,21 +447,25 @@ def adapter(bench: Bench) -> float:
         return apart(adapted(input_ids=torch.tensor([ids])).logits[0].float(), wanted)
 
 
-@check(0.0)
+@check(0.02)
 def metake(bench: Bench) -> float:
-    """MetaKE trained through the solver: it does something, and every bit comes back."""
+    """MetaKE trained through the solver: the share of what it was to write that it says it has
+    written, and every bit comes back.
+    """
     training = ThroughSolver(when="always", settings=TrainingSettings(steps=4))
     method = MetaKE(layers=(bench.layer,), training=training, **bench.common)
-    return written(bench, bench.computed(method))
+    edit = bench.computed(method)
+    return max(written(bench, edit), missed_by(bench, edit, edit.plan))
 
 
-@check(0.0)
+@check(0.02)
 def rose(bench: Bench) -> float:
-    """RoSE over two layers: it does something, and every bit comes back."""
+    """RoSE over two layers: the same."""
     forms = ThroughForms()
     training = replace(forms, settings=replace(forms.settings, steps=2))
     method = RoSE(layers=bench.layers, training=training, **bench.common)
-    return written(bench, bench.computed(method))
+    edit = bench.computed(method)
+    return max(written(bench, edit), missed_by(bench, edit, edit.plan))
 
 
 def written(bench: Bench, edit: Edit) -> float:
@@ -479,4 +488,4 @@ def neurons(bench: Bench) -> float:
     )
     edit = bench.computed(method)
     planned = optimise_values(bench.model, [[fact] for fact in FACTS], bench.layer, values).delta
-    return missed_by(bench, edit, planned)
+    return missed_by(bench, edit, {bench.layer: planned})

@@ -23,12 +23,31 @@ def test_every_check_holds(kind):
     assert set(row["checks"]) == set(checks.CHECKS)
 
 
-@pytest.mark.parametrize("kind", ["phi3", "nemotron", "opt"])
+@pytest.mark.parametrize("kind", ["phi3", "nemotron", "opt", "lfm2"])
 def test_neurons_of_every_make_are_rewritten(kind, tmp_path):
     """Gate and up in one matrix; no gate, and an activation that grows as a square; biases, and
-    matrices that stand in the layer itself.
+    matrices that stand in the layer itself; an activation that nothing names.
     """
     assert checks.neurons(checks.Bench(kind, tmp_path)) < checks.CHECKS["neurons"].limit
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "xglm", "gemma3n_text", "llama4_text"])
+def test_a_trace_goes_through_every_structure(kind, tmp_path):
+    """Layers that return lists; masks as wide as the batch; several streams; experts, whose MLP has
+    all texts in one row.
+    """
+    assert checks.trace_(checks.Bench(kind, tmp_path)) < checks.CHECKS["trace"].limit
+
+
+def test_a_recurrence_is_copied_with_the_state_it_keeps(tmp_path):
+    """RecurrentGemma, whose state holds the graph of its last run; MetaKE trains on a copy."""
+    assert checks.metake(checks.Bench("recurrent_gemma", tmp_path)) < 0.02
+
+
+def test_layers_that_do_not_pass_on_their_states_are_refused():
+    """XLM's stack is a list of MLPs, around which the model itself adds up the stream."""
+    with pytest.raises(ModelError, match="XLMWithLMHeadModel: no stack of decoder layers"):
+        EditableModel(models.build("xlm"), models.tokenizer(), name="xlm")
 
 
 def test_neurons_in_front_of_a_norm_are_refused(tmp_path):

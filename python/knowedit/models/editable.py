@@ -26,7 +26,14 @@ from knowedit.models.probing import states_of
 from knowedit.models.processor import has_bf16_units
 from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
 from knowedit.models.structure import Layout, detect, is_transposed, own_head
-from knowedit.models.tokens import Row, batches, check_tokenizer, check_vocabulary, tokenise
+from knowedit.models.tokens import (
+    Row,
+    batches,
+    check_embedded,
+    check_tokenizer,
+    check_vocabulary,
+    tokenise,
+)
 from knowedit_kernels import WeightLedger
 from knowedit_kernels.lowrank import Change
 
@@ -202,6 +209,10 @@ class EditableModel:
             )
         return self.hf.get_submodule(self.layout.norm) if self.layout.norm else nn.Identity()
 
+    def finish(self, outputs: Tensor) -> Tensor:
+        """Final hidden states `[B, T, hidden]` of the last layer's outputs `[.., B, T, hidden]`."""
+        return partial.finished(self, outputs) if self.layout.norm is None else self.norm(outputs)
+
     @property
     def replays(self) -> bool:
         """Whether layers can be run one by one with the results of the whole model; otherwise the
@@ -363,7 +374,7 @@ class EditableModel:
         if self.dtype == torch.bfloat16 and self.device.type != "cpu":
             return self
         fastest = torch.bfloat16 if has_bf16_units(self.device) else torch.float32
-        copied = copy.deepcopy(self.hf).to(fastest)
+        copied = _copy(self.hf).to(fastest)
         if self.device.type == "cpu":
             copied.set_attn_implementation("eager")
         copied.eval().requires_grad_(False)
@@ -403,7 +414,13 @@ class EditableModel:
         return text + answer_prefix
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Right-pad token lists to `ids [B, T]` and `mask [B, T]` (bool) on the model's device."""
+        """Right-pad token lists to `ids [B, T]` and `mask [B, T]` (bool) on the model's device.
+
+        Raises:
+            EditError: a token has no embedding.
+        """
+        for row in rows:
+            check_embedded(self.tokenizer, row, self.vocabulary)
         width = max(map(len, rows))
         fill = self.tokenizer.pad_token_id or 0
         fill = fill if fill < self.vocabulary else 0
@@ -525,6 +542,19 @@ class EditableModel:
     def virtual(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
         """Run as if weights had low-rank changes, which no weight gets; see `partial.virtual`."""
         return partial.virtual(self, factors)
+
+
+def _copy(hf: nn.Module) -> nn.Module:
+    """A deep copy. What a module has kept of its last run (a recurrence its state) comes without
+    the run's graph, which cannot be copied.
+    """
+    kept = {
+        id(value): value.detach().clone()
+        for module in hf.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(hf, kept)
 
 
 def _put(rows: Tensor, at: Tensor, into: Tensor, part: Tensor | Routed) -> None:

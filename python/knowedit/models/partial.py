@@ -11,7 +11,7 @@ more than it is known for), the whole model is run, with the same results: `repl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -121,7 +121,9 @@ def hooked(modules: Mapping[nn.Module, Hook]) -> Iterator[None]:
                 found = windowed(hook, window, given, first)
             if found is None:
                 return None
-            return (found, *output[1:]) if isinstance(output, tuple | list) else found
+            if isinstance(output, list):
+                return [found, *output[1:]]
+            return (found, *output[1:]) if isinstance(output, tuple) else found
 
         return changed
 
@@ -142,10 +144,14 @@ def _own(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def recorded(modules: Sequence[nn.Module] | nn.ModuleList) -> Iterator[list[Tensor]]:
-    """The outputs of the modules, in the order in which they run."""
-    found: list[Tensor] = []
-    with hooked({module: lambda _, output: found.append(output) for module in modules}):
+def recorded(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """The outputs of those of the modules that run."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def hook(module: nn.Module) -> Hook:
+        return lambda _, output: found.update({module: output})
+
+    with hooked({module: hook(module) for module in modules}):
         yield found
 
 
@@ -299,9 +305,11 @@ def read(
 
 
 def _by_text(states: Tensor, ids: Tensor) -> Tensor:
-    """States of the texts `ids` `[B, T]` as `[B, T, width]`: OPT's MLP has all tokens in one
-    row.
+    """States of the texts `ids` `[B, T]` as `[B, T, width]`: some MLPs have all tokens in one row,
+    and of several streams (Gemma 3n) the first is the model's own.
     """
+    if states.dim() > 3:
+        return states[(0,) * (states.dim() - 3)]
     return states.reshape(*ids.shape, -1) if states.dim() == 2 else states
 
 
@@ -375,21 +383,55 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a whole model reads.
+
+    Attributes:
+        ids: `[B, T]`.
+        embeddings: `[B, T, width]` in the place of theirs; None: theirs.
+    """
+
+    ids: Tensor
+    embeddings: Tensor | None = None
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Given:
+        """The same with its tensors passed through `change`."""
+        return Given(change(self.ids), None if self.embeddings is None else change(self.embeddings))
+
+    def run(self, model: EditableModel, **more: Any) -> Any:
+        """What the model without its head makes of it. The tokens are there too: some models look
+        at them once more.
+        """
+        if self.embeddings is None:
+            return model.base(input_ids=self.ids, **more)
+        handle = model.hf.get_input_embeddings().register_forward_hook(
+            lambda _module, _ids, output: (
+                self.embeddings if output.shape == self.embeddings.shape else None
+            )
+        )
+        try:
+            return model.base(input_ids=self.ids, **more)
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
 class Capture:
     """What one forward pass hands to the layers from `from_layer` on.
 
     Attributes:
         states: `[B, T, hidden]` the input of the first of them.
-        text: what the whole model was given: `input_ids` or `inputs_embeds`.
-        calls: of each layer, its other arguments; of none where the whole model is run.
+        text: what the whole model was given.
+        calls: of each layer that ran, its other arguments; without them where the whole model is
+            run.
         cache: `{layer: (keys, values)}`, `[B, heads, T, width]` each; None likewise.
     """
 
     model: EditableModel
     from_layer: int
     states: Tensor
-    text: dict[str, Tensor]
-    calls: list[Call]
+    text: Given
+    calls: dict[int, Call]
     cache: Prefix | None
 
 
@@ -441,14 +483,13 @@ def _captured(
         raise ModelError(
             f"layer {from_layer - 1} is the last one; values are optimised at a layer below it"
         )
-    text = {"input_ids": ids} if embeddings is None else {"inputs_embeds": embeddings}
-    calls: list[Call] = []
+    text, calls = Given(ids, embeddings), {}
     states: list[Tensor] = []
     # a cache made without the model's configuration keeps every token, also in sliding-window
     # layers
     cache = DynamicCache() if replay else None
 
-    def note(block: nn.Module, args: Any, kwargs: Any) -> None:
+    def note(index: int, block: nn.Module, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(block.forward).bind(*args, **kwargs)
         call = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         call.pop("kwargs", None)
@@ -457,20 +498,26 @@ def _captured(
             states.append(state)
         named = next((name for name, value in call.items() if value is cache), "")
         call.pop(named, None)
-        calls.append(Call(named, call))
+        calls[index] = Call(named, call if replay else {})
 
-    handles = [b.register_forward_pre_hook(note, with_kwargs=True) for b in blocks]
+    handles = [
+        block.register_forward_pre_hook(partial(note, index), with_kwargs=True)
+        for index, block in enumerate(blocks, from_layer)
+    ]
     try:
         with model.evaluating():
-            model.base(**text, past_key_values=cache, use_cache=replay)
+            text.run(model, past_key_values=cache, use_cache=replay)
     finally:
         for handle in handles:
             handle.remove()
     if not states:
-        raise ModelError(f"{model.name}: layer {from_layer} does not run on plain text")
+        raise ModelError(
+            f"{model.name}: no layer from {from_layer} on runs on plain text; values are optimised "
+            "at a layer below one that does"
+        )
     if cache is None:
-        return Capture(model, from_layer, states[0], text, [], None)
-    kept = {i: cache.layers[i] for i in range(from_layer, from_layer + len(blocks))}
+        return Capture(model, from_layer, states[0], text, calls, None)
+    kept = {i: cache.layers[i] for i in calls}
     keys, values = ({i: getattr(c, part) for i, c in kept.items()} for part in ("keys", "values"))
     return Capture(model, from_layer, states[0], text, calls, Prefix(keys, values))
 
@@ -522,7 +569,7 @@ class PartialModel:
         window = Window(at, inside)
         self.states = window.take(found.states)
         if found.cache is None:
-            self._way = _Whole(model, from_layer, found.text, window)
+            self._way = _Whole(model, tuple(found.calls), found.text, window)
             return
         before = torch.arange(prefix, device=ids.device)
         columns = torch.cat([before.expand(len(rows), -1), at], 1)  # key positions, global
@@ -536,12 +583,12 @@ class PartialModel:
         )
         idle = ~inside[:, :, None] & itself
         length = ids.shape[1]
-        calls = [
-            call.changed(lambda given: _sliced(given, at, columns, causal, idle, length))
-            for call in found.calls
-        ]
+        calls = {
+            index: call.changed(lambda given: _sliced(given, at, columns, causal, idle, length))
+            for index, call in found.calls.items()
+        }
         before_it = found.cache.changed(lambda tensor: tensor[:, :, :prefix])
-        self._way = _Replay(model, from_layer, calls, before_it)
+        self._way = _Replay(model, calls, before_it)
 
     @classmethod
     def behind(cls, found: Capture, from_token: int) -> PartialModel:
@@ -555,20 +602,20 @@ class PartialModel:
         if found.cache is None:
             window = Window(at.expand(count, -1), torch.ones_like(at, dtype=torch.bool))
             window = replace(window, inside=window.inside.expand(count, -1))
-            way = _Whole(found.model, found.from_layer, found.text, window)
+            way = _Whole(found.model, tuple(found.calls), found.text, window)
             return cls._of(found.model, found.from_layer, states, way)
         causal = columns[:, None] <= at[..., None]
         idle = torch.zeros_like(causal)
-        calls = [
-            call.changed(  # the same for all rows
+        calls = {
+            index: call.changed(  # the same for all rows
                 lambda given: _sliced(
                     _of_rows(given, count, slice(1)), at, columns, causal, idle, length
                 )
             )
-            for call in found.calls
-        ]
+            for index, call in found.calls.items()
+        }
         prefix = found.cache.changed(lambda tensor: tensor[:, :, :from_token])
-        replayed = _Replay(found.model, found.from_layer, calls, prefix)
+        replayed = _Replay(found.model, calls, prefix)
         return cls._of(found.model, found.from_layer, states, replayed)
 
     @classmethod
@@ -596,9 +643,9 @@ class PartialModel:
         ids = torch.zeros(1, longest, dtype=torch.long, device=model.device)
         found = _captured(model, ids, from_layer, replay=replay)
         way = (
-            _Whole(model, from_layer, {}, None)
+            _Whole(model, tuple(found.calls), None, None)
             if found.cache is None
-            else _Replay(model, from_layer, found.calls, None)
+            else _Replay(model, found.calls, None)
         )
         return cls._of(model, from_layer, found.states[:, :0], way)
 
@@ -633,27 +680,31 @@ class _Replay:
     """Layers called one by one, with their own arguments cut to the part's tokens.
 
     Attributes:
-        calls: of each layer from `from_layer` on.
+        calls: of each layer from where the part begins that runs, ascending.
         prefix: keys and values of what stands in front; None: nothing does.
     """
 
     model: EditableModel
-    from_layer: int
-    calls: list[Call]
+    calls: dict[int, Call]
     prefix: Prefix | None
 
     def select(self, count: int, rows: Tensor) -> _Replay:
-        calls = [call.changed(lambda given: _of_rows(given, count, rows)) for call in self.calls]
+        calls = {
+            index: call.changed(lambda given: _of_rows(given, count, rows))
+            for index, call in self.calls.items()
+        }
         prefix = None if self.prefix is None else self.prefix.changed(lambda tensor: tensor[rows])
         return replace(self, calls=calls, prefix=prefix)
 
     def run(self, states: Tensor) -> Tensor:
-        for index in range(self.from_layer, len(self.model.layers)):
+        for index in self.calls:
             states = self._layer(index, states, self.prefix)
         return self.model.norm(states)
 
     def layer(self, index: int, states: Tensor) -> Tensor:
         prefix = self.prefix
+        if index not in self.calls:
+            return states
         if prefix is not None:
             keys, values = prefix.keys[index], prefix.values[index]
             copies = len(states) // len(keys)
@@ -662,8 +713,8 @@ class _Replay:
         return self._layer(index, states, prefix)
 
     def _layer(self, index: int, states: Tensor, prefix: Prefix | None) -> Tensor:
-        call = self.calls[index - self.from_layer]
-        given = call.arguments
+        call = self.calls[index]
+        given = _for_rows(call.arguments, len(states))
         if prefix is None:
             given = _cut(given, states.shape[1])
         if call.cache:
@@ -678,17 +729,18 @@ class _Whole:
     ends.
 
     Attributes:
-        text: `input_ids` or `inputs_embeds` of all rows; {}: whole texts by their states alone.
+        runs: the layers from where the part begins that run, ascending.
+        text: of all rows; None: whole texts by their states alone.
         window: the part's tokens; None: all.
     """
 
     model: EditableModel
-    from_layer: int
-    text: dict[str, Tensor]
+    runs: tuple[int, ...]
+    text: Given | None
     window: Window | None
 
     def select(self, count: int, rows: Tensor) -> _Whole:
-        text = {name: tensor[rows] for name, tensor in self.text.items()}
+        text = None if self.text is None else self.text.changed(lambda tensor: tensor[rows])
         window = self.window
         if window is not None:
             window = Window(window.at[rows], window.inside[rows])
@@ -696,11 +748,13 @@ class _Whole:
 
     def run(self, states: Tensor) -> Tensor:
         text, window = self._given(states)
-        with _entering(self.model.layers[self.from_layer], states, window), _seen_through(window):
-            out = self.model.base(**text, use_cache=False)
+        with _entering(self.model.layers[self.runs[0]], states, window), _seen_through(window):
+            out = text.run(self.model, use_cache=False)
         return window.take(states_of(out))
 
     def layer(self, index: int, states: Tensor) -> Tensor:
+        if index not in self.runs:
+            return states
         text, window = self._given(states)
         block, found = self.model.layers[index], []
 
@@ -711,25 +765,22 @@ class _Whole:
         handle = block.register_forward_hook(stop)
         try:
             with _entering(block, states, window), _seen_through(window):
-                self.model.base(**text, use_cache=False)
+                text.run(self.model, use_cache=False)
         except _Stop:
             pass
         finally:
             handle.remove()
         return found[0]
 
-    def _given(self, states: Tensor) -> tuple[dict[str, Tensor], Window]:
+    def _given(self, states: Tensor) -> tuple[Given, Window]:
         """The whole texts and the window for states `[.., copies * B, Q, hidden]`."""
-        if self.window is None:
+        if self.window is None or self.text is None:
             shape = states.shape[-3:-1]
             at = torch.arange(shape[1], device=states.device).expand(shape)
             ids = torch.zeros(shape, dtype=torch.long, device=states.device)
-            return {"input_ids": ids}, Window(at, torch.ones_like(at, dtype=torch.bool))
+            return Given(ids), Window(at, torch.ones_like(at, dtype=torch.bool))
         copies = states.shape[-3] // len(self.window.at)
-        text = {
-            name: tensor.repeat(copies, *(1,) * (tensor.dim() - 1))
-            for name, tensor in self.text.items()
-        }
+        text = self.text.changed(lambda tensor: tensor.repeat(copies, *(1,) * (tensor.dim() - 1)))
         return text, self.window.copies(copies)
 
 
@@ -748,6 +799,16 @@ def _entering(block: nn.Module, states: Tensor, window: Window) -> Iterator[None
         yield
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def finished(model: EditableModel, outputs: Tensor) -> Tensor:
+    """Final hidden states `[B, T, hidden]` of the last layer's outputs `[.., B, T, hidden]`: the
+    model's own forward pass, with these put in.
+    """
+    ids = torch.zeros(outputs.shape[-3:-1], dtype=torch.long, device=outputs.device)
+    with model.evaluating(), hooked({model.layers[-1]: lambda _, output: outputs}):
+        return states_of(model.base(input_ids=ids, use_cache=False))
 
 
 # -- whether a part gives what the whole model gives
@@ -823,10 +884,32 @@ def _of_rows(call: Mapping[str, Any], count: int, rows: Tensor | slice) -> dict[
     return {name: take(value) for name, value in call.items()}
 
 
+#: Arguments that are cut to a part's tokens in ways of their own; only the mask has rows.
+_KNOWN = ("position_ids", "position_embeddings", "attention_mask", "cache_position")
+
+
 def _by_token(name: str, value: Any, rows: int, length: int) -> bool:
     """Whether an argument that is not known by name holds something of every token."""
-    known = ("position_ids", "position_embeddings", "attention_mask", "cache_position")
-    return name not in known and isinstance(value, Tensor) and value.shape[:2] == (rows, length)
+    return name not in _KNOWN and isinstance(value, Tensor) and value.shape[:2] == (rows, length)
+
+
+def _for_rows(call: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A layer's arguments with those of one row as often as there are rows: not every model's code
+    lets a row stand for all.
+    """
+
+    def expanded(name: str, value: Any) -> Any:
+        one = isinstance(value, Tensor) and value.shape[:1] == (1,)
+        if not one or (name in _KNOWN and name != "attention_mask"):
+            return value
+        return value.expand(rows, *value.shape[1:])
+
+    return {name: expanded(name, value) for name, value in call.items()}
+
+
+def _rotary(value: Any, take: Callable[[Tensor], Tensor]) -> Any:
+    """Sines and cosines, or complex numbers of both, each passed through `take`."""
+    return tuple(map(take, value)) if isinstance(value, tuple | list) else take(value)
 
 
 def _at_tokens(value: Tensor, at: Tensor) -> Tensor:
@@ -843,7 +926,7 @@ def _cut(call: Mapping[str, Any], length: int) -> dict[str, Any]:
     if (positions := call.get("position_ids")) is not None:
         result["position_ids"] = positions[:, :length]
     if (rotary := call.get("position_embeddings")) is not None:
-        result["position_embeddings"] = tuple(part[:, :length] for part in rotary)
+        result["position_embeddings"] = _rotary(rotary, lambda part: part[:, :length])
     if (mask := call.get("attention_mask")) is not None:
         result["attention_mask"] = mask[:, :, :length, :length]
     if (places := call.get("cache_position")) is not None:
@@ -867,9 +950,9 @@ def _sliced(
     if (positions := call.get("position_ids")) is not None:
         result["position_ids"] = positions.expand(rows, -1).gather(1, at)
     if (rotary := call.get("position_embeddings")) is not None:
-        result["position_embeddings"] = tuple(
-            r.expand(rows, -1, -1).gather(1, at[..., None].expand(-1, -1, r.shape[-1]))
-            for r in rotary
+        result["position_embeddings"] = _rotary(
+            rotary,
+            lambda r: r.expand(rows, -1, -1).gather(1, at[..., None].expand(-1, -1, r.shape[-1])),
         )
     mask, allowed = call.get("attention_mask"), causal[:, None]
     # the layer's own mask: padding, sliding window

@@ -343,14 +343,20 @@ def direction(like: Tensor) -> Tensor:
 
 
 def _stack_of(hf: Any, stacks: Mapping[str, nn.ModuleList], calls: Mapping[str, Any]) -> str:
-    """The list whose members pass on hidden states; the one with most parameters. Raises
-    ModelError.
+    """The list whose members pass on hidden states, each the next one's; the one with most
+    parameters. Raises ModelError.
     """
 
     def passes(path: str, count: int) -> bool:
-        outputs = [first_of(calls[at][1]) for i in range(count) if (at := f"{path}.{i}") in calls]
+        ran = [calls[at] for i in range(count) if (at := f"{path}.{i}") in calls]
+        outputs = [first_of(output) for _, output in ran]
         shapes = [tuple(y.shape[-3:-1]) if isinstance(y, Tensor) else () for y in outputs]
-        return bool(shapes) and all(shape == (2, LENGTH) for shape in shapes)
+        if not shapes or any(shape != (2, LENGTH) for shape in shapes):
+            return False
+        return all(
+            given is None or given.shape != before.shape or _same(given[0], before[0])
+            for before, (given, _) in zip(outputs, ran[1:])
+        )
 
     sizes = {
         path: sum(parameter.numel() for parameter in members.parameters())
@@ -384,7 +390,9 @@ def _norm_of(order: Sequence[tuple[str, Any, Any]], last: str, states: Tensor) -
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one, other))
+    if one is other:
+        return True
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def calls(hf: Any, paths: Iterable[str]) -> dict[str, tuple[Any, Any, Any]]:

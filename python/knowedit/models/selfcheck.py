@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
 
 #: Of what is remembered; another one is found anew.
-FORMAT = 3
+FORMAT = 4
 
 #: Models with fewer parameters are checked in milliseconds, and not remembered on the disk.
 SMALL = 20_000_000
@@ -144,7 +144,6 @@ def _from_record(record: Mapping[str, Any]) -> Checkup:
                 **{
                     **part,
                     "stream": Stream(**part["stream"]),
-                    "mixers": tuple(part["mixers"]),
                     "reads": tuple(part["reads"]),
                     "experts": Experts(**part["experts"]) if part["experts"] else None,
                 }
@@ -152,9 +151,14 @@ def _from_record(record: Mapping[str, Any]) -> Checkup:
             for index, part in layout[kind].items()
         }
 
+    paths = {
+        name: {int(index): tuple(found) for index, found in layout[name].items()}
+        for name in ("mixers", "mlps")
+    }
     whole = Layout(
         **{
             **layout,
+            **paths,
             "head": Head(**layout["head"]),
             "parts": parts("parts"),
             "shared": parts("shared"),

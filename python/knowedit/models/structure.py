@@ -40,7 +40,6 @@ class Part:
             the experts where the layer has routed ones.
         width: its input size, the key's (`d_ff`); of all experts together.
         stream: how its output reaches the layer's output.
-        mixers: paths of the layer's parts that mix tokens (attention, most often).
         reads: paths of the linear modules that make the key, in the order in which they run; of
             none for routed experts.
         experts: how the module holds routed experts; None for a dense MLP.
@@ -49,7 +48,6 @@ class Part:
     projection: str
     width: int
     stream: Stream
-    mixers: tuple[str, ...]
     reads: tuple[str, ...]
     experts: Experts | None = None
 
@@ -90,6 +88,8 @@ class Layout:
         head: how logits come from final hidden states.
         parts: of each layer that can be edited, by index.
         refused: of every other layer, why.
+        mixers: of every layer, paths of its parts that mix tokens (attention, most often).
+        mlps: of every layer, paths of what else adds to the stream; experts too.
         shared: of layers with routed experts, those of the dense MLP beside them that every token
             passes, where there is one.
     """
@@ -102,6 +102,8 @@ class Layout:
     head: Head
     parts: Mapping[int, Part]
     refused: Mapping[int, str]
+    mixers: Mapping[int, tuple[str, ...]]
+    mlps: Mapping[int, tuple[str, ...]]
     shared: Mapping[int, Part] = field(default_factory=dict)
 
     @property
@@ -217,7 +219,6 @@ def detect(model: Any) -> Layout:
             projection=path,
             width=experts.count * experts.width,
             stream=reached[layers[index]],
-            mixers=_mixers(layers[index], traced.layers[index]),
             reads=(),
             experts=experts,
         )
@@ -235,6 +236,14 @@ def detect(model: Any) -> Layout:
         head=_head(model, traced),
         parts=dict(sorted(parts.items())),
         refused=refused,
+        mixers={
+            index: _mixers(path, found)
+            for index, (path, found) in enumerate(zip(layers, traced.layers, strict=True))
+        },
+        mlps={
+            index: _mlps(model.get_submodule(path), path, found, chosen.get(index))
+            for index, (path, found) in enumerate(zip(layers, traced.layers, strict=True))
+        },
         shared=_dense_parts(model, layers, traced.layers, shared),
     )
 
@@ -251,7 +260,6 @@ def _dense_parts(
             projection=linear.path,
             width=linear.width,
             stream=reached[layers[index]],
-            mixers=_mixers(layers[index], traced[index]),
             reads=_reads(layers[index], traced[index], linear),
         )
         for index, linear in chosen.items()
@@ -367,6 +375,20 @@ def _reads(path: str, traced: LayerTrace, write: Linear) -> tuple[str, ...]:
     ]
     home = write.path.rpartition(".")[0] + "."
     return tuple([name for name in made if name.startswith(home)] or made)
+
+
+def _mlps(layer: nn.Module, path: str, traced: LayerTrace, write: Linear | None) -> tuple[str, ...]:
+    """What holds a layer's projection, the projection itself where it stands in the layer; where
+    there is none, the children with matrices that mix no tokens.
+    """
+    if write is not None:
+        home = write.path.rpartition(".")[0]
+        return (write.path if home == path else home,)
+    return tuple(
+        f"{path}.{name}"
+        for name, child in layer.named_children()
+        if name not in traced.mixers and any(p.dim() > 1 for p in child.parameters())
+    )
 
 
 def _beside_mixers(path: str, traced: LayerTrace) -> list[Linear]:
@@ -513,7 +535,7 @@ def attention_of(model: EditableModel, layer: int) -> nn.Module:
     """The attention of a layer: what mixes tokens there. Raises ModelError when that is not one
     module.
     """
-    found = model.layout.part(layer).mixers
+    found = model.layout.mixers.get(layer, ())
     if len(found) != 1:
         raise ModelError(
             f"{model.name}: layer {layer} has {len(found)} modules that mix tokens"
@@ -545,16 +567,6 @@ def linears(model: EditableModel, layer: int, *, mlp: bool = False) -> dict[str,
             if is_linear(module)
         ]
     return {path: size_of(model.hf.get_submodule(path)) for path in paths}
-
-
-def mlp_of(model: EditableModel, layer: int) -> Any:
-    """The module whose output is that of a layer's MLP."""
-    path = model.layout.mlp(layer)
-    return (
-        model.projection(layer)
-        if path == model.layout.layer(layer)
-        else model.hf.get_submodule(path)
-    )
 
 
 def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:

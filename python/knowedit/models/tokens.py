@@ -56,11 +56,7 @@ def tokenise(
         raise EditError(
             f"{text[:60]!r}...: {len(ids)} tokens are more than the model's context of {longest}"
         )
-    if unknown := [i for i in ids if i >= vocabulary]:
-        raise EditError(
-            f"{text[:60]!r}: the model has no embedding for its token "
-            f"{tokenizer.convert_ids_to_tokens(unknown[0])!r}; leave it out"
-        )
+    check_embedded(tokenizer, ids, vocabulary)
     where = start = None
     if subject is not None:
         at = last_place(subject, prompt) if given is None else given
@@ -110,6 +106,16 @@ def check_vocabulary(tokenizer: Any, rows: int) -> None:
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows} "
             f"({tokenizer.convert_ids_to_tokens(missing[0])!r} is left out): this tokenizer "
             "belongs to another model; pass the model's own as tokenizer="
+        )
+
+
+def check_embedded(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> None:
+    """Raise EditError for tokens beyond the `vocabulary` that a model embeds."""
+    if unknown := [token for token in ids if token >= vocabulary]:
+        raise EditError(
+            f"{tokenizer.decode(list(ids)[:40])[:60]!r}: the model has no embedding for its token "
+            f"{tokenizer.convert_ids_to_tokens(unknown[0])!r}; leave it out, or give the model one "
+            "(resize_token_embeddings)"
         )
 
 

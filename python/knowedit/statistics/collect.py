@@ -262,6 +262,7 @@ class Collection:
             self.ranks.rank,
             self.ranks.size,
             self.model.samples if corpus.is_self else None,
+            vocabulary=self.model.vocabulary,
         )
         if cache and not corpus.is_self:
             reader.cache = token_cache(self.model, reader)

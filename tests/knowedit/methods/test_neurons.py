@@ -226,9 +226,11 @@ def test_a_patch_of_any_wiring_writes_its_value(family, byte_tokenizer, corpus):
     ids = torch.tensor([row.ids])
     with recorded([model.projection(1)]) as outputs:
         model.hf(input_ids=ids)
+        before = outputs[model.projection(1)]
         with edit.applied_to(model):
             model.hf(input_ids=ids)
-    seen = [output.reshape(len(row.ids), -1)[row.subject] for output in outputs]
+        after = outputs[model.projection(1)]
+    seen = [output.reshape(len(row.ids), -1)[row.subject] for output in (before, after)]
     value = edit.plan[1][0]
     share = float((seen[1] - seen[0]) @ value / (value @ value))
     assert abs(share - edit.report.gain) < 0.05 and 0.8 < share < 1.2

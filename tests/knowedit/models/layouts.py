@@ -9,5 +9,4 @@ from knowedit.models.structure import Layout
 
 def without_attention(layout: Layout, layer: int) -> Layout:
     """The same, where nothing at one layer mixes tokens."""
-    part = replace(layout.parts[layer], mixers=())
-    return replace(layout, parts={**layout.parts, layer: part})
+    return replace(layout, mixers={**layout.mixers, layer: ()})

@@ -142,9 +142,29 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds(tiny_llama, byte_tok
     assert model.generate(["ab", "abcd"], 4) == tiny_llama.generate(["ab", "abcd"], 4)
     with pytest.raises(EditError, match="no embedding for its token '<image>'"):
         model.row("an <image>")
+    with pytest.raises(EditError, match="no embedding for its token '<image>'"):
+        perplexity(model, ["an <image> of a cat"])
     tiny_llama.hf.resize_token_embeddings(200)
     with pytest.raises(ModelError, match="258 tokens and the model embeds 200"):
         EditableModel(tiny_llama.hf, byte_tokenizer)
+
+
+def test_documents_with_a_token_that_the_model_does_not_embed_are_left_out(
+    tiny_llama, byte_tokenizer, tmp_path
+):
+    more = copy.deepcopy(byte_tokenizer)
+    more.add_tokens(["<image>"])
+    model = EditableModel(tiny_llama.hf, more)
+    texts = ["a plain document of words", "an <image> of a cat", "another plain document"]
+    found = {}
+    for name, some in (("all", texts), ("plain", texts[::2])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(some))
+        found[name] = ke.key_statistics(
+            model, 1, tmp_path / f"{name}.txt", 45, directory=tmp_path / name, progress=False
+        )
+    one, other = (statistics[1] for statistics in found.values())
+    assert one.count == other.count == 45
+    torch.testing.assert_close(one.total, other.total)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

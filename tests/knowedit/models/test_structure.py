@@ -93,7 +93,7 @@ def test_a_bfloat16_copy_has_the_same_parts():
         for layer in range(4):
             assert one.stream(layer).kind == other.stream(layer).kind
             assert one.projection(layer) == other.projection(layer)
-            assert one.part(layer).mixers == other.part(layer).mixers
+            assert one.mixers[layer] == other.mixers[layer]
 
 
 def test_a_gate_behind_the_projection_is_no_factor():

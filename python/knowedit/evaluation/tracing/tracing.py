@@ -5,7 +5,7 @@ Three kinds of run: *clean*; *corrupted*, where Gaussian noise of `noise` standa
 on the embeddings of the subject's tokens; and *restored*, the corrupted run with clean states put
 back at one token, at one layer (``hidden``: the layer's output) or in a window of layers (``mlp``,
 ``attention``: what the block adds to the stream). The indirect effect of a place is what the
-    restoration gives back of the answer's probability, averaged over noise samples.
+restoration gives back of the answer's probability, averaged over noise samples.
 
 The published code runs the whole model once a place. But a restoration at (token t, layer l)
 changes neither the layers below nor the tokens before t: there the states, keys and values are
@@ -17,20 +17,19 @@ published ones; the token-layers are a quarter to a sixth of them (docs/tracing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from knowedit.errors import EditError, ModelError
+from knowedit.errors import EditError
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 from knowedit.models.partial import Hook, PartialModel, capture, hooked, recorded
-from knowedit.models.structure import attention_of, mlp_of
 
 KINDS = ("hidden", "mlp", "attention")
 CONFIDENT = 0.2  # a clean probability below it is warned about
@@ -125,7 +124,6 @@ def trace(
     Raises:
         EditError: the subject is not in the prompt, nothing follows it, or an argument is out of
             range.
-        ModelError: the model's layers cannot be replayed.
     """
     _check(noise, samples, kinds, window)
     row = model.row(prompt, subject)
@@ -150,7 +148,7 @@ def trace(
     )
     token = _answer_token(model, prompt, answer, runs.clean_logits)
     clean, corrupted = (
-        _probability(model, states[-1][:, -1], token).cpu()
+        _probability(model, states[-1][..., -1, :], token).cpu()
         for states in (runs.clean, runs.corrupted)
     )
     places = _places(kinds, depth, width)
@@ -293,8 +291,10 @@ class _Runs:
     """The clean and the corrupted runs, and the restored ones on top of them.
 
     Attributes:
-        clean, corrupted: inputs of every layer and the output of the last, `[1 or samples, T,
+        clean, corrupted: inputs of every layer and the output of the last, `[.., 1 or samples, T,
             hidden]` each.
+        parts: what adds to the stream, by kind and layer.
+        added: what they add in the clean run, `[T, hidden]` each.
         clean_logits: of the next token, `[vocab]`.
     """
 
@@ -307,91 +307,99 @@ class _Runs:
         corrupted: Tensor,
     ) -> None:
         self.model, self.samples = model, len(corrupted)
-        self.parts = {kind: _PARTS[kind](model) for kind in kinds if kind in _PARTS}
-        with ExitStack() as stack:
-            outputs = stack.enter_context(recorded(model.layers))
-            self.added = {
-                kind: stack.enter_context(recorded(modules)) for kind, modules in self.parts.items()
-            }
-            self.clean = [capture(model, ids, 0, embeddings).states, *outputs]
+        self.parts = {kind: _modules(model, kind) for kind in kinds if kind != "hidden"}
+        parts = {module for found in self.parts.values() for layer in found for module in layer}
+        with recorded(model.layers) as outputs, recorded(parts) as added:
+            found = capture(model, ids, 0, embeddings)
+        self.clean = self._stream(found.states, outputs)
+        self.added = {module: output.reshape(ids.shape[1], -1) for module, output in added.items()}
         with recorded(model.layers) as outputs:
-            self.run = capture(model, ids, 0, corrupted)
-        self.corrupted = [self.run.states, *outputs]
-        self.clean_logits = model.head(model.norm(self.clean[-1][0, -1]))
+            self.run = capture(model, ids.expand(self.samples, -1), 0, corrupted)
+        self.corrupted = self._stream(self.run.states, outputs)
+        self.clean_logits = model.head(model.finish(self.clean[-1][..., -1:, :])[0, -1])
+
+    def _stream(self, first: Tensor, outputs: Mapping[nn.Module, Tensor]) -> list[Tensor]:
+        """Inputs of every layer and the output of the last; what does not run passes them on."""
+        found = [first]
+        for layer in self.model.layers:
+            found.append(outputs.get(layer, found[-1]))
+        return found
 
     def restored(self, places: Sequence[_Place], at: int, token: int, budget: int) -> Tensor:
         """Probabilities of `token`, `[places, samples]` on the CPU, with each of `places` restored
         at the token `at`.
         """
-        length = self.clean[0].shape[1]
+        length = self.clean[0].shape[-2]
         part = PartialModel.behind(self.run, at)
         result = torch.empty(len(places), self.samples)
         order = sorted(range(len(places)), key=lambda i: places[i].start)
         size = max(1, budget // (self.samples * (length - at)))
         for i in range(0, len(order), size):
             states = self._climb([places[j] for j in order[i : i + size]], at, part)
-            found = _probability(self.model, states.flatten(0, 1), token).cpu()
+            found = _probability(self.model, states, token).cpu()
             result[order[i : i + size]] = found.unflatten(0, (-1, self.samples))
         return result
 
     def _climb(self, places: Sequence[_Place], at: int, part: PartialModel) -> Tensor:
-        """Outputs of the last layer at the last token, `[places, samples, hidden]`; `places` in the
-        order they start.
+        """Outputs of the last layer at the last token, `[.., places * samples, hidden]`; `places`
+        in the order they start.
         """
-        states = self.corrupted[0].new_empty(0, *self.corrupted[0][:, at:].shape)
+        first = self.corrupted[0][..., at:, :]
+        states = first[..., :0, :, :]
         depth = len(self.model.layers)
         for layer in range(places[0].start, depth + 1):
             joining = [place for place in places if place.start == layer]
-            new = self.corrupted[layer][:, at:].repeat(len(joining), 1, 1, 1)
-            new[[place.kind == "hidden" for place in joining], :, 0] = self.clean[layer][0, at]
-            states = torch.cat([states.to(new.device), new])
+            new = torch.cat([self.corrupted[layer][..., at:, :]] * max(1, len(joining)), -3)
+            new = new.unflatten(-3, (-1, self.samples))[..., : len(joining), :, :, :].clone()
+            hidden = [place.kind == "hidden" for place in joining]
+            new[..., hidden, :, 0, :] = self.clean[layer][..., :1, None, at, :]
+            states = torch.cat([states.to(new.device), new.flatten(-4, -3)], -3)
             if layer < depth:
-                with self._restoring(layer, places[: len(states)], at):
-                    states = part.layer(layer, states.flatten(0, 1))
-                states = states.unflatten(0, (-1, self.samples))
-        return states[:, :, -1]
+                count = states.shape[-3] // self.samples
+                with self._restoring(layer, places[:count], at):
+                    states = part.layer(layer, states)
+        return states[..., -1, :]
 
     def _restoring(
         self, layer: int, places: Sequence[_Place], at: int
     ) -> AbstractContextManager[None]:
         hooks: dict[nn.Module, Hook] = {}
+        length = self.clean[0].shape[-2] - at
         for kind, modules in self.parts.items():
             rows = [
                 i for i, place in enumerate(places) if place.kind == kind and layer in place.window
             ]
-            if rows:
-                clean = self.added[kind][layer][0, at]
-                hooks[modules[layer]] = _overwrite(rows, self.samples, clean)
+            for module in modules[layer] if rows else ():
+                if module in self.added:
+                    clean = self.added[module][at]
+                    hooks[module] = _overwrite(rows, self.samples, length, clean)
         return hooked(hooks)
 
 
-def _overwrite(rows: list[int], samples: int, clean: Tensor) -> Hook:
-    """A hook that puts `clean` at the first token of those rows of a module's output."""
+def _overwrite(rows: list[int], samples: int, length: int, clean: Tensor) -> Hook:
+    """A hook that puts `clean` at the first of `length` tokens of those rows of a module's
+    output.
+    """
 
     def hook(_inputs: Any, output: Tensor) -> None:
-        output.unflatten(0, (-1, samples))[rows, :, 0] = clean
+        output.view(-1, samples, length, output.shape[-1])[rows, :, 0] = clean
 
     return hook
 
 
-def _mlps(model: EditableModel) -> list[nn.Module]:
-    return [mlp_of(model, layer) for layer in range(len(model.layers))]
-
-
-def _attentions(model: EditableModel) -> list[nn.Module]:
-    try:
-        return [attention_of(model, layer) for layer in range(len(model.layers))]
-    except ModelError as error:
-        raise ModelError(f"{error}; leave it out of kinds") from error
-
-
-_PARTS: dict[str, Callable[[EditableModel], list[nn.Module]]] = {
-    "mlp": _mlps,
-    "attention": _attentions,
-}
+def _modules(model: EditableModel, kind: str) -> list[tuple[nn.Module, ...]]:
+    """What adds to the stream in each layer: what mixes tokens ("attention"), or what does not
+    ("mlp"); a layer can have none.
+    """
+    paths = model.layout.mixers if kind == "attention" else model.layout.mlps
+    return [
+        tuple(model.hf.get_submodule(path) for path in paths.get(layer, ()))
+        for layer in range(len(model.layers))
+    ]
 
 
 def _probability(model: EditableModel, states: Tensor, token: int) -> Tensor:
-    """Of `token` after last-layer outputs `[n, hidden]`: `[n]` float32."""
-    logits = (model.head(model.norm(part)).float() for part in states.split(256))
+    """Of `token` after last-layer outputs `[.., n, hidden]`: `[n]` float32."""
+    parts = states.unsqueeze(-2).split(256, -3)
+    logits = (model.head(model.finish(part)[:, 0]).float() for part in parts)
     return torch.cat([(part[:, token] - part.logsumexp(-1)).exp() for part in logits])

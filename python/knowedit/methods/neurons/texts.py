@@ -21,7 +21,7 @@ def windows(
     model: EditableModel, corpus: CorpusLike, tokens: int, length: int = 256, seed: int = 0
 ) -> list[list[int]]:
     """About `tokens` tokens of the corpus in rows of at most `length`, each of which starts as the
-    tokenizer starts a text.
+    tokenizer starts a text; without documents that hold a token which the model does not embed.
 
     Raises:
         CorpusError: it cannot be read. EditError: it holds less than half of them.
@@ -31,6 +31,8 @@ def windows(
     start = start_tokens(model.tokenizer)
     for text in Corpus.parse(corpus).documents(samples=model.samples, seed=seed):
         ids = model.tokenizer(text)["input_ids"][:left]
+        if max(ids, default=0) >= model.vocabulary:
+            continue
         rows += cut(ids, length, start)
         left -= len(ids)
         if left <= 0:

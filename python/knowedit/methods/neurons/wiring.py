@@ -19,6 +19,9 @@ from knowedit.models.structure import is_transposed
 
 Activation = Callable[[Tensor], Tensor]
 
+#: Activations that a model's code may call without naming them anywhere, by transformers' names.
+UNNAMED = ("silu", "relu", "gelu", "gelu_new", "relu2", "sigmoid", "tanh")
+
 #: Relative difference between keys and what is made of the inputs, from which on they are not
 #: theirs: rounding of bfloat16 stays below it.
 TOLERANCE = 0.05
@@ -126,8 +129,8 @@ def _candidates(model: EditableModel, layer: int) -> Iterator[Wiring]:
 
 
 def _activations(model: EditableModel, layer: int) -> Iterator[Activation]:
-    """What may be an activation: whatever is called so in the layer, and what the configuration
-    names.
+    """What may be an activation: whatever is called so in the layer, what the configuration names,
+    and those that models call as functions.
     """
     from transformers.activations import ACT2FN
 
@@ -139,3 +142,4 @@ def _activations(model: EditableModel, layer: int) -> Iterator[Activation]:
     for name, value in model.hf.config.get_text_config().to_dict().items():
         if "act" in name and isinstance(value, str) and value in ACT2FN:
             yield ACT2FN[value]
+    yield from (ACT2FN[name] for name in UNNAMED)

@@ -76,6 +76,8 @@ class Reader:
         rank, ranks: which windows to make.
         samples: `EditableModel.samples`, for "self".
         cache: a folder of windows that were tokenised before, or None.
+        vocabulary: how many tokens the model embeds. A document with another one (added to the
+            tokenizer, and not to the model) is left out.
     """
 
     corpus: Corpus
@@ -87,6 +89,7 @@ class Reader:
     ranks: int = 1
     samples: Any = None
     cache: Path | None = None
+    vocabulary: int = 1 << 60
 
     def windows(self, start: int = 0, taken: Sequence[int] = ()) -> Iterator[Window]:
         """This rank's windows from number `start` on, without end: behind the corpus' end they are
@@ -135,8 +138,15 @@ class Reader:
     def _pieces(self, encoded: Sequence[Sequence[int]]) -> list[Piece]:
         start = self.start
         skip = max(len(start), 1) if self.skip_first else 0
+        if self.exceeds:
+            encoded = [ids for ids in encoded if max(ids, default=0) < self.vocabulary]
         pieces = (piece for ids in encoded for piece in cut(ids, self.max_length, start))
         return [Piece(ids, skip) for ids in pieces if len(ids) > 1]
+
+    @cached_property
+    def exceeds(self) -> bool:
+        """Whether the tokenizer has tokens that the model does not embed."""
+        return len(self.tokenizer) > self.vocabulary
 
     @cached_property
     def start(self) -> list[int]:
@@ -194,6 +204,7 @@ def token_cache(model: EditableModel, reader: Reader) -> Path:
             model.tokenizer.backend_tokenizer.to_str().encode(), digest_size=8
         ).hexdigest(),
         **({"start": reader.start} if reader.start else {}),
+        **({"vocabulary": reader.vocabulary} if reader.exceeds else {}),
     }
     folder = cache_dir(
         "tokens",
