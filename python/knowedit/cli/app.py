@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +59,7 @@ def main() -> None:
     command line that cannot be read.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(prog_name="knowedit", standalone_mode=False)
     except KnowEditError as error:
@@ -75,6 +77,11 @@ def main() -> None:
     except (Interrupted, KeyboardInterrupt) as stop:
         _end(f"interrupted: {str(stop) or f'nothing was written; {AGAIN}'}", 130)
     raise SystemExit(code or 0)
+
+
+def _terminated(*_: object) -> NoReturn:
+    """What schedulers send ends a command as Ctrl-C does: with everything put in order."""
+    raise KeyboardInterrupt
 
 
 def _end(text: str, code: int) -> NoReturn:

@@ -8,11 +8,13 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from knowedit.io.files import cache_dir, leftovers, size_of
 from knowedit.io.versions import software_versions
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
@@ -35,6 +37,8 @@ def diagnose(model: str | None = None) -> dict[str, dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report = {"machine": _machine(), "versions": {**software_versions(VERSIONS)}}
     report["kernels"] = {**_kernels(device)}
+    if left := _leftovers(model):
+        report["left by killed runs"] = {**left}
     if model is not None:
         loaded = load_model(model, say=lambda _: None)
         report["model"] = _model(loaded)
@@ -48,6 +52,22 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none seen by torch",
+    }
+
+
+def _leftovers(model: str | None) -> dict[str, str]:
+    """Temporary files and folders that nobody writes any more: in the cache, here, beside the model
+    and in its folder.
+    """
+    cache = cache_dir()
+    places = {Path.cwd(), *(Path(where) for where, _, _ in os.walk(cache))}
+    if model is not None and Path(model).is_dir():
+        places |= {Path(model), Path(model).absolute().parent}
+    found = {path.absolute() for place in places for path in leftovers(place)}
+    return {
+        str(path): f"{size_of(path) / 2**20:,.1f} MiB, may be deleted; the next run that writes it "
+        "does so"
+        for path in sorted(found)
     }
 
 

@@ -22,7 +22,7 @@ from knowedit.cli.options import (
     one,
 )
 from knowedit.errors import KnowEditError
-from knowedit.io.files import check_free
+from knowedit.io.files import check_free, locked
 from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
@@ -89,26 +89,28 @@ def edit(
     editable = run.load(model)
     if again is not None:
         again.check(editable)
-    with kept_on_interrupt(lambda: f"no edit was written; {STATISTICS}; {GO_ON}"):
-        keys = statistics_for(
-            [chosen], editable, one(run.corpus), run.tokens, run.statistics, run.seed or 0
-        )
-        asked = Interview(editable, wanted)
-        if history:
-            earlier = History.load(history) if history.exists() else History(editable.fingerprint)
-            session = Session(chosen, editable, keys, earlier, limits=limits)
-            made = session.write(wanted, force=force)
-            said = asked.hear()
-        else:
-            made = chosen.compute(editable, wanted, keys)
-            if not force:
-                limits.check(made.report)
-            with made.applied_to(editable):
+    with locked(history):  # or another run's edits would be lost
+        with kept_on_interrupt(lambda: f"no edit was written; {STATISTICS}; {GO_ON}"):
+            keys = statistics_for(
+                [chosen], editable, one(run.corpus), run.tokens, run.statistics, run.seed or 0
+            )
+            asked = Interview(editable, wanted)
+            if history:
+                known = history.exists()
+                earlier = History.load(history) if known else History(editable.fingerprint)
+                session = Session(chosen, editable, keys, earlier, limits=limits)
+                made = session.write(wanted, force=force)
                 said = asked.hear()
-    made.report.details["run"] = _recorded(model, run)
-    made.save(output)
-    if history:
-        earlier.save(history)
+            else:
+                made = chosen.compute(editable, wanted, keys)
+                if not force:
+                    limits.check(made.report)
+                with made.applied_to(editable):
+                    said = asked.hear()
+        made.report.details["run"] = _recorded(model, run)
+        made.save(output)
+        if history:
+            earlier.save(history)
     to_apply = command_line("apply", model, history or output, *run.words(), "-o", "FOLDER")
     run.show(
         {**_record(made, output), "said": [one.to_dict() for one in said]},
@@ -207,7 +209,8 @@ def undo(
     """
     from knowedit.edits.export.folder import RECORD, restore
 
-    found = restore(folder, edit or ())
+    with locked(folder):
+        found = restore(folder, edit or ())
     whole = not (folder / RECORD).exists()
     done = "every weight is back" if whole else f"without {', '.join(edit or ())}"
     output.show(

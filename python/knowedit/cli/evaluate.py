@@ -19,6 +19,7 @@ from knowedit.cli.options import (
     say,
 )
 from knowedit.errors import KnowEditError
+from knowedit.io.files import locked
 from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def evaluate(
     from knowedit.evaluation.protocols import measure
 
     found: list[dict[str, Any]] = []
-    with kept_on_interrupt(lambda: kept_so_far(output, len(found), "method")):
+    kept = kept_on_interrupt(lambda: kept_so_far(output, len(found), "method"))
+    with locked(output), kept:
         for result in measure(
             model,
             dataset,
@@ -116,7 +118,8 @@ def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
     if _given(ctx, "corpus"):
         given["corpus"] = one(ctx.params["corpus"])
     sweep = read_sweep(ctx.meta[SWEEP]).with_settings(given)
-    with kept_on_interrupt(lambda: kept_so_far(output, rows_kept(output), "row")):
+    kept = kept_on_interrupt(lambda: kept_so_far(output, rows_kept(output), "row"))
+    with locked(output), kept:
         record = run_sweep(sweep, output, say=say)
     run.show(record, lambda: table(record))
 

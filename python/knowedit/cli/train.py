@@ -15,6 +15,7 @@ from knowedit.cli.commands import App, method_settings
 from knowedit.cli.generated import SETTINGS, changed, command
 from knowedit.cli.options import GO_ON, Layers, Model, Run, parse_layers
 from knowedit.io.config import Config as ConfigValue
+from knowedit.io.files import locked
 from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Training(Run):
         chosen = facts_to_train_on(self.dataset, self.without, self.limit, seed)
         editable = self.load(model)
         path = self.output or default_file(kind, editable)
-        with kept_on_interrupt(lambda: f"a checkpoint is beside {path}; {GO_ON}"):
+        kept = kept_on_interrupt(lambda: f"a checkpoint is beside {path}; {GO_ON}")
+        with locked(path), kept:
             report = train(editable, chosen, made, path).report
         self.show({"file": str(path), **report}, lambda: _text(report, path))
 

@@ -1,13 +1,27 @@
-"""Writing files so that a crash, a `kill -9` or a full disk never leaves half of one behind."""
+"""Writing files so that a crash, a `kill -9` or a full disk never leaves half of one behind under
+its name, and that two processes do not undo each other's work.
+
+What is being written has a temporary name, `.NAME.MACHINE-PROCESS.RANDOM.part`, beside its own.
+After a kill it stays; who writes NAME next removes it.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from knowedit.errors import KnowEditError
+
+PART = re.compile(r"\..+?\.(?:(?P<machine>[0-9a-zA-Z_-]*)-(?P<process>\d+)\.)?[0-9a-z_]+\.part")
+ABANDONED = 86400.0  # seconds without a write, for what another machine or an earlier version wrote
+PATIENCE = 2.0  # seconds that `locked` waits
 
 
 def cache_dir(*parts: str) -> Path:
@@ -57,10 +71,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(fd)
+    _remove_leftovers(path)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=".part")
     temporary = Path(name)
     try:
+        os.close(fd)
         yield temporary
         fsync_path(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
@@ -87,7 +102,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    _remove_leftovers(path)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path), suffix=".part"))
     try:
         yield temporary
         for file in temporary.rglob("*"):
@@ -101,6 +117,108 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def leftovers(folder: Path, name: str = "") -> list[Path]:
+    """What runs that were killed have left in `folder`: temporary files and folders that nobody
+    writes any more.
+
+    Args:
+        name: of what was being written; empty: anything.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:  # no such folder, or one that may not be read
+        return []
+    like = f".{name}." if name else "."
+    found = (Path(entry.path) for entry in entries if entry.name.startswith(like))
+    return sorted(path for path in found if _is_abandoned(path))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; what cannot be read counts nothing."""
+    total = 0
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+@contextmanager
+def locked(path: str | Path | None) -> Iterator[None]:
+    """Within the block no other process is in such a block for `path`, a file or folder that it
+    changes; None: there is none.
+
+    Raises:
+        KnowEditError: another one is, and does not leave it within a moment.
+    """
+    from filelock import FileLock, Timeout  # most of what imports this module locks nothing
+
+    if path is None:
+        yield
+        return
+    place = Path(path).with_name(f".{Path(path).name}.lock")
+    lock = FileLock(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=PATIENCE)
+    except Timeout as error:
+        raise KnowEditError(
+            f"another run is writing to {path}; wait until it ends, or name another place"
+        ) from error
+    except OSError:  # no lock can be made there: nobody has one
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.{_machine()}-{os.getpid()}."
+
+
+def _machine() -> str:
+    return re.sub(r"[^0-9a-zA-Z_-]", "", socket.gethostname())[:24]
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed runs have left of `path`."""
+    _remove(leftovers(path.parent, path.name))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # another process removes it too
+                path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a temporary name's process is gone; where that cannot be known, whether nothing was
+    written for a day.
+    """
+    made = PART.fullmatch(path.name)
+    if made is None:
+        return False
+    if made["machine"] is not None and made["machine"] == _machine():
+        return not _is_running(int(made["process"]))
+    try:
+        return time.time() - path.stat().st_mtime > ABANDONED
+    except OSError:
+        return False
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def _umask() -> int:

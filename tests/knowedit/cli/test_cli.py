@@ -15,6 +15,7 @@ from knowedit.cli.options import parse_layers
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
+from knowedit.io.files import _machine, locked
 from tests.knowedit.cli.examples import FACTS
 
 
@@ -115,6 +116,9 @@ def test_edits_in_sequence_share_a_history(place, knowedit):
         assert (
             "knowedit apply model seen.safetensors" in said
         )  # a later edit alone would lack the earlier ones
+    again = ("edit", "model", "1.jsonl", "-o", "x", "--history", "seen.safetensors", *CORPUS)
+    with locked("seen.safetensors"):
+        assert "another run is writing to seen.safetensors" in knowedit(*again, code=1)
     assert "repeats history, edit 1" in knowedit(
         "edit", "model", "1.jsonl", "-o", "x", "--history", "seen.safetensors", *CORPUS, code=1
     )
@@ -207,7 +211,10 @@ def test_stats_eval_doctor(place, knowedit):
         "eval", "model", *common, "--batch", "1", "--every", "1", "--text", "corpus.txt", *CORPUS
     )
     assert "AlphaEdit, sequential of 2 facts" in course and "perplexity" in course
+    left = place / f".a.safetensors.{_machine()}-4194305.abcdefgh.part"  # no such process
+    left.write_bytes(bytes(1 << 20))
     report = json.loads(knowedit("doctor", "model", "--json"))
+    assert report["left by killed runs"][str(left)].startswith("1.0 MiB, may be deleted")
     ran = {
         name.rsplit(" ", 1)[0]
         for name, said in report["kernels"].items()

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from knowedit.io.files import atomic_file, atomic_folder, cache_dir, trim
+from knowedit.errors import KnowEditError
+from knowedit.io import files
+from knowedit.io.files import (
+    atomic_file,
+    atomic_folder,
+    cache_dir,
+    leftovers,
+    locked,
+    size_of,
+    trim,
+)
 
 
 def test_a_file_appears_when_its_block_ends_well(tmp_path):
@@ -67,3 +81,75 @@ def test_the_least_recently_used_folders_go_first(tmp_path):
     assert trim(tmp_path, 300) == 0
     assert trim(tmp_path, 200, keep=tmp_path / "a") == 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
+
+
+# -- what killed runs leave, and two runs at once -------------------------------------------------
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from knowedit.io.files import atomic_file, atomic_folder, locked
+with locked("out"), atomic_folder("out") as folder, atomic_file("a.json") as file:
+    (folder / "model").write_text("half of a model")
+    file.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writing(tmp_path, monkeypatch):
+    """A process that is writing a folder and a file, and has locked the folder."""
+    monkeypatch.chdir(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", WRITES], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_the_next_run_removes_what_a_killed_one_left(writing, tmp_path):
+    assert leftovers(tmp_path) == []  # it is still being written
+    with atomic_file("a.json") as file:
+        file.write_text("mine")
+    assert len(list(tmp_path.glob(".*.part"))) == 2
+    with pytest.raises(KnowEditError, match="another run is writing to out; wait"), locked("out"):
+        raise AssertionError("the block must not run")
+    writing.send_signal(signal.SIGKILL)
+    writing.wait()
+    left = leftovers(tmp_path)
+    assert [path.name.split(".")[1] for path in left] == ["a", "out"]
+    assert sum(map(size_of, left)) == len("half of a model") + len("half")
+    with locked("out"), atomic_folder("out"):
+        pass
+    assert [path.name.split(".")[1] for path in leftovers(tmp_path)] == ["a"]
+    with atomic_file("a.json"):
+        pass
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_what_another_machine_writes_is_left_for_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_machine", lambda: "there")
+    with atomic_file(tmp_path / "a") as there:
+        old = tmp_path / ".a.abcdef12.part"  # as earlier versions called it
+        for path in (there, old):
+            path.write_text("x")
+        monkeypatch.setattr(files, "_machine", lambda: "here")
+        assert leftovers(tmp_path) == []
+        for path in (there, old):
+            os.utime(path, (time.time() - 90_000,) * 2)
+        assert leftovers(tmp_path, "a") == sorted([there, old]) == leftovers(tmp_path)
+        assert leftovers(tmp_path, "b") == leftovers(tmp_path / "absent") == []
+
+
+def test_a_lock_is_for_one_and_lasts_a_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.01)
+    with locked(tmp_path / "new" / "h"):
+        refused = pytest.raises(KnowEditError, match="another run is writing to")
+        with refused, locked(tmp_path / "new" / "h"):
+            raise AssertionError("the block must not run")
+        with locked(tmp_path / "new" / "other"), locked(None):
+            pass
+    with locked(tmp_path / "new" / "h"):
+        pass

@@ -113,6 +113,21 @@ def test_checkpoints_that_cannot_be_gone_on_from_are_kept_aside(tiny_llama, tmp_
     assert not list(tmp_path.glob("checkpoint*"))
 
 
+def test_a_run_that_ends_leaves_the_checkpoints_of_other_recipes(tiny_llama, tmp_path):
+    """A short run into the folder of a long one that was interrupted."""
+
+    def saved(layers, tokens):
+        recipe = store.CollectionRecipe(tiny_llama.fingerprint, {"name": "c"}, tokens, 64, True, 0)
+        kept = checkpoints.Checkpoints(tmp_path, layers, recipe, Ranks())
+        sums_of = {(0, layer): SecondMoment(8) for layer in layers}
+        kept.save(checkpoints.CollectionState(3, [5], [9, 9]), sums.KeyTally.empty(layers), sums_of)
+        return kept
+
+    long, short, wider = saved([1], 40_000), saved([1], 3_000), saved([1, 2], 3_000)
+    short.drop()
+    assert long.load() is not None and short.load() is None and wider.load() is None
+
+
 def test_a_checkpoint_is_written_once_and_outlives_a_full_disk(
     tiny_llama, corpus, tmp_path, monkeypatch
 ):

@@ -384,7 +384,7 @@ def _describe(folder: Path, header: Mapping[str, Any]) -> None:
 def _forget(folder: Path, header: Mapping[str, Any]) -> None:
     """Remove what `_describe` wrote; a card that someone else has changed is left."""
     if _text(folder / CARD) == _card(header):
-        (folder / CARD).unlink()
+        (folder / CARD).unlink(missing_ok=True)
     _set_entry(folder, header[CONFIG])
 
 

@@ -80,7 +80,7 @@ class Checkpoints:
         self, where: Path, layers: Sequence[int], recipe: CollectionRecipe, ranks: Ranks
     ) -> None:
         self.where, self.ranks, self.layers = where, ranks, set(layers)
-        self._tag, self._setup = _tag(layers, recipe), recipe.setup
+        self._tag, self._recipe, self._setup = _tag(layers, recipe), recipe, recipe.setup
 
     def save(
         self,
@@ -155,8 +155,8 @@ class Checkpoints:
                 self._file(*file).unlink(missing_ok=True)
 
     def drop(self) -> None:
-        """When the result is written: delete all files, and those of other sets of layers with one
-        of these in it.
+        """When the result is written: delete all files, and those of the same recipe for other sets
+        of layers with one of these in it; another recipe's are another run's.
         """
         self.ranks.gather(None)
         for windows, rank, size in self._visible():
@@ -164,7 +164,8 @@ class Checkpoints:
         for path in self.where.glob(f"checkpoint-{self._tag}.*{INCOMPLETE}"):
             path.unlink(missing_ok=True)
         for path in self.where.glob("checkpoint-*.safetensors") if self.ranks.rank == 0 else ():
-            if _layers_in(path) & self.layers:
+            inside = _layers_in(path)
+            if inside & self.layers and _is_of(path, inside, self._recipe):
                 path.unlink(missing_ok=True)
 
     def _read(
@@ -209,10 +210,14 @@ def resumable_layers(
     collected together with them, if it ended while it wrote its results and left its checkpoint."""
     for path in sorted(where.glob("checkpoint-*.safetensors")):
         inside = _layers_in(path)
-        mine = path.name.startswith(f"checkpoint-{_tag(sorted(inside), recipe)}.")
-        if mine and set(missing) <= inside <= set(layers):
+        if _is_of(path, inside, recipe) and set(missing) <= inside <= set(layers):
             return sorted(inside)
     return list(missing)
+
+
+def _is_of(path: Path, layers: set[int], recipe: CollectionRecipe) -> bool:
+    """Whether a checkpoint with these layers is of this recipe."""
+    return path.name.startswith(f"checkpoint-{_tag(sorted(layers), recipe)}.")
 
 
 def _tag(layers: Sequence[int], recipe: CollectionRecipe) -> str:
