@@ -26,6 +26,7 @@ from knowedit.facts.fact import Fact
 from knowedit.methods import MEMIT, MetaKE, Method, NeuronPatch, RoSE
 from knowedit.methods.locate.metrics import Covariance
 from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.training import TrainingSettings
 from knowedit.methods.locate.trainings import ThroughForms, ThroughSolver
 from knowedit.methods.locate.values import ValueSettings, optimise_values
@@ -484,7 +485,11 @@ def neurons(bench: Bench) -> float:
     """NeuronPatch: what the rewritten neurons write at the facts, against the gain that it says."""
     values = ValueSettings(**QUICK)
     method = NeuronPatch(
-        layers=(bench.layer,), values=values, corpus=str(bench.corpus), tokens=1500
+        layers=(bench.layer,),
+        target=HiddenState.of(values),
+        runtime=Runtime(),
+        corpus=str(bench.corpus),
+        tokens=1500,
     )
     edit = bench.computed(method)
     planned = optimise_values(bench.model, [[fact] for fact in FACTS], bench.layer, values).delta

@@ -50,6 +50,4 @@ def pair(model, edit, layer):
 
 def target_of(values, kind=HiddenState):
     """The target that optimises with these numbers on every model."""
-    names = ("steps", "clamp", "weight_decay", "kl", "stop", "contexts")
-    numbers = {name: getattr(values, name) for name in names}
-    return kind(lr="calibrated" if values.lr is None else values.lr, **numbers)
+    return kind.of(values)

@@ -15,6 +15,8 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods import NeuronPatch
 from knowedit.methods.locate.keys import group_by_wording
+from knowedit.methods.locate.targets import AttentionAndMLP, HiddenState
+from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.methods.neurons.parts import (
     Switch,
@@ -25,6 +27,7 @@ from knowedit.methods.neurons.parts import (
 )
 from knowedit.methods.neurons.texts import at_lookup, everywhere
 from knowedit.methods.neurons.wiring import Wiring
+from knowedit.methods.registry import make_method
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
@@ -63,12 +66,27 @@ def corpus(tmp_path):
 def patch(corpus, **others):
     given = {
         "layers": (1,),
-        "values": ValueSettings(steps=12, clamp=4.0),
+        "target": HiddenState.of(ValueSettings(steps=12, clamp=4.0)),
+        "runtime": Runtime(),
         "contrast": OTHERS,
         "corpus": corpus,
         "tokens": 2000,
     }
     return NeuronPatch(**(given | others))
+
+
+def test_a_record_of_the_first_version_optimises_as_it_did(tiny):
+    """There the target and the runtime were one field, `values`."""
+    numbers = ValueSettings(steps=12, lr=None, clamp=1.5, budget=99, draft=True)
+    record = {"kind": "neuron-patch", "version": 1, "layers": [1], "values": numbers.to_dict()}
+    read = make_method(record)
+    assert read._values(tiny, 1) == numbers and make_method(read.to_dict()) == read
+    default = make_method({**record, "values": None})
+    assert default == NeuronPatch(layers=(1,)) and default._values(tiny, 1).draft
+    assert (default._values(tiny, 1).clamp, default._values(tiny, 1).steps) == (2.0, 30)
+    assert NeuronPatch(target=HiddenState(steps=5))._values(tiny, 1).steps == 5
+    with pytest.raises(EditError, match="target must be hidden-state, not attention-and-mlp"):
+        NeuronPatch(target=AttentionAndMLP())
 
 
 def wiring_of(model, layer=1):

@@ -209,7 +209,7 @@ def test_every_method_says_what_it_does(gemma, editor):
 
 def test_a_neuron_patch_writes_through_the_norm(gemma, tmp_path):
     (tmp_path / "c.txt").write_text("Some text about nothing. " * 40)
-    editor = NeuronPatch(layers=(1,), values=VALUES, corpus=str(tmp_path / "c.txt"), tokens=500)
+    editor = NeuronPatch(layers=(1,), target=TARGET, corpus=str(tmp_path / "c.txt"), tokens=500)
     made = editor.compute(gemma, FACTS[:1], progress=False)
     (share,) = realised(gemma, made, FACTS[:1], made.plan)
     assert made.report.gain == pytest.approx(share, abs=2e-3) and share > 0.9
@@ -218,7 +218,7 @@ def test_a_neuron_patch_writes_through_the_norm(gemma, tmp_path):
 def test_neurons_behind_a_norm_are_not_patched(byte_tokenizer, tmp_path):
     """BitNet has a norm between the neurons and the output projection."""
     (tmp_path / "c.txt").write_text("Some text about nothing. " * 40)
-    editor = NeuronPatch(layers=(1,), values=VALUES, corpus=str(tmp_path / "c.txt"), tokens=500)
+    editor = NeuronPatch(layers=(1,), target=TARGET, corpus=str(tmp_path / "c.txt"), tokens=500)
     with pytest.raises(EditError, match="keys of layer 1 are neither"):
         editor.compute(built("BitNet", byte_tokenizer), FACTS[:1], progress=False)
 

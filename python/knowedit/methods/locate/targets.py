@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from knowedit.methods.locate.values import (
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
 from knowedit.models.structure import attention_of
+
+H = TypeVar("H", bound="HiddenState")
 
 
 class Target(Config):
@@ -87,6 +89,13 @@ class HiddenState(Target):
     def __post_init__(self) -> None:
         super().__post_init__()
         ValueSettings(**self._given())  # its checks
+
+    @classmethod
+    def of(cls: type[H], values: ValueSettings) -> H:
+        """The target that optimises with these numbers on every model."""
+        names = ("steps", "clamp", "weight_decay", "kl", "stop", "contexts")
+        numbers = {name: getattr(values, name) for name in names}
+        return cls(lr="calibrated" if values.lr is None else values.lr, **numbers)
 
     def _given(self) -> dict[str, Any]:
         """The numbers that are not the preset's."""

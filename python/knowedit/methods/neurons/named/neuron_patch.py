@@ -10,8 +10,8 @@ for how well the others can do their work, as in pruning.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,9 @@ from knowedit.io.progress import bar
 from knowedit.methods.base import Method
 from knowedit.methods.locate.checks import first_token_warnings, outcome_warnings
 from knowedit.methods.locate.keys import group_by_wording
+from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import (
-    AT_PROJECTION,
     AtProjections,
     Targets,
     ValueSettings,
@@ -59,8 +60,9 @@ class NeuronPatch(Method):
     Attributes:
         layers: one layer; None: about a quarter up (8 of 30), where wordings of one thing were best
             told apart from other texts.
-        values: of the value optimisation; None: the preset's with a clamp of at least 2 and 30
-            steps (nothing else feels the value), on a bfloat16 draft.
+        target: how the values are found. A clamp and steps of None are the preset's, but at least
+            2 and 30 (nothing else feels the value).
+        runtime: of the value optimisation.
         contrast: texts at whose tokens the switches must stay open, besides shipped ones and the
             corpus.
         corpus, tokens: what else must keep them open, and what the rewritten neurons' old work is
@@ -70,7 +72,8 @@ class NeuronPatch(Method):
     """
 
     layers: tuple[int, ...] | None = None
-    values: ValueSettings | None = None
+    target: HiddenState = field(default_factory=HiddenState)
+    runtime: Runtime = field(default_factory=lambda: Runtime(draft=True))
     contrast: tuple[str, ...] = ()
     corpus: CorpusLike = "self"
     tokens: int = 30_000
@@ -80,6 +83,24 @@ class NeuronPatch(Method):
     seed: int = 0
 
     name: ClassVar[str] = "Neuron-Patch"
+    version: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.target) is not HiddenState:
+            raise EditError(
+                f"{self.name} writes one value into one layer: target must be hidden-state, not "
+                f"{self.target.kind}"
+            )
+
+    @classmethod
+    def migrate(cls, record: dict[str, Any], version: int) -> dict[str, Any]:
+        """Version 1 had the target and the runtime as one field, `values`."""
+        if (values := record.pop("values", None)) is not None:
+            numbers = ValueSettings.from_dict(values)
+            record["target"] = HiddenState.of(numbers)
+            record["runtime"] = Runtime(numbers.budget, numbers.draft)
+        return record
 
     def _compute(
         self,
@@ -110,14 +131,7 @@ class NeuronPatch(Method):
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
     ) -> Iterator[Edit]:
         """One edit for each of the tasks, a task being groups of facts."""
-        numbers = preset_for(model).values
-        if problem_of(model, [layer]) is AtProjections:
-            numbers = {**numbers, **AT_PROJECTION}
-        preset = ValueSettings(**numbers)
-        groups = [group for task in tasks for group in task]
-        values = self.values or replace(
-            preset, clamp=max(2.0, preset.clamp), steps=max(30, preset.steps), draft=True
-        )
+        groups, values = [group for task in tasks for group in task], self._values(model, layer)
         with bar(
             f"{self.name}: optimising values", len(groups), "values", show=progress
         ) as advance:
@@ -186,6 +200,16 @@ class NeuronPatch(Method):
             {layer: keys},
             frozenset(f"layer {layer} neuron {neuron}" for neuron in freed.neurons),
             plan={layer: targets.delta[[i for i, group in enumerate(groups) for _ in group]]},
+        )
+
+    def _values(self, model: EditableModel, layer: int) -> ValueSettings:
+        """The numbers to optimise with."""
+        at_projection = problem_of(model, [layer]) is AtProjections
+        found = self.target.resolved(preset_for(model), self.runtime, at_projection)
+        return replace(
+            found,
+            clamp=max(2.0, found.clamp) if self.target.clamp is None else found.clamp,
+            steps=max(30, found.steps) if self.target.steps is None else found.steps,
         )
 
     def _layer(self, model: EditableModel) -> int:
