@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +149,20 @@ def _statistics(path: Path) -> str:
             f"  model fingerprint  {recipe.fingerprint}",
             f"  tokens             {found.count:,} from {corpus}, pieces of at most "
             f"{recipe.max_length}",
-            f"  trace of C         {float(found.total.trace()) / found.count:.6g}",
+            f"  trace of C         {found.energy:.6g}",
+            *_experts(found.counts),
             f"  first/other norm   {ratio:.2f}{counted}",
             *(f"  {name:18} {v}" for name, v in found.extra.items() if name != "convergence"),
             *_errors(found.extra.get("convergence", [])),
         ]
     )
+
+
+def _experts(counts: Sequence[int]) -> list[str]:
+    """How unevenly a router used its experts."""
+    if not counts:
+        return []
+    return [f"  {len(counts)} experts         {min(counts):,} to {max(counts):,} tokens each"]
 
 
 def _errors(checks: list[dict[str, Any]]) -> list[str]:
@@ -177,5 +185,5 @@ SHOWN_AS: dict[tuple[str, ...], Callable[[Path], str]] = {
         map(_edit, history.History.load(path).edits)
     ),
     (mend_network.FORMAT, serac_network.FORMAT): _network,
-    (store.FORMAT,): _statistics,
+    (store.FORMAT, store.FORMAT_EXPERTS): _statistics,
 }

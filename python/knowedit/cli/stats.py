@@ -116,7 +116,7 @@ def collect(
             "layer": layer,
             "module": found[layer].module,
             "tokens": found[layer].count,
-            "trace": float(found.moment(layer).trace()),
+            "trace": found[layer].energy,
             "first_token_ratio": found.sink_ratio(layer),
             "sink": found.is_sink(layer),
             **found[layer].extra,

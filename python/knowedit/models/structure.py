@@ -10,6 +10,7 @@ has routed experts, their output matrices together are that projection (`models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -173,6 +174,20 @@ class Layout:
     def mlp(self, layer: int) -> str:
         """Path of what holds a layer's MLP: of the layer itself where its matrices stand there."""
         return self.projection(layer).rpartition(".")[0]
+
+    def tokens_a_rank(self, layer: int) -> int:
+        """Tokens that show as many keys as one of them has dimensions: an expert of a routed layer
+        sees its share of them only.
+        """
+        experts = self.experts(layer)
+        if experts is None:
+            return self.width(layer)
+        return math.ceil(experts.width * experts.count / experts.top_k)
+
+    def moment_size(self, layer: int) -> int:
+        """Numbers in the second moment of a layer's keys: of each expert's where it has some."""
+        experts = self.experts(layer)
+        return self.width(layer) * (self.width(layer) if experts is None else experts.width)
 
     @property
     def pattern(self) -> str:

@@ -34,9 +34,10 @@ from knowedit.statistics.corpus.windows import WORTH_A_WORKER, Reader, prefetch,
 from knowedit.statistics.distributed.checkpoints import Checkpoints, CollectionState
 from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.distributed.rounds import Rounds
+from knowedit.statistics.experts import ExpertMoment
 from knowedit.statistics.files import store
 from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
-from knowedit.statistics.sums import KeyTally, Sums
+from knowedit.statistics.sums import KeyTally, Moment, Sums
 from knowedit.statistics.throughput import Meter, metered
 
 logger = logging.getLogger(__name__)
@@ -315,7 +316,7 @@ class Collection:
         for layer in self.layers:
             moment = self.sums.moment(0, layer)
             if (1, layer) in self.sums.moments:
-                moment.merge(self.sums.moments.pop((1, layer)))
+                moment.merge(self.sums.moments.pop((1, layer)))  # type: ignore[arg-type]
             if self.ranks.total(moment).count != self.state.count:
                 raise StatisticsError(
                     f"layer {layer}: {moment.count} keys were summed where {self.state.count} "
@@ -330,6 +331,7 @@ class Collection:
                 recipe=recipe,
                 count=moment.count,
                 total=moment.sum().cpu(),
+                counts=_experts_tokens(moment),
                 first_norm=first / max(firsts, 1),
                 other_norm=other / max(others, 1),
                 extra={
@@ -346,3 +348,8 @@ class Collection:
             del self.sums.moments[0, layer]
         self.checkpoints.drop()
         return result
+
+
+def _experts_tokens(moment: Moment) -> tuple[int, ...]:
+    """Tokens that each expert was given; none where the MLP is dense."""
+    return tuple(moment.counts.tolist()) if isinstance(moment, ExpertMoment) else ()

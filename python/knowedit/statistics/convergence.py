@@ -29,6 +29,7 @@ from torch import Tensor
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import Experts
 from knowedit.statistics.distributed.checkpoints import CollectionState
 from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files.store import CollectionRecipe
@@ -116,6 +117,30 @@ def compare_halves(
     return found
 
 
+def _compare(
+    experts: Experts | None,
+    sums: Sequence[Tensor],
+    counts: Sequence[int],
+    keys: Tensor,
+    null_space: bool,
+) -> dict[str, ErrorEstimate]:
+    """`compare_halves`; where a layer has routed experts, the worst of those that some key is
+    given to.
+
+    Raises:
+        StatisticsError: C is singular, for one expert that was given too few tokens it may be.
+    """
+    if experts is None:
+        return compare_halves(sums, counts, keys, null_space=null_space)
+    found: list[dict[str, ErrorEstimate]] = []
+    for expert, own in enumerate(experts.by_expert(keys).unbind(1)):
+        reached = own[own.any(1)]
+        if len(reached):
+            halves = [total[expert] for total in sums]
+            found.append(compare_halves(halves, counts, reached, null_space=null_space))
+    return {name: max((e[name] for e in found), key=lambda e: e.median) for name in found[0]}
+
+
 def worst(found: dict[int, dict[str, ErrorEstimate]], measure: str) -> float:
     """The largest median over layers; infinite when nothing was measured."""
     return max(
@@ -185,7 +210,7 @@ class ConvergenceChecks:
         in `state`, which may be converged then.
         """
         model, layers, recipe = self.sums.model, self.sums.layers, self.recipe
-        if not enough_tokens(state.counts, model.d_ff):
+        if not enough_tokens(state.counts, max(map(model.layout.tokens_a_rank, layers))):
             return
         if not all(self.ranks.gather(self._has_room())):
             logger.warning(
@@ -200,8 +225,12 @@ class ConvergenceChecks:
             for layer, sums in added.items():
                 null_space = recipe.until == "converged"
                 try:
-                    own[layer] = compare_halves(
-                        sums, state.counts, self._probes[layer], null_space=null_space
+                    own[layer] = _compare(
+                        model.layout.experts(layer),
+                        sums,
+                        state.counts,
+                        self._probes[layer],
+                        null_space,
                     )
                 except StatisticsError as error:
                     logger.info("layer %d: no estimate yet: %s", layer, error)
@@ -233,4 +262,4 @@ class ConvergenceChecks:
         """
         model = self.sums.model
         free = min(spare(model.weight(layer).device) for layer in self.sums.layers)
-        return free > 6 * 8 * model.d_ff**2
+        return free > 6 * 8 * max(map(model.layout.moment_size, self.sums.layers))

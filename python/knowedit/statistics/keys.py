@@ -22,6 +22,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -35,9 +36,11 @@ from knowedit.statistics.collect import Collection, CollectSettings
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit.statistics.distributed.checkpoints import resumable_layers
 from knowedit.statistics.distributed.ranks import Ranks
+from knowedit.statistics.experts import filled, rare
 from knowedit.statistics.files import store
 from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from knowedit_kernels import Covariance, NullSpace
+from knowedit_kernels.solver import BlockMetric
 
 UNTIL = ("tokens", "solve", "converged")
 #: A first-token key this many times longer than the others marks an attention-sink layer.
@@ -57,8 +60,8 @@ class KeyStatistics:
 
     def __init__(self, layers: dict[int, LayerStatistics]) -> None:
         self._layers = layers
-        self._metrics: dict[int, Covariance] = {}
-        self._null_spaces: dict[tuple[int, float], NullSpace] = {}
+        self._metrics: dict[int, Covariance | BlockMetric] = {}
+        self._null_spaces: dict[tuple[int, float | None, float], NullSpace | BlockMetric] = {}
 
     @classmethod
     def load(cls, where: str | Path) -> KeyStatistics:
@@ -87,7 +90,8 @@ class KeyStatistics:
         return (
             f"KeyStatistics(layers {', '.join(map(str, self.layers))} of {found.model}, "
             f"{found.count:,} tokens of {found.recipe.corpus.get('name')}, "
-            f"{found.total.shape[0]} keys a layer)"
+            f"{found.total.shape[-1]} keys a layer"
+            f"{f' and expert ({len(found.counts)} experts)' if found.counts else ''})"
         )
 
     @property
@@ -103,10 +107,22 @@ class KeyStatistics:
         return self._layers[layer]
 
     def moment(self, layer: int) -> Tensor:
-        """C = E[k kᵀ], `[d_ff, d_ff]` float64."""
-        return self[layer].total / self[layer].count
+        """C = E[k kᵀ], `[d_ff, d_ff]` float64; of routed experts `[E, d, d]`, that of each one's
+        gated keys over all tokens, rare experts filled up (`statistics.experts`).
+        """
+        found = self[layer]
+        if not found.counts:
+            return found.total / found.count
+        return torch.stack(filled(found.total, torch.tensor(found.counts), found.count))
 
-    def metric(self, layer: int) -> Covariance:
+    def rare_experts(self, layer: int) -> list[int]:
+        """The experts that were given too few tokens for a moment of their own; none in a dense
+        layer.
+        """
+        found = self[layer]
+        return rare(torch.tensor(found.counts), found.total.shape[-1]) if found.counts else []
+
+    def metric(self, layer: int) -> Covariance | BlockMetric:
         """C as a solver metric of weight 1, factorised once.
 
         Raises:
@@ -114,32 +130,51 @@ class KeyStatistics:
         """
         if layer not in self._metrics:
             self._check_count(layer)
+            C = self.moment(layer)
             try:
-                self._metrics[layer] = Covariance(self.moment(layer))
+                self._metrics[layer] = (
+                    Covariance(C)
+                    if C.dim() == 2
+                    else BlockMetric({expert: Covariance(block) for expert, block in enumerate(C)})
+                )
             except ValueError as error:
                 raise StatisticsError(f"layer {layer}: {error}") from error
         return self._metrics[layer]
 
-    def null_space(self, layer: int, threshold: float) -> NullSpace:
-        """The eigenspace of C with eigenvalues below `threshold`, as a solver metric of weight 1,
-        decomposed once.
+    def null_space(
+        self, layer: int, threshold: float | None = None, relative: float = 1.0
+    ) -> NullSpace | BlockMetric:
+        """The eigenspace of C with eigenvalues below `threshold` (None: below `relative` times
+        their mean, an expert's own), as a solver metric of weight 1, decomposed once.
 
         Raises:
             StatisticsError: too few tokens, which would invent null directions; no eigenvalue below
-                `threshold`.
+                the threshold.
         """
-        if (layer, threshold) not in self._null_spaces:
+        at = layer, threshold, relative
+        if at not in self._null_spaces:
             self._check_count(layer)
+            C = self.moment(layer)
+
+            def space(matrix: Tensor) -> NullSpace:
+                mean = float(matrix.diagonal().mean())
+                return NullSpace(
+                    matrix, threshold=relative * mean if threshold is None else threshold
+                )
+
             try:
-                self._null_spaces[layer, threshold] = NullSpace(
-                    self.moment(layer), threshold=threshold
+                self._null_spaces[at] = (
+                    space(C)
+                    if C.dim() == 2
+                    else BlockMetric({expert: space(block) for expert, block in enumerate(C)})
                 )
             except ValueError as error:
                 raise StatisticsError(f"layer {layer}: {error}") from error
-        return self._null_spaces[layer, threshold]
+        return self._null_spaces[at]
 
     def _check_count(self, layer: int) -> None:
-        count, size = self[layer].count, self[layer].total.shape[0]
+        found = self[layer]
+        count, size = sum(found.counts) or found.count, found.total.shape[-1]
         if count < 2 * size:
             raise StatisticsError(
                 f"layer {layer}: {count} tokens are too few for a covariance of size {size}; "
@@ -239,7 +274,8 @@ def key_statistics(
     model.check_layers(layers)
     layers = sorted(set(layers))
     if tokens is None:
-        tokens = PER_DIMENSION * model.d_ff * (1 if until == "tokens" else 10)
+        size = max(map(model.layout.tokens_a_rank, layers))
+        tokens = PER_DIMENSION * size * (1 if until == "tokens" else 10)
     if not isinstance(tokens, Integral):
         raise StatisticsError(f"tokens must be a whole number, got {tokens!r}")
     if tokens < 1 or max_length < 2:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import Routed, as_keys
 from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, batches
 
@@ -104,11 +105,11 @@ def _keys(model: EditableModel, layer: int, pieces: Sequence[Piece], packed: boo
     """The keys of all pieces, longest piece first, `[tokens, d_ff]` float64."""
     found: dict[int, Tensor] = {}
     for batch in batches(pieces, 1 << 20, packed=packed):
-        keys: dict[int, Tensor] = {}
+        keys: dict[int, Tensor | Routed] = {}
         positions = None if batch.positions is None else batch.positions.to(model.device)
         ids = batch.ids.to(model.device)
         read_keys(model, ids, [layer], keys.__setitem__, positions=positions)
         for row, column in batch.first.nonzero().tolist():
             size = len(batch.piece_at(row, column).ids)
-            found[size] = keys[layer][row, column : column + size].double()
+            found[size] = as_keys(keys[layer][row, column : column + size]).double()
     return torch.cat([found[size] for size in sorted(found, reverse=True)])

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
 from knowedit.statistics.corpus.batching import Piece
-from knowedit.statistics.sums import Sums
-from knowedit_kernels import SecondMoment
+from knowedit.statistics.sums import Moment, Sums
 
 #: What one call of `second_moments` counts at once: enough to put texts of similar length together.
 GROUP = 1 << 16
@@ -22,7 +21,7 @@ def second_moments(
     skip_first: bool = False,
     precision: str = "exact",
     budget: int | None = None,
-) -> dict[int, SecondMoment]:
+) -> dict[int, Moment]:
     """sum(k kᵀ) of the MLP keys of some layers, in one pass over the texts.
 
     Nothing is cut, dropped or shuffled: each list is run as it is and every token counts.
@@ -34,7 +33,7 @@ def second_moments(
         budget: tokens a batch; None: from the memory that is free.
 
     Returns:
-        `{layer: SecondMoment}`, with `.count` tokens each.
+        `{layer: SecondMoment}`, with `.count` tokens each; `ExpertMoment` for routed experts.
 
     Raises:
         StatisticsError: no token to count; a text is longer than the model's context; NaN keys; a

@@ -25,8 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import Routed, as_keys
 from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, TokenBatch, batches
+from knowedit.statistics.experts import ExpertMoment
 from knowedit.statistics.memory import is_out_of_memory, packs, token_budget
 from knowedit_kernels import SecondMoment, update_together
 
@@ -52,6 +54,14 @@ class KeyTally:
             norms[:] = [a + b for a, b in zip(norms, other.norms[layer])]
         self.padded, self.text = self.padded + other.padded, self.text + other.text
         return self
+
+
+#: The sums of one layer: of its keys, or of each of its experts'.
+Moment = SecondMoment | ExpertMoment
+
+
+def _device(keys: Tensor | Routed) -> torch.device:
+    return keys.states.device if isinstance(keys, Routed) else keys.device
 
 
 class Sums:
@@ -82,14 +92,14 @@ class Sums:
     ) -> None:
         self.model, self.layers, self.precision = model, list(layers), precision
         self.tally = KeyTally.empty(layers)
-        self.moments: dict[tuple[int, int], SecondMoment] = {}
+        self.moments: dict[tuple[int, int], Moment] = {}
         try:
             for half, layer in itertools.product(range(halves), self.layers):
                 self.moment(half, layer)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            size = 8e-9 * model.d_ff**2 * halves * len(self.layers)
+            size = 8e-9 * halves * sum(map(model.layout.moment_size, self.layers))
             raise StatisticsError(
                 f"the sums of {len(self.layers)} layers take {size:.1f} GB, which do not fit "
                 f"into memory beside the model; "
@@ -100,12 +110,15 @@ class Sums:
         wanted = model.device.type == "cuda" if packed is None else packed
         self.packed = wanted and packs(model, max(layers))
 
-    def moment(self, half: int, layer: int, device: torch.device | None = None) -> SecondMoment:
+    def moment(self, half: int, layer: int, device: torch.device | None = None) -> Moment:
         """The sums of one half; empty ones if there are none yet."""
         if (half, layer) not in self.moments:
             device = device or self.model.weight(layer).device
-            self.moments[half, layer] = SecondMoment(
-                self.model.layout.width(layer), device=device, precision=self.precision
+            layout, experts = self.model.layout, self.model.layout.experts(layer)
+            self.moments[half, layer] = (
+                SecondMoment(layout.width(layer), device=device, precision=self.precision)
+                if experts is None
+                else ExpertMoment(experts, device, self.precision)
             )
         return self.moments[half, layer]
 
@@ -142,11 +155,11 @@ class Sums:
         if again:
             self._run(half, again)
 
-    def _keys(self, batch: TokenBatch) -> dict[int, Tensor]:
-        """Keys `[rows, width, d_ff]` of all layers, summed only when the whole pass has succeeded;
-        {} for want of memory.
+    def _keys(self, batch: TokenBatch) -> dict[int, Tensor | Routed]:
+        """Keys `[rows, width, d_ff]` of all layers, or what their experts are given, summed only
+        when the whole pass has succeeded; {} for want of memory.
         """
-        keys: dict[int, Tensor] = {}
+        keys: dict[int, Tensor | Routed] = {}
         device = self.model.device
         try:
             positions = None if batch.positions is None else batch.positions.to(device)
@@ -165,16 +178,12 @@ class Sums:
             return {}
         return keys
 
-    def _count(self, half: int, batch: TokenBatch, keys: dict[int, Tensor]) -> None:
-        for device in {key.device for key in keys.values()}:
-            here = [layer for layer in self.layers if keys[layer].device == device]
+    def _count(self, half: int, batch: TokenBatch, keys: dict[int, Tensor | Routed]) -> None:
+        for device in {_device(key) for key in keys.values()}:
+            here = [layer for layer in self.layers if _device(keys[layer]) == device]
             keep, first = batch.keep.to(device), batch.first.to(device)
             try:
-                update_together(
-                    [self.moment(half, layer, device) for layer in here],
-                    [keys[layer] for layer in here],
-                    keep,
-                )
+                norms = self._update(half, {layer: keys[layer] for layer in here}, keep)
             except ValueError as error:
                 raise self._complaint(batch, keys, error) from error
             except (RuntimeError, MemoryError) as error:
@@ -187,22 +196,43 @@ class Sums:
                 ) from error
             counts = int(batch.first.sum()), int((batch.keep & ~batch.first).sum())
             for layer in here:
-                norm = torch.linalg.vector_norm(keys[layer], dim=-1, dtype=torch.float32).double()
+                norm = norms[layer].double()
                 at_first, elsewhere = torch.stack(
                     [norm[first].sum(), norm[keep & ~first].sum()]
                 ).tolist()
-                norms = self.tally.norms[str(layer)]
+                tally = self.tally.norms[str(layer)]
                 seen = (at_first, counts[0], elsewhere, counts[1])
-                norms[:] = [before + now for before, now in zip(norms, seen)]
+                tally[:] = [before + now for before, now in zip(tally, seen)]
         self.tally.padded += batch.ids.numel()
         self.tally.text += batch.tokens
 
+    def _update(
+        self, half: int, keys: Mapping[int, Tensor | Routed], keep: Tensor
+    ) -> dict[int, Tensor]:
+        """Sum the keys of some layers, dense ones together; their lengths `[rows, width]`."""
+        norms: dict[int, Tensor] = {}
+        dense: list[SecondMoment] = []
+        plain: list[Tensor] = []
+        for layer, key in keys.items():
+            moment = self.moment(half, layer, _device(key))
+            if isinstance(moment, ExpertMoment):
+                assert isinstance(key, Routed)
+                norms[layer] = moment.update(key, keep)
+            else:
+                assert isinstance(key, Tensor)
+                dense.append(moment)
+                plain.append(key)
+                norms[layer] = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32)
+        if dense:
+            update_together(dense, plain, keep)
+        return norms
+
     def _complaint(
-        self, batch: TokenBatch, keys: dict[int, Tensor], error: ValueError
+        self, batch: TokenBatch, keys: dict[int, Tensor | Routed], error: ValueError
     ) -> StatisticsError:
         """Which layer, which text."""
         for layer in self.layers:
-            bad = ~keys[layer].isfinite().all(-1).cpu() & batch.keep
+            bad = ~as_keys(keys[layer]).isfinite().all(-1).cpu() & batch.keep
             if bad.any():
                 row, column = bad.nonzero()[0].tolist()
                 text = self.model.tokenizer.decode(batch.piece_at(row, column).ids)[:80]

@@ -40,7 +40,7 @@ from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
 from knowedit.models.load import accepts_model
 from knowedit.statistics import KeyStatistics
-from knowedit_kernels import EditSolver, Identity, weight_for_gain
+from knowedit_kernels import EditSolver, Identity, NullSpace, weight_for_gain
 from knowedit_kernels.solver import Metric
 
 #: C: covariance (ROME, MEMIT); P: null space (AlphaEdit); I: identity (RoSE's isotropic part
@@ -192,6 +192,11 @@ def geometry(
             model.
     """
     statistics.check(model, layers)
+    if routed := [layer for layer in layers if model.layout.experts(layer) is not None]:
+        raise EditError(
+            f"the geometry is that of one dense matrix, and layers {routed} of {model.name} have "
+            "routed experts; choose dense layers"
+        )
     values = values or HiddenState().resolved(preset_for(model), Runtime())
     usable = [[f for f in g if model.row(f.text, f.subject).subject != 0] for g in groups]
     usable = [group for group in usable if group]
@@ -207,6 +212,7 @@ def geometry(
     found = []
     for layer in layers:
         null, moment = statistics.null_space(layer, threshold), statistics.moment(layer)
+        assert isinstance(null, NullSpace)  # the layer is dense
         metrics: dict[str, Metric] = {
             "C": statistics.metric(layer),
             "P": null,

@@ -15,6 +15,7 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import occurs
 from knowedit.facts.wordings.relations import INSTRUCTIONS, relations
 from knowedit.models.editable import EditableModel
+from knowedit.statistics.experts import moment_of
 
 _CLOZE = "Some facts about {}"
 
@@ -28,7 +29,8 @@ def entity_moments(
     most: int = 900,
     seed: int = 0,
 ) -> dict[int, Tensor]:
-    """`{layer: E[k kᵀ] [d_ff, d_ff]}` float64 of the keys at entities' last tokens, in a plain
+    """`{layer: E[k kᵀ] [d_ff, d_ff]}` float64 (of routed experts `[E, d, d]`) of the keys at
+    entities' last tokens, in a plain
     sentence and (where the model has a chat template) in an instruction.
 
     Args:
@@ -55,4 +57,5 @@ def entity_moments(
         with suppress(EditError):  # a name that ends inside a token is not protected
             rows += [model.row(text, name) for text in texts]
     keys = model.keys([row for row in rows if row.subject], layers)[0]
-    return {layer: k.double().T @ k.double() / len(k) for layer, k in keys.items()}
+    experts = model.layout.experts
+    return {layer: moment_of(k.double(), experts(layer)) for layer, k in keys.items()}

@@ -174,9 +174,9 @@ class NullSpace(Weighed):
         self, statistics: KeyStatistics, layer: int, keys: Tensor
     ) -> tuple[solver.Metric, dict[str, Any]]:
         found = statistics[layer]
-        mean = float(found.total.diagonal().mean()) / found.count
+        mean = found.energy / len(keys)
         threshold = self.threshold if self.threshold is not None else self.relative * mean
-        space = statistics.null_space(layer, threshold)
+        space = statistics.null_space(layer, self.threshold, self.relative)
         try:
             weight = self.weigh(space, keys)
         except ValueError as error:
@@ -186,7 +186,9 @@ class NullSpace(Weighed):
         return space.with_weight(weight), {
             "beta": weight,
             "threshold": threshold,
-            "null_directions": space.rank,
+            "null_directions": space.rank
+            if isinstance(space, solver.NullSpace)
+            else sum(block.rank for block in space.metrics.values()),  # type: ignore[attr-defined]
         }
 
 
@@ -197,7 +199,8 @@ class Blend(Weighed):
     Attributes:
         shares: of the three. (1, 0, 0) is MEMIT's metric, (0, 0, 1) the pure identity (isotropic
             geometric alignment), (1 - g, 0, g) their interpolation.
-        entities: `{layer: [d_ff, d_ff]}` the entities' moments; None: of the shipped entities.
+        entities: `{layer: [d_ff, d_ff]}` the entities' moments (of routed experts `[E, d, d]`);
+            None: of the shipped entities.
         pools: so many neighbour prompts a fact are left to the training and are not in the metric.
     """
 
@@ -234,9 +237,18 @@ class Blend(Weighed):
         covariance, entities, identity = self.shares
         terms = [(covariance, statistics.moment(layer))] if covariance else []
         terms += [(entities, self.entities[layer])] if entities and self.entities else []
-        scaled = [(share / float(part.trace()), part) for share, part in terms]
-        metric: solver.Metric = (
-            solver.combined(scaled, identity / len(keys)) if scaled else solver.Identity(len(keys))
-        )
+        traces = [float(part.diagonal(dim1=-2, dim2=-1).sum()) for _, part in terms]
+        scaled = [(share / trace, part) for (share, part), trace in zip(terms, traces)]
+        isotropic = identity / len(keys)
+        if not scaled:
+            metric: solver.Metric = solver.Identity(len(keys))
+        elif scaled[0][1].dim() == 2:
+            metric = solver.combined(scaled, isotropic)
+        else:  # of every expert
+            blocks = [
+                solver.combined([(share, part[expert]) for share, part in scaled], isotropic)
+                for expert in range(len(scaled[0][1]))
+            ]
+            metric = solver.BlockMetric(dict(enumerate(blocks)))
         weight = self.weigh(metric, keys)
         return metric.with_weight(weight), {"weight": weight}

@@ -25,8 +25,7 @@ from knowedit.io.tensors import opened
 from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files import store
 from knowedit.statistics.files.store import CollectionRecipe
-from knowedit.statistics.sums import KeyTally
-from knowedit_kernels import SecondMoment
+from knowedit.statistics.sums import KeyTally, Moment
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ class Checkpoints:
         self,
         state: CollectionState,
         tally: KeyTally,
-        moments: Mapping[tuple[int, int], SecondMoment],
+        moments: Mapping[tuple[int, int], Moment],
     ) -> bool:
         """Write this rank's file; when all have, drop the older ones, else these. A full disk is a
         warning: the run goes on. Returns whether all have."""

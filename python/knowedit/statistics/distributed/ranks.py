@@ -18,9 +18,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from knowedit.errors import KnowEditError, StatisticsError
+from knowedit.statistics.experts import ExpertMoment
 from knowedit_kernels import SecondMoment
 
 T = TypeVar("T")
+M = TypeVar("M", SecondMoment, ExpertMoment, SecondMoment | ExpertMoment)
 # one rank may wait for a hub that went away, or write a large checkpoint
 TIMEOUT = timedelta(minutes=30)
 
@@ -89,7 +91,7 @@ class Ranks:
                 dist.reduce(tensor, owner)
         return tensor
 
-    def total(self, moment: SecondMoment) -> SecondMoment:
+    def total(self, moment: M) -> M:
         """Everyone's sums added up, on every rank."""
         if self.size > 1:
             with _another_died():

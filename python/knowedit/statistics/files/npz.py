@@ -91,6 +91,11 @@ def write(
     Raises:
         StatisticsError: no such format; the disk is full.
     """
+    if found.counts:
+        raise StatisticsError(
+            f"layer {found.layer} has statistics of {len(found.counts)} experts, and a peer's file "
+            "holds one matrix"
+        )
     path = peer_path(folder, found, style, dataset, sample_size)
     members = {
         "mom2.constructor": np.array(CONSTRUCTORS[style]),
@@ -188,6 +193,11 @@ def import_layer(
     if named is not None and named != layer:
         raise StatisticsError(f"{path} is of layer {named} by its name, not of layer {layer}")
     model.check_layers([layer])
+    if model.layout.experts(layer) is not None:
+        raise StatisticsError(
+            f"layer {layer} of {model.name} has routed experts, and a peer's file holds one "
+            "matrix; collect your own with `knowedit stats`"
+        )
     seen = sample(model, layer)
     findings = [*plausible(found.total, found.count), resembles(found.total, found.count, seen)]
     require(

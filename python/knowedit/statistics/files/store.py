@@ -21,6 +21,7 @@ from knowedit.io.files import cache_dir
 from knowedit.io.tensors import opened, write_file
 
 FORMAT = "knowedit-statistics/1"
+FORMAT_EXPERTS = "knowedit-statistics-of-experts/1"
 REMEDY = "delete it and collect again"
 #: How to read the headers of earlier formats: format -> the header one format later, with its name.
 MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -93,6 +94,7 @@ class LayerStatistics:
         count: keys summed.
         total: `[d_ff, d_ff]` float64, symmetric.
         first_norm, other_norm: mean norm of the keys at first tokens, and of the others.
+        counts: of routed experts, tokens that each was given; `total` is `[E, d, d]` then.
         extra: audit result, padding, convergence, versions.
     """
 
@@ -105,6 +107,7 @@ class LayerStatistics:
     first_norm: float
     other_norm: float
     extra: dict[str, Any] = field(default_factory=dict)
+    counts: tuple[int, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -112,9 +115,16 @@ class LayerStatistics:
         in memory, in a file, and after reading it. 32 hex digits.
         """
         digest = hashlib.blake2b(digest_size=16)
-        for i, row in enumerate(self.total.cpu()):
-            digest.update((row[: i + 1] + 0.0).numpy().astype("<f8").tobytes())  # no negative zeros
+        for matrix in self.total.cpu() if self.counts else (self.total.cpu(),):
+            for i, row in enumerate(matrix):
+                # no negative zeros
+                digest.update((row[: i + 1] + 0.0).numpy().astype("<f8").tobytes())
         return digest.hexdigest()
+
+    @property
+    def energy(self) -> float:
+        """The mean square length of a key, the trace of C."""
+        return float(self.total.diagonal(dim1=-2, dim2=-1).sum()) / self.count
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -137,9 +147,15 @@ class LayerStatistics:
             StatisticsError: the disk is full or not writable; an older file is left as it was.
         """
         header = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "total"}
-        header["recipe"], header["format"] = self.recipe.record, FORMAT
+        header["recipe"] = self.recipe.record
         header["recipe"] |= {"setup": self.recipe.setup} if self.recipe.setup else {}
-        write(path, {"lower": pack_lower(self.total)}, header)
+        if self.counts:
+            header["format"] = FORMAT_EXPERTS
+            lower = torch.stack([pack_lower(matrix) for matrix in self.total])
+        else:  # the same as before there were any of experts
+            del header["counts"]
+            header["format"], lower = FORMAT, pack_lower(self.total)
+        write(path, {"lower": lower}, header)
 
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
@@ -157,12 +173,14 @@ class LayerStatistics:
                 for name in ("layer", "module", "model", "count", "first_norm", "other_norm")
             }
             recipe = CollectionRecipe(**found["recipe"])
-            total = unpack_lower(tensors["lower"])
+            lower, counts = tensors["lower"], tuple(found.get("counts", ()))
+            total = torch.stack([*map(unpack_lower, lower)]) if counts else unpack_lower(lower)
         except (KeyError, TypeError) as error:
             raise StatisticsError(
                 f"{path} is not a statistics file of this version ({error})"
             ) from error
-        return cls(recipe=recipe, total=total, extra=found.get("extra", {}), **known)
+        extra = found.get("extra", {})
+        return cls(recipe=recipe, total=total, extra=extra, counts=counts, **known)
 
 
 def folder(model_name: str, recipe: CollectionRecipe) -> Path:
@@ -226,7 +244,7 @@ def header(path: Path) -> dict[str, Any]:
 
 def _migrated(header: dict[str, Any], path: Path) -> dict[str, Any]:
     """The header as this version writes it."""
-    while (number := header.get("format")) != FORMAT:
+    while (number := header.get("format")) not in (FORMAT, FORMAT_EXPERTS):
         if number not in MIGRATIONS:
             raise StatisticsError(
                 f"{path} is not a statistics file of this version (format {number!r})"

@@ -13,6 +13,7 @@ from torch import Tensor
 from knowedit.errors import StatisticsError
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import Routed, as_keys
 from knowedit.models.fingerprint import difference
 from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, batches
@@ -76,10 +77,11 @@ def plausible(total: Tensor, count: int) -> list[Finding]:
 
 
 def sound(found: LayerStatistics) -> list[Finding]:
-    """`plausible`, and for files of ours the accumulation error that was measured while
-    collecting.
+    """`plausible`, of routed experts of all together, and for files of ours the accumulation error
+    that was measured while collecting.
     """
-    findings = plausible(found.total, found.count)
+    total = found.total.sum(0) if found.counts else found.total
+    findings = plausible(total, sum(found.counts) or found.count)
     if audit := found.extra.get("audit"):
         result = AuditResult(**audit)
         findings.append(Finding("accumulation error", result.ok(), str(result)))
@@ -112,9 +114,9 @@ def sample(model: EditableModel, layer: int) -> KeySample:
     first: list[Tensor] = []
     other: list[Tensor] = []
     for batch in batches(pieces, 4096):
-        keys: dict[int, Tensor] = {}
+        keys: dict[int, Tensor | Routed] = {}
         read_keys(model, batch.ids.to(model.device), [layer], keys.__setitem__)
-        key = keys[layer].double().cpu()
+        key = as_keys(keys[layer]).double().cpu()
         first.append(key[batch.first])
         other.append(key[batch.keep])
     keys_first, keys_other = torch.cat(first), torch.cat(other)
@@ -129,16 +131,20 @@ def resembles(total: Tensor, count: int, seen: KeySample) -> Finding:
     """Whether the channels' energies go with those of the model's keys: unrelated layers and models
     do not correlate.
     """
-    if total.shape != (len(seen.squares),) * 2:
+    if total.dim() == 3:  # of experts: the wide layer's channels, in the order of the experts
+        energies = total.diagonal(dim1=-2, dim2=-1).flatten()
+    else:
+        energies = total.diagonal()
+    if energies.shape != seen.squares.shape:
         return Finding(
             "keys alike",
             False,
-            f"size {total.shape[0]}, the layer's keys have {len(seen.squares)} channels",
+            f"size {len(energies)}, the layer's keys have {len(seen.squares)} channels",
         )
     floor = 1e-12 * float(seen.squares.mean())
     ours, theirs = (
         (seen.squares + floor).log(),
-        (total.diagonal().double() / max(count, 1) + floor).clamp_min(floor).log(),
+        (energies.double() / max(count, 1) + floor).clamp_min(floor).log(),
     )
     correlation = float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1])
     errors = correlation * len(ours) ** 0.5

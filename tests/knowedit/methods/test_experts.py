@@ -1,0 +1,147 @@
+"""Locate-then-edit on routed experts: one wide layer, written exactly, all experts together."""
+
+import pytest
+import torch
+
+from knowedit.edits.edit import Edit
+from knowedit.edits.history import History
+from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit, MetaKE
+from knowedit.methods.locate.keysets import ContextKeys
+from knowedit.methods.locate.metrics import Blend, Covariance, NullSpace
+from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.trainings import ThroughSolver
+from knowedit.methods.session import Session
+from knowedit.models.editable import EditableModel
+from knowedit.models.fingerprint import weights_fingerprint
+from knowedit.statistics import KeyStatistics
+from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
+from tests.knowedit.methods.helpers import FACTS, SAME
+from tests.knowedit.models.tiny import build
+
+LAYER = 2
+TARGET = HiddenState(steps=4, lr="calibrated", contexts=("{}",))
+FAMILIES = ("mixtral", "gpt_oss", "granitemoe")
+
+
+@pytest.fixture(params=FAMILIES)
+def mixture(request, byte_tokenizer):
+    return EditableModel(build(request.param), byte_tokenizer, name=request.param)
+
+
+@pytest.fixture
+def mixtral(byte_tokenizer):
+    return EditableModel(build("mixtral"), byte_tokenizer, name="mixtral")
+
+
+def statistics_of(model, layers, count=5000):
+    """Statistics with random covariances of the experts, which differ in how often they ran."""
+    generator = torch.Generator().manual_seed(0)
+    recipe = CollectionRecipe(model.fingerprint, {"name": "test"}, count, 64, True, 0)
+    found = {}
+    for layer in layers:
+        experts = model.layout.experts(layer)
+        counts = [count * (expert + 1) // 8 for expert in range(experts.count)]
+        keys = torch.randn(
+            experts.count, 4 * experts.width, experts.width, generator=generator
+        ).double() * torch.linspace(0.2, 2, experts.width)
+        share = torch.tensor(counts)[:, None, None] / (4 * experts.width)
+        found[layer] = LayerStatistics(
+            layer, "m", model.name, recipe, count, keys.mT @ keys * share, 1.0, 1.0, {},
+            tuple(counts),
+        )  # fmt: skip
+    return KeyStatistics(found)
+
+
+def wide_keys(model, layer=LAYER, facts=FACTS):
+    """`[width, n]` float64, from the model as it is."""
+    rows = [model.row(fact.text, fact.subject) for fact in facts]
+    return model.keys(rows, [layer])[0][layer].double().T
+
+
+def wide(model, edit, layer=LAYER):
+    """The edit's update `[hidden, width]` of the wide layer."""
+    experts, name = model.layout.experts(layer), model.layout.weight_name(layer)
+    zero = torch.zeros(model.hidden, experts.width)
+    parts = [edit.changes.get(f"{name}[{e}]") for e in range(experts.count)]
+    return torch.cat([zero if part is None else part.dense() for part in parts], 1).double()
+
+
+def test_the_write_is_the_dense_one_of_the_wide_layer(mixture):
+    """MEMIT's `R K^T (lambda C + K K^T)^-1` with the block diagonal C, in float64."""
+    statistics = statistics_of(mixture, [LAYER])
+    method = MEMIT(layers=(LAYER,), target=TARGET, metric=Covariance(weight=0.05))
+    edit = method.compute(mixture, FACTS, statistics, progress=False)
+    K, C = wide_keys(mixture), torch.block_diag(*statistics.moment(LAYER))
+    R = edit.plan[LAYER].double().T
+    wanted = R @ K.T @ torch.linalg.inv(0.05 * C + K @ K.T)
+    torch.testing.assert_close(
+        wide(mixture, edit), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max()
+    )
+    before = weights_fingerprint(mixture.hf)
+    with edit.applied_to(mixture):
+        assert weights_fingerprint(mixture.hf) != before
+    assert weights_fingerprint(mixture.hf) == before
+
+
+def test_the_gain_that_is_said_is_realised(mixture):
+    """At the facts' own prompts: through gates, biases and what is behind the experts."""
+    statistics = statistics_of(mixture, [LAYER])
+    alone = FACTS[:1]
+    exact = ROME(layers=(LAYER,), target=TARGET).compute(mixture, alone, statistics, progress=False)
+    assert exact.report.measured.gain[0] == pytest.approx(1, abs=2e-3)
+    method = MEMIT(layers=(LAYER,), target=TARGET, metric=Covariance(gain=0.7))
+    edit = method.compute(mixture, alone, statistics, progress=False)
+    said = edit.report.layers[str(LAYER)]["gain"]
+    assert said == pytest.approx(0.7, abs=1e-3)
+    assert edit.report.gain == pytest.approx(said, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        EMMET(layers=(LAYER,), target=TARGET),
+        AlphaEdit(layers=(LAYER,), target=TARGET, metric=NullSpace(gain=0.95)),
+        MEMIT(layers=(LAYER,), target=TARGET, metric=Blend(gain=0.95)),
+        MetaKE(layers=(LAYER,), target=TARGET, training=ThroughSolver(when="always", gain=0.95)),
+    ],
+    ids=lambda method: type(method).__name__ + method.metric.kind,
+)
+def test_every_recipe_writes_experts(mixtral, method, tmp_path):
+    statistics = statistics_of(mixtral, [LAYER])
+    edit = method.compute(mixtral, FACTS[:1], statistics, progress=False)
+    assert edit.report.gain == pytest.approx(1, abs=0.06)
+    read = Edit.load(edit.save(tmp_path / "edit.safetensors"))
+    assert read.key == edit.key and read.method() == method
+    assert method.compute(mixtral, FACTS[:1], statistics, progress=False).key == edit.key
+
+
+def test_later_layers_see_the_keys_and_gates_that_earlier_ones_leave(mixtral):
+    """Two layers: the second's keys are those of the model with the first edited."""
+    statistics = statistics_of(mixtral, [1, 2])
+    method = MEMIT(
+        layers=(1, 2), target=TARGET, metric=Covariance(gain=0.95), keys=ContextKeys(mean=True)
+    )
+    edit = method.compute(mixtral, FACTS, statistics, progress=False)
+    first = {n: change for n, change in edit.changes.items() if ".layers.1." in n}
+    part = Edit("first", first, FACTS, mixtral.fingerprint)
+    with part.applied_to(mixtral):
+        after = wide_keys(mixtral).T.float()
+    assert (after - wide_keys(mixtral).T).abs().max() > 1e-3
+    torch.testing.assert_close(edit.keys[2], after, rtol=1e-3, atol=1e-4)
+
+
+def test_a_history_of_experts_spares_earlier_keys(mixtral, tmp_path):
+    statistics = statistics_of(mixtral, [LAYER])
+    method = MEMIT(layers=(LAYER,), target=TARGET, metric=Covariance(gain=0.95))
+    session = Session(method, mixtral, statistics)
+    session.write(FACTS[:1], force=True, progress=False)
+    second = session.write([SAME, *FACTS[1:]], force=True, progress=False)
+    read = History.load(session.history.save(tmp_path / "history.safetensors"))
+    torch.testing.assert_close(read.keys(LAYER), session.history.keys(LAYER))
+    session.undo()
+    free = method.compute(mixtral, [SAME, *FACTS[1:]], statistics, progress=False)
+    old = wide_keys(mixtral, facts=FACTS[:1])
+    spared, unspared = (float((wide(mixtral, e) @ old).norm()) for e in (second, free))
+    assert spared < 0.8 * unspared
+    session.undo()
+    assert weights_fingerprint(mixtral.hf) == mixtral.fingerprint
