@@ -81,8 +81,8 @@ class Bench:
     Attributes:
         kind: the model type. folder: for files.
         model: the family's, ready to be edited.
-        layers: two editable layers below the last one (or one), ascending, dense where there are
-            such; edits go to the second.
+        layers: two editable layers with a dense MLP below the last one (or one), ascending; edits
+            go to the second.
     """
 
     def __init__(self, kind: str, folder: Path) -> None:
@@ -90,21 +90,25 @@ class Bench:
         self.model = EditableModel(models.build(kind), models.tokenizer(), name=kind)
         parts = self.model.layout.parts
         below = [i for i in self.model.layout.editable if i < len(self.model.layers) - 1]
-        below = [i for i in below if parts[i].experts is None] or below
+        dense = [i for i in below if parts[i].experts is None]
         if not below:
             raise EditError("only the last layer can be edited, and nothing above reads its values")
-        self.layers = tuple(below[:3][-2:])
+        if not dense:
+            raise EditError("all its MLPs are routed experts, which tests of their own check")
+        self.layers = tuple(dense[:3][-2:])
         self.layer = self.layers[-1]
         self.rows = [self.model.row(f.text, f.subject, f.target) for f in FACTS]
         self.bits = {name: bits(t).clone() for name, t in self.model.hf.state_dict().items()}
 
     @functools.cached_property
     def corpus(self) -> Path:
-        """Forty paragraphs of plain words."""
-        words = "a river runs through the old town and nobody knows why it was so far off".split()
-        draw = torch.randint(len(words), (40, 40), generator=torch.Generator().manual_seed(0))
+        """Forty paragraphs of made-up words of any printable characters, so that every neuron has
+        something to fire at.
+        """
+        draw = torch.randint(33, 127, (40, 40, 5), generator=torch.Generator().manual_seed(0))
+        lines = [" ".join("".join(map(chr, word)) for word in line) for line in draw.tolist()]
         path = self.folder / "corpus.txt"
-        path.write_text("\n\n".join(" ".join(words[i] for i in line) for line in draw.tolist()))
+        path.write_text("\n\n".join(lines))
         return path
 
     @functools.cached_property

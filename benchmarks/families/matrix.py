@@ -24,9 +24,13 @@ LIMIT = 240
 #: Folders of one run, which mean nothing in a table.
 FOLDER = re.compile(re.escape(tempfile.gettempdir()) + r"/\w+/")
 
+#: Checks of what a format of others can hold: one that it cannot is refused, which is right.
+EXPORTS = ("adapter",)
+
 #: What can become of a family, and what a table says of it.
 VERDICTS = {
     "right": "every check holds",
+    "right but peft": "peft cannot hold the adapter, which is refused; every other check holds",
     "partly": "what is not refused holds",
     "wrong": "a check fails",
     "refused": "refused when it is opened",
@@ -56,8 +60,9 @@ def family(kind: str) -> dict[str, Any]:
             row["checks"][name] = _outcome(lambda check=check: check.run(bench), check.limit)
     outcomes = row["checks"].values()
     bad = any("error" in outcome for outcome in outcomes)
-    some = any("refused" in outcome for outcome in outcomes)
-    row["verdict"] = "wrong" if bad else "partly" if some else "right"
+    refused = {name for name, outcome in row["checks"].items() if "refused" in outcome}
+    held = "partly" if refused - {*EXPORTS} else "right but peft" if refused else "right"
+    row["verdict"] = "wrong" if bad else held
     return row | {"seconds": round(time.monotonic() - start, 1)}
 
 
