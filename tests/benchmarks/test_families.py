@@ -95,6 +95,7 @@ def test_a_wrong_gain_shows():
         ({"keys": float("nan")}, "wrong"),
         ({"keys": checks.Wrong("not so")}, "wrong"),
         ({"keys": EditError("not here"), "head": 0.0}, "partly"),
+        ({"keys": 0.0, "adapter": EditError("not in peft's words")}, "right but peft"),
     ],
 )
 def test_a_verdict_follows_from_the_checks(monkeypatch, checked, verdict):

@@ -137,7 +137,7 @@ def _bit_sum(tensor: Tensor) -> int:
     for number, chunk in enumerate(words.split(CHUNK)):
         block = 0
         for part, odd in zip(chunk.split(size), place.split(size)):
-            block += int(torch.mul(part, odd, out=products[: len(part)]).sum())
+            block += int(torch.mul(part, odd[: len(part)], out=products[: len(part)]).sum())
         total = (total * 0x9E3779B97F4A7C15 + block * (2 * number + 1)) % (1 << 64)
     return total
 

@@ -112,6 +112,19 @@ def test_the_sum_of_bits_is_that_of_one_pass():
         assert module._bit_sum(words) == int((whole * places).sum()) % 2**64
 
 
+def test_the_sum_of_bits_of_a_tensor_of_several_chunks(monkeypatch):
+    """Whose last one ends inside a slice."""
+    words = torch.randn(70_001)
+    whole, places = words.view(torch.int32).long(), torch.arange(1, 2**15, 2)
+    wanted = 0
+    for number, chunk in enumerate(whole.split(2**14)):
+        block = int((chunk * places[: len(chunk)]).sum())
+        wanted = (wanted * 0x9E3779B97F4A7C15 + block * (2 * number + 1)) % 2**64
+    monkeypatch.setattr(module, "CHUNK", 2**14)
+    monkeypatch.setattr(module, "SLICE", 2**12)
+    assert module._bit_sum(words) == wanted
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_are_refused(tiny_llama, bad):
     tiny_llama.weight(2).detach()[1, 1] = bad
