@@ -159,24 +159,15 @@ def data():
 
 
 @pytest.fixture(scope="session")
-def sampled_cache(smollm, compiled_kernels, tmp_path_factory):
-    """A cache folder with the compiled kernels and the default model's statistics of 4,096 tokens
-    that it sampled itself, which take a minute: made once for all test processes.
+def prose(tmp_path_factory):
+    """A file of English prose, tens of thousands of tokens: this project's own pages. Statistics
+    read from it cost a tenth of those that a model samples itself.
     """
-    from filelock import FileLock
-
-    from knowedit.statistics import key_statistics
-
-    processes = os.environ.get("PYTEST_XDIST_WORKER")
-    top = tmp_path_factory.getbasetemp()
-    cache = (top.parent if processes else top) / "sampled"
-    with FileLock(f"{cache}.lock"), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KNOWEDIT_CACHE", str(cache))
-        cache.mkdir(exist_ok=True)
-        if compiled_kernels.is_dir() and not (cache / "native").exists():
-            (cache / "native").symlink_to(compiled_kernels)
-        key_statistics(smollm, corpus="self", tokens=4096, progress=False)
-    return cache
+    pages = sorted((HERE.parent / "docs").glob("*.md"))
+    told = [page.read_text("utf-8") for page in pages if page.stem not in {"cli", "families"}]
+    file = tmp_path_factory.mktemp("prose") / "prose.txt"
+    file.write_text("\n\n".join(told), "utf-8")
+    return file
 
 
 def excused(markers: set[str], reason: str) -> bool:

@@ -11,11 +11,11 @@ from knowedit.models.fingerprint import weights_fingerprint
 pytestmark = pytest.mark.model
 
 
-@pytest.fixture
-def statistics(smollm, sampled_cache, monkeypatch):
-    """Key statistics from the model's own samples, as the demo takes them."""
-    monkeypatch.setenv("KNOWEDIT_CACHE", str(sampled_cache))
-    return ke.key_statistics(smollm, corpus="self", tokens=4096, progress=False)
+@pytest.fixture(scope="module")
+def statistics(smollm, prose, tmp_path_factory):
+    """Key statistics of prose, which are cheaper than the samples that the demo takes."""
+    folder = tmp_path_factory.mktemp("statistics")
+    return ke.key_statistics(smollm, [5], prose, 8192, directory=folder, progress=False)
 
 
 def test_six_facts_go_in_and_come_out(smollm, statistics, tmp_path, monkeypatch):
@@ -36,14 +36,12 @@ def test_six_facts_go_in_and_come_out(smollm, statistics, tmp_path, monkeypatch)
     assert "Lyon" in page and "What moved elsewhere" in page and "http" not in page
 
 
-def test_bfloat16_models_are_edited_and_undone_too(smollm_path, tmp_path):
+def test_bfloat16_models_are_edited_and_undone_too(smollm_path, prose, tmp_path):
     model = ke.load_model(smollm_path, dtype=torch.bfloat16)
-    facts = datasets.load("demo")[:2]
-    # not sampled: a CPU without bfloat16 units needs minutes for a few thousand tokens
-    told = [text for fact in datasets.load("embedded") for text in (fact.text, *fact.paraphrases)]
-    (tmp_path / "texts.txt").write_text("\n\n".join(told))
+    facts = datasets.load("demo")[:1]
+    # few of each: a CPU without bfloat16 units is slow
     statistics = ke.key_statistics(
-        model, [5], tmp_path / "texts.txt", 4096, directory=tmp_path, progress=False
+        model, [5], prose, 3072, directory=tmp_path / "s", progress=False
     )
     before = weights_fingerprint(model.hf)
     edit = ke.MEMIT(layers=(5,)).compute(model, facts, statistics)

@@ -36,7 +36,7 @@ def tokenise(
     """Tokenise `prompt` (+ `answer`), and find the last token of `subject` in it: where `{}` stands
     for it in the prompt, or else its last occurrence.
 
-    A space goes between prompt and answer unless the prompt ends in white space or in "=" (`join`).
+    Prompt and answer are joined as they would be written, most often with a blank (`join`).
     What the tokenizer's template puts in front of a text stays (a start token); what it puts behind
     one does not: the text goes on.
 
@@ -162,17 +162,44 @@ _NO_BLANKS = re.compile(
 )
 
 
+#: Behind these the next word follows without a blank: brackets, opening quotes, signs before names
+#: and numbers; a path, a type's parameter, a sum, a compound, unless they stand by themselves.
+_OPENS = re.compile(
+    r"[(\[{\u00ab\u201c\u2018\u201e\u201a\u2039\u00bf\u00a1@_\\$\u20ac\u00a3\u00a5]$|\S[/<=]$|\w-$"
+)
+#: What stands without a blank behind the last word: closing signs ("," but not ".NET"), the
+#: endings of English words ("'s"), the rest of an address.
+_CLOSES = re.compile(
+    r"[,.;:!?)\]}%\u00bb\u201d\u2026\u203a\u3001\u3002]+(\s|$)|['\u2019](s|t|re|ve|ll|d|m)\b|n't\b"
+)
+
+
 def join(prompt: str, answer: str) -> str:
-    """Prompt and answer with one space between them, unless the prompt ends in white space or in a
-    tight "=" ("2+2=") or both are in a script that is written without blanks."""
+    """Prompt and answer as they would be written: with one blank between them, unless the prompt
+    ends in white space, in something that opens ("(", "https://", a quote not yet closed), in a
+    tight sign between words ("2+2=", "1999-"), or the answer begins with something that closes
+    ("," or "'s"), or both are in a script that is written without blanks.
+    """
     answer = answer.strip()
+    if not prompt or not answer or prompt[-1].isspace():
+        return prompt + answer
     tight = (
-        not prompt or prompt[-1].isspace() or (prompt[-1] == "=" and not prompt[:-1][-1:].isspace())
-    )
-    tight = tight or (
-        bool(answer) and all(_NO_BLANKS.match(end) for end in (prompt[-1], answer[0]))
+        bool(_OPENS.search(prompt) or _CLOSES.match(answer))
+        or (prompt[-1] in "\"'`" and _is_open(prompt))
+        or (prompt[-1] == ":" and answer.startswith("//"))
+        or all(_NO_BLANKS.match(end) for end in (prompt[-1], answer[0]))
     )
     return prompt + answer if tight else f"{prompt} {answer}"
+
+
+def _is_open(prompt: str) -> bool:
+    """Whether the straight quote at the end of `prompt` opens: it is the first, third, ... of its
+    kind that is no apostrophe within a word.
+    """
+    quote = re.escape(prompt[-1])
+    return len(re.findall(rf"(?<!\w){quote}|{quote}(?!\w)", prompt)) % 2 == 1 and not (
+        prompt[-2:-1].isalnum()
+    )
 
 
 def batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

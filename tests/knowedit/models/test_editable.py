@@ -195,9 +195,9 @@ def test_virtual_equals_the_written_weight(tiny):
     torch.testing.assert_close(clean, tiny.hf(input_ids=ids).logits)
 
 
-def test_samples_depend_on_seed_and_number_only(smollm):
+def test_samples_depend_on_seed_and_number_only(tiny):
     def take(start, count, seed=3):
-        source = smollm.samples(seed, start, batch=4, length=8)
+        source = tiny.samples(seed, start, batch=4, length=8)
         return [next(source) for _ in range(count)]
 
     assert take(0, 6) == take(0, 6)

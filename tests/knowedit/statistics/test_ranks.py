@@ -1,5 +1,5 @@
-"""Several processes, really started by torchrun: the sums of one process, and what happens when one
-dies.
+"""Several processes, started by torchrun or by its agent: the sums of one process, and what happens
+when one dies.
 """
 
 import json
@@ -27,6 +27,8 @@ STARTED: list[subprocess.Popen] = []
 
 PROGRAM = """
 import os, sys, time
+import transformers.models.llama.modeling_llama
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from knowedit.errors import KnowEditError, StatisticsError
 from knowedit.models.load import load_model
 from knowedit.statistics import collect
@@ -35,7 +37,7 @@ from knowedit.statistics.distributed import rounds
 from knowedit.statistics.distributed.ranks import started
 from knowedit.statistics import key_statistics
 windows.SIZE = 200
-model, corpus, folder, pause = sys.argv[1:]
+ranks, model, corpus, folder, pause = sys.argv[1:]
 run = collect.Collection._round
 def slow(*arguments):
     time.sleep(float(pause))
@@ -58,16 +60,24 @@ def fails(self, *arguments):
     added(self, *arguments)
 if "NAN" in os.environ:
     collect.Sums.add = fails
-with started() as ranks:
-    if float(pause):
-        rounds.PREFETCH = 1  # a round a window, so that there is time to be killed
-        open("pids", "a").write(f"{ranks.rank} {os.getpid()}\\n")
-    key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder,
-                   checkpoint_every=float(os.environ.get("EVERY", 0)))
-# a thread that outlives the group may abort the process when the interpreter ends
-if sys.platform == "linux":
-    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
-    assert not [name for name in names if "gloo" in name], names
+def main():
+    with started() as group:
+        if float(pause):
+            rounds.PREFETCH = 1  # a round a window, so that there is time to be killed
+            open("pids", "a").write(f"{group.rank} {os.getpid()}\\n")
+        key_statistics(load_model(model), [1, 2], corpus, 2500, directory=folder,
+                       checkpoint_every=float(os.environ.get("EVERY", 0)))
+    # a thread that outlives the group may abort the process when the interpreter ends
+    if sys.platform == "linux":
+        tasks = os.listdir("/proc/self/task")
+        names = [open(f"/proc/self/task/{task}/comm").read() for task in tasks]
+        assert not [name for name in names if "gloo" in name], names
+if int(ranks) == 1:
+    main()
+else:  # torchrun's agent; its workers are forks, which need not import everything again
+    elastic_launch(LaunchConfig(1, 1, int(ranks), run_id="test", rdzv_backend="c10d",
+                                rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
+                                monitor_interval=0.1), main)()
 """
 
 
@@ -103,7 +113,7 @@ def whole(workplace):
     return WHOLE["whole"]
 
 
-def start(workplace, ranks, *command, **more):
+def start(workplace, *command, torchrun=0, **more):
     own = {
         "OMP_NUM_THREADS": "1",
         "KNOWEDIT_CACHE": str(workplace / "cache"),
@@ -111,7 +121,7 @@ def start(workplace, ranks, *command, **more):
     }
     environment, launcher = (
         {**os.environ, **own, **more},
-        (*TORCHRUN, str(ranks)) if ranks > 1 else (sys.executable,),
+        (*TORCHRUN, str(torchrun)) if torchrun else (sys.executable,),
     )
     STARTED.append(
         subprocess.Popen(
@@ -127,7 +137,7 @@ def start(workplace, ranks, *command, **more):
 
 
 def collect(workplace, ranks, folder, pause="0"):
-    process = start(workplace, ranks, "run.py", "model", "corpus.txt", folder, pause)
+    process = start(workplace, "run.py", str(ranks), "model", "corpus.txt", folder, pause)
     _, errors = process.communicate(timeout=540)
     assert process.returncode == 0, errors
     return KeyStatistics.load(workplace / folder)
@@ -157,7 +167,10 @@ def test_two_ranks_write_what_one_process_writes(workplace):
         "1-2",
         "--json",
     )
-    processes = [start(workplace, ranks, *arguments, "-o", f"by{ranks}") for ranks in (1, 2)]
+    processes = [
+        start(workplace, *arguments, "-o", f"by{ranks}", torchrun=torchrun)
+        for ranks, torchrun in ((1, 0), (2, 2))
+    ]
     output = [process.communicate(timeout=540) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], output
     rows = [json.loads(out) for out, _ in output]  # one rank speaks
@@ -182,7 +195,7 @@ def test_two_ranks_write_what_one_process_writes(workplace):
 
 def test_a_dead_rank_ends_the_job_and_any_number_go_on(workplace, whole):
     for pause in ("0.2", "1", "3"):  # slower, should the job have ended before it could be killed
-        process = start(workplace, 2, "run.py", "model", "corpus.txt", "cut", pause)
+        process = start(workplace, "run.py", "2", "model", "corpus.txt", "cut", pause)
         while not list((workplace / "cut").glob("checkpoint*.1-of-2.*")) and process.poll() is None:
             time.sleep(0.01)
         time.sleep(0.5)
@@ -212,7 +225,7 @@ def test_a_dead_rank_ends_the_job_and_any_number_go_on(workplace, whole):
 @pytest.mark.parametrize("broken", ["0", "7"])
 def test_a_corpus_that_breaks_leaves_a_checkpoint_of_everything_before_it(workplace, whole, broken):
     process = start(
-        workplace, 2, "run.py", "model", "corpus.txt", "cut", "0", BROKEN=broken, EVERY="1000"
+        workplace, "run.py", "2", "model", "corpus.txt", "cut", "0", BROKEN=broken, EVERY="1000"
     )
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and errors.count(
@@ -228,7 +241,7 @@ def test_a_corpus_that_breaks_leaves_a_checkpoint_of_everything_before_it(workpl
 
 
 def test_a_rank_that_fails_while_a_round_is_announced_ends_the_job(workplace):
-    process = start(workplace, 2, "run.py", "model", "corpus.txt", "cut", "0", NAN="yes")
+    process = start(workplace, "run.py", "2", "model", "corpus.txt", "cut", "0", NAN="yes")
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and "StatisticsError: layer 1 has NaN" in errors
     assert list((workplace / "cut").glob("checkpoint*")) and not list(
@@ -239,7 +252,7 @@ def test_a_rank_that_fails_while_a_round_is_announced_ends_the_job(workplace):
 def test_a_job_that_is_terminated_saves_first(workplace, whole):
     """As SLURM and torchrun do it: SIGTERM, and some seconds later SIGKILL."""
     rounds = workplace / "rounds"
-    process = start(workplace, 2, "run.py", "model", "corpus.txt", "cut", "1", EVERY="1000")
+    process = start(workplace, "run.py", "2", "model", "corpus.txt", "cut", "1", EVERY="1000")
     while (not rounds.exists() or rounds.stat().st_size < 4) and process.poll() is None:
         time.sleep(0.01)
     process.terminate()
@@ -261,8 +274,8 @@ def test_a_rank_that_is_left_says_what_happened(workplace):
             "MASTER_PORT": str(free.getsockname()[1]),
             "WORLD_SIZE": "2",
         }
-    command = ("run.py", "model", "corpus.txt", "cut", "1")
-    left, killed = (start(workplace, 1, *command, **group, RANK=str(rank)) for rank in (0, 1))
+    command = ("run.py", "1", "model", "corpus.txt", "cut", "1")
+    left, killed = (start(workplace, *command, **group, RANK=str(rank)) for rank in (0, 1))
     while not list((workplace / "cut").glob("checkpoint*")) and killed.poll() is None:
         time.sleep(0.01)
     killed.kill()
