@@ -160,13 +160,23 @@ def data():
 
 @pytest.fixture(scope="session")
 def prose(tmp_path_factory):
-    """A file of English prose, tens of thousands of tokens: this project's own pages. Statistics
-    read from it cost a tenth of those that a model samples itself.
+    """A file of English prose, tens of thousands of tokens: what the default model knows, and this
+    project's own pages. Statistics read from it cost a tenth of those that a model samples itself.
     """
+    from itertools import zip_longest
+
+    from knowedit.facts import sets
+
+    known = [
+        " ".join(f"{probe.prompt} {probe.answer}." for probe in fact.neighbours)
+        for fact in sets.load("embedded")
+    ]
     pages = sorted((HERE.parent / "docs").glob("*.md"))
     told = [page.read_text("utf-8") for page in pages if page.stem not in {"cli", "families"}]
+    parts = "\n\n".join(told).split("\n\n")
     file = tmp_path_factory.mktemp("prose") / "prose.txt"
-    file.write_text("\n\n".join(told), "utf-8")
+    mixed = [text for pair in zip_longest(known, parts, fillvalue="") for text in pair]
+    file.write_text("\n\n".join(mixed), "utf-8")
     return file
 
 
