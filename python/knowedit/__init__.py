@@ -6,9 +6,9 @@ Importing the package imports no torch; each name below is imported when it is f
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from knowedit.io.lazy import attributes
+from knowedit.io.lazy import lazy
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit as Edit
@@ -61,61 +61,5 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: What the names above are, by module; a test holds the two together.
-MODULES = {
-    "knowedit.edits.edit": ("Edit",),
-    "knowedit.edits.history": ("History",),
-    "knowedit.edits.limits": ("Limits",),
-    "knowedit.errors": (
-        "ConfigError",
-        "CorpusError",
-        "EditError",
-        "KnowEditError",
-        "ModelError",
-        "RuinousEditError",
-        "StatisticsError",
-    ),
-    "knowedit.evaluation.evaluation": ("evaluate",),
-    "knowedit.evaluation.measures.drift": ("drift",),
-    "knowedit.facts.fact": ("Fact", "FactError", "Probe"),
-    "knowedit.facts.records": ("read_facts", "write_facts"),
-    "knowedit.methods": (
-        "AlphaEdit",
-        "EMMET",
-        "FTL",
-        "FineTuning",
-        "KLFineTuning",
-        "KLLoRA",
-        "LoRA",
-        "LookAhead",
-        "MEMIT",
-        "MEMITMerge",
-        "MEND",
-        "MetaKE",
-        "Method",
-        "NeuronPatch",
-        "PMET",
-        "ROME",
-        "Recipe",
-        "RegularisedLoRA",
-        "RoSE",
-        "SERAC",
-        "Session",
-        "make_method",
-    ),
-    "knowedit.methods.locate.metrics": ("Covariance", "NullSpace"),
-    "knowedit.methods.locate.targets": ("HiddenState",),
-    "knowedit.models.editable": ("EditableModel",),
-    "knowedit.models.load": ("load_model",),
-    "knowedit.statistics.keys": ("KeyStatistics", "key_statistics"),
-    "knowedit.statistics.moments": ("second_moments",),
-}
-__all__ = sorted(["__version__", *(name for names in MODULES.values() for name in names)])
-
-
-def __getattr__(name: str) -> Any:
-    return attributes(__name__, MODULES, globals(), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy(__name__, __file__, globals())
+__all__ = sorted(["__version__", *__all__])

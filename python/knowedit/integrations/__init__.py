@@ -12,9 +12,9 @@ Nothing happens when this is imported.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from knowedit.io.lazy import attributes
+from knowedit.io.lazy import lazy
 
 if TYPE_CHECKING:
     from knowedit.integrations.acceleration import Acceleration as Acceleration
@@ -23,17 +23,4 @@ if TYPE_CHECKING:
     from knowedit.integrations.acceleration import explain as explain
     from knowedit.integrations.acceleration import uninstall as uninstall
 
-MODULES = {
-    "knowedit.integrations.acceleration": (
-        "Acceleration",
-        "accelerate",
-        "accelerated",
-        "explain",
-        "uninstall",
-    ),
-}
-__all__ = sorted(name for names in MODULES.values() for name in names)
-
-
-def __getattr__(name: str) -> Any:
-    return attributes(__name__, MODULES, globals(), name)
+__getattr__, __dir__, __all__ = lazy(__name__, __file__, globals())

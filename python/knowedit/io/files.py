@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from knowedit.errors import KnowEditError
 
 PART = re.compile(r"\..+?\.(?:(?P<machine>[0-9a-zA-Z_-]*)-(?P<process>\d+)\.)?[0-9a-z_]+\.part")
@@ -225,3 +227,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Within the block safetensors' own errors, which are of no class that says so, are OSErrors
+    that name `path`.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error

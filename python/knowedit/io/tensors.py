@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from knowedit.errors import EditError, KnowEditError
-from knowedit.io.files import atomic_file
+from knowedit.io.files import atomic_file, disk_errors
 
 KEY = "knowedit"  # of the header, in a file's metadata
 CHECKSUMS = "checksums"  # of `{tensor: checksum}`, the header's under the empty name
@@ -50,17 +50,6 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
     with atomic_file(path) as temporary, disk_errors(path):
         save_file(held, temporary, metadata={KEY: text, CHECKSUMS: json.dumps(sums)})
     return Path(path)
-
-
-@contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Within the block safetensors' own errors, which are of no class that says so, are OSErrors
-    that name `path`.
-    """
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
 
 
 class TensorFile:

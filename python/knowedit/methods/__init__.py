@@ -5,9 +5,9 @@ The classes are imported when they are first asked for: `from knowedit.methods i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from knowedit.io.lazy import attributes
+from knowedit.io.lazy import lazy
 
 if TYPE_CHECKING:
     from knowedit.methods.base import Method as Method
@@ -34,37 +34,4 @@ if TYPE_CHECKING:
     from knowedit.methods.registry import make_method as make_method
     from knowedit.methods.session import Session as Session
 
-#: What the names above are, by module; a test holds the two together.
-MODULES = {
-    "knowedit.methods.base": ("Method", "statistics_for"),
-    "knowedit.methods.gradient.named.ft": ("FineTuning",),
-    "knowedit.methods.gradient.named.ft_l": ("FTL",),
-    "knowedit.methods.gradient.named.kl_ft": ("KLFineTuning",),
-    "knowedit.methods.gradient.named.kl_lora": ("KLLoRA",),
-    "knowedit.methods.gradient.named.lora": ("LoRA",),
-    "knowedit.methods.gradient.named.regularised_lora": ("RegularisedLoRA",),
-    "knowedit.methods.learned.named.mend": ("MEND",),
-    "knowedit.methods.learned.named.serac": ("SERAC",),
-    "knowedit.methods.locate.named.alphaedit": ("AlphaEdit",),
-    "knowedit.methods.locate.named.emmet": ("EMMET",),
-    "knowedit.methods.locate.named.look_ahead": ("LookAhead",),
-    "knowedit.methods.locate.named.memit": ("MEMIT",),
-    "knowedit.methods.locate.named.memit_merge": ("MEMITMerge",),
-    "knowedit.methods.locate.named.metake": ("MetaKE",),
-    "knowedit.methods.locate.named.pmet": ("PMET",),
-    "knowedit.methods.locate.named.rome": ("ROME",),
-    "knowedit.methods.locate.named.rose": ("RoSE",),
-    "knowedit.methods.locate.recipe": ("Recipe",),
-    "knowedit.methods.neurons.named.neuron_patch": ("NeuronPatch",),
-    "knowedit.methods.registry": ("make_method",),
-    "knowedit.methods.session": ("Session",),
-}
-__all__ = sorted(name for names in MODULES.values() for name in names)
-
-
-def __getattr__(name: str) -> Any:
-    return attributes(__name__, MODULES, globals(), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy(__name__, __file__, globals())

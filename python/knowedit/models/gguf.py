@@ -14,8 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from knowedit.errors import ModelError
-from knowedit.io.files import atomic_folder, cache_dir
-from knowedit.io.tensors import disk_errors
+from knowedit.io.files import atomic_folder, cache_dir, disk_errors
 from knowedit.models.copies import ORIGIN
 
 #: Read at once while a file is hashed, in bytes.

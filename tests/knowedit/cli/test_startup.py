@@ -2,17 +2,19 @@
 no test can hold.
 """
 
-import ast
 import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import knowedit
+import knowedit.integrations
 import knowedit.methods
+from knowedit.io.lazy import declared
+from knowedit.methods.listing import methods
+from knowedit.methods.registry import method_class
 
 HEAVY = ("torch", "transformers", "numpy", "scipy", "pandas", "datasets", "matplotlib", "peft")
 RUN = (
@@ -48,21 +50,23 @@ def test_commands_that_only_say_something_import_nothing_heavy(arguments):
     assert loaded(RUN.format(arguments=arguments, heavy=HEAVY)) == []
 
 
-@pytest.mark.parametrize("package", [knowedit, knowedit.methods], ids=lambda p: p.__name__)
-def test_every_public_name_is_there_and_has_its_type(package):
-    """`__all__`, the table that loads, and the imports that type checkers read are the same."""
-    seen = {}
-    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
-    (checked,) = [n for n in tree.body if isinstance(n, ast.If)]
-    for node in checked.body:
-        seen |= {alias.asname: (node.module, alias.name) for alias in node.names}
-    listed = {name: module for module, names in package.MODULES.items() for name in names}
-    assert {name: module for name, (module, _) in seen.items()} == listed
-    assert all(name == original for name, (_, original) in seen.items())
-    assert set(package.__all__) - {"__version__"} == set(listed)
+@pytest.mark.parametrize(
+    "package",
+    [knowedit, knowedit.methods, knowedit.integrations],
+    ids=lambda package: package.__name__,
+)
+def test_every_public_name_is_the_one_that_type_checkers_see(package):
+    listed = declared(package.__file__)
+    assert set(package.__all__) - {"__version__"} == set(listed) and listed
     for name, module in listed.items():
         assert getattr(package, name) is getattr(importlib.import_module(module), name)
     assert set(package.__all__) <= set(dir(package))
+
+
+def test_every_method_is_a_name_of_the_package():
+    ours = {name: listed for name, listed in methods().items() if listed.entry is None}
+    wanted = {method_class(name).__name__: listed.module for name, listed in ours.items()}
+    assert wanted.items() <= declared(knowedit.methods.__file__).items()
 
 
 def test_the_public_surface_fits_a_screen():

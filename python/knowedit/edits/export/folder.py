@@ -21,9 +21,9 @@ from torch import Tensor
 
 from knowedit.edits.changes import Change, read_changes, write_changes
 from knowedit.errors import EditError
-from knowedit.io.files import atomic_file, atomic_folder
+from knowedit.io.files import atomic_file, atomic_folder, disk_errors
 from knowedit.io.tables import Column, Table
-from knowedit.io.tensors import checksum, disk_errors, read_file, write_file
+from knowedit.io.tensors import checksum, read_file, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
 from knowedit.models.gguf import as_plain

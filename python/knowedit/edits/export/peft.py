@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from knowedit.edits.changes import LowRank
 from knowedit.errors import EditError
-from knowedit.io.files import atomic_folder
-from knowedit.io.tensors import disk_errors
+from knowedit.io.files import atomic_folder, disk_errors
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
 from knowedit.models.load import accepts_model
