@@ -13,6 +13,7 @@ import torch
 
 from knowedit_kernels import _gate
 from knowedit_kernels.bench import (
+    grouped,
     jvp,
     lowrank,
     machine,
@@ -27,6 +28,7 @@ from knowedit_kernels.bench.problem import DTYPES, Operation
 
 OPERATIONS: dict[str, Operation] = {
     "moments": moments.OPERATION,
+    "grouped": grouped.OPERATION,
     "lowrank": lowrank.OPERATION,
     "solver": solver.OPERATION,
     "target_loss": target_loss.OPERATION,

@@ -17,6 +17,7 @@ from knowedit_kernels.bench.problem import Check, Provider
 
 SMALL = {
     "moments": ["--d", "40", "--tokens", "600"],
+    "grouped": ["--d", "40", "--rows", "600", "--experts", "5"],
     "lowrank": ["--rows", "24", "--d", "40", "--rank", "3"],
     "solver": ["--d", "48", "--edits", "2,5"],
     "target_loss": ["--rows", "5", "--d", "16", "--vocabulary", "300"],
