@@ -143,7 +143,7 @@ class Lab:
     @property
     def capability(self) -> int:
         """80, 90, 100, ...; a dry run goes through the steps of a Hopper."""
-        return 90 if self.dry else gpu._capability(self.device)
+        return 90 if self.dry else gpu.capability(self.device)
 
     def predicted(self, what: str) -> Any:
         """The prediction for this device, or None."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from knowedit_kernels import _ops as _ops
 from knowedit_kernels._dispatch import register
-from knowedit_kernels.moments import cpu, cuda, gpu
+from knowedit_kernels.moments import cpu, cuda, gpu, grouped_gpu
 from knowedit_kernels.moments.audit import AuditResult as AuditResult
 from knowedit_kernels.moments.call import GroupedCall, MomentCall, PackCall, RowAuditCall
 from knowedit_kernels.moments.functional import PRECISIONS as PRECISIONS
@@ -21,5 +21,13 @@ from knowedit_kernels.moments.state import update_together as update_together
 
 register("second_moment_", MomentCall, cuda.CUDA, gpu.TRITON, *cpu.COMPILED, cpu.TORCH)
 register("moment_pack_", PackCall, gpu.TRITON_PACK, cpu.COMPILED_PACK, cpu.TORCH_PACK)
-register("grouped_moment_", GroupedCall, *cpu.COMPILED_GROUPED, cpu.GROUPED_TORCH)
-register("row_audit_", RowAuditCall, cpu.COMPILED_ROW_AUDIT, cpu.TORCH_ROW_AUDIT)
+register(
+    "grouped_moment_", GroupedCall, grouped_gpu.TRITON, *cpu.COMPILED_GROUPED, cpu.GROUPED_TORCH
+)
+register(
+    "row_audit_",
+    RowAuditCall,
+    grouped_gpu.TRITON_ROW_AUDIT,
+    cpu.COMPILED_ROW_AUDIT,
+    cpu.TORCH_ROW_AUDIT,
+)

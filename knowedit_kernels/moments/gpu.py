@@ -38,8 +38,9 @@ VARIANTS = (
 )
 
 
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+def capability(device: torch.device) -> int:
+    """10 major + minor of a CUDA device; 80 elsewhere, for the interpreter."""
+    major, minor = torch.cuda.get_devicecapability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
 
 
@@ -56,14 +57,12 @@ def accumulate_(call: MomentCall) -> None:
     ]
     for group, rows in groups(call.cs, wide):
         dim, dtype, device = rows[0].shape[1], rows[0].dtype, rows[0].device
-        if dtype == torch.float64 and _capability(device) >= 100:
+        if dtype == torch.float64 and capability(device) >= 100:
             # Triton 3.6 cannot compile a float64 product for sm_100
             panels_(MomentCall(group, rows, precision))
             continue
         aligned = dim * dtype.itemsize % 16 == 0
-        config = schedule.config(
-            dtype, precision, _capability(device), min(map(len, rows)), aligned
-        )
+        config = schedule.config(dtype, precision, capability(device), min(map(len, rows)), aligned)
         config = tuned.refine(config, dtype, dim, device)
         programs = len(schedule.tile_table(dim, len(group), config.tile))
         split_(group, rows, programs, functools.partial(launch_, config=config))
@@ -211,7 +210,7 @@ def _gate_tuned(device: torch.device) -> str | None:
     """Every entry of the device's tuned table."""
     for dtype, entry in itertools.product((torch.bfloat16, torch.float16), tuned.entries(device)):
         keys = gate_keys(schedule.FEW_TOKENS + 37, 264).to(dtype)
-        config = entry.sizes(schedule.config(dtype, "exact", _capability(device), len(keys)))
+        config = entry.sizes(schedule.config(dtype, "exact", capability(device), len(keys)))
         c = torch.zeros(264, 264, dtype=torch.float64, device=device)
         launch_([c], [keys.to(device)], config)
         if failures := testing.grade_moment(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,6 +73,39 @@ def config(
     return Config(
         128, 16 if capability < 90 else 32, 8, 3, False, parts=8, products=6, chain=chain // 4
     )
+
+
+# Groups of a mixture with fewer rows than this run in float64: even the shortest chains are few.
+FEW_ROWS = 256
+
+
+def grouped_config(
+    dtype: torch.dtype, precision: str, capability: int, rows: int, weighted: bool
+) -> Config | None:
+    """The launch parameters for a group of `rows` keys of `dtype`; None: they run in float64.
+
+    weighted: bfloat16 keys, multiplied by weights in the kernel.
+    Below `FEW_TOKENS` 16-bit keys keep the budget with chains of 64, with weights of 32 (three
+    products truncate three times); float32 keys, whose six products truncate six times, do not.
+    """
+    if dtype == torch.float64 or precision == "fp64" or rows < FEW_ROWS:
+        return None
+    few = rows < FEW_TOKENS
+    if weighted:
+        depth, tma = (16, False) if capability < 90 else (32, True)
+        return Config(128, depth, 8, 3, tma, parts=8, chain=32 if few else 64, first=32)
+    if few and dtype == torch.float32:
+        return None
+    found = config(dtype, precision, capability, rows)
+    return replace(found, chain=64) if few else found
+
+
+def cut_rows(rows: Sequence[int], tiles: int, processors: int) -> list[int]:
+    """Into how many pieces to cut each group, of `rows` and `tiles` tiles each, so that none keeps
+    a processor longer than its share of a launch; a piece keeps at least 2048 rows.
+    """
+    share = max(2048, sum(rows) * tiles // processors)
+    return [-(-count // share) for count in rows]
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,12 @@ launch.
 import triton
 import triton.language as tl
 
-from knowedit_kernels.triton_lib.products import fold64, gram_product
+from knowedit_kernels.triton_lib.products import (
+    fold64,
+    fold_packed,
+    gram_product,
+    scaled_product,
+)
 
 
 @triton.jit
@@ -35,9 +40,11 @@ def second_moment_kernel(
     TMA: tl.constexpr,
     EVEN: tl.constexpr,  # D is a multiple of M and N
     PARTS: tl.constexpr,
+    weight_table=None,  # int64 [layers]: addresses of float32 [tokens], for bfloat16 keys
+    PACKED: tl.constexpr = None,  # C is a packed lower triangle of this type
 ):
     """C[tile] += keys^T keys for one tile of one layer per program. CHAIN and FIRST are multiples
-    of K.
+    of K. With a weight table every key is multiplied by its weight first.
     """
     entry = tiles + tl.program_id(0) * 4
     layer = tl.load(entry)
@@ -45,7 +52,10 @@ def second_moment_kernel(
     column = tl.load(entry + 2) * N
     # without the alignment hint, loads through a table are neither vectorised nor pipelined
     keys = tl.multiple_of(tl.load(key_table + layer).to(tl.pointer_type(KEY)), 16)
-    c = tl.multiple_of(tl.load(c_table + layer).to(tl.pointer_type(tl.float64)), 16)
+    if PACKED is None:
+        c = tl.multiple_of(tl.load(c_table + layer).to(tl.pointer_type(tl.float64)), 16)
+    else:
+        c = tl.load(c_table + layer).to(tl.pointer_type(PACKED))
     tokens = tl.load(token_table + layer)
     i = tl.multiple_of(row, 16) + tl.arange(0, M)
     j = tl.multiple_of(column, 16) + tl.arange(0, N)
@@ -57,6 +67,8 @@ def second_moment_kernel(
             keys, shape=[tokens, D], strides=[stride, 1], block_shape=[K, N]
         )
     ACC: tl.constexpr = tl.float64 if tl.float64 == KEY else tl.float32
+    if weight_table is not None:
+        weights = tl.load(weight_table + layer).to(tl.pointer_type(tl.float32))
     acc = tl.zeros((M, N), ACC)
     moved = tl.zeros((M, N), ACC)
     chains = 1
@@ -94,10 +106,18 @@ def second_moment_kernel(
                     in_b = live & (j < D)[None, :]
                 a = tl.load(base + i[None, :], mask=in_a, other=0.0)
                 b = tl.load(base + j[None, :], mask=in_b, other=0.0)
-            acc = gram_product(a, b, acc, PRODUCTS)
-    corner = c + row.to(tl.int64) * ld + column
+            if weight_table is None:
+                acc = gram_product(a, b, acc, PRODUCTS)
+            else:
+                at = k + tl.arange(0, K)
+                weight = tl.load(weights + at, mask=at < tokens, other=0.0)
+                acc = scaled_product(a, b, weight * weight, acc)
     # one float32 rounding per launch; folding the two tiles apart would spare it and spill
-    fold64(corner, ld, D - row, D - column, moved + acc, M, N, PARTS, EVEN)
+    if PACKED is None:
+        corner = c + row.to(tl.int64) * ld + column
+        fold64(corner, ld, D - row, D - column, moved + acc, M, N, PARTS, EVEN)
+    else:
+        fold_packed(c, row, column, D, moved + acc, M, N, PARTS)
 
 
 @triton.jit
@@ -114,9 +134,10 @@ def pack_kernel(
     W: tl.constexpr,
     GATHER: tl.constexpr,
     STORE: tl.constexpr,
+    EACH: tl.constexpr = False,
 ):
     """Copies R kept rows to their dense place and writes their audit: sum |k|^2 and, per probe, sum
-    (k . z)^2.
+    (k . z)^2. EACH: of every row for itself, partial is [count, 5].
     """
     r = tl.program_id(0) * R + tl.arange(0, R)
     live = r < count
@@ -140,9 +161,17 @@ def pack_kernel(
         dot1 += tl.sum(wide * tl.load(signs + D + n, mask=n < D, other=0.0)[None, :], 1)
         dot2 += tl.sum(wide * tl.load(signs + 2 * D + n, mask=n < D, other=0.0)[None, :], 1)
         dot3 += tl.sum(wide * tl.load(signs + 3 * D + n, mask=n < D, other=0.0)[None, :], 1)
-    at = partial + tl.program_id(0) * 5
-    tl.store(at, tl.sum(square, 0))
-    tl.store(at + 1, tl.sum(dot0 * dot0, 0))
-    tl.store(at + 2, tl.sum(dot1 * dot1, 0))
-    tl.store(at + 3, tl.sum(dot2 * dot2, 0))
-    tl.store(at + 4, tl.sum(dot3 * dot3, 0))
+    if EACH:
+        each = partial + r.to(tl.int64) * 5
+        tl.store(each, square, mask=live)
+        tl.store(each + 1, dot0 * dot0, mask=live)
+        tl.store(each + 2, dot1 * dot1, mask=live)
+        tl.store(each + 3, dot2 * dot2, mask=live)
+        tl.store(each + 4, dot3 * dot3, mask=live)
+    else:
+        at = partial + tl.program_id(0) * 5
+        tl.store(at, tl.sum(square, 0))
+        tl.store(at + 1, tl.sum(dot0 * dot0, 0))
+        tl.store(at + 2, tl.sum(dot1 * dot1, 0))
+        tl.store(at + 3, tl.sum(dot2 * dot2, 0))
+        tl.store(at + 4, tl.sum(dot3 * dot3, 0))

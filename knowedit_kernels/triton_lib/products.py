@@ -39,6 +39,41 @@ def gram_product(a, b, acc, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+def scaled_product(a, b, scale, acc):
+    """acc + (scale a)^T b for a [K, M], b [K, N] bfloat16 and scale [K] float32.
+
+    scale a has 32 bits, of which three bfloat16 parts keep 24; b is exact.
+    """
+    wide = a.to(tl.float32) * scale[:, None]
+    high = wide.to(tl.bfloat16)
+    rest = wide - high.to(tl.float32)
+    mid = rest.to(tl.bfloat16)
+    low = (rest - mid.to(tl.float32)).to(tl.bfloat16)
+    acc = tl.dot(low.T, b, acc)  # smallest first
+    acc = tl.dot(mid.T, b, acc)
+    return tl.dot(high.T, b, acc)
+
+
+@triton.jit
+def fold_packed(c, row, column, D, x, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
+    """A packed lower triangle (row by row) of D rows += x [M, N] at (row, column), in float64.
+
+    In PARTS column parts as `fold64`; what lies above the diagonal is left out.
+    """
+    if PARTS == 1:
+        i = (row + tl.arange(0, M)).to(tl.int64)
+        j = column + tl.arange(0, N)
+        at = c + (i * (i + 1) // 2)[:, None] + j[None, :]
+        inside = (i < D)[:, None] & (j[None, :] <= i[:, None])
+        total = tl.load(at, mask=inside, other=0.0).to(tl.float64) + x.to(tl.float64)
+        tl.store(at, total.to(c.dtype.element_ty), mask=inside)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+        fold_packed(c, row, column, D, left, M, N // 2, PARTS // 2)
+        fold_packed(c, row, column + N // 2, D, right, M, N // 2, PARTS // 2)
+
+
+@triton.jit
 def fold64(
     c,
     ld,

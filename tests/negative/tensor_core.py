@@ -8,6 +8,7 @@ against.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -21,14 +22,27 @@ def truncate(x: torch.Tensor) -> torch.Tensor:
     return down.double()
 
 
-def chain(keys: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+def chain(
+    keys: torch.Tensor, start: torch.Tensor, left: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
     """One MMA chain over `keys` [tokens, d] that starts at `start` [d, d]: the accumulator after
-    every token.
+    every token. `left`: the parts that stand on the left instead, [tokens, d] each, in their order.
     """
-    acc = start.clone()
-    for block in keys.double().split(BLOCK):
-        acc = truncate(acc + block.T @ block)
+    acc, right = start.clone(), keys.double()
+    parts = [part.double() for part in left or (keys,)]
+    for at in range(0, len(keys), BLOCK):
+        block = slice(at, at + BLOCK)
+        for part in parts:
+            acc = truncate(acc + part[block].T @ right[block])
     return acc
+
+
+def scaled_parts(keys: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+    """weights^2 keys as three bfloat16 parts, smallest first: the left side of `scaled_product`."""
+    wide = keys.float() * weights.float().square()[:, None]
+    high = wide.bfloat16()
+    mid = (wide - high.float()).bfloat16()
+    return [(wide - high.float() - mid.float()).bfloat16(), mid, high]
 
 
 def plain(keys: torch.Tensor, length: int) -> torch.Tensor:
@@ -48,10 +62,14 @@ def lengths(tokens: int, cap: int, first: int) -> list[int]:
 
 
 def self_centred(
-    keys: torch.Tensor, cap: int, first: int = 64, launch: int = 16384
+    keys: torch.Tensor,
+    cap: int,
+    first: int = 64,
+    launch: int = 16384,
+    left: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """The kernel's scheme, step by step, on the emulated tensor core; one float64 fold per `launch`
-    tokens.
+    tokens. `left` as in `chain`, of one launch.
     """
     total = torch.zeros(keys.shape[1], keys.shape[1], dtype=torch.float64)
     for part in keys.split(launch):
@@ -60,7 +78,8 @@ def self_centred(
             half = (moved + acc) * (0.5 * length / max(seen, 1))
             move = (acc + half).bfloat16().float()
             moved, acc = moved + move, acc - move
-            acc = chain(part[seen : seen + length], acc.double()).float()
+            here = slice(seen, seen + length)
+            acc = chain(part[here], acc.double(), [x[here] for x in left]).float()
             seen += length
         total += (moved + acc).double()
     return total
