@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from knowedit.errors import ModelError
 from knowedit.models.experts import Routed, WideProjection, as_keys
+from knowedit.models.packed import Packed, packed
 from knowedit.models.probing import direction, first_of, rounding, states_of
 from knowedit.models.tokens import Row, batches
 
@@ -475,7 +476,14 @@ def _captured(
     embeddings: Tensor | None = None,
     *,
     replay: bool,
+    live: tuple[Tensor, Tensor] | None = None,
 ) -> Capture:
+    """As `capture`.
+
+    Args:
+        live: `[B, T]` twice: the tokens whose states are wanted at all, and those whose keys and
+            values are wanted; the others' may be anything. None: all.
+    """
     from transformers import DynamicCache
 
     blocks = list(model.layers)[from_layer:]
@@ -488,6 +496,7 @@ def _captured(
     # a cache made without the model's configuration keeps every token, also in sliding-window
     # layers
     cache = DynamicCache() if replay else None
+    packing = packed(live[0]) if replay and live is not None else nullcontext()
 
     def note(index: int, block: nn.Module, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(block.forward).bind(*args, **kwargs)
@@ -496,6 +505,8 @@ def _captured(
         state = call.pop(next(iter(call)))
         if not states:
             states.append(state)
+            if isinstance(packing, Packed) and live is not None:
+                packing.limit(live[1])
         named = next((name for name, value in call.items() if value is cache), "")
         call.pop(named, None)
         calls[index] = Call(named, call if replay else {})
@@ -505,7 +516,7 @@ def _captured(
         for index, block in enumerate(blocks, from_layer)
     ]
     try:
-        with model.evaluating():
+        with model.evaluating(), packing:
             text.run(model, past_key_values=cache, use_cache=replay)
     finally:
         for handle in handles:
@@ -558,8 +569,13 @@ class PartialModel:
         ids, mask = model.pad([r.ids for r in rows])
         starts = [r.subject for r in rows] if from_token is None else list(from_token)
         start = torch.tensor(starts, device=ids.device)
+        before_start = torch.arange(ids.shape[1], device=ids.device) < start[:, None]
         found = _captured(
-            model, ids, from_layer, replay=model.replays if _replay is None else _replay
+            model,
+            ids,
+            from_layer,
+            replay=model.replays if _replay is None else _replay,
+            live=(mask.bool(), mask.bool() & before_start),
         )
         queries, prefix = int((mask.sum(1) - start).max()), int(start.max())
         # [B, Q] global positions, may pass the end
@@ -588,7 +604,7 @@ class PartialModel:
             for index, call in found.calls.items()
         }
         before_it = found.cache.changed(lambda tensor: tensor[:, :, :prefix])
-        self._way = _Replay(model, calls, before_it)
+        self._way = _Replay(model, calls, before_it, inside)
 
     @classmethod
     def behind(cls, found: Capture, from_token: int) -> PartialModel:
@@ -682,11 +698,13 @@ class _Replay:
     Attributes:
         calls: of each layer from where the part begins that runs, ascending.
         prefix: keys and values of what stands in front; None: nothing does.
+        inside: `[B, Q]` which tokens are no padding; None: all.
     """
 
     model: EditableModel
     calls: dict[int, Call]
     prefix: Prefix | None
+    inside: Tensor | None = None
 
     def select(self, count: int, rows: Tensor) -> _Replay:
         calls = {
@@ -694,11 +712,13 @@ class _Replay:
             for index, call in self.calls.items()
         }
         prefix = None if self.prefix is None else self.prefix.changed(lambda tensor: tensor[rows])
-        return replace(self, calls=calls, prefix=prefix)
+        inside = None if self.inside is None else self.inside[rows]
+        return replace(self, calls=calls, prefix=prefix, inside=inside)
 
     def run(self, states: Tensor) -> Tensor:
-        for index in self.calls:
-            states = self._layer(index, states, self.prefix)
+        with nullcontext() if self.inside is None else packed(self.inside):
+            for index in self.calls:
+                states = self._layer(index, states, self.prefix)
         return self.model.norm(states)
 
     def layer(self, index: int, states: Tensor) -> Tensor:

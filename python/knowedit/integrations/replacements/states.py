@@ -86,7 +86,7 @@ def states_at(
 
     layer = layer_of(model, module) if kept is not None else None
     begin = kept if kept is not None and kept.reach(model, texts, layer) else None
-    moves = bool(layer) and module == model.layout.projection(layer)
+    moves = layer is not None and layer > 0 and module == model.layout.projection(layer)
     entering: dict[tuple[int, ...], Tensor] = {}
 
     def enter(group: list[int], states: Tensor) -> None:

@@ -193,7 +193,8 @@ def optimise_plans(
     # more
     spare = 32 if model.device.type == "cpu" else settings.budget
     for batch in _chunks(plans, settings.budget, spare):
-        part = _optimise(model, [plans[i] for i in batch], layers, settings, problem, progress)
+        with model.evaluating():  # once, not at every step
+            part = _optimise(model, [plans[i] for i in batch], layers, settings, problem, progress)
         for whole, piece in zip(vars(result).values(), vars(part).values()):
             if whole is not None:
                 whole[batch] = piece.to(whole)
@@ -278,9 +279,9 @@ def _optimise(
     first, second = torch.zeros_like(delta), torch.zeros_like(delta)
     loss, nll, done = (torch.zeros(count, device=device) for _ in range(3))
     live = torch.arange(count, device=device)  # the groups still in `problem`
-    check = (
-        1 if device.type == "cpu" else 5
-    )  # how often the host may look: a look is a synchronisation
+    # how often the host may look (a look is a synchronisation), and how few must be left to drop
+    # the others
+    check, share = (1, 1.0) if device.type == "cpu" else (5, 0.8)
     for step in range(1, s.steps + 1):
         variable = delta[live].requires_grad_()
         part_nll, divergence = problem.evaluate(variable)
@@ -305,7 +306,7 @@ def _optimise(
         moved = moved * (clamp * norm[live] / moved.norm(dim=2, keepdim=True)).clamp(max=1)
         delta[live] = torch.where(active[:, None, None], moved, variable.detach())
         done[live] += active.to(done)
-        if step % check == 0 and int(active.sum()) < 0.8 * len(live):
+        if step % check == 0 and int(active.sum()) < share * len(live):
             live = live[active]
             if not len(live):
                 break

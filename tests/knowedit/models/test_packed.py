@@ -1,0 +1,69 @@
+"""Linear layers on real tokens only: the same states and gradients, fewer tokens (unit)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from knowedit.models.packed import Packed, packed
+from knowedit.models.partial import PartialModel
+
+LIVE = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_live_tokens_are_linear_layers_and_the_others_zero(dtype):
+    states = torch.randn(3, 4, 5, dtype=dtype, requires_grad=True)
+    weight, bias = torch.randn(6, 5, dtype=dtype), torch.randn(6, dtype=dtype)
+    plain = F.linear(states, weight, bias) * LIVE[..., None]
+    (wanted,) = torch.autograd.grad(plain.pow(2).sum(), states)
+    with Packed(LIVE):
+        found = F.linear(states, weight, bias)
+        other = F.linear(states[:2], weight)  # of another shape: not these tokens
+    (gradient,) = torch.autograd.grad(found.pow(2).sum(), states)
+    assert torch.allclose(found, plain, atol=1e-6) and not found[~LIVE].any()
+    assert torch.allclose(gradient, wanted, atol=1e-5)
+    assert torch.allclose(other, F.linear(states[:2], weight))
+
+
+def test_bfloat16_is_left_alone():
+    states, weight = torch.randn(3, 4, 5).bfloat16(), torch.randn(6, 5).bfloat16()
+    with Packed(LIVE):
+        assert torch.equal(F.linear(states, weight), F.linear(states, weight))
+        assert F.linear(states, weight)[~LIVE].any()
+
+
+def test_without_padding_nothing_is_packed():
+    with packed(torch.ones(2, 3, dtype=torch.bool)) as found:
+        assert found is None
+
+
+class Counted(TorchFunctionMode):
+    """How many tokens linear layers are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            self.tokens.add(args[0].shape[:-1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_part_of_a_model_runs_no_padding(tiny_llama):
+    """What linear layers are given: all tokens, above only those in front; then the tails."""
+    texts = ["a much longer text about Bob or so", "b is c, they say", "Ada"]
+    rows = [tiny_llama.row(text, text.split()[len(text) // 10]) for text in texts]
+    length, start = sum(len(r.ids) for r in rows), sum(r.subject for r in rows)
+    with Counted() as counted:
+        part = PartialModel(tiny_llama, rows, 2)
+    assert counted.tokens == {length, start}
+    with Counted() as counted:
+        part.run()
+    assert counted.tokens == {length - start}
+    with Counted() as counted:
+        part.select(torch.tensor([1])).run()
+    assert counted.tokens == {len(rows[1].ids) - rows[1].subject}
