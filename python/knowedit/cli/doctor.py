@@ -16,6 +16,7 @@ from torch import Tensor
 
 from knowedit.io.files import cache_dir, leftovers, size_of
 from knowedit.io.versions import software_versions
+from knowedit.models.calibration import sinks_of
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
 from knowedit.models.load import load_model
@@ -73,7 +74,7 @@ def _leftovers(model: str | None) -> dict[str, str]:
 
 def _model(loaded: EditableModel) -> dict[str, Any]:
     preset = preset_for(loaded)
-    origin = "" if preset.measured else f", {preset.origin}: not measured on it"
+    sinks = ", ".join(map(str, sinks_of(loaded).layers))
     return {
         "name": loaded.name,
         "layers": len(loaded.layers),
@@ -84,7 +85,8 @@ def _model(loaded: EditableModel) -> dict[str, Any]:
         "reaches the stream": _streams(loaded),
         "logits": _logits(loaded),
         "fingerprint": loaded.fingerprint,
-        "preset": f"layers {list(preset.layers)}{origin}",
+        "attention sinks": f"layers {sinks}" if sinks else "none",
+        "default layers": f"{list(preset.layers)} ({preset.origin})",
     }
 
 

@@ -141,7 +141,6 @@ def _network(path: Path) -> str:
 def _statistics(path: Path) -> str:
     found = store.LayerStatistics.load(path)
     recipe, corpus = found.recipe, found.recipe.corpus.get("name")
-    ratio = found.first_norm / max(found.other_norm, 1e-30)
     counted = "" if recipe.skip_first else " (first tokens included)"
     return "\n".join(
         [
@@ -151,7 +150,7 @@ def _statistics(path: Path) -> str:
             f"{recipe.max_length}",
             f"  trace of C         {found.energy:.6g}",
             *_experts(found.counts),
-            f"  first/other norm   {ratio:.2f}{counted}",
+            f"  first/other norm   {found.first_ratio:.2f}{counted}",
             *(f"  {name:18} {v}" for name, v in found.extra.items() if name != "convergence"),
             *_errors(found.extra.get("convergence", [])),
         ]

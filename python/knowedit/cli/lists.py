@@ -91,7 +91,7 @@ def models(
     as_json: Json = False,
 ) -> None:
     """List the real models that the package index has copies of, and the shapes that have a
-    preset; every other model gets a calibrated default.
+    preset; every other model is calibrated (`knowedit calibrate`), or gets a rule of thumb.
     """
     if get is not None:
         from knowedit.models.download import resolve

@@ -87,6 +87,7 @@ def collect(
     """Collect: all layers in one partial pass, checkpointed; run again to go on after an
     interruption.
     """
+    from knowedit.models.calibration import sinks_of
     from knowedit.statistics import key_statistics
     from knowedit.statistics.distributed.ranks import started
     from knowedit.statistics.memory import keep_few_compiled_shapes
@@ -95,7 +96,7 @@ def collect(
     with started() as ranks:
         hush(run.quiet or ranks.rank > 0)
         found = key_statistics(
-            run.load(model),
+            editable := run.load(model),
             parse_layers(layers),
             one(corpus),
             tokens,
@@ -111,14 +112,15 @@ def collect(
         )
     if ranks.rank > 0:
         return
+    sinks = sinks_of(editable)
     rows = [
         {
             "layer": layer,
             "module": found[layer].module,
             "tokens": found[layer].count,
             "trace": found[layer].energy,
-            "first_token_ratio": found.sink_ratio(layer),
-            "sink": found.is_sink(layer),
+            "first_token_ratio": found[layer].first_ratio,
+            "sink": sinks.at(layer),
             **found[layer].extra,
         }
         for layer in found.layers

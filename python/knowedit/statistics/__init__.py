@@ -8,6 +8,5 @@ many.
     distributed/  ranks, rounds and checkpoints
 """
 
-from knowedit.statistics.keys import SINK_RATIO as SINK_RATIO
 from knowedit.statistics.keys import KeyStatistics as KeyStatistics
 from knowedit.statistics.keys import key_statistics as key_statistics

@@ -43,8 +43,6 @@ from knowedit_kernels import Covariance, NullSpace
 from knowedit_kernels.solver import BlockMetric
 
 UNTIL = ("tokens", "solve", "converged")
-#: A first-token key this many times longer than the others marks an attention-sink layer.
-SINK_RATIO = 10.0
 TOLERANCE = 0.3  # relative error at which to stop: what 50 to 60 tokens a dimension give
 LOCK_TIMEOUT = 2.0  # seconds: a run that was just killed may hold a lock for a moment
 # tokens for each of a key's dimensions: benchmarks/tokens.py finds nothing that more would improve
@@ -189,15 +187,6 @@ class KeyStatistics:
         """
         return {str(layer): self[layer].identity for layer in self.layers}
 
-    def sink_ratio(self, layer: int) -> float:
-        """Norm of first-token keys over that of the others; above `SINK_RATIO` the layer carries an
-        attention sink.
-        """
-        return self[layer].first_norm / max(self[layer].other_norm, 1e-30)
-
-    def is_sink(self, layer: int) -> bool:
-        return self.sink_ratio(layer) > SINK_RATIO
-
     def check(self, model: EditableModel, layers: Sequence[int]) -> None:
         """Raise StatisticsError unless these statistics are of `model` and hold `layers`."""
         for layer in layers:
@@ -239,7 +228,7 @@ def key_statistics(
     rounding.
 
     Args:
-        layers: one or several; default: those of the model's preset.
+        layers: one or several; default: those of the model's calibration or preset.
         corpus: path(s), a hub data set, "wikipedia", "self" (the model's own samples), or a
             mixture; see `Corpus.parse`.
         tokens: keys to sum, exactly (default: 64 for each of their dimensions; docs/statistics.md

@@ -222,7 +222,10 @@ def test_stats_eval_doctor(place, knowedit):
     }
     tangents = {f"{op} tangents" for op in ("RMSNorm", "SwiGLU", "attention")}
     assert ran == {"second moment", "low-rank update", "target loss", *tangents}
-    assert report["model"]["preset"].endswith("not measured on it") and report["versions"]["torch"]
+    assert (
+        report["model"]["default layers"].endswith("(rule of thumb)")
+        and report["versions"]["torch"]
+    )
 
 
 def test_the_demo_on_a_tiny_model(place, knowedit):

@@ -25,7 +25,7 @@ SAME = Fact(prompt="People in {} like", subject="France", target="snow")
 VALUES = ValueSettings(steps=4, clamp=4.0)
 
 
-def statistics_of(model, layers, *, sinks=(), count=5000, seed=0):
+def statistics_of(model, layers, *, count=5000, seed=0):
     """Statistics with a random covariance, for `model`."""
     generator = torch.Generator().manual_seed(seed)
     recipe = CollectionRecipe(model.fingerprint, {"name": "test"}, count, 64, True, 0)
@@ -35,8 +35,7 @@ def statistics_of(model, layers, *, sinks=(), count=5000, seed=0):
             4 * model.d_ff, model.d_ff, dtype=torch.float64, generator=generator
         ) * torch.linspace(0.2, 2, model.d_ff)
         total = keys.T @ keys * (count / len(keys))
-        first = 50.0 if layer in sinks else 1.0
-        found[layer] = LayerStatistics(layer, "m", model.name, recipe, count, total, first, 1.0)
+        found[layer] = LayerStatistics(layer, "m", model.name, recipe, count, total, 1.0, 1.0)
     return KeyStatistics(found)
 
 

@@ -3,7 +3,6 @@ refuse.
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +16,10 @@ from knowedit.methods.locate.metrics import Covariance
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.values import ValueSettings, optimise_values, prompt_rows
 from knowedit.methods.registry import method_class
-from knowedit.models.families import calibrated, preset_for
+from knowedit.models import calibration
+from knowedit.models.families import preset_for, preset_of_shape, rule_of_thumb
 from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, statistics_of, target_of
+from tests.knowedit.models.tiny import plant
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
@@ -165,9 +166,11 @@ def test_low_gain_and_large_updates_are_reported(tiny_llama):
 
 
 class TestRefusals:
-    def test_a_sink_layer(self, tiny_llama):
-        statistics = statistics_of(tiny_llama, [1], sinks=[1])
-        with pytest.raises(EditError, match="attention sink.*allow_sinks"):
+    def test_a_sink_layer(self, tiny_llama, monkeypatch):
+        statistics = statistics_of(tiny_llama, [1])
+        monkeypatch.setattr(calibration, "_SINKS", {})
+        plant(tiny_llama, 1, position=5)
+        with pytest.raises(EditError, match="layer 1 carries an attention sink.*allow_sinks"):
             MEMIT(layers=(1,), target=target_of(VALUES)).compute(tiny_llama, FACTS, statistics)
         made = MEMIT(layers=(1,), target=target_of(VALUES), allow_sinks=True).compute(
             tiny_llama, FACTS, statistics
@@ -196,10 +199,12 @@ class TestRefusals:
 
 
 def test_an_unknown_model_is_told_so(tiny_llama):
-    assert preset_for(tiny_llama) == calibrated(tiny_llama) and not preset_for(tiny_llama).measured
+    assert preset_for(tiny_llama) == rule_of_thumb(tiny_llama)
+    assert not preset_for(tiny_llama).measured
     layer = preset_for(tiny_llama).layers[0]
     made = MEMIT().compute(tiny_llama, FACTS, statistics_of(tiny_llama, [layer]))
-    assert any("no measured preset" in warning for warning in made.warnings)
+    told = [warning for warning in made.warnings if "not calibrated" in warning]
+    assert len(told) == 1 and "knowedit calibrate" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -213,9 +218,7 @@ def test_an_unknown_model_is_told_so(tiny_llama):
     ],
 )
 def test_published_presets_go_by_the_shape(shape, layers, one, lr, clamp):
-    kind, depth, hidden, d_ff = shape
-    config = SimpleNamespace(config=SimpleNamespace(model_type=kind))
-    preset = preset_for(SimpleNamespace(hf=config, layers=range(depth), hidden=hidden, d_ff=d_ff))
+    preset = preset_of_shape(*shape)
     assert (
         preset.layers == tuple(layers)
         and preset.one_layer == one
@@ -229,14 +232,18 @@ def test_published_presets_go_by_the_shape(shape, layers, one, lr, clamp):
 
 def test_methods_of_one_layer_take_the_presets(tiny_llama, monkeypatch):
     both = replace(
-        calibrated(tiny_llama), layers=(1, 2), one_layer=1, values=vars(VALUES), origin="published"
+        rule_of_thumb(tiny_llama),
+        layers=(1, 2),
+        one_layer=1,
+        values=vars(VALUES),
+        origin="published",
     )
     monkeypatch.setattr("knowedit.methods.locate.recipe.preset_for", lambda model: both)
     statistics = statistics_of(tiny_llama, [1, 2])
     for editor, layers in ((ROME(), {1}), (EMMET(), {1}), (MEMIT(), {1, 2})):
         made = editor.compute(tiny_llama, FACTS[:1], statistics, progress=False)
         assert set(made.keys) == layers
-        assert any("as published for this shape" in warning for warning in made.warnings)
+        assert any("published for this shape" in warning for warning in made.warnings)
 
 
 def test_the_default_model_has_a_measured_preset(smollm):

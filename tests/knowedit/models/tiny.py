@@ -146,3 +146,14 @@ def _off_neutral(model: Any) -> Any:
             else:
                 parameter.add_(0.1 * noise)
     return model
+
+
+def plant(model, layer, position, factor=200.0):
+    """Make the MLP of `layer` write an attention sink at `position` of every text."""
+
+    def write(_module, _inputs, output):
+        scale = torch.ones(output.shape[-2], 1)
+        scale[position : position + 1] = factor
+        return output * scale
+
+    model.projection(layer).register_forward_hook(write)

@@ -8,7 +8,6 @@ import torch
 from filelock import FileLock
 
 from knowedit.errors import CorpusError, ModelError, StatisticsError
-from knowedit.facts.sets import load
 from knowedit.statistics import (
     KeyStatistics,
     collect,
@@ -103,19 +102,6 @@ def test_an_edited_model_is_refused(tiny_llama, corpus, tmp_path):
 
     with an_edit(tiny_llama).applied_to(tiny_llama), pytest.raises(StatisticsError, match="undo"):
         key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
-
-
-def test_sinks_are_found(smollm, tmp_path):
-    """Layer 11 of SmolLM2 is known to carry the attention sink, layer 5 not."""
-    facts = tmp_path / "facts.txt"
-    facts.write_text(
-        "\n\n".join(
-            f"{fact.text} {fact.true}. {'. '.join(fact.paraphrases)}" for fact in load("embedded")
-        )
-    )
-    found = key_statistics(smollm, [5, 11], facts, 2000, directory=tmp_path / "s", progress=False)
-    assert found.is_sink(11) and not found.is_sink(5)
-    assert found.sink_ratio(11) > 100
 
 
 def test_key_statistics_is_a_plain_container():

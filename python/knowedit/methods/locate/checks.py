@@ -13,8 +13,10 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.values import Targets, prompt_rows
+from knowedit.models.calibration import sinks_of
 from knowedit.models.editable import EditableModel
-from knowedit.statistics import SINK_RATIO, KeyStatistics
+from knowedit.models.families.preset import Preset
+from knowedit.models.sinks import SINK_RATIO
 
 LARGE_NORM = 0.8
 
@@ -49,15 +51,33 @@ def first_token_warnings(
     ]
 
 
-def sink_warnings(statistics: KeyStatistics, layers: Sequence[int], allowed: bool) -> list[str]:
-    """A warning for each layer on the attention sink. Raises EditError when they are not
-    allowed.
+#: Where the settings of a preset come from that was not measured on the model.
+_ORIGINS = {
+    "published": "are those published for this shape",
+    "shape": "were calibrated on another model of this shape",
+    "rule of thumb": "follow a rule of thumb (a sixth of the depth, no attention sink)",
+}
+
+
+def origin_warnings(model: EditableModel, preset: Preset, layers: Sequence[int]) -> list[str]:
+    """One line for a model that nothing was measured on: where its settings come from, and how to
+    measure them.
     """
-    warnings = []
-    for layer in filter(statistics.is_sink, layers):
+    if preset.measured:
+        return []
+    return [
+        f"{model.name} is not calibrated: layer(s) {list(layers)} and value settings "
+        f"{_ORIGINS[preset.origin]}; `knowedit calibrate {model.source}` measures them"
+    ]
+
+
+def sink_warnings(model: EditableModel, layers: Sequence[int], allowed: bool) -> list[str]:
+    """A warning for each layer on an attention sink. Raises EditError when they are not allowed."""
+    sinks, warnings = sinks_of(model), []
+    for layer in filter(sinks.at, layers):
         warning = (
-            f"layer {layer} carries the attention sink (first-token keys are "
-            f"{statistics.sink_ratio(layer):.0f}x longer than the others, limit {SINK_RATIO:.0f}x)"
+            f"layer {layer} carries an attention sink (its MLP writes {sinks.written[layer]:.0f} "
+            f"times the median length at some token, limit {SINK_RATIO:.0f})"
         )
         if not allowed:
             raise EditError(f"{warning}; choose another layer, or pass allow_sinks=True")

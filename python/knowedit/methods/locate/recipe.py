@@ -19,7 +19,13 @@ from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.methods.base import Method
-from knowedit.methods.locate.checks import first_token_warnings, outcome, planned, sink_warnings
+from knowedit.methods.locate.checks import (
+    first_token_warnings,
+    origin_warnings,
+    outcome,
+    planned,
+    sink_warnings,
+)
 from knowedit.methods.locate.keys import group_by_subject
 from knowedit.methods.locate.keysets import ContextKeys, Keys
 from knowedit.methods.locate.metrics import Covariance, Metric
@@ -36,7 +42,7 @@ from knowedit.statistics import KeyStatistics
 
 @dataclass(frozen=True)
 class Recipe(Method):
-    """A locate-then-edit method. What is None comes from the model's preset, or is calibrated;
+    """A locate-then-edit method. What is None comes from the model's calibration or preset;
     `Edit.report` has the choice.
 
     Attributes:
@@ -47,7 +53,7 @@ class Recipe(Method):
         training: how the write-outs are trained on; None: they are not.
         layers: edited layers; values are optimised at the last one. None: the spread's choice.
         merge_subjects: facts of one subject get one value.
-        allow_sinks: edit a layer that carries the attention sink, or a subject that is the very
+        allow_sinks: edit a layer that carries an attention sink, or a subject that is the very
             first token.
         material: texts beside the facts that the parts may use.
         runtime: how much is computed at once, and on what.
@@ -132,7 +138,7 @@ class Recipe(Method):
         """The task of writing `groups` with these settings, or the preset's where there are none.
 
         Raises:
-            EditError: no layers, no statistics, a layer on the attention sink, a history of
+            EditError: no layers, no statistics, a layer on an attention sink, a history of
                 another model.
             StatisticsError: statistics of another model or other layers.
             ModelError: a layer that does not exist.
@@ -140,17 +146,11 @@ class Recipe(Method):
         preset, layers = preset_for(model), self.statistics_layers(model)
         at_projection = problem_of(model, layers) is AtProjections
         values, warnings = self.target.resolved(preset, self.runtime, at_projection), []
-        if not preset.measured and (self.layers is None or not self.target.complete):
-            how = (
-                "by calibration" if preset.origin == "calibrated" else "as published for this shape"
-            )
-            warnings.append(
-                f"{model.name} has no measured preset: layer(s) {list(layers)} and value settings "
-                f"are chosen {how}"
-            )
+        if self.layers is None or not self.target.complete:
+            warnings += origin_warnings(model, preset, layers)
+        warnings += sink_warnings(model, layers, self.allow_sinks)
         if statistics is not None:
             statistics.check(model, layers)
-            warnings += sink_warnings(statistics, layers, self.allow_sinks)
         elif self.needs_statistics:
             raise EditError(
                 f"{self.name} needs key statistics of layers {list(layers)}: pass "

@@ -14,12 +14,12 @@ from knowedit.io.config import Config
 from knowedit.io.progress import bar
 from knowedit.methods.locate.task import Runtime, Task
 from knowedit.methods.locate.values import (
-    AT_PROJECTION,
     AtModules,
     Problem,
     Targets,
     ValueSettings,
     optimise_values,
+    preset_numbers,
 )
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
@@ -105,7 +105,7 @@ class HiddenState(Target):
     def resolved(
         self, preset: Preset, runtime: Runtime, at_projection: bool = False
     ) -> ValueSettings:
-        chosen = {**preset.values, **(AT_PROJECTION if at_projection else {})}
+        chosen = preset_numbers(preset, at_projection)
         return ValueSettings(**{**chosen, **self._given(), **vars(runtime)})
 
     def values(self, task: Task) -> Targets:

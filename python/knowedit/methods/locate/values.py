@@ -23,6 +23,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.models.editable import EditableModel
+from knowedit.models.families.preset import Preset
 from knowedit.models.partial import Hook, PartialModel, hooked
 from knowedit.models.texts import AnswerLoss, KeepLoss, Places, answer_places
 from knowedit.models.tokens import Row
@@ -84,6 +85,14 @@ class ValueSettings(Config):
 #: The numbers of values at an MLP's projection, where no others are given: relative to what it
 #: writes by itself, which is much shorter than the hidden state that presets are meant for.
 AT_PROJECTION: Mapping[str, Any] = {"lr": None, "clamp": 4.0}
+
+
+def preset_numbers(preset: Preset, at_projection: bool) -> dict[str, Any]:
+    """A preset's numbers, by keyword, for values that are planned at a layer's output or
+    (`at_projection`) at the MLP's projection.
+    """
+    other = {} if preset.fitted or not at_projection else AT_PROJECTION
+    return {**preset.values, **other}
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,29 @@ class Preset:
         statistics_layers: those `key_statistics` collects by default.
         values: of the optimisation of hidden states, by keyword (`steps`, `lr`, `clamp`,
             `weight_decay`); the optimiser's own defaults for what is not named.
-        origin: "measured" by our benchmarks, "published" by others and not measured by us, or
-            "calibrated".
+        origin: "measured" by our benchmarks; "calibrated" on these weights, or on others of
+            this "shape"; "published" by others and not measured by us; or a "rule of thumb".
+        shared_layers: for methods whose layers share the norm of a change (RoSE, Look-Ahead).
+        neuron_layer: for NeuronPatch.
     """
 
     layers: tuple[int, ...]
     one_layer: int
     statistics_layers: tuple[int, ...]
     values: Mapping[str, Any]
-    origin: Literal["measured", "published", "calibrated"] = "measured"
-
-    @property
-    def shared_layers(self) -> tuple[int, ...]:
-        """For methods whose layers share the norm (RoSE): four around the one layer; measured on
-        SmolLM2-135M only.
-        """
-        return tuple(range(max(1, self.one_layer - 2), max(1, self.one_layer - 2) + 4))
+    origin: Literal["measured", "calibrated", "shape", "published", "rule of thumb"] = "measured"
+    shared_layers: tuple[int, ...] = ()
+    neuron_layer: int = 0
 
     @property
     def measured(self) -> bool:
-        return self.origin == "measured"
+        """Whether it was measured on this model."""
+        return self.origin in ("measured", "calibrated")
+
+    @property
+    def fitted(self) -> bool:
+        """Whether its numbers suit the place where this model's values are planned."""
+        return self.origin in ("calibrated", "shape")
 
 
 #: A model's shape: layers, hidden size, key size (`d_ff`).

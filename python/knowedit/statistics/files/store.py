@@ -127,6 +127,11 @@ class LayerStatistics:
         return float(self.total.diagonal(dim1=-2, dim2=-1).sum()) / self.count
 
     @property
+    def first_ratio(self) -> float:
+        """Norm of first-token keys over that of the others."""
+        return self.first_norm / max(self.other_norm, 1e-30)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What tells these statistics from others, for the record of an edit made with them.
 

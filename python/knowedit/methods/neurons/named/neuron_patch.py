@@ -25,7 +25,12 @@ from knowedit.facts.fact import Fact, check_facts
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.progress import bar
 from knowedit.methods.base import Method
-from knowedit.methods.locate.checks import first_token_warnings, outcome_warnings
+from knowedit.methods.locate.checks import (
+    first_token_warnings,
+    origin_warnings,
+    outcome_warnings,
+    sink_warnings,
+)
 from knowedit.methods.locate.keys import group_by_wording
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime
@@ -58,8 +63,8 @@ class NeuronPatch(Method):
     all of them.
 
     Attributes:
-        layers: one layer; None: about a quarter up (8 of 30), where wordings of one thing were best
-            told apart from other texts.
+        layers: one layer; None: the calibration's, or about a quarter up (8 of 30), where wordings
+            of one thing were best told apart from other texts.
         target: how the values are found. A clamp and steps of None are the preset's, but at least
             2 and 30 (nothing else feels the value).
         runtime: of the value optimisation.
@@ -188,8 +193,12 @@ class NeuronPatch(Method):
         factors, reads = rewritten(layer, wiring, switch, freed, targets.delta.to(own))
         report = self._report(model, layer, values, targets, factors, chosen)
         report.details["neurons"] = {str(layer): freed.neurons}
-        alone = first_token_warnings(model, facts, values.contexts, False)
-        report.warnings = [*alone, *outcome_warnings(report, targets, groups)]
+        report.warnings = [
+            *([] if self.layers else origin_warnings(model, preset_for(model), [layer])),
+            *sink_warnings(model, [layer], True),
+            *first_token_warnings(model, facts, values.contexts, False),
+            *outcome_warnings(report, targets, groups),
+        ]
         changes = {model.layout.weight_name(at): pair for at, pair in factors.items()} | reads
         return Edit(
             self.name,
@@ -213,7 +222,7 @@ class NeuronPatch(Method):
         )
 
     def _layer(self, model: EditableModel) -> int:
-        chosen = self.layers or (max(1, round(0.27 * len(model.layers))),)
+        chosen = self.layers or (preset_for(model).neuron_layer,)
         if len(chosen) != 1:
             raise EditError(f"{self.name} works in one layer, got {list(chosen)}")
         model.check_layers(chosen)
