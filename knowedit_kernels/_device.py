@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +53,35 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     devices.
     """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any
+) -> None:
+    """Launches a Triton kernel where its tensors are. The only place that may: Triton launches on
+    the current device, which need not be theirs when a model is spread over several.
+    """
+    with current(device):
+        kernel[grid](*arguments, **options)
+
+
+def tables(
+    device: torch.device, *columns: tuple[torch.dtype, Sequence[int]]
+) -> tuple[torch.Tensor, ...]:
+    """Lists of integers as tensors on a device, all in one copy; each starts on 16 bytes."""
+    sizes = [-(-len(numbers) * dtype.itemsize // 16) * 16 for dtype, numbers in columns]
+    host = torch.zeros(sum(sizes), dtype=torch.uint8, device="cpu")
+    parts = [
+        part.view(dtype)[: len(numbers)]
+        for part, (dtype, numbers) in zip(host.split(sizes), columns)
+    ]
+    for part, (dtype, numbers) in zip(parts, columns):
+        part.copy_(torch.tensor(numbers, dtype=dtype, device="cpu"))
+    moved = host.to(device)
+    return tuple(
+        part.view(dtype)[: len(numbers)]
+        for part, (dtype, numbers) in zip(moved.split(sizes), columns)
+    )
 
 
 def processors(device: torch.device) -> int:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from knowedit_kernels import _modes
+
 logger = logging.getLogger("knowedit_kernels")
 
 
@@ -36,6 +38,12 @@ class Call:
     def arguments(self) -> tuple[Any, ...]:
         """The values in the order of the schema."""
         return tuple(getattr(self, field.name) for field in fields(self))
+
+    def check(self) -> None:
+        """Raises ValueError for numbers that the op cannot work with. What shapes and dtypes tell
+        is checked by the public function; reading numbers, which a compiled graph cannot do, is
+        left to the op itself.
+        """
 
 
 def _anything(call: Any) -> str | None:
@@ -165,15 +173,20 @@ def choose(op: str, call: Call) -> tuple[Candidate | None, Decision]:
 
 
 def run(op: str, *args: Any, **kwargs: Any) -> Any:
-    """Runs the first candidate that can. Raises `DispatchError` with all reasons if none can."""
+    """Runs the first candidate that can, in the arithmetic the op promises. Raises `DispatchError`
+    with all reasons if none can, and what `Call.check` raises.
+    """
     call = _call(op, args, kwargs)
+    call.check()
     chosen, decision = choose(op, call)
     _last[op] = decision
     if chosen is None:
         raise DispatchError(str(decision))
+    device = _device(call)
     if decision.refused:
-        _log_fallback(decision, _device(call))
-    return chosen.run(call)
+        _log_fallback(decision, device)
+    with _modes.without_autocast(device):
+        return chosen.run(call)
 
 
 def _log_fallback(decision: Decision, device: str | None) -> None:

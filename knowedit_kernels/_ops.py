@@ -25,11 +25,27 @@ def _mutates_only(*args: Any, **kwargs: Any) -> None:
     """
 
 
+def _counted(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+    """Runs an op that writes, and counts the writes in its tensors' versions, as torch's own ops
+    do: what autograd has saved of them is then known to be stale.
+    """
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        result = op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+    for argument, value in zip(op._schema.arguments, args):
+        if argument.alias_info is not None and argument.alias_info.is_write and value is not None:
+            tensors = [value] if isinstance(value, torch.Tensor) else value
+            torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+    return result
+
+
 def _define(
     schema: str, fake: Callable[..., Any] = _mutates_only, *, compiled: bool = False
 ) -> None:
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
+    op = getattr(torch.ops.knowedit, name).default
+    if op._schema.is_mutable:
+        LIBRARY.impl(name, functools.partial(_counted, op), "ADInplaceOrView", with_keyset=True)
     if not compiled:
         LIBRARY.impl(name, functools.partial(_dispatch.run, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"knowedit::{name}", fake, lib=LIBRARY)
@@ -38,6 +54,10 @@ def _define(
 # moments: the lower triangle of every c [d, d] float64 += keys^T keys, keys [tokens, d]; several
 # layers at once. precision as in moments.PRECISIONS
 _define("second_moment_(Tensor(a!)[] c, Tensor[] keys, str precision) -> ()")
+# the `SecondMoment`s with these numbers take in keys[i] [..., d] where mask [...] is True (None:
+# everywhere). Their state is Python's, so the op writes nothing that a compiler sees; the turns, a
+# tensor of each moment, are declared written so that updates are neither dropped nor reordered.
+_define("moment_update_(Tensor(a!)[] turns, Tensor[] keys, Tensor? mask, int[] moments) -> ()")
 # out = keys[rows] (or only the audit when out is None; all rows when rows is None), and
 # audit[0] += sum of squares, audit[1 + p] += sum over rows of (key . signs[p])^2; signs [4, d],
 # audit [5], float64
@@ -102,6 +122,8 @@ _define(
     "-> ()",
     compiled=True,
 )
+# the two sums of every row's bits of lowrank/fingerprint.py: out [rows, 2], keys [lanes], int64
+_define("fingerprint_cpu_(Tensor(a!) out, Tensor weight, Tensor keys) -> ()", compiled=True)
 
 
 def _target_losses(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:

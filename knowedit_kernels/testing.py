@@ -5,6 +5,7 @@ margins.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,7 @@ def guarded(tensor: torch.Tensor, margin: int = 64, row_margin: int = 0) -> Guar
     last dimension (so the view is strided). The sentinel is -77, exact in every dtype we use.
     """
     *rest, width = tensor.shape
-    rows = int(torch.tensor(rest).prod()) if rest else 1
+    rows = math.prod(rest)
     pitch = width + row_margin
     buffer = torch.full((2 * margin + rows * pitch,), -77, dtype=tensor.dtype, device=tensor.device)
     inside = torch.zeros_like(buffer, dtype=torch.bool)

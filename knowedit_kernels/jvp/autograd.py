@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from knowedit_kernels import _ops as _ops  # defines the ops
+from knowedit_kernels import _ops
+from knowedit_kernels._modes import without_autocast
 from knowedit_kernels.jvp import reference
-from knowedit_kernels.jvp.batched import working
 
 Tensors = Sequence[Tensor | None]
 
@@ -34,7 +34,7 @@ class RMSNorm:
             tx = x.new_zeros(0 if t_weight is None else len(t_weight), *x.shape)
         y, dy = torch.ops.knowedit.rms_norm_jvp(x, weight, tx, self.eps)
         if t_weight is not None:  # linear in the weight
-            dy = dy + self.plain(x.to(working(x)), t_weight[:, None].to(working(x))).to(x.dtype)
+            dy = dy + _plain(self, x.dtype)(x, t_weight[:, None])
         return y, dy
 
     def repeated(self, times: int) -> RMSNorm:
@@ -86,7 +86,12 @@ def _plain(layer: Layer, dtype: torch.dtype) -> Callable[..., Tensor]:
     fused ones use.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    return lambda *primals: layer.plain(*(x.to(wide) for x in primals)).to(dtype)
+
+    def function(*primals: Tensor) -> Tensor:
+        with without_autocast(primals[0].device.type):
+            return layer.plain(*(x.to(wide) for x in primals)).to(dtype)
+
+    return function
 
 
 def _pushed(layer: Layer, primals: Sequence[Tensor], tangents: Tensors) -> tuple[Tensor, Tensor]:
@@ -130,7 +135,7 @@ class Primal(torch.autograd.Function):
         primals = ctx.saved_tensors
         if grad is None:
             return (None,) * (1 + len(primals))
-        return None, *torch.func.vjp(_plain(ctx.layer, primals[0].dtype), *primals)[1](grad)
+        return None, *_cotangents(_plain(ctx.layer, primals[0].dtype), primals, grad)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor | None:
@@ -172,7 +177,7 @@ class Tangent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         function, given, places = _of_given(ctx.layer, ctx.saved_tensors)
-        found = dict(zip(places, torch.func.vjp(function, *given)[1](grads)))
+        found = dict(zip(places, _cotangents(function, given, grads)))
         return None, *(found.get(place) for place in range(len(ctx.saved_tensors)))
 
     @staticmethod
@@ -182,7 +187,8 @@ class Tangent(torch.autograd.Function):
             torch.zeros_like(x) if (t := moving[place]) is None else t
             for x, place in zip(given, places)
         )
-        return torch.func.jvp(function, given, along)[1]
+        with without_autocast(given[0].device.type):
+            return torch.func.jvp(function, given, along)[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], layer: Layer, *inputs: Tensor | None) -> Any:
@@ -204,6 +210,59 @@ class Tangent(torch.autograd.Function):
             0,
             1,
         )
+
+
+def primal(layer: Layer, *primals: Tensor) -> Tensor:
+    """The layer's output. torch.compile knows no forward mode and no functions of one's own with
+    it: while it traces, the op is called, which has reverse mode (`_differentiable`).
+    """
+    if torch.compiler.is_compiling():
+        return layer.fused(primals, [None] * len(primals))[0]
+    return Primal.apply(layer, *primals)
+
+
+def tangent(layer: Layer, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The layer's output and its tangents, for primals and as many tangents; as `primal`."""
+    if torch.compiler.is_compiling():
+        half = len(inputs) // 2
+        return layer.fused(inputs[:half], inputs[half:])
+    return Tangent.apply(layer, *inputs)
+
+
+def _differentiable(op: str, split: Callable[..., tuple[Layer, Tensors]]) -> None:
+    """Gives an op reverse mode; `split` turns its arguments into the layer, and primals and
+    tangents.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.layer, tensors = split(*inputs)
+        ctx.arguments = len(inputs)
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        function, given, places = _of_given(ctx.layer, ctx.saved_tensors)
+        found = dict(zip(places, _cotangents(function, given, grads)))
+        return tuple(found.get(place) for place in range(ctx.arguments))
+
+    torch.library.register_autograd(
+        f"knowedit::{op}", backward, setup_context=save, lib=_ops.LIBRARY
+    )
+
+
+_differentiable("rms_norm_jvp", lambda x, w, t, eps: (RMSNorm(eps), (x, w, t, None)))
+_differentiable("swiglu_jvp", lambda *tensors: (SwiGLU(), tensors))
+_differentiable(
+    "attention_jvp",
+    lambda *given: (Attention(causal=given[7], scale=given[8], spans=given[6]), given[:6]),
+)
+
+
+def _cotangents(
+    function: Callable[..., Any], given: Sequence[Tensor], grads: Any
+) -> tuple[Tensor, ...]:
+    """Gradients in `given` of what the function returns, from those in that."""
+    with without_autocast(given[0].device.type):
+        return torch.func.vjp(function, *given)[1](grads)
 
 
 def _of_given(

@@ -78,20 +78,11 @@ def rms_norm(call: RmsNormCall) -> tuple[Tensor, Tensor]:
     y = torch.empty(rows, d, dtype=x.dtype, device=x.device)
     dy = torch.empty(count, rows, d, dtype=x.dtype, device=x.device)
     if x.numel():
-        rms_norm_kernel[(rows, max(1, _ceil(count, GROUP)))](
-            x,
-            weight,
-            tangents,
-            y,
-            dy,
-            count,
-            d,
-            eps,
-            x.stride(0),
-            tangents.stride(0),
-            tangents.stride(1),
-            **rms_tile(d),
-        )
+        _device.launch(
+            rms_norm_kernel, (rows, max(1, _ceil(count, GROUP))), x.device,
+            x, weight, tangents, y, dy, count, d, eps,
+            x.stride(0), tangents.stride(0), tangents.stride(1), **rms_tile(d),
+        )  # fmt: skip
     return y, dy
 
 
@@ -106,21 +97,10 @@ def swiglu(call: SwigluCall) -> tuple[Tensor, Tensor]:
     if gate.numel():
         grid = (rows * _ceil(d, SWIGLU_TILE["BD"]), max(1, _ceil(count, GROUP)))
         strides = [size for t in (gate_tangents, up_tangents) for size in t.stride()[:2]]
-        swiglu_kernel[grid](
-            gate,
-            up,
-            gate_tangents,
-            up_tangents,
-            y,
-            dy,
-            count,
-            rows,
-            d,
-            gate.stride(0),
-            up.stride(0),
-            *strides,
-            **SWIGLU_TILE,
-        )
+        _device.launch(
+            swiglu_kernel, grid, gate.device, gate, up, gate_tangents, up_tangents, y, dy,
+            count, rows, d, gate.stride(0), up.stride(0), *strides, **SWIGLU_TILE,
+        )  # fmt: skip
     return y, dy
 
 
@@ -149,8 +129,9 @@ def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
         moving = (tq, tk, tv) if tangents else (None, None, None)
         strides = [(*x.stride()[:3], 0) for x in (q, k, v)]
         strides += [(0, 0, 0, 0) if t is None else (*t.stride()[1:4], t.stride(0)) for t in moving]
-        attention_kernel[(_ceil(queries, tile["BM"]) * batch * heads, max(1, tangents))](
-            q, k, v, *moving, o, do, peaks, spans, *strides,
+        grid = (_ceil(queries, tile["BM"]) * batch * heads, max(1, tangents))
+        _device.launch(
+            attention_kernel, grid, q.device, q, k, v, *moving, o, do, peaks, spans, *strides,
             heads, heads // shared, queries, keys,
             keys - (0 if moving[1] is None else moving[1].shape[3]), d, scale, KNOWN=known,
             WITH_TQ=moving[0] is not None, WITH_TKV=moving[1] is not None, CAUSAL=causal,
@@ -169,8 +150,8 @@ def _draw(
     """Normal entries; `mean` adds a direction that all rows share, as keys and values of language
     models do.
     """
-    x = torch.randn(shape, generator=generator)
-    return (x + mean * torch.randn(shape[-1:], generator=generator)).to(dtype)
+    x, row = (torch.randn(size, generator=generator, device="cpu") for size in (shape, shape[-1:]))
+    return (x + mean * row).to(dtype)
 
 
 def _failure(
@@ -238,7 +219,7 @@ def attention_cases(generator: torch.Generator) -> Iterator[tuple[str, list[Any]
             q = _draw((2, 2, queries, d), dtype, generator)
             k, v = (_draw((2, 1, 75, d), dtype, generator, 2.0) for _ in range(2))
             tq, tk, tv = (_draw((count, *x.shape), dtype, generator, 1.0) for x in (q, k, v))
-            spans = torch.tensor([[3, 75], [0, 61]]) if padded else None
+            spans = torch.tensor([[3, 75], [0, 61]], device="cpu") if padded else None
             given = [
                 q,
                 k,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from knowedit_kernels.jvp.autograd import Attention, Primal, RMSNorm, SwiGLU, Tangent
+from knowedit_kernels.jvp.autograd import Attention, RMSNorm, SwiGLU, primal, tangent
 
 
 class WithTangents(NamedTuple):
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     _check_rows("x", x)
     _check_weight(x, weight)
-    return Primal.apply(RMSNorm(eps), x.reshape(-1, x.shape[-1]), weight).view(x.shape)
+    return primal(RMSNorm(eps), x.reshape(-1, x.shape[-1]), weight).view(x.shape)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -38,9 +38,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     _check_rows("gate", gate)
     _check_like("up", up, gate.shape, gate)
-    return Primal.apply(SwiGLU(), *(x.reshape(-1, x.shape[-1]) for x in (gate, up))).view(
-        gate.shape
-    )
+    return primal(SwiGLU(), *(x.reshape(-1, x.shape[-1]) for x in (gate, up))).view(gate.shape)
 
 
 def attention(
@@ -67,7 +65,7 @@ def attention(
     ValueError.
     """
     layer = _attention_layer(q, k, v, causal, scale, spans)
-    return Primal.apply(layer, q, k, v)
+    return primal(layer, q, k, v)
 
 
 def rms_norm_jvp(x: Tensor, weight: Tensor, tangents: Tensor, eps: float = 1e-6) -> WithTangents:
@@ -79,7 +77,7 @@ def rms_norm_jvp(x: Tensor, weight: Tensor, tangents: Tensor, eps: float = 1e-6)
         x.reshape(-1, x.shape[-1]),
         tangents.reshape(len(tangents), x[..., 0].numel(), x.shape[-1]),
     )
-    return _shaped(Tangent.apply(RMSNorm(eps), rows, weight, moved, None), x)
+    return _shaped(tangent(RMSNorm(eps), rows, weight, moved, None), x)
 
 
 def swiglu_jvp(
@@ -94,7 +92,7 @@ def swiglu_jvp(
     _check_like("up_tangents", up_tangents, gate_tangents.shape, gate)
     rows = [x.reshape(-1, x.shape[-1]) for x in (gate, up)]
     moved = [t.reshape(len(t), len(rows[0]), gate.shape[-1]) for t in (gate_tangents, up_tangents)]
-    return _shaped(Tangent.apply(SwiGLU(), *rows, *moved), gate)
+    return _shaped(tangent(SwiGLU(), *rows, *moved), gate)
 
 
 def attention_jvp(
@@ -128,7 +126,7 @@ def attention_jvp(
             _check_like(name, t, (count, *k.shape[:2], last, k.shape[3]), q)
             if last > k.shape[2]:
                 raise ValueError(f"{name} has tangents of {last} keys, but there are {k.shape[2]}")
-    return WithTangents(*Tangent.apply(layer, q, k, v, tq, tk, tv))
+    return WithTangents(*tangent(layer, q, k, v, tq, tk, tv))
 
 
 def _shaped(result: tuple[Tensor, Tensor], like: Tensor) -> WithTangents:

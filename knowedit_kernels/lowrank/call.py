@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from knowedit_kernels._dispatch import Call
@@ -31,3 +33,14 @@ class UpdateCall(Call):
     write: bool
     sums: Tensor
     errors: Sequence[Tensor]
+
+    def check(self) -> None:
+        if not all(_finite(factor) for factor in (*self.u, *self.v)):
+            raise ValueError(
+                "U, V or alpha contains NaN or infinity (or overflows float32): nothing was written"
+            )
+
+
+def _finite(x: Tensor) -> bool:
+    flat = x.view(-1)  # one serial dot product; only when that overflows, the thorough look
+    return math.isfinite(torch.dot(flat, flat)) or bool(torch.isfinite(x).all())

@@ -7,6 +7,7 @@ that the kernel sees one plain bfloat16 product whose terms are exact in float32
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -77,27 +78,26 @@ def _launch(members: list[int], call: UpdateCall) -> None:
     w, probe, sums = call.w, call.probe, call.sums
     base, plane = call.base or w, call.residual or w
     device, dtype = w[members[0]].device, w[members[0]].dtype
-    pointers, shapes, programs, alive, aligned = [], [], [], [], True
-    for entry, i in enumerate(members):
+    pointers: list[int] = []
+    shapes: list[int] = []
+    alive, aligned = [], True
+    for i in members:
         (M, N), P = w[i].shape, len(probe[i]) if probe else 0
         a, b = stack(call.u[i], call.v[i], PARTS[dtype])
         chunks = _ceil(_ceil(N, BN), TILES)
         partial = torch.empty(chunks, M, P, dtype=torch.float32, device=device)
         tensors = (w[i], base[i], plane[i], a, b, probe[i] if probe else a, partial)
         alive.append((i, tensors, chunks * _ceil(M, BM)))
-        pointers.append([tensor.data_ptr() for tensor in tensors])
+        pointers += [tensor.data_ptr() for tensor in tensors]
         strides = [tensor.stride(0) for tensor in tensors[:3]]
         aligned = aligned and not any(size % 16 for size in (N, *strides))
-        shapes.append([M, N, a.shape[1], P, i, *strides])
-        programs += [(entry, row, chunk) for row in range(_ceil(M, BM)) for chunk in range(chunks)]
-    tables = [torch.tensor(pointers, dtype=torch.int64, device=device)]
-    tables += [
-        torch.tensor(table, dtype=torch.int32, device=device) for table in (shapes, programs)
-    ]
+        shapes += [M, N, a.shape[1], P, i, *strides]
+    tables = _device.tables(device, (torch.int64, pointers), (torch.int32, shapes))
+    programs = program_table(tuple(tuple(w[i].shape) for i in members), BM, BN * TILES, device)
     out = torch.empty(len(programs), sums.shape[1], dtype=torch.float64, device=device)
     most = max(len(probe[i]) for i in members) if probe else 0
-    update_kernel[(len(programs),)](
-        *tables, out, call.seed,
+    _device.launch(
+        update_kernel, (len(programs),), device, *tables, programs, out, call.seed,
         DT=getattr(tl, str(dtype).removeprefix("torch.")), ROUNDING=call.rounding,
         COMPENSATED=call.rounding == "compensated", WRITE=call.write,
         BP=max(16, 1 << (most - 1).bit_length()) if most else 0, ALIGNED=aligned, ROUNDS=ROUNDS,
@@ -111,8 +111,28 @@ def _launch(members: list[int], call: UpdateCall) -> None:
         first += count
 
 
+@functools.lru_cache(maxsize=64)
+def program_table(
+    shapes: tuple[tuple[int, ...], ...], height: int, width: int, device: torch.device
+) -> Tensor:
+    """int32 [programs, 3] of (entry, row, column): the blocks [height, width] of weights of these
+    shapes. The same for every update of a model's weights, so it is made and copied once.
+    """
+    parts = []
+    for entry, (rows, columns) in enumerate(shapes):
+        chunks = _ceil(columns, width)
+        program = torch.arange(_ceil(rows, height) * chunks, dtype=torch.int32, device="cpu")
+        where = (torch.full_like(program, entry), program // chunks, program % chunks)
+        parts.append(torch.stack(where, 1))
+    return torch.cat(parts).to(device)
+
+
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def _draw(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def gate(device: torch.device) -> str | None:
@@ -121,13 +141,13 @@ def gate(device: torch.device) -> str | None:
     """
     generator = torch.Generator().manual_seed(7)
     for (rows, columns), rank in (((70, 600), 3), ((200, 136), 40)):
-        U, V = (torch.randn(size, rank, generator=generator) * 0.1 for size in (rows, columns))
-        keys = torch.randn(columns, 70, generator=generator)
+        U, V = (_draw(generator, size, rank) * 0.1 for size in (rows, columns))
+        keys = _draw(generator, columns, 70)
         for dtype in PARTS:
             for rounding in (
                 ("nearest", "stochastic", "compensated") if dtype.itemsize == 2 else ("nearest",)
             ):
-                W = torch.randn(rows, columns, generator=generator).to(dtype)
+                W = _draw(generator, rows, columns).to(dtype)
                 if failures := _failures(W, U, V, keys, rounding, device):
                     return (
                         f"{rounding} update of {dtype} [{rows}, {columns}], rank {rank}: "

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from knowedit_kernels._memory import overlaps
+from knowedit_kernels.lowrank.fingerprint import fingerprint
 from knowedit_kernels.lowrank.update import UpdateReport, check_update, low_rank_update_
 
 Change = (
     tuple[Tensor, Tensor] | Tensor
 )  #: of one weight: low-rank factors (U, V), or a dense delta of its shape
-
-_BLOCK = 1 << 20  # bytes hashed at a time
 
 
 class LedgerError(RuntimeError):
@@ -85,6 +85,11 @@ class WeightLedger:
             raise ValueError(
                 f"weight {name!r} must be a floating-point tensor, got {weight.dtype} "
                 f"{tuple(weight.shape)}"
+            )
+        if overlaps(weight):
+            raise ValueError(
+                f"entries of weight {name!r} share memory (strides {weight.stride()}): register a "
+                "contiguous copy of it"
             )
         self._entries[name] = _Entry(name, weight, transposed)
 
@@ -321,30 +326,3 @@ def _report(weight: Tensor, base: Tensor, ideal: Tensor) -> UpdateReport:
     norms = [x.square().sum(dtype=torch.float64) for x in (planned, applied, applied - planned)]
     counts = [x.sum(dtype=torch.float64) for x in (weight != base, ~weight.isfinite())]
     return UpdateReport(torch.stack(norms + counts), weight.numel(), None)
-
-
-def fingerprint(weight: Tensor) -> int:
-    """A 64-bit hash of the bits of a [.., columns] tensor; the same on every device.
-
-    sum_ij bits_ij a_i b_j mod 2^64 with fixed random odd a, b: one change is always seen, several
-    but by chance.
-    """
-    weight = weight.detach().reshape(-1, weight.shape[-1])
-    rows, columns = weight.shape
-    generator = torch.Generator().manual_seed(0x6B6E6F77)
-    whole = columns * weight.element_size() % 8 == 0
-    unit = torch.int64 if whole else {2: torch.int16, 4: torch.int32}[weight.element_size()]
-    width = columns * weight.element_size() // unit.itemsize
-
-    def odd(count: int) -> Tensor:
-        return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(
-            weight.device
-        )
-
-    a, b = odd(rows), odd(width)
-    total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    step = max(1, _BLOCK // max(1, columns * weight.element_size()))
-    for start in range(0, rows, step):
-        bits = weight[start : start + step].contiguous().view(unit)
-        total += ((bits * b).sum(1) * a[start : start + step]).sum()
-    return int(total)

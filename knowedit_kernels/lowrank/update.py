@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels import _ops as _ops  # defines the op
+from knowedit_kernels._memory import overlaps
 
 ROUNDINGS = ("nearest", "stochastic", "compensated", "corrected")
 _WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -154,16 +154,13 @@ def low_rank_update_many_(
             check_update(W, Us[i], Vs[i], residual, probe, base, rounding)
         except ValueError as error:
             raise ValueError(f"weight {i}: {error}" if len(Ws) > 1 else str(error)) from None
-    weights = [W.detach() for W in Ws]
+    # what only looks must not count as a write: `data` has a version counter of its own
+    weights = [W.data if dry_run else W.detach() for W in Ws]
     u = [
         _scaled(U.detach().to(W.device, _working(W)), alpha).contiguous()
         for U, W in zip(Us, weights)
     ]
     v = [V.detach().to(W.device, _working(W)).contiguous() for V, W in zip(Vs, weights)]
-    if not all(_finite(factor) for factor in (*u, *v)):
-        raise ValueError(
-            "U, V or alpha contains NaN or infinity (or overflows float32): nothing was written"
-        )
     keys = [
         K.detach().to(W.device, _working(W)).contiguous() for K, W in zip(probes or (), weights)
     ]
@@ -197,11 +194,6 @@ def _scaled(U: Tensor, alpha: float) -> Tensor:
     return U if alpha == 1 else U * alpha
 
 
-def _finite(x: Tensor) -> bool:
-    flat = x.view(-1)  # one serial dot product; only when that overflows, the thorough look
-    return math.isfinite(torch.dot(flat, flat)) or bool(torch.isfinite(x).all())
-
-
 def _working(W: Tensor) -> torch.dtype:
     return torch.float64 if W.dtype == torch.float64 else torch.float32
 
@@ -220,6 +212,12 @@ def check_update(
         raise ValueError(
             f"W must be a 2-D bfloat16, float16, float32 or float64 tensor, got {_describe(W)}"
         )
+    for name, written in (("W", W), ("residual", residual)):
+        if written is not None and overlaps(written):
+            raise ValueError(
+                f"entries of {name} share memory (strides {list(written.stride())}): pass "
+                f"{name}.contiguous()"
+            )
     rows, columns = W.shape
     if U.ndim != 2 or V.ndim != 2 or U.shape != (rows, V.shape[1]) or V.shape[0] != columns:
         hint = "; W looks transposed: swap U and V" if (len(U), len(V)) == (columns, rows) else ""

@@ -47,7 +47,7 @@ def signs(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The audit's sign vectors [PROBES, dim], float64 +-1: a hash of the index, the same under
     every torch version.
     """
-    x = torch.arange(1, PROBES * dim + 1, dtype=torch.int64) * -0x61C8864680B583EB
+    x = torch.arange(1, PROBES * dim + 1, dtype=torch.int64, device="cpu") * -0x61C8864680B583EB
     for _ in range(2):
         x = (x ^ ((x >> 31) & 0xFFFFFFFF)) * -0x40A7B892E31B1A47
     return (1.0 - 2.0 * ((x >> 40) & 1)).double().reshape(PROBES, dim).to(device)

@@ -23,6 +23,19 @@ class MomentCall(Call):
 
 
 @dataclass(frozen=True, eq=False)
+class UpdateCall(Call):
+    """``moment_update_``: the moments with these numbers take in keys [..., d] where mask [...].
+
+    turns: a tensor of each moment, which the op is declared to write: what orders its updates.
+    """
+
+    turns: Sequence[Tensor]
+    keys: Sequence[Tensor]
+    mask: Tensor | None
+    moments: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
 class PackCall(Call):
     """``moment_pack_``: out = keys[rows], with sums of the kept rows added to audit [5] float64.
 

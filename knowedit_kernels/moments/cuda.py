@@ -45,9 +45,8 @@ def launch_(cs: Sequence[Tensor], keys: Sequence[Tensor], config: schedule.Confi
     """
     for start in range(0, len(cs), LAYERS):
         some, theirs = list(cs[start : start + LAYERS]), list(keys[start : start + LAYERS])
-        table = schedule.tile_table(theirs[0].shape[1], len(some), ROWS, width=COLUMNS).to(
-            theirs[0].device
-        )
+        d, device = theirs[0].shape[1], theirs[0].device
+        table = schedule.tile_table(d, len(some), ROWS, COLUMNS, device)
         torch.ops.knowedit.syrk_cuda_(some, theirs, table, config.chain, config.first)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from knowedit_kernels._memory import overlaps
+
 PRECISIONS = {
     "exact": "within numerics.MOMENT for float32, float16 and bfloat16 keys; float64 keys in "
     "float64",
@@ -25,9 +27,8 @@ def check_precision(precision: str) -> str:
 
 def check_keys(
     keys: torch.Tensor, mask: torch.Tensor | None, dim: int, precision: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """keys [..., dim], mask [...] -> dense rows [tokens, dim] and the indices of the kept ones [n]
-    (None: all).
+) -> torch.Tensor:
+    """keys [..., dim], to be read where mask [...], as dense rows [tokens, dim].
 
     Raises ValueError for a wrong shape, TypeError for keys that are not floating point or a mask
     that is not bool.
@@ -43,21 +44,26 @@ def check_keys(
         raise ValueError(
             f"keys has shape {list(keys.shape)}; its last dimension must be {dim}, the moment's"
         )
-    rows = None
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(
-                f"mask must be bool (True keeps a token), not {mask.dtype}; use mask.bool()"
-            )
-        if mask.shape != keys.shape[:-1]:
-            raise ValueError(
-                f"mask has shape {list(mask.shape)}; keys need {list(keys.shape[:-1])}"
-            )
-        rows = mask.reshape(-1).nonzero().squeeze(1).to(keys.device)
+    if mask is not None and mask.shape != keys.shape[:-1]:
+        raise ValueError(f"mask has shape {list(mask.shape)}; keys need {list(keys.shape[:-1])}")
     flat = keys.detach().reshape(-1, dim)
     if precision == "fp32" and flat.dtype == torch.float64:
         flat = flat.float()
-    return (flat if flat.stride(1) == 1 or dim <= 1 else flat.contiguous()), rows
+    return flat if flat.stride(1) == 1 or dim <= 1 else flat.contiguous()
+
+
+def kept_rows(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Indices of what a mask keeps, int64 on `device`; None: all. Raises TypeError unless it is
+    bool.
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool (True keeps a token), not {mask.dtype}; use mask.bool()"
+        )
+    rows = mask.reshape(-1).nonzero().squeeze(1).to(device)
+    return None if len(rows) == mask.numel() else rows
 
 
 def mirror_(c: torch.Tensor, block: int = 256) -> torch.Tensor:
@@ -82,7 +88,9 @@ def second_moment_(
     check_precision(precision)
     if c.dtype != torch.float64 or c.dim() != 2 or c.shape[0] != c.shape[1]:
         raise ValueError(f"c must be a square float64 matrix, not {c.dtype} {list(c.shape)}")
-    rows, kept = check_keys(keys, mask, c.shape[0], precision)
+    if overlaps(c):
+        raise ValueError(f"entries of c share memory (strides {list(c.stride())}): pass c.clone()")
+    rows, kept = check_keys(keys, mask, c.shape[0], precision), kept_rows(mask, keys.device)
     if c.device != rows.device:
         raise ValueError(f"c is on {c.device}, keys on {rows.device}; move one")
     torch.ops.knowedit.second_moment_(

@@ -40,7 +40,7 @@ VARIANTS = (
 
 def capability(device: torch.device) -> int:
     """10 major + minor of a CUDA device; 80 elsewhere, for the interpreter."""
-    major, minor = torch.cuda.get_devicecapability(device) if device.type == "cuda" else (8, 0)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
 
 
@@ -115,29 +115,24 @@ def launch_(
     from knowedit_kernels.moments.triton import second_moment_kernel
 
     dim, device = keys[0].shape[1], keys[0].device
-    table = schedule.tile_table(dim, len(cs), config.tile)
-    addresses = torch.tensor([[key.data_ptr() for key in keys], [c.data_ptr() for c in cs]]).to(
-        device
+    table = schedule.tile_table(dim, len(cs), config.tile, None, device)
+    key_addresses, c_addresses, tokens = _device.tables(
+        device,
+        (torch.int64, [key.data_ptr() for key in keys]),
+        (torch.int64, [c.data_ptr() for c in cs]),
+        (torch.int32, [len(key) for key in keys]),
     )
-    tokens = torch.tensor([len(key) for key in keys], dtype=torch.int32).to(device)
     if config.tma and device.type == "cuda":
         triton.set_allocator(
             lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
         )
     options: dict[str, Any] = config.constants()
-    with _device.current(device):
-        second_moment_kernel[(len(table),)](
-            addresses[0],
-            addresses[1],
-            tokens,
-            table.to(device),
-            dim,
-            keys[0].stride(0),
-            cs[0].stride(0),
-            KEY=getattr(tl, str(keys[0].dtype).removeprefix("torch.")),
-            EVEN=dim % config.tile == 0,
-            **options,
-        )
+    _device.launch(
+        second_moment_kernel, (len(table),), device,
+        key_addresses, c_addresses, tokens, table, dim, keys[0].stride(0), cs[0].stride(0),
+        KEY=getattr(tl, str(keys[0].dtype).removeprefix("torch.")), EVEN=dim % config.tile == 0,
+        **options,
+    )  # fmt: skip
 
 
 def pack_(call: PackCall) -> None:
@@ -153,22 +148,12 @@ def pack_(call: PackCall) -> None:
     programs = -(-count // block)
     partial = torch.empty(programs, 1 + _audit.PROBES, dtype=torch.float64, device=keys.device)
     unused = partial
-    with _device.current(keys.device):
-        pack_kernel[(programs,)](
-            unused if out is None else out,
-            partial,
-            keys,
-            unused if rows is None else rows,
-            signs,
-            count,
-            dim,
-            keys.stride(0),
-            R=block,
-            W=128,
-            GATHER=rows is not None,
-            STORE=out is not None,
-            num_warps=4,
-        )
+    _device.launch(
+        pack_kernel, (programs,), keys.device,
+        unused if out is None else out, partial, keys, unused if rows is None else rows, signs,
+        count, dim, keys.stride(0), R=block, W=128, GATHER=rows is not None,
+        STORE=out is not None, num_warps=4,
+    )  # fmt: skip
     audit += partial.sum(0)
 
 
@@ -177,8 +162,8 @@ def gate_keys(tokens: int, dim: int) -> torch.Tensor:
     sums.
     """
     generator = torch.Generator().manual_seed(dim)
-    gated = torch.nn.functional.silu(torch.randn(tokens, dim, generator=generator))
-    return gated * torch.randn(tokens, dim, generator=generator) + 0.05
+    gate, up = (torch.randn(tokens, dim, generator=generator, device="cpu") for _ in range(2))
+    return torch.nn.functional.silu(gate) * up + 0.05
 
 
 def gate(device: torch.device) -> str | None:

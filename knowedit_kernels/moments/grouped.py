@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from knowedit_kernels import _modes
 from knowedit_kernels.moments import audit as _audit
 from knowedit_kernels.moments import files, triangle
 from knowedit_kernels.moments.functional import check_keys, check_precision
-from knowedit_kernels.moments.state import limit_of
+from knowedit_kernels.moments.state import check_whole, limit_of
 
 STORAGE = {"float64": torch.float64, "float32": torch.float32}
 _FIELDS = ("lower", "sums", "counts")
@@ -60,6 +61,7 @@ class GroupedSecondMoment:
     on any number of threads. Not thread-safe.
     """
 
+    @_modes.lasting
     def __init__(
         self,
         groups: int,
@@ -79,7 +81,8 @@ class GroupedSecondMoment:
         width = triangle.size(dim)
         self._lower = torch.zeros(groups, width, dtype=STORAGE[storage], device=self.device)
         self._sums = torch.zeros(groups, 1 + _audit.PROBES, dtype=torch.float64, device=self.device)
-        self._counts = torch.zeros(groups, dtype=torch.int64)
+        self._counts = torch.zeros(groups, dtype=torch.int64, device="cpu")
+        self._whole = True  # False: a launch failed, and what `_lower` holds is unknown
         self._signs = _audit.signs(dim, self.device)
         self._log = _Log(groups, dim, _capacity(groups, dim, self.device))
 
@@ -93,7 +96,7 @@ class GroupedSecondMoment:
         """Rows seen of all groups."""
         return int(self._counts.sum())
 
-    @torch.no_grad()
+    @_modes.lasting
     def update(
         self,
         rows: torch.Tensor,
@@ -113,11 +116,12 @@ class GroupedSecondMoment:
         absurdly large rows or weights, naming the first such row; TypeError for a wrong dtype. A
         refused update leaves the state as it was.
         """
+        check_whole(self._whole)
         if rows.device != self.device:
             raise ValueError(
                 f"rows are on {rows.device}, the moment is on {self.device}: move the rows there"
             )
-        keys, _ = check_keys(rows, None, self.dim, self.precision)
+        keys = check_keys(rows, None, self.dim, self.precision)
         if rows.dim() != 2:
             raise ValueError(f"rows has shape {list(rows.shape)}; it must be [n, {self.dim}]")
         order, starts = self._grouping(len(keys), counts, offsets, index)
@@ -224,23 +228,27 @@ class GroupedSecondMoment:
 
     def _launch(self, batch: _Batch | None) -> None:
         """Accumulates a batch of rows of all groups, if there is one."""
-        if batch is not None:
-            torch.ops.knowedit.grouped_moment_(
-                self._lower, batch.rows, batch.order, batch.offsets, batch.weights, self.precision
-            )
+        check_whole(self._whole)
+        if batch is None:
+            return
+        self._whole = False
+        torch.ops.knowedit.grouped_moment_(
+            self._lower, batch.rows, batch.order, batch.offsets, batch.weights, self.precision
+        )
+        self._whole = True
 
     def _flush(self) -> GroupedSecondMoment:
         self._launch(self._log.take())
         return self
 
-    @torch.no_grad()
+    @_modes.lasting
     def matrix(self, group: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """sum of w^2 k k^T over the group's rows so far: a new symmetric tensor [dim, dim]."""
         if not 0 <= group < self.groups:
             raise ValueError(f"group {group} is unknown; the groups are 0 to {self.groups - 1}")
         return triangle.symmetric(self._flush()._lower[group], self.dim).to(dtype)
 
-    @torch.no_grad()
+    @_modes.lasting
     def pooled(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The sum of all groups' matrices, [dim, dim]."""
         lower = self._flush()._lower.sum(0, dtype=torch.float64)
@@ -252,7 +260,7 @@ class GroupedSecondMoment:
             return _audit.compare(self.pooled(), self._sums.sum(0), self.count)
         return _audit.compare(self.matrix(group), self._sums[group], int(self._counts[group]))
 
-    @torch.no_grad()
+    @_modes.lasting
     def merge(self, other: GroupedSecondMoment) -> GroupedSecondMoment:
         """Adds what `other` has seen (other keeps it). Raises ValueError if the sizes differ."""
         if (other.groups, other.dim) != (self.groups, self.dim):
@@ -265,7 +273,7 @@ class GroupedSecondMoment:
         self._counts += other._counts
         return self
 
-    @torch.no_grad()
+    @_modes.lasting
     def all_reduce(self, group: Any = None) -> GroupedSecondMoment:
         """Sums over the ranks of a torch.distributed group: every rank then holds the total. Call
         once.
@@ -281,7 +289,7 @@ class GroupedSecondMoment:
         self._flush()
         return {"lower": self._lower, "sums": self._sums, "counts": self._counts}
 
-    @torch.no_grad()
+    @_modes.lasting
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> GroupedSecondMoment:
         """Restores `state_dict`. Raises ValueError naming what is missing or of another size."""
         if missing := [name for name in _FIELDS if name not in state]:
@@ -294,6 +302,7 @@ class GroupedSecondMoment:
         self._log.take()
         for name, mine in zip(_FIELDS, (self._lower, self._sums, self._counts)):
             mine.copy_(state[name])
+        self._whole = True
         return self
 
     def save(self, path: str | Path) -> None:

@@ -100,11 +100,11 @@ def _float64_(
     if weights is not None:
         wide *= weights.index_select(0, rows).double()[:, None]
     wide = _aligned(wide)
-    sizes = torch.tensor([stop - start for start, stop in spans])
+    sizes = torch.tensor([stop - start for start, stop in spans], device="cpu")
     ends = sizes.cumsum(0).tolist()
     if gpu.capability(keys.device) >= 100:  # Triton 3.6 cannot compile a float64 product there
         part = torch.zeros(len(groups), c.shape[1], dtype=torch.float64, device=c.device)
-        offsets = torch.tensor([0, *ends])
+        offsets = torch.tensor([0, *ends], device="cpu")
         grouped_panels_(GroupedCall(part, wide, None, offsets, None, "fp64"))
         c[list(groups)] += part.to(c.dtype)
         return
@@ -157,36 +157,30 @@ def launch_(
     from knowedit_kernels.moments.triton import second_moment_kernel
 
     dim, device = keys.shape[1], keys.device
-    table = schedule.tile_table(dim, len(pieces), config.tile)
+    table = schedule.tile_table(dim, len(pieces), config.tile, None, device)
     pitch = keys.stride(0) * keys.element_size()
-    columns = [
-        [keys.data_ptr() + piece.start * pitch for piece in pieces],
-        [piece.address for piece in pieces],
-    ]
-    if weights is not None:
-        columns.append([weights.data_ptr() + piece.start * 4 for piece in pieces])
-    addresses = torch.tensor(columns).to(device)
-    tokens = torch.tensor([p.stop - p.start for p in pieces], dtype=torch.int32).to(device)
+    key_addresses, c_addresses, weight_addresses, tokens = _device.tables(
+        device,
+        (torch.int64, [keys.data_ptr() + piece.start * pitch for piece in pieces]),
+        (torch.int64, [piece.address for piece in pieces]),
+        (
+            torch.int64,
+            [] if weights is None else [weights.data_ptr() + piece.start * 4 for piece in pieces],
+        ),
+        (torch.int32, [piece.stop - piece.start for piece in pieces]),
+    )
     if config.tma and device.type == "cuda":
         triton.set_allocator(
             lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
         )
     options: dict[str, Any] = config.constants()
-    with _device.current(device):
-        second_moment_kernel[(len(table),)](
-            addresses[0],
-            addresses[1],
-            tokens,
-            table.to(device),
-            dim,
-            keys.stride(0),
-            dim,
-            KEY=getattr(tl, str(keys.dtype).removeprefix("torch.")),
-            EVEN=dim % config.tile == 0,
-            weight_table=None if weights is None else addresses[2],
-            PACKED=getattr(tl, str(c.dtype).removeprefix("torch.")),
-            **options,
-        )
+    _device.launch(
+        second_moment_kernel, (len(table),), device,
+        key_addresses, c_addresses, tokens, table, dim, keys.stride(0), dim,
+        KEY=getattr(tl, str(keys.dtype).removeprefix("torch.")), EVEN=dim % config.tile == 0,
+        weight_table=None if weights is None else weight_addresses,
+        PACKED=getattr(tl, str(c.dtype).removeprefix("torch.")), **options,
+    )  # fmt: skip
 
 
 def row_audit_(call: RowAuditCall) -> None:
@@ -197,23 +191,11 @@ def row_audit_(call: RowAuditCall) -> None:
     (count, dim), block = keys.shape, 16
     if count == 0:
         return
-    with _device.current(keys.device):
-        pack_kernel[(-(-count // block),)](
-            sums if out is None else out,
-            sums,
-            keys,
-            sums,
-            signs,
-            count,
-            dim,
-            keys.stride(0),
-            R=block,
-            W=128,
-            GATHER=False,
-            STORE=out is not None,
-            EACH=True,
-            num_warps=4,
-        )
+    _device.launch(
+        pack_kernel, (-(-count // block),), keys.device,
+        sums if out is None else out, sums, keys, sums, signs, count, dim, keys.stride(0),
+        R=block, W=128, GATHER=False, STORE=out is not None, EACH=True, num_warps=4,
+    )  # fmt: skip
 
 
 def gate(device: torch.device) -> str | None:
@@ -221,12 +203,12 @@ def gate(device: torch.device) -> str | None:
     with figures, or None.
     """
     counts = torch.tensor(
-        [0, 3, schedule.FEW_ROWS + 9, schedule.FEW_TOKENS + 5, schedule.FEW_ROWS * 3]
+        [0, 3, schedule.FEW_ROWS + 9, schedule.FEW_TOKENS + 5, schedule.FEW_ROWS * 3], device="cpu"
     )
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     n = int(counts.sum())
-    order = torch.arange(n).flip(0)
-    weights = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(n, device="cpu").flip(0)
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(0), device="cpu")
     for dtype in dict.fromkeys(dtype for dtype, _ in gpu.VARIANTS):
         for gates in (None, weights):
             keys = gpu.gate_keys(n, _GATE_DIM).to(dtype)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -110,21 +112,30 @@ def cut_rows(rows: Sequence[int], tiles: int, processors: int) -> list[int]:
 
 @functools.lru_cache(maxsize=64)
 def tile_table(
-    dims: int, layers: int, tile: int, group: int = 8, width: int | None = None
+    dims: int,
+    layers: int,
+    tile: int,
+    width: int | None = None,
+    device: torch.device = CPU,
+    group: int = 8,
 ) -> torch.Tensor:
     """int32 [programs, 4] of (layer, row, column, 0): every tile [tile, width] that touches the
-    lower triangle, once.
+    lower triangle, once. Made and copied to a device once.
 
     `width` defaults to `tile`.
     Super-rows of `group` tile rows are walked column by column, so that running programs share
     columns in L2.
     """
+    if device != CPU:
+        return tile_table(dims, layers, tile, width, CPU, group).to(device)
     width = width or tile
     rows = range(-(-dims // tile))
     lower = [(i, j) for i in rows for j in range(-(-min((i + 1) * tile, dims) // width))]
     lower.sort(key=lambda ij: (ij[0] // group, ij[1], ij[0]))
     return torch.tensor(
-        [(layer, i, j, 0) for layer in range(layers) for i, j in lower], dtype=torch.int32
+        [(layer, i, j, 0) for layer in range(layers) for i, j in lower],
+        dtype=torch.int32,
+        device=CPU,
     )
 
 

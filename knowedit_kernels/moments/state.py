@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from knowedit_kernels import _modes
+from knowedit_kernels import _ops as _ops  # defines the ops
+from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.moments import audit as _audit
 from knowedit_kernels.moments import files
-from knowedit_kernels.moments.functional import check_keys, check_precision, mirror_
+from knowedit_kernels.moments.call import UpdateCall
+from knowedit_kernels.moments.functional import check_keys, check_precision, kept_rows, mirror_
 
 # The trace beyond which float32 products of keys could overflow.
 _LARGEST_TRACE = 1e37
+
+# The living moments by number, for `moment_update_`: an op takes numbers and tensors only.
+_LIVE: weakref.WeakValueDictionary[int, SecondMoment] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 
 def _capacity(dim: int, device: torch.device) -> int:
@@ -31,14 +41,27 @@ def limit_of(precision: str) -> float:
     return math.inf if precision == "fp64" else _LARGEST_TRACE
 
 
+def check_whole(whole: bool) -> None:
+    """Raises RuntimeError if a launch failed and nobody knows how much of it is in the sum."""
+    if not whole:
+        raise RuntimeError(
+            "a launch failed while this moment took in its rows, so its sum is unknown: restore a "
+            "saved state with load_state_dict"
+        )
+
+
 class SecondMoment:
     """Streaming C += K^T K over the kept tokens, float64 [dim, dim].
 
     Rows are collected and accumulated in blocks of fixed size, so the result has the same bits
     however the tokens were batched, and tiny updates cost little. Not thread-safe. `precision`: see
     PRECISIONS.
+
+    A launch that fails (out of memory) may leave a part of its rows in the sum: the moment then
+    refuses everything but `load_state_dict` with RuntimeError.
     """
 
+    @_modes.lasting
     def __init__(
         self, dim: int, *, device: torch.device | str = "cpu", precision: str = "exact"
     ) -> None:
@@ -53,6 +76,23 @@ class SecondMoment:
         self._capacity = _capacity(dim, self.device)
         self._buffer: torch.Tensor | None = None
         self._filled = 0
+        self._whole = True  # False: a launch failed, and what `_lower` holds is unknown
+        self._turn = torch.zeros((), device=self.device)  # see `moment_update_` in `_ops`
+        self._be_found()
+
+    def _be_found(self) -> None:
+        self._number = next(_NUMBERS)
+        _LIVE[self._number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._be_found()  # a copy is another moment
+
+    def _check_whole(self) -> None:
+        check_whole(self._whole)
+
+    def _accumulate(self, block: torch.Tensor) -> None:
+        _launch([self], [block])
 
     def update(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> SecondMoment:
         """Adds the rows of `keys` [..., dim] (float64, float32, float16, bfloat16) whose `mask`
@@ -65,28 +105,24 @@ class SecondMoment:
         update_together([self], [keys], mask)
         return self
 
-    @torch.no_grad()
     def _stage(
-        self, keys: torch.Tensor, mask: torch.Tensor | None
+        self, keys: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Checks and audits a batch without changing the state: the kept rows [n, dim] and their
-        audit sums.
+        """Audits a batch without changing the state: the kept rows [n, dim] and their audit sums.
+
+        rows: indices of what `mask` keeps, None for all.
         """
+        self._check_whole()
         if keys.device != self.device:
             raise ValueError(
                 f"keys are on {keys.device}, the moment is on {self.device}: move the keys there"
             )
-        dense, rows = check_keys(keys, mask, self.dim, self.precision)
-        if rows is not None and rows.numel() == dense.shape[0]:
-            rows = None
+        dense = check_keys(keys, mask, self.dim, self.precision)
         out = self._slot(dense.shape[0] if rows is None else rows.numel(), dense)
         if out is None and rows is not None:
             out = dense.new_empty(rows.numel(), self.dim)
         sums = torch.zeros_like(self._sums)
         torch.ops.knowedit.moment_pack_(out, sums, dense, rows, self._signs)
-        limit = limit_of(self.precision)
-        if not sums[0].item() < limit:
-            raise ValueError(_complaint(keys.detach(), mask, limit))
         return (dense if out is None else out), sums
 
     def _slot(self, n: int, like: torch.Tensor) -> torch.Tensor | None:
@@ -140,21 +176,23 @@ class SecondMoment:
     def _pending(self) -> torch.Tensor | None:
         return None if self._buffer is None or self._filled == 0 else self._buffer[: self._filled]
 
-    @torch.no_grad()
+    @_modes.lasting
     def flush(self) -> SecondMoment:
         """Accumulates the buffered rows now. What came before then rounds independently of what
         comes after, so parts that were flushed alike sum to the same matrix in any order and on any
         number of ranks, to float64 rounding.
         """
+        self._check_whole()
         for block in self._take_pending():
-            torch.ops.knowedit.second_moment_([self._lower], [block], self.precision)
+            self._accumulate(block)
         return self
 
-    @torch.no_grad()
+    @_modes.lasting
     def sum(self) -> torch.Tensor:
         """sum of k k^T so far: a new, exactly symmetric float64 tensor [dim, dim]; the state is not
         disturbed.
         """
+        self._check_whole()
         total = self._lower.clone()
         if (pending := self._pending()) is not None:
             torch.ops.knowedit.second_moment_([total], [pending], self.precision)
@@ -180,7 +218,7 @@ class SecondMoment:
         total = self.sum()
         return (total, _audit.compare(total, self._sums, self.count)) if audit else total
 
-    @torch.no_grad()
+    @_modes.lasting
     def merge(self, other: SecondMoment) -> SecondMoment:
         """Adds what `other` has seen (other stays as it is). Raises ValueError if the dimensions
         differ.
@@ -192,7 +230,7 @@ class SecondMoment:
         self.count += other.count
         return self
 
-    @torch.no_grad()
+    @_modes.lasting
     def all_reduce(self, group: Any = None) -> SecondMoment:
         """Sums over the ranks of a torch.distributed group, in float64: every rank then holds the
         total. Call once.
@@ -208,26 +246,29 @@ class SecondMoment:
         """Everything needed to go on with the same bits: the sum, the rows not yet accumulated,
         audit and count.
         """
+        self._check_whole()
         pending = self._pending()
         return {
             "lower": self._lower,
             "sums": self._sums,
-            "count": torch.tensor(self.count),
+            "count": torch.tensor(self.count, device="cpu"),
             "pending": pending.clone()
             if pending is not None
             else self._lower.new_empty(0, self.dim),
         }
 
-    @torch.no_grad()
+    @_modes.lasting
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> SecondMoment:
-        """Restores `state_dict`. Raises ValueError naming what is missing or of another
-        dimension.
+        """Restores `state_dict`, also of another device, whose blocks are of another size. Raises
+        ValueError naming what is missing or of another dimension.
         """
         files.check_state(state, self.dim)
         self._take_pending()
         self._lower = state["lower"].to(self.device, copy=True)
         self._sums = state["sums"].to(self.device, copy=True)
-        self._blocks(state["pending"].to(self.device))
+        self._whole = True
+        for block in self._blocks(state["pending"].to(self.device)):
+            self._accumulate(block)
         self.count = int(state["count"])
         return self
 
@@ -279,14 +320,50 @@ def update_together(
     """
     if len(set(map(id, moments))) != len(moments):
         raise ValueError("the same SecondMoment occurs twice; give every layer its own")
-    staged = [moment._stage(key, mask) for moment, key in zip(moments, keys, strict=True)]
-    full = [(moment, moment._commit(*batch)) for moment, batch in zip(moments, staged)]
-    for turn in range(max((len(blocks) for _, blocks in full), default=0)):
-        ready = [(moment, blocks[turn]) for moment, blocks in full if turn < len(blocks)]
-        for precision in sorted({moment.precision for moment, _ in ready}):
-            same = [
-                (moment._lower, block) for moment, block in ready if moment.precision == precision
-            ]
-            torch.ops.knowedit.second_moment_(
-                [c for c, _ in same], [block for _, block in same], precision
-            )
+    if len(moments) != len(keys):
+        raise ValueError(f"{len(moments)} moments, but keys of {len(keys)} layers")
+    torch.ops.knowedit.moment_update_(
+        [moment._turn for moment in moments],
+        list(keys),
+        mask,
+        [moment._number for moment in moments],
+    )
+
+
+@_modes.lasting
+def _update_(call: UpdateCall) -> None:
+    """``moment_update_`` of `_ops`: reads the keys, and changes the state only if all are fine."""
+    moments, keys, mask = [_LIVE[number] for number in call.moments], call.keys, call.mask
+    rows = {device: kept_rows(mask, device) for device in dict.fromkeys(key.device for key in keys)}
+    staged = [moment._stage(key, mask, rows[key.device]) for moment, key in zip(moments, keys)]
+    traces = torch.stack([sums[0].to(staged[0][1].device) for _, sums in staged]).tolist()
+    for moment, key, trace in zip(moments, keys, traces):
+        limit = limit_of(moment.precision)
+        if not trace < limit:
+            raise ValueError(_complaint(key.detach(), mask, limit))
+    try:
+        full = [(moment, moment._commit(*batch)) for moment, batch in zip(moments, staged)]
+        for turn in range(max(len(blocks) for _, blocks in full)):
+            ready = [(moment, blocks[turn]) for moment, blocks in full if turn < len(blocks)]
+            for precision in sorted({moment.precision for moment, _ in ready}):
+                same = [(moment, block) for moment, block in ready if moment.precision == precision]
+                _launch([moment for moment, _ in same], [block for _, block in same])
+    except BaseException:
+        for moment in moments:
+            moment._whole = False
+        raise
+
+
+def _launch(moments: Sequence[SecondMoment], blocks: Sequence[torch.Tensor]) -> None:
+    """Adds a block of rows to each moment, all of one precision."""
+    try:
+        torch.ops.knowedit.second_moment_(
+            [moment._lower for moment in moments], list(blocks), moments[0].precision
+        )
+    except BaseException:
+        for moment in moments:
+            moment._whole = False
+        raise
+
+
+UPDATE = Candidate("torch", _update_)

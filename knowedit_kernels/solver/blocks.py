@@ -99,13 +99,13 @@ class RoutedKeys:
         """The wide keys [sum of m, n] float64, zero where an edit does not reach an expert."""
         blocks = []
         for j in self.experts if experts is None else experts:
-            block = torch.zeros(self._width(j), self.edits, dtype=torch.float64)
+            block = torch.zeros(self._width(j), self.edits, dtype=torch.float64, device="cpu")
             if j in self.keys:
                 block = block.to(self.keys[j].device)
                 block[:, self.rows[j]] = self.keys[j].double()
             blocks.append(block)
         if not blocks:
-            return torch.zeros(0, self.edits, dtype=torch.float64)
+            return torch.zeros(0, self.edits, dtype=torch.float64, device="cpu")
         return torch.cat([block.to(blocks[0].device) for block in blocks])
 
     def _width(self, expert: int) -> int:
@@ -132,7 +132,10 @@ class BlockMetric(ScaledMetric):
             raise ValueError(f"the experts' metrics are on several devices: {devices}")
         dims = [metric.dim for metric in self.metrics.values()]
         super().__init__(sum(dims), weight, devices.pop())
-        empty = [metric.whiten(torch.zeros(metric.dim, 0)) for metric in self.metrics.values()]
+        empty = [
+            metric.whiten(torch.zeros(metric.dim, 0, device=metric.device))
+            for metric in self.metrics.values()
+        ]
         self._dims, self._ranks = dims, [len(whitened) for whitened in empty]
 
     @property

@@ -8,6 +8,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
+from knowedit_kernels._modes import without_autocast
+
 from .metrics import Covariance
 
 #: How many factors are kept; each takes as much memory as its matrix in float64.
@@ -22,8 +24,9 @@ def content_of(C: Tensor) -> str:
     Two matrices that differ by more than rounding differ in it; one pass over the matrix.
     """
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(C.shape[-1], generator=generator, dtype=torch.float64)
-    seen = torch.cat([C @ probe.to(C), C.diagonal()]).double().cpu()
+    probe = torch.randn(C.shape[-1], generator=generator, dtype=torch.float64, device="cpu")
+    with without_autocast(C.device.type):
+        seen = torch.cat([C @ probe.to(C), C.diagonal()]).double().cpu()
     digest = hashlib.sha256(seen.numpy().tobytes())
     digest.update(repr((tuple(C.shape), C.dtype, C.device)).encode())
     return digest.hexdigest()

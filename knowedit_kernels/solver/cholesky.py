@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from knowedit_kernels._modes import lasting
+
 _PANEL = 1024  # rows converted to float64 at a time, so that no full float64 copy is ever made
 
 
@@ -63,6 +65,7 @@ class EquilibratedCholesky:
     working precision.
     """
 
+    @lasting
     def __init__(
         self,
         C: Tensor,
@@ -199,7 +202,9 @@ class EquilibratedCholesky:
         starting vector).
         """
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.dim, 1, generator=generator, dtype=torch.float64).to(self.device)
+        v = torch.randn(self.dim, 1, generator=generator, dtype=torch.float64, device="cpu").to(
+            self.device
+        )
         norm = 0.0
         for _ in range(8):
             v = self._excess(v / v.norm())

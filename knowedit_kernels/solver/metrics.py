@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from knowedit_kernels._modes import lasting
+
 from .cholesky import EquilibratedCholesky
 
 _M = TypeVar("_M", bound="ScaledMetric")
@@ -212,6 +214,7 @@ class WithHistory(Metric):
     left: Tensor  # [n_p, r]
     right: Tensor  # [n_p, r]
 
+    @lasting
     def __init__(self, base: Metric, K: Tensor) -> None:
         Z = base.whiten(K.detach())
         if not bool(torch.isfinite(Z).all()):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from knowedit_kernels._modes import lasting
+
 from .cholesky import check_symmetric
 from .metrics import ScaledMetric
 
@@ -20,6 +22,7 @@ class NullSpace(ScaledMetric):
     P.
     """
 
+    @lasting
     def __init__(
         self,
         C: Tensor,

@@ -26,3 +26,10 @@ class LossCall(Call):
     softcap: float
     reverse: bool
     gradient: bool
+
+    def check(self) -> None:
+        vocabulary = len(self.weight)
+        if self.targets is not None and len(self.targets):
+            largest = int(self.targets.max())
+            if largest >= vocabulary:
+                raise ValueError(f"target {largest} is outside the vocabulary of {vocabulary}")

@@ -52,8 +52,9 @@ class _Running:
     def weights(self, z: Tensor) -> Tensor:
         """exp(z - running maximum) of the next chunk [rows, tokens]."""
         top = torch.maximum(self.top, z.amax(-1))
-        keep, self.top = torch.exp(self.top - top), top
-        e = torch.exp(z - top[:, None])
+        start = torch.where(top == -torch.inf, 0, top)  # nothing but impossible tokens so far
+        keep, self.top = torch.exp(self.top - start), top
+        e = torch.exp(z - start[:, None])
         self.mass = self.mass * keep + e.sum(-1)
         for total in self.sums.values():
             total *= keep if total.ndim == 1 else keep[:, None]
@@ -69,6 +70,11 @@ class _Running:
     @property
     def log(self) -> Tensor:
         return self.top + self.mass.log()
+
+
+def _share(e: Tensor, gap: Tensor) -> Tensor:
+    """e * gap, zero where a token's weight e is, also if its gap is infinite: 0 log 0 = 0."""
+    return (e * gap).masked_fill_(e == 0, 0)
 
 
 def losses(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,8 +108,9 @@ def losses(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         factors = [e * slope]
         if divergence:
             e_ref, gap = r.weights(z_ref), z - z_ref
-            under.add("gap", ((e if reverse else e_ref) * gap).sum(-1))
-            factors.append(factors[0] * gap if reverse else e_ref * slope)
+            shares = _share(e if reverse else e_ref, gap)
+            under.add("gap", shares.sum(-1))
+            factors.append((shares if reverse else e_ref) * slope)
         if gradient:
             products = (torch.cat(factors) @ w).split(rows)
             p.add("W", products[0])

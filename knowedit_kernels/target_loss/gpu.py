@@ -58,7 +58,8 @@ def losses(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     }  # fmt: skip
     tiles = _ceil(vocabulary, arguments["BV"])
     partial = torch.empty(6, tiles, rows, dtype=torch.float32, device=hidden.device)
-    loss_kernel[(tiles, _ceil(rows, arguments["BP"]))](partial=partial, **arguments)
+    grid = (tiles, _ceil(rows, arguments["BP"]))
+    _device.launch(loss_kernel, grid, hidden.device, partial=partial, **arguments)
     lse, share, mass = _combine(partial[0], partial[1])
     ref_lse = gap = lse
     if targets is not None:
@@ -100,13 +101,19 @@ def _gradients(outs: list[Tensor], state: dict[str, Tensor], arguments: dict[str
         count = min(CHUNK, vocabulary - first)
         grid = (_ceil(count, arguments["BV"]), _ceil(rows, arguments["BP"]))
         places = {"ce": dz[:rows], "kl": dz[-rows:], "first": first, "out_stride": dz.stride(0)}
-        logit_grad_kernel[grid](**places, **state, **arguments)
-        hidden_grad_kernel[(_ceil(D, tile["BD"]), _ceil(stacked, tile["BP"]))](
-            dz, weight, out, first, count, stacked, D, dz.stride(0), weight.stride(0),
-            out.stride(0), lift, SPLIT=weight.dtype != torch.float32, **tile,
+        _device.launch(logit_grad_kernel, grid, weight.device, **places, **state, **arguments)
+        grid = (_ceil(D, tile["BD"]), _ceil(stacked, tile["BP"]))
+        _device.launch(
+            hidden_grad_kernel, grid, weight.device, dz, weight, out, first, count,
+            stacked, D, dz.stride(0), weight.stride(0), out.stride(0), lift,
+            SPLIT=weight.dtype != torch.float32, **tile,
         )  # fmt: skip
     for target, part in zip(outs, out.split(rows)):
         target.copy_(part / lift)
+
+
+def _draw(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 def gate(device: torch.device) -> str | None:
@@ -121,10 +128,10 @@ def gate(device: torch.device) -> str | None:
                 ("logits", False, 3.0),
                 ("hidden", True, 5.0),
             ):
-                h, old = (torch.randn(rows, D, generator=generator).to(dtype) for _ in range(2))
-                W = (torch.randn(vocabulary, D, generator=generator) / D**0.5).to(dtype)
-                bias = torch.randn(vocabulary, generator=generator)
-                targets = torch.randint(vocabulary, (rows,), generator=generator)
+                h, old = (_draw(generator, rows, D).to(dtype) for _ in range(2))
+                W = (_draw(generator, vocabulary, D) / D**0.5).to(dtype)
+                bias = _draw(generator, vocabulary)
+                targets = torch.randint(vocabulary, (rows,), generator=generator, device="cpu")
                 targets[::4] = -1
                 given = logits(old, W, bias, 1.5, cap or None).float() if kind == "logits" else None
                 args = [h, W, targets, bias, given, old if kind == "hidden" else None]

@@ -86,6 +86,19 @@ def _reference(
 
 
 @triton.jit
+def _weights(z, inside, largest):
+    """exp(z - largest) of a tile, also where every token is impossible."""
+    start = tl.where(largest == -float("inf"), 0.0, largest)
+    return tl.where(inside, tl.exp(z - start[:, None]), 0.0)
+
+
+@triton.jit
+def _share(e, gap):
+    """e * gap, zero where e is, also if the gap is infinite: 0 log 0 = 0."""
+    return tl.where(e == 0, 0.0, e * gap)
+
+
+@triton.jit
 def loss_kernel(
     H, W, targets, bias, R, partial, rows, vocabulary, D, h_stride, w_stride, r_stride, scale,
     softcap, CE: tl.constexpr, REF: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr,
@@ -105,7 +118,7 @@ def loss_kernel(
     z = _product(H, W, row, token, rows, vocabulary, D, h_stride, w_stride, BD, PRECISION)
     z = _cap(z, bias, token, vocabulary, scale, softcap, BIAS, CAP)
     largest = tl.max(tl.where(inside, z, -float("inf")), 1)
-    e = tl.where(inside, tl.exp(z - largest[:, None]), 0.0)
+    e = _weights(z, inside, largest)
     out = partial + tile.to(tl.int64) * rows + row
     plane = tl.num_programs(0).to(tl.int64) * rows
     live = row < rows
@@ -120,10 +133,10 @@ def loss_kernel(
         )
     if REF > 0:
         largest = tl.max(tl.where(inside, z_ref, -float("inf")), 1)
-        e_ref = tl.where(inside, tl.exp(z_ref - largest[:, None]), 0.0)
+        e_ref = _weights(z_ref, inside, largest)
         tl.store(out + 3 * plane, largest, mask=live)
         tl.store(out + 4 * plane, tl.sum(e_ref, 1), mask=live)
-        tl.store(out + 5 * plane, tl.sum((e if REVERSE else e_ref) * (z - z_ref), 1), mask=live)
+        tl.store(out + 5 * plane, tl.sum(_share(e if REVERSE else e_ref, z - z_ref), 1), mask=live)
 
 
 @triton.jit
@@ -159,7 +172,8 @@ def logit_grad_kernel(
         )
     if REF > 0:
         if REVERSE:
-            change = p * (z - z_ref - tl.load(gap + row, mask=live, other=0.0)[:, None])
+            mean = tl.load(gap + row, mask=live, other=0.0)[:, None]
+            change = _share(p, z - z_ref - mean)
         else:
             change = p - tl.exp(z_ref - tl.load(ref_lse + row, mask=live, other=0.0)[:, None])
         tl.store(kl + where, slope * change, mask=live[:, None])

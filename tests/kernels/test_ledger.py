@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knowedit_kernels.lowrank import LedgerError, WeightLedger
-from knowedit_kernels.lowrank.ledger import fingerprint
+from knowedit_kernels.lowrank import fingerprint as fingerprints
+from knowedit_kernels.lowrank.fingerprint import fingerprint
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -352,3 +353,35 @@ def test_the_tensors_that_a_model_has_now_are_edited():
         ledger.follow({"w": old})
     ledger.remove("a")
     assert torch.equal(bits(new), kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fingerprint_sees_signs_in_pairs(dtype):
+    W = rand(64, 24).to(dtype)
+    before = fingerprint(W)
+    for column in range(W.shape[1]):
+        flipped = W.clone()
+        flipped[:, column] *= -1
+        assert fingerprint(flipped) != before
+    for row in range(len(W)):
+        flipped = W.clone()
+        flipped[row] *= -1
+        assert fingerprint(flipped) != before
+
+
+@pytest.mark.parametrize("columns", [1, 3, 24, 127, 128, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fingerprint_is_the_same_without_the_compiled_kernel(dtype, columns, monkeypatch):
+    W = rand(9, columns + 5).to(dtype)
+    for weight in (W[:, :columns].contiguous(), W[:, 2 : columns + 2], W[:, :columns].T):
+        expected = fingerprint(weight)
+        with monkeypatch.context() as patch:
+            patch.setattr(fingerprints, "_compiled", lambda flat: False)
+            assert fingerprint(weight) == expected
+            patch.setattr(fingerprints, "_BLOCK", 64)
+            assert fingerprint(weight) == expected
+
+
+def test_a_weight_whose_entries_share_memory_is_refused():
+    with pytest.raises(ValueError, match="share memory"):
+        WeightLedger({"W": torch.zeros(1, 8).expand(6, 8)})

@@ -284,3 +284,33 @@ def test_refusals_leave_the_weight_alone(call, message):
     with pytest.raises(ValueError, match=message):
         call()
     assert torch.equal(W, before)
+
+
+def test_a_write_is_counted_and_a_dry_run_is_not():
+    W, U, V = problem(6, 8, torch.float32)
+    W.requires_grad_()
+    x = torch.randn(8, requires_grad=True)
+    y = (W @ x).square().sum()
+    low_rank_update_(W, U, V, dry_run=True)
+    torch.autograd.grad(y, x, retain_graph=True)
+    low_rank_update_(W, U, V)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, x)
+
+
+@pytest.mark.parametrize(
+    "W",
+    [
+        torch.zeros(1, 8).expand(6, 8),
+        torch.zeros(6, 1).expand(6, 8),
+        torch.zeros(40).as_strided((6, 8), (4, 1)),
+    ],
+    ids=["rows", "columns", "windows"],
+)
+def test_a_weight_whose_entries_share_memory_is_refused(W):
+    with pytest.raises(ValueError, match="entries of W share memory"):
+        low_rank_update_(W, torch.ones(6, 2), torch.ones(8, 2))
+    assert not W.any()
+    strided = torch.zeros(20, 20)[::3, ::2][:6, :8]
+    low_rank_update_(strided, torch.ones(6, 2), torch.ones(8, 2))
+    assert bool((strided == 2).all())

@@ -1,5 +1,7 @@
 """SecondMoment: streaming, audit, merging, saving, resuming, refusing (unit)."""
 
+import copy
+import dataclasses
 import math
 import os
 
@@ -7,8 +9,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from knowedit_kernels import numerics, testing
-from knowedit_kernels.moments import SecondMoment, update_together
+from knowedit_kernels import _dispatch, numerics, testing
+from knowedit_kernels.moments import GroupedSecondMoment, SecondMoment, cpu, update_together
 from knowedit_kernels.moments.audit import compare, signs
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.moment_data import keys as make_keys
@@ -250,3 +252,63 @@ def test_all_reduce_over_two_processes(tmp_path):
 def test_bad_dim(dim):
     with pytest.raises(ValueError, match="at least 1"):
         SecondMoment(dim)
+
+
+@pytest.mark.parametrize("rows", [255, 256, 1000])
+def test_a_state_with_more_pending_rows_than_a_block_is_restored_whole(rows, monkeypatch):
+    """As saved on a GPU, whose blocks are larger than a CPU's."""
+    k = make_keys(rows, DIM)
+    saved = moment(k).state_dict()
+    monkeypatch.setattr("knowedit_kernels.moments.state._capacity", lambda dim, device: 256)
+    restored = SecondMoment(DIM).load_state_dict(saved)
+    assert restored.count == rows
+    testing.grade_moment(restored.sum(), second_moment(k)).check(numerics.MOMENT)
+    assert torch.equal(restored.update(k).sum(), moment(torch.cat([k, k])).sum())
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_launch_that_fails_leaves_no_wrong_sum(monkeypatch):
+    k = make_keys(300, DIM)
+    first, second = (SecondMoment(DIM).update(k) for _ in range(2))
+    saved = first.state_dict()
+
+    def fails(call):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        failing = [dataclasses.replace(c, run=fails) for c in cpu.COMPILED + (cpu.TORCH,)]
+        patch.setitem(_dispatch._candidates, "second_moment_", failing)
+        with pytest.raises(MemoryError):
+            update_together([first, second], [k, k])
+    for broken in (first, second):
+        for use in (broken.sum, broken.flush, broken.state_dict, lambda b=broken: b.update(k)):
+            with pytest.raises(RuntimeError, match="a launch failed"):
+                use()
+    restored = first.load_state_dict(saved).update(k)
+    assert torch.equal(restored.sum(), moment(torch.cat([k, k])).sum()) and restored.count == 600
+
+
+def test_a_copy_is_another_moment():
+    k = make_keys(300, DIM)
+    original = SecondMoment(DIM).update(k)
+    copied = copy.deepcopy(original)
+    copied.update(k)
+    assert (original.count, copied.count) == (300, 600)
+    assert torch.equal(original.sum(), moment(k).sum())
+
+
+def test_a_grouped_launch_that_fails_leaves_no_wrong_sum(monkeypatch):
+    k = make_keys(300, DIM)
+    grouped = GroupedSecondMoment(2, DIM).update(k, counts=torch.tensor([100, 200]))
+
+    def fails(call):
+        raise MemoryError
+
+    monkeypatch.setitem(
+        _dispatch._candidates, "grouped_moment_", [dataclasses.replace(cpu.TORCH, run=fails)]
+    )
+    with pytest.raises(MemoryError):
+        grouped.pooled()
+    for use in (grouped.pooled, grouped.state_dict, grouped.audit):
+        with pytest.raises(RuntimeError, match="a launch failed"):
+            use()

@@ -200,3 +200,36 @@ H, W, T, OLD = problem()
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_impossible_tokens_have_no_share(reverse, monkeypatch):
+    """Minus infinity in logits of the reference, in the bias over the whole first chunk: 0 log 0
+    is 0, and the gradients are those of the distribution over what is possible.
+    """
+    monkeypatch.setattr(chunked, "_LOGITS", 1)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 8, generator=g, dtype=torch.float64)
+    weight = torch.randn(3000, 8, generator=g, dtype=torch.float64)
+    reference = torch.randn(3, 3000, generator=g, dtype=torch.float64)
+    bias = torch.zeros(3000, dtype=torch.float64)
+    bias[:1500] = -torch.inf
+    reference[:, :1500] = -torch.inf
+    if not reverse:  # the reference may rule out more, or the divergence is infinite
+        reference[:, 2000] = -torch.inf
+    targets = torch.tensor([1600, 2999, -1])
+
+    def grads(possible):
+        h = hidden.clone().requires_grad_()
+        loss = target_loss(
+            h,
+            weight[possible],
+            torch.where(targets < 0, -1, targets - possible.start),
+            reference=reference[:, possible],
+            bias=bias[possible],
+            reverse=reverse,
+        )
+        return *loss, torch.autograd.grad(loss.ce.sum() + loss.kl.sum(), h)[0]
+
+    for got, wanted in zip(grads(slice(0, 3000)), grads(slice(1500, 3000))):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,67 @@
+// The fingerprint of a weight's bits, at the speed of memory, registered through torch's stable ABI.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "isa.h"
+
+namespace knowedit {
+namespace {
+
+namespace generic {
+#include "fingerprint_kernels.h"
+}  // namespace generic
+
+#if defined(__x86_64__)
+#define KNOWEDIT_MULTIPLY_HALVES
+KNOWEDIT_TARGET_BEGIN("avx2")
+namespace avx2 {
+#include "fingerprint_kernels.h"
+}  // namespace avx2
+KNOWEDIT_TARGET_END
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void fingerprint(Tensor out, Tensor weight, Tensor keys) {
+  const int64_t rows = weight.size(0), bytes = weight.size(1) * weight.element_size();
+  STD_TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must have dense rows");
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Long && out.is_contiguous() && out.numel() == 2 * rows,
+                  "out must be contiguous int64 [rows, 2]");
+  STD_TORCH_CHECK(keys.scalar_type() == ScalarType::Long && keys.is_contiguous() && keys.numel() * 8 >= bytes,
+                  "keys must be contiguous int64, one for every eight bytes of a row");
+  auto sums = generic::row_sums;
+#if defined(__x86_64__)
+  if (best_isa() >= kAvx2) sums = avx2::row_sums;
+#endif
+  const char* data = static_cast<const char*>(weight.const_data_ptr());
+  const uint64_t* key = static_cast<const uint64_t*>(keys.const_data_ptr());
+  uint64_t* to = static_cast<uint64_t*>(out.mutable_data_ptr());
+  const int64_t stride = weight.stride(0) * weight.element_size();
+  // a thread takes about a quarter of a megabyte at a time; a little work is not worth waking the others for
+  const int64_t block = std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(bytes, 1)), blocks = (rows + block - 1) / block;
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < blocks;)
+      for (int64_t r = item * block; r < std::min(rows, (item + 1) * block); ++r)
+        sums(data + r * stride, key, bytes, to + 2 * r);
+  };
+  if (blocks < 8) return work(0, 1);
+  torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), blocks), 1, work);
+}
+
+}  // namespace
+}  // namespace knowedit
+
+// the schema is in knowedit_kernels/_ops.py
+STABLE_TORCH_LIBRARY_IMPL(knowedit, CPU, m) { m.impl("fingerprint_cpu_", TORCH_BOX(&knowedit::fingerprint)); }
