@@ -25,6 +25,7 @@ from knowedit.cli.options import (
     say,
 )
 from knowedit.errors import KnowEditError
+from knowedit.io.lines import printable
 from knowedit.io.progress import kept_on_interrupt
 from knowedit.io.tables import Table
 from knowedit.models.download import DEFAULT_MODEL
@@ -66,16 +67,14 @@ def main() -> None:
         _end(f"error: {error}", 1)
     except UsageError as error:
         _end(f"error: {usage(error)}", 2)
-    except RuntimeError as error:
-        from knowedit_kernels import DispatchError  # loaded already, where it is raised
-
-        if not isinstance(error, DispatchError):
-            raise
-        _end(f"error: {error}", 1)
     except OSError as error:
         _end(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), 1)
     except (Interrupted, KeyboardInterrupt) as stop:
         _end(f"interrupted: {str(stop) or f'nothing was written; {AGAIN}'}", 130)
+    except Exception as error:
+        if logging.getLogger("knowedit").level == logging.INFO:
+            raise
+        _end(_unforeseen(error), 1)
     raise SystemExit(code or 0)
 
 
@@ -84,8 +83,19 @@ def _terminated(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _unforeseen(error: Exception) -> str:
+    """One line for an error of another library, or of a mistake of ours."""
+    if type(error).__name__ == "DispatchError":  # the kernels', which says all there is to say
+        return f"error: {error}"
+    said = " ".join(str(error).split())[:400]
+    return (
+        f"error: {type(error).__name__}: {said}; this was not foreseen: see where with `knowedit "
+        "--verbose ...`, and please report it"
+    )
+
+
 def _end(text: str, code: int) -> NoReturn:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -131,7 +141,7 @@ def inspect(
     """Say what a file of ours holds: method, facts, layers, norms, the model it belongs to."""
     from knowedit.cli.inspection import describe
 
-    print(describe(path))
+    print(printable(describe(path)))
 
 
 @app.command()

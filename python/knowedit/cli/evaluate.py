@@ -20,6 +20,7 @@ from knowedit.cli.options import (
 )
 from knowedit.errors import KnowEditError
 from knowedit.io.files import locked
+from knowedit.io.lines import printable
 from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def evaluate(
         ):
             found.append(result if isinstance(result, dict) else result.to_dict())
             if not run.as_json:
-                print(_shown(result), end="\n\n", flush=True)
+                print(printable(_shown(result)), end="\n\n", flush=True)
     if run.as_json:
         print(json.dumps(found))
 

@@ -11,7 +11,7 @@ from knowedit.edits.export import folder as checkpoint
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
-from knowedit.io.tensors import format_of, read_file
+from knowedit.io.tensors import format_of, read_file, understood
 from knowedit.methods.learned.mend import network as mend_network
 from knowedit.methods.learned.serac import memory as memory_edit
 from knowedit.methods.learned.serac import network as serac_network
@@ -37,7 +37,8 @@ def describe(path: Path) -> str:
     kind = format_of(path)
     for formats, show in SHOWN_AS.items():
         if kind in formats:
-            return show(path)
+            with understood(path, "a file", KnowEditError):
+                return show(path)
     raise KnowEditError(f"{path} is a safetensors file, but not one of ours")
 
 

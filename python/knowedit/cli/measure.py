@@ -28,6 +28,7 @@ from knowedit.cli.options import (
     say,
 )
 from knowedit.errors import KnowEditError
+from knowedit.io.lines import printable
 from knowedit.io.progress import kept_on_interrupt
 
 app = App()
@@ -255,5 +256,5 @@ def report(
     from knowedit.report.run import PAGE
     from knowedit.report.run import report as write
 
-    print(write(folder))
+    print(printable(write(folder)))
     print(f"\nwrote {folder / PAGE}")

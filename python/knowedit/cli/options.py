@@ -23,6 +23,7 @@ from knowedit.cli.commands import (
     method_settings,
 )
 from knowedit.errors import KnowEditError
+from knowedit.io.lines import printable
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
@@ -115,7 +116,7 @@ class Output:
 
     def show(self, record: Any, text: Callable[[], Any]) -> None:
         """Print the result: `record` with --json, else `text()`."""
-        print(json.dumps(record) if self.as_json else text())
+        print(json.dumps(record) if self.as_json else printable(str(text())))
 
 
 @dataclass(frozen=True)
@@ -281,4 +282,4 @@ def say(text: str) -> None:
     from knowedit.io import progress
 
     if not progress.console.quiet:
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)

@@ -153,7 +153,7 @@ def _paraphrases(
             return None if target.find(text) else f"does not name {target.a} and {target.b}"
 
         own[str(target)] = paraphrases(target.prompt, count or 20, server, given, refuse)
-    return own, f"{name} at {url}"
+    return own, f"{name} at {server.shown}"
 
 
 def _trace(model: EditableModel, edited: Sum, folder: Path) -> None:

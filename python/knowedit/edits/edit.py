@@ -19,7 +19,7 @@ from knowedit.edits.export.listing import export_format
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.io.tensors import read_file, write_file
+from knowedit.io.tensors import read_file, understood, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
 from knowedit.models.fingerprint import difference
@@ -305,9 +305,10 @@ class Edit:
         known = {form: kind for kind in kinds for form in (kind.format, *kind.earlier)}
         header, tensors = read_file(path, tuple(known), "an edit")
         kind = known[header["format"]]
-        if header["format"] != kind.format:
-            header = kind.migrate(header, tensors)
-        return kind.of(header, tensors, header["fingerprint"])
+        with understood(path, "an edit"):
+            if header["format"] != kind.format:
+                header = kind.migrate(header, tensors)
+            return kind.of(header, tensors, header["fingerprint"])
 
     @classmethod
     def migrate(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

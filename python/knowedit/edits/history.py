@@ -20,7 +20,7 @@ from torch import Tensor
 from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
-from knowedit.io.tensors import format_of, read_file, write_file
+from knowedit.io.tensors import format_of, read_file, understood, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
@@ -181,22 +181,23 @@ class History:
             EditError: the file is missing, damaged or of another kind.
         """
         header, tensors = read_file(path, (FORMAT, *EARLIER), "a history")
-        history = cls(header["fingerprint"])
-        for number, record in enumerate(header["edits"]):
-            own = {
-                full.partition(".")[2]: tensor
-                for full, tensor in tensors.items()
-                if full.partition(".")[0] == str(number)
-            }
-            keys = {
-                int(name.removesuffix(".K")): own.pop(name)
-                for name in sorted(own)
-                if name.endswith(".K")
-            }
-            record = record if header["format"] == FORMAT else cls.migrate(record, own)
-            edit = Edit.of(record, own, header["fingerprint"])
-            edit.keys = keys
-            history.edits.append(edit)
+        with understood(path, "a history"):
+            history = cls(header["fingerprint"])
+            for number, record in enumerate(header["edits"]):
+                own = {
+                    full.partition(".")[2]: tensor
+                    for full, tensor in tensors.items()
+                    if full.partition(".")[0] == str(number)
+                }
+                keys = {
+                    int(name.removesuffix(".K")): own.pop(name)
+                    for name in sorted(own)
+                    if name.endswith(".K")
+                }
+                record = record if header["format"] == FORMAT else cls.migrate(record, own)
+                edit = Edit.of(record, own, header["fingerprint"])
+                edit.keys = keys
+                history.edits.append(edit)
         return history
 
     @classmethod

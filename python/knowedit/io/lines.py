@@ -1,8 +1,11 @@
-"""Text files read line by line, with the position in every error."""
+"""Text files read line by line, with the position in every error; text from files as a terminal may
+show it.
+"""
 
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,13 @@ from typing import BinaryIO, cast
 def kind(path: Path) -> str:
     """The ending that says what `path` holds, leaving ``.gz`` aside: ``.txt`` for ``a.txt.gz``."""
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters spelled out, but for line ends and tabs: what comes from a
+    file moves no cursor, sets no title and hides no line.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def open_bytes(path: Path) -> BinaryIO:

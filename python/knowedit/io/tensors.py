@@ -132,27 +132,24 @@ def understood(
     error: type[KnowEditError] = EditError,
     remedy: str = "make it again",
 ) -> Iterator[None]:
-    """Within the block a header's fields are read: one that is missing, or not what it should be,
-    is `error`, which names the file.
+    """Within the block a file's contents are made sense of: a field that is missing, or not what it
+    should be, is `error`, which names the file. An error of ours that names it already stays.
 
     Args:
         what: the file should be, with its article.
     """
     try:
         yield
-    except KnowEditError as problem:
-        raise error(f"{path} is not {what} as this version reads it ({problem}); {remedy}") from (
-            problem
-        )
-    except _MISREAD as problem:
-        raise error(
-            f"{path} is not {what} as this version reads it ({type(problem).__name__}: {problem}); "
-            f"{remedy}"
-        ) from problem
+    except MISREAD as problem:
+        if isinstance(problem, KnowEditError) and str(path) in str(problem):
+            raise
+        ours = isinstance(problem, KnowEditError)
+        why = str(problem) if ours else f"{type(problem).__name__}: {problem}"
+        raise error(f"{path} is not {what} of this version ({why[:400]}); {remedy}") from problem
 
 
 #: What reading fields of a record that are missing, or of other types, raises.
-_MISREAD = (
+MISREAD = (
     LookupError,
     TypeError,
     AttributeError,

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -239,10 +240,14 @@ def _loading(name: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except UnpicklingError as error:  # its text says how to run what is in the file
         raise ModelError(
-            f"model {name!r} could not be loaded: {str(error).strip()[:400]}"
+            f"model {name!r} could not be loaded: its weights are a pickle that holds more than "
+            "tensors, or is damaged, and is not opened; take a copy in safetensors"
         ) from error
+    except Exception as error:  # transformers', safetensors' and torch's own, of many classes
+        said = str(error).strip()[:400] or type(error).__name__
+        raise ModelError(f"model {name!r} could not be loaded: {said}") from error
     finally:
         if was:
             logging.enable_progress_bar()

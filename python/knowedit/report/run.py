@@ -17,6 +17,7 @@ from knowedit.evaluation.subjects import protocol as subjects
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
 from knowedit.evaluation.tracing.localisation import Advice
 from knowedit.io.tables import Column, Table
+from knowedit.io.tensors import understood
 from knowedit.report import plots, study
 from knowedit.report.page import Section, write_sections
 
@@ -35,7 +36,7 @@ def read(folder: Path) -> dict[str, Any]:
         if path.is_file():
             try:
                 found[name] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise KnowEditError(f"{path} is damaged ({error}); measure again") from error
     if not found:
         raise KnowEditError(
@@ -55,12 +56,8 @@ def report(folder: Path) -> str:
     """
     sections: list[Section] = []
     for name, content in read(folder).items():
-        try:
+        with understood(folder / name, "results", KnowEditError, "measure again"):
             sections += SECTIONS[name](content)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise KnowEditError(
-                f"{folder / name}: not of this version ({type(error).__name__}: {error})"
-            ) from error
     write_sections(folder / PAGE, folder.resolve().name, sections)
     return "\n\n".join(section.text() for section in sections)
 

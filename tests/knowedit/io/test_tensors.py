@@ -137,6 +137,6 @@ def test_checksums_that_went_astray_are_no_older_file(tmp_path):
 
 @pytest.mark.parametrize("wrong", [KeyError("a"), TypeError("b"), AttributeError("c")])
 def test_a_field_that_is_missing_or_wrong_names_the_file(wrong):
-    said = r"x is not an edit .*Error: .*; make it again"
+    said = r"x is not an edit of this version .*Error: .*; make it again"
     with pytest.raises(EditError, match=said), understood("x", "an edit"):
         raise wrong

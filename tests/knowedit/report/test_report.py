@@ -104,7 +104,7 @@ def test_results_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(KnowEditError, match="damaged"):
         report(tmp_path)
     (tmp_path / "geometry.json").write_text('[{"layer": 1}]')
-    with pytest.raises(KnowEditError, match="not of this version"):
+    with pytest.raises(KnowEditError, match="not results of this version"):
         report(tmp_path)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from knowedit.errors import KnowEditError
 from knowedit.io.files import atomic_file, cache_dir
@@ -67,6 +68,14 @@ class Endpoint:
     tokens: int = 4096
     temperature: float = 1.0
 
+    @property
+    def shown(self) -> str:
+        """The address without the name, password and query that it may hold: what is said, and
+        kept.
+        """
+        parts = urlsplit(self.url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
     def ask(self, turns: Sequence[str], seed: int) -> str:
         """The model's answer to a conversation, the user's turn first.
 
@@ -112,7 +121,8 @@ class Endpoint:
                 f"its answer is no chat completion ({type(error).__name__}: {str(error)[:200]})"
             )
         raise ParaphraseError(
-            f"endpoint {self.url}, model {self.model!r}: {reason}; or use the shipped ones"
+            f"endpoint {self.shown}, model {self.model!r}: "
+            f"{reason.replace(self.url, self.shown)}; or use the shipped ones"
         )
 
 
@@ -159,7 +169,7 @@ def paraphrases(
         if len(found) >= count:
             with atomic_file(path) as temporary:
                 record = {
-                    "endpoint": endpoint.url,
+                    "endpoint": endpoint.shown,
                     "model": endpoint.model,
                     "prompt": prompt,
                     "paraphrases": found[:count],
@@ -170,7 +180,7 @@ def paraphrases(
             return found[:count]
     shown_refusals = ", ".join(refused[:EXAMPLES]) or "nothing, the answers held no list"
     raise ParaphraseError(
-        f"endpoint {endpoint.url}, model {endpoint.model!r}: only {len(found)} of {count} usable "
+        f"endpoint {endpoint.shown}, model {endpoint.model!r}: only {len(found)} of {count} usable "
         f"paraphrases of {prompt!r} in {ROUNDS} answers; refused: {shown_refusals}; ask for "
         "fewer, or name a stronger model"
     )
@@ -212,7 +222,7 @@ def _plain(text: str) -> str:
 
 def _cached(prompt: str, count: int, endpoint: Endpoint, forbidden: Sequence[str]) -> Path:
     name = json.dumps(
-        [endpoint.url, endpoint.model, endpoint.temperature, prompt, count, sorted(forbidden)]
+        [endpoint.shown, endpoint.model, endpoint.temperature, prompt, count, sorted(forbidden)]
     )
     return (
         cache_dir("paraphrases")

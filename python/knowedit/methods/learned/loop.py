@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from knowedit.errors import EditError
 from knowedit.io.config import Config, fields_of
 from knowedit.io.progress import bar
-from knowedit.io.tensors import read_file, write_file
+from knowedit.io.tensors import read_file, understood, write_file
 
 FORMAT = "knowedit-training/1"
 EVERY = 60.0  # seconds between checkpoints
@@ -208,11 +208,22 @@ def _resume(
     path: Path, stamp: str, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Adam
 ) -> tuple[TrainingLog, dict[str, Tensor]]:
     header, tensors = read_file(path, FORMAT, "a training checkpoint")
-    if header["stamp"] != stamp:
+    if header.get("stamp") != stamp:
         raise EditError(
             f"{path} is of a training with another model, other facts or other settings; remove "
             f"it to start anew"
         )
+    with understood(path, "a training checkpoint"):
+        return _continued(header, tensors, parameters, optimiser)
+
+
+def _continued(
+    header: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.Adam,
+) -> tuple[TrainingLog, dict[str, Tensor]]:
+    """What a checkpoint's header and tensors say, put into parameters and optimiser."""
     log, best = TrainingLog(**header["course"]), {}
     for name, parameter in parameters.items():
         with torch.no_grad():

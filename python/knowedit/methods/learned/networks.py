@@ -128,7 +128,7 @@ def read_network(
     if not path.is_file():
         raise EditError(f"{path}: no trained {name.upper()} network; {how_to_train(name, model)}")
     header, tensors = read_file(path, form, f"a {name.upper()} network")
-    check_network(name, header["fingerprint"], model)
+    check_network(name, str(header.get("fingerprint")), model)
     return header, tensors
 
 

@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise CorpusError(f"{path}:{number}: not valid JSON ({e})") from e
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             has = (
@@ -156,7 +157,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
                     ) from e
                 rows += len(batch)
                 yield from (text for text in texts if text)
-    except (OSError, EOFError, pyarrow.ArrowException) as e:
+    except CorpusError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, pyarrow.ArrowException) as e:
         raise CorpusError(f"{path}: cannot be read as parquet ({e}); fetch it again") from e
 
 

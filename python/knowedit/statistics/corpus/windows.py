@@ -17,7 +17,6 @@ import math
 import multiprocessing
 import os
 import signal
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,8 +166,8 @@ class Reader:
                 ends = np.cumsum(found["lengths"])
                 encoded = [ids.tolist() for ids in np.split(found["ids"], ends)[:-1]]
                 return Window(number, int(found["documents"]), self._pieces(encoded))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None  # absent, or damaged: it is made again
+        except Exception:  # absent, or damaged in any way: it is made again
+            return None
 
     def _kept(self, window: Window) -> Window:
         """The window, which is now in the cache; a disk that is full only costs the next run some

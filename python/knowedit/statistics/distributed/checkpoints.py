@@ -226,6 +226,7 @@ def _tag(layers: Sequence[int], recipe: CollectionRecipe) -> str:
 
 def _layers_in(path: Path) -> set[int]:
     """Whose sums a checkpoint holds; none where it is damaged."""
-    with suppress(StatisticsError), opened(path, StatisticsError) as file:
+    damaged = suppress(StatisticsError, IndexError, ValueError)
+    with damaged, opened(path, StatisticsError) as file:
         return {int(name.split(".")[1]) for name in file.names}
     return set()

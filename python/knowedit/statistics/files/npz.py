@@ -14,7 +14,6 @@ The name of the model is its hub id with `/` as `_` (ROME, MEMIT) or the part be
 from __future__ import annotations
 
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,12 +64,19 @@ def peer_path(
     """Where a peer looks for the statistics of this layer.
 
     Raises:
-        StatisticsError: no such format.
+        StatisticsError: no such format; names in the statistics that are no names of files.
     """
     if style not in FORMATS:
         raise StatisticsError(f"format {style!r} is not known; known: {', '.join(FORMATS)}")
     name = found.model.rstrip("/")
     name = name.replace("/", "_") if style in ("rome", "memit") else name.rsplit("/", 1)[-1]
+    for part in (name, dataset, found.module):
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", part):
+            raise StatisticsError(
+                f"{part!r} cannot be part of a file's name, where letters, digits and . _ - are; "
+                "the statistics are damaged, or their model has a name that no peer looks for: "
+                "collect them again from a folder or hub id of such letters"
+            )
     return folder / name / f"{dataset}_stats" / f"{found.module}_float32_mom2_{sample_size}.npz"
 
 
@@ -130,9 +136,9 @@ def read(path: Path) -> PeerFile:
             size = members["sample_size"] if "sample_size" in members.files else None
     except FileNotFoundError:
         raise StatisticsError(f"{path}: there is no such file") from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, StatisticsError):
-            raise
+    except StatisticsError:
+        raise
+    except Exception as error:  # numpy, zipfile, zlib and tokenize raise what they like
         hint = (
             "no .npz, or one of pickled objects, which are never loaded"
             if "allow_pickle" in str(error)
@@ -150,6 +156,8 @@ def read(path: Path) -> PeerFile:
             f"{path}: mom2.mom2 is {total.dtype}, mom2.count {count.dtype} {count.shape}: no "
             f"second moment"
         )
+    if not total.size:
+        raise StatisticsError(f"{path}: mom2.mom2 is empty, {list(total.shape)}")
     named = re.fullmatch(r"(.+)_float\d\d_.*mom2.*", path.stem)
     # a peer that took all documents writes NaN
     documents = None if size is None or not np.issubdtype(size.dtype, np.integer) else int(size)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from knowedit.errors import StatisticsError
 from knowedit.io.files import cache_dir
-from knowedit.io.tensors import opened, write_file
+from knowedit.io.tensors import opened, understood, write_file
 
 FORMAT = "knowedit-statistics/1"
 FORMAT_EXPERTS = "knowedit-statistics-of-experts/1"
@@ -172,7 +172,7 @@ class LayerStatistics:
         """
         found, tensors = read(path)
         found = _migrated(found, path)
-        try:
+        with understood(path, "a statistics file", StatisticsError, REMEDY):
             known = {
                 name: found[name]
                 for name in ("layer", "module", "model", "count", "first_norm", "other_norm")
@@ -180,12 +180,10 @@ class LayerStatistics:
             recipe = CollectionRecipe(**found["recipe"])
             lower, counts = tensors["lower"], tuple(found.get("counts", ()))
             total = torch.stack([*map(unpack_lower, lower)]) if counts else unpack_lower(lower)
-        except (KeyError, TypeError) as error:
-            raise StatisticsError(
-                f"{path} is not a statistics file of this version ({error})"
-            ) from error
-        extra = found.get("extra", {})
-        return cls(recipe=recipe, total=total, extra=extra, counts=counts, **known)
+            if not (isinstance(known["layer"], int) and isinstance(known["count"], int)):
+                raise TypeError("layer and count are whole numbers")
+            extra = dict(found.get("extra", {}))
+            return cls(recipe=recipe, total=total, extra=extra, counts=counts, **known)
 
 
 def folder(model_name: str, recipe: CollectionRecipe) -> Path:
@@ -250,7 +248,7 @@ def header(path: Path) -> dict[str, Any]:
 def _migrated(header: dict[str, Any], path: Path) -> dict[str, Any]:
     """The header as this version writes it."""
     while (number := header.get("format")) not in (FORMAT, FORMAT_EXPERTS):
-        if number not in MIGRATIONS:
+        if not isinstance(number, str) or number not in MIGRATIONS:
             raise StatisticsError(
                 f"{path} is not a statistics file of this version (format {number!r})"
             )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from knowedit.errors import EditError
-from knowedit.io.tensors import write_file
-from knowedit.methods.learned.networks import TrainedNetwork, read_network
+from knowedit.io.tensors import understood, write_file
+from knowedit.methods.learned.networks import TrainedNetwork, how_to_train, read_network
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import probed
 from knowedit.models.structure import linears
@@ -180,18 +180,21 @@ class MendNetwork(TrainedNetwork):
     @classmethod
     def read(cls, path: Path, model: EditableModel) -> MendNetwork:
         header, tensors = read_network("mend", path, model, FORMAT)
-        rank = next(tensor for name, tensor in tensors.items() if name.endswith(".down")).shape[2]
-        sizes = _sizes(model, header["layers"])
-        mixers, places = _mixers(sizes, rank, 0)
-        mixers.load_state_dict(tensors)
-        network = cls(
-            tuple(sizes),
-            tuple(header["layers"]),
-            mixers.to(model.device),
-            places,
-            header["fingerprint"],
-            header["report"],
-        )
+        with understood(path, "a MEND network", remedy=how_to_train("mend", model)):
+            rank = next(tensor for name, tensor in tensors.items() if name.endswith(".down")).shape[
+                2
+            ]
+            sizes = _sizes(model, header["layers"])
+            mixers, places = _mixers(sizes, rank, 0)
+            mixers.load_state_dict(tensors)
+            network = cls(
+                tuple(sizes),
+                tuple(header["layers"]),
+                mixers.to(model.device),
+                places,
+                header["fingerprint"],
+                header["report"],
+            )
         network.file = path
         return network
 

@@ -126,7 +126,7 @@ class MemoryEdit(Edit):
         cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor], fingerprint: str
     ) -> MemoryEdit:
         """From `record()` and `tensors()`."""
-        recorded = ("config", "software", "statistics")
+        recorded = ("config", "software", "statistics", "setup")
         return cls(
             SeracNetwork.of(record["network"], tensors),
             tensors["embeddings"],

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
-from knowedit.io.tensors import write_file
-from knowedit.methods.learned.networks import TrainedNetwork, read_network
+from knowedit.io.tensors import understood, write_file
+from knowedit.methods.learned.networks import TrainedNetwork, how_to_train, read_network
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import layer_outputs
 from knowedit.models.tokens import join
@@ -160,7 +160,9 @@ class SeracNetwork(TrainedNetwork):
 
     @classmethod
     def read(cls, path: Path, model: EditableModel) -> SeracNetwork:
-        network = cls.of(*read_network("serac", path, model, FORMAT)).to(model.device)
+        header, tensors = read_network("serac", path, model, FORMAT)
+        with understood(path, "a SERAC network", remedy=how_to_train("serac", model)):
+            network = cls.of(header, tensors).to(model.device)
         network.check(model)
         network.file = path
         return network
