@@ -8,7 +8,7 @@ the state is a function of the *set* of active edits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,12 @@ from torch import Tensor
 
 from knowedit_kernels._memory import overlaps
 from knowedit_kernels.lowrank.fingerprint import fingerprint
-from knowedit_kernels.lowrank.update import UpdateReport, check_update, low_rank_update_
+from knowedit_kernels.lowrank.update import (
+    UpdateReport,
+    check_update,
+    low_rank_update_,
+    low_rank_update_many_,
+)
 
 Change = (
     tuple[Tensor, Tensor] | Tensor
@@ -47,6 +52,9 @@ class WeightLedger:
     Conv1D); factors are U [out, r], V [in, r] all the same, a dense delta has the weight's own
     shape. rounding: "nearest" or "stochastic" (with ``seed``; low-rank edits only). offload: keep
     the pristine copies in host memory.
+
+    A weight may be a view, such as one expert's matrix `parameter[j]` of a mixture: it is recorded,
+    checked and undone by itself, and `add_many` writes all that an edit touches in one call.
 
     With no active edit a weight has its original bits and no copy is kept. Before every change the
     ledger checks that nobody else wrote to the weight, and raises LedgerError if so. An interrupted
@@ -154,7 +162,6 @@ class WeightLedger:
             except ValueError as error:
                 raise ValueError(f"{entry.name!r}: {error}") from None
             self._check_untouched(entry)
-        reports = {}
         try:
             for entry, change in zip(entries, changes.values()):
                 like = entry.weight.new_empty(
@@ -172,18 +179,18 @@ class WeightLedger:
                         alpha * change[0].detach().to(like),
                         change[1].detach().to(like, copy=True),
                     )
-                report = reports[entry.name] = self._write(entry, entry.pristine)
-                if report.nonfinite:
+            reports = self._write(entries)
+            for entry in entries:
+                if lost := reports[entry.name].nonfinite:
                     raise LedgerError(
-                        f"edit {key!r} overflows {entry.weight.dtype} in {report.nonfinite} "
+                        f"edit {key!r} overflows {entry.weight.dtype} in {lost} "
                         f"entries of {entry.name!r}: "
                         "nothing was changed; scale the edit down or use a wider dtype"
                     )
         except BaseException:
-            for entry in entries:
-                self._drop(entry, key)
+            self._drop(entries, key)
             raise
-        return reports
+        return {entry.name: reports[entry.name] for entry in entries}
 
     def remove(self, key: str) -> None:
         """Undoes one edit on every weight it covers; raises LedgerError for an unknown key."""
@@ -196,11 +203,9 @@ class WeightLedger:
         for entry in entries:
             self._check_untouched(entry)
         try:
-            for entry in entries:
-                self._drop(entry, key)
+            self._drop(entries, key)
         except BaseException:  # half of an edit is worse than none
-            for entry in entries:
-                self._drop(entry, key)
+            self._drop(entries, key)
             raise
 
     def reset(self) -> None:
@@ -209,7 +214,7 @@ class WeightLedger:
         """
         for entry in self._entries.values():
             self._check_layout(entry)
-            self._drop(entry, *entry.changes)
+            self._drop([entry], *entry.changes)
 
     def verify(self) -> None:
         """Raises LedgerError if a weight with active edits was changed by anyone else."""
@@ -226,32 +231,51 @@ class WeightLedger:
             f"unknown weight {what}: register it first; known: {', '.join(self._entries) or 'none'}"
         )
 
-    def _write(self, entry: _Entry, pristine: Tensor) -> UpdateReport:
-        changes = [
-            entry.changes[key] for key in sorted(entry.changes)
-        ]  # sorted: a function of the set alone
-        pairs = [change for change in changes if not isinstance(change, Tensor)]
+    def _write(self, entries: Sequence[_Entry]) -> dict[str, UpdateReport]:
+        """Brings weights to what their edits say, low-rank ones of a device in one call; reports by
+        name.
+        """
+        reports = {}
+        together: dict[object, list[_Entry]] = {}
+        for entry in entries:
+            if any(isinstance(change, Tensor) for change in entry.changes.values()):
+                reports[entry.name] = self._write_one(entry)
+            else:  # the random bits of a weight depend on its place in a call
+                alone = entry.name if self._rounding == "stochastic" else None
+                together.setdefault((entry.weight.device, alone), []).append(entry)
+        for some in together.values():
+            weights, left, right, bases = [], [], [], []
+            for entry in some:
+                assert entry.pristine is not None
+                U, V = _factors(entry)
+                weights.append(entry.weight.detach())
+                left.append(U)
+                right.append(V)
+                bases.append(entry.pristine.to(entry.weight.device))
+            found = low_rank_update_many_(
+                weights, left, right, rounding=self._rounding, seed=self._seed, bases=bases
+            )
+            for entry, report in zip(some, found):
+                reports[entry.name] = report
+                entry.fingerprint, entry.settled = fingerprint(entry.weight), True
+        return reports
+
+    def _write_one(self, entry: _Entry) -> UpdateReport:
+        """The same of one weight with dense changes: summed in float32, rounded once at the end."""
+        assert entry.pristine is not None
+        changes = [entry.changes[key] for key in sorted(entry.changes)]
         dense = [change for change in changes if isinstance(change, Tensor)]
         weight = entry.weight.detach()
-        base = pristine.to(weight.device)
-        target = weight
-        if dense:  # summed in float32, rounded once at the end
-            target = base.to(dense[0].dtype, copy=True)
-            for change in dense:
-                target += change
-        if pairs:
-            U, V = (torch.cat(parts, dim=1) for parts in zip(*pairs))
-            if entry.transposed:
-                U, V = V, U
-            started = None if dense else base
-            report = low_rank_update_(
-                target, U, V, rounding=self._rounding, seed=self._seed, base=started
-            )
-        if dense:
-            weight.copy_(target)
-            report = _report(weight, base, target)
+        base = entry.pristine.to(weight.device)
+        target = base.to(dense[0].dtype, copy=True)
+        for change in dense:
+            target += change
+        U, V = _factors(entry)
+        if U.numel():
+            low_rank_update_(target, U, V, rounding=self._rounding, seed=self._seed)
+        weight.copy_(target)
         entry.fingerprint, entry.settled = fingerprint(weight), True
-        return report
+        return _report(weight, base, target)
 
     def _check_change(self, entry: _Entry, change: Change) -> None:
         if not isinstance(change, Tensor):
@@ -266,28 +290,28 @@ class WeightLedger:
                 "dense deltas are rounded to nearest; this ledger rounds stochastically"
             )
 
-    def _drop(self, entry: _Entry, *keys: str) -> None:
-        if any(key in entry.changes for key in keys):
-            entry.settled = False
-        for key in keys:
-            entry.changes.pop(key, None)
-        self._settle(entry)
+    def _drop(self, entries: Sequence[_Entry], *keys: str) -> None:
+        for entry in entries:
+            if any(key in entry.changes for key in keys):
+                entry.settled = False
+            for key in keys:
+                entry.changes.pop(key, None)
+        self._settle(entries)
 
-    def _settle(self, entry: _Entry) -> None:
-        """Brings a weight to what its edits say."""
-        if entry.settled:
-            return
-        if entry.pristine is not None and entry.changes:
-            self._write(entry, entry.pristine)
-        elif entry.pristine is not None:
-            entry.weight.detach().copy_(entry.pristine)
-            entry.pristine = None
-        entry.settled = True
+    def _settle(self, entries: Iterable[_Entry]) -> None:
+        """Brings weights to what their edits say."""
+        waiting = [entry for entry in entries if not entry.settled]
+        self._write([entry for entry in waiting if entry.changes])
+        for entry in waiting:
+            if not entry.settled:
+                if entry.pristine is not None:
+                    entry.weight.detach().copy_(entry.pristine)
+                    entry.pristine = None
+                entry.settled = True
 
     def _settle_all(self) -> None:
         """After an interruption whose mending was interrupted too; else there is nothing to do."""
-        for entry in self._entries.values():
-            self._settle(entry)
+        self._settle(self._entries.values())
 
     def _check_untouched(self, entry: _Entry) -> None:
         self._check_layout(entry)
@@ -309,6 +333,18 @@ class WeightLedger:
                 f"{weight.dtype} {tuple(weight.shape)}: undo edits before converting a model "
                 "(convert it back, then undo)"
             )
+
+
+def _factors(entry: _Entry) -> tuple[Tensor, Tensor]:
+    """The factors of all low-rank changes side by side, as the weight is stored; in the order of
+    their keys, so that they are a function of the set alone.
+    """
+    changes = [entry.changes[key] for key in sorted(entry.changes)]
+    pairs = [change for change in changes if not isinstance(change, Tensor)]
+    if not pairs:
+        return entry.weight.new_empty(0, 0), entry.weight.new_empty(0, 0)
+    U, V = (torch.cat(parts, dim=1) for parts in zip(*pairs))
+    return (V, U) if entry.transposed else (U, V)
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:

@@ -127,7 +127,8 @@ def _cut_(
     sizes = [stop - start for start, stop in spans]
     cuts = schedule.cut_rows(sizes, tiles, _device.processors(keys.device))
     extra = torch.zeros(sum(cuts) - len(cuts), c.shape[1], dtype=c.dtype, device=c.device)
-    pieces, owners = [], []
+    pieces: list[Piece] = []
+    owners: list[int] = []
     for group, (start, stop), parts in zip(groups, spans, cuts):
         for i in range(parts):
             to = c[group] if i == 0 else extra[len(owners)]
@@ -214,8 +215,9 @@ def gate(device: torch.device) -> str | None:
             keys = gpu.gate_keys(n, _GATE_DIM).to(dtype)
             size = triangle.size(_GATE_DIM)
             c = torch.zeros(len(counts), size, dtype=torch.float64, device=device)
-            on = [x if x is None else x.to(device) for x in (keys, order, gates)]
-            accumulate_(GroupedCall(c, on[0], on[1], offsets, on[2], "exact"))
+            there = None if gates is None else gates.to(device)
+            call = GroupedCall(c, keys.to(device), order.to(device), offsets, there, "exact")
+            accumulate_(call)
             some = None if gates is None else gates[order]
             exact = reference.grouped_moment(keys[order], offsets, some)
             for group, rows in enumerate(counts.tolist()):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from knowedit_kernels.lowrank import LedgerError, WeightLedger
 from knowedit_kernels.lowrank import fingerprint as fingerprints
+from knowedit_kernels.lowrank import ledger as ledger_module
 from knowedit_kernels.lowrank.fingerprint import fingerprint
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -321,13 +322,12 @@ def test_an_interruption_of_the_mending_is_mended_by_the_next_call(monkeypatch):
     original, ledger = (bits(v), bits(w)), WeightLedger({"v": v, "w": w})
     write, calls = WeightLedger._write, []
 
-    def interrupted_write(self, entry, pristine):
-        report = write(self, entry, pristine)
-        calls.append(entry.name)
-        if entry.name == "w":
-            entry.settled = False  # as before its last line
+    def interrupted_write(self, entries):
+        write(self, entries)
+        calls.extend(entry.name for entry in entries)
+        if entries:
+            entries[-1].settled = False  # as before its last line
             raise KeyboardInterrupt
-        return report
 
     def interrupted_drop(*_):
         raise KeyboardInterrupt
@@ -385,3 +385,47 @@ def test_fingerprint_is_the_same_without_the_compiled_kernel(dtype, columns, mon
 def test_a_weight_whose_entries_share_memory_is_refused():
     with pytest.raises(ValueError, match="share memory"):
         WeightLedger({"W": torch.zeros(1, 8).expand(6, 8)})
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["[E, out, in]", "[E, in, out]"])
+@each_dtype
+def test_matrices_of_experts_are_edited_and_undone_each_by_itself(dtype, transposed, monkeypatch):
+    shape = (5, 12, 8) if transposed else (5, 8, 12)
+    whole = rand(*shape).to(dtype)
+    pristine, calls = bits(whole), []
+    ledger = WeightLedger()
+    for j in range(5):
+        ledger.register(f"down[{j}]", whole[j], transposed)
+    update = ledger_module.low_rank_update_many_
+    monkeypatch.setattr(
+        ledger_module,
+        "low_rank_update_many_",
+        lambda weights, *rest, **options: (
+            calls.append(len(weights)) or update(weights, *rest, **options)
+        ),
+    )
+    one = {f"down[{j}]": factors(8, 12, 3 * j) for j in (0, 3, 4)}
+    two = {f"down[{j}]": factors(8, 12, 7 * j + 1) for j in (3, 1)}
+    ledger.add_many("one", one)
+    first = whole.clone()
+    for j in range(5):
+        U, V = one.get(f"down[{j}]", (torch.zeros(8, 1), torch.zeros(12, 1)))
+        moved = (U.double() @ V.double().mT).to(torch.float64)
+        start = pristine.view(dtype).view(shape)[j].double()
+        expected = start + (moved.mT if transposed else moved)
+        assert torch.allclose(first[j].double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-9)
+    ledger.add_many("two", two)
+    assert calls == [3, 2]  # one call for all that an edit touches
+    ledger.remove("one")
+    alone = whole.clone()
+    ledger.remove("two")
+    assert torch.equal(bits(whole), pristine) and ledger.edited == ()
+    ledger.add_many("two", two)
+    assert torch.equal(bits(whole), bits(alone))
+    whole[2, 0, 0] += 1  # nobody's business: no edit is in force there
+    ledger.verify()
+    whole[3, 0, 0] += 1
+    with pytest.raises(LedgerError, match=r"'down\[3\]' was changed outside"):
+        ledger.add_many("one", {"down[3]": factors(8, 12, 1)})
+    ledger.reset()
+    assert torch.equal(bits(whole[3]), bits(pristine.view(dtype).view(shape)[3]))
