@@ -296,7 +296,9 @@ def off_neutral(model: Any, seed: int) -> Any:
             parameter.copy_(0.25 * noise)
         elif parameter.numel() == 1 or float(parameter.std()) < 1e-6:
             parameter.add_(0.1 * noise)
-    for module in model.modules():  # some models set the padding's row to zero when they are loaded
+    # Youtu has the padding's row zeroed when it is loaded
+    # (findings/transformers_zeroes_youtus_padding_row_on_load.sh)
+    for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
             module.weight[module.padding_idx] = 0
     return model

@@ -544,7 +544,7 @@ class EditableModel:
         return partial.virtual(self, factors)
 
 
-def _copy(hf: nn.Module) -> nn.Module:
+def _copy(hf: Any) -> Any:
     """A deep copy. What a module has kept of its last run (a recurrence its state) comes without
     the run's graph, which cannot be copied.
     """

@@ -403,13 +403,14 @@ class Given:
         """What the model without its head makes of it. The tokens are there too: some models look
         at them once more.
         """
-        if self.embeddings is None:
+        put = self.embeddings
+        if put is None:
             return model.base(input_ids=self.ids, **more)
-        handle = model.hf.get_input_embeddings().register_forward_hook(
-            lambda _module, _ids, output: (
-                self.embeddings if output.shape == self.embeddings.shape else None
-            )
-        )
+
+        def replaced(_module: nn.Module, _ids: Any, output: Tensor) -> Tensor | None:
+            return put if output.shape == put.shape else None
+
+        handle = model.hf.get_input_embeddings().register_forward_hook(replaced)
         try:
             return model.base(input_ids=self.ids, **more)
         finally:
@@ -491,7 +492,8 @@ def _captured(
         raise ModelError(
             f"layer {from_layer - 1} is the last one; values are optimised at a layer below it"
         )
-    text, calls = Given(ids, embeddings), {}
+    text = Given(ids, embeddings)
+    calls: dict[int, Call] = {}
     states: list[Tensor] = []
     # a cache made without the model's configuration keeps every token, also in sliding-window
     # layers
