@@ -16,6 +16,10 @@ FIXES: dict[str, str] = {
     "from the second token on with transformers 5",
     "rome_key": "ROME divides by the averaged key that its left vector was made of, not by the "
     "bare prompt's",
+    "history": "a module's cache of the keys that were written is emptied when the weights are not "
+    "those that its last edit left: edits that were taken back are no part of them",
+    "half": "keys, states and values of a float16 or bfloat16 model are handed on in float32, so "
+    "that AlphaEdit's solve takes them and nothing is rounded on the way",
 }
 
 

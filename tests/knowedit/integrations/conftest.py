@@ -64,7 +64,7 @@ def hparams_of(model, folder, **changes):
         "kl_factor": 0.0625,
         "mom2_update_weight": 50.0,
         "mom2_n_samples": 50,
-        "rewrite_module_tmp": model.layout.pattern,
+        "rewrite_module_tmp": model.layout.projection(0).replace("0", "{}"),
         "layer_module_tmp": layer,
         "mlp_module_tmp": f"{layer}.mlp",
         "ln_f_module": model.layout.norm,

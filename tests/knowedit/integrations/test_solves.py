@@ -195,3 +195,54 @@ def test_alphaedit(standin, tiny, hparams, way, monkeypatch):
     assert relative(fast[1], plain[1]) < 1e-4
     for one, other in zip(fast[0], plain[0]):
         assert relative(one, other) < 1e-4
+
+
+def test_edits_that_were_taken_back_are_no_history_on_demand(standin, tiny_llama, tmp_path):
+    """The second edit of clean weights: with `fix="history"` as if there had been no first."""
+    tiny, main = tiny_llama, standin.alphaedit_main
+    hparams = hparams_of(tiny, tmp_path, L2=2.0, nullspace_threshold=0.5)
+    names = [f"{hparams.rewrite_module_tmp.format(layer)}.weight" for layer in hparams.layers]
+    clean = {name: p.detach().clone() for name, p in tiny.hf.named_parameters()}
+    given = tiny.hf, tiny.tokenizer
+    main.P = torch.stack([main.get_project(*given, layer, hparams) for layer in hparams.layers])
+    requests = [{**one, "target_new": " x"} for one in REQUESTS]
+
+    def edited(fix, first, back):
+        main.cache_c = torch.zeros_like(main.P)
+        with accelerated("standin", fix=fix):
+            if first:
+                main.apply_AlphaEdit_in_place(*given, requests[:2], hparams)
+            if back:
+                tiny.hf.load_state_dict(clean, strict=False)
+            main.apply_AlphaEdit_in_place(*given, requests[2:], hparams)
+        found = torch.cat([tiny.hf.get_parameter(name).detach().flatten() for name in names])
+        tiny.hf.load_state_dict(clean, strict=False)
+        return found - torch.cat([clean[name].flatten() for name in names])
+
+    alone = edited((), first=False, back=False)
+    assert relative(edited("history", first=True, back=True), alone) < 1e-4
+    assert relative(edited((), first=True, back=True), alone) > 1e-3
+    in_sequence = edited((), first=True, back=False)
+    assert relative(edited("history", first=True, back=False), in_sequence) < 1e-4
+
+
+def test_a_bfloat16_model_is_edited_on_demand(standin, tiny_llama, tmp_path):
+    tiny, main = tiny_llama, standin.alphaedit_main
+    hparams = hparams_of(tiny, tmp_path, L2=2.0, nullspace_threshold=0.5)
+    requests = [{**one, "target_new": " x"} for one in REQUESTS]
+    given = tiny.hf, tiny.tokenizer
+    main.P = torch.stack([main.get_project(*given, layer, hparams) for layer in hparams.layers])
+    tiny.hf.bfloat16()
+    with accelerated("standin"):
+        states = standin.compute_ks.compute_ks(*given, requests, hparams, 2, [["{}"]])
+        assert states.dtype == torch.bfloat16
+        main.cache_c = torch.zeros_like(main.P)
+        with pytest.raises(RuntimeError, match="dtype|type"):
+            main.apply_AlphaEdit_in_place(*given, requests, hparams)
+    before = [tiny.weight(layer).detach().clone() for layer in hparams.layers]
+    with accelerated("standin", fix="half"):
+        main.apply_AlphaEdit_in_place(*given, requests, hparams)
+    for layer, weight in zip(hparams.layers, before):
+        assert tiny.weight(layer).dtype == torch.bfloat16
+        assert not torch.equal(tiny.weight(layer), weight)
+        assert tiny.weight(layer).isfinite().all()

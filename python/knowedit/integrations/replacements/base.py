@@ -9,12 +9,12 @@ from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from knowedit.errors import KnowEditError
 from knowedit.integrations.discovery import Signature
 from knowedit.integrations.hosts import Host
-from knowedit.models.editable import EditableModel
+from knowedit.models.editable import EditableModel, at_least_float32
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,13 @@ def editable(hf: nn.Module, tokenizer: Any) -> EditableModel:
             raise NotOurs(str(error)) from error
         _VIEWS[hf] = known
     return known
+
+
+def handed_on(states: Tensor, host: Host) -> Tensor:
+    """States or values as the host gets them: of the model's dtype, or with `fix="half"` float32
+    at least.
+    """
+    return at_least_float32(states) if "half" in host.fixes else states
 
 
 def own_way(original: FunctionType, reason: object) -> None:

@@ -5,7 +5,7 @@ the host's own lines.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType
@@ -17,6 +17,7 @@ from knowedit.integrations.discovery import Signature
 from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import Replacement
 from knowedit.integrations.replacements.matrices import Inverse, KeyLog, Projectors, Symmetric
+from knowedit_kernels.lowrank.ledger import fingerprint
 
 _COVARIANCE = ("model", "tok", "layer_name", "mom2_dataset", "mom2_n_samples", "mom2_dtype")
 
@@ -134,6 +135,31 @@ def remembering(
         _LOG.reset(token)
         if names.get("P") is ours:  # the host may have made itself another one
             names["P"] = held
+
+
+#: Of the weights that a module's last edit left, by module.
+_LEFT: dict[str, tuple[int, ...]] = {}
+
+
+@contextmanager
+def own_history(original: FunctionType, model: Any, hparams: Any, host: Host) -> Iterator[None]:
+    """With `fix="history"`: empty the module's `cache_c` unless the weights are those that its last
+    edit left. EasyEdit takes an edit back before the next one, and its cache remembers both.
+    """
+    cache = original.__globals__.get("cache_c")
+    if "history" not in host.fixes or not original.__name__.startswith("apply_"):
+        yield
+        return
+    known = original.__module__
+    names = [f"{hparams.rewrite_module_tmp.format(layer)}.weight" for layer in hparams.layers]
+    if _is_stack(cache) and _LEFT.get(known) != _contents(model, names):
+        cache.zero_()
+    yield
+    _LEFT[known] = _contents(model, names)
+
+
+def _contents(model: Any, names: Sequence[str]) -> tuple[int, ...]:
+    return tuple(fingerprint(model.get_parameter(name).detach()) for name in names)
 
 
 def _is_stack(value: Any) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from knowedit.integrations.discovery import Signature
 from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import Replacement
-from knowedit.integrations.replacements.covariance import remembering
+from knowedit.integrations.replacements.covariance import own_history, remembering
 from knowedit.integrations.replacements.kept import Kept
 
 #: What tells one request from another: prompt, subject, target.
@@ -110,7 +110,11 @@ def job(requests: Any, hparams: Any, cache_template: Any) -> Iterator[None]:
 def _make(original: FunctionType, host: Host) -> Callable[..., Any]:
     def entry(model: Any, tok: Any, requests: Any, hparams: Any, *args: Any, **kwargs: Any) -> Any:
         template = kwargs.get("cache_template")
-        with job(requests, hparams, template), remembering(original, hparams, kwargs) as changed:
+        with (
+            own_history(original, model, hparams, host),
+            job(requests, hparams, template),
+            remembering(original, hparams, kwargs) as changed,
+        ):
             return original(model, tok, requests, hparams, *args, **changed)
 
     return entry

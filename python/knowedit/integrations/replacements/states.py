@@ -21,7 +21,13 @@ from torch import Tensor
 from knowedit.errors import ModelError
 from knowedit.integrations.discovery import Signature
 from knowedit.integrations.hosts import Host
-from knowedit.integrations.replacements.base import NotOurs, Replacement, editable, own_way
+from knowedit.integrations.replacements.base import (
+    NotOurs,
+    Replacement,
+    editable,
+    handed_on,
+    own_way,
+)
 from knowedit.integrations.replacements.kept import Kept, layer_of
 from knowedit.integrations.replacements.requests import current_job
 from knowedit.models import partial as parts
@@ -167,6 +173,7 @@ def _make(original: FunctionType, host: Host) -> Callable[..., Any]:
         except NotOurs as reason:
             own_way(original, reason)
             return original(model, tok, contexts, idxs, layer, module_template, track)
+        into, out = (None if part is None else handed_on(part, host) for part in (into, out))
         if track == "both":
             return into, out
         return into if track == "in" else out

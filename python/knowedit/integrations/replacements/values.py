@@ -24,6 +24,7 @@ from knowedit.integrations.replacements.base import (
     NotOurs,
     Replacement,
     editable,
+    handed_on,
     own_way,
     weights_version,
 )
@@ -33,7 +34,6 @@ from knowedit.methods.locate.values import (
     ESSENCE,
     Plan,
     Problem,
-    Targets,
     ValueSettings,
     optimise_plans,
 )
@@ -178,10 +178,6 @@ def plan_of(
     )
 
 
-def _wanted(found: Targets, index: int, like: Tensor) -> Tensor:
-    return (found.value[index] + found.delta[index]).to(like)
-
-
 # -- MEMIT and its family
 
 
@@ -193,7 +189,8 @@ def _make_compute_z(original: FunctionType, host: Host) -> Callable[..., Any]:
             view = editable(model, tok)
             check_modules(view, hparams, layer)
             contexts = [context for group in context_templates for context in group]
-            return _value_of(original, view, request, hparams, layer, contexts)
+            like = handed_on(view.weight(layer)[:0], host)
+            return _value_of(original, view, request, hparams, layer, contexts).to(like)
         except (NotOurs, KnowEditError) as reason:
             own_way(original, reason)
             return original(model, tok, request, hparams, layer, context_templates)
@@ -209,7 +206,7 @@ def _value_of(
     layer: int,
     contexts: Sequence[str],
 ) -> Tensor:
-    """The request's value `[hidden]`; the first request of a job brings those of all others."""
+    """The request's value `[hidden]`, float32; the first of a job brings those of all others."""
     known, key, version = current_job(), key_of(request), weights_version(view.hf)
     if known is not None and known.version == version and key in known.values:
         return known.values[key]
@@ -218,7 +215,10 @@ def _value_of(
     plans = [plan_of(original, view.tokenizer, one, hparams, contexts) for one in requests]
     found = optimise_plans(view, plans, layer, settings_of(hparams))
     logger.info("%d values at layer %d: losses %s", len(plans), layer, found.loss.tolist())
-    values = {key_of(one): _wanted(found, i, view.weight(layer)) for i, one in enumerate(requests)}
+    device = view.weight(layer).device
+    values = {
+        key_of(one): (found.value[i] + found.delta[i]).to(device) for i, one in enumerate(requests)
+    }
     if known is not None and together:
         known.values, known.version = values, version
     return values[key]
@@ -302,7 +302,10 @@ def _make_compute_v(original: FunctionType, host: Host) -> Callable[..., Any]:
             own_way(original, reason)
             return original(model, tok, request, hparams, layer, left_vector, context_templates)
         if "rome_key" in host.fixes:
-            key, value = _mean_key(view, plan, hparams.rewrite_module_tmp.format(layer))
+            key, value = (
+                handed_on(part, host)
+                for part in _mean_key(view, plan, hparams.rewrite_module_tmp.format(layer))
+            )
         else:
             key, value = original.__globals__["get_module_input_output_at_word"](
                 model,
@@ -313,7 +316,8 @@ def _make_compute_v(original: FunctionType, host: Host) -> Callable[..., Any]:
                 module_template=hparams.rewrite_module_tmp,
                 fact_token_strategy=hparams.fact_token,
             )
-        return (_wanted(found, 0, value) - value) / torch.dot(key, left_vector.to(key))
+        wanted = (found.value[0] + found.delta[0]).to(value)
+        return (wanted - value) / torch.dot(key, left_vector.to(key))
 
     return compute_v
 

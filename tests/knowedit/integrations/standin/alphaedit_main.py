@@ -68,3 +68,9 @@ def apply_AlphaEdit_to_model(
 def execute_AlphaEdit(model, tok, requests, hparams, cache_template=None):
     _write(model, tok, requests, hparams, P, cache_c)
     return {}
+
+
+def apply_AlphaEdit_in_place(model, tok, requests, hparams):
+    """As EasyEdit has it: projectors and cache are names of the module."""
+    _write(model, tok, requests, hparams, P, cache_c)
+    return model, {}
