@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.families import models
 from knowedit.edits.edit import Edit
@@ -159,7 +161,11 @@ class Bench:
         return seen[0].reshape(-1, seen[0].shape[-1])
 
     def keys(self, layer: int, ids: Sequence[int]) -> Tensor:
-        """The inputs of a layer's projection in the plain model, `[T, d_ff]`."""
+        """The inputs of a layer's projection in the plain model, `[T, d_ff]`; of routed experts
+        each chosen one's, times its gate.
+        """
+        if self.model.layout.experts(layer) is not None:
+            return self._experts_keys(layer, ids)
         seen: list[Tensor] = []
         projection = self.module(self.model.layout.projection(layer))
         handle = projection.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
@@ -168,6 +174,32 @@ class Bench:
         finally:
             handle.remove()
         return seen[0].reshape(-1, seen[0].shape[-1])
+
+    def _experts_keys(self, layer: int, ids: Sequence[int]) -> Tensor:
+        """What the experts' own code multiplies with their output matrices, one after another."""
+        experts, hf = self.model.layout.experts(layer), self.model.hf
+        assert experts is not None
+        module = self.module(self.model.layout.projection(layer))
+        products = _Products(getattr(module, experts.weight))
+        calls: list[Mapping[str, Any]] = []
+
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        kept, hf.config._experts_implementation = hf.config._experts_implementation, "eager"
+        try:
+            with products:
+                self.plain(ids)
+        finally:
+            handle.remove()
+            hf.config._experts_implementation = kept
+        index, gates = calls[0][experts.index], calls[0][experts.gates]
+        wide = torch.zeros(len(index), experts.count, experts.width)
+        for expert, keys in products.seen:
+            slot, token = torch.where((index == expert).T)
+            wide[token, expert] += gates[token, slot, None] * keys
+        return wide.flatten(1)
 
     def at_subjects(self, name: str) -> Tensor:
         """A module's outputs at the subjects of the facts' prompts in the plain model, `[facts,
@@ -190,6 +222,28 @@ class Bench:
             torch.equal(bits(tensor), self.bits[name])
             for name, tensor in self.model.hf.state_dict().items()
         )
+
+
+class _Products(TorchFunctionMode):
+    """While it is entered: which matrix of a parameter was multiplied with what.
+
+    Attributes:
+        seen: (number of the matrix, what stood on its left).
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        super().__init__()
+        self.parameter = parameter
+        self.seen: list[tuple[int, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        matrix = args[1] if len(args) > 1 else None
+        known = isinstance(matrix, Tensor) and matrix.dim() == 2
+        if known and matrix.untyped_storage().data_ptr() == (
+            self.parameter.untyped_storage().data_ptr()
+        ):
+            self.seen.append((matrix.storage_offset() // self.parameter[0].numel(), args[0]))
+        return func(*args, **(kwargs or {}))
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -316,7 +370,12 @@ def statistics(bench: Bench) -> float:
         sums.add(0, pieces)
         for layer in bench.layers:
             every = torch.cat([bench.keys(layer, ids)[1:] for ids in texts]).double()
-            errors.append(apart(sums.moments[0, layer].sum(), every.T @ every))
+            total = sums.moments[0, layer].sum()
+            if experts := bench.model.layout.experts(layer):
+                of_each = experts.by_expert(every).transpose(0, 1)
+                errors.append(apart(total, of_each.mT @ of_each))
+            else:
+                errors.append(apart(total, every.T @ every))
     return max(errors)
 
 
@@ -372,6 +431,25 @@ def gain(bench: Bench) -> float:
     task = bench.memit.prepare(model, groups, bench.statistics, progress=False)
     planned = bench.memit.target.values(task).delta
     return missed_by(bench, bench.edit, {bench.layer: planned})
+
+
+@check(0.02)
+def experts(bench: Bench) -> float:
+    """What MEMIT writes into a layer with routed experts, where there is one below the last: the
+    same, also for what it says of their keys.
+    """
+    layout = bench.model.layout
+    routed = [i for i in layout.editable[:-1] if layout.experts(i) is not None]
+    if not routed:
+        return 0.0
+    other = copy.copy(bench)
+    other.layers, other.layer = (routed[-1],), routed[-1]
+    for made in ("statistics", "edit"):  # of the other layers
+        vars(other).pop(made, None)
+    keys_apart = keys(other)
+    if keys_apart > CHECKS["keys"].limit:
+        raise Wrong(f"keys of experts are {keys_apart:.1e} apart")
+    return max(gain(other), undo(other))
 
 
 def missed_by(bench: Bench, edit: Edit, plan: Mapping[int, Tensor]) -> float:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from knowedit.edits.routing import Rerouted, Routing
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.ordinary import held_out
 from knowedit.io.config import Config
@@ -45,6 +46,7 @@ class Measured(Config):
         kl: mean KL(before || edited) of the next token there, nats.
         same: share of its places with the same most likely next token.
         tokens: of ordinary text.
+        routing: of later layers with routed experts; None: there are none.
     """
 
     gain: tuple[float, ...] = ()
@@ -55,6 +57,7 @@ class Measured(Config):
     kl: float = 0.0
     same: float = 1.0
     tokens: int = 0
+    routing: Rerouted | None = None
 
     @property
     def mean_gain(self) -> float | None:
@@ -71,6 +74,7 @@ class Measured(Config):
         return (
             f"{said}{gain}; ordinary text: perplexity {self.perplexity_before:.2f} -> "
             f"{self.perplexity:.2f}, same next word {self.same:.0%}, KL {self.kl:.4f} nats"
+            + ("" if self.routing is None else f"; {self.routing}")
         )
 
 
@@ -84,13 +88,14 @@ def measure(model: EditableModel, edit: Edit, plan: Plan | None = None) -> Measu
     Raises:
         EditError: it cannot be applied.
     """
-    facts, clean = edit.facts, _ordinary(model)
+    facts, clean, routing = edit.facts, _ordinary(model), Routing.of(model, edit)
     before = _outputs(model, facts, max(plan)) if plan else None
     planned = _outputs(model, facts, max(plan), plan) if plan else None
     with edit.applied_to(model):
         scores = model.score([fact.text for fact in facts], [fact.target for fact in facts])
         now = _Ordinary.of(model)
         after = _outputs(model, facts, max(plan)) if plan else None
+        rerouted = routing.against(model)
     gain: list[float] = []
     if before is not None and planned is not None and after is not None:
         wanted = planned - before
@@ -101,6 +106,7 @@ def measure(model: EditableModel, edit: Edit, plan: Plan | None = None) -> Measu
         tuple(score.probability for score in scores),
         tuple(score.exact for score in scores),
         tokens=len(now.following),
+        routing=rerouted,
         **clean.against(model, now),
     )
 

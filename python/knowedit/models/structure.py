@@ -570,9 +570,12 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def linears(model: EditableModel, layer: int, *, mlp: bool = False) -> dict[str, tuple[int, int]]:
-    """`{name below model.hf: (in, out)}` of a layer's linear modules, or of its MLP's only."""
+    """`{name below model.hf: (in, out)}` of a layer's linear modules, or of its MLP's only. Raises
+    ModelError where these are routed experts'.
+    """
     if mlp:
         part = model.layout.part(layer)
+        check_dense(model, layer)
         paths = [*part.reads, part.projection]
     else:
         folder = model.layout.layer(layer)
@@ -582,6 +585,18 @@ def linears(model: EditableModel, layer: int, *, mlp: bool = False) -> dict[str,
             if is_linear(module)
         ]
     return {path: size_of(model.hf.get_submodule(path)) for path in paths}
+
+
+def check_dense(model: EditableModel, layer: int) -> None:
+    """Raise ModelError for a layer whose MLP is made of routed experts."""
+    layout = model.layout
+    if layout.experts(layer) is not None:
+        dense = [other for other in layout.editable if layout.experts(other) is None]
+        others = f", or one of the dense layers {_ranges(tuple(dense))}" if dense else ""
+        raise ModelError(
+            f"{model.name}: layer {layer} has routed experts, and this works on the matrices of a "
+            f"dense MLP; use MEMIT, or another method that locates and edits{others}"
+        )
 
 
 def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """Locate-then-edit on routed experts: one wide layer, written exactly, all experts together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
-from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit, MetaKE
+from knowedit.errors import ModelError
+from knowedit.facts.fact import Probe
+from knowedit.facts.wordings.ordinary import held_out
+from knowedit.methods import EMMET, FTL, MEMIT, ROME, AlphaEdit, MetaKE, NeuronPatch
 from knowedit.methods.locate.keysets import ContextKeys
 from knowedit.methods.locate.metrics import Blend, Covariance, NullSpace
 from knowedit.methods.locate.targets import HiddenState
@@ -13,6 +18,7 @@ from knowedit.methods.locate.trainings import ThroughSolver
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
+from knowedit.models.structure import linears
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from tests.knowedit.methods.helpers import FACTS, SAME
@@ -94,6 +100,94 @@ def test_the_gain_that_is_said_is_realised(mixture):
     said = edit.report.layers[str(LAYER)]["gain"]
     assert said == pytest.approx(0.7, abs=1e-3)
     assert edit.report.gain == pytest.approx(said, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["top-1", "ties"])
+def test_one_expert_a_token_and_a_router_that_cannot_choose(byte_tokenizer, kind):
+    """With equal gates the router takes some experts, and always the same ones."""
+    hf = build("mixtral", **({"num_experts_per_tok": 1} if kind == "top-1" else {}))
+    if kind == "ties":
+        hf.model.layers[LAYER].mlp.gate.weight.zero_()
+    model = EditableModel(hf, byte_tokenizer, name=kind)
+    assert model.layout.experts(LAYER).top_k == (1 if kind == "top-1" else 2)
+    exact = ROME(layers=(LAYER,), target=TARGET)
+    edit = exact.compute(model, FACTS[:1], statistics_of(model, [LAYER]), progress=False)
+    assert edit.report.measured.gain[0] == pytest.approx(1, abs=2e-3)
+    assert len(edit.changes) == model.layout.experts(LAYER).top_k
+
+
+def test_experts_that_the_statistics_have_hardly_seen_are_warned_of(mixtral):
+    statistics = statistics_of(mixtral, [LAYER])
+    seen = replace(statistics[LAYER], counts=(0, 0, 0, 5000))
+    method = MEMIT(layers=(LAYER,), target=TARGET)
+    edit = method.compute(mixtral, FACTS, KeyStatistics({LAYER: seen}), progress=False)
+    seldom = {int(name[-2]) for name in edit.changes} - {3}
+    said = f"layer 2: {len(seldom)} of {len(edit.changes)} edited experts were given fewer than 96"
+    assert any(said in warning for warning in edit.warnings)
+
+
+def plain_sets(model, prompts, layers):
+    """The experts of each token by plain transformers, `[tokens, layers, top_k]`."""
+    found = []
+    for prompt in prompts:
+        seen = []
+        modules = [model.projection(layer).module for layer in layers]
+        handles = [
+            module.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[1]))
+            for module in modules
+        ]
+        model.hf(input_ids=torch.tensor([model.row(prompt).ids]))
+        for handle in handles:
+            handle.remove()
+        found.append(torch.stack(seen, 1).sort(-1).values)
+    return torch.cat(found)
+
+
+def test_the_report_says_what_later_routers_choose_otherwise(mixtral, tmp_path):
+    near = Probe("The capital of Spain is", "Madrid")
+    facts = [replace(FACTS[0], neighbours=(near,)), *FACTS[1:]]
+    method = MEMIT(layers=(1,), target=replace(TARGET, clamp=8.0, steps=8))
+    edit = method.compute(mixtral, facts, statistics_of(mixtral, [1]), progress=False)
+    routing = edit.report.measured.routing
+    groups = {
+        "facts": [fact.text for fact in facts], "neighbours": [near.prompt], "text": held_out()
+    }  # fmt: skip
+    before = {name: plain_sets(mixtral, texts, (2, 3)) for name, texts in groups.items()}
+    with edit.applied_to(mixtral):
+        after = {name: plain_sets(mixtral, texts, (2, 3)) for name, texts in groups.items()}
+    for name in groups:
+        wanted = (before[name] != after[name]).any(-1).double().mean()
+        assert getattr(routing, name) == pytest.approx(float(wanted), abs=0.01)
+    assert routing.layers == (2, 3) and routing.facts > 0
+    assert "other experts at 2 later layers" in str(edit.report.measured)
+    read = Edit.load(edit.save(tmp_path / "edit.safetensors"))
+    assert read.report.measured == edit.report.measured
+
+
+def test_what_works_on_one_matrix_says_so(mixtral, byte_tokenizer):
+    with pytest.raises(ModelError, match="layer 2 has routed experts, and this works on .*MEMIT$"):
+        NeuronPatch(layers=(LAYER,)).compute(mixtral, FACTS[:1], progress=False)
+    with pytest.raises(ModelError, match="layer 1 has routed experts"):
+        linears(mixtral, 1, mlp=True)
+    some_dense = EditableModel(build("deepseek_v3"), byte_tokenizer)
+    with pytest.raises(ModelError, match="or one of the dense layers 0-1"):
+        linears(some_dense, 2, mlp=True)
+
+
+def test_fine_tuning_takes_all_experts(mixtral):
+    edit = FTL(layers=(LAYER,), steps=1).compute(mixtral, FACTS[:1], progress=False)
+    name = mixtral.layout.weight_name(LAYER)
+    assert list(edit.changes) == [name] and float(edit.changes[name].delta.abs().max()) > 0
+    assert weights_fingerprint(mixtral.hf) == mixtral.fingerprint
+
+
+def test_quantised_experts_are_refused(mixtral, byte_tokenizer):
+    """As gpt-oss's MXFP4 blocks are held: whole numbers."""
+    experts = mixtral.projection(LAYER).module
+    blocks = torch.zeros(4, 32, 24, dtype=torch.uint8)
+    experts.down_proj_blocks = torch.nn.Parameter(blocks, requires_grad=False)
+    with pytest.raises(ModelError, match="experts.down_proj_blocks is quantised .* float32"):
+        EditableModel(mixtral.hf, byte_tokenizer)
 
 
 @pytest.mark.parametrize(

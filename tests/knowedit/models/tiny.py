@@ -4,6 +4,7 @@ norms, biases and multipliers off their neutral values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,8 +111,10 @@ VISION = {
 }
 
 
-def build(family: str) -> Any:
-    """A transformers model of the family, float32, in evaluation mode and frozen."""
+def build(family: str, **more: Any) -> Any:
+    """A transformers model of the family, float32, in evaluation mode and frozen; `more` of its
+    configuration.
+    """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
@@ -120,11 +123,11 @@ def build(family: str) -> Any:
         config = cls(text_config=_sized("gemma3_text").to_dict(), vision_config=VISION)
         model = AutoModelForImageTextToText.from_config(config)
     else:
-        model = AutoModelForCausalLM.from_config(_sized(family))
+        model = AutoModelForCausalLM.from_config(_sized(family, more))
     return _off_neutral(model.float()).eval().requires_grad_(False)
 
 
-def _sized(family: str) -> Any:
+def _sized(family: str, more: Mapping[str, Any] = {}) -> Any:
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[family]
@@ -132,7 +135,7 @@ def _sized(family: str) -> Any:
     given = {name: size for name, size in SIZES.items() if name in known}
     twice = {name for name, other in cls.attribute_map.items() if name != other and other in given}
     sizes = {name: size for name, size in given.items() if name not in twice}
-    return cls(**(sizes | FAMILIES[family]))
+    return cls(**(sizes | FAMILIES[family] | dict(more)))
 
 
 def _off_neutral(model: Any) -> Any:

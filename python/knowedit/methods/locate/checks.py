@@ -17,6 +17,7 @@ from knowedit.models.calibration import sinks_of
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
 from knowedit.models.sinks import SINK_RATIO
+from knowedit.statistics.experts import ENOUGH
 
 LARGE_NORM = 0.8
 
@@ -85,6 +86,24 @@ def sink_warnings(model: EditableModel, layers: Sequence[int], allowed: bool) ->
     return warnings
 
 
+def rare_warnings(task: Task, written: WrittenLayers) -> list[str]:
+    """A warning for each layer in which experts are edited that the statistics have hardly seen."""
+    found = []
+    for layer, (_, right) in written.factors.items():
+        experts = task.model.layout.experts(layer)
+        if experts is None or layer not in task.statistics.layers:
+            continue
+        edited = {e for e, part in enumerate(right.split(experts.width)) if bool(part.any())}
+        if seldom := sorted(edited & set(task.statistics.rare_experts(layer))):
+            found.append(
+                f"layer {layer}: {len(seldom)} of {len(edited)} edited experts were given fewer "
+                f"than {ENOUGH * experts.width} tokens in the statistics (experts "
+                f"{', '.join(map(str, seldom[:5]))}), and are held by the mean of all experts; "
+                "collect more tokens"
+            )
+    return found
+
+
 def planned(task: Task, targets: Targets, written: WrittenLayers) -> dict[int, Tensor]:
     """`{layer: [facts, hidden]}` what the write was to add at each fact's lookup token: its value,
     or what a training made of it.
@@ -109,7 +128,8 @@ def outcome(
         steps=targets.steps.tolist(),
         details={"settings": settings, **written.report},
     )
-    report.warnings = [*task.warnings, *outcome_warnings(report, targets, task.groups)]
+    rare = rare_warnings(task, written)
+    report.warnings = [*task.warnings, *rare, *outcome_warnings(report, targets, task.groups)]
     return report
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import read
+from knowedit.models.structure import check_dense
 from knowedit.models.tokens import Row, batches, cut, start_tokens
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit_kernels import SecondMoment
@@ -75,7 +76,10 @@ def everywhere(
 def _observed(
     model: EditableModel, rows: Sequence[list[int]], layer: int, budget: int = 4096
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(row, MLP inputs, keys) of every row, in batches of similar length."""
+    """(row, MLP inputs, keys) of every row, in batches of similar length. Raises ModelError where
+    the layer has routed experts.
+    """
+    check_dense(model, layer)
     for batch in batches([len(ids) for ids in rows], budget):
         ids, mask = model.pad([rows[i] for i in batch])
         inputs: list[Tensor] = []

@@ -53,6 +53,7 @@ from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
 from knowedit.methods.neurons.wiring import Wiring
 from knowedit.models.editable import EditableModel
 from knowedit.models.families import preset_for
+from knowedit.models.structure import check_dense
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import CorpusLike
 
@@ -136,6 +137,7 @@ class NeuronPatch(Method):
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
     ) -> Iterator[Edit]:
         """One edit for each of the tasks, a task being groups of facts."""
+        check_dense(model, layer)
         groups, values = [group for task in tasks for group in task], self._values(model, layer)
         with bar(
             f"{self.name}: optimising values", len(groups), "values", show=progress
