@@ -165,7 +165,7 @@ def test_the_report_says_what_later_routers_choose_otherwise(mixtral, tmp_path):
 
 
 def test_what_works_on_one_matrix_says_so(mixtral, byte_tokenizer):
-    with pytest.raises(ModelError, match="layer 2 has routed experts, and this works on .*MEMIT$"):
+    with pytest.raises(ModelError, match="layer 2 has routed experts, and this works on .* edits$"):
         NeuronPatch(layers=(LAYER,)).compute(mixtral, FACTS[:1], progress=False)
     with pytest.raises(ModelError, match="layer 1 has routed experts"):
         linears(mixtral, 1, mlp=True)
