@@ -1,4 +1,4 @@
-"""The steps of the GPU suite: building, correctness on the device, and experiments E0 to E7, a
+"""The steps of the GPU suite: building, correctness on the device, and experiments E0 to E8, a
 short function each.
 
 Every function takes the `Lab`, records rows with predictions beside results, and stops when its
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from knowedit_kernels import _native, _native_cuda, explain
+from knowedit_kernels.bench import grouped, machine, moments, results, runner, timing
 from knowedit_kernels.bench import lowrank as bench_lowrank
-from knowedit_kernels.bench import machine, moments, results, runner, timing
 from knowedit_kernels.bench import target_loss as bench_loss
 from knowedit_kernels.bench.problem import DTYPES, Operation, Provider
 from knowedit_kernels.lowrank import gpu as lowrank_gpu
-from knowedit_kernels.moments import cuda, gpu, schedule
+from knowedit_kernels.moments import cuda, gpu, grouped_gpu, schedule
 from knowedit_kernels.numerics import truncation_bias
 from knowedit_kernels.target_loss import gpu as loss_gpu
 
@@ -87,6 +87,7 @@ def gates(lab: Lab) -> None:
     """The accuracy gate of every GPU implementation; a dry run has no kernel to put through it."""
     found: dict[str, Callable[[torch.device], str | None]] = {
         "moments.triton": gpu.gate,
+        "moments.grouped": grouped_gpu.gate,
         "lowrank.triton": lowrank_gpu.gate,
         "target_loss.triton": loss_gpu.gate,
     }
@@ -362,6 +363,26 @@ def _target(lab: Lab, what: str, value: float, target: float, unit: str = "x") -
         f"{'sizes too small to judge' if lab.dry else verdict}"
     )
     lab.row(line, what=what, value=value, **judged)
+
+
+def e8_experts(lab: Lab) -> None:
+    """The experts' moments in one launch against our dense kernel and a loop over the experts."""
+    experts, d, rows = lab.sizes.mixture
+    for routing, weights in (("even", "none"), ("even", "gates"), ("uneven", "gates")):
+        if lab.left() < 0:
+            return lab.row(f"time is up before {routing} routing with {weights}")
+        values = {"experts": experts, "d": d, "rows": rows, "dtype": "bf16"}
+        found = _bench(
+            lab,
+            "grouped",
+            grouped.OPERATION,
+            {**values, "routing": routing, "weights": weights},
+            ["ours", "ours-stream", "dense", "torch"],
+        )
+        for peer, target in (("dense", 0.9), ("torch", 5.0)):
+            if "ms" in found["ours"] and "ms" in found[peer]:
+                ratio = found[peer]["ms"]["p50"] / found["ours"]["ms"]["p50"]
+                _target(lab, f"{routing} routing, weights {weights}, over {peer}", ratio, target)
 
 
 def e4_lowrank(lab: Lab) -> None:

@@ -37,6 +37,7 @@ class Sizes:
     update: tuple[int, int] = (4096, 14336)
     ranks: tuple[int, ...] = (8, 100)
     head: tuple[int, int, int] = (200, 4096, 128_256)  # rows, d, vocabulary
+    mixture: tuple[int, int, int] = (128, 768, 524_288)  # experts, d, rows
 
 
 DRY = Sizes(
@@ -49,6 +50,7 @@ DRY = Sizes(
     update=(40, 96),
     ranks=(3,),
     head=(7, 24, 300),
+    mixture=(5, 24, 300),
 )
 
 #: Written before any run (KERNELS study, section 5). Seconds per 10^6 tokens and layer, by provider

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_suite --dry-run   the same steps at tiny sizes on the CPU; its figures
     mean nothing
 
-Builds the native libraries, runs every accuracy gate and `tests/gpu`, then the experiments E0 to E7
+Builds the native libraries, runs every accuracy gate and `tests/gpu`, then the experiments E0 to E8
 (`gpu_experiments`), predictions beside results. Writes gpu-<device>.jsonl as it goes, pictures, and
 the table of block sizes that the second moment's launcher reads (`knowedit_kernels/tuned`; with
 --output below that folder). A step that fails is recorded and the next one runs; a step that no
@@ -56,6 +56,7 @@ STEPS = (
     Step("correctness", experiments.correctness, 0, 60),
     Step("E2 second moment, every way", experiments.e2_variants, 20, 110),
     Step("E7 peers", experiments.e7_peers, 30, 130),
+    Step("E8 moments of experts", experiments.e8_experts, 10, 40),
     Step("E4 low-rank update", experiments.e4_lowrank, 10, 30),
     Step("E1 bias over chain length", experiments.e1_bias, 15, 50),
     Step("E5 target loss", experiments.e5_target_loss, 10, 30),
