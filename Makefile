@@ -8,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test families lint setup clean
+.PHONY: demo test faults families lint setup clean
 
 # OpenMP threads that wait by spinning starve each other on a busy machine (10x and more); sleeping ones do not.
 demo: $(READY)
@@ -34,6 +34,10 @@ lint: $(READY)
 # JOBS processes of one thread: threads that wait for each other at barriers crawl on a busy machine.
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+# The faults of tests/faults at many more places: about an hour.
+faults: $(READY)
+	KNOWEDIT_FAULTS=$(or $(POINTS),2000) $(PYTEST) tests/faults
 
 test: $(READY) lint
 	@echo "== ordinary tests"

@@ -263,9 +263,16 @@ class Edit:
             self._leave(model, before)
 
     def _leave(self, model: EditableModel, before: bool) -> None:
-        """Undo it unless it was applied before, or could not be."""
-        if not before and self.is_applied(model):
-            self.undo(model)
+        """Undo it unless it was applied before, or could not be; a Ctrl-C meanwhile waits for
+        that.
+        """
+        try:
+            if not before and self.is_applied(model):
+                self.undo(model)
+        except KeyboardInterrupt:
+            if not before and self.is_applied(model):
+                self.undo(model)
+            raise
 
     # -- on disk ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,35 +71,41 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
             for e in edits
         ],
     }
-    applied: list[Edit] = []
     try:
-        for edit in edits:
-            edit.apply(model)
-            applied.append(edit)
-        with as_plain(model.hf), atomic_folder(folder) as temporary, disk_errors(folder):
-            model.hf.save_pretrained(temporary)
-            model.tokenizer.save_pretrained(temporary)
-            edited = {name: model.stored(name).detach().cpu() for name in names}
-            stored = _stored(temporary, edited)
-            header["weights"] = {
-                name: {
-                    "tensor": stored[name],
-                    "transposed": model.is_transposed(name),
-                    "edited": checksum(edited[name]),
-                }
-                for name in names
-            }
-            header[CONFIG] = _config(temporary).get(ENTRY)
-            _write_record(
-                temporary, header, originals, {e.key: e.by_parameter(model) for e in edits}
-            )
-            _describe(temporary, header)
+        with ExitStack() as applied:
+            for edit in edits:
+                applied.enter_context(edit.applied_to(model))
+            applied.enter_context(as_plain(model.hf))
+            with atomic_folder(folder) as temporary, disk_errors(folder):
+                _write_folder(temporary, model, edits, originals, header)
     except FileExistsError as error:
         raise EditError(str(error)) from error
-    finally:
-        for edit in applied:
-            edit.undo(model)
     return Path(folder)
+
+
+def _write_folder(
+    folder: Path,
+    model: EditableModel,
+    edits: Sequence[Edit],
+    originals: Mapping[str, Tensor],
+    header: dict[str, Any],
+) -> None:
+    """Write the edited model as it is in memory, the record, and what the folder says of itself."""
+    model.hf.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    edited = {name: model.stored(name).detach().cpu() for name in originals}
+    stored = _stored(folder, edited)
+    header["weights"] = {
+        name: {
+            "tensor": stored[name],
+            "transposed": model.is_transposed(name),
+            "edited": checksum(edited[name]),
+        }
+        for name in originals
+    }
+    header[CONFIG] = _config(folder).get(ENTRY)
+    _write_record(folder, header, originals, {e.key: e.by_parameter(model) for e in edits})
+    _describe(folder, header)
 
 
 def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path:
