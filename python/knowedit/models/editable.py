@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
@@ -23,7 +24,7 @@ from knowedit.models.experts import Routed, WideProjection, as_keys, split_name
 from knowedit.models.fingerprint import WeightsWatch, setup_of
 from knowedit.models.generation import Router, Score
 from knowedit.models.probing import states_of
-from knowedit.models.processor import has_bf16_units
+from knowedit.models.processor import free_memory, has_bf16_units
 from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
 from knowedit.models.structure import Layout, detect, is_transposed, own_head
 from knowedit.models.tokens import (
@@ -55,6 +56,8 @@ class _InForce:
         self.checkup: Checkup | None = None
         self.exclusive: dict[str, frozenset[str]] = {}  # by the key of the edit
 
+
+logger = logging.getLogger(__name__)
 
 _IN_FORCE: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
 
@@ -374,9 +377,28 @@ class EditableModel:
         if self.dtype == torch.bfloat16 and self.device.type != "cpu":
             return self
         fastest = torch.bfloat16 if has_bf16_units(self.device) else torch.float32
-        copied = _copy(self.hf).to(fastest)
+        copied = self._copied(fastest)
         if self.device.type == "cpu":
-            copied.set_attn_implementation("eager")
+            copied.hf.set_attn_implementation("eager")
+        return copied
+
+    def widened(self) -> EditableModel:
+        """The model to read with: a float32 copy of a bfloat16 one on a processor without units for
+        that, where a pass takes three times as long as in float32; else itself. The log says so,
+        and if there is no memory for the copy.
+        """
+        if self.dtype != torch.bfloat16 or has_bf16_units(self.device):
+            return self
+        size = 4e-9 * sum(parameter.numel() for parameter in self.hf.parameters())
+        what = "this CPU has no units for bfloat16"
+        if 1e9 * size > 0.8 * free_memory():
+            logger.warning("%s, and no %.1f GB for a float32 copy: slow passes", what, size)
+            return self
+        logger.warning("%s: reading with a float32 copy (%.1f GB), faster", what, size)
+        return self._copied(torch.float32)
+
+    def _copied(self, dtype: torch.dtype) -> EditableModel:
+        copied = _copy(self.hf).to(dtype)
         copied.eval().requires_grad_(False)
         known = _IN_FORCE[copied] = _InForce()
         known.kinds, known.checkup = _kinds(copied), self.checkup

@@ -90,7 +90,8 @@ class Sums:
         packed: bool | None = None,
         halves: int = 2,
     ) -> None:
-        self.model, self.layers, self.precision = model, list(layers), precision
+        self.layers, self.precision = list(layers), precision
+        self.model = model.widened()  # bfloat16 where that is slow
         self.tally = KeyTally.empty(layers)
         self.moments: dict[tuple[int, int], Moment] = {}
         try:

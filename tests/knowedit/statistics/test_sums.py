@@ -1,9 +1,13 @@
 """Sums: the same keys packed or not, less memory than there is, linear layers through oneDNN."""
 
+import copy
+
 import pytest
 import torch
 
 from knowedit.errors import StatisticsError
+from knowedit.models import editable
+from knowedit.models.editable import EditableModel
 from knowedit.statistics import key_statistics, sums
 from knowedit.statistics.corpus.batching import MAX_PADDING
 
@@ -141,3 +145,25 @@ def test_who_is_helped(monkeypatch, cpu, capability, helps):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     monkeypatch.setattr(sums.Path, "read_text", lambda *_, **__: f"vendor_id : {cpu}")
     assert sums._helps.__wrapped__() is helps
+
+
+def test_bfloat16_models_are_read_in_float32_where_a_cpu_has_no_units(
+    tiny_llama, corpus, tmp_path, monkeypatch, caplog
+):
+    half = EditableModel(copy.deepcopy(tiny_llama.hf).bfloat16(), tiny_llama.tokenizer)
+    wide = EditableModel(copy.deepcopy(half.hf).float(), tiny_llama.tokenizer)
+
+    def total(model, name):
+        return key_statistics(
+            model, [1], corpus, 3000, directory=tmp_path / name, max_length=64, worker=False
+        )[1].total
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert torch.equal(total(half, "widened"), total(wide, "wide"))
+    assert [record.getMessage() for record in caplog.records if "no units" in record.getMessage()]
+    assert half.dtype == torch.bfloat16
+    monkeypatch.setattr(editable, "free_memory", lambda: 1.0)
+    assert half.widened() is half and wide.widened() is wide
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(editable, "free_memory", lambda: 1e12)
+    assert half.widened() is half
