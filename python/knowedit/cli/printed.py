@@ -28,12 +28,14 @@ class Printed:
         keys = self.keys.split(", ")
         known = {key.strip("[]") for key in keys}
         needed = {key for key in keys if key[0] != "[" and key != "..."}
-        found = self._objects(record)
-        return found is not None and all(
+        objects = self._objects(record)
+        if objects is None:
+            return False
+        return all(
             isinstance(one, Mapping)
             and needed <= set(one)
             and ("..." in known or set(one) <= known)
-            for one in found
+            for one in objects
         )
 
     def _objects(self, record: Any) -> list[Any] | None:
