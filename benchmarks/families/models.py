@@ -243,17 +243,21 @@ def kinds() -> list[str]:
     return sorted((causal | set(WITH_PICTURES)) - LEFT_OUT)
 
 
-def build(kind: str, seed: int = 0) -> Any:
-    """A model of the type, float32, in evaluation mode and frozen; nothing in it is neutral."""
+def build(kind: str, seed: int = 0, **others: Any) -> Any:
+    """A model of the type, float32, in evaluation mode and frozen; nothing in it is neutral.
+
+    Args:
+        others: set in its text decoder's configuration.
+    """
     torch.manual_seed(seed)
-    config = config_of(kind)
+    config = config_of(kind, **others)
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     model = auto.from_config(config)
     return off_neutral(model.float(), seed).eval().requires_grad_(False)
 
 
-def config_of(kind: str) -> Any:
+def config_of(kind: str, **others: Any) -> Any:
     """The type's configuration with small sizes, its text decoder's likewise."""
     cls = CONFIG_MAPPING[kind]
     parts = {
@@ -262,14 +266,15 @@ def config_of(kind: str) -> Any:
         if name.endswith("_config") and hasattr(part, "to_dict")
     }
     if "text_config" not in parts:
-        return small(cls, kind)
+        return small(cls, kind, **others)
     text = parts.pop("text_config")
     run = ("vision_config", "audio_config") if kind == "dots3_note" else ("vision_config",)
     senses = {name: _sense(part) for name, part in parts.items() if name in run}
-    return cls(text_config=small(type(text), text.model_type), pad_token_id=256, **senses)
+    made = small(type(text), text.model_type, **others)
+    return cls(text_config=made, pad_token_id=256, **senses)
 
 
-def small(cls: Any, kind: str) -> Any:
+def small(cls: Any, kind: str, **others: Any) -> Any:
     """A configuration of this class with the sizes that it knows."""
     default = cls()
     aliases: Mapping[str, str] = getattr(cls, "attribute_map", {}) or {}
@@ -278,7 +283,7 @@ def small(cls: Any, kind: str) -> Any:
     for alias, name in aliases.items():
         if alias in sizes:
             sizes.setdefault(name, sizes.pop(alias))
-    return cls(**(sizes | EXCEPTIONS.get(kind, {})))
+    return cls(**(sizes | EXCEPTIONS.get(kind, {}) | others))
 
 
 def _sense(default: Any) -> Any:

@@ -21,6 +21,7 @@ from knowedit.cli.options import (
     edit_of,
     one,
 )
+from knowedit.edits.export.listing import formats
 from knowedit.errors import KnowEditError
 from knowedit.io.files import check_free, locked
 from knowedit.io.progress import kept_on_interrupt
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 app = App()
 
 File = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        help="; ".join(f"{name}: {what.partition(',')[0]}" for name, what in formats().items())
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Write also what ruins the model.")]
 
 
@@ -224,9 +231,7 @@ def export(
     model: Model,
     edit_file: Annotated[Path, typer.Argument(help="An edit file.")],
     output: File,
-    format: Annotated[
-        str, typer.Option(help="peft: a LoRA adapter; folder: the whole model, as `apply` does.")
-    ] = "peft",
+    format: Format = "peft",
     force: Force = False,
     *,
     loading: Loading,
