@@ -50,12 +50,11 @@ def test_layers_that_do_not_pass_on_their_states_are_refused():
         EditableModel(models.build("xlm"), models.tokenizer(), name="xlm")
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "deepseek_v3"])
-def test_routed_experts_are_read_and_written(kind, tmp_path):
-    """Transposed matrices with biases; behind dense layers, beside a shared expert."""
-    bench = checks.Bench(kind, tmp_path)
+def test_routed_experts_are_read_and_written(tmp_path):
+    """Transposed matrices with biases."""
+    bench = checks.Bench("gpt_oss", tmp_path)
+    assert all(bench.model.layout.experts(layer) for layer in range(4))
     assert checks.experts(bench) < checks.CHECKS["experts"].limit
-    assert any(bench.model.layout.experts(layer) for layer in range(4))
 
 
 def test_neurons_in_front_of_a_norm_are_refused(tmp_path):
