@@ -7,16 +7,19 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import save_edited
 from knowedit.edits.history import History
 from knowedit.errors import EditError, ModelError, StatisticsError
+from knowedit.methods.learned.mend.network import MendNetwork
 from knowedit.models import fingerprint as module
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import difference, setup_of, weights_fingerprint
 from knowedit.statistics import KeyStatistics, key_statistics
 from tests.knowedit.edits.test_edit import a_trained_edit, an_edit
+from tests.knowedit.models.tiny import build
 from tests.knowedit.statistics.helpers import varied_texts
 
 
@@ -226,3 +229,25 @@ def test_what_does_not_change_logits_is_not_in_the_setup(tiny_llama):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert setup_of(config, tokenizer) == tiny_llama.setup
     assert difference(tiny_llama, tiny_llama.fingerprint, tiny_llama.setup) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_neox", "gptj", "opt"])
+def test_a_model_that_was_saved_and_loaded_is_the_same(family, byte_tokenizer, tmp_path):
+    made = build(family)
+    made.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert weights_fingerprint(loaded) == weights_fingerprint(made)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert setup_of(loaded.config, tokenizer) == setup_of(made.config, byte_tokenizer)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert setup_of(half.config, tokenizer) == setup_of(made.config, byte_tokenizer)
+
+
+def test_networks_know_the_setup_they_were_trained_in(tiny_llama, tmp_path):
+    network = MendNetwork.new(tiny_llama, [1], 2)
+    network.report = {"seconds": 1}
+    path = network.save(tmp_path / "n.safetensors")
+    assert MendNetwork.load(path, tiny_llama).setup == tiny_llama.setup
+    with pytest.raises(EditError, match="the same weights, but another configuration"):
+        MendNetwork.load(path, another(tiny_llama, hidden_act="gelu"))

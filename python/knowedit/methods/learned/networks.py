@@ -17,6 +17,7 @@ from knowedit.io.config import Config
 from knowedit.io.files import cache_dir
 from knowedit.io.tensors import read_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.fingerprint import difference
 
 N = TypeVar("N", bound="TrainedNetwork")
 
@@ -40,6 +41,7 @@ class TrainedNetwork(ABC):
     Attributes:
         name: of the method, as the command line says it.
         fingerprint: of the model.
+        setup: of the model (`EditableModel.setup`); empty in files of earlier versions.
         report: of the training; empty for an untrained network.
         file: where it was saved or read; None: only in memory.
     """
@@ -48,6 +50,7 @@ class TrainedNetwork(ABC):
     fingerprint: str
     report: dict[str, Any]
     file: Path | None = None
+    setup: str = ""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -104,7 +107,7 @@ class TrainedNetwork(ABC):
 
     def check(self, model: EditableModel) -> None:
         """Raise EditError unless it is trained, and for `model`."""
-        check_network(self.name, self.fingerprint, model)
+        check_network(self.name, self.fingerprint, self.setup, model)
         if not self.report:
             raise EditError(
                 f"this {self.name.upper()} network is not trained; {how_to_train(self.name, model)}"
@@ -128,17 +131,17 @@ def read_network(
     if not path.is_file():
         raise EditError(f"{path}: no trained {name.upper()} network; {how_to_train(name, model)}")
     header, tensors = read_file(path, form, f"a {name.upper()} network")
-    check_network(name, str(header.get("fingerprint")), model)
+    check_network(name, str(header.get("fingerprint")), str(header.get("setup", "")), model)
     return header, tensors
 
 
-def check_network(name: str, fingerprint: str, model: EditableModel) -> None:
-    """Raise EditError when a network of that fingerprint was not trained for `model`."""
-    if fingerprint != model.fingerprint:
+def check_network(name: str, fingerprint: str, setup: str, model: EditableModel) -> None:
+    """Raise EditError when a network of that fingerprint and setup was not trained for `model`."""
+    if other := difference(model, fingerprint, setup):
         raise EditError(
             f"the {name.upper()} network was trained for a model with fingerprint "
-            f"{fingerprint[:12]}, but {model.name} has {model.fingerprint[:12]}: other weights or "
-            f"another dtype; {how_to_train(name, model)}"
+            f"{fingerprint[:12]}, but {model.name} has {model.fingerprint[:12]}: {other}; "
+            f"{how_to_train(name, model)}"
         )
 
 

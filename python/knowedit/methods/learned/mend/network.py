@@ -113,9 +113,11 @@ class MendNetwork(TrainedNetwork):
             raise EditError(f"rank must be positive, got {rank}")
         sizes = _sizes(model, layers)
         mixers, places = _mixers(sizes, rank, seed)
-        return cls(
+        made = cls(
             tuple(sizes), tuple(sorted(layers)), mixers.to(model.device), places, model.fingerprint
         )
+        made.setup = model.setup
+        return made
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -171,6 +173,7 @@ class MendNetwork(TrainedNetwork):
         header = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
+            **({"setup": self.setup} if self.setup else {}),
             "layers": self.layers,
             "report": self.report,
         }
@@ -181,11 +184,9 @@ class MendNetwork(TrainedNetwork):
     def read(cls, path: Path, model: EditableModel) -> MendNetwork:
         header, tensors = read_network("mend", path, model, FORMAT)
         with understood(path, "a MEND network", remedy=how_to_train("mend", model)):
-            rank = next(tensor for name, tensor in tensors.items() if name.endswith(".down")).shape[
-                2
-            ]
+            down = next(tensor for name, tensor in tensors.items() if name.endswith(".down"))
             sizes = _sizes(model, header["layers"])
-            mixers, places = _mixers(sizes, rank, 0)
+            mixers, places = _mixers(sizes, down.shape[2], 0)
             mixers.load_state_dict(tensors)
             network = cls(
                 tuple(sizes),
@@ -195,7 +196,7 @@ class MendNetwork(TrainedNetwork):
                 header["fingerprint"],
                 header["report"],
             )
-        network.file = path
+        network.file, network.setup = path, header.get("setup", "")
         return network
 
 

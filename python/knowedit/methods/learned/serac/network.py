@@ -114,6 +114,7 @@ class SeracNetwork(TrainedNetwork):
             "layer": self.layer,
             "threshold": self.threshold,
             "fingerprint": self.fingerprint,
+            **({"setup": self.setup} if self.setup else {}),
             "report": self.report,
         }
 
@@ -144,7 +145,7 @@ class SeracNetwork(TrainedNetwork):
             name: (tensors[f"adapter.{name}.U"], tensors[f"adapter.{name}.V"])
             for name in sorted(names)
         }
-        return cls(
+        made = cls(
             scope,
             header["layer"],
             adapter,
@@ -152,6 +153,8 @@ class SeracNetwork(TrainedNetwork):
             header["threshold"],
             header["report"],
         )
+        made.setup = header.get("setup", "")
+        return made
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file with a JSON header, written atomically."""

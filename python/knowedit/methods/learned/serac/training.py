@@ -128,6 +128,7 @@ def train_serac(
         "reader_curve": read.curve,
     }
     network = SeracNetwork(gate.scope, layer, reader.adapter, model.fingerprint, threshold, report)
+    network.setup = model.setup
     network.save(path)
     if (gated.steps, read.steps) == (settings.gate.steps, settings.reader.steps):
         for checkpoint in checkpoints:
