@@ -17,6 +17,7 @@ from knowedit.evaluation import intervals
 from knowedit.io.tables import Table
 
 from . import arithmetic as by_sum
+from . import calibration as by_calibration
 from . import geometry as by_layer
 from . import gradient as by_gradient
 from . import neuron as by_neuron
@@ -285,6 +286,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
     "families": ("families.md", by_family.table, by_family.picture),
+    "calibration": ("calibration.md", by_calibration.table, by_calibration.draw),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
     "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
 }

@@ -1,5 +1,5 @@
-"""`knowedit same-subject`, `geometry`, `trace` and `report`: measuring in depth, and reading what
-was measured.
+"""`knowedit calibrate`, `same-subject`, `geometry`, `trace` and `report`: measuring in depth, and
+reading what was measured.
 """
 
 from __future__ import annotations
@@ -239,6 +239,37 @@ def trace(
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         plots.save(plots.trace(found), output / f"{name}.png")
     run.show(found, lambda: in_text(trace_blocks(found)))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    dataset: Annotated[
+        str, typer.Option(help="Facts with true answers: a set's name or a file.")
+    ] = "embedded",
+    limit: Annotated[
+        int, typer.Option(min=4, help="Use the first so many that the model knows.")
+    ] = 8,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure even if a calibration is known.")
+    ] = False,
+    *,
+    run: Run,
+) -> None:
+    """Measure a model and keep the settings that follow, which every method then takes by default:
+    layers without attention sinks, clamp, steps, contexts.
+    """
+    from knowedit.evaluation.calibration.measure import calibrate as measure
+    from knowedit.evaluation.calibration.shown import measured
+    from knowedit.facts.sets import load
+    from knowedit.models.calibration import calibration_of, keep
+
+    editable = run.load(model)
+    found = None if again else calibration_of(editable)
+    if found is None:
+        found = measure(editable, load(dataset), count=limit, say=say)
+        say(f"kept in {keep(found)}")
+    run.show(found.to_dict(), lambda: measured(found))
 
 
 @app.command()

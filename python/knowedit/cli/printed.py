@@ -72,6 +72,12 @@ JSON: dict[str, tuple[Printed, ...]] = {
             "list",
         ),
     ),
+    "calibrate": (
+        Printed(
+            "kind, version, model, fingerprint, shape, facts, sinks, layers, contexts, values, "
+            "choice, seconds"
+        ),
+    ),
     "trace": (
         Printed(
             "model, prompt, tokens, subject, answer, token, clean, corrupted, rows, effect, low, "

@@ -34,6 +34,7 @@ class LayerTrial(Config):
 
     Attributes:
         layer: its number.
+        contexts: templates around each prompt, of those that methods use.
         traced: what restoring the MLPs around it at the subject's last token gives back of the true
             answer's probability (causal tracing); None where the layers cannot be replayed.
         exact: share of the facts that the changed model says at their own prompts.
@@ -43,10 +44,12 @@ class LayerTrial(Config):
         neighbours, ordinary: KL(before || changed) of the next token, in nats, after the facts'
             neighbour prompts and in ordinary text.
         norm: largest |delta| / |z0| of the values.
-        score: of the layer, by fact; what is chosen by (`docs/calibration.md`).
+        score, apart: by fact, what layers are chosen by, for changes and for neurons
+            (docs/calibration.md).
     """
 
     layer: int
+    contexts: int
     traced: float | None
     exact: float
     paraphrase: float
@@ -55,6 +58,7 @@ class LayerTrial(Config):
     ordinary: float
     norm: float
     score: tuple[float, ...]
+    apart: tuple[float, ...]
 
     @property
     def mean(self) -> float:
@@ -69,7 +73,7 @@ class ValueTrial(Config):
     Attributes:
         layer, clamp: where, and with which largest |delta| / |z0|.
         contexts: templates around each prompt.
-        reached: share of the facts whose answer has p of at least 0.9 a token at the end.
+        reached: share of the facts whose answer gets a p of 0.8 a token.
         steps: updates until then, the largest over the facts that reach it; 0 where none does.
     """
 
@@ -90,7 +94,7 @@ class Choice(Config):
         neuron_layer: NeuronPatch's.
         steps, lr, clamp: of the value optimisation; lr None: about a tenth of the state's norm a
             step.
-        contexts: how many of the default templates are used around each prompt.
+        contexts: the templates around each prompt.
     """
 
     layer: int
@@ -99,7 +103,7 @@ class Choice(Config):
     steps: int
     lr: float | None
     clamp: float
-    contexts: int
+    contexts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class Calibration(Config):
         shape: model type, layers, hidden size, key size.
         facts: how many, all of them known to the model.
         sinks: where attention sinks are written.
-        layers, values: what was tried.
+        layers, contexts, values: what was tried; the latter two at the chosen layer.
         choice: what follows from it.
         seconds: how long it took, of one processor.
     """
@@ -122,6 +126,7 @@ class Calibration(Config):
     facts: int
     sinks: Sinks
     layers: tuple[LayerTrial, ...]
+    contexts: tuple[LayerTrial, ...]
     values: tuple[ValueTrial, ...]
     choice: Choice
     seconds: float = 0.0

@@ -44,11 +44,16 @@ def preset_for(model: EditableModel) -> Preset:
     own = calibration_of(model)
     if own is not None:
         return calibrated(own, "calibrated")
-    known = preset_of_shape(*shape_of(model))
-    if known is not None:
-        return _completed(model, known)
     like = calibration_of_shape(model)
-    return calibrated(like, "shape") if like else rule_of_thumb(model)
+    if like is not None and preset_of_shape(*shape_of(model)) is None:
+        return calibrated(like, "shape")
+    return starting_point(model)
+
+
+def starting_point(model: EditableModel) -> Preset:
+    """Where a calibration starts: the preset of the model's shape, or a rule of thumb."""
+    known = preset_of_shape(*shape_of(model))
+    return _completed(model, known) if known else rule_of_thumb(model)
 
 
 def preset_of_shape(kind: str, depth: int, hidden: int, d_ff: int) -> Preset | None:
