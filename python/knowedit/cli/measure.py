@@ -28,6 +28,7 @@ from knowedit.cli.options import (
     say,
 )
 from knowedit.errors import KnowEditError
+from knowedit.io.files import locked
 from knowedit.io.lines import printable
 from knowedit.io.progress import kept_on_interrupt
 
@@ -66,7 +67,7 @@ def same_subject(
     """
     from knowedit.evaluation.subjects.protocol import differences, measure_subjects, write_subjects
 
-    with kept_on_interrupt(lambda: kept_at_the_end(output)):
+    with locked(output), kept_on_interrupt(lambda: kept_at_the_end(output)):
         results = measure_subjects(
             model,
             dataset,
@@ -133,7 +134,7 @@ def geometry(
 
     method = GeometryMethod().with_settings(run.settings or ())
     chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
-    with kept_on_interrupt(lambda: kept_at_the_end(output)):
+    with locked(output), kept_on_interrupt(lambda: kept_at_the_end(output)):
         editable = run.load(model)
         wanted = parse_layers(layers) or preset_for(editable).statistics_layers
         seed = run.seed or 0

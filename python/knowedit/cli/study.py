@@ -14,6 +14,7 @@ import typer
 from knowedit.cli.commands import App
 from knowedit.cli.options import Corpus, Dtype, EitherRun, Tokens, kept_so_far, one, say
 from knowedit.errors import KnowEditError
+from knowedit.io.files import locked
 from knowedit.io.progress import kept_on_interrupt
 from knowedit.models.download import DEFAULT_MODEL
 
@@ -105,7 +106,8 @@ def arithmetic(
         edited, paraphrases, endpoint, paraphrase_model, key_variable, timeout
     )
     others = unrelated_prompts(limit, unrelated)
-    with kept_on_interrupt(lambda: kept_so_far(output, runs_kept(output), "run")):
+    kept = kept_on_interrupt(lambda: kept_so_far(output, runs_kept(output), "run"))
+    with locked(output), kept:
         editable = run.load(model)
         seed = FIRST_HALVING if run.seed is None else run.seed
         seeds = [seed + n for n in range(halvings)]
