@@ -22,7 +22,7 @@ from knowedit.io.tables import Table
 from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
-from knowedit.report.page import write_page
+from knowedit.report.page import Section, write_page
 from knowedit.statistics import key_statistics
 
 WORDS = 6  # new tokens shown
@@ -137,16 +137,22 @@ class Demonstration:
 
     def text(self, width: int) -> str:
         """The three tables, folded to `width` characters, and the end of the story."""
-        first, edited, last = (found[:12] for found in self.fingerprints)
-        undone = f"undone: all weight bits are back (fingerprint {first} -> {edited} -> {last})"
         tables = (self.said(), said_table(self.interviewed, len(self.facts)), self.summary())
-        return "\n\n".join([*(table.text(width) for table in tables), undone])
+        return "\n\n".join([*(table.text(width) for table in tables), f"undone: {self._undone()}"])
+
+    def _undone(self) -> str:
+        first, edited, last = (found[:12] for found in self.fingerprints)
+        return f"all weight bits are back (fingerprint {first} -> {edited} -> {last})"
 
     def write(self, folder: Path) -> Path:
         """The same as an HTML page `demo.html`."""
         path = folder / "demo.html"
-        told = (self.measured, self.moved, self.shown, self.before, self.after)
-        write_page(path, self.model, self.edit, *told)
+        shown = (self.measured, self.moved, self.shown, self.before, self.after)
+        more = [
+            Section("Asked", [said_table(self.interviewed, len(self.facts))]),
+            Section("Undone", [f"After the undo {self._undone()}."]),
+        ]
+        write_page(path, self.model, self.edit, *shown, more)
         return path
 
 

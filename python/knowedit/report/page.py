@@ -70,6 +70,7 @@ def write_page(
     shown: Sequence[tuple[int, str, str]],
     before: Mapping[str, str],
     after: Mapping[str, str],
+    more: Sequence[Section] = (),
 ) -> None:
     """Write the page of one edit to `path` in one step.
 
@@ -77,6 +78,7 @@ def write_page(
         shown: (record, role, prompt) of each row, `role` being "edited", "paraphrase" or
             "neighbour".
         before, after: the model's continuation of each prompt.
+        more: what else there is to say, at the end.
     """
     rated = {(row["record"], row["prompt"]): row for row in measured.rows()}
     rows, last = [], None
@@ -102,6 +104,7 @@ def write_page(
         Section("Measured on all prompts of these facts", [measured.table()]),
         Section("What moved elsewhere", [f"{where}{moved.same:.0%}; {far}"]),
         Section("The edit", [_layers(edit, model)]),
+        *more,
     ]
     _write(
         path,

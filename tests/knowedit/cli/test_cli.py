@@ -237,7 +237,9 @@ def test_the_demo_on_a_tiny_model(place, knowedit):
     assert {row["role"] for row in shown["prompts"]} == {"edited", "paraphrase", "neighbour"}
     before, edited, after = shown["fingerprints"]
     assert before == after != edited
-    assert "demo.html" in {file.name for file in (place / "page").iterdir()}
+    page = (place / "page" / "demo.html").read_text()
+    assert "After the undo all weight bits are back" in page and before[:12] in page
+    assert "question: " in page and "layer 1." in page
     said = knowedit(*given)
     assert "what the model says" in said and "all weight bits are back" in said
 
