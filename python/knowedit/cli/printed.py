@@ -127,7 +127,7 @@ JSON: dict[str, tuple[Printed, ...]] = {
         Printed("copies, presets"),
         Printed("model, folder", when="with --get"),
     ),
-    "doctor": (Printed("machine, versions, kernels, [model], [checks]"),),
+    "doctor": (Printed("machine, versions, kernels, [left by killed runs], [model], [checks]"),),
 }
 
 
