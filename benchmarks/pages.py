@@ -20,6 +20,7 @@ from . import arithmetic as by_sum
 from . import calibration as by_calibration
 from . import geometry as by_layer
 from . import gradient as by_gradient
+from . import hessian as by_input
 from . import neuron as by_neuron
 from . import sequential as in_sequence
 from . import tokens as by_tokens
@@ -289,6 +290,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "calibration": ("calibration.md", by_calibration.table, by_calibration.draw),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
     "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
+    "hessian": ("hessians.md", by_input.table, by_input.no_picture),
 }
 
 

@@ -22,7 +22,7 @@ CASES = [
 
 
 def test_there_are_examples():
-    assert {"facts", "kernels"} <= {path.stem for path in EXAMPLES}
+    assert {"facts", "kernels", "toolbox"} <= {path.stem for path in EXAMPLES}
 
 
 @pytest.mark.parametrize("path", CASES)
