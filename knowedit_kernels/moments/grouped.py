@@ -237,7 +237,9 @@ class GroupedSecondMoment:
         )
         self._whole = True
 
-    def _flush(self) -> GroupedSecondMoment:
+    @_modes.lasting
+    def flush(self) -> GroupedSecondMoment:
+        """Accumulates the rows that wait for a launch now, as every look at the sums does."""
         self._launch(self._log.take())
         return self
 
@@ -246,12 +248,12 @@ class GroupedSecondMoment:
         """sum of w^2 k k^T over the group's rows so far: a new symmetric tensor [dim, dim]."""
         if not 0 <= group < self.groups:
             raise ValueError(f"group {group} is unknown; the groups are 0 to {self.groups - 1}")
-        return triangle.symmetric(self._flush()._lower[group], self.dim).to(dtype)
+        return triangle.symmetric(self.flush()._lower[group], self.dim).to(dtype)
 
     @_modes.lasting
     def pooled(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The sum of all groups' matrices, [dim, dim]."""
-        lower = self._flush()._lower.sum(0, dtype=torch.float64)
+        lower = self.flush()._lower.sum(0, dtype=torch.float64)
         return triangle.symmetric(lower, self.dim).to(dtype)
 
     def audit(self, group: int | None = None) -> _audit.AuditResult:
@@ -268,7 +270,7 @@ class GroupedSecondMoment:
                 f"cannot merge moments of {other.groups} groups of dimension {other.dim} and of "
                 f"{self.groups} groups of dimension {self.dim}"
             )
-        self._flush()._lower += other._flush()._lower.to(self._lower)
+        self.flush()._lower += other.flush()._lower.to(self._lower)
         self._sums += other._sums.to(self.device)
         self._counts += other._counts
         return self
@@ -279,14 +281,14 @@ class GroupedSecondMoment:
         once.
         """
         counts = self._counts.to(self.device)
-        for part in (self._flush()._lower, self._sums, counts):
+        for part in (self.flush()._lower, self._sums, counts):
             torch.distributed.all_reduce(part, group=group)
         self._counts = counts.cpu()
         return self
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything needed to go on with the same bits (buffered rows are accumulated first)."""
-        self._flush()
+        self.flush()
         return {"lower": self._lower, "sums": self._sums, "counts": self._counts}
 
     @_modes.lasting

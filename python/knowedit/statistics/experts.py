@@ -68,7 +68,7 @@ class ExpertMoment:
 
     def flush(self) -> ExpertMoment:
         """Sum what is waiting."""
-        self._sums.state_dict()
+        self._sums.flush()
         return self
 
     def merge(self, other: ExpertMoment) -> ExpertMoment:
