@@ -72,6 +72,14 @@ def _leftovers(model: str | None) -> dict[str, str]:
     }
 
 
+def _experts(loaded: EditableModel) -> dict[str, str]:
+    """How many experts the layers have; nothing for a model without any."""
+    of_layers = [loaded.layout.experts(layer) for layer in loaded.layout.editable]
+    kinds = [f"{e.count} of size {e.width}, {e.top_k} a token" for e in of_layers if e]
+    found = {kind: f"{kind} ({kinds.count(kind)} layers)" for kind in kinds}
+    return {"routed experts": "; ".join(found.values())} if found else {}
+
+
 def _model(loaded: EditableModel) -> dict[str, Any]:
     preset = preset_for(loaded)
     sinks = ", ".join(map(str, sinks_of(loaded).layers))
@@ -82,6 +90,7 @@ def _model(loaded: EditableModel) -> dict[str, Any]:
         "dtype": str(loaded.dtype)[6:],
         "edited weight": loaded.layout.pattern,
         "editable layers": loaded.layout.ranges,
+        **_experts(loaded),
         "reaches the stream": _streams(loaded),
         "logits": _logits(loaded),
         "fingerprint": loaded.fingerprint,
