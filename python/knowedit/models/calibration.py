@@ -1,9 +1,9 @@
 """`Calibration`: what was measured on one model, and the settings that follow from it; where it is
 kept and found.
 
-What `knowedit calibrate MODEL` finds is kept by the fingerprint of the weights, in the cache or in
-the folder beside this file, which ships those of the real models that `knowedit models` lists;
-`models.families.preset_for` takes it from here.
+What `knowedit calibrate MODEL` finds is kept by the fingerprint of the weights in the cache; the
+folder beside this file holds those that the package ships. `models.families.preset_for` takes them
+from here.
 """
 
 from __future__ import annotations
