@@ -1,12 +1,12 @@
 """Real hosts, as they are and accelerated: CPU-seconds, and how far the results lie apart.
 
-    python -m benchmarks.hosts memit PATH [--edits 8] [--what statistics edit]
+    python -m benchmarks.hosts memit PATH [--edits 8] [--what statistics edit] [--facts counterfact]
     python -m benchmarks.hosts alphaedit PATH
 
 PATH is a checkout of kmeng01/memit or jianghoucheng/AlphaEdit. A copy of its Python files is made
 in a temporary folder, with what keeps it from a CPU and from a model of today changed in it
-(`CHANGES`); nothing of it is kept. One thread. Texts and facts are the shipped ones, so figures of
-quality mean nothing here.
+(`CHANGES`); nothing of it is kept. One thread. Texts are the shipped ones, and so are the facts if
+no others are named, so figures of quality mean nothing here. The contexts are the host's own.
 """
 
 from __future__ import annotations
@@ -41,16 +41,6 @@ CHANGES = {
     ".output[0]\n": ".output\n",
     "from matplotlib.style import context\n": "",
 }
-CONTEXTS = [
-    ["{}"],
-    [
-        "The first thing that was seen. {}",
-        "Therefore it has to be said. {}",
-        "Because of what came before. {}",
-        "I have been told this. {}",
-        "You will find it there. {}",
-    ],
-]
 
 
 def copied(path: Path, folder: Path) -> None:
@@ -114,14 +104,16 @@ def corpus(count: int) -> list[dict[str, str]]:
     ]
 
 
-def measured(host: str, path: Path, edits: int, what: list[str]) -> dict[str, dict[str, float]]:
+def measured(
+    host: str, path: Path, edits: int, what: list[str], facts: str
+) -> dict[str, dict[str, float]]:
     """Figures of one run each."""
     folder = Path(tempfile.mkdtemp())
     try:
         copied(path, folder)
         sys.path.insert(0, str(folder))
         os.chdir(folder)
-        bench = Bench(host, folder, edits)
+        bench = Bench(host, folder, edits, facts)
         found = {}
         for task in what:
             found[task] = bench.compare(task)
@@ -135,7 +127,7 @@ def measured(host: str, path: Path, edits: int, what: list[str]) -> dict[str, di
 class Bench:
     """A host, a model and requests."""
 
-    def __init__(self, host: str, folder: Path, edits: int) -> None:
+    def __init__(self, host: str, folder: Path, edits: int, facts: str = "embedded") -> None:
         self.host, self.folder = host, folder
         module = "memit.memit_main" if host == "memit" else "AlphaEdit.AlphaEdit_main"
         self.main = importlib.import_module(module)
@@ -148,7 +140,8 @@ class Bench:
         count = self.hparams.mom2_n_samples
         stats = importlib.import_module("rome.layer_stats")
         stats.load_dataset = lambda *_, **__: {"train": corpus(count)}  # type: ignore[attr-defined]
-        self.main.CONTEXT_TEMPLATES_CACHE = CONTEXTS
+        torch.manual_seed(0)  # for the contexts, which the host keeps
+        self.main.get_context_templates(hf, tok)
         self.requests = [
             {
                 "case_id": i,
@@ -156,7 +149,7 @@ class Bench:
                 "subject": fact.subject,
                 "target_new": {"str": fact.target},
             }
-            for i, fact in enumerate(load("embedded", edits))
+            for i, fact in enumerate(load(facts, edits))
         ]
         for layer in self.hparams.layers:  # an edit's time is without its covariances
             name = self.hparams.rewrite_module_tmp.format(layer)
@@ -222,10 +215,11 @@ def main() -> None:
     parser.add_argument("host", choices=("memit", "alphaedit"))
     parser.add_argument("path", type=Path)
     parser.add_argument("--edits", type=int, default=8)
+    parser.add_argument("--facts", default="embedded", help="a fact set that knowedit loads")
     parser.add_argument("--what", nargs="+", default=["statistics", "edit"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measured(options.host, options.path.resolve(), options.edits, options.what)
+    measured(options.host, options.path.resolve(), options.edits, options.what, options.facts)
 
 
 if __name__ == "__main__":

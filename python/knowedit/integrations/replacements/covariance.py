@@ -152,7 +152,11 @@ def own_history(original: FunctionType, model: Any, hparams: Any, host: Host) ->
         return
     known = original.__module__
     names = [f"{hparams.rewrite_module_tmp.format(layer)}.weight" for layer in hparams.layers]
-    if _is_stack(cache) and _LEFT.get(known) != _contents(model, names):
+    if (
+        isinstance(cache, Tensor)
+        and _is_stack(cache)
+        and _LEFT.get(known) != _contents(model, names)
+    ):
         cache.zero_()
     yield
     _LEFT[known] = _contents(model, names)
