@@ -39,6 +39,14 @@ const UpdateKernel* kernels(int64_t isa) {
   return kUpdateGeneric;
 }
 
+SeeKernel see_kernel(int64_t isa) {
+#if defined(__x86_64__)
+  if (isa >= kAvx512) return kSeeAvx512;
+  if (isa == kAvx2) return kSeeAvx2;
+#endif
+  return kSeeGeneric;
+}
+
 bool is_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) {
   return t.scalar_type() == type && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
          (t.stride(1) == 1 || columns <= 1);
@@ -48,13 +56,6 @@ bool is_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) 
 void pack(const float* x, int64_t rank, int64_t count, int64_t width, float* out) {
   for (int64_t k = 0; k < rank; ++k)
     for (int64_t i = 0; i < width; ++i) out[k * width + i] = i < count ? x[i * rank + k] : 0.0f;
-}
-
-// error[rows, keys] += e [rows, columns] probe[columns, keys]
-void see(const float* e, int64_t rows, int64_t columns, const float* probe, int64_t keys, float* error) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t q = 0; q < keys; ++q) error[r * keys + q] += e[r * kUpdateWidth + c] * probe[c * keys + q];
 }
 
 void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t seed, int64_t stream,
@@ -81,6 +82,12 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   std::vector<float> right(panels * rank * kUpdateWidth);
   std::vector<double> partial(blocks * kSums * kSumLanes, 0.0);
   const float *pu = static_cast<const float*>(u.const_data_ptr()), *pv = static_cast<const float*>(v.const_data_ptr());
+  // the probe with whole vectors of keys
+  const int64_t padded = (keys + kProbeLanes - 1) / kProbeLanes * kProbeLanes;
+  std::vector<float> seen(columns * padded, 0.0f);
+  for (int64_t c = 0; c < (keys ? columns : 0); ++c)
+    std::copy_n(static_cast<const float*>(probe->const_data_ptr()) + c * keys, keys, &seen[c * padded]);
+  const SeeKernel see = see_kernel(isa);
   const UpdateKernel kernel = kernels(isa)[static_cast<int>(type)];
   // One item at a time, so that nobody waits for a slow core; a little work is not worth waking the others for.
   auto share = [](int64_t count, int64_t steps, auto&& work) {
@@ -100,10 +107,10 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   share(blocks, rows * columns * (rank + 16), [&](int64_t block) {
     const int64_t first = block * kBlock, last = std::min(rows, first + kBlock);
     std::vector<float> left(rank * kBlock);
-    alignas(64) float e[kStrip * kUpdateWidth];
+    alignas(64) float e[kStrip * kUpdateWidth] = {};  // a last strip has fewer rows
     for (int64_t r = first; r < last; r += kStrip)
       pack(pu + r * rank, rank, std::min(kStrip, last - r), kStrip, &left[(r - first) * rank]);
-    if (probe) std::fill_n(static_cast<float*>(error->mutable_data_ptr()) + first * keys, (last - first) * keys, 0.0f);
+    std::vector<float> errors(kBlock * padded, 0.0f);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t column = p * kUpdateWidth, width = std::min(kUpdateWidth, columns - column);
       for (int64_t r = first; r < last; r += kStrip) {
@@ -119,11 +126,11 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
             std::min(kStrip, last - r), width, r, column, static_cast<Rounding>(rounding), write,
             static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), probe ? e : nullptr};
         kernel(strip, &partial[block * kSums * kSumLanes]);
-        if (probe)
-          see(e, strip.rows, width, static_cast<const float*>(probe->const_data_ptr()) + column * keys, keys,
-              static_cast<float*>(error->mutable_data_ptr()) + r * keys);
+        if (keys) see(e, width, &seen[column * padded], padded, &errors[(r - first) * padded]);
       }
     }
+    for (int64_t r = first; keys && r < last; ++r)
+      std::copy_n(&errors[(r - first) * padded], keys, static_cast<float*>(error->mutable_data_ptr()) + r * keys);
   });
   double* total = static_cast<double*>(sums.mutable_data_ptr());
   std::fill_n(total, kSums, 0.0);

@@ -5,9 +5,9 @@
 namespace knowedit {
 
 constexpr int64_t kStrip = 6;        // rows of W a kernel call updates
-constexpr int64_t kUpdateWidth = 64; // columns of W a kernel call updates: four vectors of sixteen
+constexpr int64_t kUpdateWidth = 64; // columns of W a kernel call updates: four vectors of sixteen, or eight of eight
 constexpr int64_t kSums = 5;         // ideal^2, applied^2, (applied - ideal)^2, changed, not finite
-constexpr int64_t kSumLanes = 16;    // columns apart by this many share a partial sum
+constexpr int64_t kSumLanes = 16;    // columns apart by this many, or half of it, share a partial sum
 
 enum class Rounding : int { kNearest, kStochastic, kCompensated };
 enum class WeightType : int { kBF16, kF16, kF32 };
@@ -32,8 +32,14 @@ struct UpdateStrip {
 // Updates one strip and adds to sums[kSums][kSumLanes]; indexed by WeightType.
 using UpdateKernel = void (*)(const UpdateStrip&, double* sums);
 
+// What a strip's errors add to the output at probe keys, whose number is padded to a multiple of kProbeLanes.
+using SeeKernel = void (*)(const float* e, int64_t columns, const float* probe, int64_t keys, float* error);
+constexpr int64_t kProbeLanes = 16;
+
+extern const SeeKernel kSeeGeneric;
 extern const UpdateKernel kUpdateGeneric[3];
 #if defined(__x86_64__)
+extern const SeeKernel kSeeAvx2, kSeeAvx512;
 extern const UpdateKernel kUpdateAvx2[3], kUpdateAvx512[3];
 #endif
 

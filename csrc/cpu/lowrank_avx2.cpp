@@ -1,4 +1,4 @@
-// x86 with AVX2 and FMA: a vector of sixteen is a pair of registers.
+// x86 with AVX2 and FMA: 6 x 16 outputs in twelve registers.
 #if defined(__x86_64__)
 #include <cstring>
 
@@ -11,7 +11,8 @@ namespace {
 #include "lowrank_kernels.h"
 }  // namespace
 
-const UpdateKernel kUpdateAvx2[3] = {update_strip<BF16, 1>, update_strip<F16, 1>, update_strip<Plain, 1>};
+const SeeKernel kSeeAvx2 = see_strip;
+const UpdateKernel kUpdateAvx2[3] = {update_strip<BF16, 2>, update_strip<F16, 2>, update_strip<Plain, 2>};
 
 }  // namespace knowedit
 KNOWEDIT_TARGET_END

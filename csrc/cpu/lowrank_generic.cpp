@@ -9,6 +9,7 @@ namespace {
 #include "lowrank_kernels.h"
 }  // namespace
 
-const UpdateKernel kUpdateGeneric[3] = {update_strip<BF16, 1>, update_strip<F16, 1>, update_strip<Plain, 1>};
+const SeeKernel kSeeGeneric = see_strip;
+const UpdateKernel kUpdateGeneric[3] = {update_strip<BF16, 2>, update_strip<F16, 2>, update_strip<Plain, 2>};
 
 }  // namespace knowedit

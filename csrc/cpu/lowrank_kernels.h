@@ -1,14 +1,19 @@
 // The update of one strip, written once with the compiler's vectors and compiled once per instruction set.
 // Included inside KNOWEDIT_TARGET_BEGIN/END and an anonymous namespace; no include may follow here.
 
-typedef float F32 __attribute__((vector_size(64)));
-typedef int32_t I32 __attribute__((vector_size(64)));
-typedef uint32_t U32 __attribute__((vector_size(64)));
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef uint32_t Half __attribute__((vector_size(32)));
+// Vectors of the registers' width: what is wider goes through memory, at a third of the speed.
+#ifdef KNOWEDIT_AVX512
+#define KNOWEDIT_LANES 16
+#else
+#define KNOWEDIT_LANES 8
+#endif
+typedef float F32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
+typedef int32_t I32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
+typedef uint32_t U32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
+typedef uint16_t U16 __attribute__((vector_size(2 * KNOWEDIT_LANES)));
 typedef uint64_t U64 __attribute__((vector_size(64)));
-typedef double F64 __attribute__((vector_size(128)));
-constexpr int64_t kLanes = 16, kVectors = kUpdateWidth / kLanes;
+typedef double F64 __attribute__((vector_size(8 * KNOWEDIT_LANES)));
+constexpr int64_t kLanes = KNOWEDIT_LANES, kVectors = kUpdateWidth / kLanes;
 
 #define KNOWEDIT_INLINE static inline __attribute__((always_inline))
 
@@ -160,7 +165,7 @@ KNOWEDIT_INLINE void finish_strip(const UpdateStrip& s, const float* product, do
   }
   const F32 parts[kSums] = {t.ideal2, t.applied2, t.error2, __builtin_convertvector(t.changed, F32),
                             __builtin_convertvector(t.broken, F32)};  // counts this small are exact
-  for (int64_t i = 0; i < kSums; ++i) add_lanes(parts[i], sums + i * kLanes);
+  for (int64_t i = 0; i < kSums; ++i) add_lanes(parts[i], sums + i * kSumLanes);
 }
 
 template <class T, Rounding R>
@@ -196,5 +201,30 @@ void update_strip(const UpdateStrip& strip, double* sums) {
     case Rounding::kNearest: return finish<T, Rounding::kNearest>(s, product, sums);
     case Rounding::kStochastic: return finish<T, Rounding::kStochastic>(s, product, sums);
     case Rounding::kCompensated: return finish<T, Rounding::kCompensated>(s, product, sums);
+  }
+}
+
+// error[kStrip, keys] += e[kStrip, kUpdateWidth] probe[kUpdateWidth, keys], `keys` a multiple of kProbeLanes
+void see_strip(const float* e, int64_t columns, const float* probe, int64_t keys, float* error) {
+  constexpr int kNext = kProbeLanes / kLanes;
+  for (int64_t q = 0; q < keys; q += kProbeLanes) {
+    F32 acc[kStrip][kNext];
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kNext; ++v) acc[r][v] = load<F32>(error + r * keys + q + v * kLanes, kLanes);
+    for (int64_t c = 0; c < columns; ++c) {
+      F32 key[kNext];
+#pragma GCC unroll 2
+      for (int v = 0; v < kNext; ++v) key[v] = load<F32>(probe + c * keys + q + v * kLanes, kLanes);
+#pragma GCC unroll 6
+      for (int r = 0; r < kStrip; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < kNext; ++v) acc[r][v] += e[r * kUpdateWidth + c] * key[v];
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kStrip; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kNext; ++v) store(error + r * keys + q + v * kLanes, acc[r][v], kLanes);
   }
 }

@@ -3,13 +3,16 @@
 //
 // V: Packed (4-byte element), Reg, kLanes, zero, load, broadcast, multiply_add, fold (float64 += float32).
 
-// Tokens summed in a float32 register before the float64 fold. So short, because squares of bf16 numbers are not
-// uniform in their low bits (a square is 0, 1 or 4 modulo 8): even round-to-nearest loses 1.2e-9 of the sum per
-// token of chain length. A call with few tokens has few chains to average over and takes shorter ones: the error
-// goes with the chain's length over the root of the tokens.
-constexpr int64_t chain_length(int64_t tokens) { return tokens < 128 ? 8 : tokens < 512 ? 16 : 32; }
+// Tokens summed in a float32 register. So few, because squares of bf16 numbers are not uniform in their low bits (a
+// square is 0, 1 or 4 modulo 8): even round-to-nearest loses 1.2e-9 of the sum per token of chain length.
+constexpr int64_t chain_length(int64_t tokens) { return tokens < 128 ? 8 : 16; }
 // Tokens per pass over a tile: a strip of each operand then stays in L1.
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 128;
+// Tokens whose chains are added up in float32 before the float64 fold, which costs as much as four tokens. A channel
+// that never changes makes the same rounding error every time: n additions lose at most (n + 1) / 2 * 2^-25 of the sum,
+// so eight chains of 16 lose (17 + 9) / 2 * 2^-25 = 3.9e-7 of the 5e-7 that an element may be off; one chain of 32
+// would lose 4.9e-7. A call with few tokens has few sums to average over and folds every chain.
+constexpr int64_t fold_length(int64_t tokens) { return tokens < 512 ? chain_length(tokens) : kDepth; }
 
 inline float widen(float x) { return x; }
 struct BF16 { uint16_t bits; };
@@ -46,29 +49,37 @@ inline void pack_float(const void* x, Type type, const Rows& rows, int64_t token
   if (type == Type::kBF16) pack_f32(static_cast<const BF16*>(x), rows, tokens, columns, o);
 }
 
-// One register chain over `steps`, folded into sum[MR, NV * kLanes].
+// Register chains of `length` over `steps`, added up and folded into sum[MR, NV * kLanes].
 template <class V, int MR, int NV>
-inline void chain(const typename V::Packed* a, const typename V::Packed* b, int64_t steps, double* sum) {
-  typename V::Reg acc[MR][NV];
+inline void chains(const typename V::Packed* a, const typename V::Packed* b, int64_t steps, int64_t length, double* sum) {
+  typename V::Reg total[MR][NV];  // there are no registers left for it: on the stack
+  for (int64_t s = 0; s < steps;) {
+    typename V::Reg acc[MR][NV];
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[r][v] = V::zero();
-  for (int64_t s = 0; s < steps; ++s, a += kPanel, b += kPanel) {
-    typename V::Reg right[NV];
+      for (int v = 0; v < NV; ++v) acc[r][v] = V::zero();
+    const bool first = s == 0;
+    for (const int64_t end = std::min(steps, s + length); s < end; ++s, a += kPanel, b += kPanel) {
+      typename V::Reg right[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) right[v] = V::load(b + v * V::kLanes);
+      for (int v = 0; v < NV; ++v) right[v] = V::load(b + v * V::kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r) {
-      const typename V::Reg left = V::broadcast(a + r);
+      for (int r = 0; r < MR; ++r) {
+        const typename V::Reg left = V::broadcast(a + r);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = V::multiply_add(left, right[v], acc[r][v]);
+        for (int v = 0; v < NV; ++v) acc[r][v] = V::multiply_add(left, right[v], acc[r][v]);
+      }
     }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) total[r][v] = first ? acc[r][v] : total[r][v] + acc[r][v];
   }
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) V::fold(sum + r * kTile + v * V::kLanes, acc[r][v]);
+    for (int v = 0; v < NV; ++v) V::fold(sum + r * kTile + v * V::kLanes, total[r][v]);
 }
 
 template <class V, int MR, int NV, int kTokensPerStep>
@@ -77,6 +88,7 @@ void tile(const char* a, const char* b, int64_t stride, int64_t a_panels, int64_
   using Packed = typename V::Packed;
   constexpr int64_t NR = NV * V::kLanes, depth = kDepth / kTokensPerStep;
   const int64_t length = chain_length(steps * kTokensPerStep) / kTokensPerStep;
+  const int64_t fold = fold_length(steps * kTokensPerStep) / kTokensPerStep;
   static_assert(kPanel % MR == 0 && kPanel % NR == 0);
   for (int64_t s0 = 0; s0 < steps; s0 += depth) {
     const int64_t s1 = std::min(steps, s0 + depth);
@@ -85,8 +97,8 @@ void tile(const char* a, const char* b, int64_t stride, int64_t a_panels, int64_
       for (int64_t i = 0; i < a_panels * kPanel; i += MR) {
         if (diagonal && i + MR <= j) continue;
         const Packed* left = reinterpret_cast<const Packed*>(a + i / kPanel * stride) + i % kPanel;
-        for (int64_t s = s0; s < s1; s += length)
-          chain<V, MR, NV>(left + s * kPanel, right + s * kPanel, std::min(length, s1 - s), sum + i * kTile + j);
+        for (int64_t s = s0; s < s1; s += fold)
+          chains<V, MR, NV>(left + s * kPanel, right + s * kPanel, std::min(fold, s1 - s), length, sum + i * kTile + j);
       }
     }
   }
