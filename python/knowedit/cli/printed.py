@@ -41,7 +41,7 @@ class Printed:
     def _objects(self, record: Any) -> list[Any] | None:
         """The objects in `record`; None where it is of another form."""
         if self.form == "file: list":
-            lists = list(record.values()) if isinstance(record, Mapping) else [None]
+            lists: list[Any] = list(record.values()) if isinstance(record, Mapping) else [None]
             whole = all(isinstance(found, list) for found in lists)
             return [one for found in lists for one in found] if whole else None
         if self.form == "list":
