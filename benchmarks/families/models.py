@@ -97,7 +97,7 @@ BOTH_WAYS = (
 
 #: Types with experts whose first layers have none.
 DENSE_FIRST = (
-    "axk1 axk2 bailing_hybrid beam deepseek_v32 exaone_moe glm4_moe_lite glm_moe_dsa hy_v3 hy_v4 "
+    "axk1 axk2 bailing_hybrid beam deepseek_v32 exaone_moe glm_moe_dsa hy_v3 hy_v4 "
     "kimi_linear laguna mimo_v2_flash"
 ).split()
 DENSE = {"mlp_layer_types": ["dense"] * 3 + ["sparse"]}
@@ -116,6 +116,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": DENSE | {"layer_types": LINEAR, "num_key_value_heads": 4},
     "kimi_linear": DENSE | {"layer_types": LINEAR, "num_key_value_heads": 4},
     "deepseek_v2": {"num_key_value_heads": 4},
+    "glm4_moe_lite": DENSE | {"num_key_value_heads": 4},
     "flint": {"mlp_only_layers": [0, 1, 2]},
     "gemma2": {
         "query_pre_attn_scalar": 8,
