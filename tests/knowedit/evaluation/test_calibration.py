@@ -196,7 +196,8 @@ class TestChoice:
         trials = [trial(1, (0.1, 0.1)), trial(4, (0.8, 0.8)), trial(6, (0.7, 0.7), (0.9, 0.9))]
         assert choose.one_layer(trials, 1) == 4
         assert choose.shared_layers(trials, (1, 4), 4) == (4, 6)
-        assert choose.shared_layers(trials, (1, 4, 6, 7), 4) == (1, 4, 6)
+        assert choose.shared_layers(trials, (4, 6, 7), 4) == (4, 6, 7)  # 7 was not tried
+        assert choose.shared_layers(trials, (7, 8), 4) == (4, 6)
         assert choose.neuron_layer(trials, 4) == 6
 
     def test_clamp_and_steps(self):

@@ -46,9 +46,12 @@ def shared_layers(
     trials: Sequence[LayerTrial], start: Sequence[int], layer: int
 ) -> tuple[int, ...]:
     """As many neighbouring layers of the tried ones as `start` has, `layer` among them, by their
-    mean score; `start` where it has all of that and nothing is clearly better.
+    mean score; `start` where it has that layer, unless all of it was tried and another is clearly
+    better.
     """
     tried = [trial.layer for trial in trials]
+    if layer in start and not set(start) <= set(tried):
+        return tuple(start)
     size = min(len(start), len(tried))
     runs = [tuple(tried[i : i + size]) for i in range(len(tried) - size + 1)]
     by_layer = {trial.layer: trial.score for trial in trials}
