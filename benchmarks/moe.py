@@ -23,8 +23,8 @@ from knowedit.facts.sets import data_dir, load
 from knowedit.methods import MEMIT
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
 from knowedit.models.load import load_model
+from knowedit.models.presets import preset_for
 from knowedit.statistics import key_statistics
 
 from . import common

@@ -21,8 +21,8 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
 from knowedit.methods import MEMIT, ROME, Method
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
 from knowedit.models.load import load_model
+from knowedit.models.presets import preset_for
 from knowedit.statistics import KeyStatistics, key_statistics
 
 from . import common

@@ -267,6 +267,7 @@ def test_every_gate_is_heard(gpu_like, cuda_verdict, proven, monkeypatch):
         gpu_experiments._native_cuda, "load", lambda: _native_cuda.NativeCuda(tuned.FOLDER)
     )
     monkeypatch.setattr(gpu_experiments.gpu, "gate", lambda device: None)
+    monkeypatch.setattr(gpu_experiments.grouped_gpu, "gate", lambda device: None)
     monkeypatch.setattr(gpu_experiments.lowrank_gpu, "gate", lambda device: "bias 1e-3")
     monkeypatch.setattr(gpu_experiments.loss_gpu, "gate", raises)
     monkeypatch.setattr(gpu_experiments.cuda, "gate_apart", cuda_verdict)
@@ -274,6 +275,7 @@ def test_every_gate_is_heard(gpu_like, cuda_verdict, proven, monkeypatch):
     verdicts = {row["case"]: row["red"] for row in gpu_like.report.rows[1:]}
     assert verdicts == {
         "moments.triton": False,
+        "moments.grouped": False,
         "lowrank.triton": True,
         "target_loss.triton": True,
         "moments.cuda": not proven,

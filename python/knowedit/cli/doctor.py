@@ -18,8 +18,8 @@ from knowedit.io.files import cache_dir, leftovers, size_of
 from knowedit.io.versions import software_versions
 from knowedit.models.calibration import sinks_of
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
 from knowedit.models.load import load_model
+from knowedit.models.presets import preset_for
 from knowedit_kernels import SecondMoment, explain, low_rank_update_
 from knowedit_kernels.jvp import attention_jvp, rms_norm_jvp, swiglu_jvp
 from knowedit_kernels.target_loss import target_loss

@@ -126,7 +126,7 @@ def geometry(
     from knowedit.evaluation.subjects.protocol import choose
     from knowedit.io.files import atomic_file
     from knowedit.methods.locate.task import Runtime
-    from knowedit.models.families import preset_for
+    from knowedit.models.presets import preset_for
     from knowedit.report import plots
     from knowedit.report.page import in_text
     from knowedit.report.run import geometry_blocks

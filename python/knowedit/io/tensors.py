@@ -26,7 +26,9 @@ from knowedit.errors import EditError, KnowEditError
 from knowedit.io.files import atomic_file, disk_errors
 
 KEY = "knowedit"  # of the header, in a file's metadata
-CHECKSUMS = "checksums"  # of `{tensor: checksum}`, the header's under the empty name
+#: Behind a header's last field: `{tensor: checksum}`, with the header's own under the empty name.
+#: In the header's text, as metadata of several names come in no order: equal files are equal bits.
+CHECKSUMS = ', "checksums": '
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
     text = json.dumps(header)
     sums = {"": _text_checksum(text)} | {name: checksum(held[name]) for name in sorted(held)}
     with atomic_file(path) as temporary, disk_errors(path):
-        save_file(held, temporary, metadata={KEY: text, CHECKSUMS: json.dumps(sums)})
+        save_file(held, temporary, metadata={KEY: f"{text[:-1]}{CHECKSUMS}{json.dumps(sums)}}}"})
     return Path(path)
 
 
@@ -67,21 +69,20 @@ class TensorFile:
 
     def _read(self, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str] | None]:
         """The header, and the tensors' checksums: None where the file has none."""
-        if KEY not in metadata and CHECKSUMS not in metadata:
-            return {}, None
         if KEY not in metadata:
+            return {}, None
+        body, written, sums_text = metadata[KEY].rpartition(CHECKSUMS)
+        header = json.loads(f"{body}}}" if written else sums_text)
+        if not isinstance(header, dict) or set(metadata) != {KEY}:
             raise self._damaged("its header")
-        header = json.loads(metadata[KEY])
-        if not isinstance(header, dict):
-            raise self._damaged("its header")
-        if set(metadata) == {KEY}:
+        if not written:
             _note_unchecked(self._path)
             return header, None
-        sums = json.loads(metadata.get(CHECKSUMS, "null"))
+        sums = json.loads(sums_text[:-1])
         if (
-            set(metadata) != {KEY, CHECKSUMS}
-            or not isinstance(sums, dict)
-            or sums.pop("", None) != _text_checksum(metadata[KEY])
+            not isinstance(sums, dict)
+            or not sums_text.endswith("}")
+            or sums.pop("", None) != _text_checksum(f"{body}}}")
             or sorted(sums) != self.names
         ):
             raise self._damaged("its header")

@@ -2,7 +2,7 @@
 kept and found.
 
 What `knowedit calibrate MODEL` finds is kept by the fingerprint of the weights in the cache; the
-folder beside this file holds those that the package ships. `models.families.preset_for` takes them
+folder beside this file holds those that the package ships. `models.presets.preset_for` takes them
 from here.
 """
 

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
 from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
+from knowedit.models.presets import preset_for
 from knowedit.models.tokens import start_tokens
 from knowedit.statistics.collect import Collection, CollectSettings
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike

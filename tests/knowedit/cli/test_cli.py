@@ -312,7 +312,7 @@ def test_files_of_facts_are_shown_as_what_they_are(place, knowedit):
         (("stats", "model", "--layer", "four", *CORPUS[:4]), "give a number like"),
         (("stats", "model", "--corpus", "nothing.txt"), "no such file"),
         (("apply", "model", "facts.jsonl", "-o", "x"), "damaged, or not a safetensors file"),
-        (("inspect", "model"), "not a folder written by"),
+        (("inspect", "model"), "it was not written by"),
         (("eval", "model", "--dataset", "coutnerfact"), "did you mean 'counterfact'?"),
     ],
 )

@@ -16,7 +16,7 @@ from knowedit.facts.fact import Fact, Probe
 from knowedit.methods import MEMIT, NeuronPatch, RoSE
 from knowedit.models import calibration
 from knowedit.models.calibration import Calibration, LayerTrial, ValueTrial, calibration_of, keep
-from knowedit.models.families import preset_for, rule_of_thumb
+from knowedit.models.presets import preset_for, rule_of_thumb
 from tests.knowedit.models.tiny import build, plant
 
 FACTS = [

@@ -17,7 +17,8 @@ from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.values import ValueSettings, optimise_values, prompt_rows
 from knowedit.methods.registry import method_class
 from knowedit.models import calibration
-from knowedit.models.families import preset_for, preset_of_shape, rule_of_thumb
+from knowedit.models.families import preset_of_shape
+from knowedit.models.presets import preset_for, rule_of_thumb
 from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, statistics_of, target_of
 from tests.knowedit.models.tiny import plant
 
@@ -87,7 +88,7 @@ def test_rome_is_the_published_formula(tiny):
 
 
 def test_compute_leaves_the_model_alone(tiny):
-    from knowedit.models.editable import weights_fingerprint
+    from knowedit.models.fingerprint import weights_fingerprint
 
     before = weights_fingerprint(tiny.hf)
     MEMIT(layers=(1, 2), target=target_of(VALUES)).compute(tiny, FACTS, statistics_of(tiny, [1, 2]))

@@ -23,7 +23,7 @@ from knowedit.methods.locate.values import (
     problem_of,
 )
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
+from knowedit.models.presets import preset_for
 from tests.conftest import frozen
 from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, statistics_of, target_of
 

@@ -13,7 +13,7 @@ from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit, MEMITMerge
 from knowedit.methods.locate.keys import group_by_subject, group_keys
 from knowedit.methods.locate.metrics import Covariance, Exact, NullSpace
 from knowedit.methods.locate.task import Task
-from knowedit.models.families import preset_for
+from knowedit.models.presets import preset_for
 from knowedit.statistics import KeyStatistics
 from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, VALUES, pair, statistics_of, target_of
 

@@ -7,7 +7,7 @@ from knowedit.facts.wordings.ordinary import sentences
 from knowedit.models import calibration
 from knowedit.models.calibration import sinks_of
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import free_layers, preset_for
+from knowedit.models.presets import free_layers, preset_for
 from knowedit.models.sinks import SINK_RATIO, WIDTH, measure_sinks
 from tests.knowedit.models.tiny import build, plant
 

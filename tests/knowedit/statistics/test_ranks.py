@@ -26,7 +26,7 @@ STARTED: list[subprocess.Popen] = []
 
 
 PROGRAM = """
-import os, sys, time
+import os, sys, time, traceback
 import transformers.models.llama.modeling_llama
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from knowedit.errors import KnowEditError, StatisticsError
@@ -72,12 +72,18 @@ def main():
         tasks = os.listdir("/proc/self/task")
         names = [open(f"/proc/self/task/{task}/comm").read() for task in tasks]
         assert not [name for name in names if "gloo" in name], names
+def worker():
+    try:
+        main()
+    except BaseException:  # the agent tells of one rank only
+        traceback.print_exc()
+        raise
 if int(ranks) == 1:
     main()
 else:  # torchrun's agent; its workers are forks, which need not import everything again
     elastic_launch(LaunchConfig(1, 1, int(ranks), run_id="test", rdzv_backend="c10d",
                                 rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
-                                monitor_interval=0.1), main)()
+                                monitor_interval=0.1), worker)()
 """
 
 

@@ -46,9 +46,9 @@ from knowedit.models.calibration import (
     sinks_of,
 )
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import free_layers, starting_point
 from knowedit.models.load import accepts_model
 from knowedit.models.partial import read_keys
+from knowedit.models.presets import free_layers, starting_point
 from knowedit.models.tokens import batches
 
 FACTS, LEAST = 8, 4  # facts that are used, and without which nothing is measured

@@ -37,8 +37,8 @@ from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
 from knowedit.models.load import accepts_model
+from knowedit.models.presets import preset_for
 from knowedit.statistics import KeyStatistics
 from knowedit_kernels import EditSolver, Identity, NullSpace, weight_for_gain
 from knowedit_kernels.solver import Metric

@@ -17,8 +17,8 @@ from knowedit.evaluation.tracing.tracing import KINDS, Trace, embedding_deviatio
 from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
 from knowedit.models.load import accepts_model
+from knowedit.models.presets import preset_for
 
 ROLES = ("first subject", "middle subject", "last subject", "next", "further", "last")
 SHARE = 0.8  # of the strongest effect: a layer that has so much of it carries the fact

@@ -35,8 +35,8 @@ from knowedit.methods.locate.task import Material, Runtime, Task, WrittenLayers
 from knowedit.methods.locate.trainings.base import Training
 from knowedit.methods.locate.values import AtProjections, Targets, problem_of
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
 from knowedit.models.load import accepts_model
+from knowedit.models.presets import preset_for
 from knowedit.statistics import KeyStatistics
 
 

@@ -22,7 +22,7 @@ from knowedit.methods.base import Method
 from knowedit.methods.listing import methods
 from knowedit.methods.registry import make_method
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
+from knowedit.models.presets import preset_for
 from knowedit.studies.arithmetic.measure import Responses
 from knowedit.studies.arithmetic.prompts import StudyPrompt, Sum, fact
 from knowedit.studies.arithmetic.prompts import forms as forms_of

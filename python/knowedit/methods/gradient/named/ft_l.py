@@ -9,7 +9,7 @@ from knowedit.errors import EditError
 from knowedit.methods.gradient.method import GradientMethod
 from knowedit.methods.gradient.trainable import WholeWeights
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
+from knowedit.models.presets import preset_for
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ from knowedit.methods.neurons.parts import (
 from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
 from knowedit.methods.neurons.wiring import Wiring
 from knowedit.models.editable import EditableModel
-from knowedit.models.families import preset_for
+from knowedit.models.presets import preset_for
 from knowedit.models.structure import check_dense
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import CorpusLike
