@@ -29,6 +29,7 @@ KEY = "knowedit"  # of the header, in a file's metadata
 #: Behind a header's last field: `{tensor: checksum}`, with the header's own under the empty name.
 #: In the header's text, as metadata of several names come in no order: equal files are equal bits.
 CHECKSUMS = ', "checksums": '
+OWN_SUM = '{"": "'  # how the sums begin
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class TensorFile:
             return {}, None
         body, written, sums_text = metadata[KEY].rpartition(CHECKSUMS)
         header = json.loads(f"{body}}}" if written else sums_text)
-        if not isinstance(header, dict) or set(metadata) != {KEY}:
+        lost = not written and OWN_SUM in sums_text  # the name before the sums is damaged
+        if not isinstance(header, dict) or set(metadata) != {KEY} or lost:
             raise self._damaged("its header")
         if not written:
             _note_unchecked(self._path)
