@@ -71,6 +71,8 @@ class TensorFile:
     def _read(self, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str] | None]:
         """The header, and the tensors' checksums: None where the file has none."""
         if KEY not in metadata:
+            if any(OWN_SUM in text for text in metadata.values()):
+                raise self._damaged("its header")
             return {}, None
         body, written, sums_text = metadata[KEY].rpartition(CHECKSUMS)
         header = json.loads(f"{body}}}" if written else sums_text)
