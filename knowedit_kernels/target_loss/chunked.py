@@ -16,7 +16,7 @@ from torch import Tensor
 from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.target_loss.call import LossCall
 
-_LOGITS = 1 << 17  # logits held at a time: with the part of the head they need, in the caches
+_LOGITS = 1 << 18  # logits held at a time: with the part of the head they need, in the caches
 
 
 def working(hidden: Tensor) -> torch.dtype:
@@ -25,7 +25,7 @@ def working(hidden: Tensor) -> torch.dtype:
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    step = max(1024, _LOGITS // max(rows, 1))
+    step = max(512, _LOGITS // max(rows, 1))
     return (slice(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step))
 
 
