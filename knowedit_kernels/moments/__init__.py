@@ -21,9 +21,9 @@ from knowedit_kernels.moments.call import (
 from knowedit_kernels.moments.functional import PRECISIONS as PRECISIONS
 from knowedit_kernels.moments.functional import second_moment_ as second_moment_
 from knowedit_kernels.moments.grouped import GroupedSecondMoment as GroupedSecondMoment
-from knowedit_kernels.moments.grouped import sort_rows as sort_rows
 from knowedit_kernels.moments.state import SecondMoment as SecondMoment
 from knowedit_kernels.moments.state import update_together as update_together
+from knowedit_kernels.moments.waiting import sort_rows as sort_rows
 
 register("second_moment_", MomentCall, cuda.CUDA, gpu.TRITON, *cpu.COMPILED, cpu.TORCH)
 register("moment_update_", UpdateCall, state.UPDATE)

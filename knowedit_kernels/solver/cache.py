@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._modes import without_autocast
-
-from .metrics import Covariance
+from knowedit_kernels.solver.metrics import Covariance
 
 #: How many factors are kept; each takes as much memory as its matrix in float64.
 KEPT = 16

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .cholesky import factor_of_cosines
-from .metrics import Metric
+from knowedit_kernels.solver.cholesky import factor_of_cosines
+from knowedit_kernels.solver.metrics import Metric
 
 Constraint = Literal["soft", "equality"]
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._modes import lasting
-
-from .cholesky import EquilibratedCholesky
+from knowedit_kernels.solver.cholesky import EquilibratedCholesky
 
 _M = TypeVar("_M", bound="ScaledMetric")
 

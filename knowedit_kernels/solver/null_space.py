@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._modes import lasting
-
-from .cholesky import check_symmetric
-from .metrics import ScaledMetric
+from knowedit_kernels.solver.cholesky import check_symmetric
+from knowedit_kernels.solver.metrics import ScaledMetric
 
 
 class NullSpace(ScaledMetric):

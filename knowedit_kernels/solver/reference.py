@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knowedit_kernels.solver.blocks import RoutedKeys
+from knowedit_kernels.solver.routed_keys import RoutedKeys
 
 
 def dense_delta(R: Tensor, K: Tensor, M: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ A few lines, drawn anew for each number of KNOWEDIT_FAULTS; `make faults` tries 
 
 import os
 import random
-import sys
 
 import pytest
 
@@ -18,38 +17,12 @@ from knowedit.io import tensors as tensors_module
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.load import fingerprint_of, load_model
 from knowedit_kernels.lowrank import ledger as ledger_module
+from tests.interrupting import interrupted
 from tests.knowedit.edits.test_edit import a_trained_edit, an_edit
 
 POINTS = int(os.environ.get("KNOWEDIT_FAULTS", "6"))
 IN_MEMORY = {module.__file__ for module in (edit_module, ledger_module)}
 ON_DISK = {module.__file__ for module in (folder_module, files_module, tensors_module)}
-
-
-def run(action, modules, stop=None):
-    """Run `action`, with a KeyboardInterrupt before line number `stop` of those of `modules`;
-    returns how many lines ran.
-    """
-    count = 0
-
-    def trace(frame, event, _argument):
-        nonlocal count
-        if frame.f_code.co_filename not in modules:
-            return None
-        if event == "line":
-            count += 1
-            if count == stop:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        action()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return count
 
 
 def points(lines):
@@ -86,10 +59,10 @@ def test_edits_in_memory(tiny_llama, doing):
             (edit.apply if doing == "undo" else edit.undo)(tiny_llama)
 
     start()
-    lines = run(action, IN_MEMORY)
+    lines = interrupted(action, IN_MEMORY)
     for stop in points(lines):
         start()
-        run(action, IN_MEMORY, stop)
+        interrupted(action, IN_MEMORY, stop)
         applied = edit.is_applied(tiny_llama)
         assert weights_fingerprint(tiny_llama.hf) == states[applied], stop
     for left in (edit, other):
@@ -112,10 +85,10 @@ def saved(tiny_llama, tmp_path):
 
 def test_edited_folders(saved, tmp_path):
     edits, number, plain = [an_edit(saved), an_edit(saved, 1)], 0, saved.fingerprint
-    lines = run(lambda: save_edited(saved, edits, tmp_path / "0"), ON_DISK)
+    lines = interrupted(lambda: save_edited(saved, edits, tmp_path / "0"), ON_DISK)
     for number, stop in enumerate(points(lines), 1):
         folder = tmp_path / str(number)
-        run(lambda: save_edited(saved, edits, folder), ON_DISK, stop)  # noqa: B023
+        interrupted(lambda: save_edited(saved, edits, folder), ON_DISK, stop)  # noqa: B023
         assert not saved.ledger.active and saved.fingerprint == plain, stop
         assert not folder.exists() or restore(folder) == plain, stop
     assert weights_fingerprint(saved.hf) == plain and only_to_be_removed(tmp_path)
@@ -126,11 +99,11 @@ def test_undone_folders(saved, tmp_path, only):
     edits, plain = [an_edit(saved), an_edit(saved, 1)], saved.fingerprint
     keys = [edits[0].key] if only else []
     wanted = save_edited(saved, edits, tmp_path / "0")
-    lines = run(lambda: restore(wanted, keys), ON_DISK)
+    lines = interrupted(lambda: restore(wanted, keys), ON_DISK)
     left = fingerprint_of(wanted)
     for number, stop in enumerate(points(lines), 1):
         folder = save_edited(saved, edits, tmp_path / str(number))
-        run(lambda: restore(folder, keys), ON_DISK, stop)  # noqa: B023
+        interrupted(lambda: restore(folder, keys), ON_DISK, stop)  # noqa: B023
         assert only_to_be_removed(folder), stop
         if (folder / RECORD).exists() and edits[0].key in (folder / RECORD).read_text("latin1"):
             restore(folder, keys)

@@ -39,7 +39,7 @@ def check(moment, reference, budget=numerics.MOMENT):
 @pytest.fixture
 def small_log(monkeypatch):
     """A log of 100 rows, so that a few hundred cross several launches."""
-    monkeypatch.setattr("knowedit_kernels.moments.grouped._capacity", lambda *sizes: 100)
+    monkeypatch.setattr("knowedit_kernels.moments.grouped.capacity_of", lambda *sizes: 100)
 
 
 @pytest.mark.usefixtures("small_log")

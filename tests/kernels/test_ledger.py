@@ -1,7 +1,6 @@
 """The ledger restores every bit, in any order, and notices what it did not do itself (unit)."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from knowedit_kernels.lowrank import LedgerError, WeightLedger
 from knowedit_kernels.lowrank import fingerprint as fingerprints
 from knowedit_kernels.lowrank import ledger as ledger_module
 from knowedit_kernels.lowrank.fingerprint import fingerprint
+from tests.interrupting import interrupted
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -243,32 +243,6 @@ def test_fingerprint_of_a_weight_larger_than_a_block():
     assert fingerprint(W) != before
 
 
-def interrupted(action, n, file):
-    """Run `action` with a KeyboardInterrupt before line `n` (counted as they run) of a file; says
-    whether it came that far.
-    """
-    left = [n]
-
-    def trace(frame, event, _argument):
-        if frame.f_code.co_filename != file:
-            return None
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        action()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return left[0] <= 0
-
-
 DOING = {  # with the edits in force before
     "add": ((), lambda ledger, change: ledger.add_many("a", change)),
     "add another": (("b",), lambda ledger, change: ledger.add_many("a", change)),
@@ -300,7 +274,7 @@ def test_ctrl_c_at_any_line_leaves_the_bits_of_the_edits_in_force(doing):
     while True:
         n += 1
         ledger, weights = made(before)
-        if not interrupted(lambda: action(ledger, changes["a"]), n, file):  # noqa: B023
+        if interrupted(lambda: action(ledger, changes["a"]), {file}, n) < n:  # noqa: B023
             break
         if doing == "reset":
             ledger.reset()
