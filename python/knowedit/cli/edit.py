@@ -70,6 +70,13 @@ def edit(
             help="Earlier edits of this model, to write after and to spare; grows with every edit."
         ),
     ] = None,
+    correct: Annotated[
+        bool,
+        typer.Option(
+            "--correct",
+            help="Facts that contradict earlier ones of --history take their place.",
+        ),
+    ] = False,
     allow: Annotated[
         list[str] | None,
         typer.Option(help="Another limit of what an edit may do, such as perplexity=1.2."),
@@ -91,6 +98,8 @@ def edit(
     if len(run.method) != 1:
         raise KnowEditError("an edit is made by one method; give --method once")
     chosen = run.methods()[0].with_corpus(one(run.corpus))
+    if correct and history is None:
+        raise KnowEditError("--correct needs --history, which has the facts to correct")
     limits = Limits().with_settings(allow or [])
     wanted, again = _facts(facts, limit), edit_of(ctx)
     editable = run.load(model)
@@ -106,7 +115,7 @@ def edit(
                 known = history.exists()
                 earlier = History.load(history) if known else History(editable.fingerprint)
                 session = Session(chosen, editable, keys, earlier, limits=limits)
-                made = session.write(wanted, force=force)
+                made = session.write(wanted, correct=correct, force=force)
                 said = asked.hear()
             else:
                 made = chosen.compute(editable, wanted, keys)

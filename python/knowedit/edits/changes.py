@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import slice_name, split_name
 from knowedit_kernels.lowrank import Change as RawChange
@@ -149,6 +150,42 @@ def changes_of(
             if bool(part.any()):
                 found[slice_name(name, expert)] = LowRank(left, part.contiguous())
     return found
+
+
+def factors_of(
+    model: EditableModel, changes: Mapping[str, Change], layer: int
+) -> tuple[Tensor, Tensor] | None:
+    """`(U [hidden, r], V [width, r])` of what `changes` adds to the layer's MLP output projection,
+    as `changes_of` takes it; None where that is nothing.
+
+    Raises:
+        EditError: the change is dense.
+    """
+    name, experts = model.layout.weight_name(layer), model.layout.experts(layer)
+    parts: dict[int | None, LowRank] = {}
+    for full, change in changes.items():
+        parameter, expert = split_name(full)
+        if parameter != name:
+            continue
+        if not isinstance(change, LowRank):
+            raise EditError(
+                f"the change of {full} is dense, and has no factors; undo the whole edit instead"
+            )
+        parts[expert] = change
+    if not parts:
+        return None
+    first = next(iter(parts.values()))
+    if experts is None:
+        return first.U, first.V
+    nothing = first.V.new_zeros(experts.width, first.rank)
+    wide = [parts[e].V if e in parts else nothing for e in range(experts.count)]
+    return first.U, torch.cat(wide)
+
+
+def side_by_side(*pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The factors of a sum, in the order given."""
+    left, right = zip(*pairs)
+    return torch.cat(left, dim=1), torch.cat(right, dim=1)
 
 
 def relative_norms(

@@ -5,7 +5,7 @@ undo it, and to make it again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,6 +52,11 @@ class Edit:
         plan: `{layer: [facts, hidden]}` what was to be added to the output of the layers' MLP
             projections at the facts' own prompts, to measure its gain; not saved.
         key_layers: the layers that have `keys`, also where those were not saved.
+        groups: of every fact, the number of the group that it was written with: facts of a group
+            share a value, a column of `U`. Empty for methods that write no keys.
+        owners: of every row of `keys`, its group.
+        replaces: `{key of an earlier edit: numbers of its groups}` whose facts this edit takes out
+            of the model, to correct or to forget them.
         exclusive: names of what it has for itself: no two edits in force may share one.
         config: the whole record of the method that made it.
         software: versions of what computed it.
@@ -70,6 +75,9 @@ class Edit:
     software: dict[str, str] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
     key_layers: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    owners: tuple[int, ...] = ()
+    replaces: dict[str, tuple[int, ...]] = field(default_factory=dict)
     plan: dict[int, Tensor] = field(default_factory=dict)
     setup: str = ""
 
@@ -158,6 +166,11 @@ class Edit:
             model.layout.weight_name(int(name)) if name.isdecimal() else name: change
             for name, change in self.changes.items()
         }
+
+    def keys_without(self, groups: Collection[int], layer: int) -> Tensor:
+        """Of its keys at `layer` those of other groups than these, `[n, d_ff]`."""
+        keys = self.keys[layer]
+        return keys[[owner not in groups for owner in self.owners]] if groups else keys
 
     # -- on a model ------------------------------------------------------------------------------
 
@@ -292,7 +305,11 @@ class Edit:
             "config": self.config,
             "software": self.software,
             "statistics": self.statistics,
-            **({"setup": self.setup} if self.setup else {}),
+            **{
+                name: found
+                for name in ("setup", "groups", "owners", "replaces")
+                if (found := getattr(self, name))
+            },
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -344,6 +361,9 @@ class Edit:
             software=record.get("software", {}),
             statistics=record.get("statistics", {}),
             key_layers=tuple(record.get("key_layers", ())),
+            groups=tuple(record.get("groups", ())),
+            owners=tuple(record.get("owners", ())),
+            replaces={key: tuple(which) for key, which in record.get("replaces", {}).items()},
             setup=record.get("setup", ""),
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,16 @@ def edits_in(path: str | Path) -> list[Edit]:
     return History.load(path).edits if format_of(path) in known else [Edit.load(path)]
 
 
+class Place(NamedTuple):
+    """Where a fact of a history stands: in an edit, and in which of its groups (None: the edit has
+    none).
+    """
+
+    fact: Fact
+    edit: Edit
+    group: int | None
+
+
 @dataclass(eq=False, repr=False)
 class History:
     """The committed edits of one model, oldest first.
@@ -66,8 +76,42 @@ class History:
 
     @property
     def facts(self) -> list[Fact]:
-        """Every fact written so far."""
-        return [fact for edit in self.edits for fact in edit.facts]
+        """Every fact written so far that no later edit has taken out."""
+        return [place.fact for place in self._places()]
+
+    def _places(self) -> list[Place]:
+        """Where each of `facts` was written."""
+        gone = self.replaced()
+        return [
+            Place(fact, edit, edit.groups[i] if edit.groups else None)
+            for edit in self.edits
+            for i, fact in enumerate(edit.facts)
+            if not edit.groups or edit.groups[i] not in gone.get(edit.key, ())
+        ]
+
+    def replaced(self) -> dict[str, set[int]]:
+        """`{edit's key: numbers of its groups}` that later edits have taken out."""
+        gone: dict[str, set[int]] = {}
+        for edit in self.edits:
+            for key, groups in edit.replaces.items():
+                gone.setdefault(key, set()).update(groups)
+        return gone
+
+    def find(self, facts: Sequence[Fact]) -> list[Place]:
+        """Where the facts stand that say something of the same prompts and subjects, and those
+        that were written in one group with them; in the order of writing.
+        """
+        asked = {(fact.prompt, fact.subject) for fact in facts}
+        standing = self._places()
+        found = [p for p in standing if (p.fact.prompt, p.fact.subject) in asked]
+        groups = {(p.edit.key, p.group) for p in found if p.group is not None}
+        return [p for p in standing if p in found or (p.edit.key, p.group) in groups]
+
+    def followed_by(self, edit: Edit) -> History:
+        """A history with `edit` behind these edits; this one stays as it is."""
+        longer = History(self.fingerprint, list(self.edits))
+        longer.add(edit)
+        return longer
 
     def add(self, edit: Edit) -> None:
         """Commit `edit`.
@@ -91,18 +135,28 @@ class History:
         self.edits.append(edit)
 
     def remove(self, edit: Edit) -> None:
-        """Forget `edit`. Raises EditError when it is not here."""
+        """Forget `edit`. Raises EditError: it is not here, or a later edit replaces some of it."""
         left = [known for known in self.edits if known.key != edit.key]
         if len(left) == len(self.edits):
             raise EditError(f"this {edit.method_name} edit is not in the history")
+        if later := next((known for known in left if edit.key in known.replaces), None):
+            raise EditError(
+                f"{later.key} corrects or forgets facts of this {edit.method_name} edit; undo it "
+                "first"
+            )
         self.edits = left
 
     def keys(self, layer: int) -> Tensor | None:
-        """Columns `[d_ff, n]` float64 whose K Kᵀ is that of every key written at `layer`; at most
-        `d_ff` of them.
+        """Columns `[d_ff, n]` float64 whose K Kᵀ is that of every key written at `layer` for facts
+        that stand; at most `d_ff` of them.
         """
-        found = [edit.keys[layer].cpu().double() for edit in self.edits if layer in edit.keys]
-        if not found:
+        gone = self.replaced()
+        found = [
+            edit.keys_without(gone.get(edit.key, ()), layer).cpu().double()
+            for edit in self.edits
+            if layer in edit.keys
+        ]
+        if not sum(map(len, found)):
             return None
         rows = torch.cat(found)
         return torch.linalg.qr(rows, mode="r").R.T if len(rows) > rows.shape[1] else rows.T
@@ -136,13 +190,15 @@ class History:
         """`facts`, when they can be written after those written so far.
 
         Raises:
-            FactError: one repeats or contradicts another, or one written before; undo the edit that
-                has it first.
+            FactError: one repeats or contradicts another, or one written before; correct that one
+                (`Session.correct`), or undo the edit that has it.
         """
         facts = as_facts(facts)
-        places = [f"history, edit {i}" for i, edit in enumerate(self.edits) for _ in edit.facts]
+        numbers = {edit.key: number for number, edit in enumerate(self.edits)}
+        standing = self._places()
+        places = [f"history, edit {numbers[place.edit.key]}" for place in standing]
         places += [f"facts[{i}]" for i in range(len(facts))]
-        check_facts([*self.facts, *facts], places=places)
+        check_facts([*(place.fact for place in standing), *facts], places=places)
         return facts
 
     @accepts_model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from knowedit.edits.edit import Edit
-from knowedit.edits.history import History
+from knowedit.edits.history import History, Place
 from knowedit.edits.measured import measure
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact, check_facts
@@ -67,7 +67,7 @@ class Method(Config):
             )
         facts = checked(facts, model, history)
         edit = self._compute(model, facts, statistics, history, progress)
-        return self._recorded(edit, model, statistics)
+        return self.recorded(edit, model, statistics)
 
     @abstractmethod
     def _compute(
@@ -80,7 +80,24 @@ class Method(Config):
     ) -> Edit:
         """The edit of checked `facts`; `compute` adds the record of how it was made."""
 
-    def _recorded(self, made: Edit, model: EditableModel, statistics: KeyStatistics | None) -> Edit:
+    def removal(
+        self,
+        model: EditableModel,
+        places: Sequence[Place],
+        statistics: KeyStatistics | None,
+        history: History,
+    ) -> Edit:
+        """The edit that takes single facts of the history out again (`methods.locate.removal`).
+
+        Raises:
+            EditError: the method cannot.
+        """
+        raise EditError(
+            f"{self.name} cannot take single facts out again; undo the edits that have them: "
+            f"{', '.join(sorted({place.edit.key for place in places}))}"
+        )
+
+    def recorded(self, made: Edit, model: EditableModel, statistics: KeyStatistics | None) -> Edit:
         """`made`, with what it does to the model, and all that it takes to make it again."""
         made.report.add_measured(measure(model, made, made.plan))
         made.config, made.software = self.to_dict(), software_versions()

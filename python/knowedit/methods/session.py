@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from knowedit.edits.edit import Edit
@@ -11,6 +12,7 @@ from knowedit.edits.limits import Limits
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods.base import Method
+from knowedit.methods.revision import check_standing, revise
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 from knowedit.statistics import KeyStatistics
@@ -58,10 +60,19 @@ class Session:
         self.history.check(model)
         self._start = len(self.history)
 
-    def write(self, facts: Sequence[Fact], *, force: bool = False, progress: bool = True) -> Edit:
+    def write(
+        self,
+        facts: Sequence[Fact],
+        *,
+        correct: bool = False,
+        force: bool = False,
+        progress: bool = True,
+    ) -> Edit:
         """Compute one edit, apply it and commit it.
 
         Args:
+            correct: a fact that contradicts one written before takes its place (`correct`), instead
+                of being refused.
             force: write also what passes the limits; the edit's warnings say that it does.
 
         Raises:
@@ -69,11 +80,70 @@ class Session:
             RuinousEditError: the edit, or all of them together, would pass the limits. And what the
                 method raises; the model and the history are then as they were.
         """
+        if correct and self.history.find(facts):
+            return self._commit(self._revised(facts, forget=False, progress=progress), force)
         self.history.check_new(facts)
         history = self.history if self.protect else None
         edit = self.method.compute(
             self.model, facts, self.statistics, history=history, progress=progress
         )
+        return self._commit(edit, force)
+
+    def correct(self, facts: Sequence[Fact], *, force: bool = False, progress: bool = True) -> Edit:
+        """Write facts in place of what was written before of the same prompts and subjects: the old
+        keys and values are taken out exactly, and facts that shared a value with them are written
+        again along with the new ones. One edit; `undo` brings back what was.
+
+        Raises:
+            FactError: nothing of it stands, or it says so already.
+            EditError: an old fact was written by a method or metric that cannot take it out. And
+                what `write` raises.
+        """
+        check_standing(self.history, facts)
+        return self.write(facts, correct=True, force=force, progress=progress)
+
+    def forget(
+        self,
+        facts: Sequence[Fact],
+        answer: str | None = None,
+        *,
+        force: bool = False,
+        progress: bool = True,
+    ) -> Edit:
+        """Take facts out as if they had never been written: the model answers what it would have
+        answered without them.
+
+        Args:
+            facts: by their prompts and subjects; the targets are of no account.
+            answer: what the model is to say instead, such as " unknown"; None: nothing is written.
+
+        Raises:
+            As `correct`.
+        """
+        check_standing(self.history, facts)
+        if answer is not None:
+            others = [replace(fact, target=answer) for fact in facts]
+            return self.write(others, correct=True, force=force, progress=progress)
+        return self._commit(self._revised(facts, forget=True, progress=progress), force)
+
+    def _revised(self, facts: Sequence[Fact], *, forget: bool, progress: bool) -> Edit:
+        if not self.protect:
+            raise EditError(
+                "a session with protect=False keeps no account of its keys, and cannot correct or "
+                "forget; use one with protect=True"
+            )
+        return revise(
+            self.method,
+            self.model,
+            facts,
+            self.statistics,
+            self.history,
+            forget=forget,
+            progress=progress,
+        )
+
+    def _commit(self, edit: Edit, force: bool) -> Edit:
+        """Apply an edit within the limits and take it into the history."""
         if not force:
             self.limits.check(edit.report, [earlier.report for earlier in self.history.edits])
         edit.apply(self.model)

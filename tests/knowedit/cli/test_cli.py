@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,13 @@ def test_edits_in_sequence_share_a_history(place, knowedit):
     assert "repeats history, edit 1" in knowedit(
         "edit", "model", "1.jsonl", "-o", "x", "--history", "seen.safetensors", *CORPUS, code=1
     )
+    (place / "other.jsonl").write_text(json.dumps({**FACTS[1], "target": "Peru"}))
+    other = ("edit", "model", "other.jsonl", "-o", "other.safetensors", "--correct", *CORPUS)
+    assert "--correct needs --history" in knowedit(*other, code=1)
+    shutil.copy(place / "seen.safetensors", place / "corrected.safetensors")
+    knowedit(*other, "--history", "corrected.safetensors", "--force")
+    corrected = History.load(place / "corrected.safetensors")
+    assert [fact.target for fact in corrected.facts] == [FACTS[0]["target"], "Peru"]
     history = History.load(place / "seen.safetensors")
     assert [fact.subject for fact in history.facts] == ["France", "Brazil"]
     assert history.edits[1].key == Edit.load(place / "1.safetensors").key

@@ -48,6 +48,10 @@ class Metric(Config):
         """The same metric for another gain, where it has one."""
         return self
 
+    def as_chosen(self: M, chosen: Mapping[str, Any]) -> M:
+        """The same metric with what an earlier edit's report says was chosen at a layer."""
+        return self
+
     @abstractmethod
     def at(
         self, statistics: KeyStatistics, layer: int, keys: Tensor
@@ -76,10 +80,13 @@ class Weighed(Metric, abstract=True):
         gain: the weight is set so that an edit alone would realise this share of its planned
             change.
         weight: the weight itself; wins over `gain`.
+        symbol: what reports call it.
     """
 
     gain: float = 0.9
     weight: float | None = None
+
+    symbol: ClassVar[str] = "weight"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +101,9 @@ class Weighed(Metric, abstract=True):
     def with_gain(self: M, gain: float) -> M:
         return replace(self, gain=gain)  # type: ignore[type-var]
 
+    def as_chosen(self: M, chosen: Mapping[str, Any]) -> M:
+        return replace(self, weight=chosen[self.symbol])  # type: ignore[type-var, attr-defined]
+
     def weigh(self, metric: solver.Metric, keys: Tensor) -> float:
         """The weight for `keys` `[d_ff, n]`."""
         return self.weight if self.weight is not None else weight_for_gain(metric, keys, self.gain)
@@ -106,12 +116,14 @@ class Covariance(Weighed):
     code.
     """
 
+    symbol: ClassVar[str] = "lambda"
+
     def at(
         self, statistics: KeyStatistics, layer: int, keys: Tensor
     ) -> tuple[solver.Metric, dict[str, Any]]:
         metric = statistics.metric(layer)
         weight = self.weigh(metric, keys)
-        return metric.with_weight(weight), {"lambda": weight}
+        return metric.with_weight(weight), {self.symbol: weight}
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,8 @@ class NullSpace(Weighed):
     relative: float = 1.0
     threshold: float | None = None
 
+    symbol: ClassVar[str] = "beta"
+
     def at(
         self, statistics: KeyStatistics, layer: int, keys: Tensor
     ) -> tuple[solver.Metric, dict[str, Any]]:
@@ -184,7 +198,7 @@ class NullSpace(Weighed):
                 f"the null space at layer {layer}: {error}; raise metric.threshold"
             ) from error
         return space.with_weight(weight), {
-            "beta": weight,
+            self.symbol: weight,
             "threshold": threshold,
             "null_directions": space.rank
             if isinstance(space, solver.NullSpace)
@@ -251,4 +265,4 @@ class Blend(Weighed):
             ]
             metric = solver.BlockMetric(dict(enumerate(blocks)))
         weight = self.weigh(metric, keys)
-        return metric.with_weight(weight), {"weight": weight}
+        return metric.with_weight(weight), {self.symbol: weight}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from knowedit.edits.changes import changes_of
 from knowedit.edits.edit import Edit
-from knowedit.edits.history import History
+from knowedit.edits.history import History, Place
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, check_facts
 from knowedit.methods.base import Method
@@ -29,6 +29,7 @@ from knowedit.methods.locate.checks import (
 from knowedit.methods.locate.keys import group_by_subject
 from knowedit.methods.locate.keysets import ContextKeys, Keys
 from knowedit.methods.locate.metrics import Covariance, Metric
+from knowedit.methods.locate.removal import removal
 from knowedit.methods.locate.spreads import Even, Spread
 from knowedit.methods.locate.targets import HiddenState, Target
 from knowedit.methods.locate.task import Material, Runtime, Task, WrittenLayers
@@ -125,7 +126,16 @@ class Recipe(Method):
             self.prepare(model, [group], statistics, progress=progress) for group in whole.groups
         ]
         made = [self.finish(task, targets.select([i])) for i, task in enumerate(tasks)]
-        return [self._recorded(edit, model, statistics) for edit in made]
+        return [self.recorded(edit, model, statistics) for edit in made]
+
+    def removal(
+        self,
+        model: EditableModel,
+        places: Sequence[Place],
+        statistics: KeyStatistics | None,
+        history: History,
+    ) -> Edit:
+        return removal(self, model, places, statistics, history)
 
     def prepare(
         self,
@@ -196,6 +206,8 @@ class Recipe(Method):
             fingerprint=task.model.fingerprint,
             report=report,
             keys=written.keys,
+            groups=tuple(number for number, group in enumerate(task.groups) for _ in group),
+            owners=written.owners,
             plan=planned(task, targets, written),
         )
 

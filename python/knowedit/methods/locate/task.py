@@ -109,6 +109,7 @@ class WrittenLayers:
     Attributes:
         factors: `{layer: (U [hidden, groups], V [d_ff, groups])}`, float32.
         keys: `{layer: [n, d_ff]}` where it was written, float32.
+        owners: `[n]` the group of each of those keys, alike at every layer.
         layers: what was chosen and measured at each layer: `gain`, `lowest_gain`, ...
         report: the same for the whole edit.
         solved: the layers' solvers and group keys, for what goes on from a write.
@@ -116,6 +117,7 @@ class WrittenLayers:
 
     factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
+    owners: tuple[int, ...] = ()
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     solved: dict[int, tuple[EditSolver, GroupKeys]] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class WrittenLayers:
         gain = found.gain(read_in)
         self.factors[layer] = residual.T.to(read_in).float(), read_in.T.contiguous().float()
         self.keys[layer], self.solved[layer] = found.keys.float(), (solver, found)
+        self.owners = tuple(found.owner.tolist())
         self.layers[str(layer)] = {
             **chosen,
             "gain": float(gain.mean()),

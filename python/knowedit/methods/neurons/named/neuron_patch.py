@@ -131,7 +131,7 @@ class NeuronPatch(Method):
         """
         alone = [[check_facts([fact])] for fact in facts]
         edits = self._edits(model, self._layer(model), alone, progress)
-        return (self._recorded(edit, model, statistics) for edit in edits)
+        return (self.recorded(edit, model, statistics) for edit in edits)
 
     def _edits(
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
