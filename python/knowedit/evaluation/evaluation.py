@@ -174,17 +174,22 @@ def summarise(
         owners = np.array([asked[i].record for i in mine])
         columns = {name: np.array([values[name] for values in found]) for name in found[0]}
         table[kind] = {
-            name: estimate(values, owners, stream)
+            name: estimate(values, owners, stream, share=name in measure.shares)
             for name, values in columns.items()
             if not np.isnan(values).all()
         }
     return table
 
 
-def estimate(values: np.ndarray, records: np.ndarray, rng: intervals.Random = 0) -> Estimate:
+def estimate(
+    values: np.ndarray, records: np.ndarray, rng: intervals.Random = 0, *, share: bool = False
+) -> Estimate:
     """Mean over records of the mean over their prompts, with its interval over records; NaN values
     are left out.
+
+    Args:
+        share: the values are yes or no (see `intervals.mean`).
     """
     known = ~np.isnan(values)
     sums, counts = intervals.by_cluster(values[known], records[known])
-    return intervals.mean(sums / counts, rng=rng)
+    return intervals.mean(sums / counts, rng=rng, share=share)

@@ -1,10 +1,14 @@
 """Means with 95 % intervals: the percentile bootstrap over clusters (records, subjects, facts,
 prompts), whose parts stay together (Efron and Tibshirani 1993, sections 8.5 and 13.3).
+
+The bootstrap cannot tell what it has not seen: from 6 successes of 6 it draws only successes. A
+share that is the same 0 or 1 in every cluster has the exact binomial interval of that many trials
+instead (Clopper and Pearson 1934).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,16 +77,39 @@ def ratio(
 
 
 def mean(
-    values: ArrayLike, clusters: Iterable[Hashable] | None = None, rng: Random = 0
+    values: ArrayLike,
+    clusters: Iterable[Hashable] | None = None,
+    rng: Random = 0,
+    *,
+    share: bool = False,
 ) -> Estimate:
     """The mean of `values`, each counted once, with its interval over whole clusters (None: every
     value is one).
+
+    Args:
+        share: the values are yes (1) or no (0), or shares of such: their mean is never certain.
     """
     values = np.asarray(values, float)
     sums, counts = (
         by_cluster(values, clusters) if clusters is not None else (values, 1 + 0 * values)
     )
-    return ratio(sums, counts, rng)
+    found = ratio(sums, counts, rng)
+    if share and (values == values[0]).all() and values[0] in (0, 1):
+        return unanimous(bool(values[0]), len(sums), found.records)
+    return found
+
+
+def unanimous(yes: bool, trials: int, records: int) -> Estimate:
+    """The share of successes where all of `trials` independent trials said the same: the other end
+    of its interval is the share under which that happens with probability 2.5 % (Clopper and
+    Pearson 1934).
+    """
+    other_end = TAILS[0] ** (1 / trials)
+    return (
+        Estimate(1.0, other_end, 1.0, records)
+        if yes
+        else Estimate(0.0, 0.0, 1 - other_end, records)
+    )
 
 
 def by_cluster(
@@ -98,10 +125,15 @@ def by_cluster(
 
 
 def estimates(
-    values: Iterable[tuple[str, str, Hashable, float]], seed: int = 0
+    values: Iterable[tuple[str, str, Hashable, float]],
+    seed: int = 0,
+    shares: Container[str] = (),
 ) -> dict[str, dict[str, Estimate]]:
     """(kind, measure, cluster, value) to `{kind: {measure: Estimate}}`; NaN values are left out.
     Every estimate draws the same samples.
+
+    Args:
+        shares: the measures whose values are yes or no, or shares of such (see `mean`).
     """
     columns: dict[tuple[str, str], tuple[list[float], list[Hashable]]] = {}
     for kind, measure, cluster, value in values:
@@ -111,5 +143,5 @@ def estimates(
             clusters.append(cluster)
     table: dict[str, dict[str, Estimate]] = {}
     for (kind, measure), (numbers, clusters) in columns.items():
-        table.setdefault(kind, {})[measure] = mean(numbers, clusters, seed)
+        table.setdefault(kind, {})[measure] = mean(numbers, clusters, seed, share=measure in shares)
     return table

@@ -38,6 +38,32 @@ def test_clusters_are_resampled_whole():
     assert mean(values, ["all"] * 30).low == mean(values).mean
 
 
+def test_six_of_six_is_no_certainty():
+    """Clopper and Pearson (1934): at the low end, so many successes in a row have 2.5 %."""
+    found = mean([1.0] * 6, share=True)
+    assert found.mean == found.high == 1 and found.low**6 == pytest.approx(0.025)
+    found = mean([0.0] * 6, share=True)
+    assert found.mean == found.low == 0 and (1 - found.high) ** 6 == pytest.approx(0.025)
+    assert mean([1.0], share=True).low == pytest.approx(0.025)
+    many, one = mean([1.0] * 60, range(60), share=True), mean([1.0] * 60, [0] * 60, share=True)
+    assert many.low == pytest.approx(0.025 ** (1 / 60)) and one.low == pytest.approx(0.025)
+    assert (many.records, one.records) == (60, 60)
+
+
+def test_only_a_share_at_its_end_takes_the_exact_interval():
+    values = [1.0, 1.0, 0.0, 1.0]
+    assert mean(values, share=True) == mean(values)
+    assert mean([0.5] * 4, share=True) == mean([0.5] * 4) == Estimate(0.5, 0.5, 0.5, 4)
+    zero = mean([0.0] * 4)  # a divergence, which is really 0
+    assert (zero.low, zero.high) == (0, 0)
+
+
+def test_the_measures_that_are_shares_are_named():
+    rows = [("a", "success", i, 1.0) for i in range(4)] + [("a", "kl", i, 0.0) for i in range(4)]
+    found = intervals.estimates(rows, shares=("success",))["a"]
+    assert found["success"].low == pytest.approx(0.025**0.25) and found["kl"].high == 0
+
+
 def test_estimates_leave_out_what_is_undefined():
     values = [("a", "m", "x", 1.0), ("a", "m", "y", float("nan")), ("a", "n", "x", 0.5)]
     found = intervals.estimates(values)

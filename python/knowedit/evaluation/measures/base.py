@@ -84,9 +84,11 @@ class FactMeasure(Measure):
 
     Attributes:
         shown: the figures that a table with one row a method has.
+        shares: the figures that are yes (1) or no (0) for each question.
     """
 
     shown: ClassVar[tuple[str, ...]] = ("success",)
+    shares: ClassVar[tuple[str, ...]] = ("success", "exact")
 
     @abstractmethod
     def questions(self, record: int, fact: Fact) -> list[Question]:

@@ -16,6 +16,7 @@ class Neighbourhood(FactMeasure):
 
     name, about, place = "neighbourhood", "other subjects keep their true answer", 2
     shown = ("success", "unchanged")
+    shares = (*FactMeasure.shares, "unchanged")
 
     def questions(self, record: int, fact: Fact) -> list[Question]:
         answers = [(probe.prompt, probe.answer or fact.true) for probe in fact.neighbours]

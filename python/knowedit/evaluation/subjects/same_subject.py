@@ -47,6 +47,8 @@ from knowedit.models.load import accepts_model
 FORMS = ("cloze", "paraphrase", "question", "chat_question", "chat_completion", "distractor")
 KEPT = ("essence", "identity", "unrelated")
 GREEDY_TOKENS = 16
+#: The measures that are yes or no for each prompt.
+SHARES = ("success", "exact", "contains", "unchanged", "kept")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class SameSubjectEvaluation:
         )
 
     def _estimates(self, read: Callable[[Value], float]) -> Estimates:
-        return estimates(((v.kind, v.measure, v.subject, read(v)) for v in self.values), self.seed)
+        values = ((v.kind, v.measure, v.subject, read(v)) for v in self.values)
+        return estimates(values, self.seed, SHARES)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with every single value; `from_dict` reads it back."""

@@ -40,6 +40,7 @@ TOKENS, LONGER = 6, 16
 BATCH = 16
 MARGIN = 0.2
 SEED = 42  # of the intervals
+SHARES = ("success", "longer", "starts", "accuracy", "identical", "steady", "clear")  # yes or no
 #: (kind, measure), what must be reached on the judging half, and whether at least or at most that.
 GOAL = (
     (("target", "success"), 1.0),
@@ -196,7 +197,7 @@ def table(
     values = (
         (row["kind"], m, row["prompt"], v) for row in chosen for m, v in row["measures"].items()
     )
-    return plain(estimates(values, SEED))
+    return plain(estimates(values, SEED, SHARES))
 
 
 def reached(found: Rates, end: str = "mean") -> dict[tuple[str, str], bool]:
