@@ -184,7 +184,10 @@ def apply(
     model: Model,
     edits: Annotated[
         list[Path],
-        typer.Argument(help="Edit files, or the history of a sequence; all are written together."),
+        typer.Argument(
+            help="Edit files, the history of a sequence, or a session's folder; all are written "
+            "together."
+        ),
     ],
     output: File,
     force: Force = False,
@@ -195,7 +198,7 @@ def apply(
     bit back.
     """
     from knowedit.edits.export.folder import save_edited
-    from knowedit.edits.history import edits_in
+    from knowedit.edits.journal import edits_in
 
     check_free(output)
     loaded = _checked([edit for path in edits for edit in edits_in(path)], force)

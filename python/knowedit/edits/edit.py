@@ -49,6 +49,7 @@ class Edit:
         report: what the method measured and chose.
         keys: `{layer: [n, d_ff]}` float32, where it was written; for a `History`, and not saved
             with the edit.
+        written: when it was committed to a session that is kept on disk, ISO 8601 in UTC.
         plan: `{layer: [facts, hidden]}` what was to be added to the output of the layers' MLP
             projections at the facts' own prompts, to measure its gain; not saved.
         key_layers: the layers that have `keys`, also where those were not saved.
@@ -78,6 +79,7 @@ class Edit:
     groups: tuple[int, ...] = ()
     owners: tuple[int, ...] = ()
     replaces: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    written: str = ""
     plan: dict[int, Tensor] = field(default_factory=dict)
     setup: str = ""
 
@@ -307,7 +309,7 @@ class Edit:
             "statistics": self.statistics,
             **{
                 name: found
-                for name in ("setup", "groups", "owners", "replaces")
+                for name in ("setup", "groups", "owners", "replaces", "written")
                 if (found := getattr(self, name))
             },
         }
@@ -365,6 +367,7 @@ class Edit:
             owners=tuple(record.get("owners", ())),
             replaces={key: tuple(which) for key, which in record.get("replaces", {}).items()},
             setup=record.get("setup", ""),
+            written=record.get("written", ""),
         )
 
     @accepts_model

@@ -3,8 +3,8 @@ at.
 
 A history is an object of the caller, never a global, and belongs to one model. Given to a method
 it adds K Kᵀ of the earlier keys to the metric, so that a later edit leaves their outputs alone.
-Memory: the keys, `n x d_ff` float32 a layer beside the edits' own factors, and never a `d_ff x
-    d_ff` matrix of its own.
+Memory: the keys, `n x d_ff` float32 a layer beside the edits' own factors; `compact` brings both
+down to what does not grow, a matrix of the weight's size and at most a `d_ff x d_ff` one a layer.
 """
 
 from __future__ import annotations
@@ -18,27 +18,21 @@ import torch
 from torch import Tensor
 
 from knowedit.edits.edit import Edit
+from knowedit.edits.merging import merged
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
-from knowedit.io.tensors import format_of, read_file, understood, write_file
+from knowedit.io.tensors import read_file, understood, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
 from knowedit_kernels.solver import Metric
 
-FORMAT = "knowedit-history/3"
+FORMAT = "knowedit-history/4"
 EARLIER = (
     "knowedit-history/1",
     "knowedit-history/2",
+    "knowedit-history/3",  # had no folded keys
 )  # read, and brought to today's form by `migrate`
-
-
-def edits_in(path: str | Path) -> list[Edit]:
-    """The edits of a history's file, oldest first, or that of an edit file. Raises EditError: it is
-    neither.
-    """
-    known = (FORMAT, *EARLIER)
-    return History.load(path).edits if format_of(path) in known else [Edit.load(path)]
 
 
 class Place(NamedTuple):
@@ -58,10 +52,14 @@ class History:
     Attributes:
         fingerprint: of the unedited model they belong to.
         edits: each with its `keys`.
+        folded: so many of the first edits have given up their keys (`compact`).
+        state: `{layer: [at most d_ff, d_ff]}` float64, rows whose `Rᵀ R` is the `K Kᵀ` of theirs.
     """
 
     fingerprint: str
     edits: list[Edit] = field(default_factory=list)
+    folded: int = 0
+    state: dict[int, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         last = "".join(f"\n  {edit.key}: {len(edit.facts)} fact(s)" for edit in self.edits[-5:])
@@ -77,9 +75,9 @@ class History:
     @property
     def facts(self) -> list[Fact]:
         """Every fact written so far that no later edit has taken out."""
-        return [place.fact for place in self._places()]
+        return [place.fact for place in self.standing()]
 
-    def _places(self) -> list[Place]:
+    def standing(self) -> list[Place]:
         """Where each of `facts` was written."""
         gone = self.replaced()
         return [
@@ -102,16 +100,20 @@ class History:
         that were written in one group with them; in the order of writing.
         """
         asked = {(fact.prompt, fact.subject) for fact in facts}
-        standing = self._places()
+        standing = self.standing()
         found = [p for p in standing if (p.fact.prompt, p.fact.subject) in asked]
         groups = {(p.edit.key, p.group) for p in found if p.group is not None}
         return [p for p in standing if p in found or (p.edit.key, p.group) in groups]
 
     def followed_by(self, edit: Edit) -> History:
         """A history with `edit` behind these edits; this one stays as it is."""
-        longer = History(self.fingerprint, list(self.edits))
+        longer = self.copy()
         longer.add(edit)
         return longer
+
+    def copy(self) -> History:
+        """The same edits in a history of its own."""
+        return History(self.fingerprint, list(self.edits), self.folded, dict(self.state))
 
     def add(self, edit: Edit) -> None:
         """Commit `edit`.
@@ -144,6 +146,11 @@ class History:
                 f"{later.key} corrects or forgets facts of this {edit.method_name} edit; undo it "
                 "first"
             )
+        if edit.key in {known.key for known in self.edits[: self.folded]}:
+            raise EditError(
+                f"this {edit.method_name} edit was compacted, and its keys cannot be told from "
+                "others any more; go back to a copy of the history from before that"
+            )
         self.edits = left
 
     def keys(self, layer: int) -> Tensor | None:
@@ -151,7 +158,8 @@ class History:
         that stand; at most `d_ff` of them.
         """
         gone = self.replaced()
-        found = [
+        found = [self.state[layer]] if layer in self.state else []
+        found += [
             edit.keys_without(gone.get(edit.key, ()), layer).cpu().double()
             for edit in self.edits
             if layer in edit.keys
@@ -178,7 +186,8 @@ class History:
                 f"{model.name} has {model.fingerprint[:12]}: {other}; start a new history for this "
                 "model"
             )
-        absent = sum(not edit.is_applied(model) for edit in self.edits)
+        applied = set(model.ledger.active)
+        absent = sum(edit.key not in applied for edit in self.edits)
         if absent:
             raise EditError(
                 f"{absent} of the history's {len(self)} edits are not applied to {model.name}: "
@@ -195,7 +204,7 @@ class History:
         """
         facts = as_facts(facts)
         numbers = {edit.key: number for number, edit in enumerate(self.edits)}
-        standing = self._places()
+        standing = self.standing()
         places = [f"history, edit {numbers[place.edit.key]}" for place in standing]
         places += [f"facts[{i}]" for i in range(len(facts))]
         check_facts([*(place.fact for place in standing), *facts], places=places)
@@ -209,6 +218,45 @@ class History:
         for edit in self.edits:
             if not edit.is_applied(model):
                 edit.apply(model)
+
+    @accepts_model
+    def compact(self, model: EditableModel, keep: int = 0) -> None:
+        """Merge all but the last `keep` edits into one, and their keys into at most `d_ff` a layer:
+        what is kept then, and what later edits cost, no longer depends on how many they were.
+        Recursive least squares goes on as if nothing had happened; the weights are the same but for
+        a rounding of float32. The merged facts stay known, but cannot be undone, corrected or
+        forgotten one by one any more.
+
+        Raises:
+            EditError: an edit that stays corrects one that is to be merged, or one cannot be merged
+                or is not applied; nothing is changed then.
+        """
+        self.check(model)
+        count = len(self) - keep
+        old, left = self.edits[:count], self.edits[count:]
+        if not old or (count == 1 and self.folded):
+            return
+        taken = {key for edit in left for key in edit.replaces}
+        if any(edit.key in taken for edit in old):
+            raise EditError(
+                "an edit that is to stay corrects or forgets facts of one that is to be merged; "
+                "keep fewer, or more"
+            )
+        layers = sorted({layer for edit in old for layer in edit.keys} | set(self.state))
+        before = History(self.fingerprint, old, self.folded, self.state)
+        state = {layer: keys.T for layer in layers if (keys := before.keys(layer)) is not None}
+        one = merged(old, before.facts, model)
+        one.key_layers = tuple(layers)
+        try:
+            for edit in old:
+                edit.undo(model)
+            one.apply(model)
+        except BaseException:
+            if one.is_applied(model):
+                one.undo(model)
+            self.replay(model)
+            raise
+        self.edits, self.folded, self.state = [one, *left], 1, state
 
     # -- on disk ---------------------------------------------------------------------------------
 
@@ -225,8 +273,14 @@ class History:
             tensors |= {
                 f"{number}.{name}": tensor for name, tensor in {**edit.tensors(), **keys}.items()
             }
+        tensors |= {f"state.{layer}": rows.contiguous() for layer, rows in self.state.items()}
         records = [edit.record() for edit in self.edits]
-        header = {"format": FORMAT, "fingerprint": self.fingerprint, "edits": records}
+        header: dict[str, Any] = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "edits": records,
+        }
+        header |= {"folded": self.folded} if self.folded else {}
         return write_file(path, tensors, header)
 
     @classmethod
@@ -238,7 +292,12 @@ class History:
         """
         header, tensors = read_file(path, (FORMAT, *EARLIER), "a history")
         with understood(path, "a history"):
-            history = cls(header["fingerprint"])
+            history = cls(header["fingerprint"], folded=header.get("folded", 0))
+            history.state = {
+                int(name.removeprefix("state.")): rows
+                for name, rows in tensors.items()
+                if name.startswith("state.")
+            }
             for number, record in enumerate(header["edits"]):
                 own = {
                     full.partition(".")[2]: tensor

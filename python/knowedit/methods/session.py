@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from datetime import date, datetime, timezone
+from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
+from knowedit.edits.journal import Journal
 from knowedit.edits.limits import Limits
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
+from knowedit.io.files import locked
 from knowedit.methods.base import Method
+from knowedit.methods.registry import make_method
 from knowedit.methods.revision import check_standing, revise
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 from knowedit.statistics import KeyStatistics
+
+
+class Standing(NamedTuple):
+    """A fact that a session's model was told: when (ISO 8601; empty where nothing is kept), and the
+    key of the edit.
+    """
+
+    written: str
+    fact: Fact
+    edit: str
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc).replace(tzinfo=None)
+
+
+def _moment(until: str | date) -> str:
+    """A date or moment as histories write it. Raises EditError for text that is neither."""
+    try:
+        read = datetime.fromisoformat(until) if isinstance(until, str) else until
+    except ValueError as error:
+        raise EditError(f"{until!r} is not a date as in 2026-03-01 or 2026-03-01T12:00") from error
+    if isinstance(until, str) and len(until) <= len("2026-03-01"):
+        return until
+    if isinstance(read, datetime) and read.tzinfo is not None:
+        read = read.astimezone(timezone.utc).replace(tzinfo=None)
+    return read.isoformat(timespec="seconds") if isinstance(read, datetime) else read.isoformat()
 
 
 class Session:
@@ -28,7 +62,7 @@ class Session:
 
     With one edited layer and fixed targets this is recursive least squares: the batches together
     are the joint edit. Leaving the block takes the session's edits out of the model and of the
-    history: save the history inside, or use no block.
+    history: save the history inside, use no block, or keep the session in a folder (`open`).
 
     Args:
         statistics: of the unedited model.
@@ -56,9 +90,63 @@ class Session:
         self.limits = limits or Limits()
         self.method, self.model, self.statistics, self.protect = method, model, statistics, protect
         self.history = history if history is not None else History(model.fingerprint)
+        self.journal: Journal | None = None
+        self.clock: Callable[[], datetime] = _now
+        self._held = ExitStack()  # the lock of a folder
+        self._before = self.history.copy()
         self.history.replay(model)
         self.history.check(model)
-        self._start = len(self.history)
+
+    @classmethod
+    @accepts_model
+    def open(
+        cls,
+        folder: str | Path,
+        model: EditableModel,
+        method: Method | None = None,
+        statistics: KeyStatistics | None = None,
+        *,
+        limits: Limits | None = None,
+        clock: Callable[[], datetime] | None = None,
+    ) -> Session:
+        """A session that is kept in a folder, for services: begun where there is none, else gone on
+        with; its edits are applied to `model`. Every commit is one file, written whole or not at
+        all. Until it is closed no other process can open it.
+
+        Args:
+            method: of a new session; None: the one that the folder was begun with.
+            clock: says when an edit is committed; None: the time, in UTC.
+
+        Raises:
+            EditError: the folder is of another model or method, damaged, or incomplete.
+            KnowEditError: another process has it open.
+        """
+        with ExitStack() as held:
+            held.enter_context(locked(folder))
+            if method is None:
+                method = make_method(Journal(folder).method)
+            journal = Journal.begin(folder, model.fingerprint, method.to_dict())
+            if journal.fingerprint != model.fingerprint:
+                raise EditError(
+                    f"{folder} belongs to a model with fingerprint {journal.fingerprint[:12]}, but "
+                    f"{model.name} has {model.fingerprint[:12]}; begin another folder for it"
+                )
+            if journal.method != method.to_dict():
+                raise EditError(
+                    f"{folder} was begun with {journal.method}; leave the method out, or begin "
+                    "another folder"
+                )
+            session = cls(method, model, statistics, History(model.fingerprint), limits=limits)
+            session.journal, session.clock = journal, clock or _now
+            session.history = journal.read()
+            try:
+                session.history.replay(model)
+                session.history.check(model)
+            except BaseException:
+                session.close()
+                raise
+            session._held = held.pop_all()
+        return session
 
     def write(
         self,
@@ -146,20 +234,90 @@ class Session:
         """Apply an edit within the limits and take it into the history."""
         if not force:
             self.limits.check(edit.report, [earlier.report for earlier in self.history.edits])
+        if self.journal is not None:
+            latest = self.history.edits[-1].written if self.history else ""
+            edit.written = max(latest, self.clock().isoformat(timespec="seconds"))
         edit.apply(self.model)
         self.history.add(edit)
+        if self.journal is not None:
+            try:
+                self.journal.append(self.history)
+            except BaseException:
+                self.history.remove(edit)
+                edit.undo(self.model)
+                raise
         return edit
 
     def undo(self) -> Edit:
         """Take the last edit back, from the model and from the history. Raises EditError when there
-        is none.
+        is none, or it was compacted.
         """
         if not self.history:
             raise EditError("there is no edit to undo")
         edit = self.history.edits[-1]
+        shorter = self.history.copy()
+        shorter.remove(edit)
         edit.undo(self.model)
+        try:
+            if self.journal is not None:
+                self.journal.take_back()
+        except BaseException:
+            edit.apply(self.model)
+            raise
         self.history.remove(edit)
         return edit
+
+    def roll_back(self, until: str | date) -> list[Edit]:
+        """Undo every edit that was committed after the end of a day, or after a moment: the weights
+        are bit for bit what they were then.
+
+        Args:
+            until: a `date` or `datetime`, or either as ISO 8601 text, in UTC.
+
+        Returns:
+            The edits taken back, the last first.
+
+        Raises:
+            EditError: `until` is no date, the history has none (it is not kept on disk), or edits
+                of before and after were merged; nothing is taken back then.
+        """
+        moment = _moment(until)
+        later = [e for e in self.history.edits if e.written[: len(moment)] > moment]
+        if any(not edit.written for edit in self.history.edits):
+            raise EditError("edits of this history have no date; only a kept session dates them")
+        if later and self.history.folded and later[0] is self.history.edits[0]:
+            raise EditError(
+                f"the edits up to {later[0].written} were merged by `compact`, and those after "
+                f"{moment} cannot be told from them; roll back to a later day"
+            )
+        return [self.undo() for _ in later]
+
+    def compact(self, keep: int = 0) -> None:
+        """Merge all but the last `keep` edits into one (`History.compact`): undo, corrections and
+        going back end there, and what the session costs no longer grows with what it has written.
+        """
+        before = len(self.history)
+        self.history.compact(self.model, keep)
+        if self.journal is not None and len(self.history) < before:
+            self.journal.merge(self.history)
+
+    def standing(self) -> list[Standing]:
+        """The list of the facts that stand, in the order they were written."""
+        places = self.history.standing()
+        return [Standing(place.edit.written, place.fact, place.edit.key) for place in places]
+
+    def close(self) -> None:
+        """Leave the model as the session found it. What is kept on disk stays there."""
+        before = {edit.key for edit in self._before.edits}
+        for edit in reversed(self.history.edits):
+            if edit.key not in before and edit.is_applied(self.model):
+                edit.undo(self.model)
+        self._before.replay(self.model)
+        self.history.edits, self.history.folded = self._before.edits, self._before.folded
+        self.history.state = self._before.state
+        if self.journal is not None:
+            self.journal.open = False
+        self._held.close()
 
     def __enter__(self) -> Session:
         return self
@@ -171,5 +329,4 @@ class Session:
         trace: TracebackType | None,
     ) -> None:
         """Take back what this session wrote."""
-        while len(self.history) > self._start:
-            self.undo()
+        self.close()

@@ -19,7 +19,8 @@ from knowedit.edits.changes import Dense, LowRank
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import restore
 from knowedit.edits.export.listing import export_format, formats
-from knowedit.edits.history import History, edits_in
+from knowedit.edits.history import History
+from knowedit.edits.journal import edits_in
 from knowedit.edits.report import EditReport
 from knowedit.errors import ConfigError, EditError
 from knowedit.facts.fact import Fact
@@ -106,7 +107,7 @@ def test_a_history_of_the_first_version_goes_on(of_v1, tmp_path):
     read.replay(model)
     assert same_weights(model, "history-llama")
     again = History.load(read.save(tmp_path / "again.safetensors"))
-    assert format_of(tmp_path / "again.safetensors") == "knowedit-history/3"
+    assert format_of(tmp_path / "again.safetensors") == "knowedit-history/4"
     again.check(model)
     method = MEMIT(layers=(0, 1), target=target_of(VALUES))
     session = Session(method, model, statistics_of(model, (0, 1)), again)

@@ -61,7 +61,8 @@ def removal(
             continue
         taken[edit.key] = tuple(sorted(stale))
         mark = Edit(recipe.name, {}, [], history.fingerprint, replaces=dict(taken))
-        kept = History(history.fingerprint, [*history.edits, mark])
+        kept = history.copy()
+        kept.edits.append(mark)
         rows = [row for row, owner in enumerate(edit.owners) if owner in stale]
         for layer, keys in edit.keys.items():
             own = _factors(model, edit, layer)
@@ -110,7 +111,7 @@ def _check(recipe: Recipe, place: Place) -> None:
     what = f"{place.fact.text!r} was written by {edit.method_name}"
     if place.group is None or not edit.owners or not edit.keys:
         raise EditError(
-            f"{what}, or a version, that does not record which keys are the fact's; {remedy}"
+            f"{what}, which does not record the keys of each fact, or they were compacted; {remedy}"
         )
     if recipe.metric.constraint != "soft":
         raise EditError(
