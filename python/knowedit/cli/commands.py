@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.io.config import parse_setting
+from knowedit.io.files import is_safetensors
 from knowedit.io.names import nearest
 
 #: Options of earlier versions, and what says the same now.
@@ -250,7 +251,7 @@ def _set_default(ctx: typer.Context, source: str, option: Any, value: Any, place
 
 def _read(ctx: typer.Context, path: Path, has_method: bool) -> dict[str, Any]:
     """Options from a YAML or JSON file, or from the record in an edit file."""
-    if path.suffix in (".yaml", ".yml", ".json"):
+    if path.suffix in (".yaml", ".yml", ".json") and not is_safetensors(path):
         import yaml
 
         try:

@@ -23,7 +23,7 @@ from knowedit.cli.options import (
 )
 from knowedit.edits.export.listing import formats
 from knowedit.errors import KnowEditError
-from knowedit.io.files import check_free, locked
+from knowedit.io.files import check_free, is_safetensors, locked
 from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _facts(name: str, limit: int | None) -> list[Fact]:
     """The facts of a set, a file, or an edit."""
     from knowedit.facts.sets import load
 
-    if not name.endswith(".safetensors"):
+    if not (name.endswith(".safetensors") or is_safetensors(Path(name))):
         return load(name, limit)
     from knowedit.edits.edit import Edit
 

@@ -11,6 +11,7 @@ from knowedit.edits.export import folder as checkpoint
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
+from knowedit.io.files import is_safetensors
 from knowedit.io.tensors import format_of, read_file, understood
 from knowedit.methods.learned.mend import network as mend_network
 from knowedit.methods.learned.serac import memory as memory_edit
@@ -30,9 +31,10 @@ def describe(path: Path) -> str:
     """
     if path.is_dir():
         return _folder(path)
-    if path.suffix == ".npz":
+    ours = is_safetensors(path)
+    if path.suffix == ".npz" and not ours:
         return _peer(path)
-    if path.name.removesuffix(".gz").endswith(FACT_FILES):
+    if path.name.removesuffix(".gz").endswith(FACT_FILES) and not ours:
         return _facts(path)
     kind = format_of(path)
     for formats, show in SHOWN_AS.items():

@@ -139,12 +139,14 @@ class Config(metaclass=ConfigType):
         known = kinds(cls)
         if kind is None:
             kind = vars(cls).get("kind")
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             what = getattr(cls, "family", "config")
             raise ConfigError(f"unknown {what} {kind!r}; {nearest(str(kind), known)}")
         made = known[kind]
         if version is not None:
-            if not isinstance(version, int) or version > made.version:
+            if type(version) is not int or version < 1:
+                raise ConfigError(f"{kind}.version must be 1, 2, ..., got {_got(version)}")
+            if version > made.version:
                 raise ConfigError(
                     f"{kind}: the record is of version {version}, this program knows "
                     f"{made.version}; install a newer one"
@@ -169,14 +171,19 @@ class Config(metaclass=ConfigType):
 
         Args:
             settings: `{"metric.gain": 0.95}`, or `["metric.gain=0.95"]` as on the command line
-                (values in JSON, else text). A name without dots may also be a field of one of the
-                parts, if of one only.
+                (values in JSON, else text); one such text may stand alone. A name without dots may
+                also be a field of one of the parts, if of one only.
 
         Raises:
-            ConfigError: as `from_dict`; a name that several parts have; text that is not
-                `name=value`.
+            ConfigError: as `from_dict`; a name that several parts have; what is not `name=value`.
         """
-        given = settings if isinstance(settings, Mapping) else dict(map(parse_setting, settings))
+        if isinstance(settings, Mapping):
+            given = {_name(name): value for name, value in settings.items()}
+        elif isinstance(settings, Iterable):
+            texts = [settings] if isinstance(settings, str) else settings
+            given = dict(map(parse_setting, texts))
+        else:
+            raise ConfigError(f"{self.kind}: settings are names and values, got {_got(settings)}")
         changed = self
         for path, value in {**given, **named}.items():
             changed = changed._with(_places(changed, path), value)
@@ -215,13 +222,20 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """`"metric.gain=0.95"` as name and value: JSON where it is JSON, else text. Raises
     ConfigError.
     """
-    name, equals, value = text.partition("=")
+    name, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not equals or not name.strip():
         raise ConfigError(f"{text!r}: give name=value, such as metric.gain=0.95")
     try:
         return name.strip(), json.loads(value)
     except json.JSONDecodeError:
         return name.strip(), value.strip()
+
+
+def _name(name: Any) -> str:
+    """The name of a setting. Raises ConfigError for what is no text."""
+    if not isinstance(name, str):
+        raise ConfigError(f"the name of a setting is a text, such as 'metric.gain'; got {name!r}")
+    return name
 
 
 def kinds(cls: type[Config]) -> dict[str, type[Config]]:
@@ -315,8 +329,17 @@ def _checked(hint: Any, value: Any, place: str, before: Any = _MISSING) -> Any:
     """
     found = _fit(hint, value, place, before)
     if found is _MISSING:
+        found = _fit(hint, _python(value), place, before)
+    if found is _MISSING:
         raise ConfigError(f"{place} must be {_say(hint)}, got {_got(value)}")
     return found
+
+
+def _python(value: Any) -> Any:
+    """Numbers of numpy and torch, and lists of them, as Python's own."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_python(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _fit(hint: Any, value: Any, place: str, before: Any) -> Any:

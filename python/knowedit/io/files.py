@@ -137,6 +137,17 @@ def leftovers(folder: Path, name: str = "") -> list[Path]:
     return sorted(path for path in found if _is_abandoned(path))
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors files do, whatever its name is: with the length of its
+    JSON header.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder; what cannot be read counts nothing."""
     total = 0

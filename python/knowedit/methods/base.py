@@ -11,7 +11,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.history import History, Place
 from knowedit.edits.measured import measure
 from knowedit.errors import EditError, StatisticsError
-from knowedit.facts.fact import Fact, check_facts
+from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.io.config import Config, fields_of
 from knowedit.io.versions import software_versions
 from knowedit.models.editable import EditableModel
@@ -61,10 +61,7 @@ class Method(Config):
             FactError: repeated or contradictory facts, earlier ones included.
             EditError: settings, or a model, with which the method cannot work.
         """
-        if not isinstance(statistics, (KeyStatistics, type(None))):
-            raise EditError(
-                f"statistics are what key_statistics returns, got {type(statistics).__name__}"
-            )
+        check_kinds(statistics, history)
         facts = checked(facts, model, history)
         edit = self._compute(model, facts, statistics, history, progress)
         return self.recorded(edit, model, statistics)
@@ -118,9 +115,12 @@ class Method(Config):
     ) -> Iterable[Edit]:
         """One independent edit a fact, each computed when it is asked for (dense ones are as large
         as the model).
+
+        Raises:
+            FactError, EditError: as `compute`; facts may contradict each other.
         """
-        for fact in facts:
-            yield self.compute(model, [fact], statistics, progress=False)
+        check_kinds(statistics)
+        return (self.compute(model, [fact], statistics, progress=False) for fact in as_facts(facts))
 
     def with_corpus(self: Self, corpus: Any) -> Self:
         """The same, reading its ordinary text from `corpus`, if it reads any itself (NeuronPatch)
@@ -133,6 +133,16 @@ class Method(Config):
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers whose key statistics it uses; none for a method without statistics."""
         return ()
+
+
+def check_kinds(statistics: Any, history: Any = None) -> None:
+    """Raise EditError for statistics or a history that are none."""
+    if not isinstance(statistics, (KeyStatistics, type(None))):
+        raise EditError(
+            f"statistics are what key_statistics returns, got {type(statistics).__name__}"
+        )
+    if not isinstance(history, (History, type(None))):
+        raise EditError(f"history is a History of earlier edits, got {type(history).__name__}")
 
 
 def checked(facts: Sequence[Fact], model: EditableModel, history: History | None) -> list[Fact]:

@@ -37,6 +37,20 @@ def test_an_edit_file_computes_the_same_edit_again(place, knowedit):
     assert Edit.load(place / "c.safetensors").config["metric"]["gain"] == 0.5
 
 
+def test_an_edit_file_may_have_any_name(place, knowedit):
+    """It is known by what is in it: as --config, as facts, to look into, and to write over."""
+    knowedit("edit", "model", "facts.jsonl", "-o", "lyon", "--set", "target.steps=2", *CORPUS)
+    for name in ("lyon.yaml", "lyon.jsonl"):
+        (place / name).write_bytes((place / "lyon").read_bytes())
+    made = Edit.load(place / "lyon")
+    for name in ("lyon", "lyon.yaml"):
+        assert f"the same bits as {name}" in knowedit("edit", "--config", name, "-o", name)
+    for name in ("lyon", "lyon.jsonl"):
+        assert made.key in knowedit("inspect", name)
+    knowedit("edit", "model", "lyon.jsonl", "-o", "b", "--set", "target.steps=2", *CORPUS)
+    assert Edit.load(place / "b").key == made.key
+
+
 @pytest.mark.parametrize("method", ["ft-l", "memit"])
 def test_the_same_edit_is_the_same_file(place, knowedit, method):
     """Byte for byte: what it cost to compute stays out."""

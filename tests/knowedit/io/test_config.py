@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -100,6 +101,15 @@ def test_values_are_made_to_fit():
     assert Body(shape={"radius": 3}).shape == Round(3.0)
 
 
+def test_numbers_of_numpy_and_torch_are_numbers():
+    """As Python's own, so that JSON holds them."""
+    shapes = [np.int64(3), np.arange(3, 4), [np.int32(3)], torch.tensor([3])]
+    assert [Body(layers=given).layers for given in shapes] == [(3,)] * len(shapes)
+    made = Body(pair=np.array([0.5, 0.25]), fine=np.bool_(False), shape=Round(np.float32(0.5)))
+    assert made == Body(pair=(0.5, 0.25), fine=False, shape=Round(0.5))
+    assert Body.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
 @pytest.mark.parametrize(
     "values, said",
     [
@@ -129,6 +139,11 @@ def test_unknown_settings_and_newer_records_are_refused():
         Body.from_dict({"layer": 3})
     with pytest.raises(ConfigError, match="version 4, this program knows 3; install a newer one"):
         Shape.from_dict({"kind": "sharp-corner", "version": 4})
+    with pytest.raises(ConfigError, match=r"unknown test-shape \['round'\]"):
+        Shape.from_dict({"kind": ["round"]})
+    for version in ("1", 0, True):
+        with pytest.raises(ConfigError, match=r"round.version must be 1, 2, ..., got"):
+            Shape.from_dict({"kind": "round", "version": version})
     with pytest.raises(ConfigError, match="expected a record, got list"):
         Body.from_dict([1])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected a record, got nothing"):
@@ -153,6 +168,7 @@ def test_settings_are_changed_by_name():
     assert changed == Body(Round(3.0), layers=(4, 5), name="x y", fine=False)
     assert body == Body(layers=(1,))
     assert body.with_settings({"radius": 4}) == Body(Round(4.0), layers=(1,))  # one part has it
+    assert body.with_settings("shape.radius=4") == body.with_settings(radius=4)
     assert body.with_settings(shape="sharp-corner").shape == SharpCorner()
     assert body.with_settings(["shape=sharp-corner", "shape.corners=3"]).shape == SharpCorner(3)
 
@@ -162,6 +178,9 @@ def test_settings_are_changed_by_name():
     [
         (["radius"], "give name=value"),
         (["=3"], "give name=value"),
+        ([3], "3: give name=value"),
+        ({3: 4}, "the name of a setting is a text"),
+        (None, "settings are names and values, got nothing"),
         (["radios=1"], "body has no setting 'radios'"),
         (["shape.radios=1"], "round has no setting 'radios'; did you mean 'radius'"),
         (["name.x=1"], "body.name is 'body' and has no setting 'x'"),

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from knowedit.errors import EditError
+from knowedit.errors import EditError, ModelError
 from knowedit.facts.fact import Fact, FactError
-from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit
+from knowedit.methods import EMMET, FTL, MEMIT, ROME, AlphaEdit, NeuronPatch
 from knowedit.methods.locate.values import ValueSettings
 from tests.knowedit.methods.helpers import FACTS, VALUES, statistics_of, target_of
 
@@ -115,6 +115,22 @@ def test_facts_that_are_not_a_list_of_facts(tiny_llama):
         compute(tiny_llama, [FACTS[0].to_dict()])
 
 
-def test_statistics_that_are_none(tiny_llama):
+def test_statistics_and_histories_that_are_none(tiny_llama):
     with pytest.raises(EditError, match=r"statistics are what key_statistics returns, got str"):
         MEMIT(layers=(1,)).compute(tiny_llama, FACTS[:1], "stats.safetensors")
+    with pytest.raises(EditError, match=r"history is a History of earlier edits, got list"):
+        MEMIT(layers=(1,)).compute(tiny_llama, FACTS[:1], history=[])
+
+
+@pytest.mark.parametrize("method", [MEMIT(layers=1), FTL(layers=1), NeuronPatch(layers=1)])
+def test_each_fact_alone_refuses_what_all_at_once_refuses(tiny_llama, method):
+    """Before the first edit is computed, also where they are computed one by one."""
+    with pytest.raises(FactError, match="facts: must be a list of Fact, got Fact"):
+        method.compute_each(tiny_llama, FACTS[0])
+    with pytest.raises(FactError, match=r"facts\[0\]: must be a Fact, got str"):
+        method.compute_each(tiny_llama.hf, ["a"])
+    with pytest.raises(EditError, match="statistics are what key_statistics returns, got str"):
+        method.compute_each(tiny_llama, FACTS, "stats")
+    with pytest.raises(ModelError, match="got NoneType"):
+        method.compute_each(None, FACTS)
+    assert list(method.compute_each(tiny_llama, [])) == []

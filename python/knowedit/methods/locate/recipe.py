@@ -17,8 +17,8 @@ from knowedit.edits.changes import changes_of
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History, Place
 from knowedit.errors import EditError
-from knowedit.facts.fact import Fact, check_facts
-from knowedit.methods.base import Method
+from knowedit.facts.fact import Fact, as_facts, check_facts
+from knowedit.methods.base import Method, check_kinds
 from knowedit.methods.locate.checks import (
     first_token_warnings,
     origin_warnings,
@@ -119,7 +119,10 @@ class Recipe(Method):
         """One independent edit a fact; the values of all of them are optimised together, which is
         much faster.
         """
-        groups = [check_facts([fact]) for fact in facts]
+        check_kinds(statistics)
+        groups = [check_facts([fact]) for fact in as_facts(facts)]
+        if not groups:
+            return []
         whole = self.prepare(model, groups, statistics, progress=progress)
         targets = self.target.values(whole)
         tasks = [

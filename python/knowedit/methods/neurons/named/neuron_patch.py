@@ -21,10 +21,10 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
-from knowedit.facts.fact import Fact, check_facts
+from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.progress import bar
-from knowedit.methods.base import Method
+from knowedit.methods.base import Method, check_kinds
 from knowedit.methods.locate.checks import (
     first_token_warnings,
     origin_warnings,
@@ -52,6 +52,7 @@ from knowedit.methods.neurons.parts import (
 from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
 from knowedit.methods.neurons.wiring import Wiring
 from knowedit.models.editable import EditableModel
+from knowedit.models.load import accepts_model
 from knowedit.models.presets import preset_for
 from knowedit.models.structure import check_dense
 from knowedit.statistics import KeyStatistics
@@ -118,6 +119,7 @@ class NeuronPatch(Method):
     ) -> Edit:
         return next(self._edits(model, self._layer(model), [group_by_wording(facts)], progress))
 
+    @accepts_model
     def compute_each(
         self,
         model: EditableModel,
@@ -129,7 +131,10 @@ class NeuronPatch(Method):
         """One independent edit a fact; the corpus is read once and the values are optimised
         together.
         """
-        alone = [[check_facts([fact])] for fact in facts]
+        check_kinds(statistics)
+        alone = [[check_facts([fact])] for fact in as_facts(facts)]
+        if not alone:
+            return iter(())
         edits = self._edits(model, self._layer(model), alone, progress)
         return (self.recorded(edit, model, statistics) for edit in edits)
 
