@@ -1,6 +1,7 @@
 # make demo   sets everything up and runs the main job: six facts into a real language model, and out again
 # make test   sets everything up and passes the tests
 # make families  compares every decoder family with the plain model (docs/families.md)
+# make docs   builds the documentation's site into site/
 # All use .venv and may be run again and again.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test faults families lint setup clean
+.PHONY: demo docs test faults families lint setup clean
 
 # OpenMP threads that wait by spinning starve each other on a busy machine (10x and more); sleeping ones do not.
 demo: $(READY)
@@ -52,5 +53,10 @@ families: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families --jobs $(JOBS)
 	$(BIN)/python -m benchmarks.pages --write
 
+# Its packages are installed here, not by the set-up: nothing else needs them.
+docs: $(READY)
+	$(BIN)/python -c 'import latex2mathml, material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,3 +1,3 @@
-"""What produces every number in the README; run each as `python -m benchmarks.<name>` (see
+"""What produces every number in docs/benchmarks.md; run each as `python -m benchmarks.<name>` (see
 README.md here).
 """

@@ -1,5 +1,5 @@
-"""The README's table of numbers, made from results/*.jsonl; `--write` puts it between the markers,
-`--check` verifies it.
+"""The table of numbers of docs/benchmarks.md, made from results/*.jsonl; `--write` puts it between
+the markers, `--check` verifies it.
 """
 
 from __future__ import annotations
@@ -81,32 +81,32 @@ def _note(header: dict[str, Any], others: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--write", action="store_true", help="put the table into the README")
+    mode.add_argument("--write", action="store_true", help="put the table into the page")
     mode.add_argument(
-        "--check", action="store_true", help="exit 1 when the README's table is out of date"
+        "--check", action="store_true", help="exit 1 when the page's table is out of date"
     )
     arguments = parser.parse_args(argv)
     new = table(arguments.results)
     if not (arguments.write or arguments.check):
         print(new)
         return 0
-    text = arguments.readme.read_text(encoding="utf-8") if arguments.readme.is_file() else ""
+    text = arguments.page.read_text(encoding="utf-8") if arguments.page.is_file() else ""
     head, start, rest = text.partition(START)
     old, end, tail = rest.partition(END)
     if not start or not end:
-        print(f"{arguments.readme}: no {START} ... {END} to hold the table; add the two comments")
+        print(f"{arguments.page}: no {START} ... {END} to hold the table; add the two comments")
         return 2
     if arguments.check:
         if old.strip() != new.strip():
             print(
-                f"{arguments.readme}: the numbers are out of date; run `python -m "
+                f"{arguments.page}: the numbers are out of date; run `python -m "
                 f"benchmarks.table --write`"
             )
             return 1
         return 0
-    arguments.readme.write_text(f"{head}{START}\n{new}\n{END}{tail}", encoding="utf-8")
+    arguments.page.write_text(f"{head}{START}\n{new}\n{END}{tail}", encoding="utf-8")
     return 0
 
 

@@ -350,8 +350,8 @@ def test_table_is_written_and_checked(report, tmp_path):
     report.output = tmp_path / "solve.jsonl"
     report.compare("a solve", ROUNDS, "peer", [Check("e", 1e-9, 1e-8)], target=4.0)
     report.floor("edits", "efficacy", 0.98, 0.99, low=0.9, high=1.0)
-    readme = tmp_path / "README.md"
-    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    readme = tmp_path / "benchmarks.md"
+    arguments = ["--results", str(tmp_path), "--page", str(readme)]
     readme.write_text("before")
     assert table.main([*arguments, "--write"]) == 2
     readme.write_text(f"before\n{table.START}\nold\n{table.END}\nafter\n")
