@@ -7,9 +7,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -17,11 +18,23 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 ARCHITECTURES = (80, 90, 100)
+FULL = 90  # the architecture that takes every case: see `on_each`
 # bytes of shared memory one block may use
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 # the instruction a 16-bit tensor-core product must become
 MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+T = TypeVar("T")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def on_each(every: Iterable[T], elsewhere: Iterable[T]) -> list[tuple[int, T]]:
+    """Pairs of an architecture and a case: all of `every` on sm_90, those of `elsewhere` on the
+    others. What the types and options of a kernel change is the same on every architecture, so the
+    others need each of them once, and where registers are scarcest, but not every combination.
+    """
+    cases, fewer = list(every), list(elsewhere)
+    assert all(case in cases for case in fewer), "a case that sm_90 lacks"
+    return [(a, case) for a in ARCHITECTURES for case in (cases if a == FULL else fewer)]
 
 
 class _Driver:
@@ -101,7 +114,8 @@ def compile_for(kernel: Any, architecture: int, *args: Any, **options: Any) -> C
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        sass = _tool("nvdisasm", "-c", file.name)
+        # the analysis of data flow only names targets of branches, for a quarter of the time
+        sass = _tool("nvdisasm", "-c", "-ndf", file.name)
         usage = _tool("cuobjdump", "-res-usage", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage

@@ -1,5 +1,6 @@
 """The moment kernels compile to what they should on every architecture (unit)."""
 
+import itertools
 import re
 
 import pytest
@@ -8,7 +9,7 @@ import triton.language as tl
 
 from knowedit_kernels.moments import schedule
 from knowedit_kernels.moments.triton import pack_kernel, second_moment_kernel
-from tests.codegen.compiler import ARCHITECTURES, MMA, compile_for
+from tests.codegen.compiler import ARCHITECTURES, FULL, MMA, compile_for, on_each
 
 NARROW = [torch.bfloat16, torch.float16, torch.float32]
 LOADS = [
@@ -16,6 +17,15 @@ LOADS = [
     for architecture in ARCHITECTURES
     for tma in (False, True)
     if architecture >= 90 or not tma
+]
+#: Type of the keys, and their width: divided by the tile, or not.
+KEYS = list(itertools.product(NARROW, (4096, 4112)))
+FEWER_KEYS = [(torch.bfloat16, 4096), (torch.bfloat16, 4112), (torch.float16, 4112)]
+FEWER_KEYS.append((torch.float32, 4096))  # its tiles are the architecture's own
+TENSOR_CORES = [
+    (architecture, tma, *case)
+    for architecture, tma in LOADS
+    for case in (KEYS if (architecture, tma) == (FULL, True) else FEWER_KEYS)
 ]
 
 
@@ -34,9 +44,7 @@ def build(architecture, dtype, precision="exact", tma=True, dim=4096):
     )
 
 
-@pytest.mark.parametrize("dim", [4096, 4112])
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("architecture, tma", LOADS)
+@pytest.mark.parametrize("architecture, tma, dtype, dim", TENSOR_CORES, ids=str)
 def test_tensor_cores_asynchronous_copies_no_spills(architecture, tma, dtype, dim):
     built = build(architecture, dtype, tma=tma, dim=dim)
     built.check(mma=MMA[architecture])
@@ -60,8 +68,9 @@ def test_four_products(architecture, tma):
     build(architecture, torch.float32, "fp32", tma=tma).check(mma=MMA[architecture])
 
 
-@pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture, dtype", on_each(NARROW, [torch.bfloat16, torch.float32]), ids=str
+)
 def test_fast(architecture, dtype):
     build(architecture, dtype, "fast").check(mma=MMA[architecture])
 
@@ -73,10 +82,16 @@ def test_float64(architecture):
     build(architecture, torch.float64).check(mma="DMMA")
 
 
-@pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("dtype", [*NARROW, torch.float64], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_pack(architecture, dtype, gather):
+#: Type of the keys, and whether only some rows are taken.
+PACKS = on_each(
+    itertools.product([*NARROW, torch.float64], (False, True)),
+    [(torch.bfloat16, False), (torch.float16, True), (torch.float32, True), (torch.float64, False)],
+)
+
+
+@pytest.mark.parametrize("architecture, case", PACKS, ids=str)
+def test_pack(architecture, case):
+    dtype, gather = case
     keys, wide = meta(1000, 4096, dtype=dtype), meta(8, 4096, dtype=torch.float64)
     rows = meta(1000, dtype=torch.int64)
     args = (keys, wide, keys, rows, wide, 1000, 4096, 4096)

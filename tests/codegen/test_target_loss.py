@@ -1,13 +1,20 @@
 """The target loss kernels compile to what they should on every architecture (unit)."""
 
+import itertools
+
 import pytest
 import torch
 
 from knowedit_kernels.target_loss import gpu
 from knowedit_kernels.target_loss.triton import hidden_grad_kernel, logit_grad_kernel, loss_kernel
-from tests.codegen.compiler import ARCHITECTURES, MMA, compile_for
+from tests.codegen.compiler import ARCHITECTURES, MMA, compile_for, on_each
 
 D, VOCABULARY, ROWS = 4096, 128256, 200
+#: Type of the head, and the reference: none, given logits, a second head (the most registers).
+LOGITS = on_each(
+    itertools.product(gpu.DTYPES, (0, 1, 2)),
+    [(torch.bfloat16, 0), (torch.bfloat16, 2), (torch.float16, 1), (torch.float32, 2)],
+)
 
 
 def meta(dtype=torch.float32):
@@ -19,10 +26,9 @@ def mma(architecture, dtype):
     return "HMMA" if dtype == torch.float32 else MMA[architecture]
 
 
-@pytest.mark.parametrize("reference", [0, 1, 2])
-@pytest.mark.parametrize("dtype", gpu.DTYPES, ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logits(architecture, dtype, reference):
+@pytest.mark.parametrize("architecture, case", LOGITS, ids=str)
+def test_logits(architecture, case):
+    dtype, reference = case
     head = (
         meta(dtype),
         meta(dtype),
