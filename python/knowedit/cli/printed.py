@@ -63,6 +63,7 @@ JSON: dict[str, tuple[Printed, ...]] = {
         ),
         Printed("format, sweep, rows", when="of a grid"),
     ),
+    "recommend": (Printed("model, facts, choice, sentence, skipped, rows"),),
     "same-subject": (
         Printed("model, dataset, method, seconds, report, config, drift, evaluation", "list"),
     ),

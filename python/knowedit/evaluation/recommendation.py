@@ -1,0 +1,233 @@
+"""Which method for these facts: the plausible ones measured on them, and the choice that follows.
+
+A method is set aside where it ruins the model, or is exact on clearly fewer facts than the best
+one. Of the others the one is taken whose paraphrases and neighbours are right most often together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from knowedit.edits.limits import RUINOUS
+from knowedit.errors import KnowEditError
+from knowedit.evaluation.intervals import Estimate
+from knowedit.evaluation.protocols import Result, run
+from knowedit.facts.fact import Fact
+from knowedit.io.tables import Column, Table
+from knowedit.methods.base import Method
+from knowedit.models.editable import EditableModel
+from knowedit.statistics import KeyStatistics
+
+#: What a fact costs beside MEMIT's, about, as the benchmarks found on SmolLM2-135M; dearer methods
+#: come later.
+PRICE = {"memit": 1, "rome": 1, "metake": 4, "neuron-patch": 5, "rose": 5}
+#: From so many facts on, a method that is made for crowded batches is tried too.
+MANY = 20
+#: Shares by which a method may be less exact than the best one and still be chosen.
+NEARLY = 0.05
+#: Below this share of exact answers no method is recommended.
+USEFUL = 0.5
+
+
+def plausible(facts: Sequence[Fact]) -> list[str]:
+    """Names of the methods that are worth a try on these facts, the cheap ones first."""
+    names = {"memit", "neuron-patch", "rose"}
+    if len(facts) == 1:
+        names = {"rome", "neuron-patch", "rose"}
+    elif len(facts) >= MANY:
+        names |= {"metake"}
+    return sorted(names, key=lambda name: (PRICE[name], name))
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The methods that were measured, and the one to take.
+
+    Attributes:
+        results: by the protocol "batch", in the order they were measured.
+        skipped: names of the methods that there was no time for.
+    """
+
+    facts: list[Fact]
+    results: list[Result]
+    skipped: list[str]
+
+    @property
+    def choice(self) -> Result | None:
+        """The method to take; None where none writes the facts."""
+        return self._ranked[0] if self._ranked else None
+
+    @property
+    def _ranked(self) -> list[Result]:
+        """The methods that were not set aside, best first."""
+        sound = [result for result in self.results if not _ruinous(result)]
+        best = max((_exact(result) for result in sound), default=0.0)
+        if best < USEFUL:
+            return []
+        near = [result for result in sound if _exact(result) >= best - NEARLY]
+        return sorted(near, key=lambda result: (-_score(result), result.seconds))
+
+    def sentence(self) -> str:
+        """What to do, and how sure that is."""
+        if self.choice is None:
+            return (
+                "None of these writes your facts without ruining the model: look at the prompts "
+                "with `knowedit doctor MODEL`, and measure the layers with `knowedit calibrate "
+                "MODEL`."
+            )
+        said = [f"{_exact(self.choice):.0%} of your facts are said exactly"]
+        for (kind, measure), words in {
+            ("paraphrase", "success"): "of the paraphrases prefer the new fact",
+            ("neighbourhood", "unchanged"): "of the neighbours decide as before",
+        }.items():
+            if (found := _rate(self.choice, kind, measure)) is not None:
+                said.append(f"{found.mean:.0%} {words}")
+        text = f"Take {self.choice.method}: {', '.join(said)}"
+        if alike := [other.method for other in self._ranked[1:] if self._alike(other)]:
+            text += f"; {len(self.facts)} facts do not tell it from {' or '.join(alike)}"
+        return text + "."
+
+    def _alike(self, other: Result) -> bool:
+        """Whether every interval of `other` meets the choice's."""
+        for kind, measure in (("paraphrase", "success"), ("neighbourhood", "unchanged")):
+            mine, theirs = (_rate(r, kind, measure) for r in (self.choice, other))
+            if mine and theirs and (mine.low > theirs.high or theirs.low > mine.high):
+                return False
+        return True
+
+    def table(self) -> Table:
+        """A line a method."""
+        columns: list[Column | str] = [
+            "method",
+            *(
+                Column(name, ".0%", "right")
+                for name in ("efficacy", "exact", "paraphrase", "unchanged")
+            ),
+            Column("in a chat", align="right"),
+            Column("drift, nats", ".4f"),
+            Column("s a fact", ".1f"),
+            "",
+        ]
+        rows = [
+            [
+                result.method,
+                _rate(result, "efficacy", "success"),
+                _rate(result, "efficacy", "exact"),
+                _rate(result, "paraphrase", "success"),
+                _rate(result, "neighbourhood", "unchanged"),
+                _in_chat(result),
+                result.side_effects["drift"]["kl"],
+                result.seconds,
+                "ruins the model" if _ruinous(result) else "",
+            ]
+            for result in self.results
+        ]
+        return Table(columns, rows, notes=self._notes()).without_empty_columns()
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if not any(fact.paraphrases for fact in self.facts):
+            notes.append("note: no fact has paraphrases; with some, other wordings are measured")
+        if not any(fact.neighbours for fact in self.facts):
+            notes.append("note: no fact has neighbours; with some, it shows what else changes")
+        ((subject, count),) = Counter(fact.subject for fact in self.facts).most_common(1)
+        if count > 1:
+            notes.append(
+                f"note: several facts of one subject ({subject!r}: {count}); measure them with "
+                "`knowedit same-subject` too"
+            )
+        if self.skipped:
+            notes.append(f"note: no time for {', '.join(self.skipped)}; give more --minutes")
+        return notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "model": self.results[0].model,
+            "facts": len(self.facts),
+            "choice": None if self.choice is None else self.choice.method,
+            "sentence": self.sentence(),
+            "skipped": self.skipped,
+            "rows": [result.to_dict() for result in self.results],
+        }
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n{self.sentence()}"
+
+
+def recommend(
+    model: EditableModel,
+    facts: Sequence[Fact],
+    methods: Sequence[Method],
+    statistics: KeyStatistics | None,
+    dataset: str = "",
+    *,
+    minutes: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.monotonic,
+) -> Recommendation:
+    """Measure `methods` on `facts`, each as one batch; the model is left as it was found.
+
+    Args:
+        dataset: its name, for the records.
+        minutes: no method is started that, going by its price and the first one's time, would not
+            be done in that time. The first always is.
+        clock: seconds.
+
+    Raises:
+        KnowEditError: no methods or no facts; or what the methods raise.
+    """
+    if not methods:
+        raise KnowEditError("there are no methods to compare; name at least one")
+    began = clock()
+    results: list[Result] = []
+    skipped: list[str] = []
+    unit = 0.0  # seconds for a method of price 1
+    for number, method in enumerate(methods, 1):
+        price = PRICE.get(method.kind, max(PRICE.values()))
+        start = clock()
+        if minutes is not None and results and start - began + unit * price > 60 * minutes:
+            skipped.append(method.name)
+            continue
+        say(f"{method.name}, {number} of {len(methods)}: computing and measuring")
+        results.append(
+            run(model, facts, statistics, method, "batch", dataset, seed=seed, progress=progress)
+        )
+        unit = max(unit, (clock() - start) / price)
+    return Recommendation(list(facts), results, skipped)
+
+
+def _rate(result: Result, kind: str, measure: str) -> Estimate | None:
+    return result.evaluation.after.get(kind, {}).get(measure)
+
+
+def _exact(result: Result) -> float:
+    return result.evaluation.after["efficacy"]["exact"].mean
+
+
+def _score(result: Result) -> float:
+    """Mean of the paraphrases that prefer the new fact and the neighbours that decide as before, as
+    far as the facts have any; else of the exact answers.
+    """
+    found = [
+        _rate(result, kind, measure)
+        for kind, measure in (("paraphrase", "success"), ("neighbourhood", "unchanged"))
+    ]
+    known = [one.mean for one in found if one is not None]
+    return sum(known) / len(known) if known else _exact(result)
+
+
+def _in_chat(result: Result) -> str | None:
+    """How many of the facts that were asked in the chat template were said."""
+    mine = [one for one in result.said if one.way == "chat"]
+    return f"{sum(one.right for one in mine)} of {len(mine)}" if mine else None
+
+
+def _ruinous(result: Result) -> bool:
+    return any(text.startswith(RUINOUS) for text in result.report.get("warnings", ()))
