@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from knowedit.methods import RegularisedLoRA as RegularisedLoRA
     from knowedit.methods import RoSE as RoSE
     from knowedit.methods import Session as Session
+    from knowedit.methods import UltraEdit as UltraEdit
     from knowedit.methods import make_method as make_method
     from knowedit.methods.locate.metrics import Covariance as Covariance
     from knowedit.methods.locate.metrics import NullSpace as NullSpace

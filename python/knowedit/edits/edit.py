@@ -49,6 +49,8 @@ class Edit:
         report: what the method measured and chose.
         keys: `{layer: [n, d_ff]}` float32, where it was written; for a `History`, and not saved
             with the edit.
+        carried: running quantities of the sequence up to and with this edit, for the next of the
+            method; kept by a `History`, and not saved with the edit.
         written: when it was committed to a session that is kept on disk, ISO 8601 in UTC.
         plan: `{layer: [facts, hidden]}` what was to be added to the output of the layers' MLP
             projections at the facts' own prompts, to measure its gain; not saved.
@@ -79,6 +81,7 @@ class Edit:
     groups: tuple[int, ...] = ()
     owners: tuple[int, ...] = ()
     replaces: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)
     written: str = ""
     plan: dict[int, Tensor] = field(default_factory=dict)
     setup: str = ""

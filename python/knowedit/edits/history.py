@@ -246,7 +246,7 @@ class History:
         before = History(self.fingerprint, old, self.folded, self.state)
         state = {layer: keys.T for layer in layers if (keys := before.keys(layer)) is not None}
         one = merged(old, before.facts, model)
-        one.key_layers = tuple(layers)
+        one.key_layers, one.carried = tuple(layers), old[-1].carried
         try:
             for edit in old:
                 edit.undo(model)
@@ -270,6 +270,7 @@ class History:
                     f"itself"
                 )
             keys = {f"{layer}.K": key for layer, key in edit.keys.items()}
+            keys |= {f"{name}.carried": moments for name, moments in edit.carried.items()}
             tensors |= {
                 f"{number}.{name}": tensor for name, tensor in {**edit.tensors(), **keys}.items()
             }
@@ -309,9 +310,14 @@ class History:
                     for name in sorted(own)
                     if name.endswith(".K")
                 }
+                carried = {
+                    name.removesuffix(".carried"): own.pop(name)
+                    for name in sorted(own)
+                    if name.endswith(".carried")
+                }
                 record = record if header["format"] == FORMAT else cls.migrate(record, own)
                 edit = Edit.of(record, own, header["fingerprint"])
-                edit.keys = keys
+                edit.keys, edit.carried = keys, carried
                 history.edits.append(edit)
         return history
 
