@@ -14,8 +14,10 @@ from knowedit_kernels.solver.edit_solver import read_in as read_in
 from knowedit_kernels.solver.metrics import Covariance as Covariance
 from knowedit_kernels.solver.metrics import Identity as Identity
 from knowedit_kernels.solver.metrics import Metric as Metric
+from knowedit_kernels.solver.metrics import ScaledMetric as ScaledMetric
 from knowedit_kernels.solver.metrics import ShrunkCovariance as ShrunkCovariance
 from knowedit_kernels.solver.metrics import combined as combined
 from knowedit_kernels.solver.metrics import weight_for_gain as weight_for_gain
+from knowedit_kernels.solver.null_space import LeakyNullSpace as LeakyNullSpace
 from knowedit_kernels.solver.null_space import NullSpace as NullSpace
 from knowedit_kernels.solver.routed_keys import RoutedKeys as RoutedKeys

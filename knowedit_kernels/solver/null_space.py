@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._modes import lasting
-from knowedit_kernels.solver.cholesky import check_symmetric
+from knowedit_kernels.solver.cholesky import EquilibratedCholesky, check_symmetric
 from knowedit_kernels.solver.metrics import ScaledMetric
 
 
@@ -52,6 +52,13 @@ class NullSpace(ScaledMetric):
         self.complement = rank > m // 2
         self.basis = (vectors[:, rank:] if self.complement else vectors[:, :rank]).contiguous()
 
+    def eigenspace(self) -> Tensor:
+        """An orthonormal basis [m, rank] of the free directions."""
+        if not self.complement:
+            return self.basis
+        whole = torch.linalg.qr(self.basis, mode="complete").Q
+        return whole[:, self.basis.shape[1] :].contiguous()
+
     # Keys multiply from the left, as rows: for few of them BLAS is two to twelve times as fast that
     # way round.
     def _whiten(self, X: Tensor) -> Tensor:
@@ -62,3 +69,29 @@ class NullSpace(ScaledMetric):
         # Z of whitened keys is projected already, but only to 2^-53 |K|: that leaks where |P K| is
         # much smaller
         return self._whiten(Z) if self.complement else (Z.mT @ self.basis.mT).mT
+
+
+class LeakyNullSpace(ScaledMetric):
+    """weight * (I + leak * C) on a low-energy eigenspace, infinite elsewhere (BetaEdit):
+    AlphaEdit's null space is only nearly one, and what leaks through it has a price.
+
+    With an orthonormal basis Q [m, r] of ``space``: M^-1 = Q (I + leak Q^T C Q)^-1 Q^T / weight.
+    ``C`` need not be the matrix whose eigenspace it is. O(m r) numbers, one factor of size r.
+    """
+
+    @lasting
+    def __init__(self, C: Tensor, space: NullSpace, leak: float, weight: float = 1.0) -> None:
+        if leak < 0:
+            raise ValueError(f"leak must not be negative, got {leak}")
+        super().__init__(space.dim, weight, C.device)
+        self.rank = space.rank
+        self.basis = space.eigenspace()
+        inner = leak * (self.basis.mT @ C.double() @ self.basis)
+        inner.diagonal().add_(1.0)
+        self.factor = EquilibratedCholesky(inner, name="leak penalty")
+
+    def _whiten(self, X: Tensor) -> Tensor:
+        return self.factor.whiten(self.basis.mT @ X)
+
+    def _unwhiten(self, Z: Tensor) -> Tensor:
+        return self.basis @ self.factor.unwhiten(Z)

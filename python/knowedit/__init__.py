@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from knowedit.methods import ROME as ROME
     from knowedit.methods import SERAC as SERAC
     from knowedit.methods import AlphaEdit as AlphaEdit
+    from knowedit.methods import BetaEdit as BetaEdit
     from knowedit.methods import FineTuning as FineTuning
     from knowedit.methods import KLFineTuning as KLFineTuning
     from knowedit.methods import KLLoRA as KLLoRA

@@ -491,3 +491,21 @@ def test_ridge_rescues_singular_statistics():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("rank", [3, 9])
+def test_the_leaky_null_space_is_its_dense_inverse(rank):
+    """Whichever side of the eigenvectors is kept, and for another matrix than the space's own."""
+    draw = torch.Generator().manual_seed(rank)
+    C, other = (torch.randn(40, 12, generator=draw, dtype=torch.float64) for _ in range(2))
+    C, other = C.mT @ C / 40, other.mT @ other / 40
+    space = S.NullSpace(C, rank=rank)
+    metric = S.LeakyNullSpace(other, space, 2.5, weight=3.0)
+    Q = torch.linalg.eigh(C).eigenvectors[:, :rank]
+    inner = torch.eye(rank, dtype=torch.float64) + 2.5 * Q.mT @ other @ Q
+    X = torch.randn(12, 5, generator=draw, dtype=torch.float64)
+    torch.testing.assert_close(metric.inverse(X), Q @ torch.linalg.solve(inner, Q.mT @ X) / 3)
+    free = S.LeakyNullSpace(other, space, 0.0, weight=3.0)
+    torch.testing.assert_close(free.inverse(X), space.with_weight(3.0).inverse(X))
+    with pytest.raises(ValueError, match="leak must not be negative"):
+        S.LeakyNullSpace(C, space, -1.0)

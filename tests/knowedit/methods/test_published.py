@@ -9,9 +9,10 @@ import torch
 from knowedit.edits.history import History
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact
-from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit, MEMITMerge
+from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit, BetaEdit, MEMITMerge, make_method
 from knowedit.methods.locate.keys import group_by_subject, group_keys
 from knowedit.methods.locate.metrics import Covariance, Exact, NullSpace
+from knowedit.methods.locate.targets import AnchoredState
 from knowedit.methods.locate.task import Task
 from knowedit.models.presets import preset_for
 from knowedit.statistics import KeyStatistics
@@ -111,6 +112,77 @@ def test_alphaedit_with_history_is_the_released_code(tiny_llama):
         cache += K @ K.T
     for edit in history.edits:
         edit.undo(tiny_llama)
+
+
+def betaedit(C, K, R, P, cache, leak, beta):
+    inner = P @ (K @ K.T + cache + leak * C) + beta * torch.eye(len(C), dtype=C.dtype)
+    return torch.linalg.solve(inner, P @ K @ R.T).T
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_betaedit_with_history_is_the_published_formula(tiny_llama, refresh):
+    """With the price as published; the refreshed null space is of C and K Kᵀ of one trace."""
+    statistics, history = statistics_of(tiny_llama, [1]), History(tiny_llama.fingerprint)
+    C = statistics.moment(1)
+    mean = float(C.diagonal().mean())
+    metric = NullSpace(weight=10.0, leak=2.0, refresh=refresh)
+    editor = BetaEdit(layers=(1,), target=target_of(VALUES), metric=metric, keys=MEAN)
+    cache, spaces = torch.zeros_like(C), []
+    for fact in FACTS:
+        made = editor.compute(tiny_llama, [fact], statistics, history=history, progress=False)
+        ((layer, K, R, _),) = inputs(tiny_llama, editor, [fact], made, (1,))
+        trace = float(cache.diagonal().sum())
+        both = (C + cache * float(C.diagonal().sum()) / trace) / 2 if refresh and trace else C
+        values, vectors = torch.linalg.eigh(both)
+        P = vectors[:, values < mean] @ vectors[:, values < mean].T
+        wanted = betaedit(C, K, R, P, cache, 10 * 2 / mean, 10.0)
+        assert (made.delta(layer) - wanted).norm() <= 1e-6 * wanted.norm() > 0
+        chosen = made.report.layers["1"]
+        assert chosen["lambda1"] == pytest.approx(20 / mean) and chosen["beta"] == 10
+        spaces.append(P)
+        made.apply(tiny_llama)
+        history.add(made)
+        cache += K @ K.T
+    assert ((spaces[0] - spaces[-1]).norm() > 0.1) == refresh
+    if refresh:
+        with pytest.raises(EditError, match="changes with the history.*without refresh"):
+            editor.removal(tiny_llama, history.find(FACTS[:1]), statistics, history)
+    for edit in history.edits:
+        edit.undo(tiny_llama)
+    with pytest.raises(EditError, match="leak must not be negative"):
+        NullSpace(leak=-1)
+
+
+def test_norm_anchoring_is_one_line_on_the_value(tiny_llama):
+    """`v* <- norm v* / |v*|`; the norm is the mean of the unedited model's, and stays it."""
+    statistics = statistics_of(tiny_llama, [1])
+    plain = MEMIT(layers=(1,), target=target_of(BARE))
+    editor = replace(plain, target=target_of(BARE, AnchoredState))
+    v0 = group_keys(tiny_llama, [[f] for f in FACTS], 1, 1, ("{}",), of_mlp=True).outputs.double()
+    groups = [[fact] for fact in FACTS]
+    free = plain.target.values(task_of(tiny_llama, plain, groups, (1,)))
+    value = v0 + free.delta
+    norm = value.norm(dim=1).mean()
+    wanted = norm * value / value.norm(dim=1, keepdim=True) - v0
+    found = editor.target.values(task_of(tiny_llama, editor, groups, (1,)))
+    torch.testing.assert_close(found.delta.double(), wanted, rtol=1e-6, atol=1e-6)
+    history = History(tiny_llama.fingerprint)
+    first = editor.compute(tiny_llama, FACTS[:2], statistics, progress=False)
+    with first.applied_to(tiny_llama):
+        history.add(first)
+        second = editor.compute(tiny_llama, FACTS[2:], statistics, history=history, progress=False)
+    kept = second.report.details["anchored_norm"]
+    assert (
+        kept
+        == first.report.details["anchored_norm"]
+        == pytest.approx(float(value[:2].norm(dim=1).mean()), rel=1e-5)
+    )
+    given = replace(editor, target=replace(editor.target, norm=3.0))
+    targets = given.target.values(task_of(tiny_llama, given, groups, (1,)))
+    torch.testing.assert_close((v0 + targets.delta).norm(dim=1), torch.full((3,), 3.0).double())
+    assert make_method(given.to_dict()) == given
+    with pytest.raises(EditError, match="target.norm must be positive"):
+        AnchoredState(norm=0)
 
 
 def test_alphaedit_writes_nothing_where_c_is_large(tiny_llama):

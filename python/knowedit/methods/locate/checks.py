@@ -120,13 +120,14 @@ def outcome(
 ) -> EditReport:
     """What was planned and what came of it, for `Edit.report`."""
     norms = relative_norms(task.model, written.factors)
+    anchored = {} if targets.norm is None else {"anchored_norm": float(targets.norm[0])}
     report = EditReport(
         gain=min(entry["gain"] for entry in written.layers.values()),
         relative_norm={str(layer): norm for layer, norm in norms.items()},
         layers=written.layers,
         planned_nll=float(targets.nll.mean()),
         steps=targets.steps.tolist(),
-        details={"settings": settings, **written.report},
+        details={"settings": settings, **written.report, **anchored},
     )
     rare = rare_warnings(task, written)
     report.warnings = [*task.warnings, *rare, *outcome_warnings(report, targets, task.groups)]

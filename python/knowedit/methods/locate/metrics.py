@@ -40,6 +40,11 @@ class Metric(Config):
         """Whether it is made of key statistics."""
         return True
 
+    @property
+    def steady(self) -> bool:
+        """Whether it stays the same while a history grows, beside the history's own keys."""
+        return True
+
     def prepared(self: M, task: Task) -> M:
         """The metric for one task, with what it must compute from the model first."""
         return self
@@ -174,36 +179,94 @@ class NullSpace(Weighed):
     The published threshold calls every eigenvalue below 0.02 zero, whatever the scale of the keys;
     here it is relative to the mean eigenvalue.
 
+    With BetaEdit's options (Liu et al. 2026) it is
+    `Delta = R K^T P (Kp Kp^T P + K K^T P + lambda1 C P + beta I)^-1`: what leaks through a null
+    space that is only nearly one has a price, and `P` follows the history.
+
     Attributes:
         relative: eigenvalues of C below this multiple of their mean count as zero.
         threshold: the same as an absolute number (published: 0.02); wins over `relative`.
+        leak: price of C within the null space: `lambda1 = beta * leak / mean eigenvalue of C`.
+        refresh: the null space is that of C and of the history's keys together, each of the same
+            trace, as they are at every write (published: every 1,000 facts, weighed by their
+            number).
     """
 
     relative: float = 1.0
     threshold: float | None = None
+    leak: float = 0.0
+    refresh: bool = False
 
     symbol: ClassVar[str] = "beta"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.leak < 0:
+            raise EditError(f"null-space.leak must not be negative, got {self.leak}")
+
+    @property
+    def steady(self) -> bool:
+        return not self.refresh
 
     def at(
         self, statistics: KeyStatistics, layer: int, keys: Tensor
     ) -> tuple[solver.Metric, dict[str, Any]]:
-        found = statistics[layer]
-        mean = found.energy / len(keys)
+        return self._at(statistics, layer, keys, None)
+
+    def _at(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor, history: History | None
+    ) -> tuple[solver.Metric, dict[str, Any]]:
+        mean = statistics[layer].energy / len(keys)
         threshold = self.threshold if self.threshold is not None else self.relative * mean
-        space = statistics.null_space(layer, self.threshold, self.relative)
+        known = history.keys(layer) if self.refresh and history else None
         try:
-            weight = self.weigh(space, keys)
+            space: solver.NullSpace | solver.BlockMetric
+            if known is None:
+                space = statistics.null_space(layer, self.threshold, self.relative)
+            else:
+                space = self._refreshed(statistics.moment(layer), known, threshold)
+            metric = self._leaking(statistics.moment(layer), space, mean) if self.leak else space
+            weight = self.weigh(metric, keys)
         except ValueError as error:
             raise EditError(
                 f"the null space at layer {layer}: {error}; raise metric.threshold"
             ) from error
-        return space.with_weight(weight), {
+        return metric.with_weight(weight), {
             self.symbol: weight,
             "threshold": threshold,
             "null_directions": space.rank
             if isinstance(space, solver.NullSpace)
             else sum(block.rank for block in space.metrics.values()),  # type: ignore[attr-defined]
+            **({"lambda1": weight * self.leak / mean} if self.leak else {}),
         }
+
+    def _refreshed(self, moment: Tensor, known: Tensor, threshold: float) -> solver.NullSpace:
+        """The null space of C and of the keys `[d_ff, n]` of the history."""
+        if moment.dim() != 2:
+            raise EditError("null-space.refresh works on dense layers only; leave it out")
+        keys = known.to(moment)
+        scale = moment.diagonal().sum() / keys.square().sum()
+        return solver.NullSpace((moment + scale * (keys @ keys.T)) / 2, threshold=threshold)
+
+    def _leaking(
+        self, moment: Tensor, space: solver.NullSpace | solver.BlockMetric, mean: float
+    ) -> solver.ScaledMetric:
+        """The null space with a price on C within it."""
+        leak = self.leak / mean
+        if isinstance(space, solver.NullSpace):
+            return solver.LeakyNullSpace(moment, space, leak)
+        blocks = {
+            expert: solver.LeakyNullSpace(moment[expert], block, leak)
+            for expert, block in space.metrics.items()
+            if isinstance(block, solver.NullSpace)
+        }
+        return solver.BlockMetric(blocks)
+
+    def solver(
+        self, statistics: KeyStatistics, layer: int, keys: Tensor, history: History | None = None
+    ) -> tuple[EditSolver, dict[str, Any]]:
+        metric, chosen = self._at(statistics, layer, keys, history)
+        return EditSolver(history.extend(metric, layer) if history else metric, keys), chosen
 
 
 @dataclass(frozen=True)

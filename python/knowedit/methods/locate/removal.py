@@ -118,6 +118,11 @@ def _check(recipe: Recipe, place: Place) -> None:
             f"{recipe.name} writes under a constraint that has no joint solution to return to; "
             f"{remedy}, or use a method with a soft metric (MEMIT, AlphaEdit)"
         )
+    if not recipe.metric.steady:
+        raise EditError(
+            f"the metric of {recipe.name} changes with the history, so that there is no joint "
+            f"solution to return to; {remedy}, or use one without refresh"
+        )
     kind = edit.config.get("metric", {}).get("kind", recipe.metric.kind)
     if kind != recipe.metric.kind:
         raise EditError(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from knowedit.errors import EditError
 from knowedit.io.config import Config
 from knowedit.io.progress import bar
+from knowedit.methods.locate.keys import group_keys
 from knowedit.methods.locate.task import Runtime, Task
 from knowedit.methods.locate.values import (
     AtModules,
@@ -169,6 +171,61 @@ def _reaching(deltas: Tensor) -> Tensor:
     unit = rows / length
     gram = unit @ unit.T + 1e-3 * torch.eye(len(unit), dtype=unit.dtype)
     return (unit.T @ torch.linalg.solve(gram, length))[:, 0].float()
+
+
+@dataclass(frozen=True)
+class AnchoredState(HiddenState):
+    """The hidden state, with the MLP's part of it brought to one length: norm-anchor scaling (NAS,
+    Liu et al. 2026), which breaks the loop of longer values and larger weights in a sequence,
+    `v* <- norm v* / |v*|` with `v* = v0 + delta` and `v0` the MLP's output.
+
+    The published code leaves out facts whose `v*` is more than twice the norm; here all are scaled.
+
+    Attributes:
+        norm: the length; None: the mean over the first edit of the history, whose values were
+            found on the unedited model, or over these facts where they are the first (published:
+            the mean over other facts).
+    """
+
+    norm: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm is not None and not self.norm > 0:
+            raise EditError(f"target.norm must be positive, got {self.norm}")
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._given().items() if name != "norm"}
+
+    @property
+    def complete(self) -> bool:
+        return all(value is not None for name, value in vars(self).items() if name != "norm")
+
+    def values(self, task: Task) -> Targets:
+        found = super().values(task)
+        if found.lower is not None:
+            raise EditError(
+                "norm anchoring scales one value a fact, and here every edited layer has its own: "
+                "name one layer"
+            )
+        clean = group_keys(
+            task.model, task.groups, task.layers[-1], task.layers[-1], ("{}",), of_mlp=True
+        ).outputs.to(found.delta)
+        value = (clean + found.delta).double()
+        length = value.norm(dim=1, keepdim=True)
+        norm = self._norm(task) or float(length.mean())
+        anchored = value * (norm / length.clamp(min=1e-30))
+        return replace(
+            found, delta=(anchored - clean).float(), norm=torch.full_like(found.nll, norm)
+        )
+
+    def _norm(self, task: Task) -> float | None:
+        """The length that is given, or that the history began with."""
+        if self.norm is not None:
+            return self.norm
+        earlier = task.history.edits if task.history is not None else []
+        known = (edit.report.details.get("anchored_norm") for edit in earlier)
+        return next((norm for norm in known if norm is not None), None)
 
 
 class TwoDeltas(AtModules):

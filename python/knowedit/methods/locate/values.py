@@ -108,6 +108,7 @@ class Targets:
         steps: `[groups]` updates made.
         lower: `[groups, layers - 1, hidden]` what the layers below the last are to write, where
             each layer has a value of its own (`AtProjections`).
+        norm: `[groups]` the length that the MLP's part was brought to, where the target anchors it.
     """
 
     delta: Tensor
@@ -116,6 +117,7 @@ class Targets:
     nll: Tensor
     steps: Tensor
     lower: Tensor | None = None
+    norm: Tensor | None = None
 
     @property
     def wanted(self) -> Tensor:
