@@ -219,11 +219,11 @@ class NullSpace(Weighed):
         mean = statistics[layer].energy / len(keys)
         threshold = self.threshold if self.threshold is not None else self.relative * mean
         known = history.keys(layer) if self.refresh and history else None
+        space: solver.NullSpace | solver.BlockMetric
+        if known is None:
+            space = statistics.null_space(layer, self.threshold, self.relative)
         try:
-            space: solver.NullSpace | solver.BlockMetric
-            if known is None:
-                space = statistics.null_space(layer, self.threshold, self.relative)
-            else:
+            if known is not None:
                 space = self._refreshed(statistics.moment(layer), known, threshold)
             metric = self._leaking(statistics.moment(layer), space, mean) if self.leak else space
             weight = self.weigh(metric, keys)
