@@ -190,6 +190,14 @@ def apply(
         ),
     ],
     output: File,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Copy the model's folder a tensor at a time, without loading the model; weights "
+            "keep their dtype.",
+        ),
+    ] = False,
     force: Force = False,
     *,
     loading: Loading,
@@ -199,13 +207,21 @@ def apply(
     """
     from knowedit.edits.export.folder import save_edited
     from knowedit.edits.journal import edits_in
+    from knowedit.edits.merge import merge_into
 
     check_free(output)
     loaded = _checked([edit for path in edits for edit in edits_in(path)], force)
-    editable = loading.load(model)
-    save_edited(editable, loaded, output)
+    if stream:
+        if loading.words():
+            raise KnowEditError(
+                f"--stream loads no model; leave {' '.join(loading.words())} out: weights keep "
+                "their dtype"
+            )
+        merge_into(model, loaded, output)
+    else:
+        save_edited(loading.load(model), loaded, output)
     loading.show(
-        _written(output, editable.fingerprint, loaded),
+        _written(output, loaded[0].fingerprint, loaded),
         lambda: f"wrote {output}; take it back with: {command_line('undo', output)}",
     )
 
@@ -236,6 +252,24 @@ def undo(
         {"folder": str(folder), "fingerprint": found, "original": whole},
         lambda: f"{folder}: {done}; fingerprint {found}",
     )
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="A model's folder.")],
+    second: Annotated[
+        Path, typer.Argument(help="Another one; or edits of the first: a file, or a session.")
+    ],
+    *,
+    output: Output,
+) -> None:
+    """What differs between two models: which weights, at what rank, by how much, and which facts
+    are recorded. Read from the files: no model is loaded.
+    """
+    from knowedit.edits.diff import diff as compared
+
+    found = compared(first, second)
+    output.show(found.to_dict(), lambda: "\n".join(map(str, found.tables())))
 
 
 @app.command()

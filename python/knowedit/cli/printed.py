@@ -54,6 +54,7 @@ JSON: dict[str, tuple[Printed, ...]] = {
     "edit": (Printed("file, key, fingerprint, facts, config, report, said"),),
     "apply": (Printed("folder, fingerprint, edits"),),
     "undo": (Printed("folder, fingerprint, original"),),
+    "diff": (Printed("first, second, parameters, weights, notes, facts"),),
     "export": (Printed("format, folder, fingerprint, edits"),),
     "eval": (
         Printed(

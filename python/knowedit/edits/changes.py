@@ -105,6 +105,19 @@ def change_of(raw: RawChange | Change) -> Change:
     return Dense(raw) if isinstance(raw, Tensor) else LowRank(*raw)
 
 
+def check_fits(name: str, change: Change, stored: tuple[int, ...], transposed: bool) -> None:
+    """Raise EditError unless `change` is one of a parameter stored in this shape, `[in, out]` where
+    it is `transposed`.
+    """
+    if isinstance(change, LowRank):
+        shape: tuple[int, ...] = (change.U.shape[0], change.V.shape[0])
+        shape = shape[::-1] if transposed else shape
+    else:
+        shape = tuple(change.delta.shape)
+    if shape != stored:
+        raise EditError(f"{name}: a change of shape {shape} does not fit the parameter's {stored}")
+
+
 def write_changes(changes: Mapping[str, Change]) -> dict[str, Tensor]:
     """The tensors of a file, by name: `NAME.U` and `NAME.V`, or `NAME.delta`. Experts of one
     parameter have a `NAME[expert].V` each, and share its `NAME.U` where they have the same.

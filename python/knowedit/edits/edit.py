@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from knowedit.edits.changes import Change, LowRank, read_changes, write_changes
+from knowedit.edits.changes import Change, check_fits, read_changes, write_changes
 from knowedit.edits.export.listing import export_format
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.tensors import read_file, understood, write_file
+from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
 from knowedit.models.fingerprint import difference
@@ -182,27 +183,24 @@ class Edit:
     @accepts_model
     def check(self, model: EditableModel) -> None:
         """Raise EditError when this edit was made for another model."""
+        self.check_made_for(model)
+        changes = self.by_parameter(model) if self.changes else {}
+        parameters = {name for name, _ in model.hf.named_parameters()}
+        if unknown := sorted({split_name(name)[0] for name in changes} - parameters):
+            raise EditError(f"{model.name} has no parameter {', '.join(unknown)}")
+        for name, change in changes.items():
+            check_fits(name, change, tuple(model.stored(name).shape), model.is_transposed(name))
+
+    def check_made_for(self, model: EditableModel | Checkpoint) -> None:
+        """Raise EditError when it was made for other weights, another configuration or tokenizer:
+        of a loaded model, or of a folder that is only read.
+        """
         if other := difference(model, self.fingerprint, self.setup):
             raise EditError(
                 f"this {self.method_name} edit was made for a model with fingerprint "
                 f"{self.fingerprint[:12]}, but {model.name} "
                 f"has {model.fingerprint[:12]}: {other}; compute the edit again for this model"
             )
-        changes = self.by_parameter(model) if self.changes else {}
-        parameters = {name for name, _ in model.hf.named_parameters()}
-        if unknown := sorted({split_name(name)[0] for name in changes} - parameters):
-            raise EditError(f"{model.name} has no parameter {', '.join(unknown)}")
-        for name, change in changes.items():
-            stored = tuple(model.stored(name).shape)
-            if isinstance(change, LowRank):
-                shape: tuple[int, ...] = (change.U.shape[0], change.V.shape[0])
-                shape = shape[::-1] if model.is_transposed(name) else shape
-            else:
-                shape = tuple(change.delta.shape)
-            if shape != stored:
-                raise EditError(
-                    f"{name}: a change of shape {shape} does not fit the parameter's {stored}"
-                )
 
     @accepts_model
     def is_applied(self, model: EditableModel) -> bool:

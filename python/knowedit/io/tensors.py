@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ KEY = "knowedit"  # of the header, in a file's metadata
 #: Behind a header's last field: `{tensor: checksum}`, with the header's own under the empty name.
 #: In the header's text, as metadata of several names come in no order: equal files are equal bits.
 CHECKSUMS = ', "checksums": '
+#: Names of dtypes in safetensors files.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 OWN_SUM = '{"": "'  # how the sums begin
 
 logger = logging.getLogger(__name__)
@@ -36,11 +43,8 @@ logger = logging.getLogger(__name__)
 
 def checksum(tensor: Tensor) -> str:
     """CRC-32 of a tensor's dtype, shape and bits; 8 hex digits."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    start = zlib.crc32(f"{flat.dtype} {list(tensor.shape)}".encode())
-    if not flat.numel():
-        return f"{start:08x}"
-    return f"{zlib.crc32(flat.view(torch.uint8).numpy().data, start):08x}"
+    start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    return f"{zlib.crc32(bits(tensor), start):08x}"
 
 
 def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
@@ -53,6 +57,54 @@ def write_file(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[
     with atomic_file(path) as temporary, disk_errors(path):
         save_file(held, temporary, metadata={KEY: f"{text[:-1]}{CHECKSUMS}{json.dumps(sums)}}}"})
     return Path(path)
+
+
+def write_streamed(
+    path: str | Path, tensors: Mapping[str, Callable[[], Tensor]], header: Mapping[str, Any]
+) -> Path:
+    """As `write_file`, of tensors that are made when they are needed, twice, and never all at hand:
+    at first for their checksums, which stand at the file's start.
+    """
+    text = json.dumps(header)
+    sums = {"": _text_checksum(text)}
+    fields: dict[str, Any] = {}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]()
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        sums[name] = checksum(tensor)
+        kind = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        fields[name] = {**kind, "data_offsets": [start, end]}
+    fields["__metadata__"] = {KEY: f"{text[:-1]}{CHECKSUMS}{json.dumps(sums)}}}"}
+    head = json.dumps(fields).encode()
+    head += b" " * (-len(head) % 8)
+    with atomic_file(path) as temporary, disk_errors(path), temporary.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for name in sorted(tensors):
+            out.write(bits(tensors[name]()))
+    return Path(path)
+
+
+def overwrite(path: Path, name: str, tensor: Tensor) -> None:
+    """Put `tensor` in the place of the one of that name, shape and dtype in a safetensors file;
+    no other byte is read or written.
+
+    Raises:
+        ValueError: another shape or dtype is there.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        field = json.loads(file.read(size))[name]
+        if field["shape"] != list(tensor.shape) or field["dtype"] != DTYPES[tensor.dtype]:
+            raise ValueError(f"{path}: {name} is {field['dtype']} {field['shape']}")
+        file.seek(8 + size + field["data_offsets"][0])
+        file.write(bits(tensor))
+
+
+def bits(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, as files hold them."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 class TensorFile:

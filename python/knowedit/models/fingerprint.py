@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from knowedit.errors import EditError, ModelError
 
 if TYPE_CHECKING:
+    from knowedit.models.checkpoint import Checkpoint
     from knowedit.models.editable import EditableModel
 
 CHUNK = 1 << 22  # words of a tensor that are summed with the same places
@@ -48,6 +49,21 @@ def weights_fingerprint(model: nn.Module) -> str:
             anything.
     """
     return WeightsWatch().fingerprint(model)
+
+
+def streamed_fingerprint(model: nn.Module, read: Callable[[str], Tensor]) -> str:
+    """The same of a model whose parameters are read by name, one at a time.
+
+    Args:
+        model: has the names, in order; its numbers may be on the meta device.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, _ in model.named_parameters():
+        digest.update(_part(model, name, read(name)))
+    return digest.hexdigest()
 
 
 class WeightsWatch:
@@ -156,7 +172,7 @@ def setup_of(config: Any, tokenizer: Any) -> str:
     return f"{_digest(fields)}-{_digest(list(ids))}"
 
 
-def difference(model: EditableModel, fingerprint: str, setup: str = "") -> str | None:
+def difference(model: EditableModel | Checkpoint, fingerprint: str, setup: str = "") -> str | None:
     """In words, how `model` differs from the one of which these are recorded; None: in nothing.
 
     Args:

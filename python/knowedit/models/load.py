@@ -78,7 +78,7 @@ def load_model(
         if adapted is not None:
             weights, there = resolve(adapted, say=say), {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(weights, **there)
-        _check_plain(str(name), config)
+        check_plain(str(name), config)
         if tokenizer is None:
             tokenizer = _saved_tokenizer(source, weights, where)
         model = class_for(config).from_pretrained(
@@ -120,7 +120,7 @@ def class_for(config: Any) -> Any:
     )
 
 
-def _check_plain(name: str, config: Any) -> None:
+def check_plain(name: str, config: Any) -> None:
     """Raise ModelError for a checkpoint with quantised weights, before they are read."""
     parts = (config, config.get_text_config())
     found = next((q for p in parts if (q := getattr(p, "quantization_config", None))), None)

@@ -314,12 +314,17 @@ def test_edits_as_json(place, knowedit):
     memit = ("--method", "memit", "--set", "target.steps=1", *CORPUS[:4])
     for line in (
         ("edit", "model", "facts.jsonl", "-o", "a.safetensors", "--layer", "1", *memit),
-        ("apply", "model", "a.safetensors", "-o", "edited"),
+        ("apply", "model", "a.safetensors", "-o", "edited", "--stream"),
+        ("diff", "model", "edited"),
         ("undo", "edited"),
         ("export", "model", "a.safetensors", "-o", "adapter"),
         ("eval", "model", "--dataset", "facts.jsonl", "--layer", "1", *memit),
     ):
         assert knowedit(*line, "--json")
+    stream = ("--stream", "--dtype", "float32", "--force")
+    said = knowedit("apply", "model", "a.safetensors", "-o", "b", *stream, code=1)
+    assert "--stream loads no model; leave --dtype float32 out" in said
+    assert "of 39 weights differ" in knowedit("diff", "model", "a.safetensors")
 
 
 def test_every_command_with_json_says_its_keys():

@@ -24,6 +24,7 @@ from knowedit.errors import EditError
 from knowedit.io.files import atomic_file, atomic_folder, disk_errors
 from knowedit.io.tables import Column, Table
 from knowedit.io.tensors import checksum, read_file, write_file
+from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
 from knowedit.models.gguf import as_plain
@@ -39,6 +40,7 @@ EARLIER_RECORD = "knowedit-undo.safetensors"  # which loaders took for weights
 EARLIER = ("knowedit-undo/1",)  # read, and brought to today's form by `read_record`
 ORIGINAL = "original."  # before a parameter's name: its bits as they were
 CARD = "README.md"
+BASE_CARD = "README.base.md"  # the card of the model that was edited, where its folder had one
 CONFIG, ENTRY = "config.json", "knowedit"
 
 
@@ -62,15 +64,7 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
         )
     names = sorted({name for edit in edits for name in edit.by_parameter(model)})
     originals = {name: model.stored(name).detach().cpu().clone() for name in names}
-    header: dict[str, Any] = {
-        "format": FORMAT,
-        "fingerprint": model.fingerprint,
-        "model": model.name,
-        "edits": [
-            {"method": e.method_name, "key": e.key, "facts": [f.to_dict() for f in e.facts]}
-            for e in edits
-        ],
-    }
+    header = header_of(model, edits)
     try:
         with ExitStack() as applied:
             for edit in edits:
@@ -81,6 +75,19 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
     except FileExistsError as error:
         raise EditError(str(error)) from error
     return Path(folder)
+
+
+def header_of(model: EditableModel | Checkpoint, edits: Sequence[Edit]) -> dict[str, Any]:
+    """What an undo record says of the model and its edits."""
+    return {
+        "format": FORMAT,
+        "fingerprint": model.fingerprint,
+        "model": model.name,
+        "edits": [
+            {"method": e.method_name, "key": e.key, "facts": [f.to_dict() for f in e.facts]}
+            for e in edits
+        ],
+    }
 
 
 def _write_folder(
@@ -103,9 +110,9 @@ def _write_folder(
         }
         for name in originals
     }
-    header[CONFIG] = _config(folder).get(ENTRY)
+    header[CONFIG] = config_of(folder).get(ENTRY)
     _write_record(folder, header, originals, {e.key: e.by_parameter(model) for e in edits})
-    _describe(folder, header)
+    describe(folder, header)
 
 
 def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path:
@@ -243,7 +250,7 @@ def _take_back(
         {made["key"]: changes[made["key"]] for made in left},
     )
     if _text(folder / CARD) == card:
-        _describe(folder, header)
+        describe(folder, header)
     return fingerprint_of(folder)
 
 
@@ -375,7 +382,7 @@ def _write_record(
 # -------------------------------------------------------------------------------------------------
 
 
-def _describe(folder: Path, header: Mapping[str, Any]) -> None:
+def describe(folder: Path, header: Mapping[str, Any]) -> None:
     """Write the model card, and what was edited into the configuration."""
     with atomic_file(folder / CARD) as temporary:
         temporary.write_text(_card(header), encoding="utf-8")
@@ -388,9 +395,11 @@ def _describe(folder: Path, header: Mapping[str, Any]) -> None:
 
 
 def _forget(folder: Path, header: Mapping[str, Any]) -> None:
-    """Remove what `_describe` wrote; a card that someone else has changed is left."""
+    """Remove what `describe` wrote; a card that someone else has changed is left."""
     if _text(folder / CARD) == _card(header):
         (folder / CARD).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            (folder / BASE_CARD).replace(folder / CARD)
     _set_entry(folder, header[CONFIG])
 
 
@@ -419,7 +428,8 @@ def _card(header: Mapping[str, Any]) -> str:
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> dict[str, Any]:
+    """The fields of the folder's configuration."""
     found = json.loads((folder / CONFIG).read_text("utf-8"))
     return found if isinstance(found, dict) else {}
 
@@ -429,7 +439,7 @@ def _set_entry(folder: Path, entry: Any) -> None:
     writes it.
     """
     with suppress(FileNotFoundError):
-        record = {name: part for name, part in _config(folder).items() if name != ENTRY}
+        record = {name: part for name, part in config_of(folder).items() if name != ENTRY}
         record |= {} if entry is None else {ENTRY: entry}
         with atomic_file(folder / CONFIG) as temporary:
             text = json.dumps(record, indent=2, sort_keys=True)
