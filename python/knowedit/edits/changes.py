@@ -165,6 +165,22 @@ def changes_of(
     return found
 
 
+def apart(model: EditableModel, changes: Mapping[str, Change]) -> dict[str, Change]:
+    """The same, with a dense change of all experts' output matrices as one of each: edits of the
+    whole parameter and of single experts then meet under the same names, and none writes to what
+    another has under its own.
+    """
+    holding = {model.layout.weight_name(layer) for layer in model.layout.editable}
+    found: dict[str, Change] = {}
+    for name, change in changes.items():
+        parts = change.delta if isinstance(change, Dense) and name in holding else None
+        if parts is None or parts.dim() != 3 or parts.shape != model.stored(name).shape:
+            found[name] = change
+            continue
+        found |= {slice_name(name, expert): Dense(part) for expert, part in enumerate(parts)}
+    return found
+
+
 def factors_of(
     model: EditableModel, changes: Mapping[str, Change], layer: int
 ) -> tuple[Tensor, Tensor] | None:

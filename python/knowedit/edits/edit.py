@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from knowedit.edits.changes import Change, check_fits, read_changes, write_changes
+from knowedit.edits.changes import Change, apart, check_fits, read_changes, write_changes
 from knowedit.edits.export.listing import export_format
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
@@ -150,7 +150,7 @@ class Edit:
         """
         changes: Mapping[str, Change] = self.changes
         if model is not None:
-            changes = self.by_parameter(model)
+            changes = {**self.by_parameter(model), **self.changes}
             at = model.layout.weight_name(at) if isinstance(at, int) else at
         found = [name for name in changes if name == at]
         if isinstance(at, int):
@@ -166,12 +166,13 @@ class Edit:
     @accepts_model
     def by_parameter(self, model: EditableModel) -> dict[str, Change]:
         """`changes` with every parameter's name in `model.hf`, those of a file of the first version
-        too.
+        too; of a parameter that holds experts' matrices each by itself, as other edits have them.
         """
-        return {
+        named = {
             model.layout.weight_name(int(name)) if name.isdecimal() else name: change
             for name, change in self.changes.items()
         }
+        return apart(model, named)
 
     def keys_without(self, groups: Collection[int], layer: int) -> Tensor:
         """Of its keys at `layer` those of other groups than these, `[n, d_ff]`."""

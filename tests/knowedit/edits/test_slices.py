@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from knowedit.edits.changes import LowRank, changes_of, read_changes, write_changes
+from knowedit.edits.changes import Dense, LowRank, changes_of, read_changes, write_changes
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import RECORD, read_record, restore, save_edited
 from knowedit.errors import EditError
@@ -95,3 +95,28 @@ def test_what_does_not_fit_is_refused(mixture, tmp_path):
         edit.apply(mixture)
     with pytest.raises(EditError, match="experts' matrices .*save_edited"):
         an_edit(mixture)[0].export(tmp_path / "adapter", mixture)
+
+
+def test_edits_of_all_experts_and_of_single_ones_are_undone_in_any_order(mixture, tmp_path):
+    """A dense change of the whole parameter and low-rank ones of its slices met under other names:
+    the undo of the first took the second with it, or was refused.
+    """
+    weight, name = mixture.weight(LAYER), mixture.layout.weight_name(LAYER)
+    before = weight.clone()
+    some, wanted = an_edit(mixture)
+    delta = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    whole = Edit("test", {name: Dense(delta)}, FACTS, mixture.fingerprint)
+    assert torch.equal(whole.delta(LAYER, mixture), delta)
+    for first, second in ((some, whole), (whole, some)):
+        first.apply(mixture)
+        second.apply(mixture)
+        torch.testing.assert_close(weight.detach(), before + delta + wanted)
+        first.undo(mixture)
+        torch.testing.assert_close(weight.detach(), before + (delta if second is whole else wanted))
+        second.undo(mixture)
+        assert torch.equal(weight, before)
+    save_edited(mixture, [whole, some], tmp_path / "edited")
+    restore(tmp_path / "edited", [whole.key])
+    left = load_model(tmp_path / "edited", dtype="float32").weight(LAYER)
+    torch.testing.assert_close(left.detach(), before + wanted)
+    assert restore(tmp_path / "edited") == mixture.fingerprint
