@@ -69,6 +69,9 @@ def collect(
     ] = "tokens",
     tolerance: Annotated[float, typer.Option(help="Relative error at which --until stops.")] = 0.3,
     layers: Layers = None,
+    experts: Annotated[
+        str, typer.Option(help="Of layers with experts: those routed to, or the shared one.")
+    ] = "routed",
     max_length: Annotated[
         int, typer.Option(help="Longer documents are cut into pieces of this many tokens.")
     ] = 512,
@@ -96,7 +99,7 @@ def collect(
     with started() as ranks:
         hush(run.quiet or ranks.rank > 0)
         found = key_statistics(
-            editable := run.load(model),
+            editable := run.load(model).editing(experts),  # type: ignore[arg-type]
             parse_layers(layers),
             one(corpus),
             tokens,

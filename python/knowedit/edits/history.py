@@ -23,6 +23,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.io.tensors import read_file, understood, write_file
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import split_name
 from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
 from knowedit_kernels.solver import Metric
@@ -177,7 +178,9 @@ class History:
         return metric if keys is None else metric.with_history(keys)
 
     def check(self, model: EditableModel) -> None:
-        """Raise EditError unless every edit here is of `model` and applied to it."""
+        """Raise EditError unless every edit here is of `model`, and of the experts that it is seen
+        with, and applied to it.
+        """
         setups = {edit.setup for edit in self.edits} or {""}
         found = (difference(model, self.fingerprint, setup) for setup in sorted(setups))
         if other := next(filter(None, found), None):
@@ -186,6 +189,15 @@ class History:
                 f"{model.name} has {model.fingerprint[:12]}: {other}; start a new history for this "
                 "model"
             )
+        for edit in self.edits:
+            names = {split_name(name)[0] for name in edit.by_parameter(model)}
+            for layer in set(edit.keys) & set(model.layout.parts):
+                if model.layout.weight_name(layer) not in names:
+                    raise EditError(
+                        f"an edit of the history changes {sorted(names)[0]}, and this one would "
+                        f"change {model.layout.weight_name(layer)}, whose keys are others; write "
+                        "all edits of a history with the same `experts`, or start a new one"
+                    )
         applied = set(model.ledger.active)
         absent = sum(edit.key not in applied for edit in self.edits)
         if absent:

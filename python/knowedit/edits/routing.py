@@ -71,6 +71,7 @@ class Routing:
         """Of the unedited model, at the layers and prompts that `edit` asks for; at no layers where
         none has routed experts.
         """
+        model = model.editing("routed")
         near = [p.prompt for fact in edit.facts for p in fact.neighbours[:NEIGHBOURS]]
         prompts = tuple(fact.text for fact in edit.facts), tuple(near), tuple(held_out())
         layers = _later(model, edit)
@@ -80,6 +81,7 @@ class Routing:
         """How far it is from the model as it now is; None where there are no such layers."""
         if not self.layers:
             return None
+        model = model.editing("routed")
         now = (_sets(model, group, self.layers) for group in self.prompts)
         facts, near, text = (_changed(*pair) for pair in zip(self.sets, now, strict=True))
         return Rerouted(facts, near if self.prompts[1] else None, text, self.layers)

@@ -40,6 +40,10 @@ class Method(Config):
             cls.kind = cls.name.lower()
         super().__init_subclass__(**others)
 
+    def view(self, model: EditableModel) -> EditableModel:
+        """The model with the parts that this method edits as its `layout`."""
+        return model
+
     @accepts_model
     def compute(
         self,
@@ -62,6 +66,7 @@ class Method(Config):
             EditError: settings, or a model, with which the method cannot work.
         """
         check_kinds(statistics, history)
+        model = self.view(model)
         facts = checked(facts, model, history)
         edit = self._compute(model, facts, statistics, history, progress)
         return self.recorded(edit, model, statistics)
@@ -169,7 +174,18 @@ def statistics_for(
     Raises:
         StatisticsError: some were named (`where`) and none is needed; or as `layer_statistics`.
     """
-    layers = sorted({layer for method in methods for layer in method.statistics_layers(model)})
+    used = {
+        (layer, method.view(model).experts)
+        for method in methods
+        for layer in method.statistics_layers(model)
+    }
+    layers, experts = sorted({layer for layer, _ in used}), {which for _, which in used}
     if where is not None and not layers:
         raise StatisticsError(f"no method here reads statistics; leave {where} out")
+    if len(experts) > 1:
+        raise StatisticsError(
+            f"these methods need statistics of different experts ({', '.join(sorted(experts))}), "
+            "which one collection does not hold; run them apart"
+        )
+    model = model.editing(experts.pop()) if experts else model
     return layer_statistics(layers, model, corpus, tokens, where, seed) if layers else None

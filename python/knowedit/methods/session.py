@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import date, datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
@@ -37,6 +37,14 @@ class Standing(NamedTuple):
 
 def _now() -> datetime:
     return datetime.now(timezone.utc).replace(tzinfo=None)
+
+
+def _is_of(record: Mapping[str, Any], method: Method) -> bool:
+    """Whether a record, perhaps of before there were some of the settings, is of this method."""
+    own = method.to_dict()
+    if record == own or record["kind"] != own["kind"]:
+        return record == own
+    return type(method).from_dict(record).to_dict() == own
 
 
 def _moment(until: str | date) -> str:
@@ -88,14 +96,15 @@ class Session:
         limits: Limits | None = None,
     ) -> None:
         self.limits = limits or Limits()
-        self.method, self.model, self.statistics, self.protect = method, model, statistics, protect
+        self.method, self.model = method, method.view(model)
+        self.statistics, self.protect = statistics, protect
         self.history = history if history is not None else History(model.fingerprint)
         self.journal: Journal | None = None
         self.clock: Callable[[], datetime] = _now
         self._held = ExitStack()  # the lock of a folder
         self._before = self.history.copy()
         self.history.replay(model)
-        self.history.check(model)
+        self.history.check(self.model)
 
     @classmethod
     @accepts_model
@@ -131,7 +140,7 @@ class Session:
                     f"{folder} belongs to a model with fingerprint {journal.fingerprint[:12]}, but "
                     f"{model.name} has {model.fingerprint[:12]}; begin another folder for it"
                 )
-            if journal.method != method.to_dict():
+            if not _is_of(journal.method, method):
                 raise EditError(
                     f"{folder} was begun with {journal.method}; leave the method out, or begin "
                     "another folder"

@@ -26,7 +26,7 @@ from knowedit.models.generation import Router, Score
 from knowedit.models.probing import states_of
 from knowedit.models.processor import free_memory, has_bf16_units
 from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
-from knowedit.models.structure import Layout, detect, is_transposed, own_head
+from knowedit.models.structure import Layout, Which, detect, is_transposed, own_head
 from knowedit.models.tokens import (
     Row,
     batches,
@@ -96,6 +96,7 @@ class EditableModel:
         tokenizer: its fast tokenizer.
         layout: where the edited projections are (`structure.Layout`).
         name: as given to `load_model`; a copy's own (`knowedit.models.copies`).
+        experts: which experts `layout` is about (`editing`).
 
     Raises:
         ModelError: the model cannot be edited, with the reason.
@@ -108,6 +109,7 @@ class EditableModel:
         self.layout: Layout = earlier.layout if earlier else detect(hf)
         check_vocabulary(tokenizer, hf.get_input_embeddings().weight.shape[0])
         self.hf, self.tokenizer = hf, tokenizer
+        self.experts: Which = "routed"
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         if self.dtype == torch.float16 and self.device.type == "cpu":
             raise ModelError(
@@ -150,6 +152,19 @@ class EditableModel:
             f"edits go to {self.layout.pattern.replace('{}', '{layer}')}\n"
             f"  edits in force: {applied if len(applied) < 200 else applied[:200] + ' ...'})"
         )
+
+    def editing(self, experts: Which) -> EditableModel:
+        """The same transformers model, with the same edits, seen with other experts as the
+        projections that are edited: "routed", or the "shared" one that every token passes.
+
+        Raises:
+            EditError: it has no such experts.
+        """
+        if experts == self.experts:
+            return self
+        seen = copy.copy(self)
+        seen.experts, seen.layout = experts, self.checkup.layout.of(experts)
+        return seen
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -402,7 +417,7 @@ class EditableModel:
         copied.eval().requires_grad_(False)
         known = _IN_FORCE[copied] = _InForce()
         known.kinds, known.checkup = _kinds(copied), self.checkup
-        return EditableModel(copied, self.tokenizer, name=self.name)
+        return EditableModel(copied, self.tokenizer, name=self.name).editing(self.experts)
 
     # -- text to tokens
     # -----------------------------------------------------------------------------------------

@@ -237,11 +237,16 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
             "behind them: earlier tokens see later ones, so this is no causal model"
         )
     checks.append(Check("later tokens", error, "not seen by earlier ones"))
-    tried = {layer: _realised(model, layer, rows[1]) for layer in _one_of_each(model)}
-    layer, error = max(tried.items(), key=lambda found: found[1])
+    seen = [model, model.editing("shared")] if model.layout.shared else [model]
+    tried = {
+        part.layout.weight_name(layer): _realised(part, layer, rows[1])
+        for part in seen
+        for layer in _one_of_each(part)
+    }
+    weight, error = max(tried.items(), key=lambda found: found[1])
     if error > limit:
         raise ModelError(
-            f"{model.name}: what a change of {model.layout.weight_name(layer)} does "
+            f"{model.name}: what a change of {weight} does "
             f"differs by {error:.1e} (relative) from what its key says: the module does not "
             "multiply by this weight, so an edit would not be what is computed"
         )

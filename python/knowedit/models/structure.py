@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from knowedit.models.probing import LayerTrace, Linear, Stream, is_linear, size_
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
+
+#: Which experts of a layer an edit goes to: those that its router chooses among, or the dense MLP
+#: beside them that every token passes.
+Which = Literal["routed", "shared"]
 
 _READS = (("gate_proj", "up_proj"), ("c_fc",), ("fc_in",), ("fc1",))
 
@@ -106,6 +110,28 @@ class Layout:
     mixers: Mapping[int, tuple[str, ...]]
     mlps: Mapping[int, tuple[str, ...]]
     shared: Mapping[int, Part] = field(default_factory=dict)
+
+    def of(self, experts: Which) -> Layout:
+        """The same with the parts of these experts as those that are edited. Layers without experts
+        keep their part; those that have none of the kind are refused.
+
+        Raises:
+            EditError: there are no such experts in any layer.
+        """
+        if experts not in get_args(Which):
+            raise EditError(f"experts must be one of {', '.join(get_args(Which))}, got {experts!r}")
+        if experts == "routed":
+            return self
+        if not self.shared:
+            raise EditError(
+                "experts='shared': no layer has a shared expert, a dense MLP that every token "
+                "passes beside the experts that a router chooses among; take experts='routed'"
+            )
+        dense = {index: part for index, part in self.parts.items() if part.experts is None}
+        parts = dict(sorted({**dense, **self.shared}.items()))
+        lone = {index: "it has no shared expert" for index in self.parts if index not in parts}
+        refused = {index: why for index, why in self.refused.items() if index not in parts} | lone
+        return replace(self, parts=parts, refused=refused, shared={})
 
     @property
     def editable(self) -> tuple[int, ...]:

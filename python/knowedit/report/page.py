@@ -126,11 +126,18 @@ def _answers(row: Mapping[str, Any], role: str, when: str) -> list[dict[str, Any
     ]
 
 
+def _rank(edit: Edit, model: EditableModel, layer: int) -> int:
+    """The rank of what an edit adds at a layer; that of each expert where it changes several."""
+    inside = f"{model.layout.layer(layer)}."
+    changes = edit.by_parameter(model).items()
+    return max(change.rank for name, change in changes if name.startswith(inside))
+
+
 def _layers(edit: Edit, model: EditableModel) -> Table:
     rows = [
         (
             layer,
-            edit.by_parameter(model)[model.layout.weight_name(int(layer))].rank,
+            _rank(edit, model, int(layer)),
             chosen["gain"],
             edit.report.relative_norm[layer],
         )

@@ -188,9 +188,17 @@ class KeyStatistics:
         return {str(layer): self[layer].identity for layer in self.layers}
 
     def check(self, model: EditableModel, layers: Sequence[int]) -> None:
-        """Raise StatisticsError unless these statistics are of `model` and hold `layers`."""
+        """Raise StatisticsError unless these statistics are of `model`, of the experts that it is
+        seen with, and hold `layers`.
+        """
         for layer in layers:
             recipe = self[layer].recipe
+            if recipe.experts != model.experts and layer in model.checkup.layout.shared:
+                raise StatisticsError(
+                    f"the statistics of layer {layer} are of its {recipe.experts} experts, and its "
+                    f"{model.experts} ones are edited; collect those: "
+                    f"key_statistics(model.editing({model.experts!r}), [{layer}])"
+                )
             if other := difference(model, recipe.fingerprint, recipe.setup):
                 raise StatisticsError(
                     f"the statistics of layer {layer} are of {self[layer].model} "
@@ -228,6 +236,7 @@ def key_statistics(
     rounding.
 
     Args:
+        model: of one with shared experts, `model.editing("shared")` to have those' keys.
         layers: one or several; default: those of the model's calibration or preset.
         corpus: path(s), a hub data set, "wikipedia", "self" (the model's own samples), or a
             mixture; see `Corpus.parse`.
@@ -291,6 +300,7 @@ def key_statistics(
         tolerance if until != "tokens" else None,
         tuple(start_tokens(model.tokenizer)),
         model.setup,
+        model.experts,
     )
     ranks = Ranks.current()
     if any(other != recipe for other in ranks.gather(recipe)):

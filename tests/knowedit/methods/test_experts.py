@@ -7,10 +7,11 @@ import torch
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
-from knowedit.errors import ModelError
+from knowedit.errors import EditError, ModelError, StatisticsError
 from knowedit.facts.fact import Probe
 from knowedit.facts.wordings.ordinary import held_out
 from knowedit.methods import EMMET, FTL, MEMIT, ROME, AlphaEdit, MetaKE, NeuronPatch
+from knowedit.methods.base import statistics_for
 from knowedit.methods.locate.keysets import ContextKeys
 from knowedit.methods.locate.metrics import Blend, Covariance, NullSpace
 from knowedit.methods.locate.targets import HiddenState
@@ -19,7 +20,7 @@ from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.structure import linears
-from knowedit.statistics import KeyStatistics
+from knowedit.statistics import KeyStatistics, key_statistics
 from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from tests.knowedit.methods.helpers import FACTS, SAME
 from tests.knowedit.models.tiny import build
@@ -239,3 +240,84 @@ def test_a_history_of_experts_spares_earlier_keys(mixtral, tmp_path):
     assert spared < 0.8 * unspared
     session.undo()
     assert weights_fingerprint(mixtral.hf) == mixtral.fingerprint
+
+
+# -- the shared expert
+# -------------------------------------------------------------------------------------------------
+
+
+def collected(model, tmp_path, layers):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(held_out() * 6))
+    where = tmp_path / model.experts
+    return key_statistics(
+        model, layers, text, 200, directory=where, halves=False, progress=False, max_length=32
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "granitemoeshared", "llama4_text"])
+def test_the_shared_expert_is_edited_as_the_dense_mlp_it_is(byte_tokenizer, tmp_path, family):
+    """Behind a gate of its own (Qwen2-MoE), or beside experts that are not understood (Llama 4):
+    what is said to be realised is, and it is undone bit for bit.
+    """
+    more = {"moe_layers": [1]} if family == "llama4_text" else {}
+    model = EditableModel(build(family, **more), byte_tokenizer, name=family)
+    layer = min(model.layout.shared)
+    statistics = collected(model.editing("shared"), tmp_path, [layer])
+    exact = ROME(layers=(layer,), target=TARGET, experts="shared")
+    edit = exact.compute(model, FACTS[:1], statistics, progress=False)
+    assert list(edit.changes) == [model.layout.shared[layer].weight]
+    assert edit.report.measured.gain[0] == pytest.approx(1, abs=2e-3)
+    before = weights_fingerprint(model.hf)
+    with edit.applied_to(model):
+        assert weights_fingerprint(model.hf) != before
+    assert weights_fingerprint(model.hf) == before == model.fingerprint
+    read = Edit.load(edit.save(tmp_path / "edit.safetensors"))
+    assert read.method() == exact and read.key == edit.key
+    assert (edit.report.measured.routing is None) == (family == "llama4_text")
+
+
+def test_statistics_say_of_which_experts_they_are(byte_tokenizer, tmp_path):
+    model = EditableModel(build("qwen2_moe"), byte_tokenizer, name="qwen2_moe")
+    shared = collected(model.editing("shared"), tmp_path, [LAYER])
+    rows = [model.row(fact.text, fact.subject) for fact in FACTS]
+    seen = model.editing("shared").keys(rows, [LAYER])[0][LAYER]
+    given = []
+    module = model.hf.get_submodule(model.layout.shared[LAYER].projection)
+    handle = module.register_forward_pre_hook(lambda _, x: given.append(x[0]))
+    for row in rows:
+        model.hf(input_ids=torch.tensor([row.ids[: row.subject + 1]]))
+    handle.remove()
+    plain = torch.stack([keys.reshape(-1, keys.shape[-1])[-1] for keys in given])
+    torch.testing.assert_close(seen, plain, rtol=1e-4, atol=1e-5)
+    with pytest.raises(StatisticsError, match="of its shared experts, and its routed ones"):
+        MEMIT(layers=(LAYER,), target=TARGET).compute(model, FACTS, shared, progress=False)
+    with pytest.raises(StatisticsError, match=r"of its routed .*model.editing\('shared'\)"):
+        statistics_of(model, [LAYER]).check(model.editing("shared"), [LAYER])
+    both = [MEMIT(layers=(LAYER,)), MEMIT(layers=(LAYER,), experts="shared")]
+    with pytest.raises(StatisticsError, match="different experts"):
+        statistics_for(both, model, None, None)
+
+
+def test_models_without_a_shared_expert_say_so(mixtral, byte_tokenizer):
+    for one in (mixtral, EditableModel(build("llama"), byte_tokenizer)):
+        with pytest.raises(EditError, match="no layer has a shared expert"):
+            MEMIT(layers=(LAYER,), experts="shared").compute(one, FACTS[:1], progress=False)
+    with pytest.raises(EditError, match="one of routed, shared, got 'both'"):
+        mixtral.editing("both")
+
+
+def test_a_session_keeps_to_the_experts_it_began_with(byte_tokenizer, tmp_path):
+    model = EditableModel(build("qwen2_moe"), byte_tokenizer, name="qwen2_moe")
+    statistics = collected(model.editing("shared"), tmp_path, [LAYER])
+    method = MEMIT(layers=(LAYER,), target=TARGET, metric=Covariance(weight=0.1), experts="shared")
+    session = Session(method, model, statistics)
+    session.write(FACTS[:1], force=True, progress=False)
+    session.write(FACTS[1:], force=True, progress=False)
+    session.forget(FACTS[:1], force=True, progress=False)
+    assert [fact.text for fact in session.history.facts] == [fact.text for fact in FACTS[1:]]
+    routed = MEMIT(layers=(LAYER,), target=TARGET)
+    with pytest.raises(EditError, match="changes .*shared_expert.* same `experts`"):
+        Session(routed, model, statistics_of(model, [LAYER]), session.history)
+    session.close()
+    assert weights_fingerprint(model.hf) == model.fingerprint

@@ -257,3 +257,13 @@ def test_the_method_of_the_folder_is_taken(tiny_llama, tmp_path):
     opened(tmp_path / "s", tiny_llama).close()
     with Session.open(tmp_path / "s", tiny_llama) as session:
         assert session.method == MEMIT_1
+
+
+def test_a_folder_of_before_there_was_a_setting_goes_on(tiny_llama, tmp_path):
+    record = MEMIT_1.to_dict()
+    del record["experts"]
+    Journal.begin(tmp_path / "s", tiny_llama.fingerprint, record)
+    opened(tmp_path / "s", tiny_llama, MEMIT_1).close()
+    other = replace(MEMIT_1, merge_subjects=not MEMIT_1.merge_subjects)
+    with pytest.raises(EditError, match="begin another folder"):
+        opened(tmp_path / "s", tiny_llama, other)

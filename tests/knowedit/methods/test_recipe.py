@@ -118,7 +118,7 @@ def test_settings_by_name():
         (lambda: MEMIT(metric=Covariance(gain="0.9")), r"covariance.gain must be a number, got "
                                                        r"str '0.9'"),
         (lambda: MEMIT(metric=Covariance(gain=1.5)), "covariance.gain must lie between 0 and 1"),
-        (lambda: MEMIT(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), "memit takes its settings by name"),
+        (lambda: MEMIT(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12), "memit takes its settings by name"),
         (lambda: ROME(layers=(1, 2)), "ROME edits one layer"),
         (lambda: method_class("memmit"), "unknown method 'memmit'; did you mean 'memit'"),
         (lambda: make_method({"metric": "exact"}), "needs its name as 'kind'"),

@@ -38,6 +38,7 @@ from knowedit.methods.locate.values import AtProjections, Targets, problem_of
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 from knowedit.models.presets import preset_for
+from knowedit.models.structure import Which
 from knowedit.statistics import KeyStatistics
 
 
@@ -58,6 +59,8 @@ class Recipe(Method):
             first token.
         material: texts beside the facts that the parts may use.
         runtime: how much is computed at once, and on what.
+        experts: which are edited where a layer has some: those that tokens are "routed" to, all
+            together, or the "shared" one that every token passes.
     """
 
     metric: Metric = field(default_factory=Covariance)
@@ -70,6 +73,7 @@ class Recipe(Method):
     allow_sinks: bool = False
     material: Material = field(default_factory=Material)
     runtime: Runtime = field(default_factory=Runtime)
+    experts: Which = "routed"
 
     name = "Recipe"
 
@@ -82,11 +86,15 @@ class Recipe(Method):
     def needs_statistics(self) -> bool:  # type: ignore[override]
         return self.metric.needs_statistics
 
+    def view(self, model: EditableModel) -> EditableModel:
+        return model.editing(self.experts)
+
     @accepts_model
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:
         """The layers that it edits. Raises EditError for none, ModelError for one that is not
         there.
         """
+        model = self.view(model)
         chosen = self.spread.layers(preset_for(model)) if self.layers is None else self.layers
         layers = tuple(sorted(set(chosen)))
         if not layers:
@@ -120,6 +128,7 @@ class Recipe(Method):
         much faster.
         """
         check_kinds(statistics)
+        model = self.view(model)
         groups = [check_facts([fact]) for fact in as_facts(facts)]
         if not groups:
             return []
@@ -138,7 +147,7 @@ class Recipe(Method):
         statistics: KeyStatistics | None,
         history: History,
     ) -> Edit:
-        return removal(self, model, places, statistics, history)
+        return removal(self, self.view(model), places, statistics, history)
 
     def prepare(
         self,
@@ -156,6 +165,7 @@ class Recipe(Method):
             StatisticsError: statistics of another model or other layers.
             ModelError: a layer that does not exist.
         """
+        model = self.view(model)
         preset, layers = preset_for(model), self.statistics_layers(model)
         at_projection = problem_of(model, layers) is AtProjections
         values, warnings = self.target.resolved(preset, self.runtime, at_projection), []

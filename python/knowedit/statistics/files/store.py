@@ -44,6 +44,7 @@ class CollectionRecipe:
             `convergence`).
         tolerance: relative error at which to stop, or None.
         start: the tokens that every piece begins with (`models.tokens.start_tokens`).
+        experts: of layers with experts, which ("routed" or "shared").
         setup: of the model's configuration and tokenizer (`EditableModel.setup`); empty in files of
             earlier versions. Not what makes two recipes equal: whoever reads a file compares it.
     """
@@ -59,6 +60,7 @@ class CollectionRecipe:
     tolerance: float | None = None
     start: tuple[int, ...] = ()
     setup: str = field(default="", compare=False)
+    experts: str = "routed"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", tuple(self.start))  # JSON has lists
@@ -67,11 +69,12 @@ class CollectionRecipe:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What makes it equal to others, as JSON has it; without a start token the same as before
-        there was a field for one.
+        """What makes it equal to others, as JSON has it; without a start token, or of routed
+        experts, the same as before there were fields for these.
         """
         found = {k: v for k, v in asdict(self).items() if k != "setup"}
-        return found if self.start else {k: v for k, v in found.items() if k != "start"}
+        usual = {"start": (), "experts": "routed"}
+        return {k: v for k, v in found.items() if k not in usual or v != usual[k]}
 
     @property
     def slug(self) -> str:
