@@ -97,12 +97,11 @@ class Journal:
             path.unlink(missing_ok=True)
             raise
 
-    def take_back(self) -> None:
-        """Put the file of the last edit into `undone`."""
+    def take_back(self, key: str) -> None:
+        """Put the file of the last edit, whose key this is, into `undone`."""
         self._check_open()
         last = self._files()[-1]
         (self.folder / UNDONE).mkdir(exist_ok=True)
-        key = History.load(last).edits[0].key.replace(" ", "")
         os.replace(last, self.folder / UNDONE / f"{last.stem}.{key}{last.suffix}")
 
     def merge(self, history: History) -> None:

@@ -269,7 +269,7 @@ class Session:
         edit.undo(self.model)
         try:
             if self.journal is not None:
-                self.journal.take_back()
+                self.journal.take_back(edit.key)
         except BaseException:
             edit.apply(self.model)
             raise
