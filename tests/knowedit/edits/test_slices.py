@@ -6,6 +6,7 @@ import torch
 from knowedit.edits.changes import Dense, LowRank, changes_of, read_changes, write_changes
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import RECORD, read_record, restore, save_edited
+from knowedit.edits.export.listing import export_format
 from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -93,8 +94,6 @@ def test_what_does_not_fit_is_refused(mixture, tmp_path):
     edit = Edit("test", {f"{name}[9]": change}, FACTS, mixture.fingerprint)
     with pytest.raises(EditError, match=r"no parameter .*\[9\]"):
         edit.apply(mixture)
-    with pytest.raises(EditError, match="experts' matrices .*save_edited"):
-        an_edit(mixture)[0].export(tmp_path / "adapter", mixture)
 
 
 def test_edits_of_all_experts_and_of_single_ones_are_undone_in_any_order(mixture, tmp_path):
@@ -120,3 +119,43 @@ def test_edits_of_all_experts_and_of_single_ones_are_undone_in_any_order(mixture
     left = load_model(tmp_path / "edited", dtype="float32").weight(LAYER)
     torch.testing.assert_close(left.detach(), before + wanted)
     assert restore(tmp_path / "edited") == mixture.fingerprint
+
+
+def of_layer(model, layer, rank, seed=0):
+    """An edit of one layer: of all its experts but the first, or of its dense MLP."""
+    generator = torch.Generator().manual_seed(seed)
+    width, experts = model.layout.width(layer), model.layout.experts(layer)
+    left = torch.randn(model.hidden, rank, generator=generator)
+    right = torch.randn(width, rank, generator=generator)
+    right[: experts.width if experts else 0] = 0
+    return Edit("test", changes_of(model, {layer: (left, right)}), FACTS, model.fingerprint)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_peft_loads_the_adapter_as_the_edited_model(family, byte_tokenizer, tmp_path):
+    """Edits of two layers at two ranks, as peft itself reads them."""
+    from peft import PeftModel
+
+    model = EditableModel(build(family), byte_tokenizer, name=family)
+    edits = [of_layer(model, LAYER, 2), of_layer(model, LAYER, 1, seed=1), of_layer(model, 1, 2)]
+    folder = export_format("peft")(model, edits, tmp_path / "adapter")
+    ids = torch.tensor([model.row("The capital of France is").ids])
+    plain = model.hf(input_ids=ids).logits
+    for edit in edits:
+        edit.apply(model)
+    wanted = model.hf(input_ids=ids).logits
+    for edit in reversed(edits):
+        edit.undo(model)
+    loaded = PeftModel.from_pretrained(model.hf, folder).eval()
+    found = loaded(input_ids=ids).logits
+    assert (wanted - plain).abs().max() > 0.05 * plain.abs().max()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_an_older_peft_is_told_from_one_that_holds_experts(mixture, tmp_path, monkeypatch):
+    from peft import LoraConfig
+
+    fields = {n: f for n, f in LoraConfig.__dataclass_fields__.items() if n != "target_parameters"}
+    monkeypatch.setattr(LoraConfig, "__dataclass_fields__", fields)
+    with pytest.raises(EditError, match="several experts, .* update peft"):
+        an_edit(mixture)[0].export(tmp_path / "adapter", mixture)

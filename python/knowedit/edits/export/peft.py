@@ -1,29 +1,39 @@
 """A LoRA adapter, as peft and vLLM read it: `lora_B @ lora_A` is the update, at scale 1.
 
-Dense changes have no place in one; several edits become one adapter of the sum of their ranks.
+Dense changes have no place in one; several edits become one adapter of the sum of their ranks. Of
+routed experts peft adapts the whole parameter, at one rank for every expert.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from knowedit.edits.changes import LowRank
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_folder, disk_errors
 from knowedit.models.editable import EditableModel
-from knowedit.models.experts import split_name
+from knowedit.models.experts import slice_name, split_name
 from knowedit.models.load import accepts_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
     from knowedit.edits.edit import Edit
+
+
+class Pair(NamedTuple):
+    """What a target is given: `B @ A`; of experts for each expert, in peft's order."""
+
+    A: Tensor
+    B: Tensor
+    rank: int
 
 
 @accepts_model
@@ -35,19 +45,16 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
     """
     from peft import LoraConfig, TaskType
 
-    for edit in edits:
-        if of_experts := [name for name in edit.changes if split_name(name)[1] is not None]:
-            raise EditError(
-                f"this {edit.method_name} edit changes {len(of_experts)} experts' matrices "
-                f"({of_experts[0]}, ...) at one rank for all of them together, which a LoRA "
-                "adapter gives each expert in full; write it into a copy of the model instead "
-                "(save_edited, `knowedit apply`)"
-            )
-    pairs = {
-        name.removesuffix(".weight"): change for name, change in _low_rank(model, edits).items()
+    found = _low_rank(model, edits)
+    dense = {
+        name.removesuffix(".weight"): Pair(change.V.T, change.U, change.rank)
+        for name, change in found.items()
+        if split_name(name)[1] is None
     }
-    rank = max(change.rank for change in pairs.values())
-    pattern = {name: change.rank for name, change in pairs.items() if change.rank != rank}
+    experts = {name: _of_experts(model, name, found) for name in _stacks(found)}
+    pairs = dense | experts
+    rank = max(pair.rank for pair in pairs.values())
+    pattern = {name: pair.rank for name, pair in pairs.items() if pair.rank != rank}
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=model.source,
@@ -56,7 +63,8 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
         lora_alpha=rank,
         lora_dropout=0.0,
         fan_in_fan_out=model.layout.transposed,
-        target_modules=sorted(pairs),
+        target_modules=sorted(dense),
+        target_parameters=sorted(experts) or None,
         rank_pattern=pattern,
         alpha_pattern=pattern,
     )
@@ -67,10 +75,10 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
             "copy of the model instead (save_edited, `knowedit apply`)"
         )
     tensors = {}
-    for name, change in pairs.items():
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"] = change.V.T.contiguous().cpu()
-        tensors[f"{prefix}.lora_B.weight"] = change.U.contiguous().cpu()
+    for name, pair in pairs.items():
+        module = name.rpartition(".")[0] if name in experts else name
+        tensors[f"base_model.model.{module}.lora_A.weight"] = pair.A.contiguous().cpu()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = pair.B.contiguous().cpu()
     try:
         with atomic_folder(path) as temporary, disk_errors(path):
             save_file(tensors, temporary / "adapter_model.safetensors")
@@ -93,6 +101,43 @@ def _taken_for_experts(config: LoraConfig, model: EditableModel) -> list[str]:
     loaded = copy.deepcopy(config)
     convert(loaded, model.hf, None)
     return sorted(set(config.target_modules or ()) - set(loaded.target_modules or ()))
+
+
+def _stacks(found: Mapping[str, LowRank]) -> list[str]:
+    """The parameters of which some experts' matrices are changed."""
+    return sorted({split_name(name)[0] for name in found if split_name(name)[1] is not None})
+
+
+def _of_experts(model: EditableModel, name: str, found: Mapping[str, LowRank]) -> Pair:
+    """The factors that peft gives all experts of a parameter `[E, .., ..]`, at the largest rank of
+    any: `A` `[E * r, in]`, expert by expert, and `B` `[out, r * E]`, rank by rank; zero for an
+    expert that is not changed. What `in` is goes by the module's `is_transposed`, as in peft.
+
+    Raises:
+        EditError: this peft has no targets that are parameters.
+    """
+    from peft import LoraConfig
+
+    if "target_parameters" not in LoraConfig.__dataclass_fields__:
+        raise EditError(
+            f"{name} holds the matrices of several experts, and this version of peft adapts "
+            "modules only; update peft, or write a copy of the model instead (save_edited, "
+            "`knowedit apply`)"
+        )
+    stack = model.stored(name)
+    changes = {e: c for e in range(len(stack)) if (c := found.get(slice_name(name, e)))}
+    rank = max(change.rank for change in changes.values())
+    first, second = (next(iter(changes.values())).U.new_zeros(len(stack), n, rank)
+                     for n in stack.shape[1:])  # fmt: skip
+    for expert, change in changes.items():
+        turned = model.is_transposed(slice_name(name, expert))
+        left, right = (change.V, change.U) if turned else (change.U, change.V)
+        first[expert, :, : change.rank], second[expert, :, : change.rank] = left, right
+    module = model.hf.get_submodule(name.rpartition(".")[0])
+    if getattr(module, "is_transposed", False):  # stored as (in, out)
+        first, second = second, first
+    A, B = second.mT.flatten(0, 1), first.permute(1, 2, 0).flatten(1)
+    return Pair(A, B, rank)
 
 
 def _low_rank(model: EditableModel, edits: Sequence[Edit]) -> dict[str, LowRank]:
