@@ -21,6 +21,7 @@ from . import calibration as by_calibration
 from . import geometry as by_layer
 from . import gradient as by_gradient
 from . import hessian as by_input
+from . import models as by_model
 from . import neuron as by_neuron
 from . import sequential as in_sequence
 from . import tokens as by_tokens
@@ -288,6 +289,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "tokens": ("statistics.md", tokens, tokens_picture),
     "families": ("families.md", by_family.table, by_family.picture),
     "calibration": ("calibration.md", by_calibration.table, by_calibration.draw),
+    by_model.NAME: ("models.md", by_model.table, by_model.no_picture),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
     "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
     "hessian": ("hessians.md", by_input.table, by_input.no_picture),

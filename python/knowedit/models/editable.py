@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
@@ -23,7 +24,7 @@ from knowedit.models.evaluating import evaluating
 from knowedit.models.experts import Routed, WideProjection, as_keys, split_name
 from knowedit.models.fingerprint import WeightsWatch, setup_of
 from knowedit.models.generation import Router, Score
-from knowedit.models.probing import states_of
+from knowedit.models.probing import probe_ids, rounding, run, states_of
 from knowedit.models.processor import free_memory, has_bf16_units
 from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
 from knowedit.models.structure import Layout, Which, detect, is_transposed, own_head
@@ -386,15 +387,16 @@ class EditableModel:
         """A copy to optimise targets on, in the dtype whose products are fastest: bfloat16 where
         the processor has units for it (a third of the time), else float32.
 
-        Attention is the plain one on a CPU: torch's fused backward is slow there on short rows.
-        Elsewhere a bfloat16 model is its own draft.
+        Attention is the plain one on a CPU, where torch's fused backward is slow on short rows,
+        unless transformers' plain code is wrong or fails for this configuration. Elsewhere a
+        bfloat16 model is its own draft.
         """
         if self.dtype == torch.bfloat16 and self.device.type != "cpu":
             return self
         fastest = torch.bfloat16 if has_bf16_units(self.device) else torch.float32
         copied = self._copied(fastest)
         if self.device.type == "cpu":
-            copied.hf.set_attn_implementation("eager")
+            _attend_plainly(copied.hf)
         return copied
 
     def widened(self) -> EditableModel:
@@ -592,6 +594,21 @@ def _copy(hf: Any) -> Any:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     return copy.deepcopy(hf, kept)
+
+
+def _attend_plainly(hf: Any) -> None:
+    """Switch to transformers' plain attention, unless it fails here or gives other logits: it
+    repeats heads by a number of the configuration that other attention may never use.
+    """
+    was, ids = hf.config._attn_implementation, probe_ids(hf, 1)
+    wanted = run(hf, ids).logits.float()
+    hf.set_attn_implementation("eager")
+    try:
+        error = float((run(hf, ids).logits.float() - wanted).norm() / wanted.norm())
+    except ModelError:
+        error = math.inf
+    if not error < rounding(hf.dtype):
+        hf.set_attn_implementation(was)
 
 
 def _put(rows: Tensor, at: Tensor, into: Tensor, part: Tensor | Routed) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,9 @@ COMPUTES = re.compile(
     r"act($|_)|activation|eps|theta|rope|rotary|(?<!initializer_)factor|multiplier|scal|softcap"
     r"|window|layer_types|head|per_tok|top_?k|parallel|norm_before|position_embedding_type|alibi"
 )
+
+#: Hex digits of earlier digests of configurations, which counted every one of those fields.
+EVERY_FIELD = 8
 
 #: What tokenizers disagree about: case, blanks, numbers, accents, scripts, code, rare signs.
 PROBE = (
@@ -164,12 +168,10 @@ def _bit_sum(tensor: Tensor) -> int:
 
 def setup_of(config: Any, tokenizer: Any) -> str:
     """Digests of what the configuration computes with the weights, and of what the tokenizer makes
-    of a text; 8 hex digits each.
+    of a text; 12 and 8 hex digits.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    fields = sorted(set(_computing(text.to_dict())))
     ids = tokenizer(PROBE, truncation=False, verbose=False)["input_ids"]
-    return f"{_digest(fields)}-{_digest(list(ids))}"
+    return f"{_digest(_computing(_text_config(config)), 6)}-{_digest(list(ids))}"
 
 
 def difference(model: EditableModel | Checkpoint, fingerprint: str, setup: str = "") -> str | None:
@@ -182,20 +184,77 @@ def difference(model: EditableModel | Checkpoint, fingerprint: str, setup: str =
         return "other weights or another dtype"
     if not setup or model.setup == setup:
         return None
-    computes, reads = (a != b for a, b in zip(model.setup.split("-"), setup.split("-")))
+    mine, recorded = model.setup.split("-"), setup.split("-")
+    if len(recorded[0]) == EVERY_FIELD:
+        config = getattr(model, "hf", model).config  # of a model, or of a checkpoint
+        every = _text_config(config).to_dict()
+        mine[0] = _digest(sorted(set(_named(every))))
+    computes, reads = (a != b for a, b in zip(mine, recorded))
+    if not computes and not reads:
+        return None
     what = ["another configuration (activation, norms, positions or heads)"] * computes
     return "the same weights, but " + " and ".join([*what, *["another tokenizer"] * reads])
 
 
-def _computing(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _computing(config: Any) -> tuple[tuple[str, str], ...]:
+    """Names and values of the fewest fields that change logits and from which the configuration's
+    class makes the rest.
+
+    What a class fills in by itself (a default, a number that follows from others) says nothing
+    about a model, and is there or not with the version of transformers.
+    """
+    return _fewest(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=64)
+def _fewest(kind: Any, text: str) -> tuple[tuple[str, str], ...]:
+    """As `_computing`, of a class and a configuration of it as JSON."""
+    needed = json.loads(text)
+    whole, told = _relevant(needed), {}
+    for name in sorted(whole):
+        without = {other: value for other, value in needed.items() if other != name}
+        made = _made(kind, without)
+        if made == whole:
+            needed = without
+        else:
+            told[name] = _unlike(whole[name], made.get(name))
+    return tuple(sorted(set(_named(told))))
+
+
+def _made(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that change logits of what a class makes of a record; none where it does not."""
+    try:
+        made = kind.from_dict(dict(record)).to_dict()
+    except Exception:  # a field without which this class, anybody's code, cannot be made
+        return {}
+    return _relevant(json.loads(json.dumps(made, default=str)))
+
+
+def _relevant(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that change logits, or have such within them."""
+    return {name: value for name, value in record.items() if any(_named({name: value}))}
+
+
+def _unlike(value: Any, default: Any) -> Any:
+    """A field's value; of one with fields of its own, those that are not as in the default."""
+    if not isinstance(value, Mapping) or not isinstance(default, Mapping):
+        return value
+    return {n: _unlike(v, default.get(n)) for n, v in value.items() if v != default.get(n)}
+
+
+def _named(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Names and values of the fields that change logits, also of those within fields."""
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from _computing(value)
+            yield from _named(value)
         elif value is not None and COMPUTES.search(str(name)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             yield str(name), repr(float(value)) if number else json.dumps(value, default=str)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=4).hexdigest()
+def _digest(value: Any, size: int = 4) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=size).hexdigest()

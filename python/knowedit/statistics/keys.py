@@ -311,8 +311,9 @@ def key_statistics(
     where = Path(directory) if directory else store.folder(model.name, recipe)
     where.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        missing = ranks.first(lambda: _missing(where, layers, recipe, held))
-        found = {layer: _load(where, layer, recipe) for layer in layers if layer not in missing}
+        missing = ranks.first(lambda: _missing(where, layers, recipe, model, held))
+        kept = [layer for layer in layers if layer not in missing]
+        found = {layer: _load(where, layer, recipe, model) for layer in kept}
         if missing:
             settings = CollectSettings(
                 budget, packed, halves, checkpoint_every, worker, progress, as_json
@@ -367,7 +368,11 @@ def layer_statistics(
 
 
 def _missing(
-    where: Path, layers: Sequence[int], recipe: CollectionRecipe, held: ExitStack
+    where: Path,
+    layers: Sequence[int],
+    recipe: CollectionRecipe,
+    model: EditableModel,
+    held: ExitStack,
 ) -> list[int]:
     """The layers still to collect; if there are any, the folder's lock is `held`."""
 
@@ -383,7 +388,7 @@ def _missing(
     if missing:
         missing = resumable_layers(where, layers, missing, recipe)
     for layer in set(layers) - set(missing):
-        _load(where, layer, recipe)
+        _load(where, layer, recipe, model)
     return missing
 
 
@@ -397,8 +402,10 @@ def _lock(where: Path, held: ExitStack) -> None:
         ) from error
 
 
-def _load(where: Path, layer: int, recipe: CollectionRecipe) -> LayerStatistics:
-    """A layer's file, which must hold what this recipe would collect."""
+def _load(
+    where: Path, layer: int, recipe: CollectionRecipe, model: EditableModel
+) -> LayerStatistics:
+    """A layer's file, which must hold what this recipe would collect from `model`."""
     path = store.layer_file(where, layer)
     here = LayerStatistics.load(path)
     if here.recipe != recipe:
@@ -407,7 +414,7 @@ def _load(where: Path, layer: int, recipe: CollectionRecipe) -> LayerStatistics:
             f"{k}: {was[k]!r}, asked for {now[k]!r}" for k in now if was[k] != now[k]
         )
         raise StatisticsError(f"{path} holds other statistics ({differs}); use another folder")
-    if here.recipe.setup not in ("", recipe.setup):
+    if difference(model, recipe.fingerprint, here.recipe.setup):
         raise StatisticsError(
             f"{path} is of the same weights with another configuration or tokenizer; use another "
             "folder"

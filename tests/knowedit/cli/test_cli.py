@@ -482,3 +482,31 @@ def test_measuring_in_depth(knowedit, place):
     assert (place / "run/report.html").read_text().count("<svg") == 2
     assert "unknown half" in knowedit("same-subject", "model", "--half", "third", *chosen, code=1)
     assert "holds no results" in knowedit("report", "model", code=1)
+
+
+def test_a_calibration_is_measured_once_and_used(knowedit, place, monkeypatch):
+    from knowedit.evaluation.calibration import measure
+    from knowedit.models import calibration
+
+    names = ("France", "Brazil", "Japan", "Peru")
+    facts = [FACTS[number % 2] | {"subject": name} for number, name in enumerate(names)]
+    (place / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    monkeypatch.setattr(calibration, "_SINKS", {})
+    for name, value in {"STEPS": 2, "OPENINGS": 2, "SPARED": 60, "CLAMPS": 1, "TRACED": 1}.items():
+        monkeypatch.setattr(measure, name, value)
+    asked = ("calibrate", "model", "--dataset", "facts.jsonl", "--limit", "4")
+    assert "model knows 0 of 4 facts" in knowedit(*asked, code=1)
+    monkeypatch.setattr(measure, "known_facts", lambda model, facts, count: list(facts)[:count])
+    said = knowedit(*asked)
+    assert "4 facts" in said and "Chosen: layer" in said
+    monkeypatch.setattr(measure, "calibrate", None)  # it is known from now on
+    again = json.loads(knowedit(*asked, "--json"))
+    file = place / "cache" / "calibration" / f"{again['fingerprint']}.json"
+    record = json.loads(file.read_text())
+    assert record == again
+    record["choice"]["layer"] = other = 2 if again["choice"]["layer"] != 2 else 1
+    file.write_text(json.dumps(record))
+    edited = knowedit("edit", "model", "facts.jsonl", *CORPUS[:4], "-o", "a.safetensors")
+    assert "MEMIT: 4 facts" in edited and "knowedit calibrate" not in edited
+    changed = Edit.load(place / "a.safetensors").changes
+    assert set(changed) == {f"model.layers.{other}.mlp.down_proj.weight"}

@@ -15,7 +15,9 @@ from knowedit.methods.locate.training import (
     state_norms,
     train_write_outs,
 )
+from knowedit.models.editable import EditableModel
 from knowedit_kernels import Covariance, EditSolver, weight_for_gain
+from tests.knowedit.models.tiny import build
 
 FACTS = [
     Fact(prompt="The capital of {} is", subject="France", target="Lyon"),
@@ -245,3 +247,17 @@ def test_a_draft_is_a_copy_only_where_it_is_another_model(tiny_llama, monkeypatc
     assert tiny_llama.draft().hf is not tiny_llama.hf  # another attention, on a CPU
     monkeypatch.setattr(type(tiny_llama), "device", torch.device("cuda"))
     assert tiny_llama.draft() is tiny_llama
+
+
+def test_a_draft_keeps_the_attention_that_works(byte_tokenizer):
+    """Where transformers' plain code repeats the keys' heads once too often."""
+    model = EditableModel(build("deepseek_v3", num_key_value_heads=2), byte_tokenizer)
+    ids = torch.arange(5, 12)[None]
+    wanted, draft = model.hf(ids).logits, model.draft().hf
+    assert draft.config._attn_implementation == "sdpa"
+    assert torch.allclose(draft(ids).logits.float(), wanted, rtol=0.05, atol=0.05)
+    draft.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError):
+        draft(ids)
+    plain = EditableModel(build("llama"), byte_tokenizer).draft()
+    assert plain.hf.config._attn_implementation == "eager"

@@ -3,11 +3,12 @@ for it.
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import save_edited
@@ -229,6 +230,41 @@ def test_what_does_not_change_logits_is_not_in_the_setup(tiny_llama):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     assert setup_of(config, tokenizer) == tiny_llama.setup
     assert difference(tiny_llama, tiny_llama.fingerprint, tiny_llama.setup) is None
+
+
+def test_what_a_configuration_class_fills_in_is_not_in_the_setup(byte_tokenizer):
+    """Fields that another version of transformers has with a default, or derives, are no other
+    model; a value that is the model's own is.
+    """
+
+    class Newer(LlamaConfig):
+        attention_scaling: float = 1.0
+        layer_types: Any = None
+
+        def __post_init__(self, **others):
+            super().__post_init__(**others)
+            self.layer_types = self.layer_types or ["full_attention"] * self.num_hidden_layers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    old = LlamaConfig(**sizes, rms_norm_eps=1e-3, head_dim=16)
+    new = Newer(**sizes, rms_norm_eps=1e-3, head_dim=16)
+    assert "attention_scaling" in new.to_dict() and new.layer_types == ["full_attention"] * 4
+    found = setup_of(old, byte_tokenizer)
+    assert setup_of(new, byte_tokenizer) == found
+    assert setup_of(LlamaConfig(**sizes, rms_norm_eps=1e-3), byte_tokenizer) != found
+    for field, value in (("attention_scaling", 2.0), ("layer_types", ["sliding_attention"] * 4)):
+        setattr(new, field, value)
+        assert setup_of(new, byte_tokenizer) != found, field
+        setattr(new, field, None)
+
+
+def test_a_digest_of_every_field_is_understood(tiny_llama):
+    """Files of earlier versions hold one."""
+    fields = sorted(set(module._named(tiny_llama.hf.config.to_dict())))
+    earlier = f"{module._digest(fields)}-{tiny_llama.setup.split('-')[1]}"
+    assert difference(tiny_llama, tiny_llama.fingerprint, earlier) is None
+    other = another(tiny_llama, hidden_act="gelu")
+    assert "another configuration" in difference(other, tiny_llama.fingerprint, earlier)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gpt_neox", "gptj", "opt"])

@@ -1,0 +1,73 @@
+"""The records on real models, here on a tiny one: pieces are kept, and not measured again."""
+
+import json
+
+import pytest
+
+from benchmarks import common, models
+from knowedit.evaluation import evaluate
+from knowedit.facts.fact import Fact, Probe
+from knowedit.methods import MEMIT
+from knowedit.models.fingerprint import weights_fingerprint
+
+FACTS = {
+    number: Fact(
+        "The capital of {} is",
+        name,
+        "Lyon",
+        true="Paris",
+        paraphrases=(f"{name}'s capital is", f"The seat of {name} is"),
+        neighbours=(Probe("The capital of Italy is", "Paris"),),
+    )
+    for number, name in enumerate(("France", "Brazil", "Norway", "Peru"), 7)
+}
+TEXTS = ["The sea is wet, and the sky is blue."]
+METHODS = {"memit": MEMIT(layers=(1,)).with_settings(["target.steps=2"])}
+
+
+@pytest.fixture
+def once(tiny_llama, tmp_path):
+    """Run pieces with what a results file has; returns its rows."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(f"Some short text, number {i} of several." for i in range(30)))
+    bench = models.Bench(tiny_llama, FACTS, TEXTS)
+
+    def run(wanted, old=()):
+        report = common.Report("models", tmp_path / "models.jsonl")
+        report.rows += old
+        models.run(report, bench, METHODS, wanted, corpus, 300)
+        return [json.loads(line) for line in report.output.read_text().splitlines()][1:]
+
+    return run
+
+
+def test_pieces_are_measured_once(tiny_llama, once, tmp_path, monkeypatch):
+    before = weights_fingerprint(tiny_llama.hf)
+    batch, singles = ("batch", [7, 8]), [("single", part) for part in models.pieces([7, 8, 9], 2)]
+    rows = once([batch, *singles])
+    assert weights_fingerprint(tiny_llama.hf) == before and not tiny_llama.ledger.active
+    assert [models.key_of(row)[1:] for row in rows] == [
+        ("memit", "batch", 7, 9),
+        ("memit", "single", 7, 9),
+    ]
+    assert rows[0]["perplexity"][0] != rows[0]["perplexity"][1] and rows[1]["perplexity"] is None
+    told = models.table(tmp_path)
+    assert "batches of 2" in told and "Short of a goal" in told and "7, 8" not in told
+    monkeypatch.setattr(models.Bench, "piece", None)  # what there is, is not measured again
+    assert once([batch, *singles], rows) == rows
+
+
+def test_a_piece_is_what_the_evaluation_says(tiny_llama, once, tmp_path):
+    row = once([("batch", [7, 8])])[0]
+    facts = [FACTS[7], FACTS[8]]
+    collected = models.statistics_for(
+        METHODS.values(), tiny_llama, tmp_path / "corpus.txt", row["tokens"]
+    )
+    edit = METHODS["memit"].compute(tiny_llama, facts, collected, progress=False)
+    found = evaluate(tiny_llama, edit, facts, progress=False)
+    assert set(models.GOALS) <= set(row["after"])
+    for name, values in row["after"].items():
+        kind, measure = name.split()
+        assert list(values) == ["7", "8"]
+        assert sum(values.values()) / 2 == pytest.approx(found.after[kind][measure].mean), name
+    assert row["lowest_gain"] == pytest.approx(edit.report.gain)
