@@ -4,8 +4,9 @@ holds.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from knowedit.io.files import atomic_file
 from knowedit.io.tables import Column, Table
 from knowedit.models.editable import EditableModel
 from knowedit.report import plots
+from knowedit.report.prompts import Prompts
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -32,11 +34,15 @@ class Section:
     Attributes:
         blocks: tables, and paragraphs as text.
         figure: a picture above them.
+        prompts: to be searched and filtered, below them.
+        settings: records to copy, below them, by name.
     """
 
     title: str
     blocks: Sequence[Table | str]
     figure: Figure | None = None
+    prompts: Prompts | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def picture(self) -> Markup | None:
@@ -46,8 +52,14 @@ class Section:
         return None if self.figure is None else Markup(plots.svg(self.figure))
 
     def text(self) -> str:
-        """Title and blocks as a terminal shows them; tables stand apart."""
-        return f"{self.title}\n\n{in_text(self.blocks)}"
+        """Title and blocks as a terminal shows them; tables stand apart. Single prompts and
+        settings are left to the page.
+        """
+        return f"{self.title}\n\n{in_text(self.blocks)}" if self.blocks else ""
+
+    def copies(self) -> dict[str, str]:
+        """The settings as JSON to be read and copied."""
+        return {name: json.dumps(record, indent=1) for name, record in self.settings.items()}
 
 
 def in_text(blocks: Sequence[Table | str]) -> str:

@@ -18,7 +18,7 @@ from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
 from knowedit.evaluation.tracing.localisation import Advice
 from knowedit.io.tables import Column, Table
 from knowedit.io.tensors import understood
-from knowedit.report import plots, study
+from knowedit.report import plots, prompts, study
 from knowedit.report.page import Section, write_sections
 
 PAGE = "report.html"
@@ -58,8 +58,31 @@ def report(folder: Path) -> str:
     for name, content in read(folder).items():
         with understood(folder / name, "results", KnowEditError, "measure again"):
             sections += SECTIONS[name](content)
+            if name == protocols.RESULTS:
+                sections += _details(folder, content)
     write_sections(folder / PAGE, folder.resolve().name, sections)
-    return "\n\n".join(section.text() for section in sections)
+    return "\n\n".join(text for section in sections if (text := section.text()))
+
+
+def _details(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Answers side by side, every prompt, norms, and how to run it again."""
+    results = [protocols.migrate(record) for record in records]
+    found = []
+    if said := prompts.said_side_by_side(results):
+        found.append(Section("What the model says", said))
+    if (every := prompts.read_prompts(folder, results)) is not None:
+        found.append(Section("Every prompt", [], prompts=every))
+    if (norms := prompts.layers(results)).rows:
+        found.append(Section("What was written", [norms]))
+    names = prompts.apart([result["method"] for result in results])
+    settings = {name: result["config"] for name, result in zip(names, results) if result["config"]}
+    if settings:
+        how = (
+            "Save a record as method.json: `knowedit eval MODEL --config method.json --dataset "
+            f"{results[0]['dataset']} --protocol {results[0]['protocol']}` measures it again."
+        )
+        found.append(Section("To reproduce", [how], settings=settings))
+    return found
 
 
 def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -68,17 +91,18 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     title = (
         f"{first['model']}: {first['protocol']} of {first['facts']} facts from {first['dataset']}"
     )
-    after = {result["method"]: result["evaluation"]["after"] for result in results}
+    names = prompts.apart([result["method"] for result in results])
+    after = {name: result["evaluation"]["after"] for name, result in zip(names, results)}
     before = first["evaluation"]["before"]
     costs = []
-    for result in results:
+    for name, result in zip(names, results):
         effects = "; ".join(protocols.describe(result["side_effects"]))
-        seconds = f"{result['method']}: {result['seconds']:.2f} s a fact"
+        seconds = f"{name}: {result['seconds']:.2f} s a fact"
         costs.append(f"{seconds}; {effects}" if effects else seconds)
     blocks: list[Table | str] = [grid({"unedited": before, **after}), *costs]
     found = [Section(title, blocks, plots.measures(after, before))]
     if trajectories := {
-        result["method"]: result["trajectory"] for result in results if result["trajectory"]
+        name: result["trajectory"] for name, result in zip(names, results) if result["trajectory"]
     }:
         tables = [_trajectory(name, steps) for name, steps in trajectories.items()]
         found.append(Section("On the way", tables, plots.trajectory(trajectories)))

@@ -94,7 +94,8 @@ def test_a_report_has_every_figure_and_stands_alone(tiny_llama, tmp_path):
         f"{subjects[-1].method} - {subjects[0].method}"
     )
     assert differences(subjects[:1]) == []
-    assert not re.search(r"(src|href)=[\"']?http|@import|<script", page)
+    assert not re.search(r"(src|href)=[\"']?http|@import|<script src", page)
+    assert "MEMIT" in page and "&#34;kind&#34;: &#34;memit&#34;" in page  # to reproduce
 
 
 def test_results_that_cannot_be_read_are_refused(tmp_path):
