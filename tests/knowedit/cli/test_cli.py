@@ -5,8 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,11 +16,7 @@ from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
 from knowedit.io.files import _machine, locked
 from tests.knowedit.cli.examples import FACTS
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "knowedit", *arguments]
-
+from tests.processes import Forked
 
 CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1")
 
@@ -421,13 +415,7 @@ def test_kill_leaves_nothing_half_written(place, knowedit, what):
     arguments += (*CORPUS, "--force") if what == "edit" else ("--force",)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KNOWEDIT_CACHE": str(place / "cache")}
     before = set(place.iterdir())
-    process = subprocess.Popen(
-        command(*arguments),
-        cwd=place,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = Forked(("-m", "knowedit", *arguments), place, environment)
     deadline = time.monotonic() + 120
     while process.poll() is None and set(place.iterdir()) == before and time.monotonic() < deadline:
         time.sleep(0.001)

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,6 +14,7 @@ from knowedit.statistics import collect, key_statistics
 from knowedit.statistics.corpus import windows
 from knowedit.statistics.distributed.rounds import Rounds
 from tests.knowedit.statistics.helpers import naive, rounds_that_stop_at, save_model
+from tests.processes import Forked
 
 
 @pytest.mark.parametrize("budget", [64, 4096])
@@ -143,20 +142,8 @@ def test_kill_at_random_moments_loses_nothing(tiny_llama, corpus, tmp_path):
     (tmp_path / "run.py").write_text(PROGRAM)
 
     def start(folder):
-        command = [
-            sys.executable,
-            str(tmp_path / "run.py"),
-            str(tmp_path / "model"),
-            str(corpus),
-            str(folder),
-        ]
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        command = ("run.py", tmp_path / "model", corpus, folder)
+        return Forked(command, tmp_path, {**os.environ, "OMP_NUM_THREADS": "1"})
 
     first = start(tmp_path / "whole")
     wanted, errors = first.communicate(timeout=120)

@@ -18,11 +18,12 @@ from knowedit.errors import StatisticsError
 from knowedit.statistics import KeyStatistics, key_statistics
 from knowedit.statistics.distributed.ranks import Ranks
 from tests.knowedit.statistics.helpers import WORDS, save_model, varied_texts
+from tests.processes import Forked
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-STARTED: list[subprocess.Popen] = []
+STARTED: list[Forked | subprocess.Popen] = []
 
 
 PROGRAM = """
@@ -125,20 +126,19 @@ def start(workplace, *command, torchrun=0, **more):
         "KNOWEDIT_CACHE": str(workplace / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    environment, launcher = (
-        {**os.environ, **own, **more},
-        (*TORCHRUN, str(torchrun)) if torchrun else (sys.executable,),
-    )
-    STARTED.append(
-        subprocess.Popen(
-            [*launcher, *command],
+    environment = {**os.environ, **own, **more}
+    if torchrun:
+        process = subprocess.Popen(
+            [*TORCHRUN, str(torchrun), *command],
             cwd=workplace,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-    )
+    else:
+        process = Forked(command, workplace, environment)
+    STARTED.append(process)
     return STARTED[-1]
 
 

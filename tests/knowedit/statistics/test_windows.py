@@ -6,8 +6,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pyarrow.parquet
@@ -23,6 +21,7 @@ from knowedit.statistics.corpus.corpus import Corpus
 from knowedit.statistics.corpus.windows import Reader, prefetch, token_cache
 from knowedit.statistics.files import store
 from tests.knowedit.statistics.helpers import save_model, varied_texts
+from tests.processes import Forked
 
 
 @pytest.fixture
@@ -306,9 +305,11 @@ with windows.prefetch(reader, 0, (), worker=True) as found:
 def test_a_killed_run_leaves_no_worker_behind(tiny_llama, corpus, tmp_path):
     """At once, since it has the lock too."""
     save_model(tiny_llama, tmp_path / "model")
-    command = [sys.executable, "-c", ORPHAN, str(tmp_path / "model"), str(corpus)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    worker = int(process.stdout.readline())
+    (tmp_path / "run.py").write_text(ORPHAN)
+    process = Forked(("run.py", tmp_path / "model", corpus), tmp_path, os.environ)
+    while not process.said()[0].endswith("\n") and process.poll() is None:
+        time.sleep(0.01)
+    worker = int(process.said()[0])
     process.send_signal(signal.SIGKILL)
     process.wait()
     for _ in range(10):
