@@ -9,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo docs test faults families lint setup clean
+.PHONY: demo docs test suites faults families lint setup clean
 
 # OpenMP threads that wait by spinning starve each other on a busy machine (10x and more); sleeping ones do not.
 demo: $(READY)
@@ -40,14 +40,21 @@ PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n
 faults: $(READY)
 	KNOWEDIT_FAULTS=$(or $(POINTS),2000) $(PYTEST) tests/faults
 
-test: $(READY) lint
+# mypy uses one core for a minute and a half: the tests share what it leaves.
+test: $(READY)
+	@$(MAKE) --no-print-directory -j2 lint suites
+	@echo "== all tests passed"
+
+# The CPU kernels first, or each process would compile them for itself.
+suites: $(READY)
+	@echo "== CPU kernels"
+	$(BIN)/python -c 'from knowedit_kernels import _native; _native.load()'
 	@echo "== ordinary tests"
 	$(PYTEST)
 	@echo "== kernels in Triton's interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
 	@echo "== kernels compiled ahead of time for sm_80, sm_90 and sm_100"
 	$(PYTEST) tests/codegen
-	@echo "== all tests passed"
 
 families: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families --jobs $(JOBS)

@@ -85,25 +85,35 @@ def scored(smollm_path):
         for probe in fact.neighbours[::6]
         for text in (probe.answer, fact.target)
     }
-    rows = {
+    tokens = {
         pair: (tokenizer(pair[0]).input_ids, tokenizer(" " + pair[1]).input_ids) for pair in pairs
     }
-    order = sorted(rows, key=lambda pair: (sum(map(len, rows[pair])), pair))
+    # what is read before an answer's last token; answers of one prompt share most of it, so that a
+    # row may serve several
+    reads = {pair: (*prompt, *answer[:-1]) for pair, (prompt, answer) in tokens.items()}
+    ordered = sorted(set(reads.values()))
+    rows = [one for one, next_ in zip(ordered, [*ordered[1:], ()]) if next_[: len(one)] != one]
+    rows.sort(key=len)
+    served = {row[:end]: row for row in rows for end in range(1, len(row) + 1)}
+    wanting: dict[tuple[int, ...], list[tuple[str, str]]] = {}
+    for pair, read in reads.items():
+        wanting.setdefault(served[read], []).append(pair)
     result = {}
-    for start in range(0, len(order), 64):
-        batch = order[start : start + 64]
-        width = max(sum(map(len, rows[pair])) for pair in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, pair in zip(
+    for start in range(0, len(rows), 64):
+        batch = rows[start : start + 64]
+        ids = torch.zeros(len(batch), len(batch[-1]), dtype=torch.long)
+        for row, read in zip(
             ids, batch
         ):  # right padding: a causal model's earlier positions do not see it
-            row[: sum(map(len, rows[pair]))] = torch.tensor(rows[pair][0] + rows[pair][1])
+            row[: len(read)] = torch.tensor(read)
         with torch.no_grad():
             hidden = model.model(
                 input_ids=ids, attention_mask=torch.ones_like(ids)
             ).last_hidden_state
-            for row, pair in zip(hidden, batch):
-                prompt, answer = rows[pair]
+            for row, pair in (
+                (h, pair) for h, read in zip(hidden, batch) for pair in wanting[read]
+            ):
+                prompt, answer = tokens[pair]
                 logs = model.lm_head(
                     row[len(prompt) - 1 : len(prompt) + len(answer) - 1]
                 ).log_softmax(-1)
