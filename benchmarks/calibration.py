@@ -1,7 +1,5 @@
-"""Calibrations of the real models that `knowedit models` lists: `calibration.jsonl`, and the files
-that the package ships.
-
-    python -m benchmarks.calibration [NAME ...]
+"""Calibrations of the real models that `knowedit models` lists, in `calibration.jsonl`, where each
+takes the place of an earlier one of its model; with `--ship` also the files that the package has.
 """
 
 from __future__ import annotations
@@ -11,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
-from knowedit.evaluation.calibration.measure import calibrate
+from knowedit.evaluation.calibration.measure import FACTS, LEAST, calibrate
 from knowedit.evaluation.calibration.shown import choices, measured
 from knowedit.models.calibration import SHIPPED, Calibration
 from knowedit.models.copies import COPIES
@@ -58,29 +57,49 @@ def draw(folder: Path, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def main(names: Sequence[str]) -> None:
-    """Measure the copies that lie here, all or those named."""
-    wanted = [copy for copy in COPIES if copy.here and (not names or copy.name in names)]
-    results = [
-        calibrate(load_model(str(copy.folder)), say=lambda line: print(line, file=sys.stderr))
-        for copy in wanted
-    ]
-    write(results)
+def add(report: common.Report, found: Calibration) -> None:
+    """Into the report, in the place of an earlier one of its model."""
+    report.rows[1:] = [row for row in report.rows[1:] if row["model"] != found.model]
+    chosen = found.choice
+    report.note(
+        f"{found.model}: layer {chosen.layer}, shared {list(chosen.shared_layers)}, neurons "
+        f"{chosen.neuron_layer}, clamp {chosen.clamp:g}, {chosen.steps} steps, {found.seconds:.0f} "
+        "CPU-s",
+        **found.to_dict(),
+    )
 
 
-def write(results: Sequence[Calibration]) -> None:
-    """The results file, where each takes the place of an earlier one of its model, and the files
-    of the package.
-    """
-    there = found(common.RESULTS) if (common.RESULTS / f"{NAME}.jsonl").exists() else []
-    every = {one.model: one for one in [*there, *results]}
-    report = common.Report(NAME, common.RESULTS / f"{NAME}.jsonl")
-    for one in every.values():
-        report.note(one.model, **one.to_dict())
-        text = json.dumps(one.to_dict(), indent=1) + "\n"
-        SHIPPED.mkdir(exist_ok=True)
-        (SHIPPED / f"{one.model}.json").write_text(text, encoding="utf-8")
+def ship(found: Calibration) -> Path:
+    """Into the package, which then has it by default; its file."""
+    SHIPPED.mkdir(exist_ok=True)
+    path = SHIPPED / f"{found.model}.json"
+    path.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.parser(NAME, __doc__, 1, timed=False)
+    parser.add_argument("names", nargs="*", help="of models (default: all that lie here)")
+    parser.add_argument("--limit", type=int, default=FACTS, help="facts that the model knows")
+    parser.add_argument("--ship", action="store_true", help="put it into the package, too")
+    arguments = parser.parse_args(argv)
+    wanted = [copy for copy in COPIES if copy.here]
+    if arguments.names:
+        wanted = [copy for copy in wanted if copy.name in arguments.names]
+        if unknown := set(arguments.names) - {copy.name for copy in wanted}:
+            parser.error(f"not here: {', '.join(sorted(unknown))}; see `knowedit models`")
+    limit = LEAST if arguments.quick else arguments.limit
+    report = common.report(NAME, arguments)
+    if report.output is not None and report.output.is_file():
+        report.rows += common.read(report.output.parent, report.output.stem)[1]
+    for copy in wanted[:1] if arguments.quick else wanted:
+        model = load_model(str(copy.folder), dtype=torch.float32)
+        found = calibrate(model, count=limit, say=lambda line: print(line, file=sys.stderr))
+        add(report, found)
+        if arguments.ship and not arguments.quick:
+            print(ship(found))
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())
