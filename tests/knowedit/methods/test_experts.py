@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from knowedit.edits.changes import Dense
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError, ModelError, StatisticsError
@@ -244,6 +245,37 @@ def test_a_history_of_experts_spares_earlier_keys(mixtral, tmp_path):
 
 # -- the shared expert
 # -------------------------------------------------------------------------------------------------
+
+
+def test_a_fact_of_experts_is_corrected_forgotten_and_merged(mixture):
+    """Alone, what was forgotten was never there; merged edits are their sum, expert by expert."""
+    method = MEMIT(layers=(LAYER,), target=TARGET, metric=Covariance(weight=30.0))
+    with Session(method, mixture, statistics_of(mixture, [LAYER])) as session:
+        made = session.write(FACTS[:1], force=True, progress=False)
+        gone = session.forget(FACTS[:1], force=True, progress=False)
+        both = wide(mixture, made) + wide(mixture, gone)
+        assert both.norm() <= 1e-5 * wide(mixture, made).norm()
+        session.undo()
+        session.write(FACTS[1:], force=True, progress=False)
+        session.correct([replace(FACTS[0], target="Nice")], force=True, progress=False)
+        assert [fact.target for fact in session.history.facts] == ["Norse", "violin", "Nice"]
+        total = sum(wide(mixture, edit) for edit in session.history.edits)
+        keys = session.history.keys(LAYER)
+        session.compact()
+        changes, name = session.history.edits[0].changes, mixture.layout.weight_name(LAYER)
+        for expert, part in enumerate(total.split(mixture.layout.experts(LAYER).width, 1)):
+            if f"{name}[{expert}]" in changes:
+                found = changes[f"{name}[{expert}]"].dense().double()
+                turned = dense_is_turned(mixture, changes, f"{name}[{expert}]")
+                found = found.T if turned else found
+                torch.testing.assert_close(found, part, rtol=1e-5, atol=1e-6)
+        found = session.history.keys(LAYER)
+        torch.testing.assert_close(found @ found.T, keys @ keys.T, rtol=1e-6, atol=1e-8)
+
+
+def dense_is_turned(model, changes, name):
+    """Whether the change is dense, as the model stores it, and that is `[d, hidden]`."""
+    return isinstance(changes[name], Dense) and model.is_transposed(name)
 
 
 def collected(model, tmp_path, layers):
