@@ -256,7 +256,7 @@ def _read(ctx: typer.Context, path: Path, has_method: bool) -> dict[str, Any]:
 
         try:
             record = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: neither YAML nor JSON ({error})") from None
         if record is None:
             raise ConfigError(f"{path} is empty; write options into it, such as method: memit")

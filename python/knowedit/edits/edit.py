@@ -5,6 +5,7 @@ undo it, and to make it again.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from knowedit.edits.changes import Change, apart, check_fits, read_changes, writ
 from knowedit.edits.export.listing import export_format
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
-from knowedit.facts.fact import Fact
+from knowedit.facts.fact import Fact, asked_for, differ
 from knowedit.io.tensors import read_file, understood, write_file
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
@@ -29,6 +30,8 @@ from knowedit_kernels.lowrank import LedgerError
 
 if TYPE_CHECKING:
     from knowedit.methods.base import Method
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "knowedit-edit/3"
 #: Read, and brought to today's form by `migrate`; the second version had no matrices of experts.
@@ -240,6 +243,27 @@ class Edit:
             model.ledger.add_many(self.key, model.register(raw))
         except (LedgerError, ValueError) as error:
             raise EditError(f"the {self.method_name} edit could not be applied: {error}") from error
+        self._tell(model)
+
+    def _tell(self, model: EditableModel) -> None:
+        """Warn of facts that another edit in force answers otherwise."""
+        active = set(model.ledger.active)
+        for fact in self.facts:
+            others = {}
+            for what in asked_for(fact):
+                key, said = model.told.get(what, (self.key, fact))
+                if key in self.replaces or key not in active:
+                    said = fact
+                if differ(said.target, fact.target):
+                    others[key] = said
+                elif said is fact:
+                    model.told[what] = self.key, fact
+            for key, said in others.items():
+                logger.warning(
+                    "%r says %r, and the edit %s, which is in force too, says %r after %r: one of "
+                    "them is lost; undo one, or correct the fact in a history",
+                    fact.text, fact.target, key, said.target, said.text,
+                )  # fmt: skip
 
     @accepts_model
     def undo(self, model: EditableModel) -> None:

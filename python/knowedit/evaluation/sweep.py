@@ -34,6 +34,7 @@ from knowedit.facts.sets import conflict_free, load
 from knowedit.io.config import Config, fields_of
 from knowedit.io.files import atomic_file
 from knowedit.io.tables import Column, Table
+from knowedit.io.tensors import understood
 from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
 from knowedit.models.download import DEFAULT_MODEL
@@ -120,14 +121,19 @@ def combinations(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """A sweep from a YAML or JSON file. Raises ConfigError for one that is none."""
+    """A sweep from a YAML or JSON file. Raises ConfigError, which names the file, for one that is
+    none.
+    """
     import yaml
 
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: neither YAML nor JSON ({error})") from error
-    return Sweep.from_dict(record if record is not None else {})
+    with understood(path, "a sweep", ConfigError, "mend it"):
+        sweep = Sweep.from_dict(record if record is not None else {})
+        sweep.variants()
+    return sweep
 
 
 def run_sweep(

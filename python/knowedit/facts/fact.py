@@ -249,24 +249,73 @@ def check_facts(
 
     `places` says where each one stands, for the messages (default ``source[i]``). Raises
     `FactError` naming both places for an exact repeat (same prompt, subject, target) and for a
-    contradiction (same prompt and subject, another target). A target equal to the present answer is
-    allowed and logged as a warning: editing it changes little.
+    contradiction (same text, blanks aside, and another target). What may be one is logged as a
+    warning (`may_contradict`). A target equal to the present answer is allowed and logged as a
+    warning: editing it changes little.
     """
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[str, int] = {}
     facts = as_facts(facts, source, places)
+    stand = list(places) if places else [f"{source}[{i}]" for i in range(len(facts))]
     for i, fact in enumerate(facts):
-        place = places[i] if places else f"{source}[{i}]"
-        first = seen.setdefault((fact.prompt, fact.subject), i)
-        if first != i:
-            before, other = facts[first].target, places[first] if places else f"{source}[{first}]"
-            what = (
-                "repeats"
-                if before == fact.target
-                else f"says {fact.target!r}, which contradicts {before!r} of"
+        first = seen.setdefault(_spaced(fact.text), i)
+        before = facts[first]
+        if fact.target != before.target:
+            raise FactError(
+                f"{stand[i]}: {fact.text!r} says {fact.target!r}, which contradicts "
+                f"{before.target!r} of {stand[first]}; remove one of the two"
             )
-            raise FactError(f"{place}: {fact.text!r} {what} {other}; remove one of the two")
+        if first != i and (fact.prompt, fact.subject) == (before.prompt, before.subject):
+            raise FactError(
+                f"{stand[i]}: {fact.text!r} repeats {stand[first]}; remove one of the two"
+            )
         if fact.target == fact.true:
             logger.warning(
-                "%s: target %r is already the true answer of %r", place, fact.target, fact.text
+                "%s: target %r is already the true answer of %r", stand[i], fact.target, fact.text
             )
+    for one, other in may_contradict(facts):
+        logger.warning(
+            "%s: %r says %r, and %s: %r says %r: if both ask for the same, one of them is lost",
+            stand[other],
+            facts[other].text,
+            facts[other].target,
+            stand[one],
+            facts[one].text,
+            facts[one].target,
+        )
     return facts
+
+
+def may_contradict(facts: Sequence[Fact]) -> list[tuple[int, int]]:
+    """Pairs of places of facts that seem to ask for the same and have other targets: their texts
+    differ in blanks or case only, one is a wording that the other lists as its own, or they have
+    one subject and one relation.
+    """
+    said: dict[object, int] = {}
+    found: dict[tuple[int, int], None] = {}
+    for i, fact in enumerate(facts):
+        for what in asked_for(fact):
+            first = said.setdefault(what, i)
+            if differ(facts[first].target, fact.target):
+                found[first, i] = None
+    return list(found)
+
+
+def asked_for(fact: Fact) -> list[object]:
+    """What the fact says: its wordings without differences of blanks and case, and its subject with
+    its relation where that is named. Facts that share one ask for the same.
+    """
+    texts = [fact.text, *fact.paraphrases, *fact.questions]
+    asked: list[object] = [_spaced(text).casefold() for text in texts]
+    if fact.relation:
+        asked.append((_spaced(fact.subject).casefold(), fact.relation))
+    return asked
+
+
+def differ(one: str, other: str) -> bool:
+    """Whether two answers differ in more than blanks and case."""
+    return _spaced(one).casefold() != _spaced(other).casefold()
+
+
+def _spaced(text: str) -> str:
+    """With one blank for several."""
+    return " ".join(text.split())

@@ -56,6 +56,7 @@ class _InForce:
         self.kinds: list[tuple[Any, ...]] | None = None  # of parameters, when it was checked
         self.checkup: Checkup | None = None
         self.exclusive: dict[str, frozenset[str]] = {}  # by the key of the edit
+        self.told: dict[object, tuple[str, Any]] = {}
 
 
 logger = logging.getLogger(__name__)
@@ -207,6 +208,13 @@ class EditableModel:
         `ledger.active` says which are in force.
         """
         return self._state.exclusive
+
+    @property
+    def told(self) -> dict[object, tuple[str, Any]]:
+        """What edits say: the key of the edit and the fact, by what is asked for (`asked_for`);
+        `ledger.active` says which are in force.
+        """
+        return self._state.told
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -300,3 +301,17 @@ class TestFolders:
         with safe_open(folder / RECORD, framework="pt") as file:
             header = json.loads(file.metadata()["knowedit"])
         assert header["edits"][0]["facts"] == [FACT.to_dict()]
+
+
+def test_edits_that_contradict_each_other_say_so(tiny_llama, caplog):
+    one, other = an_edit(tiny_llama), an_edit(tiny_llama, 1)
+    other.facts = [replace(FACT, prompt="the capital  of {} is", target="Nice")]
+    one.apply(tiny_llama)
+    assert not caplog.text
+    other.apply(tiny_llama)
+    assert f"'Nice', and the edit {one.key}, which is in force too, says 'Lyon'" in caplog.text
+    caplog.clear()
+    for edit in (one, other):
+        edit.undo(tiny_llama)
+    other.apply(tiny_llama)
+    assert not caplog.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 from hypothesis import given
@@ -181,3 +181,29 @@ def test_a_target_that_is_already_true_is_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         assert check_facts([same]) == [same]
     assert "facts[0]: target 'Paris' is already the true answer" in caplog.text
+
+
+def test_contradictions_are_seen_through_blanks_case_and_other_wordings(caplog):
+    one = Fact(**FRANCE)
+    with pytest.raises(FactError, match="'Nice', which contradicts 'Lyon'"):
+        check_facts([one, Fact(one.prompt.replace(" ", "  ", 1), "France", "Nice")])
+    wording = "The seat of France's government is"
+    others = {
+        "case": (one, Fact(one.prompt.lower(), "France", "Nice")),
+        "wording": (
+            replace(one, paraphrases=(wording,)),
+            Fact.parse(wording.upper(), "FRANCE", "Nice"),
+        ),
+        "relation": (
+            replace(one, relation="capital"),
+            Fact("In {} one governs from", "France", "Nice", relation="capital"),
+        ),
+    }
+    for pair in others.values():
+        caplog.clear()
+        check_facts(pair)
+        assert "says 'Nice', and facts[0]" in caplog.text and "one of them is lost" in caplog.text
+        caplog.clear()
+        check_facts([pair[0], replace(pair[1], target="LYON")])
+        check_facts([pair[0], Fact(**ITALY)])
+        assert not caplog.text

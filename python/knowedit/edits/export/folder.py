@@ -21,9 +21,10 @@ from torch import Tensor
 
 from knowedit.edits.changes import Change, read_changes, write_changes
 from knowedit.errors import EditError
+from knowedit.facts.fact import Fact
 from knowedit.io.files import atomic_file, atomic_folder, disk_errors
 from knowedit.io.tables import Column, Table
-from knowedit.io.tensors import checksum, read_file, write_file
+from knowedit.io.tensors import checksum, read_file, understood, write_file
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
@@ -153,22 +154,42 @@ def read_record(
     header, tensors = read_file(path, (FORMAT, *EARLIER), "an undo record")
     if header["format"] in EARLIER:
         return header, tensors, {}
-    originals = {
-        name.removeprefix(ORIGINAL): tensors.pop(name)
-        for name in sorted(tensors)
-        if name.startswith(ORIGINAL)
-    }
-    changes = {
-        made["key"]: read_changes(
-            {
-                full.partition(".")[2]: tensor
-                for full, tensor in tensors.items()
-                if full.partition(".")[0] == str(number)
-            }
-        )
-        for number, made in enumerate(header["edits"])
-    }
+    with understood(path, "an undo record"):
+        originals = {
+            name.removeprefix(ORIGINAL): tensors.pop(name)
+            for name in sorted(tensors)
+            if name.startswith(ORIGINAL)
+        }
+        changes = {
+            made["key"]: read_changes(
+                {
+                    full.partition(".")[2]: tensor
+                    for full, tensor in tensors.items()
+                    if full.partition(".")[0] == str(number)
+                }
+            )
+            for number, made in enumerate(header["edits"])
+        }
+        _check_header(header, originals)
     return header, originals, changes
+
+
+def _check_header(header: Mapping[str, Any], originals: Mapping[str, Tensor]) -> None:
+    """Raise an error of any kind where the header lacks what an undo needs, or has something else
+    in its place: before the first file is touched.
+    """
+    texts = [header["fingerprint"], header["model"]]
+    for made in header["edits"]:
+        texts += [made["method"], made["key"]]
+        for fact in made["facts"]:
+            Fact.from_dict(fact)
+    for name in originals:
+        weight = header["weights"][name]
+        texts += [weight["tensor"], weight["edited"]]
+        if not isinstance(weight["transposed"], bool):
+            raise TypeError(f"weights.{name}.transposed is {weight['transposed']!r}")
+    if other := next((text for text in texts if not isinstance(text, str)), None):
+        raise TypeError(f"text was expected in the place of {other!r}")
 
 
 def restore(folder: str | Path, only: Iterable[str] = ()) -> str:

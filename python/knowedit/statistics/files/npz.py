@@ -147,6 +147,8 @@ def read(path: Path) -> PeerFile:
         raise StatisticsError(
             f"{path} cannot be read as .npz ({hint}); fetch or make it again"
         ) from error
+    if not all(isinstance(one, np.ndarray) for one in (total, count)):
+        raise StatisticsError(f"{path}: its members are no arrays; fetch or make it again")
     if (
         not np.issubdtype(total.dtype, np.floating)
         or count.ndim
@@ -160,7 +162,8 @@ def read(path: Path) -> PeerFile:
         raise StatisticsError(f"{path}: mom2.mom2 is empty, {list(total.shape)}")
     named = re.fullmatch(r"(.+)_float\d\d_.*mom2.*", path.stem)
     # a peer that took all documents writes NaN
-    documents = None if size is None or not np.issubdtype(size.dtype, np.integer) else int(size)
+    whole = isinstance(size, np.ndarray) and not size.ndim and np.issubdtype(size.dtype, np.integer)
+    documents = int(size) if whole else None  # type: ignore[arg-type]
     return PeerFile(
         torch.from_numpy(total.astype(np.float64)),
         int(count),
