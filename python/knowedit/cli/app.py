@@ -33,6 +33,7 @@ from knowedit.models.download import DEFAULT_MODEL
 app = App(
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     help="Change single facts inside a language model, see what moved, and take it back bit for "
     "bit.",
 )
@@ -103,7 +104,7 @@ def _end(text: str, code: int) -> NoReturn:
 def demo(
     model: Annotated[str, typer.Argument(help="A hub id or a folder.")] = DEFAULT_MODEL,
     corpus: Corpus = ["self"],  # noqa: B006
-    tokens: Annotated[int, typer.Option(help="Keys to sum for the statistics.")] = 16_384,
+    tokens: Annotated[int, typer.Option(min=1, help="Keys to sum for the statistics.")] = 16_384,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the page demo.html there.")
     ] = None,

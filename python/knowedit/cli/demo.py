@@ -18,7 +18,7 @@ from knowedit.evaluation.interview import Interview, Said, said_table
 from knowedit.evaluation.measures.drift import Drift
 from knowedit.facts import sets as datasets
 from knowedit.facts.fact import Fact
-from knowedit.io.tables import Table
+from knowedit.io.tables import Table, figure
 from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
@@ -105,7 +105,7 @@ class Demonstration:
             was, now = before[kind][measure], after[kind][measure]
             interval = f"[{now.low:.0%}, {now.high:.0%}]"
             rows.append((label, f"{was.mean:.0%}", f"{now.mean:.0%}  {interval}"))
-        moved = f"same next word {self.moved.same:.0%}, KL {self.moved.kl:.4f} nats"
+        moved = f"same next word {self.moved.same:.0%}, KL {figure(self.moved.kl, '.4f')} nats"
         rows.append((f"ordinary text ({self.moved.prompts} prompts)", "", moved))
         rows += [(f"layer {layer}", "", text) for layer, text in self._layers()]
         return Table(

@@ -23,7 +23,7 @@ from knowedit.cli.options import (
 )
 from knowedit.edits.export.listing import formats
 from knowedit.errors import KnowEditError
-from knowedit.io.files import check_free, is_safetensors, locked
+from knowedit.io.files import check_file, check_free, is_safetensors, locked
 from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def edit(
     if correct and history is None:
         raise KnowEditError("--correct needs --history, which has the facts to correct")
     limits = Limits().with_settings(allow or [])
+    check_file(output)
     wanted, again = _facts(facts, limit), edit_of(ctx)
     editable = run.load(model)
     if again is not None:

@@ -42,8 +42,10 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="batch: all facts at once; single: each alone; sequential.")
     ] = "batch",
-    batch: Annotated[int, typer.Option(help="Facts an edit (sequential).")] = 50,
-    every: Annotated[int, typer.Option(help="Facts between two measurements (sequential).")] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Facts an edit (sequential).")] = 50,
+    every: Annotated[
+        int, typer.Option(min=1, help="Facts between two measurements (sequential).")
+    ] = 100,
     text: Annotated[
         str | None, typer.Option(help="Held-out text for the perplexity, as --corpus.")
     ] = None,

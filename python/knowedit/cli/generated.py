@@ -119,7 +119,8 @@ def _leaves(settings: Any, path: str = "") -> Iterator[tuple[str, Any, Any, str]
 
 def _plain(hint: Any) -> type | None:
     """The type of one number, text or switch; None for anything else."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
     kinds = [option for option in options if option is not type(None)]
     return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool, str) else None
 

@@ -64,7 +64,7 @@ MethodsCorpus = Annotated[
 Tokens = Annotated[
     int | None,
     typer.Option(
-        help="Keys to sum for the statistics; default: 64 for each of a key's dimensions."
+        min=1, help="Keys to sum for the statistics; default: 64 for each of a key's dimensions."
     ),
 ]
 Statistics = Annotated[
@@ -83,6 +83,7 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many.")
 Seed = Annotated[
     int | None,
     typer.Option(
+        min=0,
         help="Of all random numbers: the methods', those of the statistics' corpus (the order of a "
         "hub data set, the model's own samples; files are read in order), the intervals'.",
         show_default="0",
@@ -207,11 +208,23 @@ def parse_methods(
         if not text.startswith("{") and "," in text:
             one_by_one = " ".join(f"--method {name}" for name in text.split(","))
             raise KnowEditError(f"--method takes one name; repeat it: {one_by_one}")
-        method = make_method(json.loads(text) if text.startswith("{") else text, settings or ())
+        method = make_method(_record(text) if text.startswith("{") else text, settings or ())
         if chosen is not None:
             method = method.with_settings({"layers": chosen})
         made.append(method if seed is None else seeded(method, seed))
     return made
+
+
+def _record(text: str) -> dict[str, Any]:
+    """A method's record. Raises KnowEditError for what is not JSON."""
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise KnowEditError(
+            f"--method {text!r} begins like a record and is not JSON ({error}); quote it for the "
+            "shell, or write it into a file and give --config FILE"
+        ) from None
+    return found
 
 
 def seeded(method: Method, seed: int) -> Method:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 RUINOUS = "RUINOUS"  # how the warnings of such an edit begin
 REMEDY = (
-    "write fewer facts at once, choose another layer (--layers), lower the clamp or raise the "
+    "write fewer facts at once, choose another layer (--layer), lower the clamp or raise the "
     "weight of what should stay"
 )
 
@@ -39,7 +39,7 @@ class Limits(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.perplexity < 1 or self.kl < 0 or self.relative_norm <= 0:
+        if not (self.perplexity >= 1 and self.kl >= 0 and self.relative_norm > 0):
             raise EditError(
                 f"limits.perplexity is a ratio of 1 or more, kl 0 or more and relative_norm "
                 f"positive: {self.perplexity}, {self.kl}, {self.relative_norm}"

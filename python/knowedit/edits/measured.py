@@ -19,6 +19,7 @@ from knowedit.edits.routing import Rerouted, Routing
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.ordinary import held_out
 from knowedit.io.config import Config
+from knowedit.io.tables import figure
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import Hook, hooked, read
 from knowedit.models.tokens import batches
@@ -73,7 +74,8 @@ class Measured(Config):
         gain = "" if self.mean_gain is None else f", gain {self.mean_gain:.3f}"
         return (
             f"{said}{gain}; ordinary text: perplexity {self.perplexity_before:.2f} -> "
-            f"{self.perplexity:.2f}, same next word {self.same:.0%}, KL {self.kl:.4f} nats"
+            f"{self.perplexity:.2f}, same next word {self.same:.0%}, "
+            f"KL {figure(self.kl, '.4f')} nats"
             + ("" if self.routing is None else f"; {self.routing}")
         )
 

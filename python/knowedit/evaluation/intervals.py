@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from knowedit.io.tables import figure
+
 RESAMPLES = 2000
 TAILS = (0.025, 0.975)
 Random = int | np.random.Generator
@@ -35,7 +37,8 @@ class Estimate:
     def __format__(self, spec: str) -> str:
         """The mean and its interval, each number formatted by `spec` (default ".3f")."""
         spec = spec or ".3f"
-        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        mean, low, high = (figure(number, spec) for number in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}]"
 
     def __str__(self) -> str:
         return format(self, "")

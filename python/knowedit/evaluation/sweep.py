@@ -33,6 +33,7 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.io.config import Config, fields_of
 from knowedit.io.files import atomic_file
+from knowedit.io.ranges import Count, Whole
 from knowedit.io.tables import Column, Table
 from knowedit.io.tensors import understood
 from knowedit.methods.base import Method, statistics_for
@@ -65,14 +66,14 @@ class Sweep(Config):
     grid: dict[str, Any] = field(default_factory=dict)
     model: str = DEFAULT_MODEL
     dataset: str = "embedded"
-    limit: int | None = None
+    limit: Count | None = None
     protocol: Literal["batch", "single", "sequential"] = "batch"
-    batch: int = 50
-    every: int = 100
-    seed: int = 0
+    batch: Count = 50
+    every: Count = 100
+    seed: Whole = 0
     dtype: str = "auto"
     corpus: str | None = None
-    tokens: int | None = None
+    tokens: Count | None = None
     statistics: Path | None = None
     text: str | None = None
 

@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from knowedit.errors import ConfigError
 from knowedit.io.names import nearest
+from knowedit.io.ranges import outside
 
 _KINDS: dict[str, dict[str, type[Config]]] = {}
 TAGS = ("kind", "version")
@@ -88,6 +89,8 @@ class Config(metaclass=ConfigType):
             value = _checked(
                 hint, getattr(self, name), f"{self._called()}.{name}", _default(type(self), name)
             )
+            if (must := outside(type(self), name, value)) is not None:
+                raise ConfigError(f"{self._called()}.{name} must {must}, got {value}")
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
@@ -219,8 +222,8 @@ def _unknown(cls: type, name: str, fields: Mapping[str, Any]) -> str:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """`"metric.gain=0.95"` as name and value: JSON where it is JSON, else text. Raises
-    ConfigError.
+    """`"metric.gain=0.95"` as name and value: JSON where it is JSON, a number as Python writes it
+    (`.5`, `5.`), else text. Raises ConfigError.
     """
     name, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not equals or not name.strip():
@@ -228,7 +231,8 @@ def parse_setting(text: str) -> tuple[str, Any]:
     try:
         return name.strip(), json.loads(value)
     except json.JSONDecodeError:
-        return name.strip(), value.strip()
+        number = re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", value, re.IGNORECASE)
+        return name.strip(), float(value) if number else value.strip()
 
 
 def _name(name: Any) -> str:
@@ -435,7 +439,8 @@ def _say(hint: Any) -> str:
 
 def _several(hint: Any) -> str:
     """A type in words, in the plural."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
     words = {int: "whole numbers", float: "numbers", str: "texts"}
     if all(option in words for option in options):
         return " or ".join(words[option] for option in options)

@@ -69,9 +69,10 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     well.
 
     Raises:
-        OSError: the disk is full or not writable; `path` is then as it was.
+        OSError: the disk is full or not writable, or `path` is a folder; it is then as it was.
     """
     path = Path(path)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=".part")
@@ -85,6 +86,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_file(path: Path) -> None:
+    """Raise IsADirectoryError when `path` is a folder, where a file is to be written."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write")
 
 
 def check_free(path: Path) -> None:

@@ -11,6 +11,7 @@ import csv
 import html
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +45,16 @@ class Column:
             return value
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
-        return format(value, self.format)
+        return figure(value, self.format)
+
+
+def figure(value: Any, spec: str) -> str:
+    """A number as `spec` formats it, without the minus of what rounds to zero: -4e-9 in ".3f" is
+    0.000. Anything else as it formats itself.
+    """
+    text = format(value, spec)
+    rounds_to_zero = isinstance(value, float) and re.fullmatch(r"-0(\.0*)?%?", text.strip())
+    return text.replace("-", "", 1) if rounds_to_zero else text
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def load_model(
         if tokenizer is None:
             tokenizer = known_tokenizer(name) or _tokenizer_of(name)
         return EditableModel(name, tokenizer)
+    _check_dtype(dtype)
     from transformers import AutoConfig
 
     source = resolve(str(name), revision=revision, code=trust_remote_code, say=say)
@@ -93,6 +94,15 @@ def load_model(
             say(f"note: the adapter {name} is merged into its base {adapted}; edits are of both")
     called = name_of(str(name), source)
     return EditableModel(model.eval().requires_grad_(False), tokenizer, name=called)
+
+
+def _check_dtype(dtype: Any) -> None:
+    """Raise ModelError for what is no kind of floating point number."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ModelError(
+            f"dtype must be float32, bfloat16, float16 or auto (as saved), got {dtype!r}"
+        )
 
 
 def class_for(config: Any) -> Any:

@@ -14,7 +14,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation import Drift
 from knowedit.evaluation.evaluation import Evaluation
 from knowedit.io.files import atomic_file
-from knowedit.io.tables import Column, Table
+from knowedit.io.tables import Column, Table, figure
 from knowedit.models.editable import EditableModel
 from knowedit.report import plots
 from knowedit.report.prompts import Prompts
@@ -109,9 +109,8 @@ def write_page(
         )
         last = record
     where = f"On {moved.prompts} ordinary openings the most likely next word stayed the same in "
-    far = (
-        f"mean divergence {moved.kl:.4f} nats, largest {moved.worst[1]:.3f} at “{moved.worst[0]}”."
-    )
+    mean, (at, largest) = figure(moved.kl, ".4f"), moved.worst
+    far = f"mean divergence {mean} nats, largest {largest:.3f} at “{at}”."
     sections = [
         Section("Measured on all prompts of these facts", [measured.table()]),
         Section("What moved elsewhere", [f"{where}{moved.same:.0%}; {far}"]),

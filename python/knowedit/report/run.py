@@ -16,7 +16,7 @@ from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.subjects import protocol as subjects
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
 from knowedit.evaluation.tracing.localisation import Advice
-from knowedit.io.tables import Column, Table
+from knowedit.io.tables import Column, Table, figure
 from knowedit.io.tensors import understood
 from knowedit.report import plots, prompts, study
 from knowedit.report.page import Section, write_sections
@@ -261,7 +261,7 @@ def _map(record: Mapping[str, Any], kind: str, rows: Iterable[str]) -> Table:
     for i, name in enumerate(rows):
         shades = "".join(SHADES[min(4, max(0, int(5 * e / top)))] for e in effect[i])
         at = max(range(len(effect[i])), key=effect[i].__getitem__)
-        span = f"[{low[i][at]:+.3f}, {high[i][at]:+.3f}]"
+        span = "[{}, {}]".format(*(figure(end[i][at], "+.3f") for end in (low, high)))
         cells.append([name, f"|{shades}|", effect[i][at], span, at])
     title = f"{kind}: {plots.TRACED[kind][0].format(record['window'])}; darkest {top:.3f}"
     columns: list[Column | str] = [

@@ -26,6 +26,7 @@ from typing import Any
 
 from knowedit.errors import StatisticsError
 from knowedit.io.config import Config
+from knowedit.io.ranges import Count, NotNegative
 from knowedit.models.editable import EditableModel
 from knowedit.statistics.convergence import ConvergenceChecks
 from knowedit.statistics.corpus.batching import trim
@@ -59,10 +60,10 @@ class CollectSettings(Config):
         progress, as_json: see `throughput`.
     """
 
-    budget: int | None = None
+    budget: Count | None = None
     packed: bool | None = None
     halves: bool = True
-    checkpoint_every: float = 120.0
+    checkpoint_every: NotNegative = 120.0
     worker: bool | None = None
     progress: bool = True
     as_json: bool = False

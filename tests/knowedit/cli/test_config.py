@@ -1,7 +1,9 @@
 """`--config`, `--set`, generated options and old spellings (unit; edits on a tiny model)."""
 
 import json
+import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -142,6 +144,36 @@ def test_options_by_name_where_there_is_no_method(place, knowedit):
 def test_old_spellings_name_the_new_one(knowedit, old):
     said = knowedit("eval", "model", old, "1", code=1)
     assert said == f"error: {old} is now {OLD[old]}; see knowedit eval --help\n"
+
+
+def test_what_we_say_has_no_old_spelling():
+    """Neither do errors with a remedy, nor help, nor pages."""
+    old = re.compile(rf"({'|'.join(sorted(OLD))})(?![\w-])")
+    root = Path(ke.__file__).parent
+    files = [path for path in root.rglob("*.*") if path.suffix in (".py", ".j2", ".md", ".yaml")]
+    found = {path.name: old.findall(path.read_text("utf-8")) for path in files}
+    assert len(files) > 200 and [name for name, words in found.items() if words] == ["commands.py"]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--method", "{bad"), "--method '{bad' begins like a record and is not JSON"),
+        (("--dtype", "float17"), "dtype must be float32, bfloat16, float16 or auto"),
+        (("--dtype", "int8"), "dtype must be float32, bfloat16, float16 or auto"),
+        (("-o", "."), "error: . is a folder; name a file to write"),
+        (("--set", "gain=.5x"), "covariance.gain must be a number, got str '.5x'"),
+        (("--set", "steps=-1"), "hidden-state.steps must be at least 1, got -1"),
+    ],
+)
+def test_what_an_option_cannot_be(knowedit, option, said):
+    assert said in knowedit("edit", "model", "facts.jsonl", "-o", "a", *option, code=1)
+
+
+@pytest.mark.parametrize("option", ["--seed=-1", "--tokens=0", "--batch=0", "--every=0"])
+def test_a_number_that_an_option_cannot_have(knowedit, option):
+    said = knowedit("eval", "model", option, code=2)
+    assert f"invalid value for '{option.partition('=')[0]}'" in said and "or equal to" in said
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,10 @@ def test_a_setting_is_json_or_text():
     assert parse_setting("a.b=[1, 2]") == ("a.b", [1, 2])
     assert parse_setting("a=null") == ("a", None)
     assert parse_setting("a=x=y") == ("a", "x=y")
+    numbers = {".5": 0.5, "5.": 5.0, "+2": 2.0, "1.e-3": 1e-3, "-.5E2": -50.0}
+    assert {text: parse_setting(f"a={text}")[1] for text in numbers} == numbers
+    for text in ("4-8", ".", "1e", "v1.2", "inf", "1_000"):
+        assert parse_setting(f"a={text}") == ("a", text)
 
 
 def test_an_object_that_no_record_holds_is_referred_to():

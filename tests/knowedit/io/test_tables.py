@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knowedit.evaluation.intervals import Estimate
-from knowedit.io.tables import Column, Table
+from knowedit.io.tables import Column, Table, figure
 
 SPAN = Estimate(0.5, 0.25, 0.75, 9)
 TABLE = Table(
@@ -22,6 +22,17 @@ TABLE = Table(
     "What <happened>",
     ["a note & more"],
 )
+
+
+def test_what_rounds_to_zero_has_no_minus():
+    """Alone and in an interval; text stays as it is."""
+    shown = Column("rate", ".3f").show
+    assert [shown(x) for x in (-0.0, -4e-4, -6e-4, 4e-4, 0.0)] == [
+        "0.000", "0.000", "-0.001", "0.000", "0.000",
+    ]  # fmt: skip
+    assert shown(Estimate(-1e-9, -0.25, -0.0, 3)) == "0.000 [-0.250, 0.000]"
+    assert figure(-0.001, "+.0%") == "0%" and figure(-0.2, "+.0%") == "-20%"
+    assert shown("-0.000") == "-0.000" and Column("n").show(-1) == "-1"
 
 
 def test_text_lines_up_and_numbers_stand_right():

@@ -516,7 +516,6 @@ class TestBadInput:
             (LoRA(layers=()), "name at least one layer"),
             (FineTuning(layers=()), "layers is empty"),
             (FTL(layers=(1, 2)), "FT-L trains one layer, got \\[1, 2\\]"),
-            (FTL(layers=(1,), bound=-1.0), "bound and share must be positive"),
             (KLLoRA(context=()), "no texts to train on"),
             (RegularisedLoRA(stable=()), "no texts to train on"),
             (KLLoRA(context=("The sea", "")), "one of them is empty"),
@@ -534,19 +533,21 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "settings, message",
         [
-            ({"rank": 0}, "rank must be at least 1"),
-            ({"alpha": -1}, "alpha positive"),
-            ({"steps": 0}, "must be positive"),
-            ({"lr": 0.0}, "must be positive"),
-            ({"lr": float("nan")}, "must be positive"),
-            ({"batch": 0}, "must be positive"),
-            ({"draw": 0}, "must be positive"),
-            ({"kl": -1.0}, "must not be negative"),
+            ({"rank": 0}, "lora.rank must be at least 1, got 0"),
+            ({"alpha": -1}, "lora.alpha must be positive"),
+            ({"steps": 0}, "lora.steps must be at least 1"),
+            ({"lr": 0.0}, "lora.lr must be positive and finite, got 0.0"),
+            ({"lr": float("nan")}, "lora.lr must be positive and finite, got nan"),
+            ({"batch": 0}, "lora.batch must be at least 1"),
+            ({"draw": 0}, "lora.draw must be at least 1"),
+            ({"kl": -1.0}, "lora.kl must not be negative"),
         ],
     )
     def test_settings_that_cannot_be(self, settings, message):
         with pytest.raises(EditError, match=message):
             LoRA(**settings)
+        with pytest.raises(EditError, match="ft-l.bound must be positive"):
+            FTL(bound=-1.0)
 
     def test_facts_that_cannot_be_written(self, tiny_llama):
         with pytest.raises(EditError, match="no facts"):

@@ -417,7 +417,7 @@ def test_networks_that_are_missing_untrained_or_of_another_model_are_refused(
         MEND(tmp_path / "broken").compute(tiny_llama, PEOPLE[:1])
     with pytest.raises(EditError, match="layers from 1 on"):
         MendNetwork.new(tiny_llama, (0,), 4)
-    with pytest.raises(EditError, match="must be positive"):
+    with pytest.raises(EditError, match="plan.steps must be at least 1"):
         Plan(steps=0, lr=1)
     assert Path(tmp_path / "n").stat().st_size < 10**6
 

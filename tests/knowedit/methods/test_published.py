@@ -181,7 +181,7 @@ def test_norm_anchoring_is_one_line_on_the_value(tiny_llama):
     targets = given.target.values(task_of(tiny_llama, given, groups, (1,)))
     torch.testing.assert_close((v0 + targets.delta).norm(dim=1), torch.full((3,), 3.0).double())
     assert make_method(given.to_dict()) == given
-    with pytest.raises(EditError, match="target.norm must be positive"):
+    with pytest.raises(EditError, match="anchored-state.norm must be positive"):
         AnchoredState(norm=0)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import chain, combinations, product
+from typing import get_args, get_origin
 
 import pytest
 import torch
 
-from knowedit.errors import ConfigError
+from knowedit.errors import ConfigError, EditError
+from knowedit.io.config import Config, fields_of
 from knowedit.methods.base import Method
 from knowedit.methods.listing import methods
 from knowedit.methods.locate.keysets import ContextKeys, FormKeys
@@ -92,6 +94,27 @@ def test_the_record_of_an_edit_makes_it_again_bit_for_bit(tiny_llama):
     again = method_of_record(first.config).compute(tiny_llama, FACTS, statistics, progress=False)
     assert first.config["metric"]["gain"] == 0.8
     assert torch.equal(first.delta(1), again.delta(1)) and first.key == again.key
+
+
+def numbers_of(config):
+    """`(part, name, a number that cannot be)` of every number in a method and its parts."""
+    for name, hint in fields_of(type(config)).items():
+        options = set(get_args(hint)) or {hint}
+        if isinstance(part := getattr(config, name), Config):
+            yield from numbers_of(part)
+        elif options & {int, float} and get_origin(hint) is not tuple:
+            yield config, name, float("nan") if float in options else -1
+
+
+@pytest.mark.parametrize("name", methods())
+def test_no_setting_takes_a_number_that_cannot_be(name):
+    """NaN where a number stands, less than nothing where a whole one does."""
+    every = [*numbers_of(make_method(name))]
+    every += [number for part in chain(*PARTS.values()) if part for number in numbers_of(part)]
+    assert len(every) > 10
+    for part, setting, wrong in every:
+        with pytest.raises(EditError, match=rf"\.{setting} must .*, got {wrong}"):
+            part.with_settings({setting: wrong})
 
 
 def test_settings_by_name():

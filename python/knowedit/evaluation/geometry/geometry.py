@@ -33,6 +33,7 @@ from knowedit.evaluation.intervals import Estimate
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
 from knowedit.io.config import Config
+from knowedit.io.ranges import Share
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
@@ -61,7 +62,7 @@ class GeometryMethod(Config):
     """
 
     target: HiddenState = field(default_factory=HiddenState)
-    gain: float = GAIN
+    gain: Share = GAIN
 
 
 def read_in(metric: Metric, keys: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def geometry(
     layers: Sequence[int],
     values: ValueSettings | None = None,
     *,
-    gain: float = GAIN,
+    gain: Share = GAIN,
     edited: int | None = None,
     threshold: float = THRESHOLD,
     seed: int = 0,
@@ -351,7 +352,7 @@ def _written(
     keys: Tensor,
     landed: Landscape,
     unedited: dict[str, Tensor],
-    gain: float,
+    gain: Share,
 ) -> tuple[dict[str, dict[str, dict[str, float]]], list[tuple[float, float, bool, str]]]:
     """`LayerGeometry.recall` and `.points`: the joint values written at the subjects' mean keys, at
     equal gain.

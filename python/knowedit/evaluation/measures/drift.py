@@ -14,6 +14,7 @@ from torch import Tensor
 
 from knowedit.edits.edit import Edit
 from knowedit.evaluation.measures.base import ModelMeasure, register
+from knowedit.io.tables import figure
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 
@@ -72,7 +73,8 @@ class Drift:
     prompts: int
 
     def __str__(self) -> str:
-        return f"ordinary text: same next word {self.same:.0%}, KL {self.kl:.4f} nats"
+        kl = figure(self.kl, ".4f")
+        return f"ordinary text: same next word {self.same:.0%}, KL {kl} nats"
 
 
 @register
@@ -90,7 +92,8 @@ class OrdinaryDrift(ModelMeasure):
         return {**found, "worst": list(found["worst"])}
 
     def describe(self, found: dict[str, Any]) -> str:
-        return f"ordinary text: same next word {found['same']:.0%}, KL {found['kl']:.4f} nats"
+        kl = figure(found["kl"], ".4f")
+        return f"ordinary text: same next word {found['same']:.0%}, KL {kl} nats"
 
 
 @accepts_model

@@ -19,10 +19,10 @@ from knowedit.edits.changes import change_of, relative_norm
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.edits.report import EditReport
-from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.memory import peak_memory
+from knowedit.io.ranges import Count, NotNegative, Positive, Whole
 from knowedit.methods.base import Method
 from knowedit.methods.gradient.descent import descend, measured
 from knowedit.methods.gradient.terms import AnswerTerm, KeepTerm, LossTerm, continued
@@ -54,36 +54,19 @@ class GradientMethod(Method, abstract=True):
     """
 
     layers: tuple[int, ...] | None = None
-    steps: int = 50
-    lr: float = 1e-4
-    decay: float = 0.0
-    stop: float | None = 0.05
-    margin: float | None = None
-    stability: float = 0.0
+    steps: Count = 50
+    lr: Positive = 1e-4
+    decay: NotNegative = 0.0
+    stop: NotNegative | None = 0.05
+    margin: NotNegative | None = None
+    stability: NotNegative = 0.0
     stable: tuple[str | Probe, ...] | None = None
-    kl: float = 0.0
+    kl: NotNegative = 0.0
     context: tuple[str, ...] | None = None
-    batch: int | None = 32
-    draw: int | None = 8
-    seed: int = 0
-    budget: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (
-            self.steps < 1
-            or not self.lr > 0
-            or any(size is not None and size < 1 for size in (self.batch, self.draw))
-        ):
-            raise EditError(
-                f"steps, lr, batch and draw must be positive: {self.steps}, {self.lr}, "
-                f"{self.batch}, {self.draw}"
-            )
-        if not min(self.decay, self.stability, self.kl) >= 0:
-            raise EditError(
-                f"decay, stability and kl must not be negative: {self.decay}, {self.stability}, "
-                f"{self.kl}"
-            )
+    batch: Count | None = 32
+    draw: Count | None = 8
+    seed: Whole = 0
+    budget: Count = 256
 
     @abstractmethod
     def part(self, model: EditableModel) -> Trainable:

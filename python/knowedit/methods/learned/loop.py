@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from knowedit.errors import EditError
 from knowedit.io.config import Config, fields_of
 from knowedit.io.progress import bar
+from knowedit.io.ranges import Bound, Count, Positive, Whole
 from knowedit.io.tensors import read_file, understood, write_file
 
 FORMAT = "knowedit-training/1"
@@ -37,23 +38,13 @@ class Plan(Config):
         seed: of everything random.
     """
 
-    steps: int
-    lr: float
-    warm_up: int = 20
-    minutes: float | None = None
-    clip: float = 1.0
-    validate: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (
-            self.steps < 1
-            or self.validate < 1
-            or self.lr <= 0
-            or (self.minutes is not None and self.minutes <= 0)
-        ):
-            raise EditError(f"steps, validate, lr and minutes must be positive, got {self}")
+    steps: Count
+    lr: Positive
+    warm_up: Whole = 20
+    minutes: Positive | None = None
+    clip: Bound = 1.0
+    validate: Count = 100
+    seed: Whole = 0
 
     def rate(self, step: int) -> float:
         """Learning rate of the step."""
@@ -72,7 +63,7 @@ class TrainingLog:
         running: sum and number of the training losses since the last entry.
     """
 
-    steps: int = 0
+    steps: Count = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     curve: list[list[float | None]] = field(default_factory=list)

@@ -16,6 +16,7 @@ from torch import Tensor
 from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.io.config import Config
+from knowedit.io.ranges import NotNegative, Positive, Whole
 from knowedit.methods.locate.entities import entity_moments
 from knowedit.methods.locate.task import Task
 from knowedit.statistics import KeyStatistics
@@ -89,7 +90,7 @@ class Weighed(Metric, abstract=True):
     """
 
     gain: float = 0.9
-    weight: float | None = None
+    weight: Positive | None = None
 
     symbol: ClassVar[str] = "weight"
 
@@ -100,8 +101,6 @@ class Weighed(Metric, abstract=True):
                 f"{self.kind}.gain must lie between 0 and 1, got {self.gain}; the metric 'exact' "
                 "(ROME, EMMET) writes all of a change"
             )
-        if self.weight is not None and not self.weight > 0:
-            raise EditError(f"{self.kind}.weight must be positive, got {self.weight}")
 
     def with_gain(self: M, gain: float) -> M:
         return replace(self, gain=gain)  # type: ignore[type-var]
@@ -142,14 +141,9 @@ class Exact(Metric):
             the covariance with weight = ridge.
     """
 
-    ridge: float = 0.0
+    ridge: NotNegative = 0.0
 
     constraint: ClassVar[Constraint] = "equality"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ridge < 0:
-            raise EditError(f"exact.ridge must not be negative, got {self.ridge}")
 
     def at(
         self, statistics: KeyStatistics, layer: int, keys: Tensor
@@ -192,17 +186,12 @@ class NullSpace(Weighed):
             number).
     """
 
-    relative: float = 1.0
-    threshold: float | None = None
-    leak: float = 0.0
+    relative: Positive = 1.0
+    threshold: NotNegative | None = None
+    leak: NotNegative = 0.0
     refresh: bool = False
 
     symbol: ClassVar[str] = "beta"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.leak < 0:
-            raise EditError(f"null-space.leak must not be negative, got {self.leak}")
 
     @property
     def steady(self) -> bool:
@@ -282,14 +271,14 @@ class Blend(Weighed):
     """
 
     gain: float = 0.88
-    shares: tuple[float, float, float] = (0.16, 0.45, 0.39)
+    shares: tuple[NotNegative, NotNegative, NotNegative] = (0.16, 0.45, 0.39)
     entities: Mapping[int, Tensor] | None = field(default=None, repr=False)
-    pools: int = 10
+    pools: Whole = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.shares) < 0 or not sum(self.shares) > 0:
-            raise EditError(f"blend.shares must not be negative or all zero, got {self.shares}")
+        if not any(self.shares):
+            raise EditError(f"blend.shares must not be all zero, got {self.shares}")
 
     @property
     def needs_statistics(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from knowedit.errors import EditError
 from knowedit.io.config import Config
 from knowedit.io.progress import bar
+from knowedit.io.ranges import Bound, Count, NotNegative, Positive
 from knowedit.methods.locate.keys import group_keys
 from knowedit.methods.locate.task import Runtime, Task
 from knowedit.methods.locate.values import (
@@ -78,12 +79,12 @@ class HiddenState(Target):
         contexts: templates around the prompt; the first is "{}".
     """
 
-    steps: int | None = None
-    lr: float | Literal["calibrated"] | None = None
-    clamp: float | None = None
-    weight_decay: float | None = None
-    kl: float | None = None
-    stop: float | None = None
+    steps: Count | None = None
+    lr: Positive | Literal["calibrated"] | None = None
+    clamp: Bound | None = None
+    weight_decay: NotNegative | None = None
+    kl: NotNegative | None = None
+    stop: NotNegative | None = None
     contexts: tuple[str, ...] | None = None
 
     problem: ClassVar[type[Problem] | None] = None
@@ -187,12 +188,7 @@ class AnchoredState(HiddenState):
             the mean over other facts).
     """
 
-    norm: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.norm is not None and not self.norm > 0:
-            raise EditError(f"target.norm must be positive, got {self.norm}")
+    norm: Positive | None = None
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name, value in super()._given().items() if name != "norm"}
@@ -252,7 +248,7 @@ class AttentionAndMLP(HiddenState):
             for the much longer hidden state: with 0.75 SmolLM2 says few of the new answers.
     """
 
-    clamp: float | None = 4.0
+    clamp: Bound | None = 4.0
 
     of_mlp: ClassVar[bool] = True
     problem: ClassVar[type[Problem] | None] = TwoDeltas

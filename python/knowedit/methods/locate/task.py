@@ -14,6 +14,7 @@ from knowedit.edits.history import History
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import training_neighbours
 from knowedit.io.config import Config
+from knowedit.io.ranges import Count, Whole
 from knowedit.methods.locate.keys import GroupKeys
 from knowedit.methods.locate.values import AtProjections, ValueSettings, problem_of
 from knowedit.models.editable import EditableModel
@@ -40,7 +41,7 @@ class Material(Config):
     neighbours: tuple[Fact, ...] = ()
     questions: Questions = None
     preserve: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Whole = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Runtime(Config):
             times as fast on CPUs with bfloat16 units.
     """
 
-    budget: int = 2048
+    budget: Count = 2048
     draft: bool = False
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
+from knowedit.io.ranges import Bound, Count, NotNegative, Positive
 from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Through, TrainedTexts, WriteOuts
 from knowedit.methods.locate.values import AT_PROJECTION, ValueSettings
 from knowedit.models.editable import EditableModel, Outputs
@@ -42,14 +43,14 @@ class TrainingSettings(Config):
         through: what a step sees.
     """
 
-    steps: int = 6
-    lr: float | None = 0.6
+    steps: Count = 6
+    lr: Positive | None = 0.6
     betas: tuple[float, float] = (0.8, 0.98)
-    decay: float = 0.3
-    clamp: float = 0.9
+    decay: NotNegative = 0.3
+    clamp: Bound = 0.9
     clamp_realised: bool = True
-    price: float = 0.3
-    norm: float = 0.0
+    price: NotNegative = 0.3
+    norm: NotNegative = 0.0
     through: Through = "edit"
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
+from knowedit.io.ranges import Bound, Count, NotNegative, Positive
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
 from knowedit.models.partial import Hook, PartialModel, hooked
@@ -56,14 +57,14 @@ class ValueSettings(Config):
             as fast on a CPU.
     """
 
-    steps: int = 25
-    lr: float | None = 0.5
-    clamp: float = 0.75
-    weight_decay: float = 0.5
-    kl: float = 0.0625
-    stop: float = 0.05
+    steps: Count = 25
+    lr: Positive | None = 0.5
+    clamp: Bound = 0.75
+    weight_decay: NotNegative = 0.5
+    kl: NotNegative = 0.0625
+    stop: NotNegative = 0.05
     contexts: tuple[str, ...] = DEFAULT_CONTEXTS
-    budget: int = 2048
+    budget: Count = 2048
     draft: bool = False
 
     def __post_init__(self) -> None:
@@ -75,10 +76,6 @@ class ValueSettings(Config):
         ):
             raise EditError(
                 f"contexts must start with '{{}}' and hold '{{}}' once each: {self.contexts}"
-            )
-        if self.steps < 1 or (self.lr is not None and self.lr <= 0) or self.clamp <= 0:
-            raise EditError(
-                f"steps, lr and clamp must be positive: {self.steps}, {self.lr}, {self.clamp}"
             )
 
 

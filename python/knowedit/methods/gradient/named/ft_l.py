@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from knowedit.errors import EditError
+from knowedit.io.ranges import Bound, Positive
 from knowedit.methods.gradient.method import GradientMethod
 from knowedit.methods.gradient.trainable import WholeWeights
 from knowedit.models.editable import EditableModel
@@ -22,9 +23,9 @@ class FTL(GradientMethod):
             computed (published: 5e-5 for GPT-J). None: `share` of the weights' root mean square.
     """
 
-    lr: float = 5e-4
-    bound: float | None = None
-    share: float = 0.1
+    lr: Positive = 5e-4
+    bound: Bound | None = None
+    share: Positive = 0.1
 
     name: ClassVar[str] = "FT-L"
 
@@ -34,6 +35,4 @@ class FTL(GradientMethod):
             raise EditError(f"FT-L trains one layer, got {list(layers)}; use FT for several")
         rms = float(model.weight(layers[0]).float().square().mean().sqrt())
         bound = self.share * rms if self.bound is None else self.bound
-        if not bound > 0:
-            raise EditError(f"bound and share must be positive, got {self.bound}, {self.share}")
         return WholeWeights(model, [model.layout.weight_name(layers[0])], bound)

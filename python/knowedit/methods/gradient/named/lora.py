@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from knowedit.errors import EditError
+from knowedit.io.ranges import Count, Positive
 from knowedit.methods.gradient.method import GradientMethod
 from knowedit.methods.gradient.trainable import LoRAAdapter, linear_names
 from knowedit.models.editable import EditableModel
@@ -23,17 +23,10 @@ class LoRA(GradientMethod):
 
     lr: float = 5e-4
     modules: tuple[str, ...] | None = None
-    rank: int = 4
-    alpha: float = 16
+    rank: Count = 4
+    alpha: Positive = 16
 
     name: ClassVar[str] = "LoRA"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1 or self.alpha <= 0:
-            raise EditError(
-                f"rank must be at least 1 and alpha positive, got {self.rank} and {self.alpha}"
-            )
 
     def part(self, model: EditableModel) -> LoRAAdapter:
         names = linear_names(model, self.layers, self.modules)

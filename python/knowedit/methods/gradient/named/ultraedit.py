@@ -31,6 +31,7 @@ from knowedit.edits.history import History
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
+from knowedit.io.ranges import Positive, Share
 from knowedit.methods.base import Method
 from knowedit.methods.gradient.trainable import linear_names
 from knowedit.models.editable import EditableModel
@@ -61,21 +62,12 @@ class UltraEdit(Method):
 
     layers: tuple[int, ...] | None = None
     modules: tuple[str, ...] | None = None
-    step: float = 0.04
-    lr: float | None = None
-    gain: float = 0.95
-    ridge: float | None = None
+    step: Positive = 0.04
+    lr: Positive | None = None
+    gain: Share = 0.95
+    ridge: Positive | None = None
 
     name: ClassVar[str] = "UltraEdit"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive = {"step": self.step, "lr": self.lr, "ridge": self.ridge}
-        for name, value in positive.items():
-            if value is not None and not value > 0:
-                raise EditError(f"ultraedit.{name} must be positive, got {value}")
-        if not 0 < self.gain < 1:
-            raise EditError(f"ultraedit.gain must lie between 0 and 1, got {self.gain}")
 
     def weights(self, model: EditableModel) -> list[str]:
         """The linear modules that it changes, by their names below `model.hf`.

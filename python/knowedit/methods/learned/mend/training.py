@@ -18,6 +18,7 @@ from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.io.memory import peak_memory
 from knowedit.io.progress import bar
+from knowedit.io.ranges import Count, NotNegative, Whole
 from knowedit.methods.learned.examples import ExampleRows, drawn, examples, placed, split
 from knowedit.methods.learned.loop import Plan, stamp, train
 from knowedit.methods.learned.mend.network import MendNetwork, token_factors
@@ -45,13 +46,13 @@ class MendTraining(Config):
     """
 
     layers: tuple[int, ...] | None = None
-    rank: int = 128
-    edit: float = 1.0
-    locality: float = 3.0
-    facts: int = 8
-    together: tuple[int, ...] = (1, 1, 4)
-    rephrasings: int = 2
-    neighbours: int = 2
+    rank: Count = 128
+    edit: NotNegative = 1.0
+    locality: NotNegative = 3.0
+    facts: Count = 8
+    together: tuple[Count, ...] = (1, 1, 4)
+    rephrasings: Whole = 2
+    neighbours: Whole = 2
     plan: Plan = field(default_factory=lambda: Plan(steps=300, lr=1e-3, validate=50))
 
 

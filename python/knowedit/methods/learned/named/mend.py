@@ -16,6 +16,7 @@ from knowedit.edits.history import History
 from knowedit.edits.report import EditReport
 from knowedit.facts.fact import Fact
 from knowedit.io.memory import peak_memory
+from knowedit.io.ranges import Positive
 from knowedit.methods.learned.mend.network import MendNetwork, Tokens, token_factors
 from knowedit.methods.learned.method import LearnedMethod
 from knowedit.methods.learned.networks import NetworkFile
@@ -39,7 +40,7 @@ class MEND(LearnedMethod):
     """
 
     network: MendNetwork | NetworkFile | str | Path | None = None
-    scale: float = 1.0
+    scale: Positive = 1.0
 
     name: ClassVar[str] = "MEND"
     network_class = MendNetwork

@@ -11,6 +11,7 @@ from knowedit.edits.history import History
 from knowedit.edits.report import EditReport
 from knowedit.facts.fact import Fact
 from knowedit.io.memory import peak_memory
+from knowedit.io.ranges import Finite
 from knowedit.methods.learned.method import LearnedMethod
 from knowedit.methods.learned.networks import NetworkFile
 from knowedit.methods.learned.serac.memory import MemoryEdit, refuse_edited_weights
@@ -31,7 +32,7 @@ class SERAC(LearnedMethod):
     """
 
     network: SeracNetwork | NetworkFile | str | Path | None = None
-    threshold: float | None = None
+    threshold: Finite | None = None
 
     name: ClassVar[str] = "SERAC"
     network_class = SeracNetwork

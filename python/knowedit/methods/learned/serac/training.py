@@ -17,6 +17,7 @@ from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.io.memory import peak_memory
 from knowedit.io.progress import bar
+from knowedit.io.ranges import Count, NotNegative, Whole
 from knowedit.methods.learned.examples import Example, drawn, examples, placed, split
 from knowedit.methods.learned.loop import Plan, stamp, train
 from knowedit.methods.learned.networks import default_file
@@ -44,12 +45,12 @@ class SeracTraining(Config):
         gate, reader: of the two trainings.
     """
 
-    layer: int | None = None
-    first: int | None = None
-    rank: int = 8
-    locality: float = 1.0
-    gate_facts: int = 32
-    reader_facts: int = 8
+    layer: Whole | None = None
+    first: Whole | None = None
+    rank: Count = 8
+    locality: NotNegative = 1.0
+    gate_facts: Count = 32
+    reader_facts: Count = 8
     gate: Plan = field(default_factory=lambda: Plan(steps=400, lr=1e-3, validate=50))
     reader: Plan = field(default_factory=lambda: Plan(steps=80, lr=1e-3, validate=40))
 

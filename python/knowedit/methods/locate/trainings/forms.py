@@ -9,6 +9,7 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.relations import identity_prompts, unrelated_prompts
 from knowedit.io.config import Config
 from knowedit.io.progress import bar
+from knowedit.io.ranges import NotNegative, Whole
 from knowedit.methods.locate.forms import asked_forms
 from knowedit.methods.locate.metrics import Metric
 from knowedit.methods.locate.objective import TrainedText, TrainedTexts
@@ -44,11 +45,11 @@ class FormWeights(Config):
         pools: neighbour prompts a fact, one a step in turn.
     """
 
-    forms: float = 1.0
-    identity: float = 2.0
-    last: float = 0.6
-    neighbours: float = 8.0
-    pools: int = 10
+    forms: NotNegative = 1.0
+    identity: NotNegative = 2.0
+    last: NotNegative = 0.6
+    neighbours: NotNegative = 8.0
+    pools: Whole = 10
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from knowedit.edits.changes import relative_norms
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar
+from knowedit.io.ranges import Share, Whole
 from knowedit.methods.locate.metrics import Metric, Weighed
 from knowedit.methods.locate.objective import TrainedTexts
 from knowedit.methods.locate.task import Task, WrittenLayers
@@ -57,19 +58,12 @@ class ThroughSolver(Training):
             steps with G = I.
     """
 
-    gain: float | None = None
+    gain: Share | None = None
     when: Literal["auto", "always", "never"] = "auto"
     diagonal: bool = False
     contexts: tuple[str, ...] = ()
-    rehearsed: int = 100
+    rehearsed: Whole = 100
     settings: TrainingSettings = field(default_factory=TrainingSettings)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rehearsed < 0:
-            raise EditError(f"rehearsed must not be negative, got {self.rehearsed}")
-        if self.gain is not None and not 0 < self.gain < 1:
-            raise EditError(f"{self.kind}.gain must lie between 0 and 1, got {self.gain}")
 
     def trained(
         self, task: Task, metric: Metric, targets: Targets, written: WrittenLayers, write: Write

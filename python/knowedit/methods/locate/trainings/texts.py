@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.progress import bar
+from knowedit.io.ranges import Count, NotNegative
 from knowedit.methods.locate.metrics import Metric
 from knowedit.methods.locate.objective import TrainedText, TrainedTexts
 from knowedit.methods.locate.task import Task, WrittenLayers
@@ -38,9 +39,9 @@ class ThroughTexts(Training):
         settings: of the loop.
     """
 
-    keep: float = 8.0
-    last: float = 0.6
-    parts: int = 4
+    keep: NotNegative = 8.0
+    last: NotNegative = 0.6
+    parts: Count = 4
     settings: TrainingSettings = field(default_factory=lambda: over_many_texts(clamp=1.0))
 
     def trained(

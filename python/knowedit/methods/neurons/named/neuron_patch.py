@@ -24,6 +24,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.facts.wordings.ordinary import openings, sentences
 from knowedit.io.progress import bar
+from knowedit.io.ranges import Count, NotNegative, Positive, Whole
 from knowedit.methods.base import Method, check_kinds
 from knowedit.methods.locate.checks import (
     first_token_warnings,
@@ -83,11 +84,11 @@ class NeuronPatch(Method):
     runtime: Runtime = field(default_factory=lambda: Runtime(draft=True))
     contrast: tuple[str, ...] = ()
     corpus: CorpusLike = "self"
-    tokens: int = 30_000
-    sharpness: float = 50.0
-    width: float = 0.25
-    ridge: float = 1e-5
-    seed: int = 0
+    tokens: Count = 30_000
+    sharpness: Positive = 50.0
+    width: Positive = 0.25
+    ridge: NotNegative = 1e-5
+    seed: Whole = 0
 
     name: ClassVar[str] = "Neuron-Patch"
     version: ClassVar[int] = 2
