@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from knowedit.edits.edit import Edit
 from knowedit.evaluation.evaluation import evaluate_each
+from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
 from knowedit.methods import MEMIT
 from knowedit.methods.locate.targets import HiddenState
@@ -74,6 +76,20 @@ def difference(one: EditableModel, other: EditableModel) -> float:
     return float((mine - theirs).abs().max() / theirs.abs().max())
 
 
+def _kept(
+    path: Path | None, mixture: EditableModel, facts: list[Fact], editor: MEMIT
+) -> Edit | None:
+    """The edit of an earlier run that was interrupted while it was measured; None where there is
+    none of these facts and settings. Statistics are kept in the cache, or as checkpoints there.
+    """
+    if path is None or not path.exists():
+        return None
+    found = Edit.load(path)
+    same = [fact.text for fact in found.facts] == [fact.text for fact in facts]
+    same = same and found.fingerprint == mixture.fingerprint and found.method() == editor
+    return found if same else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("moe", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -83,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
     parser.add_argument(
         "--neighbours", type=int, default=None, help="prompts a fact (default: all)"
+    )
+    parser.add_argument(
+        "--keep", type=Path, default=None, help="the edit's file; read again where it is there"
     )
     arguments = parser.parse_args(argv)
     count, tokens = arguments.facts, arguments.tokens
@@ -103,9 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
     statistics = key_statistics(mixture, preset.layers, corpus, tokens, halves=False)
     editor = MEMIT(layers=preset.layers, target=HiddenState(**preset.values))
-    start = time.process_time()
-    edit = editor.compute(mixture, facts, statistics)
-    seconds = (time.process_time() - start) / len(facts)
+    edit = _kept(arguments.keep, mixture, facts, editor)
+    if edit is None:
+        start = time.process_time()
+        edit = editor.compute(mixture, facts, statistics)
+        edit.report.details["seconds"] = time.process_time() - start
+        if arguments.keep is not None:
+            edit.save(arguments.keep)
+    seconds = edit.report.details["seconds"] / len(facts)
     found = evaluate_each(mixture, [edit] * len(facts), facts)
     for kind, measures in found.after.items():
         for measure, estimate in measures.items():

@@ -11,8 +11,9 @@ from knowedit.edits.history import History
 from knowedit.errors import EditError, ModelError, StatisticsError
 from knowedit.facts.fact import Probe
 from knowedit.facts.wordings.ordinary import held_out
-from knowedit.methods import EMMET, FTL, MEMIT, ROME, AlphaEdit, MetaKE, NeuronPatch
+from knowedit.methods import EMMET, FTL, MEMIT, ROME, AlphaEdit, LoRA, MetaKE, NeuronPatch
 from knowedit.methods.base import statistics_for
+from knowedit.methods.gradient.trainable import linear_names
 from knowedit.methods.locate.keysets import ContextKeys
 from knowedit.methods.locate.metrics import Blend, Covariance, NullSpace
 from knowedit.methods.locate.targets import HiddenState
@@ -181,6 +182,38 @@ def test_fine_tuning_takes_all_experts(mixtral):
     name = mixtral.layout.weight_name(LAYER)
     assert list(edit.changes) == [name] and float(edit.changes[name].delta.abs().max()) > 0
     assert weights_fingerprint(mixtral.hf) == mixtral.fingerprint
+
+
+@pytest.mark.parametrize("modules", [("mlp.experts",), ("experts", "q_proj")])
+def test_lora_trains_experts_as_one_wide_layer(mixture, modules):
+    """What is trained is what the edit does, and the answer is learned."""
+    if mixture.name == "granitemoe":
+        modules = tuple(name.removeprefix("mlp.") for name in modules)
+    method = LoRA(layers=(LAYER,), modules=modules, steps=12, lr=0.02)
+    edit = method.compute(mixture, FACTS[:1], progress=False)
+    name = mixture.layout.weight_name(LAYER)
+    of_experts = [key for key in edit.changes if key.startswith(f"{name}[")]
+    assert len(of_experts) == mixture.layout.experts(LAYER).count
+    assert len(edit.changes) == len(of_experts) + (len(modules) > 1)
+    fact = FACTS[0]
+    before = mixture.score([fact.text], [fact.target])[0].logprob
+    with edit.applied_to(mixture):
+        after = mixture.score([fact.text], [fact.target])[0].logprob
+    assert after > before + 0.2
+    assert -after == pytest.approx(edit.report.details["loss"], rel=1e-3)
+    assert weights_fingerprint(mixture.hf) == mixture.fingerprint
+
+
+def test_linear_layers_are_those_that_each_layer_has(byte_tokenizer):
+    """DeepSeek's first layers are dense and have no shared expert."""
+    model = EditableModel(build("deepseek_v3"), byte_tokenizer)
+    found = linear_names(model, None, ("down_proj",))
+    assert found == [
+        f"model.layers.{layer}.mlp.{where}down_proj"
+        for layer, where in ((0, ""), (1, ""), (2, "shared_experts."), (3, "shared_experts."))
+    ]
+    with pytest.raises(EditError, match="no linear layers experts: .*shared_experts.down_proj"):
+        LoRA(layers=(0,), modules=("experts",)).part(model)
 
 
 def test_quantised_experts_are_refused(mixtral, byte_tokenizer):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knowedit.edits.changes import changes_of
 from knowedit.errors import EditError
 from knowedit.models.editable import EditableModel, at_least_float32
 from knowedit.models.partial import with_weights
@@ -108,16 +109,49 @@ class LoRAAdapter(Trainable):
     Args:
         modules: names of the linear layers that get one.
         seed: of A's start; B starts at zero.
+        experts: layers whose routed experts get a pair for the one wide layer that they are: each
+            expert has its own A, and all have the same B. It is ours, beside peft's.
     """
 
     def __init__(
-        self, model: EditableModel, modules: Sequence[str], rank: int, alpha: float, seed: int = 0
+        self,
+        model: EditableModel,
+        modules: Sequence[str],
+        rank: int,
+        alpha: float,
+        seed: int = 0,
+        experts: Sequence[int] = (),
     ) -> None:
         super().__init__(model)
         self.modules = {name: model.hf.get_submodule(name) for name in modules}
         self.rank, self.alpha, self.seed = rank, alpha, seed
+        self.wide = {layer: self._pair(layer) for layer in experts}
+
+    def _pair(self, layer: int) -> tuple[Tensor, Tensor]:
+        """`B [hidden, rank]` and `A [E * d, rank]` of a layer's experts, to be trained."""
+        experts, device = self.model.layout.experts(layer), self.model.device
+        assert experts is not None
+        generator = torch.Generator().manual_seed(self.seed + layer)
+        down = torch.rand(experts.count * experts.width, self.rank, generator=generator)
+        down = (2 * down - 1) / experts.width**0.5  # as an expert's own linear layer starts
+        up = torch.zeros(self.model.hidden, self.rank)
+        return up.to(device).requires_grad_(), down.to(device).requires_grad_()
+
+    def _factors(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {at: (self.alpha / self.rank * up, down) for at, (up, down) in self.wide.items()}
 
     def __enter__(self) -> LoRAAdapter:
+        self.layers: dict[str, Any] = {}
+        self.leaves = {}
+        if self.modules:
+            self._enter()
+        for layer, pair in self.wide.items():
+            name = self.model.layout.weight_name(layer)
+            self.leaves |= {f"{name}.lora_{part}": leaf for part, leaf in zip("BA", pair)}
+        return self
+
+    def _enter(self) -> None:
+        """Put peft's layers into the model."""
         from peft import LoraConfig, LoraModel
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -147,7 +181,7 @@ class LoRAAdapter(Trainable):
                 LoraModel(hf, config, NAME)
             for layer, active in others:  # the user's adapters, which peft has switched off
                 layer.set_adapter(active)
-            self.layers: dict[str, Any] = {name: hf.get_submodule(name) for name in self.modules}
+            self.layers = {name: hf.get_submodule(name) for name in self.modules}
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -161,7 +195,6 @@ class LoRAAdapter(Trainable):
             parameter.requires_grad_(id(parameter) in own)
         for leaf in self.leaves.values():
             leaf.data = at_least_float32(leaf.data)
-        return self
 
     def __exit__(
         self,
@@ -169,6 +202,8 @@ class LoRAAdapter(Trainable):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self.modules:
+            return
         hf = self.model.hf
         for name, module in self.modules.items():
             hf.set_submodule(name, module)
@@ -181,7 +216,8 @@ class LoRAAdapter(Trainable):
         self._evaluating.__exit__(kind, error, trace)
 
     def run(self, function: Callable[[], Tensor]) -> Tensor:
-        return function()
+        with self.model.evaluating(), self.model.virtual(self._factors()):
+            return function()
 
     @torch.no_grad()
     def changes(self) -> dict[str, Change]:
@@ -189,7 +225,7 @@ class LoRAAdapter(Trainable):
         for name, layer in self.layers.items():
             up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
             found[f"{name}.weight"] = layer.scaling[NAME] * up, down.T.contiguous()
-        return found
+        return found | changes_of(self.model, self._factors())
 
 
 def weight_names(model: EditableModel, layers: Sequence[int] | None) -> list[str]:
@@ -209,7 +245,7 @@ def weight_names(model: EditableModel, layers: Sequence[int] | None) -> list[str
 def linear_names(
     model: EditableModel, layers: Sequence[int] | None, modules: Sequence[str] | None
 ) -> list[str]:
-    """Full names of linear layers: `modules` of `layers`; None: all.
+    """Full names of linear layers: `modules` of `layers`, those that have them; None: all.
 
     Args:
         modules: names within a decoder layer, or their ends.
@@ -220,7 +256,11 @@ def linear_names(
     """
     layers = range(len(model.layers)) if layers is None else layers
     model.check_layers(layers)
-    known = [f".{name}" for name, module in model.layers[0].named_modules() if is_linear(module)]
+    inside = {
+        layer: [f".{name}" for name, m in model.layers[layer].named_modules() if is_linear(m)]
+        for layer in range(len(model.layers))
+    }
+    known = list(dict.fromkeys(name for names in inside.values() for name in names))
     wanted = known if modules is None else [f".{name}" for name in modules]
     unknown = [name for name in wanted if not any(there.endswith(name) for there in known)]
     if unknown or not wanted or not layers:
@@ -228,5 +268,25 @@ def linear_names(
             f"there are no linear layers {', '.join(name[1:] for name in unknown) or 'chosen'}: "
             f"name at least one layer, and modules among {', '.join(name[1:] for name in known)}"
         )
-    chosen = [name for name in known if name.endswith(tuple(wanted))]
-    return [f"{model.layout.layers}.{layer}{name}" for layer in layers for name in chosen]
+    return [
+        f"{model.layout.layers}.{layer}{name}"
+        for layer in layers
+        for name in inside[layer]
+        if name.endswith(tuple(wanted))
+    ]
+
+
+def expert_layers(
+    model: EditableModel, layers: Sequence[int] | None, modules: Sequence[str] | None
+) -> dict[str, list[int]]:
+    """Of `modules` those that name what holds a layer's routed experts ("mlp.experts", or an end of
+    it), with the layers of `layers` that have them.
+    """
+    paths = {
+        layer: model.layout.projection(layer)
+        for layer in (model.layout.editable if layers is None else layers)
+        if layer in model.layout.editable and model.layout.experts(layer) is not None
+    }
+    found = {name: [at for at, path in paths.items() if f".{path}".endswith(f".{name}")]
+             for name in modules or ()}  # fmt: skip
+    return {name: at for name, at in found.items() if at}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from knowedit.io.ranges import Count, Positive
 from knowedit.methods.gradient.method import GradientMethod
-from knowedit.methods.gradient.trainable import LoRAAdapter, linear_names
+from knowedit.methods.gradient.trainable import LoRAAdapter, expert_layers, linear_names
 from knowedit.models.editable import EditableModel
 
 
@@ -17,7 +17,8 @@ class LoRA(GradientMethod):
 
     Attributes:
         modules: names of linear layers within a decoder layer ("q_proj", "mlp.down_proj"); None:
-            all of them.
+            all of them. "experts", or what their module is called, adds a pair for the routed ones'
+            output matrices.
         rank, alpha: of the adapter; the update is `alpha / rank B A`.
     """
 
@@ -29,5 +30,8 @@ class LoRA(GradientMethod):
     name: ClassVar[str] = "LoRA"
 
     def part(self, model: EditableModel) -> LoRAAdapter:
-        names = linear_names(model, self.layers, self.modules)
-        return LoRAAdapter(model, names, self.rank, self.alpha, self.seed)
+        experts = expert_layers(model, self.layers, self.modules)
+        others = self.modules and tuple(name for name in self.modules if name not in experts)
+        names = [] if experts and not others else linear_names(model, self.layers, others)
+        wide = sorted({layer for layers in experts.values() for layer in layers})
+        return LoRAAdapter(model, names, self.rank, self.alpha, self.seed, wide)
