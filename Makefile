@@ -17,14 +17,18 @@ demo: $(READY)
 
 setup: $(READY)
 
+# Byte code is made afterwards, on all cores: pip makes it on one, for a minute and a half.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
 # Torch first: a CPU build brings no Triton, and the tests need the version they are pinned to.
 $(READY): pyproject.toml setup.py constraints.txt
 	@echo "== setting up $(VENV) (once; about a minute and 2.5 GB)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt torch
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.6.0
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true  # some are no Python 3
 	@touch $(READY)
 
 lint: $(READY)
