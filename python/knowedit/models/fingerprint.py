@@ -201,13 +201,14 @@ def _text_config(config: Any) -> Any:
 
 
 def _computing(config: Any) -> tuple[tuple[str, str], ...]:
-    """Names and values of the fewest fields that change logits and from which the configuration's
-    class makes the rest.
+    """The model type, then names and values of the fewest fields that change logits and from which
+    its class makes the rest.
 
     What a class fills in by itself (a default, a number that follows from others) says nothing
     about a model, and is there or not with the version of transformers.
     """
-    return _fewest(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
+    record = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return ("model_type", str(config.model_type)), *_fewest(type(config), record)
 
 
 @lru_cache(maxsize=64)

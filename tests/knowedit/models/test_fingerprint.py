@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import save_edited
@@ -252,6 +252,7 @@ def test_what_a_configuration_class_fills_in_is_not_in_the_setup(byte_tokenizer)
     found = setup_of(old, byte_tokenizer)
     assert setup_of(new, byte_tokenizer) == found
     assert setup_of(LlamaConfig(**sizes, rms_norm_eps=1e-3), byte_tokenizer) != found
+    assert setup_of(MistralConfig(**sizes, rms_norm_eps=1e-3, head_dim=16), byte_tokenizer) != found
     for field, value in (("attention_scaling", 2.0), ("layer_types", ["sliding_attention"] * 4)):
         setattr(new, field, value)
         assert setup_of(new, byte_tokenizer) != found, field
