@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from knowedit.cli import edit, evaluate, lists, measure, recommend, stats, study, train
+from knowedit.cli import edit, evaluate, lists, measure, recommend, stats, study, train, trial
 from knowedit.cli.commands import App, Interrupted, UsageError, usage
 from knowedit.cli.options import (
     AGAIN,
@@ -125,7 +125,7 @@ def demo(
         say(f"wrote {shown.write(output)}")
 
 
-for _group in (edit, evaluate, recommend, measure):
+for _group in (edit, evaluate, recommend, trial, measure):
     app.add_typer(_group.app)
 app.add_typer(stats.app, name="stats")
 app.add_typer(train.app, name="train")

@@ -65,6 +65,7 @@ JSON: dict[str, tuple[Printed, ...]] = {
         Printed("format, sweep, rows", when="of a grid"),
     ),
     "recommend": (Printed("model, facts, choice, sentence, skipped, rows"),),
+    "try": (Printed("asked, before, after, facts", "list"),),
     "same-subject": (
         Printed("model, dataset, method, seconds, report, config, drift, evaluation", "list"),
     ),

@@ -163,7 +163,8 @@ def _layers(edit: Edit, model: EditableModel) -> Table:
     return Table(columns, rows, notes=[f"Note: {warning}." for warning in edit.warnings])
 
 
-def _write(path: Path, template: str, **content: Any) -> None:
+def rendered(template: str, **content: Any) -> str:
+    """A template of this package, filled in; values are escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -173,6 +174,9 @@ def _write(path: Path, template: str, **content: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(**content)
+    return environment.get_template(template).render(**content)
+
+
+def _write(path: Path, template: str, **content: Any) -> None:
     with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(rendered(template, **content), encoding="utf-8")

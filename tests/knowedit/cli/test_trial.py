@@ -1,0 +1,13 @@
+"""`knowedit try` as a user types it, on a tiny model."""
+
+import json
+
+
+def test_a_prompt_is_put_to_both_models(place, knowedit):
+    quick = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1", "--set", "target.steps=2")
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *quick)
+    words = ("try", "model", "a.safetensors", "--prompt", "The capital of France is")
+    (found,) = json.loads(knowedit(*words, "--json"))
+    assert found["facts"][0]["target"] == "Lyon" and len(found["after"]["next"]) == 5
+    assert "unedited" in knowedit(*words)
+    assert "no chat template" in knowedit(*words, "--chat", code=1)
