@@ -283,7 +283,7 @@ def export(
     *,
     loading: Loading,
 ) -> None:
-    """Write an edit in another program's format: as a LoRA adapter for peft or vLLM."""
+    """Write an edit in another program's format: a LoRA adapter for peft or vLLM, or for llama.cpp."""
     from knowedit.edits.edit import Edit
     from knowedit.edits.export.listing import export_format
 

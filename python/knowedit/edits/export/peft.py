@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from knowedit.edits.adapter import low_rank
 from knowedit.edits.changes import LowRank
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_folder, disk_errors
@@ -45,7 +45,7 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
     """
     from peft import LoraConfig, TaskType
 
-    found = _low_rank(model, edits)
+    found = low_rank(model, edits)
     dense = {
         name.removesuffix(".weight"): Pair(change.V.T, change.U, change.rank)
         for name, change in found.items()
@@ -138,30 +138,3 @@ def _of_experts(model: EditableModel, name: str, found: Mapping[str, LowRank]) -
         first, second = second, first
     A, B = second.mT.flatten(0, 1), first.permute(1, 2, 0).flatten(1)
     return Pair(A, B, rank)
-
-
-def _low_rank(model: EditableModel, edits: Sequence[Edit]) -> dict[str, LowRank]:
-    """The sum of the edits by parameter. Raises EditError: a dense change."""
-    found: dict[str, LowRank] = {}
-    for edit in edits:
-        edit.check(model)
-        changes = edit.by_parameter(model)
-        dense = sorted(name for name, change in changes.items() if not isinstance(change, LowRank))
-        if dense:
-            raise EditError(
-                f"this {edit.method_name} edit changes {len(dense)} parameters densely "
-                f"({dense[0]}, ...), which no LoRA adapter "
-                "can hold; write it into a copy of the model instead (save_edited, `knowedit "
-                "apply`)"
-            )
-        for name, change in changes.items():
-            assert isinstance(change, LowRank)
-            before = found.get(name)
-            found[name] = (
-                change
-                if before is None
-                else LowRank(torch.cat([before.U, change.U], 1), torch.cat([before.V, change.V], 1))
-            )
-    if not found:
-        raise EditError("no edits to export; name at least one that changes weights")
-    return found
