@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +77,17 @@ def edit(
             help="Facts that contradict earlier ones of --history take their place.",
         ),
     ] = False,
+    join: Annotated[
+        str | None,
+        typer.Option(
+            help="What stands between prompts and answers: none, blank or line; default: what each "
+            "fact says, or as they would be written."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="The prompts are the user's turns in the model's chat."),
+    ] = False,
     allow: Annotated[
         list[str] | None,
         typer.Option(help="Another limit of what an edit may do, such as perplexity=1.2."),
@@ -92,6 +103,7 @@ def edit(
     from knowedit.edits.history import History
     from knowedit.edits.limits import Limits
     from knowedit.evaluation.interview import Interview, said_table
+    from knowedit.facts.wordings.forms import in_chat
     from knowedit.methods.base import statistics_for
     from knowedit.methods.session import Session
 
@@ -104,6 +116,10 @@ def edit(
     check_file(output)
     wanted, again = _facts(facts, limit), edit_of(ctx)
     editable = run.load(model)
+    if join is not None:
+        wanted = [replace(fact, join=join) for fact in wanted]
+    if chat:
+        wanted = in_chat(editable, wanted)
     if again is not None:
         again.check(editable)
     with locked(history):  # or another run's edits would be lost
@@ -283,7 +299,9 @@ def export(
     *,
     loading: Loading,
 ) -> None:
-    """Write an edit in another program's format: a LoRA adapter for peft or vLLM, or for llama.cpp."""
+    """Write an edit in another program's format: a LoRA adapter for peft and vLLM, or one for
+    llama.cpp.
+    """
     from knowedit.edits.edit import Edit
     from knowedit.edits.export.listing import export_format
 

@@ -94,7 +94,7 @@ def measure(model: EditableModel, edit: Edit, plan: Plan | None = None) -> Measu
     before = _outputs(model, facts, max(plan)) if plan else None
     planned = _outputs(model, facts, max(plan), plan) if plan else None
     with edit.applied_to(model):
-        scores = model.score([fact.text for fact in facts], [fact.target for fact in facts])
+        scores = model.score([fact.text for fact in facts], [fact.new_answer for fact in facts])
         now = _Ordinary.of(model)
         after = _outputs(model, facts, max(plan)) if plan else None
         rerouted = routing.against(model)
@@ -119,7 +119,7 @@ def _outputs(
     """`[facts, hidden]` float32, the layer's output at the subjects of the bare prompts; with what
     is planned added there.
     """
-    rows = [model.row(fact.text, fact.subject) for fact in facts]
+    rows = [model.row(fact.prompt, fact.subject) for fact in facts]
     ends = [row.subject or 0 for row in rows]
     found = torch.empty(len(rows), model.hidden)
     for batch in batches([end + 1 for end in ends], 4096):

@@ -25,6 +25,8 @@ ALIASES = {
     "neighbors": "neighbours",
 }
 REQUIRED = ("prompt", "subject", "target")
+#: What may stand between a prompt and what follows it, by the names that `Fact.join` takes.
+JOINS = {"none": "", "blank": " ", "line": "\n"}
 #: Fields that hold several values, and those of them whose values are probes.
 LISTS = ("paraphrases", "neighbours", "questions", "instructions", "portability")
 PROBES = ("neighbours", "portability")
@@ -75,6 +77,17 @@ def _wording(name: str, value: object) -> str:
     return text
 
 
+class Answer(str):
+    """A text that follows a prompt, and what joins the two: None, as they would be written."""
+
+    joint: str | None
+
+    def __new__(cls, text: str, joint: str | None = None) -> Answer:
+        made = super().__new__(cls, text)
+        made.joint = joint
+        return made
+
+
 @dataclass(frozen=True)
 class Probe:
     """A full prompt and, where known, the text that rightly follows it."""
@@ -110,6 +123,9 @@ class Fact:
     relation: str | None = None
     id: str | None = None
     portability: tuple[Probe, ...] = ()  # what follows from the new fact: aliases, further hops
+    #: What stands between prompt or paraphrase and the object, a name of `JOINS`; None: as the two
+    #: would be written, most often a blank (`knowedit.models.tokens.join`).
+    join: str | None = None
 
     def __post_init__(self) -> None:
         for name in (*REQUIRED, "true", "relation", "id"):
@@ -129,22 +145,36 @@ class Fact:
             object.__setattr__(
                 self, name, tuple(v if probes else _wording(name, v) for v in values)
             )
+        if self.join is not None and self.join not in JOINS:
+            raise FactError(
+                f"join must be one of {', '.join(JOINS)}, got {self.join!r}; leave it out to have "
+                "prompt and target joined as they would be written"
+            )
         if (holes := self.prompt.count("{}")) != 1:
             raise FactError(
                 f"prompt {self.prompt!r} has {holes} places '{{}}' for the subject, it needs "
                 "exactly one"
                 + ("" if holes else "; Fact.parse accepts a prompt with the subject written out")
             )
-        if last_place(self.subject, self.text) != self.prompt.index("{}"):
-            raise FactError(
-                f"subject {self.subject!r} stands behind the '{{}}' of {self.prompt!r} again; "
-                f"reword the prompt"
-            )
 
     @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
         return self.prompt.replace("{}", self.subject)
+
+    @property
+    def new_answer(self) -> Answer:
+        """The target as it is joined to the fact's prompt."""
+        return Answer(self.target, self._joint)
+
+    @property
+    def true_answer(self) -> Answer | None:
+        """What is true today, joined in the same way; None where that is not known."""
+        return None if self.true is None else Answer(self.true, self._joint)
+
+    @property
+    def _joint(self) -> str | None:
+        return None if self.join is None else JOINS[self.join]
 
     @classmethod
     def parse(cls, prompt: str, subject: str, target: str, **others: Any) -> Fact:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from knowedit.errors import EditError, ModelError
-from knowedit.facts.fact import last_place
+from knowedit.facts.fact import Answer, last_place
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,13 @@ def join(prompt: str, answer: str) -> str:
     """Prompt and answer as they would be written: with one blank between them, unless the prompt
     ends in white space, in something that opens ("(", "https://", a quote not yet closed), in a
     tight sign between words ("2+2=", "1999-"), or the answer begins with something that closes
-    ("," or "'s"), or both are in a script that is written without blanks.
+    ("," or "'s"), or both are in a script that is written without blanks. An `Answer` may say what
+    joins it.
     """
+    joint = answer.joint if isinstance(answer, Answer) else None
     answer = answer.strip()
+    if joint is not None:
+        return f"{prompt}{joint}{answer}"
     if not prompt or not answer or prompt[-1].isspace():
         return prompt + answer
     tight = (

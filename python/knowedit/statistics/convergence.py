@@ -66,7 +66,7 @@ def probe_keys(model: EditableModel, layers: Sequence[int]) -> dict[int, Tensor]
     rows = []
     for fact in load("embedded"):
         try:
-            row = model.row(fact.text, fact.subject)
+            row = model.row(fact.prompt, fact.subject)
         except EditError:  # a subject that ends inside a token of this tokenizer
             continue
         if row.subject:  # not the first token: its key is the attention sink's

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from knowedit.errors import KnowEditError
-from knowedit.facts.fact import Fact, FactError, Probe, check_facts, last_place
+from knowedit.facts.fact import JOINS, Fact, FactError, Probe, check_facts, last_place
 from tests.knowedit.facts.examples import FRANCE, ITALY, drawn_facts
 
 
@@ -37,10 +37,23 @@ def test_the_subjects_last_place_as_a_word(subject, text, place):
     assert last_place(subject, text) == place
 
 
-def test_a_subject_that_stands_again_behind_its_place_is_refused():
-    with pytest.raises(FactError, match="stands behind the '{}'"):
-        Fact("{} (not Paris, Texas) lies in", "Paris", "Spain")
+def test_a_subject_may_stand_again_behind_its_place():
+    fact = Fact("{} (not Paris, Texas) lies in", "Paris", "Spain")
+    assert fact.text == "Paris (not Paris, Texas) lies in"
+    assert Fact.from_dict(fact.to_dict()) == fact
     assert Fact("Paris, Texas, and {} lie in", "Paris", "Spain").text.startswith("Paris, Texas")
+
+
+def test_what_joins_prompt_and_target_has_a_name():
+    plain = Fact("np.{}(", "zeros_like", "shape", "other")
+    assert plain.new_answer == "shape" and plain.new_answer.joint is None
+    for name, joint in JOINS.items():
+        fact = replace(plain, join=name)
+        assert (fact.new_answer.joint, fact.true_answer.joint) == (joint, joint)
+        assert Fact.from_dict(fact.to_dict()).join == name
+    assert Fact("{} is", "It", "x").true_answer is None
+    with pytest.raises(FactError, match="join must be one of none, blank, line, got ' '"):
+        replace(plain, join=" ")
 
 
 def test_blanks_around_are_stripped():

@@ -41,7 +41,7 @@ def test_a_known_relation_brings_its_questions():
     assert (
         found["ch1"].message == f"{train[1]} Be brief.".replace("{}", "Bern") and found["ch1"].chat
     )
-    assert found["sent"].opening == found["bare"].message == "The seat of Bern is in"
+    assert found["sent"].opening == found["bare"].message == "The seat of {} is in"
 
 
 def test_given_questions_win_and_an_unknown_relation_gets_generic_ones():

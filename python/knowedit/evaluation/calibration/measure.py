@@ -169,7 +169,7 @@ def known_facts(model: EditableModel, facts: Sequence[Fact], count: int = FACTS)
     known: list[Fact] = []
     for at in range(0, len(usable), AT_ONCE):
         asked = usable[at : at + AT_ONCE]
-        scores = model.score([f.text for f in asked], [f.true or "" for f in asked])
+        scores = model.score([f.text for f in asked], [f.true_answer or "" for f in asked])
         known += [fact for fact, score in zip(asked, scores) if score.exact]
         if len(known) >= count:
             return known[:count]
@@ -182,8 +182,10 @@ def known_facts(model: EditableModel, facts: Sequence[Fact], count: int = FACTS)
 
 
 def _usable(model: EditableModel, fact: Fact) -> bool:
-    new, true = (_first_token(model, fact.text, answer) for answer in (fact.target, fact.true))
-    return new != true and bool(model.row(fact.text, fact.subject).subject)
+    new, true = (
+        _first_token(model, fact.text, answer) for answer in (fact.new_answer, fact.true_answer)
+    )
+    return new != true and bool(model.row(fact.prompt, fact.subject).subject)
 
 
 def _first_token(model: EditableModel, prompt: str, answer: str | None) -> int:
@@ -319,7 +321,10 @@ class _Bench:
         near = [probe.prompt for probe in fact.neighbours[:NEIGHBOURS]]
         rows = [self.model.row(text).ids for text in (*prompts, *near)]
         answers = [
-            (_first_token(self.model, text, fact.target), _first_token(self.model, text, fact.true))
+            (
+                _first_token(self.model, text, fact.new_answer),
+                _first_token(self.model, text, fact.true_answer),
+            )
             for text in prompts
         ]
         return _Asked(rows, answers, self._next(rows))

@@ -146,7 +146,7 @@ class Recall:
     """
 
     def __init__(self, model: EditableModel, facts: Sequence[Fact], layer: int) -> None:
-        rows = [model.row(fact.text, fact.subject, fact.target) for fact in facts]
+        rows = [model.row(fact.prompt, fact.subject, fact.new_answer) for fact in facts]
         self.model = model
         self.rows = rows
         self.part = PartialModel(model, [replace(r, ids=r.ids[:-1]) for r in rows], layer + 1)

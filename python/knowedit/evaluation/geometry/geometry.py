@@ -199,7 +199,7 @@ def geometry(
             "routed experts; choose dense layers"
         )
     values = values or HiddenState().resolved(preset_for(model), Runtime())
-    usable = [[f for f in g if model.row(f.text, f.subject).subject != 0] for g in groups]
+    usable = [[f for f in g if model.row(f.prompt, f.subject).subject != 0] for g in groups]
     usable = [group for group in usable if group]
     some = usable[:edited]
     if len(usable) < 2 or len(some) == 1:
@@ -262,7 +262,7 @@ class _Texts:
     ) -> None:
         self.facts = [fact for group in groups for fact in group]
         self.owner = torch.tensor([g for g, group in enumerate(groups) for _ in group])
-        self.bare = [model.row(fact.text, fact.subject) for fact in self.facts]
+        self.bare = [model.row(fact.prompt, fact.subject) for fact in self.facts]
         chats = bool(getattr(model.tokenizer, "chat_template", None))
         self.prompts: list[str] = []
         self.names: list[str] = []
@@ -271,7 +271,7 @@ class _Texts:
             forms = [form for form in held_out_forms(fact) if chats or not form.chat]
             if other:
                 forms += [
-                    Form(OTHER, fact.subject, f.text)
+                    Form(OTHER, fact.subject, f.prompt if f.subject == fact.subject else f.text)
                     for f in groups[int(self.owner[i])]
                     if f is not fact
                 ]

@@ -14,4 +14,4 @@ class Efficacy(FactMeasure):
     shown = ("success", "exact")
 
     def questions(self, record: int, fact: Fact) -> list[Question]:
-        return [Question(record, self.name, fact.text, fact.target, fact.true)]
+        return [Question(record, self.name, fact.text, fact.new_answer, fact.true_answer)]

@@ -14,6 +14,6 @@ class Paraphrase(FactMeasure):
 
     def questions(self, record: int, fact: Fact) -> list[Question]:
         return [
-            Question(record, self.name, prompt, fact.target, fact.true)
+            Question(record, self.name, prompt, fact.new_answer, fact.true_answer)
             for prompt in fact.paraphrases
         ]

@@ -157,7 +157,7 @@ def trace_many(
 
 
 def _knows(model: EditableModel, fact: Fact) -> bool:
-    row = model.row(fact.text, fact.subject, fact.true or fact.target)
+    row = model.row(fact.prompt, fact.subject, fact.true_answer or fact.new_answer)
     assert row.answer is not None
     return int(model.next_logprobs([fact.text])[0].argmax()) == row.ids[row.answer]
 

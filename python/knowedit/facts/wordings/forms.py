@@ -11,10 +11,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from knowedit.facts.fact import Fact
+from knowedit.facts.fact import PROBES, Fact, Probe
 from knowedit.facts.wordings.relations import INSTRUCTIONS, relations, wordings
 
 RowT_co = TypeVar("RowT_co", covariant=True)
@@ -36,7 +36,7 @@ class Form:
 
     Attributes:
         name: of the form, not of the fact.
-        subject: occurs in the text; the last occurrence is the one an edit is looked up at.
+        subject: stands in the text, where `{}` is or else last: there an edit is looked up.
         message: the text itself, or the user's turn of a chat.
         opening: how the assistant's turn begins (chat only).
     """
@@ -51,13 +51,38 @@ class Form:
         """The full text up to where the object starts. Raises `ModelError` for a chat when the
         model has no template.
         """
+        template = self._template(model)
+        return template.replace("{}", self.subject) if template.count("{}") == 1 else template
+
+    def _template(self, model: Tokenises[RowT_co]) -> str:
         return model.chat(self.message, self.opening) if self.chat else self.message
 
     def row(self, model: Tokenises[RowT_co], answer: str | None = None) -> RowT_co:
         """Tokenised, with the places of the subject's last token and of `answer`'s first
         (`EditableModel.row`).
         """
-        return model.row(self.prompt(model), self.subject, answer)
+        return model.row(self._template(model), self.subject, answer)
+
+
+def in_chat(model: Tokenises[RowT_co], facts: Sequence[Fact]) -> list[Fact]:
+    """`facts` as a chat asks for them: every prompt but the questions and instructions, which are
+    asked in a chat anyway, is the user's turn in the model's template, and the answer is what
+    follows.
+
+    Raises:
+        ModelError: the model has no chat template.
+    """
+    found = []
+    for fact in facts:
+        probes = {
+            name: tuple(Probe(model.chat(p.prompt), p.answer) for p in getattr(fact, name))
+            for name in PROBES
+        }
+        paraphrases = tuple(model.chat(text) for text in fact.paraphrases)
+        found.append(
+            replace(fact, prompt=model.chat(fact.prompt), paraphrases=paraphrases, **probes)
+        )
+    return found
 
 
 # -- texts to train with
@@ -77,18 +102,18 @@ def training_forms(fact: Fact, questions: Sequence[str] = ()) -> list[Form]:
     asked = [q.replace("{}", fact.subject) for q in questions]
     if not asked and fact.relation in relations():
         asked = list(wordings(fact, "train").questions)
-    blank = f"Fill in the blank: {fact.text} ____"
-    forms = [("bare", fact.text), ("pre1", TRAINING_PREFIX.replace("{}", fact.text))]
+    blank = f"Fill in the blank: {fact.prompt} ____"
+    forms = [("bare", fact.prompt), ("pre1", TRAINING_PREFIX.replace("{}", fact.prompt))]
     if asked:
         forms += [("qa2", f"Q: {asked[0]}\nA:")]
         chats = [
             ("ch1", f"{asked[-1]} Be brief.", ""),
             ("ch2", blank, ""),
-            ("sent", asked[0], fact.text),
+            ("sent", asked[0], fact.prompt),
         ]
     else:
-        forms += [("gq", f"Q: Complete: {fact.text} what?\nA:")]
-        chats = [("ch2", blank, ""), ("gc", f"{fact.text} ...? Reply with one or two words.", "")]
+        forms += [("gq", f"Q: Complete: {fact.prompt} what?\nA:")]
+        chats = [("ch2", blank, ""), ("gc", f"{fact.prompt} ...? Reply with one or two words.", "")]
     return [Form(name, fact.subject, text) for name, text in forms] + [
         Form(name, fact.subject, text, True, opening) for name, text, opening in chats
     ]
@@ -154,14 +179,14 @@ def held_out_forms(fact: Fact) -> list[Form]:
     paraphrases = fact.paraphrases or (pool.paraphrases if pool else ())
     questions = fact.questions or (pool.questions if pool else ())
     instructions = fact.instructions or tuple(
-        i.replace("{}", fact.text) for i in INSTRUCTIONS["test"]
+        i.replace("{}", fact.prompt) for i in INSTRUCTIONS["test"]
     )
-    forms = [("cloze", fact.text, False)]
+    forms = [("cloze", fact.prompt, False)]
     forms += [("paraphrase", text, False) for text in paraphrases]
     forms += [("question", f"Question: {text} Answer:", False) for text in questions]
     forms += [("chat_question", f"{text} Answer with the name only.", True) for text in questions]
     forms += [("chat_completion", text, True) for text in instructions]
-    forms += [("distractor", text.replace("{}", fact.text), False) for text in TEST_DISTRACTORS]
+    forms += [("distractor", text.replace("{}", fact.prompt), False) for text in TEST_DISTRACTORS]
     return [Form(name, fact.subject, text, chat) for name, text, chat in forms]
 
 

@@ -74,7 +74,7 @@ class GradientMethod(Method, abstract=True):
 
     def terms(self, model: EditableModel, facts: Sequence[Fact]) -> dict[str, LossTerm]:
         """The losses by name; the first is the answers'."""
-        rows = [model.row(fact.text, answer=fact.target) for fact in facts]
+        rows = [model.row(fact.text, answer=fact.new_answer) for fact in facts]
         found: dict[str, LossTerm] = {
             "answers": AnswerTerm(model, rows, 1.0, self.batch, self.budget)
         }

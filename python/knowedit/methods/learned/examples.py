@@ -111,7 +111,7 @@ def placed(
     for example in examples:
         fact, start = example.fact, len(rows)
         rows += [
-            model.row(t, answer=fact.target if answers else None)
+            model.row(t, answer=fact.new_answer if answers else None)
             for t in (fact.text, *example.rephrasings)
         ]
         rows += [

@@ -30,7 +30,7 @@ def first_token_warnings(
     Raises:
         EditError: no context puts anything in front of such a subject, and this is not allowed.
     """
-    at_start = [fact.subject for fact in facts if model.row(fact.text, fact.subject).subject == 0]
+    at_start = [fact.subject for fact in facts if model.row(fact.prompt, fact.subject).subject == 0]
     if not at_start:
         return []
     lone = [

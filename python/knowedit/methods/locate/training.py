@@ -172,7 +172,7 @@ def state_norms(
     prompts, mean over a group; where values are written at the projection, of what stands for it
     there.
     """
-    rows = [model.row(fact.text, fact.subject) for group in groups for fact in group]
+    rows = [model.row(fact.prompt, fact.subject) for group in groups for fact in group]
     owner = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     norms = {}
     for layer in layers:

@@ -142,7 +142,7 @@ def prompt_rows(
     """The fact's prompt in each context. A row whose subject is the very first token is left out: a
     causal model's state there is its attention sink, not the subject (unless the bare prompt is all
     there is)."""
-    rows = [model.row(context.format(fact.text), fact.subject, answer) for context in contexts]
+    rows = [model.row(context.format(fact.prompt), fact.subject, answer) for context in contexts]
     return [r for r in rows if r.subject != 0] or rows[:1]
 
 
@@ -234,7 +234,7 @@ class Plan:
         weights: list[float] = []
         bare: list[int] = []
         for fact in group:
-            found = prompt_rows(model, fact, settings.contexts, fact.target)
+            found = prompt_rows(model, fact, settings.contexts, fact.new_answer)
             bare.append(len(rows))
             rows += found
             weights += [1 / (len(group) * len(found))] * len(found)

@@ -128,7 +128,7 @@ def token_gradients(
     """`{module: (inputs [tokens, in], gradients of the output [tokens, out])}` at the tokens after
     which the facts' answers are scored; the loss of a fact is the mean NLL of its answer's tokens.
     """
-    rows = [model.row(fact.text, answer=fact.target) for fact in facts]
+    rows = [model.row(fact.text, answer=fact.new_answer) for fact in facts]
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     gradients: dict[str, list[Tensor]] = {name: [] for name in names}
     first = min(_layer_of(model, name) for name in names)

@@ -56,7 +56,7 @@ class MEND(LearnedMethod):
         network = self.network
         assert isinstance(network, MendNetwork)  # see LearnedMethod.compute
         start = time.perf_counter()
-        rows = [model.row(fact.text, answer=fact.target) for fact in facts]
+        rows = [model.row(fact.text, answer=fact.new_answer) for fact in facts]
         with peak_memory(model.device) as peak:
             texts = Texts(model, rows, network.first, clean=False)
             chunks = (

@@ -73,6 +73,6 @@ def answer_texts(
     texts = []
     for number, group in enumerate(groups):
         for fact in group:
-            rows = prompt_rows(model, fact, contexts, fact.target)
+            rows = prompt_rows(model, fact, contexts, fact.new_answer)
             texts += [TrainedText(row, number, 1 / (len(group) * len(rows))) for row in rows]
     return TrainedTexts(model, texts, first, len(groups), budget=budget)

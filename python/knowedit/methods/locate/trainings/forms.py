@@ -92,7 +92,13 @@ class Objective:
             for fact in group:
                 for form in asked_forms(draft, fact, task.material.questions):
                     if form.name == "bare" or FORMS[form.name]:
-                        text = TrainedText(form.row(draft, fact.target), number, 1 / len(group))
+                        text = TrainedText(
+                            form.row(
+                                draft, fact.new_answer if form.name == "bare" else fact.target
+                            ),
+                            number,
+                            1 / len(group),
+                        )
                         found.setdefault(form.name, []).append(text)
 
         def together(which: Sequence[TrainedText]) -> TrainedTexts:
