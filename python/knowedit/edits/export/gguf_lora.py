@@ -63,9 +63,9 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
     pairs = low_rank(model, edits)
     if experts := [name for name in pairs if split_name(name)[1] is not None]:
         raise EditError(
-            f"these edits change {len(experts)} experts' matrices ({experts[0]}, ...), and which of "
-            "them llama.cpp would read from an adapter is not known here; write the edits into a "
-            "copy of the model (`knowedit apply`) and convert that"
+            f"these edits change {len(experts)} experts' matrices ({experts[0]}, ...), and how "
+            "llama.cpp reads those from an adapter is not known here; write the edits into a copy "
+            "of the model (`knowedit apply`) and convert that"
         )
     rank = max(change.rank for change in pairs.values())
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
