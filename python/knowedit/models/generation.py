@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +71,16 @@ def score(
     Args:
         budget: padded tokens a batch.
         progress: called with the number of answers just rated.
+
+    Raises:
+        ModelError: prompts or answers that are no lists of texts, or not as many.
     """
+    _check_texts(prompts, "prompts")
+    _check_texts(answers, "answers")
+    if len(prompts) != len(answers):
+        raise ModelError(
+            f"prompts and answers go together, got {len(prompts)} and {len(answers)} of them"
+        )
     return _routed(
         model,
         prompts,
@@ -80,7 +90,10 @@ def score(
 
 
 def next_logprobs(model: EditableModel, prompts: Sequence[str], *, budget: int = 4096) -> Tensor:
-    """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the CPU."""
+    """Log-probabilities of the next token after each prompt: `[n, vocab]`, float32, on the CPU.
+    Raises ModelError: prompts that are no list of texts.
+    """
+    _check_texts(prompts, "prompts")
     if not prompts:
         return torch.empty(0, model.hf.get_output_embeddings().weight.shape[0])
     found = _routed(
@@ -90,6 +103,20 @@ def next_logprobs(model: EditableModel, prompts: Sequence[str], *, budget: int =
         lambda _, asked: _next_logprobs(model, asked, budget),
     )
     return torch.stack(found)
+
+
+def _check_texts(texts: Any, name: str) -> None:
+    """Raise ModelError for one text alone, whose letters would be taken for texts, and for what is
+    no list of texts.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise ModelError(
+            f"{name} must be a list of texts, got {type(texts).__name__} {texts!r:.80}; put one "
+            "text in a list"
+        )
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ModelError(f"{name}[{i}] must be a text, got {type(text).__name__} {text!r:.80}")
 
 
 def generate(
@@ -105,7 +132,14 @@ def generate(
     Args:
         as_configured: as the model's `generation_config` says instead: it may sample, punish
             repetition, search with beams.
+
+    Raises:
+        ModelError: prompts that are no list of texts, or less than one new token.
     """
+    _check_texts(prompts, "prompts")
+    for name, count in {"max_new_tokens": max_new_tokens, "batch": batch}.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ModelError(f"{name} must be a whole number from 1 on, got {count!r}")
 
     def ask(_: Sequence[int], asked: Sequence[str]) -> list[str]:
         found = continuations(model, asked, max_new_tokens, batch, as_configured=as_configured)

@@ -14,7 +14,7 @@ without changing what is collected.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -268,14 +268,15 @@ def key_statistics(
     """
     if layers is None:
         layers = preset_for(model).statistics_layers
-    layers = [layers] if isinstance(layers, int) else list(layers)
+    layers = list(layers) if isinstance(layers, Iterable) else [layers]
     model.check_layers(layers)
     layers = sorted(set(layers))
     if tokens is None:
         size = max(map(model.layout.tokens_a_rank, layers))
         tokens = PER_DIMENSION * size * (1 if until == "tokens" else 10)
-    if not isinstance(tokens, Integral):
-        raise StatisticsError(f"tokens must be a whole number, got {tokens!r}")
+    for name, number in {"tokens": tokens, "max_length": max_length, "seed": seed}.items():
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise StatisticsError(f"{name} must be a whole number, got {number!r}")
     if tokens < 1 or max_length < 2:
         raise StatisticsError(
             f"tokens and max_length must be positive, got {tokens} and {max_length}"

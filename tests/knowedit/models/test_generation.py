@@ -57,6 +57,26 @@ def test_the_models_own_config_is_an_option(tiny_llama):
     assert tiny_llama.generate(PROMPTS, 12, as_configured=True) != plain
 
 
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda model: model.generate("Oslo"), "prompts must be a list of texts, got str 'Oslo'"),
+        (lambda model: model.next_logprobs("Oslo"), "prompts must be a list of texts, got str"),
+        (lambda model: model.score("Oslo", ["x"]), "prompts must be a list of texts, got str"),
+        (lambda model: model.score(["Oslo"], "x"), "answers must be a list of texts, got str 'x'"),
+        (lambda model: model.score(["Oslo"], []), "go together, got 1 and 0 of them"),
+        (lambda model: model.generate(5), "prompts must be a list of texts, got int 5; put one"),
+        (lambda model: model.generate(["a", None]), r"prompts\[1\] must be a text, got NoneType"),
+        (lambda model: model.generate(["a"], 0), "max_new_tokens must be a whole number from 1"),
+        (lambda model: model.generate(["a"], batch=0), "batch must be a whole number from 1"),
+    ],
+)
+def test_what_cannot_be_asked(tiny_llama, ask, said):
+    """One text alone above all: its letters would be answered one by one."""
+    with pytest.raises(ModelError, match=said):
+        ask(tiny_llama)
+
+
 def test_samples_are_plain(opinionated):
     texts = list(itertools.islice(opinionated.samples(seed=1, batch=4, length=20), 4))
     first = opinionated.tokenizer.bos_token_id

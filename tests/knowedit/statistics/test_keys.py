@@ -137,6 +137,10 @@ def test_one_layer_may_be_given_as_a_number(tiny_llama, corpus, tmp_path):
     [
         ({"layers": "1,2"}, ModelError, "layers are whole numbers.*got '1'"),
         ({"tokens": "many"}, StatisticsError, "tokens must be a whole number, got 'many'"),
+        ({"tokens": True}, StatisticsError, "tokens must be a whole number, got True"),
+        ({"seed": "x"}, StatisticsError, "seed must be a whole number, got 'x'"),
+        ({"layers": 1.5}, ModelError, "layers are whole numbers, such as .4, 5., got 1.5"),
+        ({"corpus": ""}, CorpusError, "corpus must be a path, a name or a list of them, got ''"),
         ({"corpus": 5}, CorpusError, "corpus must be a path.*got 5"),
         ({"corpus": ["a text. " * 100]}, CorpusError, "not a file's name.*give its path"),
     ],

@@ -94,7 +94,7 @@ class Corpus:
         """
         if isinstance(corpus, Corpus):
             return corpus
-        if not isinstance(corpus, (str, os.PathLike, Iterable)):
+        if corpus == "" or not isinstance(corpus, (str, os.PathLike, Iterable)):
             raise CorpusError(f"corpus must be a path, a name or a list of them, got {corpus!r}")
         given = [corpus] if isinstance(corpus, (str, os.PathLike)) else list(corpus)
         if not given:
