@@ -93,6 +93,8 @@ class Recommendation:
 
     def _alike(self, other: Result) -> bool:
         """Whether every interval of `other` meets the choice's."""
+        if self.choice is None:
+            return False
         for kind, measure in (("paraphrase", "success"), ("neighbourhood", "unchanged")):
             mine, theirs = (_rate(r, kind, measure) for r in (self.choice, other))
             if mine and theirs and (mine.low > theirs.high or theirs.low > mine.high):

@@ -141,7 +141,7 @@ def _rank(edit: Edit, model: EditableModel, layer: int) -> int:
     """The rank of what an edit adds at a layer; that of each expert where it changes several."""
     inside = f"{model.layout.layer(layer)}."
     changes = edit.by_parameter(model).items()
-    return max(change.rank for name, change in changes if name.startswith(inside))
+    return max(change.rank or 0 for name, change in changes if name.startswith(inside))
 
 
 def _layers(edit: Edit, model: EditableModel) -> Table:
