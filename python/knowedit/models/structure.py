@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 #: beside them that every token passes.
 Which = Literal["routed", "shared"]
 
-_READS = (("gate_proj", "up_proj"), ("c_fc",), ("fc_in",), ("fc1",))
-
 #: What an edit can change: these, and held as ordinary tensors.
 EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -623,21 +621,3 @@ def check_dense(model: EditableModel, layer: int) -> None:
             f"{model.name}: layer {layer} has routed experts, and this works on the matrices of a "
             f"dense MLP; use MEMIT, or another method that locates and edits{others}"
         )
-
-
-def read_modules(model: EditableModel, layer: int) -> dict[str, Any]:
-    """The matrices that read the MLP's input at `layer`, by path: gate and up, or one.
-
-    Raises:
-        EditError: this MLP is built differently (a fused gate and up, for example).
-    """
-    path = model.layout.mlp(layer)
-    mlp = model.hf.get_submodule(path)
-    for names in _READS:
-        if all(hasattr(mlp, name) for name in names):
-            return {f"{path}.{name}": getattr(mlp, name) for name in names}
-    known = ", ".join("+".join(names) for names in _READS)
-    raise EditError(
-        f"{model.name}: the MLP of layer {layer} has none of {known}; its neurons cannot be "
-        f"rewritten one by one"
-    )
