@@ -79,7 +79,7 @@ class ModelDiff:
 
     def tables(self) -> list[Table]:
         """The weights that differ, then the facts, if any are known."""
-        columns = [
+        columns: list[str | Column] = [
             "weight",
             "shape",
             Column("changed", ".2%"),
@@ -117,10 +117,12 @@ def diff(first: str | Path, second: str | Path) -> ModelDiff:
 
 def _of_folders(base: Checkpoint, other: Checkpoint) -> ModelDiff:
     """Of two checkpoints."""
-    weights, notes = [], []
-    for name, place in ((base, set(base.shapes) - set(other.shapes)),
-                        (other, set(other.shapes) - set(base.shapes))):  # fmt: skip
-        notes += [f"{weight} is in {name.name} only" for weight in sorted(place)]
+    weights: list[WeightDiff] = []
+    notes = [
+        f"{name} is in {one.name} only"
+        for one, left in ((base, other), (other, base))
+        for name in sorted(set(one.shapes) - set(left.shapes))
+    ]
     common = [name for name in base.shapes if name in other.shapes]
     dtypes: dict[str, int] = {}
     for name in common:

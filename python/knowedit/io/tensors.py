@@ -104,7 +104,7 @@ def overwrite(path: Path, name: str, tensor: Tensor) -> None:
 def bits(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, as files hold them."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 class TensorFile:

@@ -186,8 +186,8 @@ def difference(model: EditableModel | Checkpoint, fingerprint: str, setup: str =
         return None
     mine, recorded = model.setup.split("-"), setup.split("-")
     if len(recorded[0]) == EVERY_FIELD:
-        config = getattr(model, "hf", model).config  # of a model, or of a checkpoint
-        every = _text_config(config).to_dict()
+        held: Any = getattr(model, "hf", model)  # a model's own, or a checkpoint's
+        every = _text_config(held.config).to_dict()
         mine[0] = _digest(sorted(set(_named(every))))
     computes, reads = (a != b for a, b in zip(mine, recorded))
     if not computes and not reads:

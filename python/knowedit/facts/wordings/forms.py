@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from knowedit.facts.fact import PROBES, Fact, Probe
 from knowedit.facts.wordings.relations import INSTRUCTIONS, relations, wordings
@@ -74,7 +74,7 @@ def in_chat(model: Tokenises[RowT_co], facts: Sequence[Fact]) -> list[Fact]:
     """
     found = []
     for fact in facts:
-        probes = {
+        probes: dict[str, Any] = {
             name: tuple(Probe(model.chat(p.prompt), p.answer) for p in getattr(fact, name))
             for name in PROBES
         }
