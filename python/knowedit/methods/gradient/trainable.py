@@ -225,7 +225,8 @@ class LoRAAdapter(Trainable):
         for name, layer in self.layers.items():
             up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
             found[f"{name}.weight"] = layer.scaling[NAME] * up, down.T.contiguous()
-        return found | changes_of(self.model, self._factors())
+        wide = changes_of(self.model, self._factors())
+        return found | {name: change.raw for name, change in wide.items()}
 
 
 def weight_names(model: EditableModel, layers: Sequence[int] | None) -> list[str]:
