@@ -13,6 +13,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.trial import LONGEST, Trial
 from knowedit.report.page import rendered
@@ -37,7 +38,7 @@ class Server(ThreadingHTTPServer):
         self.page = rendered(
             "try.html.j2",
             model=trial.model.name,
-            edits=[f"{edit.method_name}, {len(edit.facts)} facts" for edit in trial.edits],
+            edits=[_named(edit) for edit in trial.edits],
             facts=[f"{fact.text} {fact.target}" for fact in trial.facts[:20]],
             first=trial.facts[0].text if trial.facts else "",
             chat=trial.has_chat,
@@ -50,6 +51,11 @@ class Server(ThreadingHTTPServer):
     def address(self) -> str:
         """What to open in a browser."""
         return f"http://{LOOPBACK}:{self.server_port}/"
+
+
+def _named(edit: Edit) -> str:
+    count = len(edit.facts)
+    return f"{edit.method_name}, {count} fact{'s' * (count != 1)}"
 
 
 class Handler(BaseHTTPRequestHandler):
