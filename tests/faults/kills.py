@@ -1,5 +1,5 @@
-"""Commands killed (SIGKILL: nothing is cleaned up) before a line of the code that writes, drawn at
-random, and on a disk that is full after some number of bytes.
+"""Commands killed (nothing is cleaned up) before one of their changes of the disk or at any moment,
+drawn at random, and on a disk that is full after some number of bytes.
 
 Nothing may be half-written under its final name, and the same command run again must end well, with
 the results of a run that nobody killed, and leave nothing of the killed one behind. Each try is a
@@ -31,19 +31,17 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.export import folder as folder_module
 from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
-from knowedit.io import files as files_module
 from knowedit.io import tensors as tensors_module
 from knowedit.io.files import PART
 from knowedit.models.load import fingerprint_of
-from knowedit.statistics.files import store
 from knowedit.statistics.files.store import LayerStatistics
 from knowedit_kernels import _native
 from tests.faults import sequences
 from tests.knowedit.cli.examples import FACTS
 
 LOADED = (pyarrow.parquet, transformers, edit, evaluate, stats, train)  # once, before all forks
-#: Files whose lines are counted: what writes all that commands leave.
-WRITING = {module.__file__ for module in (folder_module, files_module, tensors_module, store)}
+#: Python's audit events of what changes a disk; "open" does where it is for writing.
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "open"}
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,15 @@ class Place:
     """Folders that commands start from, made once.
 
     Attributes:
-        lines: by command, how many lines of `WRITING` run in it.
+        changes: by command, how often it changes the disk.
+        seconds: by command, how long it takes.
         ends: by command, what is in the files that it leaves.
     """
 
     def __init__(self, base: Path) -> None:
         self.base, self.said = base, base / "said"
-        self.lines: dict[Command, int] = {}
+        self.changes: dict[Command, int] = {}
+        self.seconds: dict[Command, float] = {}
         self.ends: dict[Command, Any] = {}
         compiled = _native.cache_root() / "native"
         _native.load()
@@ -116,12 +116,20 @@ class Place:
             raise Failed(self.said.read_text())
 
     def run(
-        self, action: Callable[[], object], folder: Path, *, stop: int = 0, room: int = 0
+        self,
+        action: Callable[[], object],
+        folder: Path,
+        *,
+        stop: int = 0,
+        after: float = 0,
+        room: int = 0,
     ) -> int:
         """Run `action` in a fork, in `folder`; its exit status, negative for a signal.
 
         Args:
-            stop: the number of the line of `WRITING` before which it is killed; 0: it is not.
+            stop: the number of the change of the disk before which it is killed; 0: it is not;
+                -1: they are counted, in the file "changes".
+            after: seconds after which it is killed; 0: it is not.
             room: bytes that a file can have, as where the disk is full; 0: any number.
         """
         child = os.fork()
@@ -132,7 +140,8 @@ class Place:
                 if room:
                     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-                _counted(action, stop, self.base / "lines")
+                signal.setitimer(signal.ITIMER_REAL, after)  # nobody handles it: the process ends
+                _counted(action, stop, self.base)
                 os._exit(0)
             except SystemExit as end:
                 os._exit(int(end.code or 0))
@@ -153,17 +162,25 @@ class Place:
         if command in self.ends:
             return
         folder = self.fresh(command)
+        begun = time.monotonic()
         if code := self.run(typed(command.words), folder, stop=-1):
-            raise Failed(f"{command.words}: exit {code}: {self.said.read_text()[-2000:]}")
-        self.lines[command] = int((self.base / "lines").read_text())
+            raise Failed(f"{command.words}: exit {code}: {self.said.read_text()[-600:]}")
+        self.seconds[command] = time.monotonic() - begun
+        self.changes[command] = int((self.base / "changes").read_text())
         self.ends[command] = {name: content(folder / name) for name in command.makes}
 
-    def kill(self, command: Command, stop: int) -> str:
-        """Kill it at a line, then run it again; says what the kill left. Raises Failed."""
+    def kill(self, command: Command, chance: random.Random) -> str:
+        """Kill it somewhere, then run it again; says what the kill left. Raises Failed."""
         folder = self.fresh(command)
-        code = self.run(typed(command.words), folder, stop=stop)
-        where = f"{command.words}, line {stop} of {self.lines[command]}"
-        if code != -signal.SIGKILL:
+        if chance.random() < 0.6:
+            stop = chance.randint(1, self.changes[command])
+            where = f"{command.words}, before change {stop} of {self.changes[command]}"
+            code = self.run(typed(command.words), folder, stop=stop)
+        else:
+            after = chance.uniform(0, self.seconds[command])
+            where = f"{command.words}, after {after:.4f} s"
+            code = self.run(typed(command.words), folder, after=after)
+        if code not in (-signal.SIGKILL, -signal.SIGALRM):
             return "over before"
         for name in command.makes:
             whole(folder / name, where)
@@ -236,30 +253,32 @@ def _say_into(path: Path) -> None:
     os.dup2(out, 2)
 
 
-def _counted(action: Callable[[], object], stop: int, into: Path) -> None:
-    """Run `action`, killed before line number `stop` of `WRITING`; -1: only counted, `into` a
-    file.
-    """
+def _counted(action: Callable[[], object], stop: int, base: Path) -> None:
+    """Run `action`, killed before change number `stop` of files below `base`."""
     count = 0
 
-    def trace(frame: Any, event: str, _argument: object) -> Any:
+    def hook(event: str, given: tuple[Any, ...]) -> None:
         nonlocal count
-        if frame.f_code.co_filename not in WRITING:
-            return None
-        if event == "line":
+        if event not in CHANGES or (event == "open" and not _writes(given)):
+            return
+        if isinstance(given[0], (str, Path)) and str(Path(given[0]).absolute()).startswith(below):
             count += 1
             if count == stop:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return trace
 
+    below = f"{base}/try/"
     if stop:
-        sys.settrace(trace)
+        sys.addaudithook(hook)
     try:
         action()
     finally:
-        sys.settrace(None)
         if stop < 0:
-            into.write_text(str(count))
+            (base / "changes").write_text(str(count))
+
+
+def _writes(given: tuple[Any, ...]) -> bool:
+    flags = given[2]
+    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
 def whole(path: Path, where: str) -> None:
@@ -330,7 +349,7 @@ def many(count: int, seed: int, folder: Path, until: float) -> dict[str, Any]:
                 end = place.fill(command, int(10 ** chance.uniform(1, 5.5)))
                 done[f"{command.name}, full disk: {end}"] += 1
             else:
-                end = place.kill(command, chance.randint(1, place.lines[command]))
+                end = place.kill(command, chance)
                 kills += end != "over before"
                 done[f"{command.name}, killed: {end}"] += 1
         except Failed as problem:

@@ -262,6 +262,14 @@ def _generating(model: EditableModel, as_configured: bool = False) -> Iterator[N
         try:
             model.hf.generation_config = own if as_configured else plain
             yield
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise ModelError(
+                f"{model.name} cannot be sampled: its probabilities are no numbers (NaN); its "
+                "weights, or those of an edit in force, hold NaN or overflow; load it in float32, "
+                "or take the original model again"
+            ) from error
         finally:
             model.hf.generation_config = own
 

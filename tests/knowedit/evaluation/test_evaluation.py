@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knowedit.errors import KnowEditError
+from knowedit.errors import KnowEditError, ModelError
 from knowedit.evaluation import Answer, drift, evaluate, evaluate_each
 from knowedit.evaluation.evaluation import estimate, summarise
 from knowedit.evaluation.measures.base import questions
@@ -150,3 +150,11 @@ def test_what_cannot_be_evaluated(tiny_llama):
         evaluate(tiny_llama, "lyon.edit.safetensors", FACTS)
     with pytest.raises(KnowEditError, match="no facts to measure; give at least one"):
         evaluate(tiny_llama, None, [])
+
+
+def test_a_model_of_nan_is_refused_and_not_scored(tiny_llama):
+    tiny_llama.weight(1).data[0, 0] = math.nan
+    with pytest.raises(ModelError, match="cannot be sampled.*NaN"):
+        next(tiny_llama.samples(batch=2, length=4))
+    with pytest.raises(ModelError, match=r"gives no numbers \(NaN\) for \d+ of \d+ answers"):
+        evaluate(tiny_llama, None, FACTS[:1], progress=False)

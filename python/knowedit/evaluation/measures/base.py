@@ -18,7 +18,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
-from knowedit.errors import KnowEditError
+from knowedit.errors import KnowEditError, ModelError
 from knowedit.facts.fact import Fact
 from knowedit.io.progress import bar
 from knowedit.models.editable import EditableModel
@@ -192,10 +192,22 @@ def questions(record: int, fact: Fact, kinds: Iterable[str] | None = None) -> li
 def ask(
     model: EditableModel, asked: Sequence[Question], *, title: str = "asking", progress: bool = True
 ) -> list[Answer]:
-    """Both answers of every question, in as few rows as possible."""
+    """Both answers of every question, in as few rows as possible.
+
+    Raises:
+        ModelError: the model's probabilities are no numbers.
+    """
     with bar(title, len(asked), "prompts", show=progress) as advance:
         pairs = [(q.prompt, text) for q in asked for text in (q.right, q.wrong) if text is not None]
         if not pairs:
             return []
-        scored = iter(model.score(*zip(*pairs), progress=lambda n: advance(n / 2)))
+        found = model.score(*zip(*pairs), progress=lambda n: advance(n / 2))
+        if lost := sum(math.isnan(score.logprob) for score in found):
+            raise ModelError(
+                f"{model.name} gives no numbers (NaN) for {lost} of {len(found)} answers: its "
+                "weights, or those of an edit in force, hold NaN or overflow "
+                f"{str(model.dtype).removeprefix('torch.')}; load it in float32, or take the "
+                "original model again"
+            )
+        scored = iter(found)
         return [Answer(next(scored), next(scored) if q.wrong is not None else None) for q in asked]
