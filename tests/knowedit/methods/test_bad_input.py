@@ -134,3 +134,10 @@ def test_each_fact_alone_refuses_what_all_at_once_refuses(tiny_llama, method):
     with pytest.raises(ModelError, match="got NoneType"):
         method.compute_each(None, FACTS)
     assert list(method.compute_each(tiny_llama, [])) == []
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), -1.0])
+def test_weights_are_finite(number):
+    for name, editor in (("metric.weight", MEMIT()), ("metric.ridge", EMMET())):
+        with pytest.raises(EditError, match="finite"):
+            editor.with_settings({name: number})

@@ -552,6 +552,8 @@ class TestBadInput:
     def test_facts_that_cannot_be_written(self, tiny_llama):
         with pytest.raises(EditError, match="no facts"):
             QUICK[LoRA].compute(tiny_llama, [])
+        with pytest.raises(EditError, match="rank of 1000000000 is more than the widest matrix"):
+            replace(QUICK[LoRA], rank=10**9).compute(tiny_llama, FACTS)
         with pytest.raises(FactError, match="target is empty"):
             replace(FACTS[0], target=" ")
         with pytest.raises(FactError, match="contradicts"):

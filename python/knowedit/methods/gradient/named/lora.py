@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from knowedit.errors import EditError
 from knowedit.io.ranges import Count, Positive
 from knowedit.methods.gradient.method import GradientMethod
 from knowedit.methods.gradient.trainable import LoRAAdapter, expert_layers, linear_names
@@ -30,6 +31,11 @@ class LoRA(GradientMethod):
     name: ClassVar[str] = "LoRA"
 
     def part(self, model: EditableModel) -> LoRAAdapter:
+        if self.rank > (most := max(model.hidden, model.d_ff)):
+            raise EditError(
+                f"a rank of {self.rank} is more than the widest matrix of {model.name} has "
+                f"({most}); 4 to 64 are usual"
+            )
         experts = expert_layers(model, self.layers, self.modules)
         others = self.modules and tuple(name for name in self.modules if name not in experts)
         names = [] if experts and not others else linear_names(model, self.layers, others)
