@@ -103,23 +103,28 @@ def _end(text: str, code: int) -> NoReturn:
 @app.command()
 def demo(
     model: Annotated[str, typer.Argument(help="A hub id or a folder.")] = DEFAULT_MODEL,
+    method: Annotated[
+        str, typer.Option("--method", help="A name of `knowedit methods`.")
+    ] = "memit",
     corpus: Corpus = ["self"],  # noqa: B006
-    tokens: Annotated[int, typer.Option(min=1, help="Keys to sum for the statistics.")] = 16_384,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Keys to sum for the statistics, if the method needs any.")
+    ] = 16_384,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the page demo.html there.")
     ] = None,
     *,
     run: EitherRun,
 ) -> None:
-    """Edit six facts of a real language model with MEMIT, show what changed and what did not, and
-    undo it bit for bit.
+    """Edit six facts of a real language model, show what changed and what did not, and undo it bit
+    for bit.
     """
     from knowedit.cli.demo import demonstrate
 
-    (method,) = parse_methods(["memit"], run.settings, seed=run.seed)
+    (chosen,) = parse_methods([method], run.settings, seed=run.seed)
     seed = run.seed or 0
     with kept_on_interrupt(lambda: kept_at_the_end(output)):
-        shown = demonstrate(run.load(model), method, one(corpus), tokens, seed=seed, say=say)
+        shown = demonstrate(run.load(model), chosen, one(corpus), tokens, seed=seed, say=say)
     run.show(shown.to_dict(), lambda: shown.text(shutil.get_terminal_size().columns))
     if output is not None:
         say(f"wrote {shown.write(output)}")

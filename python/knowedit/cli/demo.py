@@ -33,6 +33,9 @@ RATES = {
     "paraphrase": "... in other words",
     "neighbourhood": "neighbours still right",
 }
+EXACT = {"efficacy": "says exactly the new fact", "portability": "says what follows from it"}
+#: The roles whose prompts ask for the old answer still.
+KEEPS = ("neighbour",)
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,15 @@ class Demonstration:
         found = []
         for record, role, prompt in self.shown:
             row = rated[record, prompt]
-            new, old = ("wrong", "right") if role == "neighbour" else ("right", "wrong")
+            new, old = ("wrong", "right") if role in KEEPS else ("right", "wrong")
             found.append(
                 {
                     "role": role,
                     "prompt": prompt,
                     "before": self.before[prompt],
                     "after": self.after[prompt],
-                    "p_new": [row[f"p_{new}_before"], row[f"p_{new}_after"]],
-                    "p_old": [row[f"p_{old}_before"], row[f"p_{old}_after"]],
+                    "p_new": [row[f"p_{new}_{when}"] for when in ("before", "after")],
+                    "p_old": [row[f"p_{old}_{when}"] for when in ("before", "after")],
                 }
             )
         return found
@@ -88,7 +91,7 @@ class Demonstration:
         rows = [
             [
                 *(row[name] for name in ("role", "prompt", "before", "after")),
-                *(" -> ".join(f"{p:.2f}" for p in row[name]) for name in ("p_new", "p_old")),
+                *(_moved(*row[name]) for name in ("p_new", "p_old")),
             ]
             for row in self.rows()
         ]
@@ -99,7 +102,7 @@ class Demonstration:
         """The measures before and after, and what moved elsewhere."""
         before, after = self.measured.before, self.measured.after
         rates = [(kind, "success", label) for kind, label in RATES.items()]
-        rates.append(("efficacy", "exact", "says exactly the new fact"))
+        rates += [(kind, "exact", label) for kind, label in EXACT.items() if kind in after]
         rows: list[tuple[str, str, str]] = []
         for kind, measure, label in rates:
             was, now = before[kind][measure], after[kind][measure]
@@ -115,11 +118,7 @@ class Demonstration:
     def _layers(self) -> list[tuple[str, str]]:
         report = self.edit.report
         return [
-            (
-                layer,
-                f"|delta|/|W| {norm:.3f}, gain {report.layers[layer]['gain']:.3f}, "
-                f"lambda {report.layers[layer]['lambda']:.3g}",
-            )
+            (layer, f"|delta|/|W| {norm:.3f}, gain {report.layers[layer]['gain']:.3f}")
             for layer, norm in report.relative_norm.items()
         ]
 
@@ -177,8 +176,10 @@ def demonstrate(
     )
     facts = datasets.load(FACTS)
     layers = method.statistics_layers(model)
-    statistics = key_statistics(model, layers, corpus, tokens, seed=seed)
-    say(f"key statistics of layers {statistics.layers}: {tokens:,} tokens of {corpus!r}")
+    statistics = None
+    if layers:
+        statistics = key_statistics(model, layers, corpus, tokens, seed=seed)
+        say(f"key statistics of layers {statistics.layers}: {tokens:,} tokens of {corpus!r}")
     before, original = continuations(model, facts), weights_fingerprint(model.hf)
     asked = Interview(model, facts)
     edit = method.compute(model, facts, statistics)
@@ -195,10 +196,18 @@ def demonstrate(
 
 
 def shown_prompts(fact: Fact) -> list[tuple[str, str]]:
-    """The edit prompt, one paraphrase and one neighbour of a fact, with the role of each."""
+    """The edit prompt, and one paraphrase, one consequence and one neighbour of a fact where it has
+    them, with the role of each.
+    """
     rows = [("edited", fact.text)]
     rows += [("paraphrase", p) for p in fact.paraphrases[:1]]
+    rows += [("consequence", p.prompt) for p in fact.portability[:1]]
     return rows + [("neighbour", p.prompt) for p in fact.neighbours[:1]]
+
+
+def _moved(before: float | None, after: float | None) -> str:
+    """Two probabilities of one answer, or nothing where there is no such answer."""
+    return "" if before is None else f"{before:.2f} -> {after:.2f}"
 
 
 def continuations(model: EditableModel, facts: list[Fact]) -> dict[str, str]:

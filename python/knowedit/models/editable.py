@@ -26,6 +26,7 @@ from knowedit.models.fingerprint import WeightsWatch, setup_of
 from knowedit.models.generation import Router, Score
 from knowedit.models.probing import probe_ids, rounding, run, states_of
 from knowedit.models.processor import free_memory, has_bf16_units
+from knowedit.models.samples import samples
 from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
 from knowedit.models.structure import Layout, Which, detect, is_transposed, own_head
 from knowedit.models.tokens import (
@@ -582,9 +583,9 @@ class EditableModel:
         self, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128
     ) -> Iterator[str]:
         """Endless texts sampled from the model itself; document `n` depends on `seed` and `n`
-        only.
+        only. Kept in the cache (`models.samples`).
         """
-        return generation.samples(self, seed, start, batch=batch, length=length)
+        return samples(self, seed, start, batch=batch, length=length)
 
     def virtual(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
         """Run as if weights had low-rank changes, which no weight gets; see `partial.virtual`."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: What the template of an edit's page calls the two answers of a prompt.
-ROLES = {"edited": ("right", "wrong"), "paraphrase": ("right", "wrong")}
+ROLES = dict.fromkeys(("edited", "paraphrase", "consequence"), ("right", "wrong"))
 
 
 @dataclass(frozen=True)
