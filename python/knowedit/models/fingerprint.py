@@ -208,7 +208,8 @@ def _computing(config: Any) -> tuple[tuple[str, str], ...]:
     about a model, and is there or not with the version of transformers.
     """
     record = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    return ("model_type", str(config.model_type)), *_fewest(type(config), record)
+    kind: Any = type(config)
+    return ("model_type", str(config.model_type)), *_fewest(kind, record)
 
 
 @lru_cache(maxsize=64)
