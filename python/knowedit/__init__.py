@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from knowedit.methods import ROME as ROME
     from knowedit.methods import SERAC as SERAC
     from knowedit.methods import AlphaEdit as AlphaEdit
-    from knowedit.methods import BetaEdit as BetaEdit
     from knowedit.methods import FineTuning as FineTuning
     from knowedit.methods import KLFineTuning as KLFineTuning
     from knowedit.methods import KLLoRA as KLLoRA
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from knowedit.methods import RegularisedLoRA as RegularisedLoRA
     from knowedit.methods import RoSE as RoSE
     from knowedit.methods import Session as Session
-    from knowedit.methods import UltraEdit as UltraEdit
     from knowedit.methods import make_method as make_method
     from knowedit.methods.locate.metrics import Covariance as Covariance
     from knowedit.methods.locate.metrics import NullSpace as NullSpace
