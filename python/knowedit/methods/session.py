@@ -17,7 +17,7 @@ from knowedit.edits.limits import Limits
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.files import locked
-from knowedit.methods.base import Method
+from knowedit.methods.base import Method, check_kinds
 from knowedit.methods.registry import make_method
 from knowedit.methods.revision import check_standing, revise
 from knowedit.models.editable import EditableModel
@@ -81,7 +81,8 @@ class Session:
         limits: of what an edit may do to the model; `write` refuses one that passes them.
 
     Raises:
-        EditError: the history belongs to another model.
+        EditError: the history belongs to another model; what is given is no method, no statistics
+            or no history.
     """
 
     @accepts_model
@@ -95,6 +96,12 @@ class Session:
         protect: bool = True,
         limits: Limits | None = None,
     ) -> None:
+        if not isinstance(method, Method):
+            raise EditError(
+                f"method is a Method such as MEMIT(), got {method!r:.80}; make_method makes one of "
+                "a name"
+            )
+        check_kinds(statistics, history)
         self.limits = limits or Limits()
         self.method, self.model = method, method.view(model)
         self.statistics, self.protect = statistics, protect

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -180,6 +181,7 @@ def greedy(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=fill,
                 output_logits=logits,
+                logits_processor=_watched(model),
                 return_dict_in_generate=True,
                 **how,
             )
@@ -229,6 +231,7 @@ def samples(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
+                logits_processor=_watched(model),
                 max_new_tokens=length - len(begin),
                 pad_token_id=pad if pad is not None else begin[-1],
             )
@@ -262,16 +265,28 @@ def _generating(model: EditableModel, as_configured: bool = False) -> Iterator[N
         try:
             model.hf.generation_config = own if as_configured else plain
             yield
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise ModelError(
-                f"{model.name} cannot be sampled: its probabilities are no numbers (NaN); its "
-                "weights, or those of an edit in force, hold NaN or overflow; load it in float32, "
-                "or take the original model again"
-            ) from error
         finally:
             model.hf.generation_config = own
+
+
+def _watched(model: EditableModel) -> Any:
+    """What transformers passes the logits of every step through."""
+    from transformers import LogitsProcessorList
+
+    return LogitsProcessorList([partial(_numbers, model.name)])
+
+
+def _numbers(name: str, ids: Tensor, logits: Tensor) -> Tensor:
+    """The next words' `logits` `[B, vocab]` as they are; among NaN the greedy choice would be some
+    word all the same.
+    """
+    if logits.isnan().any():
+        raise ModelError(
+            f"{name} cannot generate: its probabilities are no numbers (NaN); its weights, or "
+            "those of an edit in force, hold NaN or overflow; load it in float32, or take the "
+            "original model again"
+        )
+    return logits
 
 
 def _fill(model: EditableModel) -> int:

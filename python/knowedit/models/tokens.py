@@ -41,9 +41,9 @@ def tokenise(
     one does not: the text goes on.
 
     Raises:
-        EditError: the subject is not in the prompt, ends inside a token, the text is longer than
-            the context (`longest` tokens), or the model has no embedding for one of its tokens
-            (`vocabulary` of them).
+        EditError: the text has no tokens, the subject is not in the prompt, ends inside a token,
+            the text is longer than the context (`longest` tokens), or the model has no embedding
+            for one of its tokens (`vocabulary` of them).
     """
     template = subject is not None and prompt.count("{}") == 1
     given = prompt.index("{}") if template else None
@@ -52,6 +52,11 @@ def tokenise(
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     ids = ids[: len(ids) - len(_template(encoded)[1])]
+    if not ids:
+        raise EditError(
+            f"the text {text!r} has no tokens: this tokenizer puts none in front of a text; give "
+            "a prompt with at least one"
+        )
     if len(ids) > longest:
         raise EditError(
             f"{text[:60]!r}...: {len(ids)} tokens are more than the model's context of {longest}"

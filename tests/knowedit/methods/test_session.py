@@ -275,3 +275,12 @@ def test_perplexity_is_the_definition(tiny_llama):
     assert perplexity(tiny_llama, [text], tokens=5) == pytest.approx(float(first), rel=1e-5)
     with pytest.raises(KnowEditError, match="two tokens"):
         perplexity(tiny_llama, ["a"])
+
+
+def test_what_is_no_method_or_statistics_is_refused_at_once(tiny_llama):
+    with pytest.raises(EditError, match="method is a Method.*make_method"):
+        Session("memit", tiny_llama)
+    with pytest.raises(EditError, match="statistics are what key_statistics returns, got str"):
+        Session(MEMIT(), tiny_llama, "x")
+    with pytest.raises(EditError, match="history is a History"):
+        Session(MEMIT(), tiny_llama, None, [])

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from knowedit.errors import ModelError
+from knowedit.errors import EditError, ModelError
 from knowedit.models.generation import continuations, end_tokens
 
 #: What published models ship: each of these changes what `hf.generate` says.
@@ -114,3 +114,16 @@ def test_a_tokenizer_without_special_tokens(tiny_llama, byte_tokenizer):
     assert continuations(model, PROMPTS, 5) == [by_argmax(model, p, 5) for p in PROMPTS]
     with pytest.raises(ModelError, match="no token that starts or ends a text"):
         next(model.samples())
+
+
+def test_nan_is_no_word(tiny_llama):
+    """The arg-max of NaN is some token, whose text would be taken for an answer."""
+    with torch.no_grad():
+        tiny_llama.weight(2)[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="cannot generate.*NaN"):
+        tiny_llama.generate(["Rome is in"], 2)
+
+
+def test_a_prompt_without_tokens_is_refused(tiny_llama):
+    with pytest.raises(EditError, match="'' has no tokens"):
+        tiny_llama.generate([""], 2)
