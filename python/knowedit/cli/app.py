@@ -143,11 +143,14 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="An edit, a statistics file, or an edited model's folder.")
     ],
+    *,
+    output: Output,
 ) -> None:
     """Say what a file of ours holds: method, facts, layers, norms, the model it belongs to."""
     from knowedit.cli.inspection import describe
 
-    print(printable(describe(path)))
+    seen = describe(path)
+    output.show(seen.to_dict(), lambda: printable(seen.text))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,27 @@ FACT_FILES = (".jsonl", ".json", ".csv")
 SHOWN = 12  # facts and changed weights listed
 
 
-def describe(path: Path) -> str:
-    """A readable summary of a file of ours: an edit, a history, statistics, a network, an edited
-    model's folder; and of files of facts and of a peer's statistics.
+@dataclass(frozen=True)
+class Seen:
+    """What is in a file.
+
+    Attributes:
+        kind: edit, history, statistics, network, edited model, facts, or peer's statistics.
+        record: the same as JSON has it.
+    """
+
+    kind: str
+    text: str
+    record: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"kind": self.kind, **self.record}
+
+
+def describe(path: Path) -> Seen:
+    """A summary of a file of ours: an edit, a history, statistics, a network, an edited model's
+    folder; and of files of facts and of a peer's statistics.
 
     Raises:
         KnowEditError: it is none of these, or damaged.
@@ -44,34 +63,36 @@ def describe(path: Path) -> str:
     raise KnowEditError(f"{path} is a safetensors file, but not one of ours")
 
 
-def _folder(path: Path) -> str:
+def _folder(path: Path) -> Seen:
     """A folder that `knowedit apply` wrote."""
     header, tensors, _ = checkpoint.read_record(checkpoint.record_of(path))
     lines = [f"edited model, from {header['model']} (fingerprint {header['fingerprint']})"]
     for made in header["edits"]:
         lines.append(f"  {made['method']} {made['key']}")
         lines += [f"    {_fact(fact)}" for fact in made["facts"]]
-    return "\n".join([*lines, f"  undo restores: {', '.join(sorted(tensors))}"])
+    lines.append(f"  undo restores: {', '.join(sorted(tensors))}")
+    record = {key: header[key] for key in ("model", "fingerprint", "edits")}
+    return Seen("edited model", "\n".join(lines), {**record, "restores": sorted(tensors)})
 
 
-def _facts(path: Path) -> str:
+def _facts(path: Path) -> Seen:
     """A file of facts, whichever format it is of."""
     facts = load(str(path))
     subjects = len({fact.subject.casefold() for fact in facts})
     lines = [f"facts: {len(facts)}, of {subjects} subjects", *map(_line, facts[:SHOWN])]
     more = len(facts) - SHOWN
-    return "\n".join([*lines, *([f"  ... and {more} more"] if more > 0 else [])])
+    lines += [f"  ... and {more} more"] if more > 0 else []
+    return Seen("facts", "\n".join(lines), {"facts": [fact.to_dict() for fact in facts]})
 
 
-def _peer(path: Path) -> str:
+def _peer(path: Path) -> Seen:
     """Statistics of another program."""
     found = npz.read(path)
-    return "\n".join(
-        [
-            f"a peer's key statistics of {found.module}, {found.count:,} tokens",
-            f"  take them over with: knowedit stats import MODEL {path}",
-        ]
+    text = (
+        f"a peer's key statistics of {found.module}, {found.count:,} tokens\n"
+        f"  take them over with: knowedit stats import MODEL {path}"
     )
+    return Seen("peer's statistics", text, {"module": found.module, "tokens": found.count})
 
 
 def _fact(fact: dict[str, Any]) -> str:
@@ -82,7 +103,7 @@ def _line(fact: Fact) -> str:
     return f"  {_fact(fact.to_dict())}"
 
 
-def _edit(made: edit.Edit) -> str:
+def _edit(made: edit.Edit) -> Seen:
     lines = [
         f"{made.method_name} edit {made.key}",
         f"  model fingerprint  {made.fingerprint}",
@@ -96,7 +117,24 @@ def _edit(made: edit.Edit) -> str:
     if made.software:
         versions = ", ".join(f"{name} {version}" for name, version in made.software.items())
         lines.append(f"  with               {versions}")
-    return "\n".join(lines + [f"  note: {warning}" for warning in made.warnings])
+    lines += [f"  note: {warning}" for warning in made.warnings]
+    record = {
+        "key": made.key,
+        "fingerprint": made.fingerprint,
+        "facts": [fact.to_dict() for fact in made.facts],
+        "weights": {name: change.rank or None for name, change in made.changes.items()},
+        "config": made.config,
+        "software": made.software,
+        "report": made.report.to_dict(),
+        "notes": list(made.warnings),
+    }
+    return Seen("edit", "\n".join(lines), record)
+
+
+def _history(path: Path) -> Seen:
+    edits = [_edit(made) for made in history.History.load(path).edits]
+    record = {"edits": [made.record for made in edits]}
+    return Seen("history", "\n\n".join(made.text for made in edits), record)
 
 
 def _layers(made: edit.Edit) -> list[str]:
@@ -127,37 +165,37 @@ def _method(made: edit.Edit) -> str:
         return str(made.config["kind"])
 
 
-def _network(path: Path) -> str:
+def _network(path: Path) -> Seen:
     header, _ = read_file(path, (mend_network.FORMAT, serac_network.FORMAT), "a network")
     report, kind = header["report"], header["format"].partition("/")[0]
-    return "\n".join(
-        [
-            f"{kind.removeprefix('knowedit-').upper()} network",
-            f"  model fingerprint  {header['fingerprint']}",
-            f"  trained on         {report['facts']['training']} facts, {report['seconds']:.0f} s",
-            f"  parameters         {report['trainable_parameters']:,}",
-            f"  validation         {report['validation']}",
-        ]
-    )
+    name = kind.removeprefix("knowedit-").upper()
+    lines = [
+        f"{name} network",
+        f"  model fingerprint  {header['fingerprint']}",
+        f"  trained on         {report['facts']['training']} facts, {report['seconds']:.0f} s",
+        f"  parameters         {report['trainable_parameters']:,}",
+        f"  validation         {report['validation']}",
+    ]
+    record = {"network": name, "fingerprint": header["fingerprint"], "report": report}
+    return Seen("network", "\n".join(lines), record)
 
 
-def _statistics(path: Path) -> str:
+def _statistics(path: Path) -> Seen:
     found = store.LayerStatistics.load(path)
     recipe, corpus = found.recipe, found.recipe.corpus.get("name")
     counted = "" if recipe.skip_first else " (first tokens included)"
-    return "\n".join(
-        [
-            f"key statistics of {found.module}, {found.model}",
-            f"  model fingerprint  {recipe.fingerprint}",
-            f"  tokens             {found.count:,} from {corpus}, pieces of at most "
-            f"{recipe.max_length}",
-            f"  trace of C         {found.energy:.6g}",
-            *_experts(found.counts),
-            f"  first/other norm   {found.first_ratio:.2f}{counted}",
-            *(f"  {name:18} {v}" for name, v in found.extra.items() if name != "convergence"),
-            *_errors(found.extra.get("convergence", [])),
-        ]
-    )
+    lines = [
+        f"key statistics of {found.module}, {found.model}",
+        f"  model fingerprint  {recipe.fingerprint}",
+        f"  tokens             {found.count:,} from {corpus}, pieces of at most "
+        f"{recipe.max_length}",
+        f"  trace of C         {found.energy:.6g}",
+        *_experts(found.counts),
+        f"  first/other norm   {found.first_ratio:.2f}{counted}",
+        *(f"  {name:18} {v}" for name, v in found.extra.items() if name != "convergence"),
+        *_errors(found.extra.get("convergence", [])),
+    ]
+    return Seen("statistics", "\n".join(lines), store.header(path))
 
 
 def _experts(counts: Sequence[int]) -> list[str]:
@@ -179,13 +217,11 @@ def _errors(checks: list[dict[str, Any]]) -> list[str]:
 
 
 #: How each format of ours is shown.
-SHOWN_AS: dict[tuple[str, ...], Callable[[Path], str]] = {
+SHOWN_AS: dict[tuple[str, ...], Callable[[Path], Seen]] = {
     (edit.FORMAT, *edit.EARLIER, memory_edit.FORMAT, *memory_edit.EARLIER): lambda path: _edit(
         edit.Edit.load(path)
     ),
-    (history.FORMAT, *history.EARLIER): lambda path: "\n\n".join(
-        map(_edit, history.History.load(path).edits)
-    ),
+    (history.FORMAT, *history.EARLIER): _history,
     (mend_network.FORMAT, serac_network.FORMAT): _network,
     (store.FORMAT, store.FORMAT_EXPERTS): _statistics,
 }

@@ -56,6 +56,17 @@ JSON: dict[str, tuple[Printed, ...]] = {
     "undo": (Printed("folder, fingerprint, original"),),
     "diff": (Printed("first, second, parameters, weights, notes, facts"),),
     "export": (Printed("format, folder, fingerprint, edits"),),
+    "inspect": (
+        Printed(
+            "kind, key, fingerprint, facts, weights, config, software, report, notes",
+            when="of an edit",
+        ),
+        Printed("kind, edits", when="of a history"),
+        Printed("kind, model, fingerprint, edits, restores", when="of an edited model"),
+        Printed("kind, format, ...", when="of statistics, as stats show"),
+        Printed("kind, facts", when="of facts"),
+        Printed("kind, ...", when="of anything else"),
+    ),
     "eval": (
         Printed(
             "model, dataset, method, protocol, facts, seconds, side_effects, evaluation, report, "

@@ -215,7 +215,10 @@ def show(
     from knowedit.statistics.files import store
 
     found, files = KeyStatistics.load(where), _files(where)
-    output.show([store.header(path) for path in files], lambda: "\n\n".join(map(describe, files)))
+    output.show(
+        [store.header(path) for path in files],
+        lambda: "\n\n".join(describe(file).text for file in files),
+    )
     if plot is not None:
         from knowedit.report import plots
 

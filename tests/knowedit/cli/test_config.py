@@ -348,11 +348,15 @@ def test_edits_as_json(place, knowedit):
         ("edit", "model", "facts.jsonl", "-o", "a.safetensors", "--layer", "1", *memit),
         ("apply", "model", "a.safetensors", "-o", "edited", "--stream"),
         ("diff", "model", "edited"),
+        ("inspect", "edited"),
         ("undo", "edited"),
         ("export", "model", "a.safetensors", "-o", "adapter"),
         ("eval", "model", "--dataset", "facts.jsonl", "--layer", "1", *memit),
     ):
         assert knowedit(*line, "--json")
+    seen = json.loads(knowedit("inspect", "a.safetensors", "--json"))
+    assert seen["kind"] == "edit" and seen["weights"] == {"model.layers.1.mlp.down_proj.weight": 2}
+    assert json.loads(knowedit("inspect", "facts.jsonl", "--json"))["facts"] == seen["facts"]
     stream = ("--stream", "--dtype", "float32", "--force")
     said = knowedit("apply", "model", "a.safetensors", "-o", "b", *stream, code=1)
     assert "--stream loads no model; leave --dtype float32 out" in said
