@@ -26,8 +26,9 @@ METHODS = {"memit": MEMIT(layers=(1,)).with_settings(["target.steps=2"])}
 
 
 @pytest.fixture
-def once(tiny_llama, tmp_path):
+def once(tiny_llama, tmp_path, monkeypatch):
     """Run pieces with what a results file has; returns its rows."""
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path / "cache"))
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"Some short text, number {i} of several." for i in range(30)))
     bench = models.Bench(tiny_llama, FACTS, TEXTS)

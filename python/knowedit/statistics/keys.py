@@ -309,7 +309,7 @@ def key_statistics(
             "the ranks were given different models, corpora or settings; start all with the "
             "same command"
         )
-    where = Path(directory) if directory else store.folder(model.name, recipe)
+    where = Path(directory) if directory else _cached(model, recipe)
     where.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         missing = ranks.first(lambda: _missing(where, layers, recipe, model, held))
@@ -324,7 +324,7 @@ def key_statistics(
             if collection.short:
                 recipe = replace(recipe, tokens=collection.state.count)
                 if not directory:
-                    where = store.folder(model.name, recipe)
+                    where = _cached(model, recipe)
                     ranks.first(partial(_lock, where, held))
             found |= collection.finish(recipe, where)
             if collection.short:
@@ -401,6 +401,13 @@ def _lock(where: Path, held: ExitStack) -> None:
         raise StatisticsError(
             f"another run is collecting into {where}; wait for it, or use another folder"
         ) from error
+
+
+def _cached(model: EditableModel, recipe: CollectionRecipe) -> Path:
+    """The folder of the cache for what this recipe collects from `model`."""
+    return store.folder(
+        model.name, recipe, lambda setup: bool(difference(model, model.fingerprint, setup))
+    )
 
 
 def _load(

@@ -212,6 +212,19 @@ def test_statistics_of_another_configuration_are_refused(tiny_llama, tmp_path):
     key_statistics(another(tiny_llama), [1], corpus, 100, directory=tmp_path / "s", progress=False)
 
 
+def test_the_cache_keeps_statistics_of_several_configurations(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path / "cache"))
+    other, corpus = another(tiny_llama, hidden_act="gelu"), tmp_path / "corpus.txt"
+    corpus.write_text(varied_texts(20))
+    first, second, again, back = (
+        key_statistics(model, [1], corpus, 100, progress=False)
+        for model in (tiny_llama, other, other, tiny_llama)
+    )
+    assert second[1].digest == again[1].digest != first[1].digest
+    assert back[1].digest == first[1].digest
+    assert len(list((tmp_path / "cache").rglob("layer-001.safetensors"))) == 2
+
+
 def test_another_tokenizer_is_another_model(tiny_llama):
     edit = an_edit(tiny_llama)
     edit.setup = tiny_llama.setup

@@ -189,16 +189,34 @@ class LayerStatistics:
             return cls(recipe=recipe, total=total, extra=extra, counts=counts, **known)
 
 
-def folder(model_name: str, recipe: CollectionRecipe) -> Path:
-    """Where files of this recipe live in the cache: fingerprint and recipe decide, the model's name
-    only makes a new folder readable.
+def folder(
+    model_name: str, recipe: CollectionRecipe, is_other: Callable[[str], bool] = lambda _: False
+) -> Path:
+    """Where files of this recipe live in the cache: fingerprint, setup and recipe decide, the
+    model's name only makes a new folder readable.
+
+    Args:
+        is_other: whether a recorded setup is that of another model with the same weights, whose
+            statistics stay where they are.
     """
-    digest = recipe.fingerprint[:12]
-    for known in sorted(cache_dir("statistics").glob(f"*-{digest}/{recipe.slug}")):
-        if any(known.glob("layer-*.safetensors")):
-            return known
+    digest, taken = recipe.fingerprint[:12], False
+    for known in sorted(cache_dir("statistics").glob(f"*-{digest}/{recipe.slug}*")):
+        for file in known.glob("layer-*.safetensors"):
+            if not is_other(_setup(file)):
+                return known
+            taken = True
+            break
     name = re.sub(r"[^A-Za-z0-9.]+", "-", model_name.rstrip("/").rsplit("/", 1)[-1])
-    return cache_dir("statistics", f"{name}-{digest}", recipe.slug)
+    slug = f"{recipe.slug}-{recipe.setup}" if taken else recipe.slug
+    return cache_dir("statistics", f"{name}-{digest}", slug)
+
+
+def _setup(path: Path) -> str:
+    """The setup that a file records; none where it is damaged, which reading it will say."""
+    try:
+        return str(header(path)["recipe"].get("setup", ""))
+    except StatisticsError:
+        return ""
 
 
 def files(where: Path) -> list[Path]:
