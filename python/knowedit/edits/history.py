@@ -190,16 +190,16 @@ class History:
                 "model"
             )
         for edit in self.edits:
-            names = {split_name(name)[0] for name in edit.by_parameter(model)}
-            for layer in set(edit.keys) & set(model.layout.parts):
+            layers = set(edit.keys) & set(model.layout.parts)
+            names = {split_name(name)[0] for name in edit.by_parameter(model)} if layers else set()
+            for layer in layers:
                 if model.layout.weight_name(layer) not in names:
                     raise EditError(
                         f"an edit of the history changes {sorted(names)[0]}, and this one would "
                         f"change {model.layout.weight_name(layer)}, whose keys are others; write "
                         "all edits of a history with the same `experts`, or start a new one"
                     )
-        applied = set(model.ledger.active)
-        absent = sum(edit.key not in applied for edit in self.edits)
+        absent = sum(not edit.is_applied(model) for edit in self.edits)
         if absent:
             raise EditError(
                 f"{absent} of the history's {len(self)} edits are not applied to {model.name}: "

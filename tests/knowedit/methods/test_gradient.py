@@ -350,7 +350,7 @@ class TestEveryMethod:
     def test_it_reads_back_from_a_file(self, tiny_llama, kind, tmp_path):
         made = QUICK[kind].compute(tiny_llama, FACTS, progress=False)
         read = Edit.load(made.save(tmp_path / "edit.safetensors"))
-        said = describe(tmp_path / "edit.safetensors")
+        said = describe(tmp_path / "edit.safetensors").text
         assert made.key in said and (f"and {len(made.changes) - 12} more weights" in said) == (
             len(made.changes) > 12
         )

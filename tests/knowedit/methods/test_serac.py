@@ -178,7 +178,7 @@ def test_a_saved_edit_needs_nothing_else(tiny_llama, tmp_path):
         wanted = tiny_llama.generate(prompts, 4)
     with found.applied_to(tiny_llama):
         assert tiny_llama.generate(prompts, 4) == wanted
-    assert PEOPLE[0].text in describe(tmp_path / "e")
+    assert PEOPLE[0].text in describe(tmp_path / "e").text
     ones = LowRank(torch.ones(tiny_llama.hidden, 1), torch.ones(tiny_llama.d_ff, 1))
     changes = {tiny_llama.layout.weight_name(2): ones}
     Edit("MEMIT", changes, [], tiny_llama.fingerprint).save(tmp_path / "w")
@@ -223,7 +223,7 @@ def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch):
     with SERAC().compute(tiny_llama, PEOPLE[:1]).applied_to(tiny_llama):
         assert tiny_llama.router.route([PEOPLE[0].text])[0]
     [file] = (tmp_path / "networks").iterdir()
-    assert "SERAC network" in describe(file)
+    assert "SERAC network" in describe(file).text
     again = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "again", progress=False)
     tensors = again.tensors()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in network.tensors().items())

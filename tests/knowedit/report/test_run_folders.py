@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from knowedit.evaluation.evaluation import plain, summarise
+from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.measures import Answer, Question
 from knowedit.evaluation.protocols import migrate
 from knowedit.evaluation.subjects import same_subject
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
-from knowedit.io.tables import Table
+from knowedit.io.tables import Table, figure
 from knowedit.models.generation import Score
 from knowedit.report.run import PAGE, SECTIONS, read, report
 from knowedit.studies.arithmetic import measure
@@ -51,13 +52,13 @@ def test_every_figure_of_an_old_folder_is_reported(tmp_path):
     for result in results:
         for row in result["evaluation"]["after"].values():
             for e in row.values():
-                assert f"{e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" in text
+                assert str(Estimate(**e)) in text
         assert f"KL {result['drift']['kl']:.4f} nats" in text
         for step in result["course"]:
             assert f"{step['drift']['kl']:.3f}" in text
     for result in subjects:
         for row in result["evaluation"]["after"].values():
-            assert all(f"{e['mean']:.3f} [" in text for e in row.values())
+            assert all(f"{figure(e['mean'], '.3f')} [" in text for e in row.values())
     assert all(f"{layer['kappa']['C'][0]:.3f}" in text for layer in layers)
     assert repr(single["prompt"]) in text and "strongest around layer 1" in text
     assert study["methods"][0]["verdict"] in text and "not run: EditError" in text
