@@ -262,7 +262,7 @@ def test_reprs_fit_a_screen(tiny_llama):
 
 
 def test_a_format_is_a_module_of_its_name():
-    assert set(formats()) == {"folder", "peft"} and all(formats().values())
+    assert set(formats()) == {"folder", "gguf-lora", "peft"} and all(formats().values())
     with pytest.raises(EditError, match="did you mean 'peft'"):
         export_format("petf")
 
