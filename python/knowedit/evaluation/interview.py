@@ -25,6 +25,7 @@ ASKED = 8
 ANSWER = 16
 #: Characters of an answer that a table shows.
 SHOWN = 48
+NOTHING = "(nothing)"
 #: The ways to ask, in the order of tables.
 WAYS = ("prompt", "question", "chat")
 
@@ -134,15 +135,20 @@ def said_table(said: Sequence[Said], facts: int) -> Table:
     for way in ways:
         mine = [one for one in said if one.way == way]
         right, broken = sum(one.right for one in mine), sum(one.broken for one in mine)
-        repeats = f", {broken} now repeat themselves" if broken else ""
-        notes.append(f"{way}: {right} of {len(mine)} answers have the new fact{repeats}")
+        silent = sum(not one.before and not one.after for one in mine)
+        more = f", {broken} now repeat themselves" if broken else ""
+        more += f", {silent} empty as before the edit" if silent else ""
+        notes.append(f"{way}: {right} of {len(mine)} answers have the new fact{more}")
     if facts > len(targets):
         notes.append(f"the first {len(targets)} of {facts} facts were asked")
     return Table(["new", *ways], rows, "what the edited model says", notes)
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."
+    """The first whole words that fit; in scripts without blanks the first characters."""
+    if len(text) <= SHOWN:
+        return text or NOTHING
+    return text[: SHOWN - 4].rsplit(" ", 1)[0] + " ..."
 
 
 def _repeats(text: str) -> bool:

@@ -76,3 +76,17 @@ def test_the_table_counts_what_is_right_and_what_broke():
     assert "prompt: 1 of 2 answers have the new fact" in text
     assert "chat: 0 of 2 answers have the new fact, 1 now repeat themselves" in text
     assert "the first 2 of 20 facts" in text and "question" not in text
+    assert "La femme, les femme, les femme, les femme, ..." in text
+
+
+def test_silence_is_said_and_counted():
+    """A model that never answered such a question has not forgotten how to."""
+    said = [
+        Said(0, "question", "q", "Lyon", "", ""),
+        Said(1, "question", "q", "Thai", "Dutch", ""),
+        Said(2, "question", "q", "Oslo", "", "Oslo"),
+        Said(3, "question", "q", "東京", "", "東京" * 40),
+    ]
+    text = said_table(said, 4).text(200)
+    assert text.count("(nothing)") == 2 and "東京" * 22 + " ..." in text
+    assert "2 of 4 answers have the new fact, 1 empty as before the edit" in text
