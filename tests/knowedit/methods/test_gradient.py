@@ -518,7 +518,7 @@ class TestBadInput:
             (FTL(layers=(1, 2)), "FT-L trains one layer, got \\[1, 2\\]"),
             (KLLoRA(context=()), "no texts to train on"),
             (RegularisedLoRA(stable=()), "no texts to train on"),
-            (KLLoRA(context=("The sea", "")), "one of them is empty"),
+            (KLLoRA(context=("The sea", "")), "the text '' has no tokens"),
         ],
     )
     def test_settings_that_do_not_fit_the_model(self, tiny_llama, method, message):

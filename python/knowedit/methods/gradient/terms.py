@@ -47,8 +47,8 @@ class LossTerm(ABC):
         budget: int = 256,
     ) -> None:
         self.model, self.rows, self.weight, self.budget = model, list(rows), weight, budget
-        if not self.rows or not all(row.ids for row in self.rows):
-            raise EditError("there are no texts to train on, or one of them is empty")
+        if not self.rows:
+            raise EditError("there are no texts to train on; give at least one")
         self.draw = min(draw or len(self.rows), len(self.rows))
 
     @abstractmethod
