@@ -15,6 +15,7 @@ import knowedit as ke
 from knowedit.errors import EditError, ModelError
 from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.methods.neurons.texts import windows
+from knowedit.models import generation
 from knowedit.models.editable import EditableModel
 from knowedit.models.tokens import cut, start_tokens
 from knowedit.statistics.corpus.corpus import Corpus
@@ -122,7 +123,7 @@ def test_samples_begin_as_texts_do(framed, monkeypatch):
     monkeypatch.setattr(
         model.hf, "generate", lambda **k: asked.append(k["input_ids"]) or generate(**k)
     )
-    next(model.samples(batch=2, length=6))
+    next(generation.samples(model, batch=2, length=6))
     assert asked[0].tolist() == [start or [EOS]] * 2
 
 

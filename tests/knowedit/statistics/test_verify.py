@@ -1,5 +1,7 @@
 """Whether a file is a second moment, and of this model."""
 
+import pytest
+
 from knowedit.statistics import key_statistics
 from knowedit.statistics.files import verify
 
@@ -14,6 +16,8 @@ def test_sound_files_pass_and_damaged_sums_do_not(tiny_llama, tiny_gpt2, collect
     assert "accumulation error" in {f.name for f in verify.sound(collected[1]) if not f.ok}
 
 
+@pytest.mark.model
+@pytest.mark.data
 def test_real_keys_tell_layers_apart(smollm, data, tmp_path):
     """On the real model a few hundred keys are enough to know the layer a file is of."""
     found = key_statistics(
