@@ -125,6 +125,7 @@ class Bench:
             "perplexity": None if edited is None else [self.clean, edited],
             "cpu_seconds_a_fact": seconds,
             **_reported(edits),
+            "warnings": warnings_of(edits, self.model),
         }
 
 
@@ -138,8 +139,13 @@ def _reported(edits: Sequence[Edit]) -> dict[str, Any]:
         "ordinary": max(m.perplexity / m.perplexity_before for m in measured),
         "refused": sum(not edit.report.within_limits for edit in edits),
         "layers": sorted({layer for edit in edits for layer in edit.report.layers}, key=int),
-        "warnings": sorted({text for edit in edits for text in edit.warnings}),
     }
+
+
+def warnings_of(edits: Sequence[Edit], model: EditableModel) -> list[str]:
+    """What the edits warn of, with the model's name in place of its folder."""
+    told = {text for edit in edits for text in edit.warnings}
+    return sorted(text.replace(model.source, model.name) for text in told)
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from knowedit.evaluation import evaluate
 from knowedit.facts.fact import Fact, Probe
 from knowedit.methods import MEMIT
 from knowedit.models.fingerprint import weights_fingerprint
+from tests.knowedit.edits.test_edit import an_edit
 
 FACTS = {
     number: Fact(
@@ -72,3 +73,11 @@ def test_a_piece_is_what_the_evaluation_says(tiny_llama, once, tmp_path):
         assert list(values) == ["7", "8"]
         assert sum(values.values()) / 2 == pytest.approx(found.after[kind][measure].mean), name
     assert row["lowest_gain"] == pytest.approx(edit.report.gain)
+
+
+def test_results_name_the_model_and_not_its_folder(tiny_llama):
+    tiny_llama.hf.name_or_path = "/home/somebody/models/tiny"
+    edit = an_edit(tiny_llama)
+    edit.report.warnings.append(f"not calibrated: `knowedit calibrate {tiny_llama.source}`")
+    told = models.warnings_of([edit, edit], tiny_llama)
+    assert told == ["not calibrated: `knowedit calibrate tiny-llama`"]

@@ -282,14 +282,17 @@ def facts_file(kind: str) -> Callable[[random.Random], bytes]:
             data = b"\n".join(map(_json, records))
         else:
             data = _json(records)
-        if chance.random() < 0.4:
-            data = damaged(data, chance)
-        if kind.endswith(".gz"):
-            data = gzip.compress(data, 1)
-            data = damaged(data, chance) if chance.random() < 0.5 else data
-        return data
+        return zipped(damaged(data, chance) if chance.random() < 0.4 else data, kind, chance)
 
     return make
+
+
+def zipped(data: bytes, kind: str, chance: random.Random) -> bytes:
+    """The file as its name says, half of the packed ones damaged once more."""
+    if not kind.endswith(".gz"):
+        return data
+    data = gzip.compress(data, 1)
+    return damaged(data, chance) if chance.random() < 0.5 else data
 
 
 def _csv(records: list[dict[str, Any]]) -> bytes:
@@ -336,12 +339,7 @@ def corpus_file(kind: str) -> Callable[[random.Random], bytes]:
             data = b"\n".join(_json(changed(record, chance)) for _ in range(3))
         else:
             data = "\n\n".join(lines[:4]).encode()
-        if chance.random() < 0.8:
-            data = damaged(data, chance)
-        if kind.endswith(".gz"):
-            data = gzip.compress(data, 1)
-            data = damaged(data, chance) if chance.random() < 0.5 else data
-        return data
+        return zipped(damaged(data, chance) if chance.random() < 0.8 else data, kind, chance)
 
     return make
 
