@@ -12,7 +12,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from knowedit.cli import edit, evaluate, lists, measure, recommend, stats, study, train, trial
+from knowedit.cli import (
+    edit,
+    evaluate,
+    lists,
+    measure,
+    recommend,
+    session,
+    stats,
+    study,
+    train,
+    trial,
+)
 from knowedit.cli.commands import App, Interrupted, UsageError, usage
 from knowedit.cli.options import (
     AGAIN,
@@ -132,6 +143,7 @@ def demo(
 
 for _group in (edit, evaluate, recommend, trial, measure):
     app.add_typer(_group.app)
+app.add_typer(session.app, name="session")
 app.add_typer(stats.app, name="stats")
 app.add_typer(train.app, name="train")
 app.add_typer(study.app, name="study")

@@ -40,6 +40,17 @@ Format = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Write also what ruins the model.")]
+Facts = Annotated[
+    str,
+    typer.Argument(
+        help="A .jsonl/.json/.csv(.gz) file of facts, a name of `knowedit datasets`, or an edit "
+        "file: its facts."
+    ),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="Another limit of what an edit may do, such as perplexity=1.2."),
+]
 
 
 @dataclass(frozen=True)
@@ -55,13 +66,7 @@ class OneMethod(MethodRun):
 def edit(
     ctx: typer.Context,
     model: Model,
-    facts: Annotated[
-        str,
-        typer.Argument(
-            help="A .jsonl/.json/.csv(.gz) file of facts, a name of `knowedit datasets`, or an "
-            "edit file: its facts."
-        ),
-    ],
+    facts: Facts,
     output: File,
     limit: Limit = None,
     history: Annotated[
@@ -88,10 +93,7 @@ def edit(
         bool,
         typer.Option("--chat", help="The prompts are the user's turns in the model's chat."),
     ] = False,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(help="Another limit of what an edit may do, such as perplexity=1.2."),
-    ] = None,
+    allow: Allow = None,
     force: Force = False,
     *,
     run: OneMethod,
@@ -114,7 +116,7 @@ def edit(
         raise KnowEditError("--correct needs --history, which has the facts to correct")
     limits = Limits().with_settings(allow or [])
     check_file(output)
-    wanted, again = _facts(facts, limit), edit_of(ctx)
+    wanted, again = facts_named(facts, limit), edit_of(ctx)
     editable = run.load(model)
     if join is not None:
         wanted = [replace(fact, join=join) for fact in wanted]
@@ -140,7 +142,7 @@ def edit(
                     limits.check(made.report)
                 with made.applied_to(editable):
                     said = asked.hear()
-        made.report.details["run"] = _recorded(model, run)
+        made.report.details["run"] = run_record(model, run)
         made.save(output)
         if history:
             earlier.save(history)
@@ -149,7 +151,7 @@ def edit(
         {**_record(made, output), "said": [one.to_dict() for one in said]},
         lambda: "\n".join(
             [
-                *_lines(made),
+                *edit_lines(made),
                 f"\n{said_table(said, len(wanted))}\n",
                 *_compared(made, again, run.config),
                 _saved(made, output, to_apply),
@@ -158,7 +160,7 @@ def edit(
     )
 
 
-def _recorded(model: str, run: MethodRun) -> dict[str, Any]:
+def run_record(model: str, run: MethodRun) -> dict[str, Any]:
     """What of the command line --config needs to compute the same edit again."""
     given = {
         "model": model,
@@ -185,7 +187,7 @@ def _saved(made: Edit, output: Path, to_apply: str) -> str:
     return f"saved to {output}; apply it in Python: Edit.load(...).apply(model)"  # a memory edit
 
 
-def _facts(name: str, limit: int | None) -> list[Fact]:
+def facts_named(name: str, limit: int | None) -> list[Fact]:
     """The facts of a set, a file, or an edit."""
     from knowedit.facts.sets import load
 
@@ -341,7 +343,7 @@ def _record(made: Edit, path: Path) -> dict[str, Any]:
     }
 
 
-def _lines(made: Edit) -> list[str]:
+def edit_lines(made: Edit) -> list[str]:
     """What an edit did, a line a layer."""
     report = made.report.to_dict()
     lines = [f"{made.method_name}: {len(made.facts)} facts, {len(made.changes)} weights changed"]

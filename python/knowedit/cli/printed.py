@@ -131,6 +131,14 @@ JSON: dict[str, tuple[Printed, ...]] = {
             "gate_curve, reader_curve"
         ),
     ),
+    "session open": (Printed("folder, model, fingerprint, method"),),
+    **dict.fromkeys(
+        ("session apply", "session correct", "session forget"),
+        (Printed("folder, key, written, facts, taken_out, written_again, standing, report, said"),),
+    ),
+    "session list": (Printed("folder, model, fingerprint, method, edits, facts"),),
+    "session compact": (Printed("folder, edits, standing"),),
+    "session rollback": (Printed("folder, until, undone, standing"),),
     "study arithmetic": (Printed("head, notes, unedited, runs, interference, methods"),),
     "methods": (
         Printed("name, group, what", "list"),

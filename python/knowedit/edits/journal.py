@@ -47,6 +47,8 @@ class Journal:
     Attributes:
         fingerprint: of the unedited model.
         method: the record of the method.
+        run: what its edits are computed with, as the command line has it (`cli.session`); perhaps
+            nothing.
         open: False once the session is closed; nothing can be written then.
 
     Raises:
@@ -61,14 +63,22 @@ class Journal:
         with understood(self.folder / ABOUT, "the record of a session"):
             self.fingerprint: str = header["fingerprint"]
             self.method: dict[str, Any] = dict(header["method"])
+            self.run: dict[str, Any] = dict(header.get("run", {}))
         self.open = True
 
     @classmethod
-    def begin(cls, folder: str | Path, fingerprint: str, method: Mapping[str, Any]) -> Journal:
+    def begin(
+        cls,
+        folder: str | Path,
+        fingerprint: str,
+        method: Mapping[str, Any],
+        run: Mapping[str, Any] | None = None,
+    ) -> Journal:
         """The session of `folder`, begun where there is none."""
         record = Path(folder) / ABOUT
         if not record.is_file():
             about = {"format": FORMAT, "fingerprint": fingerprint, "method": dict(method)}
+            about |= {"run": dict(run)} if run else {}
             write_file(record, {}, about)
         return cls(folder)
 
