@@ -48,6 +48,7 @@ FEW = "ke.HiddenState(steps=2)"
 #: What stands in a page, and what is run instead, because it is dear or of a larger model.
 INSTEAD = {
     'SummaryWriter("runs/neuron-patch")': "SummaryWriter()",
+    'edit.push_to_hub("OWNER/NAME", private=True)': 'edit.save_pretrained("OWNER/NAME")',
     "from torch.utils.tensorboard import": "from unittest.mock import MagicMock as",
     'model, corpus="self"': 'model, (0, 1, 2), corpus="text.txt", tokens=500',
     "ke.key_statistics(model, (3, 4, 5, 6))": "statistics",

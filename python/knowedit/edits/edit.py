@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from knowedit.edits import hub
 from knowedit.edits.changes import Change, apart, check_fits, read_changes, write_changes
 from knowedit.edits.export.listing import export_format
 from knowedit.edits.report import EditReport
@@ -395,6 +396,27 @@ class Edit:
             setup=record.get("setup", ""),
             written=record.get("written", ""),
         )
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write it with a model card into a folder, as `push_to_hub` uploads it."""
+        return hub.write_pretrained(self, folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload it with a model card (its facts, method, settings and measures) to the Hugging
+        Face hub; `options` as of `edits.hub.push`: commit_message, private, token, revision,
+        create_pr. Returns the hub's `CommitInfo`. Raises EditError.
+        """
+        return hub.push(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Edit:
+        """Load one from a repository of the hub, a folder or a file; `options` as of
+        `edits.hub.find`: revision, token, cache_dir, local_files_only.
+
+        Raises:
+            EditError: there is none, or it is damaged.
+        """
+        return cls.load(hub.find(name, **options))
 
     @accepts_model
     def export(self, path: str | Path, model: EditableModel, format: str = "peft") -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from knowedit.edits.card import EVALUATION
 from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
 from knowedit.evaluation import intervals
@@ -52,6 +53,12 @@ class Evaluation:
         """JSON-ready summary (without the single prompts)."""
         prompts = len(self.questions)
         return {"before": plain(self.before), "after": plain(self.after), "prompts": prompts}
+
+    def keep_in(self, edit: Edit) -> None:
+        """Keep the estimates with the edit: the file it is saved to, and the cards of what is made
+        of it, have them.
+        """
+        edit.report.details[EVALUATION] = self.to_dict()
 
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary a prompt."""

@@ -7,7 +7,6 @@ folder, some of its sub-folders too, and would put the original weights over the
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -19,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from knowedit.edits.card import card, said_of
 from knowedit.edits.changes import Change, read_changes, write_changes
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.files import atomic_file, atomic_folder, disk_errors
-from knowedit.io.tables import Column, Table
 from knowedit.io.tensors import checksum, read_file, understood, write_file
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
@@ -84,10 +83,7 @@ def header_of(model: EditableModel | Checkpoint, edits: Sequence[Edit]) -> dict[
         "format": FORMAT,
         "fingerprint": model.fingerprint,
         "model": model.name,
-        "edits": [
-            {"method": e.method_name, "key": e.key, "facts": [f.to_dict() for f in e.facts]}
-            for e in edits
-        ],
+        "edits": [said_of(edit) for edit in edits],
     }
 
 
@@ -262,7 +258,7 @@ def _take_back(
         for name in now
         if any(name in changes[made["key"]] for made in left)
     }
-    card = _card(header)
+    before = _card(header)
     header = {**header, "edits": left, "weights": kept}
     _write_record(
         folder,
@@ -270,7 +266,7 @@ def _take_back(
         {name: originals[name] for name in kept},
         {made["key"]: changes[made["key"]] for made in left},
     )
-    if _text(folder / CARD) == card:
+    if _text(folder / CARD) == before:
         describe(folder, header)
     return fingerprint_of(folder)
 
@@ -425,27 +421,18 @@ def _forget(folder: Path, header: Mapping[str, Any]) -> None:
 
 
 def _card(header: Mapping[str, Any]) -> str:
-    """The model card of an edited folder, in Markdown, the same for the same header."""
-    name = header["model"]
-    rows = [
-        (
-            html.escape(fact["prompt"].replace("{}", fact["subject"]), quote=False),
-            html.escape(fact["target"], quote=False),
-            made["method"],
-            made["key"],
-        )
-        for made in header["edits"]
-        for fact in made["facts"]
-    ]
-    table = Table(["prompt", "answer", "method", Column("edit", code=True)], rows).markdown()
+    """The model card of an edited folder, the same for the same header."""
     weights = "\n".join(f"- `{parameter}`" for parameter in sorted(header["weights"]))
-    head = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(name)}\ntags: [knowedit]\n---"
-    return (
-        f"{head}\n\n# {html.escape(name, quote=False)}, edited\n\n"
+    return card(
+        "transformers",
+        header["model"],
+        f"{header['model']}, edited",
         f"A copy of this model (fingerprint `{header['fingerprint']}`) with facts written into its "
-        f"weights:\n\n{table}\n\nThe weights that differ from the original:\n\n{weights}\n\n"
+        "weights:",
+        header["edits"],
+        f"The weights that differ from the original:\n\n{weights}\n\n"
         f"`knowedit undo FOLDER` puts every bit back; `{RECORD}` is the record it needs, and no "
-        "part of the model.\n"
+        "part of the model.",
     )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from knowedit.edits.adapter import low_rank
+from knowedit.edits.card import card, said_of
 from knowedit.edits.changes import LowRank
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_folder, disk_errors
@@ -83,9 +84,16 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
         with atomic_folder(path) as temporary, disk_errors(path):
             save_file(tensors, temporary / "adapter_model.safetensors")
             config.save_pretrained(str(temporary))
+            (temporary / "README.md").write_text(_card(model, edits), encoding="utf-8")
     except FileExistsError as error:
         raise EditError(str(error)) from error
     return Path(path)
+
+
+def _card(model: EditableModel, edits: Sequence[Edit]) -> str:
+    """The adapter's model card."""
+    opening = f"A LoRA adapter, to be used at scale 1, for the model `{model.fingerprint}` only:"
+    return card("peft", model.name, f"{model.name}, edited", opening, [*map(said_of, edits)])
 
 
 def _taken_for_experts(config: LoraConfig, model: EditableModel) -> list[str]:
