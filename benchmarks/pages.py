@@ -142,7 +142,9 @@ def sequential(folder: Path, name: str = "sequential") -> str:
                 measures.get(kind, {}).get(measure)
                 for kind, measure in map(str.split, SEQUENTIAL.values())
             ]
-            cells = [percent(np.mean(exact)), percent(min(exact))] if exact else ["", ""]
+            exact = [share for share in exact if share is not None]
+            all_facts = row["exact"] if "exact" in row else np.mean(exact) if exact else None
+            cells = [percent(all_facts), percent(min(exact))] if exact else ["", ""]
             cells += [percent(None if value is None else value["mean"]) for value in found]
             cells += [f"{row['perplexity']:.1f}", f"{row['drift']['kl']:.3f}", f"{row['norm']:.2f}"]
             lines.append([str(edits), row["case"] if edits else "unedited", *cells])

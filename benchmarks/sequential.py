@@ -4,12 +4,14 @@ them, and of the model?
 CounterFact records of different subjects, batches of 50, over several layers. After every 100
 facts: efficacy, exact answers, paraphrases and neighbours of a sample of all facts written so far
 that have a paraphrase, perplexity and drift on text that no statistics and no value saw; and exact
-answers to all facts so far, batch by batch.
+answers to the facts so far, batch by batch: to all of them at the end, and to a random sample at
+the steps before (`--checked`), so that a step costs the same however many facts there are.
 Methods without a look-ahead optimise values for as many steps more. A name with `-free` has no
 history: later edits may overwrite earlier keys.
 
-A step is on disk before the next batch starts, with the edits so far, and an interrupted run goes
-on from there; what is complete is not computed again.
+Every batch and every step is on disk before the next one starts, and an interrupted run goes on
+from there; what is complete is not computed again. With `--merge` the edits of every step become
+one (`Session.compact`), and neither a batch's cost nor what is kept grows with the history.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 
 from knowedit.cli.options import parse_layers
-from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
+from knowedit.evaluation import intervals
 from knowedit.evaluation.measures.base import ask, questions
 from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, write_in_sequence
 from knowedit.facts.fact import Fact
@@ -67,18 +70,28 @@ def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Rec
     return made
 
 
-def exact_by_batch(model: EditableModel, facts: Sequence[Fact], batch: int) -> list[float]:
-    """Share of each batch's facts whose new object is, token by token, the model's first choice
-    now.
+def exact_by_batch(
+    model: EditableModel, facts: Sequence[Fact], batch: int, checked: Sequence[int] | None = None
+) -> list[list[float]]:
+    """1 or 0 for each of the facts `checked` (None: all), by batch: whether every token of its new
+    object is the model's first choice now.
     """
-    asked = [
-        question for record, fact in enumerate(facts) for question in questions(record, fact)[:1]
-    ]
-    exact = [answer.exact for answer in ask(model, asked, progress=False)]
-    return [
-        sum(part) / len(part)
-        for part in (exact[i : i + batch] for i in range(0, len(exact), batch))
-    ]
+    records = range(len(facts)) if checked is None else checked
+    asked = [question for record in records for question in questions(record, facts[record])[:1]]
+    found: list[list[float]] = [[] for _ in range(0, len(facts), batch)]
+    for question, answer in zip(asked, ask(model, asked, progress=False)):
+        found[question.record // batch].append(answer.exact)
+    return found
+
+
+def sample_of(written: int, count: int | None, total: int, seed: int) -> list[int] | None:
+    """The `count` facts of the first `written` that come first in one random order of all `total`,
+    so that a fact that is checked once is checked again as long as there is room; None: all.
+    """
+    if count is None or written in (total, *range(count + 1)):
+        return None
+    order = random.Random(seed).sample(range(total), total)
+    return sorted([record for record in order if record < written][:count])
 
 
 def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
@@ -109,41 +122,50 @@ def run(
     statistics: KeyStatistics,
     batch: int,
     every: int,
-    file: Path,
+    folder: Path,
+    *,
+    checked: int | None = None,
+    seed: int = 0,
+    merge: bool = False,
 ) -> None:
-    """One method, from where `file` and the report's rows say; the model is left as it was
-    found.
+    """One method, from where the session in `folder` and the report's rows are; the model is left
+    as it was found.
     """
-    model = monitor.model
-    history = History.load(file) if file.exists() else History(model.fingerprint)
-    written = len(history.facts)
-    kept = [row for row in report.rows[1:] if row["case"] == name and row["edits"] <= written]
-    if (
-        not kept or kept[-1]["edits"] != written or not written
-    ):  # a row is written before the history that goes with it
-        history, kept = History(model.fingerprint), []
-    report.rows = [row for row in report.rows if row.get("case") != name or row in kept]
-    spent = kept[-1]["seconds"] if kept else 0.0
-    session = Session(method, model, statistics, history, protect=not name.endswith(FREE))
-    try:
-        for step in write_in_sequence(session, monitor, batch, every):
-            row = replace(step, seconds=step.seconds + spent)
+    model, facts = monitor.model, monitor.facts
+    with Session.open(
+        folder, model, method, statistics, protect=not name.endswith(FREE)
+    ) as session:
+        begin = len(session.history.facts)
+        kept = [row for row in report.rows[1:] if row["case"] == name and row["edits"] <= begin]
+        report.rows = [row for row in report.rows if row.get("case") != name or row in kept]
+        last = kept[-1] if kept else None
+        before = {key: (last or {}).get(key, 0.0) for key in ("seconds", "cpu_seconds")}
+        measured = None if last is None else last["edits"]
+        for step in write_in_sequence(
+            session, monitor, batch, every, measured=measured, merge=merge
+        ):
+            row = replace(
+                step,
+                seconds=step.seconds + before["seconds"],
+                cpu_seconds=step.cpu_seconds + before["cpu_seconds"],
+                gain=min(step.gain, 1.0 if last is None else last["gain"]),
+            )
             lines = str(trajectory_table([row])).splitlines()
             lines = lines[1 if step.edits else 0 :]  # the heading once
-            settings = history.edits[0].report.details["settings"] if history else {}
-            exact = exact_by_batch(model, monitor.facts[: step.edits], batch)
+            asked = sample_of(step.edits, checked, len(facts), seed)
+            exact = exact_by_batch(model, facts[: step.edits], batch, asked)
+            shares = [mean(part) if part else None for part in exact]
+            found = [value for part in exact for value in part]
+            told = f"  exact {intervals.mean(found, share=True)} of {len(found)}" if found else ""
             report.note(
-                "\n".join(f"{name:16} {line}" for line in lines)
-                + f"  by batch {' '.join(f'{100 * x:.0f}' for x in exact)}",
+                "\n".join(f"{name:16} {line}" for line in lines) + told,
                 case=name,
-                settings=settings,
-                exact_by_batch=exact,
+                settings=method.to_dict() if step.edits else {},
+                exact_by_batch=shares,
+                exact=mean(found) if found else None,
+                checked=len(found),
                 **row.to_dict(),
             )
-            history.save(file)
-    finally:
-        while history:
-            session.undo()
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -163,6 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--every", type=int, default=100, help="facts between two steps")
     parser.add_argument("--sample", type=int, default=100, help="facts measured at a step")
+    parser.add_argument(
+        "--checked", type=int, help="facts whose exact answer a step looks at (default: all)"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="merge the edits of every step into one"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of facts")
     parser.add_argument("--steps", type=int, default=20, help="of the value optimisation")
     parser.add_argument(
@@ -217,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         name: getattr(arguments, name)
         for name in ("edits", "batch", "every", "sample", "seed", "steps", "layers", "tokens")
     }
+    if arguments.checked is not None or arguments.merge:
+        setting |= {"checked": arguments.checked, "merge": arguments.merge}
     if old and old[0].get("setting") != setting:
         raise KnowEditError(
             f"{source} holds a run with {old[0].get('setting')}, not {setting}; give another "
@@ -243,7 +273,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             statistics,
             arguments.batch,
             arguments.every,
-            state / f"{name}.safetensors",
+            state / name,
+            checked=arguments.checked,
+            seed=arguments.seed,
+            merge=arguments.merge,
         )
     if not arguments.quick:
         draw(report.rows[1:], arguments.picture)

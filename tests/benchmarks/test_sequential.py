@@ -3,6 +3,7 @@ model as it found it.
 """
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,7 @@ def run(tiny_llama, tmp_path):
         tiny_llama, FACTS, ["The sea is wet, and the sky is blue."], measured=told, progress=False
     )
 
-    def once(name="memit", stop=None, old=()):
+    def once(name="memit", stop=None, old=(), **options):
         report = common.Report("sequential", tmp_path / "out.jsonl", setting={})
         report.rows += old
         if stop is not None:
@@ -55,9 +56,7 @@ def run(tiny_llama, tmp_path):
 
             report.note = interrupted
         method = sequential.method_for(name, (1,), 3, False)
-        sequential.run(
-            report, name, method, monitor, statistics, 2, 2, tmp_path / f"{name}.safetensors"
-        )
+        sequential.run(report, name, method, monitor, statistics, 2, 2, tmp_path / name, **options)
         return [json.loads(line) for line in report.output.read_text().splitlines()][1:]
 
     once.output = tmp_path / "out.jsonl"
@@ -70,13 +69,13 @@ def test_an_interrupted_run_goes_on(tiny_llama, run, tmp_path):
     assert [row["edits"] for row in whole] == [0, 2, 4, 6] and weights_fingerprint(
         tiny_llama.hf
     ) == before
-    (tmp_path / "memit.safetensors").unlink()
+    shutil.rmtree(tmp_path / "memit")
     with pytest.raises(KeyboardInterrupt):
         run(stop=2)
     assert weights_fingerprint(tiny_llama.hf) == before and not tiny_llama.ledger.active
     kept = [json.loads(line) for line in run.output.read_text().splitlines()][1:]
-    assert [row["edits"] for row in kept] == [0, 2, 4]  # the last row came before its history
-    again = run(old=kept)
+    assert [row["edits"] for row in kept] == [0, 2, 4]
+    again = run(old=kept[:2])  # the batch was there before its row
     assert [row["edits"] for row in again] == [0, 2, 4, 6]
     for one, other in zip(whole, again):
         assert all(one[name] == other[name] for name in ("measures", "perplexity", "norm", "gain"))
@@ -85,7 +84,7 @@ def test_an_interrupted_run_goes_on(tiny_llama, run, tmp_path):
 
 def test_rows_without_a_history_start_over(run, tmp_path):
     rows = run()
-    (tmp_path / "memit.safetensors").unlink()
+    shutil.rmtree(tmp_path / "memit")
     assert [row["edits"] for row in run(old=rows)] == [0, 2, 4, 6]
 
 
@@ -116,9 +115,33 @@ def test_exactness_by_batch_and_equal_steps(tiny_llama, monkeypatch):
         ]
 
     monkeypatch.setattr(sequential, "ask", ask)
-    assert sequential.exact_by_batch(tiny_llama, FACTS[:5], 2) == [0.5, 1.0, 0.0]
+    assert sequential.exact_by_batch(tiny_llama, FACTS[:5], 2) == [[1, 0], [1, 1], [0]]
+    assert sequential.exact_by_batch(tiny_llama, FACTS[:5], 2, [1, 4]) == [[0], [], [0]]
     stock, ours = (sequential.method_for(name, (1,), 3, False) for name in ("memit-free", "metake"))
     assert stock.target.steps == ours.target.steps + ours.training.settings.steps
+
+
+def test_a_step_checks_as_many_facts_however_many_there_are():
+    assert sequential.sample_of(50, None, 900, 0) is sequential.sample_of(20, 20, 900, 0) is None
+    assert sequential.sample_of(900, 20, 900, 0) is None  # the last step asks them all
+    found = [set(sequential.sample_of(n, 20, 900, 0)) for n in (300, 310, 890)]
+    assert [len(one) for one in found] == [20] * 3 and max(found[0]) < 300
+    assert len(found[0] & found[1]) >= 15  # mostly the same facts from step to step
+    assert found[0] != set(sequential.sample_of(300, 20, 900, 1))
+
+
+def test_merged_steps_say_the_same(run, tmp_path):
+    apart = run()
+    shutil.rmtree(tmp_path / "memit")
+    merged = run(merge=True, checked=3)
+    assert len(list((tmp_path / "memit").glob("0*"))) == 1
+    for one, other in zip(apart, merged):
+        assert one["norm"] == pytest.approx(other["norm"], rel=1e-3)
+        assert one["gain"] == pytest.approx(other["gain"], rel=1e-3)
+        assert one["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
+    assert [row["checked"] for row in merged] == [0, 2, 3, 6]
+    assert merged[-1]["exact"] == apart[-1]["exact"]
+    assert merged[-1]["cpu_seconds"] > merged[1]["cpu_seconds"] > 0
 
 
 def test_facts_are_drawn_by_seed():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,6 +41,7 @@ class SequenceStep:
         norm: largest |sum of the updates| / |W| over the changed matrices.
         gain: lowest gain of any batch so far; 1 for methods without.
         seconds: spent on computing and applying edits so far.
+        cpu_seconds: of this process' processors, spent on the same.
     """
 
     edits: int
@@ -49,6 +51,7 @@ class SequenceStep:
     norm: float
     gain: float
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -129,7 +132,14 @@ class SequenceMonitor:
 
 
 def write_in_sequence(
-    session: Session, monitor: SequenceMonitor, batch: int, every: int, *, progress: bool = True
+    session: Session,
+    monitor: SequenceMonitor,
+    batch: int,
+    every: int,
+    *,
+    measured: int | None = None,
+    merge: bool = False,
+    progress: bool = True,
 ) -> Iterator[SequenceStep]:
     """Write the monitor's facts in batches of `batch`; a step at the start, after every `every`
     facts, and at the end.
@@ -137,32 +147,71 @@ def write_in_sequence(
     A session whose history has the first of the facts goes on after them, without a step at the
     start.
 
+    Args:
+        measured: facts that were written at the last step of an interrupted run; a step that is due
+            since then comes first. None: as many as the history has.
+        merge: compact the session after every step, so that a later edit costs and keeps no more
+            than an earlier one.
+
     Raises:
         KnowEditError: `batch` or `every` is not positive, or the history holds other facts.
     """
     if batch < 1 or every < 1:
         raise KnowEditError(f"batch and every must be positive, got {batch} and {every}")
-    facts, seconds, edits = monitor.facts, 0.0, list(session.history.edits)
-    begin = len(session.history.facts)
+    facts, begin = monitor.facts, len(session.history.facts)
     if session.history.facts != facts[:begin]:
         raise KnowEditError(
             "the session's history holds other facts than those to be written; start with a new "
             "history"
         )
-    if not begin:
-        yield monitor.measure(edits, 0, progress=False)
-    due = begin - begin % every + every
+    spent, written = Spent(), begin
+    last = begin if measured is None else measured
+    if not begin and measured is None:
+        yield monitor.measure((), 0, progress=False)
     with bar(f"{session.method.name}: in sequence", len(facts), "facts", show=progress) as advance:
         advance(begin)
-        for start in range(begin, len(facts), batch):
-            begun = time.perf_counter()
-            edits.append(session.write(facts[start : start + batch], force=True, progress=False))
-            seconds += time.perf_counter() - begun
-            written = min(start + batch, len(facts))
-            advance(written - start)
-            if written >= due or written == len(facts):
-                yield replace(monitor.measure(edits, written, progress=False), seconds=seconds)
-                due = written - written % every + every
+        while True:
+            if written // every > last // every or written == len(facts) > last:
+                step = monitor.measure(session.history.edits, written, progress=False)
+                yield spent.told(step)
+                last = written
+                if merge:
+                    session.compact()
+            if written == len(facts):
+                return
+            part = facts[written : written + batch]
+            with spent.on():
+                edit = session.write(part, force=True, progress=False)
+            spent.least(edit.report.gain)
+            written += len(part)
+            advance(len(part))
+
+
+class Spent:
+    """What writing has taken so far, and the lowest gain of what was written, which edits that are
+    merged do not say any more.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+        self.gain = 1.0
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Count the block."""
+        begun, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds += time.perf_counter() - begun
+        self.cpu_seconds += time.process_time() - cpu
+
+    def least(self, gain: float | None) -> None:
+        """Another edit's gain, if it has one."""
+        self.gain = min(self.gain, 1.0 if gain is None else gain)
+
+    def told(self, step: SequenceStep) -> SequenceStep:
+        """`step` with these numbers."""
+        gain = min(self.gain, step.gain)
+        return replace(step, seconds=self.seconds, cpu_seconds=self.cpu_seconds, gain=gain)
 
 
 def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[str, float]:

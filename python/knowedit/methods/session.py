@@ -122,6 +122,7 @@ class Session:
         method: Method | None = None,
         statistics: KeyStatistics | None = None,
         *,
+        protect: bool = True,
         limits: Limits | None = None,
         clock: Callable[[], datetime] | None = None,
     ) -> Session:
@@ -131,6 +132,7 @@ class Session:
 
         Args:
             method: of a new session; None: the one that the folder was begun with.
+            protect: as of the class; the folder does not record it.
             clock: says when an edit is committed; None: the time, in UTC.
 
         Raises:
@@ -152,7 +154,8 @@ class Session:
                     f"{folder} was begun with {journal.method}; leave the method out, or begin "
                     "another folder"
                 )
-            session = cls(method, model, statistics, History(model.fingerprint), limits=limits)
+            empty = History(model.fingerprint)
+            session = cls(method, model, statistics, empty, protect=protect, limits=limits)
             session.journal, session.clock = journal, clock or _now
             session.history = journal.read()
             try:
