@@ -36,8 +36,8 @@ SEVERAL = ("2+2=5", "3+3=7", "1+1=3")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("arithmetic", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--methods", nargs="+", default=default_experiments())
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--method", action=common.Repeated, default=default_experiments())
+    parser.add_argument("--seed", action=common.Repeated, type=int, default=[42, 43, 44])
     parser.add_argument(
         "--several", action="store_true", help=f"write {', '.join(SEVERAL)}, together and apart"
     )
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     name = "arithmetic_several" if arguments.several else "arithmetic"
     if arguments.quick:
-        arguments.methods, arguments.seeds, arguments.tokens = (
-            arguments.methods[:2],
-            arguments.seeds[:1],
+        arguments.method, arguments.seed, arguments.tokens = (
+            arguments.method[:2],
+            arguments.seed[:1],
             4096,
         )
     model = load_model(arguments.model, dtype="float32")
@@ -60,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = Study(
         model,
         targets,
-        arguments.seeds,
+        arguments.seed,
         unrelated_prompts(20 if arguments.quick else 100),
         corpus=corpus,
     )
     folder = arguments.state or (None if arguments.quick else cache_dir("benchmarks", name))
     found = run(
         study,
-        arguments.methods,
+        arguments.method,
         partial(key_statistics, model, corpus=corpus, tokens=arguments.tokens),
         folder,
         interference=arguments.several,

@@ -313,6 +313,27 @@ def _verdict(row: Mapping[str, Any]) -> str:
     return f"{row['case']:44} {row['threads']} thr  {gain}  {times}  {errors}"
 
 
+#: How the help of a repeatable option begins; its default follows.
+REPEATED = "repeatable (default:"
+
+
+class Repeated(argparse.Action):
+    """An option with one value that may be given several times: the list of what was given, which
+    replaces the default.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        value: Any,
+        option: str | None = None,
+    ) -> None:
+        so_far = getattr(namespace, self.dest)
+        kept = [] if so_far is self.default else so_far
+        setattr(namespace, self.dest, [*kept, value])
+
+
 def parser(
     name: str, description: str | None, repeats: int, *, timed: bool = True
 ) -> argparse.ArgumentParser:
@@ -328,7 +349,7 @@ def parser(
     )
     if timed:
         made.add_argument(
-            "--threads", type=int, nargs="+", default=[1, 2], help="thread counts (default: 1 2)"
+            "--threads", action=Repeated, type=int, default=[1, 2], help=f"{REPEATED} 1, 2)"
         )
         made.add_argument(
             "--repeats", type=int, default=repeats, help=f"timed rounds (default: {repeats})"

@@ -154,8 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("geometry", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--dataset", default="same-subject")
-    parser.add_argument("--layers", default="3-8")
-    parser.add_argument("--subjects", type=int, default=24)
+    parser.add_argument(
+        "--layer", action=common.Repeated, default=["3-8"], help="a number or a range"
+    )
+    parser.add_argument("--limit", type=int, default=24, help="subjects")
     parser.add_argument(
         "--edited",
         type=int,
@@ -168,11 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.dataset, arguments.layers, arguments.tokens = "embedded", "5", 4096
-        arguments.subjects, arguments.edited = 3, 0
-    layers = parse_layers([arguments.layers]) or ()
+        arguments.dataset, arguments.layer, arguments.tokens = "embedded", ["5"], 4096
+        arguments.limit, arguments.edited = 3, 0
+    layers = parse_layers(arguments.layer) or ()
     groups = sorted(choose(arguments.dataset, 2, None, "all", None), key=len, reverse=True)[
-        : arguments.subjects
+        : arguments.limit
     ]
     model = load_model(arguments.model)
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS

@@ -181,9 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
     parser.add_argument(
         "--only",
-        nargs="+",
+        action="append",
         metavar="WORD",
-        help="steps with one of these words in their name, E0, the gates",
+        help="repeatable: steps with one of these words in their name, E0, the gates",
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="results folder (default: benchmarks/results)"

@@ -149,8 +149,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("gradient", __doc__, 1, timed=False)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--sets", nargs="+", default=["demo", "embedded"])
+    parser.add_argument("--method", action=common.Repeated, default=list(METHODS))
+    parser.add_argument("--dataset", action=common.Repeated, default=["demo", "embedded"])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows that the output file has"
@@ -158,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     model = load_model(arguments.model, dtype=torch.float32)
     chosen = {
-        name: facts for name, facts in sets(arguments.quick).items() if name in arguments.sets
+        name: facts for name, facts in sets(arguments.quick).items() if name in arguments.dataset
     }
-    methods = {name: make_method(name) for name in arguments.methods}
+    methods = {name: make_method(name) for name in arguments.method}
     path: Path = arguments.output or common.RESULTS / "gradient.jsonl"
     kept = (
         [json.loads(text) for text in path.read_text().splitlines()[1:]]

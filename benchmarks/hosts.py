@@ -1,6 +1,6 @@
 """Real hosts, as they are and accelerated: CPU-seconds, and how far the results lie apart.
 
-    python -m benchmarks.hosts memit PATH [--edits 8] [--what statistics edit] [--facts counterfact]
+    python -m benchmarks.hosts memit PATH [--limit 8] [--what statistics] [--dataset counterfact]
     python -m benchmarks.hosts alphaedit PATH
 
 PATH is a checkout of kmeng01/memit or jianghoucheng/AlphaEdit. A copy of its Python files is made
@@ -31,6 +31,8 @@ from knowedit.facts.sets import load
 from knowedit.integrations import accelerated
 from knowedit.models.load import load_model
 from knowedit_kernels import NullSpace
+
+from . import common
 
 #: In the copy: no GPU; layers of transformers 5 give a tensor where they gave a tuple.
 CHANGES = {
@@ -214,12 +216,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("host", choices=("memit", "alphaedit"))
     parser.add_argument("path", type=Path)
-    parser.add_argument("--edits", type=int, default=8)
-    parser.add_argument("--facts", default="embedded", help="a fact set that knowedit loads")
-    parser.add_argument("--what", nargs="+", default=["statistics", "edit"])
+    parser.add_argument("--limit", type=int, default=8, help="facts")
+    parser.add_argument("--dataset", default="embedded", help="a fact set that knowedit loads")
+    parser.add_argument("--what", action=common.Repeated, default=["statistics", "edit"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measured(options.host, options.path.resolve(), options.edits, options.what, options.facts)
+    measured(options.host, options.path.resolve(), options.limit, options.what, options.dataset)
 
 
 if __name__ == "__main__":

@@ -133,29 +133,32 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("learned", __doc__, 1, timed=False)
     parser.add_argument(
-        "--facts", type=int, default=1000, help="of CounterFact to train on, beside wrong sums"
+        "--training",
+        type=int,
+        default=1000,
+        help="facts of CounterFact to train on, beside wrong sums",
     )
-    parser.add_argument("--records", type=int, default=50, help="to test on")
+    parser.add_argument("--limit", type=int, default=50, help="records to test on")
     parser.add_argument(
-        "--methods", nargs="+", choices=("MEND", "SERAC"), default=["MEND", "SERAC"]
+        "--method", action=common.Repeated, choices=("MEND", "SERAC"), default=["MEND", "SERAC"]
     )
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.facts, arguments.records = 40, 4
+        arguments.training, arguments.limit = 40, 4
     model = load_model(dtype=torch.float32)
-    mend, serac = networks(model, arguments.facts, 2 if arguments.quick else None)
+    mend, serac = networks(model, arguments.training, 2 if arguments.quick else None)
     report = common.report("learned", arguments, model=model.name, threads=torch.get_num_threads())
     if report.output and report.output.exists():  # what is not measured now stays
         rows = map(json.loads, report.output.read_text().splitlines()[1:])
-        report.rows += [row for row in rows if row["method"] not in arguments.methods]
-    facts = conflict_free(load("counterfact"))[-arguments.records :]
+        report.rows += [row for row in rows if row["method"] not in arguments.method]
+    facts = conflict_free(load("counterfact"))[-arguments.limit :]
     asked = [question for i, fact in enumerate(facts) for question in questions(i, fact)]
     before = ask(model, asked, progress=False)
     for method, trained, sizes in (
         (MEND(mend), mend.report, (1, 10)),
         (SERAC(serac), serac.report, (1, 10, len(facts))),
     ):
-        if method.name not in arguments.methods:
+        if method.name not in arguments.method:
             continue
         line = (
             f"{method.name}: {trained['trainable_parameters']:,} parameters, "

@@ -261,19 +261,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("metake", __doc__, 1, timed=False)
     parser.add_argument(
         "--part",
-        nargs="+",
+        action=common.Repeated,
         choices=("crowded", "same-subject"),
         default=["crowded", "same-subject"],
     )
     parser.add_argument(
-        "--size", type=int, nargs="+", default=[200], help="facts of a crowded batch"
+        "--size", action=common.Repeated, type=int, default=[200], help="facts of a crowded batch"
     )
-    parser.add_argument("--subjects", type=int, default=20, help="of a same-subject batch")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=20, help="subjects of a same-subject batch")
+    parser.add_argument("--seed", action=common.Repeated, type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.size, arguments.subjects, arguments.seeds, arguments.tokens = [6], 2, [0], 4096
+        arguments.size, arguments.limit, arguments.seed, arguments.tokens = [6], 2, [0], 4096
     folder = data_dir() or Path("KNOWEDIT_DATA")
     model = load_model(dtype=torch.float32)
     statistics = key_statistics(
@@ -293,9 +293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             row for line in report.output.read_text().splitlines()[1:] if (row := json.loads(line))
         ]
     done = {(row["part"], row["size"], row["seed"], row["method"]) for row in report.rows[1:]}
-    for seed in arguments.seeds:
+    for seed in arguments.seed:
         for part in arguments.part:
-            for size in arguments.size if part == "crowded" else [arguments.subjects]:
+            for size in arguments.size if part == "crowded" else [arguments.limit]:
                 run(report, model, statistics, text, part, size, seed, done)
     return report.finish()
 

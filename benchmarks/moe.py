@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--active", type=int, default=2)
-    parser.add_argument("--facts", type=int, default=48, help="written at once")
+    parser.add_argument("--limit", type=int, default=48, help="facts written at once")
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
     parser.add_argument(
         "--neighbours", type=int, default=None, help="prompts a fact (default: all)"
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--keep", type=Path, default=None, help="the edit's file; read again where it is there"
     )
     arguments = parser.parse_args(argv)
-    count, tokens = arguments.facts, arguments.tokens
+    count, tokens = arguments.limit, arguments.tokens
     if arguments.quick:
         count, tokens = 4, 8192
     facts = [

@@ -119,10 +119,10 @@ def case(report: common.Report, d: int, tokens: int, dtype: torch.dtype, repeats
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("moments", __doc__, 9)
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=list(SIZES), help="key dimensions d"
+        "--size", action=common.Repeated, type=int, default=list(SIZES), help="key dimensions d"
     )
     arguments = parser.parse_args(argv)
-    sizes = {64: 512} if arguments.quick else {d: SIZES.get(d, 4096) for d in arguments.sizes}
+    sizes = {64: 512} if arguments.quick else {d: SIZES.get(d, 4096) for d in arguments.size}
     report = common.report("moments", arguments)
     for count in arguments.threads:
         with common.threads(count):

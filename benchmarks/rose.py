@@ -158,7 +158,7 @@ def pooled(seeds: Sequence[dict[Key, float]]) -> Estimates:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("rose", __doc__, 1, timed=False)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seed", action=common.Repeated, type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
     parser.add_argument("--keep", type=Path, help="folder for whole evaluations, to go on from")
     parser.add_argument(
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.seeds, arguments.tokens = [0], 4096
+        arguments.seed, arguments.tokens = [0], 4096
     model = load_model(dtype=torch.float32)
     corpus = (data_dir() or Path("KNOWEDIT_DATA")) / "enwiki_2021_sample_3MB.txt.gz"
     statistics = key_statistics(model, LAYERS, corpus, arguments.tokens)
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rose", arguments, model=model.name, tokens=arguments.tokens, steps=[STEPS, REFINE]
     )
     everything: dict[str, dict[int, SameSubjectEvaluation]] = {}
-    for seed in arguments.seeds:
+    for seed in arguments.seed:
         chosen, others = draw(seed, arguments.quick)
         facts = [fact for group in chosen for fact in group]
         before, ours = None, None

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from knowedit.cli.options import parse_layers
 from knowedit.facts.sets import data_dir
 from knowedit.models.load import load_model
 from knowedit.statistics import key_statistics
@@ -103,8 +104,7 @@ def run(
             dtype,
             "--tokens",
             str(tokens),
-            "--layers",
-            *map(str, layers),
+            *(word for layer in layers for word in ("--layer", str(layer))),
         ]
         environment["TMPDIR"] = cache
         done = subprocess.run(
@@ -116,8 +116,12 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("scaling", __doc__, 3, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7, 8])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 40_000, 160_000, 640_000])
+    parser.add_argument(
+        "--layer", action=common.Repeated, default=["4-8"], help="a number or a range"
+    )
+    parser.add_argument(
+        "--tokens", action=common.Repeated, type=int, default=[10_000, 40_000, 160_000, 640_000]
+    )
     parser.add_argument(
         "--shared", type=int, default=320_000, help="tokens for two processes against one"
     )
@@ -128,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    model, layers, dtype = arguments.model, arguments.layers, arguments.dtype
+    model, layers, dtype = arguments.model, parse_layers(arguments.layer) or (), arguments.dtype
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
     if arguments.worker:
         worker(model, str(corpus), layers, arguments.tokens[0], dtype)

@@ -179,9 +179,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("sequential", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--methods", nargs="+", default=["memit", "alphaedit", "metake"])
-    parser.add_argument("--layers", default="4-6", help="edited together (default: 4-6)")
-    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument(
+        "--method", action=common.Repeated, default=["memit", "alphaedit", "metake"]
+    )
+    parser.add_argument(
+        "--layer", action=common.Repeated, default=["4-6"], help="edited together (default: 4-6)"
+    )
+    parser.add_argument("--limit", type=int, default=1000, help="facts")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--every", type=int, default=100, help="facts between two steps")
     parser.add_argument("--sample", type=int, default=100, help="facts measured at a step")
@@ -223,27 +227,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(old[1:], arguments.picture)
         return 0
     if arguments.quick:
-        arguments.edits, arguments.batch, arguments.every, arguments.sample, arguments.steps = (
+        arguments.limit, arguments.batch, arguments.every, arguments.sample, arguments.steps = (
             8,
             2,
             4,
             4,
             3,
         )
-        arguments.tokens, arguments.methods = 4096, arguments.methods[:2]
+        arguments.tokens, arguments.method = 4096, arguments.method[:2]
     data = data_dir() or Path("KNOWEDIT_DATA")
-    facts = draw_facts(load("counterfact-flat"), arguments.edits, arguments.seed)
+    facts = draw_facts(load("counterfact-flat"), arguments.limit, arguments.seed)
     model = load_model(arguments.model, dtype=torch.float32)
-    layers = parse_layers([arguments.layers]) or ()
+    layers = parse_layers(arguments.layer) or ()
     methods = {
         name: method_for(name, layers, arguments.steps, not arguments.exact_values)
-        for name in arguments.methods
+        for name in arguments.method
     }
     needed = sorted({n for method in methods.values() for n in method.statistics_layers(model)})
     statistics = key_statistics(model, needed, arguments.corpus or data / CORPUS, arguments.tokens)
     setting = {
-        name: getattr(arguments, name)
-        for name in ("edits", "batch", "every", "sample", "seed", "steps", "layers", "tokens")
+        "edits": arguments.limit,
+        **{
+            name: getattr(arguments, name) for name in ("batch", "every", "sample", "seed", "steps")
+        },
+        "layers": ",".join(arguments.layer),
+        "tokens": arguments.tokens,
     }
     if arguments.checked is not None or arguments.merge:
         setting |= {"checked": arguments.checked, "merge": arguments.merge}

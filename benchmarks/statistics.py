@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knowedit.cli.options import parse_layers
 from knowedit.facts.sets import data_dir
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -174,13 +175,19 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("statistics", __doc__, 3)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--layers", type=int, nargs="+", default=[5, 6, 7, 8, 9])
+    parser.add_argument(
+        "--layer", action=common.Repeated, default=["5-9"], help="a number or a range"
+    )
     parser.add_argument("--tokens", type=int, default=40_000)
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
     parser.add_argument(
-        "--peers", nargs="+", default=["memit", "easyedit"], choices=["memit", "easyedit"]
+        "--peer",
+        action=common.Repeated,
+        default=["memit", "easyedit"],
+        choices=["memit", "easyedit"],
     )
     arguments = parser.parse_args(argv)
+    layers = parse_layers(arguments.layer) or ()
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
     model = load_model(arguments.model, dtype=torch.float32)
     half = load_model(arguments.model, dtype=torch.bfloat16)
@@ -193,10 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = common.report("statistics", arguments, model=model.name, corpus=corpus.name)
     for count in arguments.threads:
         with common.threads(count):
-            for name in arguments.peers:
-                measure(
-                    report, model, half, texts, arguments.layers, known[name], arguments.repeats
-                )
+            for name in arguments.peer:
+                measure(report, model, half, texts, layers, known[name], arguments.repeats)
     return report.finish()
 
 

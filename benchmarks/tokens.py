@@ -243,10 +243,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("tokens", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument(
-        "--facts", type=int, default=48, help="of CounterFact's held-out records, in one batch"
+        "--limit",
+        type=int,
+        default=48,
+        help="facts of CounterFact's held-out records, in one batch",
     )
     parser.add_argument("--corpus", type=Path, help=f"text (default: {CORPUS} in KNOWEDIT_DATA)")
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="tokens, ascending")
+    parser.add_argument(
+        "--tokens", action=common.Repeated, type=int, default=COUNTS, help="ascending"
+    )
     parser.add_argument("--dtype", default="float32", help="of the model")
     parser.add_argument(
         "--picture", type=Path, default=common.HERE.parent / "docs" / "pictures" / "tokens.png"
@@ -261,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(rows, arguments.picture)
         print(table(rows))
         return 0
-    facts, counts = load("counterfact")[-100:][: arguments.facts], tuple(arguments.counts)
+    facts, counts = load("counterfact")[-100:][: arguments.limit], tuple(arguments.tokens)
     if arguments.quick:
         facts, counts = facts[:3], counts[:3]
     corpus = arguments.corpus or (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS

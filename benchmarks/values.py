@@ -91,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("values", __doc__, 3)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--dataset", default="counterfact")
-    parser.add_argument("--facts", type=int, default=16)
-    parser.add_argument("--peer-facts", type=int, default=4, help="facts the peer is timed on")
+    parser.add_argument("--limit", type=int, default=16, help="facts")
+    parser.add_argument("--peer-limit", type=int, default=4, help="facts the peer is timed on")
     parser.add_argument("--layer", type=int, default=5)
     arguments = parser.parse_args(argv)
-    count, few, settings = arguments.facts, arguments.peer_facts, SETTINGS
+    count, few, settings = arguments.limit, arguments.peer_limit, SETTINGS
     if arguments.quick:
         count, few = 3, 1
         settings = ValueSettings(steps=3, contexts=CONTEXTS[:2])

@@ -5,6 +5,7 @@ tiny sizes throughout.
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import time
 import timeit
@@ -151,6 +152,21 @@ def test_neuron_patches_are_judged_as_the_others(tiny_llama, report, tmp_path):
         map(len, quality.FLOORS.values())
     )
     assert not tiny_llama.ledger.active
+
+
+def test_options_are_spelled_as_the_command_line_spells_them():
+    """One spelling an idea; what takes several values is repeated."""
+    plural = r'"--(methods|layers|facts|edits|records|subjects|sets|seeds|peers)"'
+    for script in sorted(common.HERE.glob("*.py")):
+        text = script.read_text("utf-8")
+        assert not re.search(rf'{plural}|"--[a-z-]+",[^)]*nargs="[+*]"', text), script.name
+
+
+def test_a_repeated_option_replaces_its_default():
+    parser = common.parser("x", None, 1)
+    assert parser.parse_args([]).threads == [1, 2]
+    assert parser.parse_args(["--threads", "4", "--threads", "8"]).threads == [4, 8]
+    assert parser.parse_args([]).threads == [1, 2]
 
 
 def test_gpu_suite_dry_run(tmp_path, capsys, monkeypatch):
