@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from knowedit.cli import recorded
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.io.config import parse_setting
 from knowedit.io.files import is_safetensors
@@ -268,7 +269,8 @@ def _read(ctx: typer.Context, path: Path, has_method: bool) -> dict[str, Any]:
     edit = ctx.meta[EDIT] = Edit.load(path)
     if not edit.config:
         raise ConfigError(f"{path} does not record how it was made; it is of an earlier version")
-    return {"facts": str(path), **edit.report.details.get("run", {}), "method": edit.config}
+    options = recorded.found(edit.report.details.get("run", {}), path)
+    return {"facts": str(path), **options, "method": edit.config}
 
 
 Config = Annotated[

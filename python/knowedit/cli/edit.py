@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from knowedit.cli import recorded
 from knowedit.cli.commands import App
 from knowedit.cli.options import (
     GO_ON,
@@ -142,7 +143,7 @@ def edit(
                     limits.check(made.report)
                 with made.applied_to(editable):
                     said = asked.hear()
-        made.report.details["run"] = run_record(model, run)
+        made.report.details["run"] = recorded.kept(run_record(model, run), output)
         made.save(output)
         if history:
             earlier.save(history)

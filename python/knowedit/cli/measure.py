@@ -18,6 +18,7 @@ from knowedit.cli.options import (
     MethodRun,
     MethodsCorpus,
     Model,
+    Output,
     Run,
     Statistics,
     Tokens,
@@ -29,7 +30,6 @@ from knowedit.cli.options import (
 )
 from knowedit.errors import KnowEditError
 from knowedit.io.files import locked
-from knowedit.io.lines import printable
 from knowedit.io.progress import kept_on_interrupt
 
 app = App()
@@ -281,12 +281,16 @@ def report(
             help="A folder written by eval, same-subject, geometry, trace or study with -o."
         ),
     ],
+    *,
+    output: Output,
 ) -> None:
     """Tables and pictures of a folder of results, printed and as one self-contained page
     report.html in it.
     """
-    from knowedit.report.run import PAGE
-    from knowedit.report.run import report as write
+    from knowedit.report.run import PAGE, text_of, write_report
 
-    print(printable(write(folder)))
-    print(f"\nwrote {folder / PAGE}")
+    sections = write_report(folder)
+    output.show(
+        {"page": str(folder / PAGE), "sections": [section.to_dict() for section in sections]},
+        lambda: f"{text_of(sections)}\n\nwrote {folder / PAGE}",
+    )

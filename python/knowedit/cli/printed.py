@@ -103,6 +103,7 @@ JSON: dict[str, tuple[Printed, ...]] = {
             when="with --dataset",
         ),
     ),
+    "report": (Printed("page, sections"),),
     "stats collect": (
         Printed(
             "layer, module, tokens, trace, first_token_ratio, sink, audit, padding, batches, "
@@ -117,7 +118,9 @@ JSON: dict[str, tuple[Printed, ...]] = {
         ),
     ),
     "stats verify": (Printed("name, ok, detail", "file: list"),),
+    "stats export": (Printed("from, file, layer", "list"),),
     "stats import": (Printed("from, file, layer, tokens", "list"),),
+    "stats clean": (Printed("folder, deleted"),),
     "train mend": (
         Printed(
             "file, settings, facts, trainable_parameters, steps, seconds, cpu_seconds, "

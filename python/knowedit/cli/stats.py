@@ -297,17 +297,19 @@ def export(
     sample_size: Annotated[
         int, typer.Option(help="The peer's `mom2_n_samples`: it ignores files with another.")
     ] = 100_000,
+    *,
+    shown: Output,
 ) -> None:
     """Write .npz files that ROME, MEMIT, EasyEdit or AlphaEdit find and read."""
     from knowedit.statistics.files import npz
     from knowedit.statistics.files.store import LayerStatistics
 
+    written: list[dict[str, Any]] = []
     for path in _files(where):
-        print(
-            npz.write(
-                output, LayerStatistics.load(path), style, dataset=dataset, sample_size=sample_size
-            )
-        )
+        found = LayerStatistics.load(path)
+        file = npz.write(output, found, style, dataset=dataset, sample_size=sample_size)
+        written.append({"from": str(path), "file": str(file), "layer": found.layer})
+    shown.show(written, lambda: "\n".join(one["file"] for one in written))
 
 
 @app.command("import")
@@ -347,6 +349,8 @@ def clean(
     keep: Annotated[
         float, typer.Option(help="Gigabytes to keep, most recently used first.", min=0)
     ] = 0.0,
+    *,
+    output: Output,
 ) -> None:
     """Delete cached tokens of corpora (statistics stay): collecting from the same corpus again
     tokenises it again.
@@ -354,7 +358,11 @@ def clean(
     from knowedit.io.files import cache_dir, trim
 
     folder = cache_dir("tokens")
-    print(f"{folder}: {trim(folder, int(keep * 1e9)):,} bytes of tokens deleted")
+    deleted = trim(folder, int(keep * 1e9))
+    output.show(
+        {"folder": str(folder), "deleted": deleted},
+        lambda: f"{folder}: {deleted:,} bytes of tokens deleted",
+    )
 
 
 def _files(where: Path) -> list[Path]:

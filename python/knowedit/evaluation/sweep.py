@@ -132,8 +132,11 @@ def read_sweep(path: Path) -> Sweep:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: neither YAML nor JSON ({error})") from error
     with understood(path, "a sweep", ConfigError, "mend it"):
-        sweep = Sweep.from_dict(record if record is not None else {})
-        sweep.variants()
+        try:
+            sweep = Sweep.from_dict(record if record is not None else {})
+            sweep.variants()
+        except KnowEditError as problem:  # somebody's typing, and no question of versions
+            raise ConfigError(f"{path}: {problem}") from problem
     return sweep
 
 

@@ -57,6 +57,11 @@ class Section:
         """
         return f"{self.title}\n\n{in_text(self.blocks)}" if self.blocks else ""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Title and blocks, JSON-ready: tables as records, paragraphs as text; without pictures."""
+        blocks = [block if isinstance(block, str) else block.to_dict() for block in self.blocks]
+        return {"title": self.title, "blocks": blocks}
+
     def copies(self) -> dict[str, str]:
         """The settings as JSON to be read and copied."""
         return {name: json.dumps(record, indent=1) for name, record in self.settings.items()}

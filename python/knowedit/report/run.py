@@ -49,7 +49,19 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def report(folder: Path) -> str:
-    """Write `report.html` into `folder` and return the same as text, without the pictures.
+    """Write `report.html` into `folder` and return the same as text, without the pictures. Raises
+    KnowEditError, as `write_report`.
+    """
+    return text_of(write_report(folder))
+
+
+def text_of(sections: Sequence[Section]) -> str:
+    """The sections of a page as a terminal shows them."""
+    return "\n\n".join(text for section in sections if (text := section.text()))
+
+
+def write_report(folder: Path) -> list[Section]:
+    """Write `report.html` into `folder` and return what is on it.
 
     Raises:
         KnowEditError: no results, or results of another version.
@@ -61,7 +73,7 @@ def report(folder: Path) -> str:
             if name == protocols.RESULTS:
                 sections += _details(folder, content)
     write_sections(folder / PAGE, folder.resolve().name, sections)
-    return "\n\n".join(text for section in sections if (text := section.text()))
+    return sections
 
 
 def _details(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Section]:

@@ -9,6 +9,7 @@ import pytest
 import typer.main
 
 import knowedit as ke
+from knowedit.cli import recorded
 from knowedit.cli.app import app
 from knowedit.cli.commands import OLD
 from knowedit.cli.generated import attribute_help, changed, options_of
@@ -37,6 +38,25 @@ def test_an_edit_file_computes_the_same_edit_again(place, knowedit):
     said = knowedit("edit", "--config", "a.safetensors", *other)
     assert "not the same bits as a.safetensors" in said
     assert Edit.load(place / "c.safetensors").config["metric"]["gain"] == 0.5
+
+
+def test_an_edit_file_works_from_every_folder(place, knowedit, monkeypatch):
+    """Its paths stand from its own folder, names stay names, and so it may move with them."""
+    (place / "made").mkdir()
+    given = ("--method", "neuron-patch", "--set", "tokens=300", "--set", "steps=3")
+    edit = ("edit", "model", "facts.jsonl", *given, "--layer", "2", "--corpus", "corpus.txt*2")
+    knowedit(*edit, "-o", "made/a.safetensors")
+    made = Edit.load(place / "made" / "a.safetensors")
+    run = made.report.details["run"]
+    assert run["model"] == "../model" and run["corpus"] == ["../corpus.txt*2"]
+    (place / "elsewhere").mkdir()
+    monkeypatch.chdir(place / "elsewhere")
+    said = knowedit("edit", "--config", "../made/a.safetensors", "-o", "b.safetensors")
+    assert "the same bits as ../made/a.safetensors" in said
+    again = Edit.load("b.safetensors")
+    assert again.report.details["run"] == run
+    names = {"model": "owner/name", "corpus": ["wikipedia", "self"], "statistics": "/there"}
+    assert recorded.kept(names, Path("a")) == recorded.found(names, Path("a")) == names
 
 
 def test_an_edit_file_may_have_any_name(place, knowedit):

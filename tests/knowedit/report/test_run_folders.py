@@ -22,6 +22,7 @@ from knowedit.models.generation import Score
 from knowedit.report.run import PAGE, SECTIONS, read, report
 from knowedit.studies.arithmetic import measure
 from knowedit.studies.arithmetic.measure import table
+from tests.knowedit.commandline import CommandLine
 
 RUNS = Path(__file__).with_name("runs_0_1")
 
@@ -67,6 +68,15 @@ def test_every_figure_of_an_old_folder_is_reported(tmp_path):
     sections = [s for name, found in read(tmp_path / "run").items() for s in SECTIONS[name](found)]
     tables = sum(isinstance(block, Table) for section in sections for block in section.blocks)
     assert page.count("<svg") == 8 and page.count("<table") == tables + 1  # the norms
+
+
+def test_a_report_is_printed_as_json(tmp_path, monkeypatch, capsys):
+    shutil.copytree(RUNS / "batch", tmp_path / "run")
+    knowedit = CommandLine(monkeypatch, capsys, tmp_path)
+    printed = json.loads(knowedit("report", "run", "--json"))
+    assert printed["page"] == f"run/{PAGE}" and (tmp_path / "run" / PAGE).is_file()
+    table = printed["sections"][0]["blocks"][0]
+    assert table["columns"][:3] == ["", "measure", "unedited"] and table["rows"]
 
 
 def test_old_results_become_todays():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from knowedit.io.files import cache_dir
 from knowedit.statistics import KeyStatistics, key_statistics
 from tests.knowedit.commandline import CommandLine
 from tests.knowedit.statistics.helpers import MODULE, peer_file, save_model
@@ -40,7 +41,9 @@ def test_ls_show_verify(knowedit, tmp_path):
 
 
 def test_export_import_and_a_foreign_file(knowedit, tmp_path, tiny_gpt2, river_corpus):
-    paths = knowedit("export", "ours", "-o", "stats", "--format", "easyedit").split()
+    made = json.loads(knowedit("export", "ours", "-o", "stats", "--format", "easyedit", "--json"))
+    paths = [one["file"] for one in made]
+    assert [one["layer"] for one in made] == [1, 2]
     assert paths[0] == f"stats/tiny/wikipedia_stats/{MODULE}_float32_mom2_100000.npz"
     assert "FAIL" not in knowedit("verify", paths[0], "--model", "model")
     assert "layer 1, 4,000 tokens" in knowedit("import", "model", *paths, "-o", "taken")
@@ -59,6 +62,14 @@ def test_export_import_and_a_foreign_file(knowedit, tmp_path, tiny_gpt2, river_c
     assert "format 'pickle' is not known" in knowedit(
         "export", "ours", "-o", "x", "--format", "pickle", code=1
     )
+
+
+def test_tokens_are_deleted(knowedit):
+    old = cache_dir("tokens") / "old"
+    old.mkdir()
+    (old / "window").write_bytes(bytes(1000))
+    assert json.loads(knowedit("clean", "--json"))["deleted"] >= 1000 and not old.exists()
+    assert "0 bytes of tokens deleted" in knowedit("clean")
 
 
 def test_collecting_from_the_command_line(knowedit, tmp_path):
