@@ -1,11 +1,14 @@
 """The main job on the real model: facts in, a reversible edit out, measured."""
 
+import importlib
+
 import pytest
 import torch
 
 import knowedit as ke
 from knowedit.cli.demo import demonstrate
 from knowedit.facts import sets as datasets
+from knowedit.methods.locate.targets import HiddenState
 from knowedit.models.fingerprint import weights_fingerprint
 
 pytestmark = pytest.mark.model
@@ -20,6 +23,8 @@ def statistics(smollm, prose, tmp_path_factory):
 
 def test_six_facts_go_in_and_come_out(smollm, statistics, tmp_path, monkeypatch):
     monkeypatch.setattr("knowedit.cli.demo.key_statistics", lambda *_a, **_k: statistics)
+    interviews = importlib.import_module("knowedit.evaluation.interview")  # and not the function
+    monkeypatch.setattr(interviews, "ASKED", 2)  # answers take long
     before = weights_fingerprint(smollm.hf)
     shown = demonstrate(smollm, ke.MEMIT(), "self", 4096)
     assert weights_fingerprint(smollm.hf) == before
@@ -31,6 +36,7 @@ def test_six_facts_go_in_and_come_out(smollm, statistics, tmp_path, monkeypatch)
     assert shown.moved.same >= 0.8
     assert shown.after["The capital of France is"].startswith("Lyon")
     said = shown.text(200)
+    assert "the first 2 of 6 facts were asked" in said
     assert "Lyon" in said and "Paris" in said and "all weight bits are back" in said
     page = shown.write(tmp_path / "out").read_text()
     assert "Lyon" in page and "What moved elsewhere" in page and "http" not in page
@@ -44,7 +50,8 @@ def test_bfloat16_models_are_edited_and_undone_too(smollm_path, prose, tmp_path)
         model, [5], prose, 3072, directory=tmp_path / "s", progress=False
     )
     before = weights_fingerprint(model.hf)
-    edit = ke.MEMIT(layers=(5,)).compute(model, facts, statistics)
+    target = HiddenState(contexts=("{}",))
+    edit = ke.MEMIT(layers=(5,), target=target).compute(model, facts, statistics)
     with edit.applied_to(model):
         assert weights_fingerprint(model.hf) != before
         assert all(s.exact for s in model.score([f.text for f in facts], [f.target for f in facts]))
@@ -52,9 +59,9 @@ def test_bfloat16_models_are_edited_and_undone_too(smollm_path, prose, tmp_path)
 
 
 def test_two_edits_at_once_and_undone_in_the_other_order(smollm, statistics):
-    facts = datasets.load("demo")
+    facts, method = datasets.load("demo"), ke.ROME(layers=(5,), target=HiddenState(steps=8))
     before = weights_fingerprint(smollm.hf)
-    first, second = (ke.ROME(layers=(5,)).compute(smollm, [fact], statistics) for fact in facts[:2])
+    first, second = (method.compute(smollm, [fact], statistics) for fact in facts[:2])
     first.apply(smollm)
     second.apply(smollm)
     for fact in facts[:2]:

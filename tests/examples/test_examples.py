@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+
+import knowedit
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
 
@@ -26,7 +27,14 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize("path", CASES)
-def test_an_example_runs(path, tmp_path):
-    ran = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout and not list(tmp_path.iterdir())
+def test_an_example_runs(path, request, tmp_path, monkeypatch, capsys):
+    """As a program of its own, but that the default model is the one which all tests share."""
+    monkeypatch.chdir(tmp_path)
+
+    def loaded(dtype):
+        assert dtype == "float32"
+        return request.getfixturevalue("smollm")
+
+    monkeypatch.setattr(knowedit, "load_model", loaded)
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out and not list(tmp_path.iterdir())

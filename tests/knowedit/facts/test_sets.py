@@ -69,15 +69,13 @@ def test_demo_is_a_handful_of_different_facts():
 
 
 @pytest.fixture(scope="module")
-def scored(smollm_path):
+def scored(smollm):
     """`{(prompt, answer): (mean log-probability of the answer's tokens, whether its first word is
     the arg-max)}`.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm_path)
-    model = AutoModelForCausalLM.from_pretrained(smollm_path, dtype=torch.float32).eval()
+    tokenizer, model = smollm.tokenizer, smollm.hf
     pairs = {(fact.text, text) for fact in EMBEDDED for text in (fact.true, fact.target)}
     pairs |= {
         (probe.prompt, text)

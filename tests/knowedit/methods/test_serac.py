@@ -210,11 +210,30 @@ def test_sessions_write_edit_after_edit(tiny_llama, tmp_path):
     assert tiny_llama.router is None
 
 
-def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Gives a network for `tiny_llama`, which is the same in every test, and the cache it is in; it
+    is trained once.
+    """
+    kept = {}
+
+    def of(model):
+        if not kept:
+            kept["cache"] = tmp_path_factory.mktemp("trained")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("KNOWEDIT_CACHE", str(kept["cache"]))
+                kept["network"] = train_serac(model, PEOPLE, QUICK_SERAC, progress=False)
+        return kept["network"], kept["cache"]
+
+    return of
+
+
+def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch, trained):
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
     with pytest.raises(EditError, match="train one with: knowedit train serac tiny-llama"):
         SERAC().compute(tiny_llama, PEOPLE[:1])
-    network = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, progress=False)
+    network, cache = trained(tiny_llama)
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(cache))
     report = network.report
     assert report["gate_curve"][-1][1] < 0.7 * report["gate_curve"][1][1]  # training losses
     assert min(entry[2] for entry in report["reader_curve"][1:]) < report["reader_curve"][0][2]
@@ -222,14 +241,12 @@ def test_training_teaches_gate_and_reader(tiny_llama, tmp_path, monkeypatch):
     assert 0 <= report["validation"]["in_scope_found"] <= 1
     with SERAC().compute(tiny_llama, PEOPLE[:1]).applied_to(tiny_llama):
         assert tiny_llama.router.route([PEOPLE[0].text])[0]
-    [file] = (tmp_path / "networks").iterdir()
+    [file] = (cache / "networks").iterdir()
     assert "SERAC network" in describe(file).text
-    again = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "again", progress=False)
-    tensors = again.tensors()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in network.tensors().items())
 
 
-def test_an_interrupted_reader_keeps_the_gate(tiny_llama, tmp_path, monkeypatch):
+def test_an_interrupted_reader_keeps_the_gate(tiny_llama, tmp_path, monkeypatch, trained):
+    """And a training gives the same bits again."""
     from knowedit.methods.learned.serac import training as serac_training
 
     original = serac_training._Reader.loss
@@ -239,17 +256,17 @@ def test_an_interrupted_reader_keeps_the_gate(tiny_llama, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return original(self, step)
 
-    whole = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "a", progress=False)
+    whole, _ = trained(tiny_llama)
     monkeypatch.setattr(serac_training._Reader, "loss", stopped)
     with pytest.raises(KeyboardInterrupt):
         train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "b", progress=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b.gate", "b.reader"}
+    assert {path.name for path in tmp_path.iterdir()} == {"b.gate", "b.reader"}
     monkeypatch.setattr(serac_training._Reader, "loss", original)
     monkeypatch.setattr(serac_training._Gate, "loss", None)  # it is not trained again
     resumed = train_serac(tiny_llama, PEOPLE, QUICK_SERAC, tmp_path / "b", progress=False)
     tensors = resumed.tensors()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in whole.tensors().items())
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert {path.name for path in tmp_path.iterdir()} == {"b"}
 
 
 def test_networks_of_another_model_or_untrained_are_refused(tiny_llama, tiny_gpt2, tmp_path):

@@ -74,18 +74,15 @@ def naive(model, fact, layer, s):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "settings", [ValueSettings(steps=3), ValueSettings(steps=20, lr=1.0, stop=0.6, clamp=1.2)]
-)
-def test_equals_the_naive_loop(smollm, settings):
+def test_equals_the_naive_loop(smollm):
+    settings = ValueSettings(steps=20, lr=1.0, stop=0.6, clamp=1.2)
     batched = optimise_values(smollm, [[f] for f in FACTS[:2]], 5, settings)
     for i, fact in enumerate(FACTS[:2]):
         delta, loss, updates = naive(smollm, fact, 5, settings)
         assert (batched.delta[i] - delta).norm() <= 1e-5 * delta.norm()
         assert float(batched.loss[i]) == pytest.approx(loss, rel=1e-4)
         assert int(batched.steps[i]) == updates
-    if settings.stop > 0.5:
-        assert len(set(batched.steps.tolist())) > 1, "early stopping was not exercised"
+    assert len(set(batched.steps.tolist())) > 1, "early stopping was not exercised"
 
 
 def test_equals_the_naive_loop_on_gpt2(tiny_gpt2):
