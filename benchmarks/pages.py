@@ -21,6 +21,7 @@ from . import calibration as by_calibration
 from . import geometry as by_layer
 from . import gradient as by_gradient
 from . import hessian as by_input
+from . import leaderboard
 from . import models as by_model
 from . import neuron as by_neuron
 from . import sequential as in_sequence
@@ -294,6 +295,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     by_model.NAME: ("models.md", by_model.table, by_model.no_picture),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
     "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
+    leaderboard.NAME: ("leaderboard.md", leaderboard.table, leaderboard.no_picture),
     "hessian": ("hessians.md", by_input.table, by_input.no_picture),
 }
 
@@ -311,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stale = []
     for name, (file, table, picture) in PAGES.items():
         page, start, end = arguments.docs / file, f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        if not (arguments.results / f"{name}.jsonl").is_file():
+        if not (arguments.results / f"{name}.jsonl").is_file() and name != leaderboard.NAME:
             continue
         text = page.read_text(encoding="utf-8")
         head, _, rest = text.partition(start)

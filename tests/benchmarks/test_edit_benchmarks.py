@@ -164,6 +164,7 @@ def results(folder):
         "perplexity": 40.0,
         "drift": {"kl": 0.25},
         "norm": 1.5,
+        "seconds": 800.0,
     }
     rows = [
         {"benchmark": "sequential", "environment": machine},
@@ -261,6 +262,11 @@ def test_pages_have_tables_marks_and_pictures(tmp_path):
         in (docs / "gradient.md").read_text()
     )
     assert "| MEMIT | 1,536 | 0.900 |" in (docs / "statistics.md").read_text()
+    best = (docs / "leaderboard.md").read_text()
+    assert "## Several facts of one subject" in best and "## 2+2=5" in best
+    assert "## Single edits" not in best  # no results, no table
+    assert "| memit | 85 [" in best
+    assert "| 50 [40, 60] | 20 [10, 30] | 40.0 -> 40.0 | 2.0 | 400 in batches of 50" in best
     sums = (docs / "arithmetic.md").read_text()
     assert "| rome | 1.00 (1.00) | 0.50 (0.25) |" in sums and "0.500 (0.750) | 7 | 2 |" in sums
     assert "not run: not trained" in sums
