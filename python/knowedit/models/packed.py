@@ -1,4 +1,6 @@
-"""Linear layers on real tokens only: padding costs nothing where most of the time goes."""
+"""Linear layers on real tokens only, and on what texts begin with in common once: padding and
+repetition cost nothing where most of the time goes.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,28 @@ class Packed(TorchFunctionMode):
 
     Args:
         live: `[B, T]` bool, which tokens of the batch that is run.
+        alike: `[B, T]` equal numbers where tokens and all that stands in front of them are equal
+            (`beginnings`): these are computed once. None: no two are.
     """
 
-    def __init__(self, live: Tensor) -> None:
+    def __init__(self, live: Tensor, alike: Tensor | None = None) -> None:
         super().__init__()
+        self.alike = alike
         self.limit(live)
 
     def limit(self, live: Tensor) -> None:
-        """Compute other tokens from now on."""
+        """Compute other tokens from now on, of those that were computed before."""
         self.shape = live.shape
-        self.at = live.reshape(-1).nonzero()[:, 0]
+        wanted = live.reshape(-1).nonzero()[:, 0]
+        self.at, self.source = wanted, None
+        if self.alike is None:
+            return
+        kinds, kind = self.alike.reshape(-1)[wanted].unique(return_inverse=True)
+        if len(kinds) == len(wanted):
+            return
+        # one of each kind: whichever is written last
+        self.at = wanted.new_empty(len(kinds)).index_copy(0, kind, wanted)
+        self.source = wanted.new_full((live.numel(),), len(kinds)).index_copy(0, wanted, kind)
 
     def __torch_function__(
         self,
@@ -43,14 +57,34 @@ class Packed(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         rows = args[0].reshape(-1, args[0].shape[-1])
         found = F.linear(rows.index_select(0, self.at), *args[1:])
-        whole = found.new_zeros(len(rows), found.shape[-1]).index_copy(0, self.at, found)
+        nothing = found.new_zeros(len(rows) if self.source is None else 1, found.shape[-1])
+        if self.source is None:
+            whole = nothing.index_copy(0, self.at, found)
+        else:
+            whole = torch.cat([found, nothing]).index_select(0, self.source)
         return whole.view(*self.shape, -1)
 
 
-def packed(live: Tensor) -> AbstractContextManager[Packed | None]:
+def packed(live: Tensor, alike: Tensor | None = None) -> AbstractContextManager[Packed | None]:
     """`Packed` where it pays: on a CPU, which computes a padded token as slowly as any other; a GPU
     would wait for the launches.
     """
-    if live.device.type != "cpu" or torch.is_autocast_enabled("cpu") or bool(live.all()):
+    if live.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return nullcontext()
-    return Packed(live)
+    if bool(live.all()) and (alike is None or alike.unique().numel() == alike.numel()):
+        return nullcontext()
+    return Packed(live, alike)
+
+
+def beginnings(texts: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Of each token of right-padded texts a number, `[B, length]`: equal where two texts are equal
+    up to there, and with them a causal model's states. Padding: -1.
+    """
+    known: dict[tuple[int, int], int] = {}
+    found = torch.full((len(texts), length), -1)
+    for line, text in enumerate(texts):
+        before = -1
+        for place, token in enumerate(text):
+            before = known.setdefault((before, token), len(known))
+            found[line, place] = before
+    return found

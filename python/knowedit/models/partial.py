@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from knowedit.errors import ModelError
 from knowedit.models.experts import Routed, WideProjection, as_keys
-from knowedit.models.packed import Packed, packed
+from knowedit.models.packed import Packed, beginnings, packed
 from knowedit.models.probing import direction, first_of, rounding, states_of
 from knowedit.models.tokens import Row, batches
 
@@ -478,12 +478,14 @@ def _captured(
     *,
     replay: bool,
     live: tuple[Tensor, Tensor] | None = None,
+    alike: Tensor | None = None,
 ) -> Capture:
     """As `capture`.
 
     Args:
         live: `[B, T]` twice: the tokens whose states are wanted at all, and those whose keys and
             values are wanted; the others' may be anything. None: all.
+        alike: `[B, T]` tokens that are computed once (`beginnings`).
     """
     from transformers import DynamicCache
 
@@ -498,7 +500,7 @@ def _captured(
     # a cache made without the model's configuration keeps every token, also in sliding-window
     # layers
     cache = DynamicCache() if replay else None
-    packing = packed(live[0]) if replay and live is not None else nullcontext()
+    packing = packed(live[0], alike) if replay and live is not None else nullcontext()
 
     def note(index: int, block: nn.Module, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(block.forward).bind(*args, **kwargs)
@@ -545,6 +547,8 @@ class PartialModel:
         rows: tokenised texts.
         from_layer: its input is replaced; 1 or more, as what is below is computed once.
         from_token: by row; None: from each row's `subject` on.
+        alike: rows that begin alike have the same states there, so these are computed once; not so
+            where hooks or virtual edits differ from row to row.
 
     Attributes:
         states: `[B, Q, hidden]` clean inputs of `from_layer`, token 0 being `from_token`.
@@ -565,6 +569,7 @@ class PartialModel:
         from_layer: int,
         from_token: Sequence[int] | None = None,
         *,
+        alike: bool = False,
         _replay: bool | None = None,
     ) -> None:
         self.model, self.from_layer = model, from_layer
@@ -578,6 +583,7 @@ class PartialModel:
             from_layer,
             replay=model.replays if _replay is None else _replay,
             live=(mask.bool(), mask.bool() & before_start),
+            alike=beginnings([r.ids for r in rows], ids.shape[1]) if alike else None,
         )
         queries, prefix = int((mask.sum(1) - start).max()), int(start.max())
         # [B, Q] global positions, may pass the end

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from knowedit.models.packed import Packed, packed
+from knowedit.models.packed import Packed, beginnings, packed
 from knowedit.models.partial import PartialModel
 
 LIVE = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
@@ -67,3 +67,48 @@ def test_a_part_of_a_model_runs_no_padding(tiny_llama):
     with Counted() as counted:
         part.select(torch.tensor([1])).run()
     assert counted.tokens == {len(rows[1].ids) - rows[1].subject}
+
+
+def test_tokens_behind_equal_beginnings_have_equal_numbers():
+    found = beginnings([[5, 6, 7], [5, 6], [6, 7], [5, 6, 8, 5]], 4).tolist()
+    first, second, third, fourth = found
+    assert second == [*first[:2], -1, -1] and fourth[:2] == first[:2]
+    others = [*first[:3], *third[:2], *fourth[2:]]
+    assert len(set(others)) == len(others) == 7 and third[2:] == [-1, -1]
+
+
+def test_what_is_alike_is_computed_once():
+    """Also where the first of its kind is left out."""
+    states = torch.randn(3, 4, 5, dtype=torch.float64)
+    alike = beginnings([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3, 7]], 4)
+    for line, place in [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]:
+        states[line, place] = states[0, place]
+    weight, bias = torch.randn(6, 5).double(), torch.randn(6).double()
+    live = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    with Counted() as inner, Packed(live, alike) as mode:
+        found = F.linear(states, weight, bias)
+        mode.limit(live & (torch.arange(4) < 2))
+        fewer = F.linear(states, weight, bias)
+    assert inner.tokens == {5, 2}
+    wanted = F.linear(states, weight, bias)
+    assert torch.allclose(found, wanted * live[..., None])
+    assert (
+        torch.allclose(fewer[:, :2], (wanted * live[..., None])[:, :2]) and not fewer[:, 2:].any()
+    )
+
+
+def test_a_part_runs_common_beginnings_once(tiny_llama):
+    texts = [
+        "As I was saying: Ada is",
+        "As I was saying: Bob is",
+        "As I was",
+        "As I was saying: Ada",
+    ]
+    rows = [tiny_llama.row(text, text.split()[-1 - (len(text) > 20)]) for text in texts]
+    apart = PartialModel(tiny_llama, rows, 1)
+    with Counted() as counted:
+        found = PartialModel(tiny_llama, rows, 1, alike=True)
+    tokens = {tuple(row.ids[:i]) for row in rows for i in range(1, len(row.ids) + 1)}
+    assert counted.tokens & {len(tokens)} and max(counted.tokens) == len(tokens)
+    inside = apart._way.inside
+    assert torch.allclose(found.run()[inside], apart.run()[inside], atol=1e-5)

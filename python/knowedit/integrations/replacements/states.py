@@ -10,7 +10,7 @@ layers below, only those that were written since are run again (`Kept`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -32,6 +32,7 @@ from knowedit.integrations.replacements.kept import Kept, layer_of
 from knowedit.integrations.replacements.requests import current_job
 from knowedit.models import partial as parts
 from knowedit.models.editable import EditableModel
+from knowedit.models.packed import beginnings, packed
 from knowedit.models.tokens import batches
 
 #: Prompts that the hosts pad together.
@@ -105,16 +106,18 @@ def states_at(
             for into, asked in zip(found, (inputs, outputs))
         ]
         try:
-            if begin is not None and layer is not None:
-                part, states = begin.run(model, [texts[i] for i in group], layer)
-                enter(group, states)
-                with _reading(model, *readers):
-                    part.layer(layer, states)
-                continue
-            ids, _ = model.pad([list(texts[i]) for i in group])
-            if moves and layer is not None:
-                readers[1][model.layout.layer(layer - 1)] = partial(enter, group)
-            parts.read(model, ids, inputs=readers[0], outputs=readers[1])
+            ids, mask = model.pad([list(texts[i]) for i in group])
+            once = beginnings([texts[i] for i in group], ids.shape[1])
+            with packed(mask.bool(), once) if model.replays else nullcontext():
+                if begin is not None and layer is not None:
+                    part, states = begin.run(model, [texts[i] for i in group], layer)
+                    enter(group, states)
+                    with _reading(model, *readers):
+                        part.layer(layer, states)
+                    continue
+                if moves and layer is not None:
+                    readers[1][model.layout.layer(layer - 1)] = partial(enter, group)
+                parts.read(model, ids, inputs=readers[0], outputs=readers[1])
         except (ModelError, IndexError, AttributeError) as error:
             raise NotOurs(f"{module} cannot be read: {error}") from error
     if moves and kept is not None and layer is not None:

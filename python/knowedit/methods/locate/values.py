@@ -197,9 +197,9 @@ def optimise_plans(
     delta, value = torch.zeros(2, count, model.hidden)
     loss, nll, steps = torch.zeros(3, count)
     result = Targets(delta, value, loss, nll, steps, lower)
-    # another batch costs a CPU as much as some 30 tokens (the weights are read again), a GPU far
-    # more
-    spare = 32 if model.device.type == "cpu" else settings.budget
+    # another batch costs a CPU as much as some 30 tokens (the weights are read again), of which a
+    # padded one, which linear layers leave out, is a fifth; a GPU far more
+    spare = 160 if model.device.type == "cpu" else settings.budget
     for batch in _chunks(plans, settings.budget, spare):
         with model.evaluating():  # once, not at every step
             part = _optimise(model, [plans[i] for i in batch], layers, settings, problem, progress)
@@ -343,7 +343,7 @@ class Problem:
     @classmethod
     def at(cls, layers: tuple[int, ...], model: EditableModel, plans: Sequence[Plan]) -> Problem:
         """The problem of these plans for values at `layers`."""
-        return cls(plans, PartialModel(model, _inputs(plans), layers[-1] + 1), layers)
+        return cls(plans, PartialModel(model, _inputs(plans), layers[-1] + 1, alike=True), layers)
 
     def __init__(
         self,
@@ -426,7 +426,7 @@ class AtModules(Problem):
 
     @classmethod
     def at(cls, layers: tuple[int, ...], model: EditableModel, plans: Sequence[Plan]) -> Problem:
-        return cls(plans, PartialModel(model, _inputs(plans), layers[0]), layers)
+        return cls(plans, PartialModel(model, _inputs(plans), layers[0], alike=True), layers)
 
     @abstractmethod
     def modules(self) -> Sequence[nn.Module]:
