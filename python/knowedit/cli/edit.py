@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,7 @@ from knowedit.edits.export.listing import formats
 from knowedit.errors import KnowEditError
 from knowedit.io.files import check_file, check_free, is_safetensors, locked
 from knowedit.io.progress import kept_on_interrupt
+from knowedit.models.gguf import is_gguf
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
@@ -223,14 +224,23 @@ def apply(
     loading: Loading,
 ) -> None:
     """Write edits into a copy of the model that any transformers user can load; `undo` takes every
-    bit back.
+    bit back. Of a GGUF file (-o NAME.gguf) into a copy of the file, for llama.cpp.
     """
     from knowedit.edits.export.folder import save_edited
     from knowedit.edits.journal import edits_in
     from knowedit.edits.merge import merge_into
 
     check_free(output)
+    as_gguf = output.suffix.lower() == ".gguf"
+    if as_gguf and (stream or not is_gguf(model)):
+        raise KnowEditError(
+            f"{output} is to be a GGUF file: give the GGUF file that the edit was computed on as "
+            "MODEL, without --stream; or name a folder"
+        )
     loaded = _checked([edit for path in edits for edit in edits_in(path)], force)
+    if as_gguf:
+        _apply_gguf(model, loaded, output, loading)
+        return
     if stream:
         if loading.words():
             raise KnowEditError(
@@ -243,6 +253,19 @@ def apply(
     loading.show(
         _written(output, loaded[0].fingerprint, loaded),
         lambda: f"wrote {output}; take it back with: {command_line('undo', output)}",
+    )
+
+
+def _apply_gguf(source: str, edits: list[Edit], output: Path, loading: Loading) -> None:
+    """Write edits into a copy of a GGUF file, and say in which types."""
+    from knowedit.edits.gguf_model import write_gguf
+
+    written = write_gguf(loading.load(source), edits, source, output)
+    record = _written(output, edits[0].fingerprint, edits)
+    record["tensors"] = [asdict(one) for one in written]
+    loading.show(
+        record,
+        lambda: "\n".join([*map(str, written), f"wrote {output}; {source} is as it was"]),
     )
 
 
@@ -307,13 +330,15 @@ def export(
     """
     from knowedit.edits.edit import Edit
     from knowedit.edits.export.listing import export_format
+    from knowedit.edits.servers import server_notes
 
     check_free(output)
     loaded, write = _checked([Edit.load(edit_file)], force), export_format(format)
     editable = loading.load(model)
     write(editable, loaded, output)
-    record = {"format": format, **_written(output, editable.fingerprint, loaded)}
-    loading.show(record, lambda: f"wrote {output}")
+    notes = server_notes(editable, loaded) if format == "peft" else []
+    record = {"format": format, **_written(output, editable.fingerprint, loaded), "notes": notes}
+    loading.show(record, lambda: "\n".join([f"wrote {output}", *(f"note: {n}" for n in notes)]))
 
 
 def _checked(edits: list[Edit], force: bool) -> list[Edit]:

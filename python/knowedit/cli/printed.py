@@ -52,10 +52,10 @@ class Printed:
 JSON: dict[str, tuple[Printed, ...]] = {
     "demo": (Printed("model, fingerprints, prompts, evaluation, drift, report, said"),),
     "edit": (Printed("file, key, fingerprint, facts, config, report, said"),),
-    "apply": (Printed("folder, fingerprint, edits"),),
+    "apply": (Printed("folder, fingerprint, edits, [tensors]"),),
     "undo": (Printed("folder, fingerprint, original"),),
     "diff": (Printed("first, second, parameters, weights, notes, facts"),),
-    "export": (Printed("format, folder, fingerprint, edits"),),
+    "export": (Printed("format, folder, fingerprint, edits, notes"),),
     "inspect": (
         Printed(
             "kind, key, fingerprint, facts, weights, config, software, report, notes",

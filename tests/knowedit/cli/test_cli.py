@@ -46,6 +46,12 @@ def test_edit_inspect_apply_undo(place, knowedit):
     assert (place / "adapter" / "adapter_model.safetensors").exists()
 
 
+def test_what_only_fits_a_gguf_file_is_refused_before_anything_is_loaded(place, knowedit):
+    for given in (("model",), ("model", "--stream")):
+        said = knowedit("apply", *given, "a.safetensors", "-o", "edited.gguf", code=1)
+        assert "give the GGUF file that the edit was computed on" in said
+
+
 def test_a_gradient_method_needs_no_statistics(place, knowedit):
     settings = (
         "--set",
