@@ -49,6 +49,18 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help="Held-out text for the perplexity, as --corpus.")
     ] = None,
+    generate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Let the edited model write about the first so many facts: the object in greedy "
+            "answers, fluency, consistency.",
+        ),
+    ] = 0,
+    references: Annotated[
+        Path | None,
+        typer.Option(help='Texts for the consistency of what it writes, as {"object": ["text"]}.'),
+    ] = None,
     output: Folder = None,
     *,
     run: MethodRun,
@@ -62,8 +74,11 @@ def evaluate(
         return
     if model is None:
         raise KnowEditError("name a model: knowedit eval MODEL")
+    from knowedit.evaluation.generation import read_references
     from knowedit.evaluation.protocols import measure
 
+    if references is not None and not generate:
+        raise KnowEditError("--references are for what the model writes; give --generate N")
     found: list[dict[str, Any]] = []
     kept = kept_on_interrupt(lambda: kept_so_far(output, len(found), "method"))
     with locked(output), kept:
@@ -83,6 +98,8 @@ def evaluate(
             where=run.statistics,
             seed=run.seed or 0,
             folder=output,
+            generate=generate,
+            references=None if references is None else read_references(references),
             say=say,
         ):
             found.append(result if isinstance(result, dict) else result.to_dict())

@@ -70,7 +70,7 @@ JSON: dict[str, tuple[Printed, ...]] = {
     "eval": (
         Printed(
             "model, dataset, method, protocol, facts, seconds, side_effects, evaluation, report, "
-            "config, trajectory, run, said",
+            "config, trajectory, run, said, [generation]",
             "list",
         ),
         Printed("format, sweep, rows", when="of a grid"),

@@ -17,6 +17,8 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.limits import RUINOUS, Limits
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.evaluation import Evaluation, evaluate, evaluate_each
+from knowedit.evaluation.evaluation import plain as plain_estimates
+from knowedit.evaluation.generation import Figure, Generation, References, Writing, summary
 from knowedit.evaluation.interview import ASKED, Interview, Said, said_table
 from knowedit.evaluation.measures.base import ModelMeasure, measures, model_measures
 from knowedit.evaluation.sequence import (
@@ -55,6 +57,7 @@ class Result:
         trajectory: for `sequential`, the model on its way.
         run: what all results of a folder have in common, so that it can be gone on with.
         said: what the edited model says of the first facts, in its own words.
+        generation: its free answers and texts, measured; None where none was asked for.
     """
 
     model: str
@@ -70,6 +73,7 @@ class Result:
     trajectory: list[SequenceStep] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
     said: list[Said] = field(default_factory=list)
+    generation: Generation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary; `migrate` brings those of earlier versions to this form."""
@@ -82,7 +86,15 @@ class Result:
             "trajectory": [step.to_dict() for step in self.trajectory],
             "run": self.run,
             "said": [one.to_dict() for one in self.said],
+            **self._generation(),
         }
+
+    def _generation(self) -> dict[str, Any]:
+        made = self.generation
+        if made is None:
+            return {}
+        parts = {"before": plain_estimates(made.before), "after": plain_estimates(made.after)}
+        return {"generation": parts}
 
     def __str__(self) -> str:
         head = (
@@ -93,6 +105,7 @@ class Result:
         ruinous = [text for text in warnings if text.startswith(RUINOUS)]
         parts = [head, *ruinous, str(self.evaluation), *describe(self.side_effects)]
         parts += [str(said_table(self.said, self.facts))] if self.said else []
+        parts += [str(self.generation)] if self.generation else []
         parts += (
             [str(trajectory_table(self.trajectory).without_empty_columns())]
             if self.trajectory
@@ -143,6 +156,8 @@ def measure(
     where: Path | None = None,
     seed: int = 0,
     folder: Path | None = None,
+    generate: int = 0,
+    references: References | None = None,
     say: Callable[[str], None] = print,
 ) -> Iterator[dict[str, Any] | Result]:
     """Load everything and measure each method, one after the other; what `knowedit eval` calls.
@@ -153,6 +168,7 @@ def measure(
         text: held-out text for the perplexity (as `corpus`).
         where: statistics to take instead of collecting them from `corpus`.
         seed: of the statistics' corpus and of the intervals.
+        generate, references: as `run`.
         folder: for the results, on disk before the next method starts; those that it has are not
             measured again, but yielded as their records.
 
@@ -170,6 +186,7 @@ def measure(
         **{"protocol": protocol, "batch": batch, "every": every, "seed": seed},
         **{"corpus": plain(corpus), "tokens": tokens, "statistics": plain(where)},
         "text": plain(text),
+        **({"generate": generate, "references": references} if generate else {}),
     }
     digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
     settings = {"dataset": dataset, "digest": digest}
@@ -195,6 +212,8 @@ def measure(
             every=every,
             texts=texts,
             seed=seed,
+            generate=generate,
+            references=references,
         )
         told = replace(told, run=settings)
         if folder is not None:
@@ -263,11 +282,15 @@ def run(
     every: int = 100,
     texts: Sequence[str] = (),
     seed: int = 0,
+    generate: int = 0,
+    references: References | None = None,
     progress: bool = True,
 ) -> Result:
     """Compute and measure one method; the model is left as it was found.
 
     Args:
+        generate: also let the model write about the first so many facts (`evaluation.generation`).
+        references: texts by object, for the consistency of what it writes.
         dataset: its name, for the record.
         texts: held-out documents, for measures that need some.
         seed: of the intervals.
@@ -282,14 +305,17 @@ def run(
     effects: dict[str, dict[str, Any]] = {}
     asked = Interview(model, facts)
     said: list[Said] = []
+    writing, written = Writing(model, facts[:generate], references), list[Figure]()
+    unedited = writing.read() if generate else []
     if protocol == "single":
         edits = _Timed(lambda: method.compute_each(model, facts, statistics, progress=progress))
 
         def heard() -> Iterator[Edit]:
             for record, edit in enumerate(edits):
-                if record < ASKED:
+                if record < max(ASKED, generate):
                     with edit.applied_to(model):
                         said.extend(asked.hear(record))
+                        written.extend(writing.read(record) if record < generate else ())
                 yield edit
 
         evaluation = evaluate_each(model, heard(), facts, seed=seed, progress=progress)
@@ -309,6 +335,7 @@ def run(
                 trajectory += write_in_sequence(session, monitor, batch, every, progress=progress)
                 evaluation, effects = monitor.evaluation(progress=progress), moved()
                 said += asked.hear()
+                written += writing.read() if generate else []
                 seconds, report = trajectory[-1].seconds, sequence_report(session.history.edits)
         else:
             start = time.perf_counter()
@@ -317,6 +344,7 @@ def run(
             with edit.applied_to(model):
                 effects = moved()
                 said += asked.hear()
+                written += writing.read() if generate else []
             evaluation = evaluate(model, edit, facts, seed=seed, progress=progress)
     return Result(
         model.name,
@@ -331,6 +359,7 @@ def run(
         method.to_dict(),
         trajectory,
         said=said,
+        generation=Generation(summary(unedited), summary(written)) if generate else None,
     )
 
 

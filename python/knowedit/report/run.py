@@ -118,6 +118,12 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     }:
         tables = [_trajectory(name, steps) for name, steps in trajectories.items()]
         found.append(Section("On the way", tables, plots.trajectory(trajectories)))
+    if written := {
+        name: result["generation"] for name, result in zip(names, results) if "generation" in result
+    }:
+        unedited = next(iter(written.values()))["before"]
+        columns = {"unedited": unedited, **{n: made["after"] for n, made in written.items()}}
+        found.append(Section("What it writes by itself", [grid(columns)]))
     return found
 
 

@@ -32,8 +32,11 @@ def test_a_result_says_what_was_measured_and_how(tiny_llama, tmp_path, protocol)
         batch=2,
         every=2,
         texts=TEXTS,
+        generate=2,
         progress=False,
     )
+    assert found.generation.after["prompt"]["contains"].records == 2
+    assert found.generation.before["text"]["fluency"].mean > 0
     assert weights_fingerprint(tiny_llama.hf) == before and not tiny_llama.ledger.active
     assert make_method(found.config) == method and found.facts == len(FACTS)
     assert len(found.trajectory) == (3 if protocol == "sequential" else 0)
