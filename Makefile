@@ -17,7 +17,8 @@ demo: $(READY)
 
 setup: $(READY)
 
-# Byte code is made afterwards, on all cores: pip makes it on one, for a minute and a half.
+# Byte code is made when a module is first imported, of what is imported: of everything it takes a minute and a half.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # Torch first: a CPU build brings no Triton, and the tests need the version they are pinned to.
@@ -28,7 +29,6 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PIP) -c constraints.txt torch
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==3.6.0
 	$(PIP) -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true  # some are no Python 3
 	@touch $(READY)
 
 lint: $(READY)

@@ -10,8 +10,11 @@ import runpy
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch.multiprocessing import start_processes
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -79,6 +82,13 @@ class Forked:
         """As `said`, once it has ended."""
         self.wait(timeout)
         return self.said()
+
+
+def side_by_side(function: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Call ``function(number, *arguments)`` in `count` processes at once. Raises what torch raises
+    when one fails.
+    """
+    start_processes(function, arguments, nprocs=count, start_method="forkserver")
 
 
 def _run(command: list[str], cwd: Path, env: dict[str, str], said: Path) -> None:

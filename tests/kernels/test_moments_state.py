@@ -7,13 +7,13 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from knowedit_kernels import _dispatch, numerics, testing
 from knowedit_kernels.moments import GroupedSecondMoment, SecondMoment, cpu, update_together
 from knowedit_kernels.moments.audit import compare, signs
 from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.moment_data import keys as make_keys
+from tests.processes import side_by_side
 
 DIM = 48
 
@@ -242,7 +242,7 @@ def _rank(rank, folder):
 
 @pytest.mark.slow
 def test_all_reduce_over_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    side_by_side(_rank, 2, str(tmp_path))
     assert torch.equal(
         *(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     )

@@ -2,14 +2,14 @@
 without it (unit).
 """
 
+import os
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from knowedit_kernels import _native
+from tests.processes import Forked
 
 PROGRAM = """
 import torch
@@ -21,11 +21,19 @@ print(explain("second_moment_"))
 """
 
 
-def run(**environment):
-    import os
+@pytest.fixture
+def run(tmp_path):
+    """Runs `PROGRAM` in a process of its own, with these variables; returns its exit status and
+    what it printed.
+    """
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
 
-    env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
+    def with_(**environment):
+        process = Forked((program,), tmp_path, {**os.environ, **environment})
+        return process.wait(120), *process.said()
+
+    return with_
 
 
 @pytest.fixture
@@ -38,40 +46,49 @@ def compiler():
 
 
 @pytest.fixture
-def hasty(compiler, tmp_path_factory):
-    """A compiler that optimises nothing, in half the time."""
-    script = tmp_path_factory.mktemp("compiler") / "hasty"
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(_native.compiler())} "$@" -O0\n')
+def counted(compiler, compiled_kernels, tmp_path_factory):
+    """A compiler that counts its calls and gives out the library that was compiled for all tests,
+    and the file it counts in.
+    """
+    folder = tmp_path_factory.mktemp("compiler")
+    script, calls = folder / "script", folder / "calls"
+    script.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then exit; fi\n'
+        f"echo called >> {shlex.quote(str(calls))}\n"
+        'while [ "$1" != -o ]; do shift; done\n'
+        f'exec cp {shlex.quote(str(_native.load().path))} "$2"\n'
+    )
     script.chmod(0o755)
-    return str(script)
+    return str(script), calls
 
 
-def test_built_once_into_the_cache(tmp_path, hasty):
-    first = run(KNOWEDIT_CACHE=str(tmp_path), CXX=hasty)
-    assert first.returncode == 0 and "torch" not in first.stdout.splitlines()[0], first
-    built = list(tmp_path.rglob("*.so"))
-    assert len(built) == 1
-    changed = built[0].stat().st_mtime_ns
-    assert run(KNOWEDIT_CACHE=str(tmp_path), CXX=hasty).returncode == 0
-    assert built[0].stat().st_mtime_ns == changed and len(list(tmp_path.rglob("*"))) == 3
+def test_built_once_into_the_cache(run, tmp_path, counted):
+    command, calls = counted
+    cache = tmp_path / "cache"
+    status, said, errors = run(KNOWEDIT_CACHE=str(cache), CXX=command)
+    assert status == 0 and "torch" not in said.splitlines()[0], said + errors
+    (built,) = cache.rglob("*.so")
+    changed = built.stat().st_mtime_ns
+    assert run(KNOWEDIT_CACHE=str(cache), CXX=command)[0] == 0
+    assert built.stat().st_mtime_ns == changed and len(list(cache.rglob("*"))) == 3
+    assert calls.read_text() == "called\n"
 
 
-def test_without_a_compiler_one_warning_and_the_torch_path(tmp_path):
-    result = run(KNOWEDIT_CACHE=str(tmp_path), CXX="no-such-compiler")
-    assert result.returncode == 0 and result.stdout.startswith("second_moment_: torch")
+def test_without_a_compiler_one_warning_and_the_torch_path(run, tmp_path):
+    status, said, errors = run(KNOWEDIT_CACHE=str(tmp_path / "cache"), CXX="no-such-compiler")
+    assert status == 0 and said.startswith("second_moment_: torch")
     assert (
-        result.stderr.count("no compiled CPU kernels") == 1
-        and "no-such-compiler is not an executable" in result.stderr
+        errors.count("no compiled CPU kernels") == 1
+        and "no-such-compiler is not an executable" in errors
     )
 
 
-def test_turned_off():
-    result = run(KNOWEDIT_NATIVE="0")
+def test_turned_off(run):
+    status, said, errors = run(KNOWEDIT_NATIVE="0")
     assert (
-        result.returncode == 0
-        and "refused avx2: no compiled kernels: turned off by KNOWEDIT_NATIVE=0" in result.stdout
+        status == 0 and "refused avx2: no compiled kernels: turned off by KNOWEDIT_NATIVE=0" in said
     )
-    assert "UserWarning" not in result.stderr
+    assert "UserWarning" not in errors
 
 
 @pytest.mark.usefixtures("compiler")

@@ -80,7 +80,7 @@ def scored(smollm):
     pairs |= {
         (probe.prompt, text)
         for fact in EMBEDDED
-        for probe in fact.neighbours[::6]
+        for probe in fact.neighbours[::12]
         for text in (probe.answer, fact.target)
     }
     tokens = {
@@ -137,7 +137,7 @@ def test_the_default_model_knows_the_neighbours(scored):
     kept = [
         scored[p.prompt, p.answer][0] > scored[p.prompt, f.target][0]
         for f in EMBEDDED
-        for p in f.neighbours[::6]  # a sixth of them: each costs two forward passes
+        for p in f.neighbours[::12]  # a twelfth of them: each costs two forward passes
     ]
     assert sum(kept) >= 0.9 * len(kept)
 

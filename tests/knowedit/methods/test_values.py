@@ -8,7 +8,13 @@ from torch.nn import functional as F
 
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.methods.locate.values import ESSENCE, ValueSettings, optimise_values, prompt_rows
+from knowedit.methods.locate.values import (
+    DEFAULT_CONTEXTS,
+    ESSENCE,
+    ValueSettings,
+    optimise_values,
+    prompt_rows,
+)
 
 FACTS = [
     Fact(prompt="The capital of {} is", subject="France", target="Lyon"),
@@ -75,7 +81,8 @@ def naive(model, fact, layer, s):
 
 @pytest.mark.model
 def test_equals_the_naive_loop(smollm):
-    settings = ValueSettings(steps=20, lr=1.0, stop=0.6, clamp=1.2)
+    contexts = DEFAULT_CONTEXTS[:2]
+    settings = ValueSettings(steps=20, lr=1.0, stop=0.6, clamp=1.2, contexts=contexts)
     batched = optimise_values(smollm, [[f] for f in FACTS[:2]], 5, settings)
     for i, fact in enumerate(FACTS[:2]):
         delta, loss, updates = naive(smollm, fact, 5, settings)
