@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import time
-import timeit
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,9 +169,19 @@ def test_a_repeated_option_replaces_its_default():
     assert parser.parse_args([]).threads == [1, 2]
 
 
+@pytest.fixture
+def ceilings(monkeypatch):
+    """Not measured: a bfloat16 product takes seconds on a CPU without bfloat16 units."""
+    rates = {str(dtype).removeprefix("torch."): 1.0 for dtype in gpu_experiments.DTYPES.values()}
+    found = {"copy_gbps": 1.0, "matmul_tflops": rates}
+    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: found)
+
+
+@pytest.mark.usefixtures("ceilings")
 def test_gpu_suite_dry_run(tmp_path, capsys, monkeypatch):
-    # ceilings of one call each: a bfloat16 product takes seconds on a CPU without bfloat16 units
-    monkeypatch.setattr(machine, "_best", lambda run, device: timeit.timeit(run, number=1))
+    done = subprocess.CompletedProcess([], 0, stdout="9 skipped", stderr="")
+    apart = SimpleNamespace(run=lambda *a, **k: done, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(gpu_experiments, "subprocess", apart)  # tests/gpu run by themselves
     assert gpu_suite.main(["--dry-run", "--repeats", "1", "--output", str(tmp_path)]) == 0
     rows = rows_of(tmp_path / "gpu-dry-run.jsonl")[1:]
     done = [row["step"] for row in rows if row.get("failure", "") is None and "seconds" in row]
@@ -203,6 +213,7 @@ def wrong_update(W, U, V, **options):
     return W.addmm_(U.to(W.dtype), V.T.to(W.dtype), alpha=1.5)
 
 
+@pytest.mark.usefixtures("ceilings")
 @pytest.mark.parametrize(
     "holder, name, wrong, step",
     [
@@ -220,10 +231,6 @@ def wrong_update(W, U, V, **options):
 )
 def test_gpu_suite_rejects_a_wrong_kernel(holder, name, wrong, step, monkeypatch, capsys):
     monkeypatch.setattr(holder, name, wrong)
-    # not measured: a bfloat16 product takes seconds on a CPU without bfloat16 units
-    rates = {str(dtype).removeprefix("torch."): 1.0 for dtype in gpu_experiments.DTYPES.values()}
-    found = {"copy_gbps": 1.0, "matmul_tflops": rates}
-    monkeypatch.setattr(machine, "ceilings", lambda device, dtypes: found)
     assert gpu_suite.main(["--dry-run", "--repeats", "1", "--only", step]) == 1
     assert "RED" in capsys.readouterr().out
 
