@@ -13,12 +13,11 @@ import io
 import json
 import logging
 import random
-import time
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from knowedit.report.run import SECTIONS, report
 from knowedit.statistics.corpus.corpus import Corpus
 from knowedit.statistics.files import npz
 from knowedit.statistics.files.store import LayerStatistics
+from tests.faults.tally import MOST, Tally
 
 FILES = Path(__file__).parent.parent / "knowedit"
 V1 = FILES / "edits" / "files" / "v1"
@@ -153,31 +153,31 @@ def trial(target: Target, data: bytes, folder: Path) -> bool:
         raise Escaped(f"{target.label}: {type(error).__name__}: {str(error)[:300]}") from error
 
 
-def fuzz(
-    count: int,
-    seed: int,
-    folder: Path,
-    found: Counter[str],
-    escaped: list[str],
-    until: float = float("inf"),
-) -> None:
-    """Try `count` inputs, or fewer where the monotonic clock passes `until`; counts in `found`.
-    What escapes is kept, and its input is written to `folder`, up to 50 times.
-    """
-    chance, every = random.Random(seed), targets()
-    with quiet():
-        for target in chance.choices(every, [one.weight for one in every], k=count):
-            if time.monotonic() > until:
-                break
-            data = target.make(chance)
-            try:
-                read = trial(target, data, folder)
-                found[f"{target.label}: {'read' if read else 'refused'}"] += 1
-            except Escaped as problem:
-                found[f"{target.label}: ESCAPED"] += 1
-                if len(escaped) < 50:
-                    escaped.append(str(problem))
-                    (folder / f"escaped-{len(escaped)}-{target.name}").write_bytes(data)
+class Inputs:
+    """Damaged files for every reader; the first that escape are kept in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.targets = folder, targets()
+        self.weights = list(accumulate(one.weight for one in self.targets))
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(quiet())
+
+    def try_one(self, number: int, seed: int, tally: Tally) -> None:
+        """The input of that number."""
+        chance = random.Random(f"{seed} input {number}")
+        target = chance.choices(self.targets, cum_weights=self.weights)[0]
+        data = target.make(chance)
+        try:
+            read = trial(target, data, self.folder)
+            tally.outcomes[f"{target.label}: {'read' if read else 'refused'}"] += 1
+        except Escaped as problem:
+            tally.fail(str(problem))
+            if len(tally.failed) < MOST:
+                (self.folder / f"escaped-{number}-{target.name}").write_bytes(data)
+
+    def close(self) -> None:
+        """Let the log speak again."""
+        self._held.close()
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
-"""`make faults`: many inputs, sequences and kills, and a file that says how many of each were tried
-and what came of them.
+"""`make faults`: many inputs, sequences, kills and full disks, and a file that says how many of
+each were tried and what came of them.
 
-    python -m tests.faults.run --inputs 1000000 --sequences 10000 --kills 1000
+    python -m tests.faults.run --kills 1000 --fills 250 --inputs 1000000 --sequences 10000
 
-A part that is asked for replaces what the file says of it; the others stay.
+Every try is decided by the seed and its number. The file is written on the way, and a run goes on
+after what it says was tried; `--again` begins anew with the parts that are named.
 """
 
 from __future__ import annotations
@@ -11,116 +12,101 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import random
+import resource
+import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from knowedit_kernels.bench.machine import cpu_name
-from tests.faults import fuzzing, kills, sequences
+from tests.faults.fuzzing import Inputs
+from tests.faults.kills import Fills, Kills
+from tests.faults.sequences import Sequences
+from tests.faults.tally import Tally
 
 RESULT = Path(__file__).with_name("result.json")
 PACKAGES = ("knowedit-kernels", "torch", "transformers", "safetensors", "numpy", "pyarrow")
-Part = Callable[[int, int, Path, float], dict[str, Any]]
+OFTEN = 20.0  # seconds between two writings of the result
 
 
-def inputs(count: int, seed: int, folder: Path, until: float) -> dict[str, Any]:
-    """So many damaged files."""
-    found: Counter[str] = Counter()
-    escaped: list[str] = []
-    fuzzing.fuzz(count, seed, folder, found, escaped, until)
-    outcomes = Counter({end: 0 for end in ("read", "refused", "ESCAPED")})
-    for label, times in found.items():
-        outcomes[label.rpartition(": ")[2]] += times
-    return {
-        "tried": sum(found.values()),
-        **outcomes,
-        "escaped": sorted(set(escaped)),
-        "by reader": found,
-    }
+class Part(Protocol):
+    """Tries of one kind."""
+
+    def try_one(self, number: int, seed: int, tally: Tally) -> None:
+        """The try of that number; what comes of it is counted."""
+
+    def close(self) -> None:
+        """Leave nothing behind."""
 
 
-def undo_sequences(count: int, seed: int, folder: Path, until: float) -> dict[str, Any]:
-    """So many sequences, on every layout in turn."""
-    done: Counter[str] = Counter()
-    failures: list[str] = []
-    edits: dict[str, list[str]] = {}
-    without: dict[str, dict[str, str]] = {}
-    tokenizer = sequences.byte_tokenizer()
-    share, states, tried = -(-count // len(sequences.LAYOUTS)), 0, 0
-    for left, layout in zip(range(len(sequences.LAYOUTS), 0, -1), sequences.LAYOUTS):
-        end = time.monotonic() + (until - time.monotonic()) / left
-        model = sequences.model_of(layout, tokenizer)
-        made, without[layout] = sequences.computed(model)
-        bench = sequences.Workbench(model, [*made, *sequences.synthetic(model)])
-        edits[layout] = [edit.method_name for edit in bench.edits]
-        for number in range(share):
-            if time.monotonic() > end:
-                break
-            tried += 1
-            try:
-                bench.run(random.Random(f"{seed} {layout} {number}"), folder / "edited")
-            except Exception as error:
-                failures.append(f"{layout} {number}: {type(error).__name__}: {error}"[:400])
-                bench = sequences.Workbench(
-                    sequences.model_of(layout, tokenizer), bench.edits
-                )  # the other's weights may be anything
-        done, states = done + bench.done, states + len(bench.states)
-    return {
-        "tried": tried,
-        "steps": done,
-        "different states": states,
-        "failed": failures,
-        "edits": edits,
-        "not computed": without,
-    }
-
-
-def killed(count: int, seed: int, folder: Path, until: float) -> dict[str, Any]:
-    """So many kills, and a quarter as many full disks."""
-    return kills.many(count, seed, folder, until)
-
-
-PARTS: dict[str, Part] = {"inputs": inputs, "sequences": undo_sequences, "kills": killed}
+PARTS: dict[str, Callable[[Path], Part]] = {
+    "kills": Kills, "fills": Fills, "sequences": Sequences, "inputs": Inputs
+}  # fmt: skip
 
 
 def main() -> int:
     """Run the parts; 1 where anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for part in PARTS:
-        parser.add_argument(f"--{part}", type=int, default=0)
+    for name in PARTS:
+        parser.add_argument(f"--{name}", type=int, default=0, help="how many in all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="forget what was tried before")
     parser.add_argument("--minutes", type=float, default=1e6, help="a part ends after so many")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     given = parser.parse_args()
+    for which in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the first
+        signal.signal(which, signal.default_int_handler)
     failed = False
     for name, part in PARTS.items():
-        if not (count := getattr(given, name)):
-            continue
-        until = time.monotonic() + 60 * given.minutes
-        begun, used = time.perf_counter(), time.process_time()
-        with tempfile.TemporaryDirectory(dir=_fast()) as folder:
-            found = part(count, given.seed, Path(folder), until)
-        found |= {
-            "seed": given.seed,
-            "seconds": round(time.perf_counter() - begun),
-            "CPU seconds": round(time.process_time() - used),
-            "processor": cpu_name(),
-            "python": platform.python_version(),
-            "versions": {package: version(package) for package in PACKAGES},
-        }
-        known = json.loads(given.output.read_text("utf-8")) if given.output.exists() else {}
-        known[name] = found
-        given.output.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", "utf-8")
-        bad = found.get("escaped") or found.get("failed")
-        print(f"{name}: {found['tried']} tried; {len(bad or ())} kinds of failures")
-        failed |= bool(bad)
+        if count := getattr(given, name):
+            tally = Tally() if given.again else _read(given.output).get(name, Tally())
+            with tempfile.TemporaryDirectory(dir=_fast()) as folder:
+                _try(name, part(Path(folder)), count, tally, given)
+            print(f"{name}: {tally.tried} tried; {tally.outcomes['FAILED']} failed", flush=True)
+            failed |= bool(tally.failed)
     return int(failed)
+
+
+def _try(name: str, part: Part, count: int, tally: Tally, given: argparse.Namespace) -> None:
+    """Try, and write the result on the way."""
+    begun, used, until = time.monotonic(), _used(), time.monotonic() + 60 * given.minutes
+    try:
+        while tally.tried < count and begun < until:
+            part.try_one(tally.tried, given.seed, tally)
+            tally.tried += 1
+            if time.monotonic() - begun > OFTEN or tally.tried == count:
+                tally.seconds += time.monotonic() - begun
+                tally.cpu_seconds += _used() - used
+                begun, used = time.monotonic(), _used()
+                _write(given.output, name, tally, given.seed)
+    finally:
+        part.close()
+
+
+def _used() -> float:
+    """Seconds of processor time, of forks that have ended too."""
+    every = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in every)
+
+
+def _read(path: Path) -> dict[str, Tally]:
+    known: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return {name: Tally.from_dict(record) for name, record in known.items()}
+
+
+def _write(path: Path, name: str, tally: Tally, seed: int) -> None:
+    tally.about |= {
+        "seed": seed,
+        "processor": cpu_name(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    found = {other: one.to_dict() for other, one in {**_read(path), name: tally}.items()}
+    path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def _fast() -> str | None:

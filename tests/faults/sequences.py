@@ -9,6 +9,7 @@ and take back, which takes milliseconds.
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import shutil
 import zlib
@@ -27,8 +28,10 @@ from knowedit.errors import EditError, KnowEditError
 from knowedit.methods.locate.values import ValueSettings
 from knowedit.methods.registry import make_method
 from knowedit.models.editable import EditableModel
+from tests.faults.tally import Tally
 from tests.knowedit.edits.test_edit import a_trained_edit, an_edit
 from tests.knowedit.methods.helpers import FACTS, SAME, statistics_of, target_of
+from tests.knowedit.methods.test_experts import statistics_of as of_experts
 from tests.knowedit.models.tiny import build
 
 #: Models by name: family, configuration, dtype. GPT-2 stores its matrices transposed; Mixtral and
@@ -81,7 +84,7 @@ class Workbench:
         active = [other for other in self.edits if other.key in model.ledger.active]
         return any(other is edit or other.exclusive & edit.exclusive for other in active)
 
-    def run(self, chance: random.Random, folder: Path, steps: int = 8) -> None:
+    def run(self, chance: random.Random, folder: Path, steps: int = 6) -> None:
         """One sequence; raises AssertionError where anything is not as it should be."""
         model = self.model
         for _ in range(steps):
@@ -249,6 +252,8 @@ def computed(
 ) -> tuple[list[Edit], dict[str, str]]:
     """An edit or two of every method, and why there is none of the others."""
     values = ValueSettings(steps=2, clamp=4.0)
+    routed = model.layout.experts(LAYERS[0]) is not None
+    statistics = (of_experts if routed else statistics_of)(model, LAYERS)
     found: list[Edit] = []
     without: dict[str, str] = {}
     for name in names:
@@ -263,8 +268,44 @@ def computed(
         for facts in (FACTS[:1], OTHER_FACTS[:1]):
             try:
                 made = replace(method, **settings)
-                statistics = statistics_of(model, LAYERS) if method.needs_statistics else None
                 found.append(made.compute(model, facts, statistics, progress=False))
             except KnowEditError as error:
                 without[name] = str(error)[:200]
     return found, without
+
+
+class Sequences:
+    """Sequences on every layout in turn; its edits are computed when its turn comes first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tokenizer = folder, byte_tokenizer()
+        self.benches: dict[str, Workbench] = {}
+        logging.disable(logging.CRITICAL)  # every second edit contradicts one in force
+
+    def try_one(self, number: int, seed: int, tally: Tally) -> None:
+        """The sequence of that number."""
+        layout = list(LAYOUTS)[number % len(LAYOUTS)]
+        if layout not in self.benches:
+            self.benches[layout] = self._bench(layout, tally)
+        bench = self.benches[layout]
+        before = bench.done.copy()
+        try:
+            bench.run(random.Random(f"{seed} sequence {number}"), self.folder / "edited")
+        except Exception as error:
+            tally.fail(f"{layout} {number}: {type(error).__name__}: {error}")
+            self.benches[layout] = Workbench(
+                model_of(layout, self.tokenizer), bench.edits
+            )  # the other's weights may be anything
+        tally.outcomes.update({f"{layout}: {name}": n for name, n in (bench.done - before).items()})
+
+    def _bench(self, layout: str, tally: Tally) -> Workbench:
+        model = model_of(layout, self.tokenizer)
+        made, without = computed(model)
+        bench = Workbench(model, [*made, *synthetic(model)])
+        names = Counter(edit.method_name for edit in bench.edits)
+        tally.about[layout] = {"edits": names, "not computed": without}
+        return bench
+
+    def close(self) -> None:
+        """Let the log speak again."""
+        logging.disable(logging.NOTSET)

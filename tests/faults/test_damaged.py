@@ -193,6 +193,11 @@ class Full:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
 
+def full(_folder):
+    """As the library of tokenizers says it."""
+    raise Exception("No space left on device (os error 28)")
+
+
 def test_a_full_disk_is_an_error_that_names_the_file(tiny_llama, tmp_path, monkeypatch):
     edit = an_edit(tiny_llama)
     monkeypatch.setattr("knowedit.io.tensors.save_file", Full)
@@ -203,6 +208,10 @@ def test_a_full_disk_is_an_error_that_names_the_file(tiny_llama, tmp_path, monke
         edit.export(tmp_path / "adapter", tiny_llama)
     with pytest.raises(OSError, match="edited could not be written.*No space left"):
         monkeypatch.setattr(tiny_llama.hf, "save_pretrained", Full)
+        save_edited(tiny_llama, [edit], tmp_path / "edited")
+    with pytest.raises(OSError, match="edited could not be written.*No space left"):
+        monkeypatch.setattr(tiny_llama.hf, "save_pretrained", lambda folder: None)
+        monkeypatch.setattr(tiny_llama.tokenizer, "save_pretrained", full)
         save_edited(tiny_llama, [edit], tmp_path / "edited")
     assert not list(tmp_path.iterdir()) and not tiny_llama.ledger.active
 

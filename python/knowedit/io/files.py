@@ -249,10 +249,12 @@ def _umask() -> int:
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Within the block safetensors' own errors, which are of no class that says so, are OSErrors
-    that name `path`.
+    """Within the block the errors of safetensors and of tokenizers, which are of no class that says
+    so, are OSErrors that name `path`.
     """
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+    except Exception as error:
+        if isinstance(error, SafetensorError) or type(error) is Exception:
+            raise OSError(f"{path} could not be written: {error}") from error
+        raise

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from knowedit.errors import ModelError
 from knowedit.models.fingerprint import setup_of, streamed_fingerprint
-from knowedit.models.load import check_plain, class_for
+from knowedit.models.load import check_plain, class_for, said_by
 from knowedit.models.structure import is_transposed
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -73,7 +73,7 @@ class Checkpoint:
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{self.folder}: {str(error)[:300]}") from error
+            raise ModelError(f"{self.folder}: {said_by(error)}") from error
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -147,5 +147,5 @@ class Checkpoint:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{self.folder} has no tokenizer: {str(error)[:200]}") from error
+            raise ModelError(f"{self.folder} has no tokenizer: {said_by(error)}") from error
         return setup_of(self.config, tokenizer)

@@ -237,8 +237,9 @@ def fingerprint_of(folder: Path) -> str:
     from transformers import AutoConfig
 
     with _loading(str(folder)):
-        opened = class_for(AutoConfig.from_pretrained(folder))
-        return weights_fingerprint(opened.from_pretrained(folder, dtype="auto"))
+        opened = class_for(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        model = opened.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        return weights_fingerprint(model)
 
 
 @contextmanager
@@ -256,8 +257,18 @@ def _loading(name: str) -> Iterator[None]:
             "tensors, or is damaged, and is not opened; take a copy in safetensors"
         ) from error
     except Exception as error:  # transformers', safetensors' and torch's own, of many classes
-        said = str(error).strip()[:400] or type(error).__name__
-        raise ModelError(f"model {name!r} could not be loaded: {said}") from error
+        raise ModelError(f"model {name!r} could not be loaded: {said_by(error)}") from error
     finally:
         if was:
             logging.enable_progress_bar()
+
+
+def said_by(error: Exception) -> str:
+    """What an error of transformers says; of a model's own code, how to run it."""
+    said = str(error).strip()
+    if "trust_remote_code" not in said:
+        return said[:400] or type(error).__name__
+    return (
+        "it brings Python code of its own, which is run only where it is asked for: "
+        "load_model(..., trust_remote_code=True), for code that you have read"
+    )

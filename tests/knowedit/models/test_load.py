@@ -4,6 +4,7 @@ classes without a fused attention.
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -14,7 +15,8 @@ from knowedit.edits.changes import LowRank
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import restore, save_edited
 from knowedit.errors import ModelError
-from knowedit.models.load import class_for
+from knowedit.models.checkpoint import Checkpoint
+from knowedit.models.load import class_for, fingerprint_of, load_model
 from tests.knowedit.models.tiny import build
 
 
@@ -144,3 +146,41 @@ def test_a_type_without_a_class_for_texts_is_opened_by_the_one_it_names():
     assert class_for(config) is Emu3ForCausalLM
     with pytest.raises(ModelError, match="no class for texts of models of the type 'clip'"):
         class_for(CLIPConfig())
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig
+
+Path({!r}).touch()
+
+
+class Own(LlamaConfig):
+    model_type = "own"
+"""
+
+
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+def test_code_of_a_model_runs_only_where_it_is_asked_for(
+    tiny_llama, folder, tmp_path, monkeypatch, what
+):
+    def asked(*_):
+        raise AssertionError("the user was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "py"))
+    ran, own = tmp_path / "ran", {"config": "AutoConfig", "tokenizer": "AutoTokenizer"}[what]
+    (folder / "own.py").write_text(OWN_CODE.format(str(ran)))
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        record = json.loads(path.read_text())
+        record["auto_map"] = {own: "own.Own" if what == "config" else ["own.Own", None]}
+        record |= {"model_type": "own"} if what == "config" else {"tokenizer_class": "Own"}
+        path.write_text(json.dumps(record))
+    loads = [lambda: load_model(str(folder)), lambda: Checkpoint(folder).setup]
+    for load in [*loads, lambda: fingerprint_of(folder)] if what == "config" else loads:
+        with pytest.raises(ModelError, match="Python code of its own.*trust_remote_code=True"):
+            load()
+    assert not ran.exists()
+    with contextlib.suppress(ModelError):  # it is no whole model; its code has run all the same
+        load_model(str(folder), trust_remote_code=True)
+    assert ran.exists()
