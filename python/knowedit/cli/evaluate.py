@@ -61,6 +61,13 @@ def evaluate(
         Path | None,
         typer.Option(help='Texts for the consistency of what it writes, as {"object": ["text"]}.'),
     ] = None,
+    definition: Annotated[
+        str,
+        typer.Option(
+            help="memit: which of two answers is likelier; easyedit: also its accuracy, the share "
+            "of right tokens."
+        ),
+    ] = "memit",
     output: Folder = None,
     *,
     run: MethodRun,
@@ -99,6 +106,7 @@ def evaluate(
             seed=run.seed or 0,
             folder=output,
             generate=generate,
+            definition=definition,
             references=None if references is None else read_references(references),
             say=say,
         ):

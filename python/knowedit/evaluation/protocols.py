@@ -16,6 +16,7 @@ from typing import Any
 from knowedit.edits.edit import Edit
 from knowedit.edits.limits import RUINOUS, Limits
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.definitions import check_definition, counted
 from knowedit.evaluation.evaluation import Evaluation, evaluate, evaluate_each
 from knowedit.evaluation.evaluation import plain as plain_estimates
 from knowedit.evaluation.generation import Figure, Generation, References, Writing, summary
@@ -158,6 +159,7 @@ def measure(
     folder: Path | None = None,
     generate: int = 0,
     references: References | None = None,
+    definition: str = "memit",
     say: Callable[[str], None] = print,
 ) -> Iterator[dict[str, Any] | Result]:
     """Load everything and measure each method, one after the other; what `knowedit eval` calls.
@@ -168,7 +170,7 @@ def measure(
         text: held-out text for the perplexity (as `corpus`).
         where: statistics to take instead of collecting them from `corpus`.
         seed: of the statistics' corpus and of the intervals.
-        generate, references: as `run`.
+        generate, references, definition: as `run`.
         folder: for the results, on disk before the next method starts; those that it has are not
             measured again, but yielded as their records.
 
@@ -178,6 +180,7 @@ def measure(
     """
     made = [make_method(method).with_corpus(corpus) for method in methods]
     check_protocol(protocol)
+    check_definition(definition)
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
     common = {
@@ -187,6 +190,7 @@ def measure(
         **{"corpus": plain(corpus), "tokens": tokens, "statistics": plain(where)},
         "text": plain(text),
         **({"generate": generate, "references": references} if generate else {}),
+        **({"definition": definition} if definition != "memit" else {}),
     }
     digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
     settings = {"dataset": dataset, "digest": digest}
@@ -214,6 +218,7 @@ def measure(
             seed=seed,
             generate=generate,
             references=references,
+            definition=definition,
         )
         told = replace(told, run=settings)
         if folder is not None:
@@ -284,6 +289,7 @@ def run(
     seed: int = 0,
     generate: int = 0,
     references: References | None = None,
+    definition: str = "memit",
     progress: bool = True,
 ) -> Result:
     """Compute and measure one method; the model is left as it was found.
@@ -291,6 +297,7 @@ def run(
     Args:
         generate: also let the model write about the first so many facts (`evaluation.generation`).
         references: texts by object, for the consistency of what it writes.
+        definition: whose figures stand beside the usual ones (`evaluation.definitions`).
         dataset: its name, for the record.
         texts: held-out documents, for measures that need some.
         seed: of the intervals.
@@ -299,6 +306,7 @@ def run(
         KnowEditError: an unknown protocol, no facts, or what the method raises.
     """
     check_protocol(protocol)
+    check_definition(definition)
     if not facts:
         raise KnowEditError("there are no facts to measure; give at least one")
     trajectory: list[SequenceStep] = []
@@ -352,7 +360,7 @@ def run(
         method.name,
         protocol,
         len(facts),
-        evaluation,
+        counted(evaluation, definition),
         effects,
         seconds / len(facts),
         report,

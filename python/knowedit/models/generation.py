@@ -12,6 +12,7 @@ not the taste of whoever published it. Of that config only the tokens that end a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -43,12 +44,19 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """How the model rates an answer: mean log-probability a token (nats), and whether every token
-    is its arg-max.
+    """How the model rates an answer.
+
+    Attributes:
+        logprob: mean log-probability a token, nats.
+        exact: whether every token is the arg-max.
+        hits: the share of tokens that are.
+        choices: the arg-max in place of each token.
     """
 
     logprob: float
     exact: bool
+    hits: float = math.nan
+    choices: tuple[int, ...] = ()
 
     @property
     def probability(self) -> float:
@@ -356,11 +364,18 @@ def _score(
         line, position, token = (torch.tensor(x, device=model.device) for x in zip(*at))
         logp = model.logprobs(model.final_states(ids)[line, position])
         chosen = logp.gather(1, token[:, None])[:, 0]
-        best = logp.argmax(-1) == token
+        choices = logp.argmax(-1)
+        best, firsts = choices == token, choices.tolist()
         start = 0
         for _, i in spans:
             stop = start + len(rows[i].ids) - (rows[i].answer or 0)
-            scores[i] = Score(float(chosen[start:stop].mean()), bool(best[start:stop].all()))
+            right = best[start:stop]
+            scores[i] = Score(
+                float(chosen[start:stop].mean()),
+                bool(right.all()),
+                float(right.double().mean()),
+                tuple(firsts[start:stop]),
+            )
             start = stop
         if progress:
             progress(len(spans))
