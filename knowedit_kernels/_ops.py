@@ -64,8 +64,9 @@ _define("moment_update_(Tensor(a!)[] turns, Tensor[] keys, Tensor? mask, int[] m
 _define(
     "moment_pack_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs) -> ()"
 )
-# their C++ kernels; isa as in csrc/cpu/isa.h (0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16)
-_define("syrk_cpu_(Tensor(a!) c, Tensor keys, int isa) -> ()", compiled=True)
+# their C++ kernels; arithmetic as in csrc/cpu/syrk.h (0 exact, 1 fast, 2 float64), isa as in isa.h
+# (0 generic, 1 AVX2, 2 AVX-512, 3 AVX-512 BF16)
+_define("syrk_cpu_(Tensor(a!) c, Tensor keys, int arithmetic, int isa) -> ()", compiled=True)
 _define(
     "pack_cpu_(Tensor(a!)? out, Tensor(b!) audit, Tensor keys, Tensor? rows, Tensor signs, int "
     "isa) -> ()",
@@ -87,7 +88,7 @@ _define("row_audit_(Tensor(a!)? out, Tensor(b!) sums, Tensor keys, Tensor signs)
 # their C++ kernels
 _define(
     "grouped_syrk_cpu_(Tensor(a!) c, Tensor keys, Tensor? order, Tensor offsets, Tensor? weights, "
-    "int isa) -> ()",
+    "int arithmetic, int isa) -> ()",
     compiled=True,
 )
 _define(

@@ -20,26 +20,44 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Packed tokens per pass over C: enough to make the barriers and the traffic of C vanish, few enough for L3.
-int64_t tokens_per_block(int64_t d) { return std::clamp<int64_t>((int64_t{1} << 23) / d / 256 * 256, 1024, 4096); }
+// Packed tokens per pass over C: enough to make the barriers and the traffic of C vanish, few enough that the panels of a
+// row of tiles stay in L2 and all of them in L3.
+constexpr int64_t kTokensPerBlock = 1024;
 
 Type type_of(const Tensor& keys) {
   switch (keys.scalar_type()) {
     case ScalarType::Float: return Type::kF32;
     case ScalarType::Half: return Type::kF16;
     case ScalarType::BFloat16: return Type::kBF16;
-    default: STD_TORCH_CHECK(false, "keys must be float32, float16 or bfloat16"); return Type::kF32;
+    case ScalarType::Double: return Type::kF64;
+    default: STD_TORCH_CHECK(false, "keys must be float64, float32, float16 or bfloat16"); return Type::kF32;
   }
 }
 
-const SyrkKernels& kernels(int64_t isa, Type type) {
+void check_isa(int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa <= best_isa(), "this machine lacks instruction set ", isa);
+}
+
+const SyrkKernels& kernels(int64_t isa, int64_t arithmetic, Type type) {
+  check_isa(isa);
+  STD_TORCH_CHECK(arithmetic >= 0 && arithmetic <= static_cast<int>(Arithmetic::kDouble), "unknown arithmetic ", arithmetic);
+  STD_TORCH_CHECK(type != Type::kF64 || arithmetic == static_cast<int>(Arithmetic::kDouble),
+                  "float64 keys need float64 arithmetic");
 #if defined(__x86_64__)
-  if (isa == kAvx512Bf16 && type == Type::kBF16) return kSyrkAvx512Bf16;
-  if (isa >= kAvx512) return kSyrkAvx512;
-  if (isa == kAvx2) return kSyrkAvx2;
+  if (isa == kAvx512Bf16 && type == Type::kBF16) return kSyrkAvx512Bf16[arithmetic];
+  if (isa >= kAvx512) return kSyrkAvx512[arithmetic];
+  if (isa == kAvx2) return kSyrkAvx2[arithmetic];
 #endif
-  return kSyrkGeneric;
+  return kSyrkGeneric[arithmetic];
+}
+
+AuditKernel audit_kernel(int64_t isa) {
+  check_isa(isa);
+#if defined(__x86_64__)
+  if (isa >= kAvx512) return kAuditAvx512;
+  if (isa == kAvx2) return kAuditAvx2;
+#endif
+  return kAuditGeneric;
 }
 
 // Threads take work items one at a time: on a busy machine equal shares would wait for the slowest core.
@@ -67,7 +85,7 @@ struct Segment {
 };
 
 // Cuts a group's `count` rows into equal segments of at most `most`, and appends them. Two of one group are more than
-// `most` together, so that no wave of `for_each_tile` has both.
+// `most` together, so that no wave of `add_segments` has both.
 void cut(std::vector<Segment>& segments, int64_t group, int64_t count, Rows rows, int64_t most) {
   const int64_t pieces = (count + most - 1) / most;
   for (int64_t i = 0; i < pieces; ++i) {
@@ -76,15 +94,19 @@ void cut(std::vector<Segment>& segments, int64_t group, int64_t count, Rows rows
   }
 }
 
-// add(group, i0, j0, sum) for every tile of the lower triangle of every segment's K^T K, `sum` [kTile, kTile].
+// The part of row i0 + i that a tile at (i0, j0) of a lower triangle of `d` rows has: from j0 on, so many columns.
+int64_t width_of(int64_t d, int64_t i0, int64_t j0, int64_t i) { return std::min({kTile, d - j0, i0 + i - j0 + 1}); }
+
+// Adds the lower triangle of every segment's K^T K to its group's, of which row(group, i) is the start of row i.
 // Segments are taken in waves of at most `most` rows (or one), so that what is packed stays in cache and every
 // thread has work, however uneven the groups are.
-template <class Add>
-void for_each_tile(const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments, int64_t most,
-                   const Add& add) {
+template <class T, class Row>
+void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments, int64_t most,
+                  const Row& row) {
   const Type type = type_of(keys);
-  const int64_t d = keys.size(1), panels = (d + kPanel - 1) / kPanel, blocks = (d + kTile - 1) / kTile;
-  const int64_t per_block = kTile / kPanel, tiles = blocks * (blocks + 1) / 2;
+  const int64_t d = keys.size(1), width = kernel.panel, panels = (d + width - 1) / width;
+  const int64_t blocks = (d + kTile - 1) / kTile, per_block = kTile / width, tiles = blocks * (blocks + 1) / 2;
+  const int64_t depth = kDepth / kernel.tokens_per_step;
   const auto steps = [&](const Segment& segment) {
     return (segment.count + kernel.tokens_per_step - 1) / kernel.tokens_per_step;
   };
@@ -97,74 +119,77 @@ void for_each_tile(const Tensor& keys, const SyrkKernels& kernel, const std::vec
       rows += segments[last].count;
       start.push_back(start.back() + steps(segments[last]));
     }
-    const size_t bytes = start.back() * panels * kPanel * 4 + 64;
+    const size_t bytes = start.back() * panels * kernel.step_bytes + 64;
     if (held < bytes) memory.reset(new char[held = bytes]);
     char* packed = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
     const int64_t count = static_cast<int64_t>(last - first);
-    const auto panel = [&](int64_t s, int64_t p) {
-      return packed + (start[s] * panels + (start[s + 1] - start[s]) * p) * kPanel * 4;
+    // A pass's panels lie side by side, whatever comes before and after: at the distance of a whole segment they would
+    // compete for the same places of the cache.
+    const auto length_of = [&](int64_t s, int64_t from) { return std::min(depth, start[s + 1] - start[s] - from); };
+    const auto panel = [&](int64_t s, int64_t from, int64_t p) {
+      return packed + ((start[s] + from) * panels + length_of(s, from) * p) * kernel.step_bytes;
     };
-    dynamic_for(count * panels, [&](int64_t item) {
-      const int64_t s = item / panels, p = item % panels;
+    // a few panels and a few rows at a time: rows are read by the cache line, and a page is visited once
+    constexpr int64_t kRows = 32;
+    dynamic_for(count * blocks, [&](int64_t item) {
+      const int64_t s = item / blocks, begin = item % blocks * per_block, end = std::min(panels, begin + per_block);
       const Segment& segment = segments[first + s];
-      kernel.pack(address(keys, 0, p * kPanel), type, segment.rows, segment.count, std::min(kPanel, d - p * kPanel),
-                  panel(s, p));
+      for (int64_t t = 0; t < segment.count; t += kRows) {
+        const int64_t step = t / kernel.tokens_per_step, from = step / depth * depth;
+        for (int64_t p = begin; p < end; ++p)
+          kernel.pack(address(keys, 0, p * width), type, segment.rows.from(t), std::min(kRows, segment.count - t),
+                      std::min(width, d - p * width), panel(s, from, p) + (step - from) * kernel.step_bytes);
+      }
     });
     // the last rows of tiles are the longest: first in, so that no thread ends with a long tail
     dynamic_for(count * tiles, [&](int64_t item) {
       const int64_t s = item / tiles;
       int64_t i = blocks - 1, j = item % tiles;
       for (; j > i; --i) j -= i + 1;
+      const int64_t i0 = i * kTile, j0 = j * kTile, rows = std::min(kTile, d - i0), group = segments[first + s].group;
+      // its rows lie pages apart, which no processor foresees: asked for now, they are there when the sum is
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < width_of(d, i0, j0, r); c += 64 / sizeof(T)) __builtin_prefetch(row(group, i0 + r) + j0 + c, 1);
       alignas(64) thread_local double sum[kTile * kTile];
       std::fill_n(sum, kTile * kTile, 0.0);
-      const int64_t length = start[s + 1] - start[s];
-      kernel.tile(panel(s, i * per_block), panel(s, j * per_block), length * kPanel * 4,
-                  std::min(per_block, panels - i * per_block), std::min(per_block, panels - j * per_block), length,
-                  i == j, sum);
-      add(segments[first + s].group, i * kTile, j * kTile, sum);
+      for (int64_t from = 0; from < start[s + 1] - start[s]; from += depth)
+        kernel.tile(panel(s, from, i * per_block), panel(s, from, j * per_block), rows, std::min(kTile, d - j0),
+                    length_of(s, from), segments[first + s].count, i == j, sum);
+      for (int64_t r = 0; r < rows; ++r) {
+        T* out = row(group, i0 + r) + j0;
+        const int64_t width = width_of(d, i0, j0, r);
+        for (int64_t c = 0; c < width; ++c) out[c] = static_cast<T>(out[c] + sum[r * kTile + c]);
+      }
     });
   }
 }
 
-// The tile at (i0, j0) of a lower triangle of `d` rows, of which `row(i)` is the start.
-template <class T, class Row>
-void add_tile(const Row& row, int64_t d, int64_t i0, int64_t j0, const double* sum) {
-  for (int64_t i = 0; i < kTile && i0 + i < d; ++i) {
-    const int64_t end = std::min({kTile, d - j0, i0 + i - j0 + 1});
-    T* out = row(i0 + i) + j0;
-    for (int64_t j = 0; j < end; ++j) out[j] = static_cast<T>(out[j] + sum[i * kTile + j]);
-  }
-}
-
-void syrk(Tensor c, Tensor keys, int64_t isa) {
+void syrk(Tensor c, Tensor keys, int64_t arithmetic, int64_t isa) {
   check_keys(keys);
   const int64_t tokens = keys.size(0), d = keys.size(1), ldc = c.stride(0);
   STD_TORCH_CHECK(c.scalar_type() == ScalarType::Double && c.dim() == 2 && c.size(0) == d && c.size(1) == d &&
                       (c.stride(1) == 1 || d <= 1),
                   "c must be float64 [d, d] with dense rows");
   if (tokens == 0 || d == 0) return;
-  const int64_t most = tokens_per_block(d);
+  const int64_t most = kTokensPerBlock;
   std::vector<Segment> segments;
   cut(segments, 0, tokens, {keys.stride(0), 0, nullptr, nullptr}, most);
   double* out = static_cast<double*>(c.mutable_data_ptr());
-  for_each_tile(keys, kernels(isa, type_of(keys)), segments, most,
-                [&](int64_t, int64_t i0, int64_t j0, const double* sum) {
-                  add_tile<double>([&](int64_t i) { return out + i * ldc; }, d, i0, j0, sum);
-                });
+  add_segments<double>(keys, kernels(isa, arithmetic, type_of(keys)), segments, most,
+                       [&](int64_t, int64_t i) { return out + i * ldc; });
 }
 
 template <class T>
 void grouped(Tensor& c, const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments, int64_t most) {
   const int64_t d = keys.size(1), size = d * (d + 1) / 2;
   T* out = static_cast<T*>(c.mutable_data_ptr());
-  for_each_tile(keys, kernel, segments, most, [&](int64_t group, int64_t i0, int64_t j0, const double* sum) {
-    add_tile<T>([&](int64_t i) { return out + group * size + i * (i + 1) / 2; }, d, i0, j0, sum);
-  });
+  add_segments<T>(keys, kernel, segments, most,
+                  [&](int64_t group, int64_t i) { return out + group * size + i * (i + 1) / 2; });
 }
 
 // c [groups, d (d + 1) / 2], of every group a lower triangle row by row, += the moments of the groups' rows.
 void grouped_syrk(Tensor c, Tensor keys, std::optional<Tensor> order, Tensor offsets, std::optional<Tensor> weights,
-                  int64_t isa) {
+                  int64_t arithmetic, int64_t isa) {
   check_keys(keys);
   const int64_t tokens = keys.size(0), d = keys.size(1), groups = c.size(0);
   const auto whole = [](const Tensor& x, int64_t n) {
@@ -182,14 +207,14 @@ void grouped_syrk(Tensor c, Tensor keys, std::optional<Tensor> order, Tensor off
     STD_TORCH_CHECK(index[t] >= 0 && index[t] < tokens, "row ", index[t], " is not among the keys");
   if (tokens == 0 || d == 0) return;
   const Rows rows{keys.stride(0), 0, index, weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr};
-  const int64_t most = tokens_per_block(d);
+  const int64_t most = kTokensPerBlock;
   std::vector<Segment> segments;
   for (int64_t g = 0; g < groups; ++g) {
     STD_TORCH_CHECK(start[g] <= start[g + 1], "offsets must rise");
     cut(segments, g, start[g + 1] - start[g], {rows.stride, start[g], rows.order, rows.weights}, most);
   }
   // pairs of bf16 tokens take no weights: these go through float32
-  const SyrkKernels& kernel = kernels(weights ? std::min<int64_t>(isa, kAvx512) : isa, type_of(keys));
+  const SyrkKernels& kernel = kernels(weights ? std::min<int64_t>(isa, kAvx512) : isa, arithmetic, type_of(keys));
   if (c.scalar_type() == ScalarType::Double) return grouped<double>(c, keys, kernel, segments, most);
   STD_TORCH_CHECK(c.scalar_type() == ScalarType::Float, "c must be float64 or float32");
   grouped<float>(c, keys, kernel, segments, most);
@@ -206,7 +231,7 @@ void row_audit(std::optional<Tensor> out, Tensor sums, Tensor keys, Tensor signs
   STD_TORCH_CHECK(!out || (out->is_contiguous() && out->scalar_type() == keys.scalar_type() && out->numel() == tokens * d),
                   "out must be contiguous, [n, d], of the keys' dtype");
   const Type type = type_of(keys);
-  const SyrkKernels& kernel = kernels(isa, type);
+  const AuditKernel audit_row = audit_kernel(isa);
   const double* z = static_cast<const double*>(signs.const_data_ptr());
   double* each = static_cast<double*>(sums.mutable_data_ptr());
   char* to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
@@ -216,7 +241,7 @@ void row_audit(std::optional<Tensor> out, Tensor sums, Tensor keys, Tensor signs
       const char* row = address(keys, t, 0);
       if (to) std::memcpy(to + t * bytes, row, bytes);
       std::fill_n(each + t * (1 + kProbes), 1 + kProbes, 0.0);
-      kernel.audit(row, type, d, z, each + t * (1 + kProbes));
+      audit_row(row, type, d, z, each + t * (1 + kProbes));
     }
   });
 }
@@ -234,7 +259,7 @@ void pack(std::optional<Tensor> out, Tensor audit, Tensor keys, std::optional<Te
                   "out must be contiguous, [rows, d], of the keys' dtype");
   if (tokens == 0 || d == 0) return;
   const Type type = type_of(keys);
-  const SyrkKernels& kernel = kernels(isa, type);
+  const AuditKernel audit_row = audit_kernel(isa);
   const double* z = static_cast<const double*>(signs.const_data_ptr());
   const int64_t* index = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
   char* to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
@@ -248,7 +273,7 @@ void pack(std::optional<Tensor> out, Tensor audit, Tensor keys, std::optional<Te
     for (int64_t t = i * chunk; t < std::min(tokens, (i + 1) * chunk); ++t) {
       const char* row = address(keys, index ? index[t] : t, 0);
       if (to) std::memcpy(to + t * bytes, row, bytes);
-      kernel.audit(row, type, d, z, &partial[i * (1 + kProbes)]);
+      audit_row(row, type, d, z, &partial[i * (1 + kProbes)]);
     }
   };
   if (chunks < 8)

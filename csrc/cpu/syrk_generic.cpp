@@ -9,19 +9,24 @@ namespace knowedit {
 namespace {
 #include "syrk_kernels.h"
 
+template <class T>
 struct Vector {
-  using Packed = float;
-  typedef float Reg __attribute__((vector_size(16)));
-  static constexpr int kLanes = 4;
-  static Reg zero() { return Reg{}; }
-  static Reg load(const float* p) { Reg r; std::memcpy(&r, p, sizeof(r)); return r; }
-  static Reg broadcast(const float* p) { return Reg{*p, *p, *p, *p}; }
+  using Packed = T;
+  typedef T Reg __attribute__((vector_size(16)));
+  static constexpr int kLanes = 16 / sizeof(T);
+  static Reg load(const T* p) { Reg r; std::memcpy(&r, p, sizeof(r)); return r; }
+  static void store(T* p, Reg x) { std::memcpy(p, &x, sizeof(x)); }
+  static Reg broadcast(const T* p) { return *p - Reg{}; }
+  static Reg multiply(Reg a, Reg b) { return a * b; }
   static Reg multiply_add(Reg a, Reg b, Reg c) { return c + a * b; }
+  static Reg add(Reg a, Reg b) { return a + b; }
   static void fold(double* sum, Reg x) { for (int l = 0; l < kLanes; ++l) sum[l] += x[l]; }
 };
 
 }  // namespace
 
-const SyrkKernels kSyrkGeneric{1, pack_float, tile<Vector, 4, 2, 1>, audit};
+const SyrkKernels kSyrkGeneric[3] = {kernels<Vector<float>, 4, 2, true>(), kernels<Vector<float>, 4, 2, false>(),
+                                     kernels<Vector<double>, 4, 2, false>()};
+const AuditKernel kAuditGeneric = audit;
 
 }  // namespace knowedit

@@ -1,20 +1,21 @@
 // Packing, tiles and the audit, written once over a vector type V and compiled once per instruction set.
 // Included inside KNOWEDIT_TARGET_BEGIN/END and an anonymous namespace; no include may follow here.
 //
-// V: Packed (4-byte element), Reg, kLanes, zero, load, broadcast, multiply_add, fold (float64 += float32).
+// V: Packed (an element of a panel), Reg, kLanes, load, store, broadcast, multiply, multiply_add, add, fold (float64 +=
+// Reg).
 
-// Tokens summed in a float32 register. So few, because squares of bf16 numbers are not uniform in their low bits (a
-// square is 0, 1 or 4 modulo 8): even round-to-nearest loses 1.2e-9 of the sum per token of chain length.
-constexpr int64_t chain_length(int64_t tokens) { return tokens < 128 ? 8 : 16; }
-// Tokens per pass over a tile: a strip of each operand then stays in L1.
-constexpr int64_t kDepth = 128;
-// Tokens whose chains are added up in float32 before the float64 fold, which costs as much as four tokens. A channel
-// that never changes makes the same rounding error every time: n additions lose some (n + 1) / 2 * 2^-25 of the sum, 17
-// and 9 halves for eight chains of 16 (4.1e-7 measured as the worst of 400 constants, of the 5e-7 that an element may be
-// off), 33 for one chain of 32. A call with few tokens has few sums to average over and folds every chain.
-constexpr int64_t fold_length(int64_t tokens) { return tokens < 512 ? chain_length(tokens) : kDepth; }
+// Exact: tokens summed in a float32 register. So few, because squares of bf16 numbers are not uniform in their low bits
+// (a square is 0, 1 or 4 modulo 8): even round-to-nearest loses 1.2e-9 of the sum per token of chain length.
+constexpr int64_t kChain = 16, kFewChain = 8;
+// Exact: chains are added up in float32 for the kDepth tokens of a pass, then folded into float64. A channel that never
+// changes makes the same rounding error every time: n additions lose some (n + 1) / 2 * 2^-25 of the sum, 17 and 9
+// halves for eight chains of 16 (4.1e-7 measured as the worst of 400 constants, of the 5e-7 that an element may be off),
+// 33 for one chain of 32. A call with few tokens has few sums to average over: below kEnough it folds every chain, below
+// kDepth chains are short.
+constexpr int64_t kEnough = 512;
 
 inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
 struct BF16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
 inline float as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
@@ -29,90 +30,131 @@ inline float widen(F16 x) {
   return as_float(bits | uint32_t(x.bits & 0x8000) << 16);
 }
 
-template <class T>
-void pack_f32(const T* x, const Rows& rows, int64_t tokens, int64_t columns, float* out) {
+template <class V, int64_t kPanel, class T>
+void pack_rows(const T* x, const Rows& rows, int64_t tokens, int64_t columns, typename V::Packed* out) {
+  using Packed = typename V::Packed;
   for (int64_t t = 0; t < tokens; ++t, out += kPanel) {
     const T* row = x + rows.at(t) * rows.stride;
-    const float weight = rows.weight(t);
+    const Packed weight = rows.weight(t);
     if (columns >= kPanel) {
-      for (int64_t l = 0; l < kPanel; ++l) out[l] = weight * widen(row[l]);
+      for (int64_t l = 0; l < kPanel; ++l) out[l] = weight * static_cast<Packed>(widen(row[l]));
     } else {
-      for (int64_t l = 0; l < kPanel; ++l) out[l] = l < columns ? weight * widen(row[l]) : 0.0f;
+      for (int64_t l = 0; l < kPanel; ++l) out[l] = l < columns ? weight * static_cast<Packed>(widen(row[l])) : Packed{};
     }
   }
 }
 
-inline void pack_float(const void* x, Type type, const Rows& rows, int64_t tokens, int64_t columns, void* out) {
-  float* o = static_cast<float*>(out);
-  if (type == Type::kF32) pack_f32(static_cast<const float*>(x), rows, tokens, columns, o);
-  if (type == Type::kF16) pack_f32(static_cast<const F16*>(x), rows, tokens, columns, o);
-  if (type == Type::kBF16) pack_f32(static_cast<const BF16*>(x), rows, tokens, columns, o);
+template <class V, int64_t kPanel>
+void pack(const void* x, Type type, const Rows& rows, int64_t tokens, int64_t columns, void* out) {
+  auto* o = static_cast<typename V::Packed*>(out);
+  switch (type) {
+    case Type::kF32: return pack_rows<V, kPanel>(static_cast<const float*>(x), rows, tokens, columns, o);
+    case Type::kF16: return pack_rows<V, kPanel>(static_cast<const F16*>(x), rows, tokens, columns, o);
+    case Type::kBF16: return pack_rows<V, kPanel>(static_cast<const BF16*>(x), rows, tokens, columns, o);
+    case Type::kF64: return pack_rows<V, kPanel>(static_cast<const double*>(x), rows, tokens, columns, o);
+  }
 }
 
-// Register chains of `length` over `steps`, added up and folded into sum[MR, NV * kLanes].
+// One step of a chain: acc[MR, NV * kLanes] += a^T b, or = where it is the first.
 template <class V, int MR, int NV>
-inline void chains(const typename V::Packed* a, const typename V::Packed* b, int64_t steps, int64_t length, double* sum) {
-  typename V::Reg total[MR][NV];  // there are no registers left for it: on the stack
-  for (int64_t s = 0; s < steps;) {
-    typename V::Reg acc[MR][NV];
+inline __attribute__((always_inline)) void step(const typename V::Packed* a, const typename V::Packed* b, bool first,
+                          typename V::Reg (&acc)[MR][NV]) {
+  typename V::Reg right[NV];
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) right[v] = V::load(b + v * V::kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r)
+  for (int r = 0; r < MR; ++r) {
+    const typename V::Reg left = V::broadcast(a + r);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = V::zero();
-    const bool first = s == 0;
-    for (const int64_t end = std::min(steps, s + length); s < end; ++s, a += kPanel, b += kPanel) {
-      typename V::Reg right[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) right[v] = V::load(b + v * V::kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < MR; ++r) {
-        const typename V::Reg left = V::broadcast(a + r);
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = V::multiply_add(left, right[v], acc[r][v]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) total[r][v] = first ? acc[r][v] : total[r][v] + acc[r][v];
+    for (int v = 0; v < NV; ++v)
+      acc[r][v] = first ? V::multiply(left, right[v]) : V::multiply_add(left, right[v], acc[r][v]);
   }
+}
+
+// each(r, v) for every register of outputs.
+template <int MR, int NV, class Each>
+inline __attribute__((always_inline)) void for_each_register(const Each& each) {
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) V::fold(sum + r * kTile + v * V::kLanes, total[r][v]);
+    for (int v = 0; v < NV; ++v) each(r, v);
 }
 
-template <class V, int MR, int NV, int kTokensPerStep>
-void tile(const char* a, const char* b, int64_t stride, int64_t a_panels, int64_t b_panels, int64_t steps,
-          bool diagonal, double* sum) {
-  using Packed = typename V::Packed;
-  constexpr int64_t NR = NV * V::kLanes, depth = kDepth / kTokensPerStep;
-  const int64_t length = chain_length(steps * kTokensPerStep) / kTokensPerStep;
-  const int64_t fold = fold_length(steps * kTokensPerStep) / kTokensPerStep;
-  static_assert(kPanel % MR == 0 && kPanel % NR == 0);
-  for (int64_t s0 = 0; s0 < steps; s0 += depth) {
-    const int64_t s1 = std::min(steps, s0 + depth);
-    for (int64_t j = 0; j < b_panels * kPanel; j += NR) {
-      const Packed* right = reinterpret_cast<const Packed*>(b + j / kPanel * stride) + j % kPanel;
-      for (int64_t i = 0; i < a_panels * kPanel; i += MR) {
-        if (diagonal && i + MR <= j) continue;
-        const Packed* left = reinterpret_cast<const Packed*>(a + i / kPanel * stride) + i % kPanel;
-        for (int64_t s = s0; s < s1; s += fold)
-          chains<V, MR, NV>(left + s * kPanel, right + s * kPanel, std::min(fold, s1 - s), length, sum + i * kTile + j);
-      }
+// sum[MR, NV * kLanes] += a^T b over `steps`: register chains of kLength steps, added up in `total` before the fold.
+template <class V, int MR, int NV, int64_t kPanel, int64_t kLength>
+inline void chains(const typename V::Packed* a, const typename V::Packed* b, int64_t steps, typename V::Packed* total,
+                   double* sum) {
+  constexpr int64_t kUnroll = std::min<int64_t>(kLength, 4);
+  for (int64_t s = 0; s < steps; s += kLength, a += kLength * kPanel, b += kLength * kPanel) {
+    typename V::Reg acc[MR][NV];
+    step<V, MR, NV>(a, b, true, acc);
+    if (const int64_t length = std::min(steps - s, kLength); length == kLength) {
+#pragma GCC unroll 4
+      for (int64_t u = 1; u < kUnroll; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
+      for (int64_t t = kUnroll; t < kLength; t += kUnroll)
+#pragma GCC unroll 4
+        for (int64_t u = t; u < t + kUnroll; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
+    } else {
+      for (int64_t u = 1; u < length; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
     }
+    if (s > 0)
+      for_each_register<MR, NV>([&](int r, int v) { acc[r][v] = V::add(V::load(total + (r * NV + v) * V::kLanes), acc[r][v]); });
+    if (s + kLength < steps)
+      for_each_register<MR, NV>([&](int r, int v) { V::store(total + (r * NV + v) * V::kLanes, acc[r][v]); });
+    else
+      for_each_register<MR, NV>([&](int r, int v) { V::fold(sum + r * kTile + v * V::kLanes, acc[r][v]); });
   }
+}
+
+// The panels of a tile in chains of kLength steps, folded every kFold.
+template <class V, int MR, int NV, int64_t kPanel, int64_t kLength, int64_t kFold>
+void panels(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, bool diagonal, double* sum) {
+  using Packed = typename V::Packed;
+  constexpr int64_t NR = NV * V::kLanes;
+  static_assert(kPanel % MR == 0 && kPanel % NR == 0 && kTile % kPanel == 0);
+  alignas(64) Packed scratch[MR * NR];
+  Packed* total = scratch;
+  asm("" : "+r"(total));  // the outputs take all registers: the compiler must not try to keep this in any
+  const auto column = [steps](const char* x, int64_t j) {
+    return reinterpret_cast<const Packed*>(x) + j / kPanel * kPanel * steps + j % kPanel;
+  };
+  for (int64_t j = 0; j < b_columns; j += NR)
+    for (int64_t i = diagonal ? j / MR * MR : 0; i < a_columns; i += MR)
+      for (int64_t s = 0; s < steps; s += kFold)
+        chains<V, MR, NV, kPanel, kLength>(column(a, i) + s * kPanel, column(b, j) + s * kPanel, std::min(kFold, steps - s),
+                                           total, sum + i * kTile + j);
+}
+
+template <class V, int MR, int NV, int64_t kPanel, int64_t kTokensPerStep, bool kShort>
+void tile(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, int64_t tokens, bool diagonal,
+          double* sum) {
+  constexpr int64_t kAll = kDepth / kTokensPerStep, kLong = kChain / kTokensPerStep, kFew = kFewChain / kTokensPerStep;
+  const auto run = [&](auto panels) { panels(a, b, a_columns, b_columns, steps, diagonal, sum); };
+  if (!kShort) run(panels<V, MR, NV, kPanel, kAll, kAll>);
+  else if (tokens < kDepth) run(panels<V, MR, NV, kPanel, kFew, kFew>);
+  else if (tokens < kEnough) run(panels<V, MR, NV, kPanel, kLong, kLong>);
+  else run(panels<V, MR, NV, kPanel, kLong, kAll>);
+}
+
+// The kernels of one arithmetic, MR x NV registers of outputs; kShort: in the chains of "exact".
+template <class V, int MR, int NV, bool kShort>
+constexpr SyrkKernels kernels() {
+  constexpr int64_t kPanel = NV * V::kLanes;
+  return {kPanel, 1, kPanel * sizeof(typename V::Packed), pack<V, kPanel>, tile<V, MR, NV, kPanel, 1, kShort>};
 }
 
 typedef float Float8 __attribute__((vector_size(32)));
 typedef double Double8 __attribute__((vector_size(64)));
 
-inline Float8 load8(const float* x) { Float8 v; std::memcpy(&v, x, sizeof(v)); return v; }
+template <class Vector>
+inline Vector load8(const void* x) { Vector v; std::memcpy(&v, x, sizeof(v)); return v; }
+inline Double8 load_wide(const float* x) { return __builtin_convertvector(load8<Float8>(x), Double8); }
+inline Double8 load_wide(const double* x) { return load8<Double8>(x); }
 template <class T>
-inline Float8 load8(const T* x) {
+inline Double8 load_wide(const T* x) {
   Float8 v;
   for (int l = 0; l < 8; ++l) v[l] = widen(x[l]);
-  return v;
+  return __builtin_convertvector(v, Double8);
 }
 
 template <class T>
@@ -120,7 +162,7 @@ void audit_row(const T* x, int64_t d, const double* signs, double* out) {
   Double8 sums[1 + kProbes] = {};
   int64_t j = 0;
   for (; j + 8 <= d; j += 8) {
-    const Double8 value = __builtin_convertvector(load8(x + j), Double8);
+    const Double8 value = load_wide(x + j);
     sums[0] += value * value;
     for (int64_t p = 0; p < kProbes; ++p) {
       Double8 sign;
@@ -144,4 +186,5 @@ inline void audit(const void* x, Type type, int64_t d, const double* signs, doub
   if (type == Type::kF32) audit_row(static_cast<const float*>(x), d, signs, out);
   if (type == Type::kF16) audit_row(static_cast<const F16*>(x), d, signs, out);
   if (type == Type::kBF16) audit_row(static_cast<const BF16*>(x), d, signs, out);
+  if (type == Type::kF64) audit_row(static_cast<const double*>(x), d, signs, out);
 }

@@ -14,34 +14,42 @@ from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.moments import triangle
 from knowedit_kernels.moments.call import GroupedCall, MomentCall, PackCall, RowAuditCall
 
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
 # as in csrc/cpu/isa.h
 GENERIC, AVX2, AVX512, AVX512_BF16 = range(4)
+# as in csrc/cpu/syrk.h; float64 keys always take the last
+EXACT, FAST, DOUBLE = range(3)
+ARITHMETIC = {"exact": EXACT, "fp32": EXACT, "fast": FAST, "fp64": DOUBLE}
 
 
-def _refusal(isa: int, keys: Sequence[torch.Tensor]) -> str | None:
+def _arithmetic(key: torch.Tensor, precision: str) -> int:
+    return DOUBLE if key.dtype == torch.float64 else ARITHMETIC[precision]
+
+
+def _refusal(isa: int, keys: Sequence[torch.Tensor], precision: str) -> str | None:
     if reason := _native.load().refusal(isa):
         return reason
-    if any(key.dtype not in NARROW for key in keys):
-        return "float64 keys need float64 arithmetic"
-    if isa == AVX512_BF16 and any(key.dtype != torch.bfloat16 for key in keys):
+    if isa != AVX512_BF16:
+        return None
+    if any(_arithmetic(key, precision) == DOUBLE for key in keys):
+        return "not for float64 arithmetic"
+    if any(key.dtype != torch.bfloat16 for key in keys):
         return "for bfloat16 keys only"
     return None
 
 
 def compiled(name: str, isa: int) -> Candidate:
-    """The candidate that runs csrc/cpu's kernel of one instruction set; float32 chains of 16
-    tokens, eight of them added in float32, float64 beyond.
+    """The candidate that runs csrc/cpu's kernel of one instruction set.
+
+    Exact: float32 chains of 16 tokens, eight of them added in float32, float64 beyond. Fast:
+    float32 chains of 128 tokens, float64 beyond. fp64: float64 throughout.
     """
 
     def run(call: MomentCall) -> None:
         for c, key in zip(call.cs, call.keys):
-            torch.ops.knowedit.syrk_cpu_(c, key, isa)
+            torch.ops.knowedit.syrk_cpu_(c, key, _arithmetic(key, call.precision), isa)
 
     def verify(call: MomentCall) -> str | None:
-        if call.precision == "fp64":
-            return "float64 arithmetic was asked for"
-        return _refusal(isa, call.keys)
+        return _refusal(isa, call.keys, call.precision)
 
     return Candidate(name, run, verify, device="cpu")
 
@@ -50,12 +58,12 @@ def compiled_grouped(name: str, isa: int) -> Candidate:
     """The same for the groups of a mixture; with weights, 16-bit keys are multiplied in float32."""
 
     def run(call: GroupedCall) -> None:
-        torch.ops.knowedit.grouped_syrk_cpu_(*call.arguments[:-1], isa)
+        torch.ops.knowedit.grouped_syrk_cpu_(*call.arguments[:-1], ARITHMETIC[call.precision], isa)
 
     def verify(call: GroupedCall) -> str | None:
-        if call.precision == "fp64":
-            return "float64 arithmetic was asked for"
-        return _refusal(isa, [call.keys])
+        if _arithmetic(call.keys, call.precision) == DOUBLE:
+            return "groups are summed in float32 only"
+        return _refusal(isa, [call.keys], call.precision)
 
     return Candidate(name, run, verify, device="cpu")
 
@@ -122,14 +130,14 @@ TORCH = Candidate("torch", panels_)
 COMPILED_PACK = Candidate(
     "compiled",
     _compiled_pack_,
-    lambda call: _refusal(GENERIC, [call.keys]),
+    lambda call: _native.load().refusal(GENERIC),
     "cpu",
 )
 TORCH_PACK = Candidate("torch", _torch_pack_)
 COMPILED_ROW_AUDIT = Candidate(
     "compiled",
     lambda call: torch.ops.knowedit.row_audit_cpu_(*call.arguments, _native.load().isa),
-    lambda call: _refusal(GENERIC, [call.keys]),
+    lambda call: _native.load().refusal(GENERIC),
     "cpu",
 )
 GROUPED_TORCH = Candidate("torch", grouped_panels_)

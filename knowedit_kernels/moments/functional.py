@@ -12,7 +12,8 @@ PRECISIONS = {
     "fp32": "as exact, but on a GPU float32 keys keep 16 bits (four products instead of six); "
     "float64 keys narrowed",
     "fp64": "float64 arithmetic throughout: the gold path, slower",
-    "fast": "on a GPU one uncentred bf16 chain, for benchmarks only; elsewhere as exact",
+    "fast": "within numerics.MOMENT_FAST on a CPU, float64 keys in float64; on a GPU one uncentred "
+    "bf16 chain, for benchmarks only",
 }
 
 

@@ -12,6 +12,7 @@ from knowedit_kernels.moments import sort_rows, triangle
 from knowedit_kernels.moments.audit import signs
 from knowedit_kernels.moments.call import GroupedCall, RowAuditCall
 from knowedit_kernels.moments.cpu import (
+    EXACT,
     COMPILED_GROUPED,
     COMPILED_ROW_AUDIT,
     GROUPED_TORCH,
@@ -196,7 +197,7 @@ def test_opcheck():
     torch.library.opcheck(ops.grouped_moment_, (*args, "exact"), test_utils=utils)
     torch.library.opcheck(ops.row_audit_, audit, test_utils=utils)
     if (native := _native.load()).path:
-        torch.library.opcheck(ops.grouped_syrk_cpu_, (*args, native.isa), test_utils=utils)
+        torch.library.opcheck(ops.grouped_syrk_cpu_, (*args, EXACT, native.isa), test_utils=utils)
         torch.library.opcheck(ops.row_audit_cpu_, (*audit, native.isa), test_utils=utils)
 
 
@@ -214,11 +215,11 @@ def test_what_would_read_or_write_elsewhere_is_refused():
         ((c[:, :20], k, None, good, None), "c must be"),
     ):
         with pytest.raises(RuntimeError, match=says):
-            torch.ops.knowedit.grouped_syrk_cpu_(*args, isa)
+            torch.ops.knowedit.grouped_syrk_cpu_(*args, EXACT, isa)
 
 
 def test_explain_says_why():
     c, k = torch.zeros(1, 36, dtype=torch.float64), make_keys(4, 8)
     decision = explain("grouped_moment_", c, k, None, offsets_of([4]), None, "fp64")
     assert decision.chosen == "torch"
-    assert ("avx2", "float64 arithmetic was asked for") in decision.refused
+    assert ("avx2", "groups are summed in float32 only") in decision.refused

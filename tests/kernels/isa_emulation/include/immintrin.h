@@ -1,6 +1,7 @@
 // The AVX2 and AVX-512 instructions that csrc/cpu names, lane by lane in C++, for processors that lack them.
 // Found before the compiler's own <immintrin.h>; everything else in those files is written with the compiler's vectors.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -33,7 +34,6 @@ inline float widened(uint16_t x) {
 }
 }  // namespace emulated
 
-inline __m256 _mm256_setzero_ps() { return __m256{}; }
 inline __m256 _mm256_broadcast_ss(const float* p) { return __m256{} + *p; }
 inline __m256 _mm256_loadu_ps(const void* p) { __m256 v; std::memcpy(&v, p, sizeof(v)); return v; }
 inline __m256d _mm256_loadu_pd(const void* p) { __m256d v; std::memcpy(&v, p, sizeof(v)); return v; }
@@ -46,10 +46,16 @@ inline __m128 _mm256_extractf128_ps(__m256 x, int half) {
   return out;
 }
 inline __m128 _mm256_castps256_ps128(__m256 x) { return _mm256_extractf128_ps(x, 0); }
-inline __m256 _mm256_fmadd_ps(__m256 a, __m256 b, __m256 c) {
-  for (int l = 0; l < 8; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+template <class V>
+inline V multiply_add_lanes(V a, V b, V c) {
+  for (size_t l = 0; l < sizeof(V) / sizeof(a[0]); ++l) c[l] = std::fma(a[l], b[l], c[l]);
   return c;
 }
+inline __m256d _mm256_broadcast_sd(const double* p) { return __m256d{} + *p; }
+inline void _mm256_storeu_ps(void* p, __m256 v) { std::memcpy(p, &v, sizeof(v)); }
+inline __m256 _mm256_mul_ps(__m256 a, __m256 b) { return a * b; }
+inline __m256d _mm256_mul_pd(__m256d a, __m256d b) { return a * b; }
+inline __m256 _mm256_add_ps(__m256 a, __m256 b) { return a + b; }
 
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512 _mm512_set1_ps(float x) { return __m512{} + x; }
@@ -67,10 +73,15 @@ inline __m256 _mm512_extractf32x8_ps(__m512 x, int half) {
   return out;
 }
 inline __m256 _mm512_castps512_ps256(__m512 x) { return _mm512_extractf32x8_ps(x, 0); }
-inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
-  for (int l = 0; l < 16; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
-  return c;
-}
+inline __m512i _mm512_castps_si512(__m512 x) { return (__m512i)x; }
+inline __m512d _mm512_set1_pd(double x) { return __m512d{} + x; }
+inline void _mm512_storeu_ps(void* p, __m512 v) { std::memcpy(p, &v, sizeof(v)); }
+inline void _mm512_storeu_si512(void* p, __m512i v) { std::memcpy(p, &v, sizeof(v)); }
+inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
+inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
+inline __m512d _mm512_mul_pd(__m512d a, __m512d b) { return a * b; }
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { return multiply_add_lanes(a, b, c); }
+inline __m512d _mm512_fmadd_pd(__m512d a, __m512d b, __m512d c) { return multiply_add_lanes(a, b, c); }
 inline __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
   for (int l = 0; l < 16; ++l) {
     const float odd = emulated::flushed(
