@@ -1,5 +1,5 @@
-"""Second moments C += K^T K: ours, what torch composes, ROME's sum, and the SYRKs of quack, cuBLAS
-and scipy.
+"""Second moments C += K^T K: ours, what torch composes, ROME's sum, numpy's product, and the SYRKs
+of quack, cuBLAS and scipy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,6 +200,28 @@ def _scipy(inputs: Inputs) -> Callable[[], Tensor]:
     return run
 
 
+def _numpy(inputs: Inputs) -> Callable[[], Tensor]:
+    """numpy's product on float32 keys (it takes a SYRK for x.T @ x), summed in float32."""
+    keys, c = inputs.keys.float().numpy(), torch.zeros(inputs.keys.shape[1], inputs.keys.shape[1])
+    view = c.numpy()
+
+    def run() -> Tensor:
+        np.add(view, keys.T @ keys, out=view)
+        return c
+
+    return run
+
+
+def _missing_on_gpu(inputs: Inputs) -> str | None:
+    return "needs keys on the CPU" if inputs.keys.is_cuda else None
+
+
+def _missing_scipy(inputs: Inputs) -> str | None:
+    if importlib.util.find_spec("scipy") is None:
+        return "not installed"
+    return _missing_on_gpu(inputs)
+
+
 def _decide(problem: Problem) -> _dispatch.Decision:
     inputs = problem.inputs
     return _dispatch.explain(
@@ -234,8 +257,11 @@ OPERATION = Operation(
         "scipy": Provider(
             "BLAS ssyrk on float32 keys, widening not counted",
             _scipy,
-            lambda inputs: "needs keys on the CPU" if inputs.keys.is_cuda else None,
+            _missing_scipy,
             _PEER,
+        ),
+        "numpy": Provider(
+            "numpy's product of float32 keys, widening not counted", _numpy, _missing_on_gpu, _PEER
         ),
     },
 )

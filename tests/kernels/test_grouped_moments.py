@@ -12,9 +12,9 @@ from knowedit_kernels.moments import sort_rows, triangle
 from knowedit_kernels.moments.audit import signs
 from knowedit_kernels.moments.call import GroupedCall, RowAuditCall
 from knowedit_kernels.moments.cpu import (
-    EXACT,
     COMPILED_GROUPED,
     COMPILED_ROW_AUDIT,
+    EXACT,
     GROUPED_TORCH,
     TORCH_ROW_AUDIT,
 )
