@@ -1,12 +1,15 @@
 """Real hosts, as they are and accelerated: CPU-seconds, and how far the results lie apart.
 
     python -m benchmarks.hosts memit PATH [--limit 8] [--what statistics] [--dataset counterfact]
-    python -m benchmarks.hosts alphaedit PATH
+    python -m benchmarks.hosts alphaedit PATH --limit 32 --host-edits 4
 
 PATH is a checkout of kmeng01/memit or jianghoucheng/AlphaEdit. A copy of its Python files is made
 in a temporary folder, with what keeps it from a CPU and from a model of today changed in it
 (`CHANGES`); nothing of it is kept. One thread. Texts are the shipped ones, and so are the facts if
 no others are named, so figures of quality mean nothing here. The contexts are the host's own.
+
+With --host-edits the host as it is makes only that many of the edits, which it goes through one by
+one, and its seconds are scaled to all of them; the results of these are compared.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +101,18 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
+def figures(
+    host: float, ours: float, fast: list[torch.Tensor], plain: list[torch.Tensor]
+) -> dict[str, float]:
+    """Seconds of both, their ratio, and how far the results lie apart."""
+    return {
+        "host_cpu_s": host,
+        "accelerated_cpu_s": ours,
+        "ratio": host / ours,
+        "largest_relative_difference": max(map(relative, fast, plain)),
+    }
+
+
 def corpus(count: int) -> list[dict[str, str]]:
     """Texts of different lengths made of the shipped facts' sentences."""
     sentences = [f"{fact.text} {fact.target}." for fact in load("embedded")]
@@ -107,7 +123,12 @@ def corpus(count: int) -> list[dict[str, str]]:
 
 
 def measured(
-    host: str, path: Path, edits: int, what: list[str], facts: str
+    host: str,
+    path: Path,
+    edits: int,
+    what: list[str],
+    facts: str,
+    host_edits: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Figures of one run each."""
     folder = Path(tempfile.mkdtemp())
@@ -115,7 +136,7 @@ def measured(
         copied(path, folder)
         sys.path.insert(0, str(folder))
         os.chdir(folder)
-        bench = Bench(host, folder, edits, facts)
+        bench = Bench(host, folder, edits, facts, host_edits)
         found = {}
         for task in what:
             found[task] = bench.compare(task)
@@ -129,8 +150,16 @@ def measured(
 class Bench:
     """A host, a model and requests."""
 
-    def __init__(self, host: str, folder: Path, edits: int, facts: str = "embedded") -> None:
+    def __init__(
+        self,
+        host: str,
+        folder: Path,
+        edits: int,
+        facts: str = "embedded",
+        host_edits: int | None = None,
+    ) -> None:
         self.host, self.folder = host, folder
+        self.host_edits = edits if host_edits is None else min(host_edits, edits)
         module = "memit.memit_main" if host == "memit" else "AlphaEdit.AlphaEdit_main"
         self.main = importlib.import_module(module)
         self.model = load_model(dtype="float32")
@@ -162,16 +191,26 @@ class Bench:
 
     def compare(self, task: str) -> dict[str, float]:
         """The host as it is, then accelerated."""
-        run = {"statistics": self.statistics, "edit": self.edit}[task]
-        plain_time, plain = timed(lambda: run("plain"))
-        with accelerated(self.host, layers=self.hparams.layers):
-            fast_time, fast = timed(lambda: run("fast"))
-        return {
-            "host_cpu_s": plain_time,
-            "accelerated_cpu_s": fast_time,
-            "ratio": plain_time / fast_time,
-            "largest_relative_difference": max(map(relative, fast, plain)),
-        }
+        if task == "edit":
+            return self._compare_edits()
+        plain_time, plain = timed(lambda: self.statistics("plain"))
+        with self._accelerated():
+            fast_time, fast = timed(lambda: self.statistics("fast"))
+        return figures(plain_time, fast_time, fast, plain)
+
+    def _compare_edits(self) -> dict[str, float]:
+        """The host's first edits as it makes them; the same and all, accelerated."""
+        some, everything = self.requests[: self.host_edits], self.requests
+        plain_time, plain = timed(lambda: self.edit(some))
+        with self._accelerated():
+            fast_time, fast = timed(lambda: self.edit(everything))
+            if len(some) < len(everything):
+                fast = self.edit(some)
+        found = figures(plain_time * len(everything) / len(some), fast_time, fast, plain)
+        return {**found, "edits": len(everything), "made_by_the_host": len(some)}
+
+    def _accelerated(self) -> AbstractContextManager[Any]:
+        return accelerated(self.host, layers=self.hparams.layers)
 
     def statistics(self, where: str) -> list[torch.Tensor]:
         """Second moments of all layers, in files of their own."""
@@ -191,12 +230,12 @@ class Bench:
             for layer in self.hparams.layers
         ]
 
-    def edit(self, where: str) -> list[torch.Tensor]:
+    def edit(self, requests: list[dict[str, Any]]) -> list[torch.Tensor]:
         """What is added to the weights, which are given back."""
         hf = self.model.hf
         weights = [self.model.weight(layer) for layer in self.hparams.layers]
         before = [weight.detach().clone() for weight in weights]
-        given = hf, self.model.tokenizer, copy.deepcopy(self.requests), self.hparams
+        given = hf, self.model.tokenizer, copy.deepcopy(requests), self.hparams
         if self.host == "memit":
             self.main.apply_memit_to_model(*given)
         else:
@@ -219,6 +258,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8, help="facts")
     parser.add_argument("--dataset", default="embedded", help="a fact set that knowedit loads")
     parser.add_argument("--what", action=common.Repeated, default=["statistics", "edit"])
+    parser.add_argument("--host-edits", type=int, help="edits that the host makes as it is: all")
     options = parser.parse_args()
     torch.set_num_threads(1)
     measured(options.host, options.path.resolve(), options.limit, options.what, options.dataset)
