@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from knowedit.io.config import Config
 from knowedit.io.progress import bar
 from knowedit.io.ranges import Bound, Count, NotNegative, Positive
 from knowedit.methods.locate.keys import group_keys
+from knowedit.methods.locate.optimisers import Adam, Optimiser
 from knowedit.methods.locate.task import Runtime, Task
 from knowedit.methods.locate.values import (
     AtModules,
@@ -77,6 +78,7 @@ class HiddenState(Target):
         kl: weight of KL(edited || clean) at the subject's last token of "{subject} is a".
         stop: a fact is finished once its loss is below this.
         contexts: templates around the prompt; the first is "{}".
+        optimiser: how the values are moved from one evaluation to the next.
     """
 
     steps: Count | None = None
@@ -86,6 +88,7 @@ class HiddenState(Target):
     kl: NotNegative | None = None
     stop: NotNegative | None = None
     contexts: tuple[str, ...] | None = None
+    optimiser: Optimiser = field(default_factory=Adam)
 
     problem: ClassVar[type[Problem] | None] = None
 
@@ -96,7 +99,7 @@ class HiddenState(Target):
     @classmethod
     def of(cls: type[H], values: ValueSettings) -> H:
         """The target that optimises with these numbers on every model."""
-        names = ("steps", "clamp", "weight_decay", "kl", "stop", "contexts")
+        names = ("steps", "clamp", "weight_decay", "kl", "stop", "contexts", "optimiser")
         numbers = {name: getattr(values, name) for name in names}
         return cls(lr="calibrated" if values.lr is None else values.lr, **numbers)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +23,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.io.ranges import Bound, Count, NotNegative, Positive
+from knowedit.methods.locate.optimisers import Adam, Optimiser, Scale, Seen
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
 from knowedit.models.partial import Hook, PartialModel, hooked
@@ -55,6 +56,7 @@ class ValueSettings(Config):
         budget: replayed tokens a batch (memory).
         draft: optimise on a bfloat16 copy of the model (`EditableModel.draft`): up to three times
             as fast on a CPU.
+        optimiser: how the values are moved; `lr` is Adam's.
     """
 
     steps: Count = 25
@@ -66,6 +68,7 @@ class ValueSettings(Config):
     contexts: tuple[str, ...] = DEFAULT_CONTEXTS
     budget: Count = 2048
     draft: bool = False
+    optimiser: Optimiser = field(default_factory=Adam)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,36 +284,34 @@ def _optimise(
     lr = torch.as_tensor(
         s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5, device=device
     ).expand_as(norm)
-    delta = torch.zeros_like(value)
-    # Adam's moments; by hand, as torch.optim.Adam rounds otherwise in the last bit, has one step
-    # size for a whole tensor, and cannot leave finished groups out
-    first, second = torch.zeros_like(delta), torch.zeros_like(delta)
-    loss, nll, done = (torch.zeros(count, device=device) for _ in range(3))
+    moves = s.optimiser.begin(Scale(norm, lr, clamp, s.stop))
+    delta, best = torch.zeros_like(value), torch.zeros_like(value)
+    nll, done = torch.zeros(2, count, device=device)
+    loss = torch.full((count,), torch.inf, device=device)
     live = torch.arange(count, device=device)  # the groups still in `problem`
     # how often the host may look (a look is a synchronisation), and how few must be left to drop
     # the others
     check, share = (1, 1.0) if device.type == "cpu" else (5, 0.8)
-    for step in range(1, s.steps + 1):
+    most = s.optimiser.evaluations(s.steps)
+    for step in range(1, most + 1):
         variable = delta[live].requires_grad_()
-        part_nll, divergence = problem.evaluate(variable)
-        progress(count / s.steps)
+        each = variable[problem.of_row]
+        losses, divergence = problem.evaluate(each)
+        part_nll = problem.by_group(losses)
+        progress(count / most)
         decay = (s.weight_decay * _safe_norm(variable) / norm[live, :, 0] ** 2).sum(1)
         part = part_nll + s.kl * divergence + decay
-        active = (part.detach() >= s.stop) & (
-            done[live] >= step - 1
-        )  # once rested, a group stays so
-        loss[live], nll[live] = part.detach().to(loss), part_nll.detach().to(nll)
-        if step == s.steps:
+        seen = Seen(step, live, variable, each, problem.of_row, problem.by_row(losses), part)
+        # once rested, a group stays so
+        active = moves.moving(seen) & (done[live] >= step - 1)
+        found = part.detach().to(loss)
+        worse = found >= loss[live]  # NaN is kept, to be seen
+        kept = ~worse if s.optimiser.keeps_best else torch.ones_like(worse)
+        at = live[kept]
+        best[at], loss[at], nll[at] = delta[at], found[kept], part_nll.detach()[kept]
+        if step == most:
             break
-        (gradient,) = torch.autograd.grad(part.sum(), variable)
-        first[live] = 0.9 * first[live] + 0.1 * gradient
-        second[live] = 0.999 * second[live] + 0.001 * gradient**2
-        update = (
-            lr[live]
-            * (first[live] / (1 - 0.9**step))
-            / ((second[live] / (1 - 0.999**step)).sqrt() + 1e-8)
-        )
-        moved = variable.detach() - update
+        moved = variable.detach() + moves.update(seen)
         moved = moved * (clamp * norm[live] / moved.norm(dim=2, keepdim=True)).clamp(max=1)
         delta[live] = torch.where(active[:, None, None], moved, variable.detach())
         done[live] += active.to(done)
@@ -319,9 +320,9 @@ def _optimise(
             if not len(live):
                 break
             problem = problem.select(active.nonzero()[:, 0].tolist())
-    progress(count * (1 - step / s.steps))  # the steps that early stopping saved
-    lower = delta[:, :-1] if kind.each_layer else None
-    return Targets(delta[:, -1], value[:, -1], loss, nll, done, lower)
+    progress(count * (1 - step / most))  # the evaluations that early stopping saved
+    lower = best[:, :-1] if kind.each_layer else None
+    return Targets(best[:, -1], value[:, -1], loss, nll, done, lower)
 
 
 def _safe_norm(x: Tensor) -> Tensor:
@@ -331,11 +332,11 @@ def _safe_norm(x: Tensor) -> Tensor:
 
 
 class Problem:
-    """The rows of some groups on one partial model: deltas in, per-group NLL and KL out.
+    """The rows of some groups on one partial model: deltas in, NLL and KL out.
 
-    Here the delta is added to the last layer's output. A subclass may add several vectors `[groups,
-    parts, hidden]` in other places; the last part is the one that is written, or each part by a
-    layer of its own (`each_layer`).
+    Here a row's delta is added to the last layer's output. A subclass may add several vectors
+    `[rows, parts, hidden]` in other places; the last part is the one that is written, or each part
+    by a layer of its own (`each_layer`).
     """
 
     each_layer: ClassVar[bool] = False
@@ -356,6 +357,7 @@ class Problem:
         scored: list[tuple[int, int, int]] = []  # row, place, token
         owner: list[int] = []
         weight: list[float] = []
+        shares: list[float] = []  # of each token in its row's mean
         essence, bare, at = [], [], 0
         for group, plan in enumerate(plans):
             bare += [(group, at + b) for b in plan.bare]
@@ -364,12 +366,15 @@ class Problem:
                 scored += found
                 owner += [group] * len(found)
                 weight += [share / len(found)] * len(found)
+                shares += [1 / len(found)] * len(found)
                 at += 1
             essence.append(at)
             at += 1
         device = self.model.device
         self.places = Places.of(scored, device)
-        self.owner, self.weight = (torch.tensor(x, device=device) for x in (owner, weight))
+        self.owner, self.weight, self.share = (
+            torch.tensor(x, device=device) for x in (owner, weight, shares)
+        )
         self.bare_owner, self.bare = (torch.tensor(column, device=device) for column in zip(*bare))
         self.essence = torch.tensor(essence, device=device)
         self.of_row = torch.tensor(
@@ -402,21 +407,29 @@ class Problem:
         """`[rows, parts, hidden]` what a delta is added to."""
         return self.part.states[rows, :1]
 
-    def run(self, delta: Tensor) -> Tensor:
-        """Final hidden states of every row under `delta`."""
+    def run(self, each: Tensor) -> Tensor:
+        """Final hidden states of every row under its own delta, `[rows, parts, hidden]`."""
         states = self.part.states
-        lifted = states[:, :1] + delta[self.of_row].to(states.dtype)
+        lifted = states[:, :1] + each.to(states.dtype)
         return self.part.run(torch.cat([lifted, states[:, 1:]], 1))
 
-    def evaluate(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Per group: mean NLL of the answers (nats a token) and KL(edited || clean) at the essence
-        row.
+    def evaluate(self, each: Tensor) -> tuple[Tensor, Tensor]:
+        """NLL of each answer's tokens (nats), and KL(edited || clean) at each group's essence row,
+        where every row has its own delta `[rows, parts, hidden]`.
         """
-        final = self.run(delta)
+        final = self.run(each)
         losses = AnswerLoss(self.places)(self.places.logits(self.model, final))
+        return losses, self.keep(self.keep.places.logits(self.model, final))
+
+    def by_group(self, losses: Tensor) -> Tensor:
+        """`[groups]` mean NLL of the answers, nats a token, by the rows' weights."""
         weighted = losses * self.weight
-        nll = weighted.new_zeros(len(self.plans)).index_add(0, self.owner, weighted)
-        return nll, self.keep(self.keep.places.logits(self.model, final))
+        return weighted.new_zeros(len(self.plans)).index_add(0, self.owner, weighted)
+
+    def by_row(self, losses: Tensor) -> Tensor:
+        """`[rows]` mean NLL of each row's answer, nats a token; 0 for essence rows."""
+        shared = losses * self.share
+        return shared.new_zeros(len(self.of_row)).index_add(0, self.places.line, shared)
 
 
 class AtModules(Problem):
@@ -442,9 +455,7 @@ class AtModules(Problem):
             self.part.select(rows).run()
         return torch.stack([seen[part] for part in sorted(seen)], 1)
 
-    def run(self, delta: Tensor) -> Tensor:
-        each = delta[self.of_row]
-
+    def run(self, each: Tensor) -> Tensor:
         def add(part: int, output: Tensor) -> Tensor:
             texts = output.reshape(len(each), -1, output.shape[-1])  # experts have them in a row
             lifted = texts[:, :1] + each[:, part : part + 1].to(output)
