@@ -322,6 +322,12 @@ def export(
     output: File,
     format: Format = "peft",
     force: Force = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Ask the facts on MODEL as others load it, the edit beside its weights."
+        ),
+    ] = False,
     *,
     loading: Loading,
 ) -> None:
@@ -338,7 +344,15 @@ def export(
     write(editable, loaded, output)
     notes = server_notes(editable, loaded) if format == "peft" else []
     record = {"format": format, **_written(output, editable.fingerprint, loaded), "notes": notes}
-    loading.show(record, lambda: "\n".join([f"wrote {output}", *(f"note: {n}" for n in notes)]))
+    lines = [f"wrote {output}", *(f"note: {note}" for note in notes)]
+    if check:
+        from knowedit.edits.served import on_served
+        from knowedit.models.load import as_served
+
+        found = on_served(editable, as_served(editable), loaded)
+        record["served"] = found.to_dict()
+        lines.append(str(found))
+    loading.show(record, lambda: "\n".join(lines))
 
 
 def _checked(edits: list[Edit], force: bool) -> list[Edit]:

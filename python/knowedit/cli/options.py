@@ -97,6 +97,13 @@ DeviceMap = Annotated[
         "any."
     ),
 ]
+Dequantise = Annotated[
+    bool,
+    typer.Option(
+        "--dequantise",
+        help="Open a checkpoint with quantised weights as the floats that they stand for.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Quiet = Annotated[
     bool,
@@ -126,18 +133,25 @@ class Loading(Output):
 
     dtype: Dtype = "auto"
     device_map: DeviceMap = None
+    dequantise: Dequantise = False
 
     def load(self, model: str) -> EditableModel:
         """Load the model. Raises ModelError."""
         from knowedit.models.load import load_model
 
-        place = placed(self.device_map)
-        return load_model(model, dtype=self.dtype, device_map=place, say=say)
+        return load_model(
+            model,
+            dtype=self.dtype,
+            device_map=placed(self.device_map),
+            dequantise=self.dequantise,
+            say=say,
+        )
 
     def words(self) -> list[str]:
         """The options that load the same model again."""
         given = {"--dtype": self.dtype, "--device-map": self.device_map}
-        return [w for o, v in given.items() if v not in (None, "auto") for w in (o, v)]
+        words = [w for o, v in given.items() if v not in (None, "auto") for w in (o, v)]
+        return [*words, *(["--dequantise"] if self.dequantise else [])]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ JSON: dict[str, tuple[Printed, ...]] = {
     "apply": (Printed("folder, fingerprint, edits, [tensors]"),),
     "undo": (Printed("folder, fingerprint, original"),),
     "diff": (Printed("first, second, parameters, weights, notes, facts"),),
-    "export": (Printed("format, folder, fingerprint, edits, notes"),),
+    "export": (Printed("format, folder, fingerprint, edits, notes, [served]"),),
     "inspect": (
         Printed(
             "kind, key, fingerprint, facts, weights, config, software, report, notes",

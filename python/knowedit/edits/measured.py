@@ -91,12 +91,12 @@ def measure(model: EditableModel, edit: Edit, plan: Plan | None = None) -> Measu
         EditError: it cannot be applied.
     """
     facts, clean, routing = edit.facts, _ordinary(model), Routing.of(model, edit)
-    before = _outputs(model, facts, max(plan)) if plan else None
-    planned = _outputs(model, facts, max(plan), plan) if plan else None
+    before = outputs(model, facts, max(plan)) if plan else None
+    planned = outputs(model, facts, max(plan), plan) if plan else None
     with edit.applied_to(model):
         scores = model.score([fact.text for fact in facts], [fact.new_answer for fact in facts])
         now = _Ordinary.of(model)
-        after = _outputs(model, facts, max(plan)) if plan else None
+        after = outputs(model, facts, max(plan)) if plan else None
         rerouted = routing.against(model)
     gain: list[float] = []
     if before is not None and planned is not None and after is not None:
@@ -113,7 +113,7 @@ def measure(model: EditableModel, edit: Edit, plan: Plan | None = None) -> Measu
     )
 
 
-def _outputs(
+def outputs(
     model: EditableModel, facts: Sequence[Fact], layer: int, plan: Plan | None = None
 ) -> Tensor:
     """`[facts, hidden]` float32, the layer's output at the subjects of the bare prompts; with what

@@ -169,6 +169,14 @@ class EditableModel:
         seen.experts, seen.layout = experts, self.checkup.layout.of(experts)
         return seen
 
+    def running(self, hf: nn.Module) -> EditableModel:
+        """The same, asked through another transformers model with the same modules (quantised ones,
+        say, that cannot be edited).
+        """
+        seen = copy.copy(self)
+        seen.hf = hf
+        return seen
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within the block the transformers model is in evaluation mode and its parameters are

@@ -17,6 +17,8 @@ from knowedit.models.adapters import base_of, merge
 from knowedit.models.download import DEFAULT_MODEL, name_of, resolve
 from knowedit.models.editable import EditableModel, known_tokenizer
 from knowedit.models.fingerprint import weights_fingerprint
+from knowedit.models.quantised import dequantise as as_floats
+from knowedit.models.quantised import method_of, reading
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +33,7 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dequantise: bool = False,
     say: Callable[[str], None] = print,
 ) -> EditableModel:
     """Load a causal LM for editing, or take one that is loaded.
@@ -50,6 +53,9 @@ def load_model(
         revision: a branch, tag or commit of the hub's repository.
         trust_remote_code: run code that comes with the model. Never asked for at a prompt: a model
             that needs it is refused.
+        dequantise: open a checkpoint with quantised weights as the floats that they stand for
+            (`models.quantised`); else it is refused. What is edited is that copy; export the edit
+            as an adapter for the quantised model itself.
 
     Raises:
         ModelError: it cannot be found, loaded or edited; the message has the reason and the remedy.
@@ -79,7 +85,8 @@ def load_model(
         if adapted is not None:
             weights, there = resolve(adapted, say=say), {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(weights, **there)
-        check_plain(str(name), config)
+        if not dequantise:
+            check_plain(str(name), config)
         if tokenizer is None:
             tokenizer = _saved_tokenizer(source, weights, where)
         model = class_for(config).from_pretrained(
@@ -87,8 +94,11 @@ def load_model(
             dtype=dtype,
             device_map=device_map,
             attn_implementation=attn_implementation,
+            **reading(config),
             **there,
         )
+        if method_of(config) is not None:
+            as_floats(model)
         if adapted is not None:
             model = merge(model, source, **where)
             say(f"note: the adapter {name} is merged into its base {adapted}; edits are of both")
@@ -130,16 +140,30 @@ def class_for(config: Any) -> Any:
     )
 
 
+def as_served(model: EditableModel, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model that others load from where `model` came from: quantised, where that
+    is a float copy of quantised weights. For comparisons: it cannot be edited.
+
+    Raises:
+        ModelError: it came from nowhere, or cannot be loaded on this machine.
+    """
+    from transformers import AutoConfig
+
+    where = {"trust_remote_code": trust_remote_code}
+    with _loading(model.source):
+        config = AutoConfig.from_pretrained(model.source, **where)
+        hf = class_for(config).from_pretrained(model.source, dtype="auto", **where)
+    return hf.eval().requires_grad_(False)
+
+
 def check_plain(name: str, config: Any) -> None:
     """Raise ModelError for a checkpoint with quantised weights, before they are read."""
-    parts = (config, config.get_text_config())
-    found = next((q for p in parts if (q := getattr(p, "quantization_config", None))), None)
-    if found is not None:
-        record = found if isinstance(found, dict) else vars(found)
-        method = str(record.get("quant_method", "an unnamed method")).rpartition(".")[2].lower()
+    method = method_of(config)
+    if method is not None:
         raise ModelError(
             f"the weights of {name} are quantised ({method}), and an edit would be rounded away in "
-            "them; edit the original checkpoint, and export the edit as an adapter for this one "
+            "them; edit the original checkpoint, or a float copy of this one (--dequantise, "
+            "load_model(..., dequantise=True)), and export the edit as an adapter for it "
             "(`knowedit export`)"
         )
 

@@ -22,6 +22,7 @@ from knowedit.errors import EditError, ModelError
 from knowedit.models import probing
 from knowedit.models.experts import Experts, holds_experts, recognise, split_name
 from knowedit.models.probing import LayerTrace, Linear, Stream, is_linear, size_of
+from knowedit.models.quantised import held_as
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 #: Which experts of a layer an edit goes to: those that its router chooses among, or the dense MLP
 #: beside them that every token passes.
 Which = Literal["routed", "shared"]
-
-#: What an edit can change: these, and held as ordinary tensors.
-EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -335,24 +333,11 @@ def _check(model: Any, kind: str) -> None:
             "them first: model = model.merge_and_unload()"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if why := _quantised(name, tensor):
+        if why := held_as(name, tensor):
             raise ModelError(
                 f"{kind}: {name} is quantised ({why}), and an edit would be lost in its rounding; "
-                "load the model in float32, bfloat16 or float16 to edit it"
+                "edit a float copy: load_model(..., dequantise=True), --dequantise"
             )
-
-
-def _quantised(name: str, tensor: Tensor) -> str | None:
-    """What says that this tensor holds quantised weights: its class, its dtype or its name."""
-    data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
-    if type(data) is not Tensor:
-        return type(data).__name__
-    leaf = name.rpartition(".")[2]
-    if leaf in ("qweight", "weight_packed") or (
-        (leaf == "weight" or isinstance(tensor, nn.Parameter)) and tensor.dtype not in EDITABLE
-    ):
-        return str(tensor.dtype).removeprefix("torch.")
-    return None
 
 
 def _projections(
