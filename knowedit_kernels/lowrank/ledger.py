@@ -117,6 +117,18 @@ class WeightLedger:
                 )
             entry.weight = weight
 
+    def adopt(self, weights: Mapping[str, Tensor]) -> None:
+        """Edits these tensors from now on under their names, edits in force included: those of a
+        copied model, which hold the very bits that the earlier ones do.
+
+        Raises LedgerError for one that does not.
+        """
+        for name, weight in weights.items():
+            if not torch.equal(self._entries[name].weight, weight):
+                raise LedgerError(f"weight {name!r} is no copy of the one that was edited")
+        for name, weight in weights.items():
+            self._entries[name].weight = weight
+
     @property
     def active(self) -> tuple[str, ...]:
         """Keys of the edits in force, in the order they were added."""

@@ -13,6 +13,10 @@ class StatisticsError(KnowEditError):
     """Key statistics that are missing, damaged or belong to another model."""
 
 
+class Terminated(StatisticsError):
+    """A SIGTERM ended a collection of statistics; what there was is kept."""
+
+
 class EditError(KnowEditError):
     """An edit that cannot be computed, loaded or applied."""
 

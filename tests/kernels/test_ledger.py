@@ -316,6 +316,20 @@ def test_an_interruption_of_the_mending_is_mended_by_the_next_call(monkeypatch):
     assert (bits(v) == original[0]).all() and (bits(w) == original[1]).all()
 
 
+def test_adopts_a_copy_with_the_edits_in_force_and_nothing_else():
+    weight = rand(6, 4)
+    clean = weight.clone()
+    ledger = WeightLedger({"w": weight})
+    ledger.add("w", *factors(6, 4, 1), "one")
+    copied = weight.clone()
+    with pytest.raises(LedgerError, match="no copy"):
+        ledger.adopt({"w": clean})
+    ledger.adopt({"w": copied})
+    kept = weight.clone()
+    ledger.remove("one")
+    assert torch.equal(copied, clean) and torch.equal(weight, kept)
+
+
 def test_the_tensors_that_a_model_has_now_are_edited():
     old, new = rand(4, 4), rand(4, 4, seed=1)
     kept, ledger = bits(new), WeightLedger({"w": old})

@@ -35,7 +35,7 @@ from knowedit.cli.options import (
     parse_methods,
     say,
 )
-from knowedit.errors import KnowEditError
+from knowedit.errors import KnowEditError, Terminated
 from knowedit.io.lines import printable
 from knowedit.io.progress import kept_on_interrupt
 from knowedit.io.tables import Table
@@ -75,6 +75,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(prog_name="knowedit", standalone_mode=False)
+        if code == 130:  # typer's own word for an interruption while a command line is read
+            raise KeyboardInterrupt
+    except Terminated as stop:
+        _end(f"interrupted: {stop}", 130)
     except KnowEditError as error:
         _end(f"error: {error}", 1)
     except UsageError as error:

@@ -145,6 +145,19 @@ class EditableModel:
         remember(self.hf, found)
         return found
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EditableModel:
+        """A copy of the transformers model, too, with the same edits in force."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        for name, value in vars(self).items():
+            setattr(made, name, copy.deepcopy(value, memo))
+        # an expert's matrix is a part of its parameter, and a copy of the part alone is not
+        ledger = made.ledger
+        parts = [name for name in ledger.edited if split_name(name)[1] is not None]
+        ledger.adopt({name: made.stored(name) for name in parts})
+        _IN_FORCE[made.hf] = made._state
+        return made
+
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.hf.parameters())
         applied = ", ".join(self.ledger.active) or "none"

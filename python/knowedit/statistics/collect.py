@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from knowedit.errors import StatisticsError
+from knowedit.errors import StatisticsError, Terminated
 from knowedit.io.config import Config
 from knowedit.io.ranges import Count, NotNegative
 from knowedit.models.editable import EditableModel
@@ -231,9 +231,7 @@ class Collection:
             self._save()
             if self._interrupted:
                 raise KeyboardInterrupt
-            raise StatisticsError(
-                "stopped by SIGTERM: start again to go on from the last checkpoint"
-            )
+            raise Terminated("stopped by SIGTERM: start again to go on from the last checkpoint")
 
     @property
     def short(self) -> bool:

@@ -4,6 +4,7 @@ no test can hold.
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import knowedit
 import knowedit.integrations
 import knowedit.methods
+from knowedit.errors import Terminated
 from knowedit.io.lazy import declared
 from knowedit.methods.listing import methods
 from knowedit.methods.registry import method_class
@@ -78,3 +80,29 @@ def test_a_name_that_there_is_not():
         _ = knowedit.MEMITT
     with pytest.raises(ImportError):
         from knowedit.methods import MEMITT  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    "ends, said",
+    [
+        # so typer ends where a signal comes while it reads the command line
+        (lambda: 130, "interrupted: nothing was written"),
+        (lambda: _raised(Terminated("stopped by SIGTERM: start again")), "interrupted: stopped by"),
+        (lambda: _raised(KeyboardInterrupt()), "interrupted: nothing was written"),
+    ],
+    ids=["while parsing", "statistics", "anywhere"],
+)
+def test_every_interruption_ends_alike(ends, said, monkeypatch, capsys):
+    from knowedit.cli import app as cli
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "app", lambda **_: ends())
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.startswith(said)
+
+
+def _raised(error):
+    raise error

@@ -1,5 +1,7 @@
 """Edits of routed experts: matrices inside one parameter, in both layouts."""
 
+import copy
+
 import pytest
 import torch
 
@@ -51,6 +53,24 @@ def test_an_edit_changes_the_experts_it_names_and_is_undone_to_the_bit(mixture, 
     torch.testing.assert_close(weight.detach(), before + more)
     other.undo(mixture)
     assert torch.equal(weight, before)
+
+
+def test_a_copied_model_has_the_edits_and_its_own_weights(mixture):
+    """An expert's matrix lies in its parameter's memory, in the copy as in the original."""
+    before = mixture.weight(LAYER).clone()
+    (edit, wanted), (other, more) = an_edit(mixture), an_edit(mixture, seed=1, left_out=3)
+    edit.apply(mixture)
+    copied = copy.deepcopy(mixture)
+    other.apply(copied)
+    torch.testing.assert_close(copied.weight(LAYER).detach(), before + wanted + more)
+    torch.testing.assert_close(mixture.weight(LAYER).detach(), before + wanted)
+    assert EditableModel(copied.hf, copied.tokenizer).ledger.active == (edit.key, other.key)
+    edit.undo(copied)
+    other.undo(copied)
+    assert torch.equal(copied.weight(LAYER), before)
+    assert edit.is_applied(mixture) and not edit.is_applied(copied)
+    edit.undo(mixture)
+    assert torch.equal(mixture.weight(LAYER), before)
 
 
 def test_a_file_holds_what_experts_share_once(mixture):
