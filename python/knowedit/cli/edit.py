@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,8 @@ from knowedit.cli.commands import App
 from knowedit.cli.options import (
     GO_ON,
     STATISTICS,
+    Chat,
+    Join,
     Limit,
     Loading,
     MethodRun,
@@ -84,17 +86,8 @@ def edit(
             help="Facts that contradict earlier ones of --history take their place.",
         ),
     ] = False,
-    join: Annotated[
-        str | None,
-        typer.Option(
-            help="What stands between prompts and answers: none, blank or line; default: what each "
-            "fact says, or as they would be written."
-        ),
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="The prompts are the user's turns in the model's chat."),
-    ] = False,
+    join: Join = None,
+    chat: Chat = False,
     allow: Allow = None,
     force: Force = False,
     *,
@@ -107,7 +100,7 @@ def edit(
     from knowedit.edits.history import History
     from knowedit.edits.limits import Limits
     from knowedit.evaluation.interview import Interview, said_table
-    from knowedit.facts.wordings.forms import in_chat
+    from knowedit.facts.wordings.forms import as_asked
     from knowedit.methods.base import statistics_for
     from knowedit.methods.session import Session
 
@@ -120,10 +113,7 @@ def edit(
     check_file(output)
     wanted, again = facts_named(facts, limit), edit_of(ctx)
     editable = run.load(model)
-    if join is not None:
-        wanted = [replace(fact, join=join) for fact in wanted]
-    if chat:
-        wanted = in_chat(editable, wanted)
+    wanted = as_asked(editable, wanted, join, chat)
     if again is not None:
         again.check(editable)
     with locked(history):  # or another run's edits would be lost

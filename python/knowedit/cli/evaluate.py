@@ -10,7 +10,9 @@ import typer
 
 from knowedit.cli.commands import SWEEP, App
 from knowedit.cli.options import (
+    Chat,
     Folder,
+    Join,
     Limit,
     MethodRun,
     kept_so_far,
@@ -68,6 +70,8 @@ def evaluate(
             "of right tokens."
         ),
     ] = "memit",
+    join: Join = None,
+    chat: Chat = False,
     output: Folder = None,
     *,
     run: MethodRun,
@@ -108,6 +112,8 @@ def evaluate(
             generate=generate,
             definition=definition,
             references=None if references is None else read_references(references),
+            join=join,
+            chat=chat,
             say=say,
         ):
             found.append(result if isinstance(result, dict) else result.to_dict())
@@ -137,7 +143,7 @@ def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
         for name in GRID_OPTIONS
         if _given(ctx, name) and ctx.params[name] is not None
     }
-    for name in ("method", "settings", "layers", "device_map"):
+    for name in ("method", "settings", "layers", "device_map", "join", "chat"):
         if _given(ctx, name):
             raise KnowEditError(
                 f"--{'set' if name == 'settings' else name.replace('_', '-')} does not go with a "

@@ -80,6 +80,16 @@ Layers = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many.")]
+Join = Annotated[
+    str | None,
+    typer.Option(
+        help="What stands between prompts and answers: none, blank or line; default: what each "
+        "fact says, or as they would be written."
+    ),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="The prompts are the user's turns in the model's chat.")
+]
 Seed = Annotated[
     int | None,
     typer.Option(

@@ -30,6 +30,7 @@ from knowedit.evaluation.sequence import (
 )
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
+from knowedit.facts.wordings.forms import as_asked
 from knowedit.io.config import plain
 from knowedit.io.files import atomic_file
 from knowedit.methods.base import Method, statistics_for
@@ -160,6 +161,8 @@ def measure(
     generate: int = 0,
     references: References | None = None,
     definition: str = "memit",
+    join: str | None = None,
+    chat: bool = False,
     say: Callable[[str], None] = print,
 ) -> Iterator[dict[str, Any] | Result]:
     """Load everything and measure each method, one after the other; what `knowedit eval` calls.
@@ -173,6 +176,7 @@ def measure(
         generate, references, definition: as `run`.
         folder: for the results, on disk before the next method starts; those that it has are not
             measured again, but yielded as their records.
+        join, chat: as of `forms.as_asked`.
 
     Raises:
         KnowEditError: an unknown method, protocol or data set; a folder with results of other
@@ -183,6 +187,7 @@ def measure(
     check_definition(definition)
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
+    facts = as_asked(model, facts, join, chat)
     common = {
         "fingerprint": model.fingerprint,
         "facts": [fact.to_dict() for fact in facts],

@@ -1,9 +1,12 @@
-"""Progress bars: shown on a terminal, silent elsewhere, never in the way."""
+"""How far something is: a bar on a terminal, elsewhere a plain line now and then of what takes
+long. All of it goes to standard error.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Protocol
 
 from rich.console import Console
@@ -18,6 +21,12 @@ from rich.progress import (
 
 console = Console(stderr=True)
 
+#: Seconds after which what goes on is said where there is no terminal, and between two such lines.
+FIRST, EVERY = 2.0, 60.0
+#: Called with the title of what goes on, how much of it is done, and how much there is.
+Listener = Callable[[str, float, float], None]
+_listeners: list[Listener] = []
+
 
 class Advance(Protocol):
     """Moves a bar on by `amount`, and shows `note` behind it until another one is given."""
@@ -27,12 +36,18 @@ class Advance(Protocol):
 
 @contextmanager
 def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Iterator[Advance]:
-    """Yield the function that moves a progress bar on; nothing is shown without a terminal.
+    """Yield the function that moves a progress bar on. Without a terminal, work of more than two
+    seconds prints a line by then, another every minute, and one at the end.
 
     Args:
         total: the amount at the end, in `unit`.
-        show: False hides the bar on a terminal too.
+        show: False shows nothing.
     """
+    if not console.is_terminal:
+        lines = _Lines(title, total, unit, show)
+        yield lines.advance
+        lines.end()
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -43,17 +58,72 @@ def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Itera
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(
-        *columns, console=console, disable=not (show and console.is_terminal)
-    ) as progress:
-        task = progress.add_task(title, total=total, note="")
+    with Progress(*columns, console=console, disable=not show) as progress:
+        task, done = progress.add_task(title, total=total, note=""), 0.0
 
         def advance(amount: float = 1, note: str | None = None) -> None:
+            nonlocal done
+            done += amount
+            _tell(title, done, total)
             progress.update(task, advance=amount)
             if note is not None:
                 progress.update(task, note=note)
 
         yield advance
+
+
+class _Lines:
+    """The lines of one bar where there is no terminal."""
+
+    def __init__(self, title: str, total: float, unit: str, show: bool) -> None:
+        self.title, self.total, self.unit, self.show = title, total, unit, show
+        self.done, self.begun = 0.0, monotonic()
+        self.due, self.said = self.begun + FIRST, False
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        self.done += amount
+        _tell(self.title, self.done, self.total)
+        now = monotonic()
+        if now >= self.due and 0 < self.done < self.total:
+            left = (now - self.begun) * (self.total - self.done) / self.done
+            self.due, self.said = now + EVERY, True
+            behind = f", {note}" if note else ""
+            some = f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
+            self._say(f"{some}{behind}, about {_time(left)} left")
+
+    def end(self) -> None:
+        if self.said:
+            self._say(f"done in {_time(monotonic() - self.begun)}")
+
+    def _say(self, text: str) -> None:
+        if self.show:
+            plain_line(f"{self.title}: {text}")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def plain_line(text: str) -> None:
+    """A plain line on standard error, unless --quiet."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell(title: str, done: float, total: float) -> None:
+    for listener in _listeners:
+        listener(title, done, total)
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """Within the block `listener(title, done, total)` is called whenever anything here gets on,
+    shown or not: for a notebook's own bar, TensorBoard or W&B. What it raises stops the work.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @contextmanager

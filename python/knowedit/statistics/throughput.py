@@ -91,6 +91,7 @@ def metered(
     """A meter for `total` tokens. `show`: at all; `as_json`: JSON lines on `out` (default stderr)
     instead of a bar.
     """
-    with bar(title, total, "tokens", show=show and not as_json) as advance:
-        lines = show and not as_json and not console.is_terminal
+    shown = show and not as_json
+    lines = shown and not console.is_terminal
+    with bar(title, total, "tokens", show=shown and not lines) as advance:
         yield Meter(total, advance, lines=lines, as_json=as_json and show, out=out or sys.stderr)

@@ -52,6 +52,31 @@ def test_what_only_fits_a_gguf_file_is_refused_before_anything_is_loaded(place, 
         assert "give the GGUF file that the edit was computed on" in said
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_facts_are_joined_and_asked_in_the_chat_as_told(place, knowedit, tiny_llama):
+    tiny_llama.tokenizer.chat_template = TEMPLATE
+    tiny_llama.tokenizer.save_pretrained(place / "model")
+    (place / "one.jsonl").write_text(json.dumps(FACTS[0]))
+    lora = ("--method", "lora", "--set", "steps=1", "--json", "--join", "none", "--chat")
+    made = json.loads(knowedit("edit", "model", "one.jsonl", "-o", "a.safetensors", *lora))
+    (written,) = made["facts"]
+    assert written["join"] == "none"
+    assert written["prompt"] == "<user>The capital of {} is<assistant>"
+    measured = ("eval", "model", "--dataset", "one.jsonl", *lora, "-o", "run")
+    assert [one["facts"] for one in json.loads(knowedit(*measured))] == [1]
+    said = "".join(
+        p.read_text() for p in (place / "run").rglob("*") if p.suffix in (".csv", ".jsonl", ".json")
+    )
+    assert "<user>The capital of France is<assistant>" in said
+    assert "other" in knowedit(*(word for word in measured if word != "--chat"), code=1)
+    assert "join" in knowedit("eval", "model", "--dataset", "one.jsonl", "--join", "dash", code=1)
+
+
 def test_a_gradient_method_needs_no_statistics(place, knowedit):
     settings = (
         "--set",

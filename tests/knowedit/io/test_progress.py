@@ -1,4 +1,4 @@
-"""Unit: a progress bar on a terminal, and none elsewhere."""
+"""Unit: a progress bar on a terminal, and plain lines elsewhere of what takes long."""
 
 from __future__ import annotations
 
@@ -22,3 +22,67 @@ def test_a_bar_is_shown_on_a_terminal_only(monkeypatch, terminal, show, seen):
         advance()
     assert ("keys" in out.getvalue() and "401/1,000 tokens" in out.getvalue()) is seen
     assert ("layer 3" in out.getvalue()) is seen
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A console that is no terminal, and a clock that is set by hand."""
+    out, clock = io.StringIO(), [100.0]
+    monkeypatch.setattr(progress, "console", Console(file=out, width=40))
+    monkeypatch.setattr(progress, "monotonic", lambda: clock[0])
+    return out, clock
+
+
+def test_what_takes_long_is_said_in_lines_where_there_is_no_terminal(elsewhere):
+    out, clock = elsewhere
+    with progress.bar("MEMIT: training on a title that is long", 100, "steps") as advance:
+        for _ in range(10):
+            advance(10, "loss [0.5]")
+            clock[0] += 20
+    assert out.getvalue().splitlines() == [
+        f"MEMIT: training on a title that is long: {said}"
+        for said in (
+            "20 of 100 steps, loss [0.5], about 80 s left",
+            "50 of 100 steps, loss [0.5], about 80 s left",
+            "80 of 100 steps, loss [0.5], about 35 s left",
+            "done in 3 min",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "show, seconds, quiet", [(True, 1.9, False), (False, 9, False), (True, 9, True)]
+)
+def test_nothing_is_said_of_what_is_short_or_hidden(elsewhere, show, seconds, quiet):
+    out, clock = elsewhere
+    progress.console.quiet = quiet
+    with progress.bar("short", 2, show=show) as advance:
+        clock[0] += seconds
+        advance()
+    assert out.getvalue() == ""
+
+
+def test_no_color_is_obeyed_on_a_terminal(monkeypatch):
+    for variable, coloured in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", variable)
+        out = io.StringIO()
+        monkeypatch.setattr(
+            progress, "console", Console(file=out, force_terminal=True, color_system="standard")
+        )
+        with progress.bar("keys", 10) as advance:
+            advance(5)
+        assert ("\x1b[3" in out.getvalue()) is coloured
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_listeners_hear_what_gets_on_shown_or_not(monkeypatch, terminal):
+    heard = []
+    console = Console(file=io.StringIO(), force_terminal=terminal)
+    monkeypatch.setattr(progress, "console", console)
+    listening = progress.heard_by(lambda *what: heard.append(what))
+    with listening, progress.bar("keys", 10, show=False) as advance:
+        advance(4)
+        advance(6, "note")
+    with progress.bar("later", 1) as advance:
+        advance()
+    assert heard == [("keys", 4, 10), ("keys", 10, 10)]

@@ -85,6 +85,22 @@ def in_chat(model: Tokenises[RowT_co], facts: Sequence[Fact]) -> list[Fact]:
     return found
 
 
+def as_asked(
+    model: Tokenises[RowT_co], facts: Sequence[Fact], join: str | None = None, chat: bool = False
+) -> list[Fact]:
+    """`facts` as a command was told to write and ask them.
+
+    Args:
+        join: what stands between prompts and answers, as `Fact.join`; None: what each fact says.
+        chat: as `in_chat`.
+
+    Raises:
+        FactError: another `join`. ModelError: the model has no chat template.
+    """
+    found = list(facts) if join is None else [replace(fact, join=join) for fact in facts]
+    return in_chat(model, found) if chat else found
+
+
 # -- texts to train with
 
 TRAINING_PREFIX = "It is well known that this is true. {}"

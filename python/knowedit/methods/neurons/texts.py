@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from knowedit.errors import EditError
+from knowedit.io.progress import bar, console, plain_line
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import read
 from knowedit.models.structure import check_dense
@@ -19,7 +20,13 @@ from knowedit_kernels import SecondMoment
 
 
 def windows(
-    model: EditableModel, corpus: CorpusLike, tokens: int, length: int = 256, seed: int = 0
+    model: EditableModel,
+    corpus: CorpusLike,
+    tokens: int,
+    length: int = 256,
+    seed: int = 0,
+    *,
+    progress: bool = False,
 ) -> list[list[int]]:
     """About `tokens` tokens of the corpus in rows of at most `length`, each of which starts as the
     tokenizer starts a text; without documents that hold a token which the model does not embed.
@@ -30,14 +37,21 @@ def windows(
     rows: list[list[int]] = []
     left, length = tokens, min(length, model.max_length)
     start = start_tokens(model.tokenizer)
-    for text in Corpus.parse(corpus).documents(samples=model.samples, seed=seed):
-        ids = model.tokenizer(text)["input_ids"][:left]
-        if max(ids, default=0) >= model.vocabulary:
-            continue
-        rows += cut(ids, length, start)
-        left -= len(ids)
-        if left <= 0:
-            break
+    source = Corpus.parse(corpus)
+    if source.is_self and progress and not console.is_terminal:
+        plain_line(
+            f"taking {tokens:,} tokens of text from the model itself: sampled once, then kept"
+        )
+    with bar("texts not to change", tokens, "tokens", show=progress) as advance:
+        for text in source.documents(samples=model.samples, seed=seed):
+            ids = model.tokenizer(text)["input_ids"][:left]
+            if max(ids, default=0) >= model.vocabulary:
+                continue
+            rows += cut(ids, length, start)
+            left -= len(ids)
+            advance(len(ids))
+            if left <= 0:
+                break
     if left > tokens // 2:
         raise EditError(
             f"{corpus} has {tokens - left} tokens, {tokens} are wanted; give a larger corpus or "

@@ -149,7 +149,7 @@ class NeuronPatch(Method):
             f"{self.name}: optimising values", len(groups), "values", show=progress
         ) as advance:
             targets = optimise_values(model, groups, layer, values, progress=advance)
-        texts = windows(model, self.corpus, self.tokens, seed=self.seed)
+        texts = windows(model, self.corpus, self.tokens, seed=self.seed, progress=progress)
         with bar(f"{self.name}: reading texts", len(texts), "texts", show=progress) as advance:
             ordinary = everywhere(model, texts, layer, advance)
         start = 0
