@@ -5,11 +5,13 @@ is why a block does not run.
 
 from __future__ import annotations
 
+import json
 import textwrap
 
 import pytest
 
 import knowedit as ke
+from docs.hooks import ROOT
 from tests.docs.test_pages import FENCE, PAGES
 
 #: What every reader has: a model, facts and statistics.
@@ -50,6 +52,7 @@ INSTEAD = {
     'SummaryWriter("runs/neuron-patch")': "SummaryWriter()",
     'edit.push_to_hub("OWNER/NAME", private=True)': 'edit.save_pretrained("OWNER/NAME")',
     "from torch.utils.tensorboard import": "from unittest.mock import MagicMock as",
+    'model, corpus="self", tokens=16_384': 'model, (0, 1, 2), corpus="text.txt", tokens=500',
     'model, corpus="self"': 'model, (0, 1, 2), corpus="text.txt", tokens=500',
     "ke.key_statistics(model, (3, 4, 5, 6))": "statistics",
     "ke.RoSE()": "ke.RoSE(layers=(1, 2))",
@@ -78,15 +81,24 @@ def why_not(file):
 
 
 def blocks(file):
-    """The Python of a page, with what is too dear for a test put cheaper."""
-    for _, kind, body in FENCE.findall(PAGES[file]):
-        if kind == "python":
-            for dear, cheap in INSTEAD.items():
-                body = body.replace(dear, cheap)
-            yield textwrap.dedent(body)
+    """The Python of a page or notebook."""
+    if file.endswith(".ipynb"):
+        cells = json.loads((ROOT / file).read_text(encoding="utf-8"))["cells"]
+        assert all(not cell.get("outputs") for cell in cells), "kept without outputs"
+        return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    found = FENCE.findall(PAGES[file])
+    return [textwrap.dedent(body) for _, kind, body in found if kind == "python"]
 
 
-RUN = [file for file in PAGES if "```python" in PAGES[file] and not why_not(file)]
+def cheaper(code):
+    """Code with what is too dear for a test put cheaper."""
+    for dear, cheap in INSTEAD.items():
+        code = code.replace(dear, cheap)
+    return code
+
+
+NOTEBOOK = "docs/first_edit.ipynb"
+RUN = [NOTEBOOK, *(file for file in PAGES if "```python" in PAGES[file] and not why_not(file))]
 
 
 @pytest.mark.parametrize("file", RUN)
@@ -99,11 +111,11 @@ def test_the_python_of_a_page_runs(file, tiny_llama, tmp_path, own_cache, monkey
     for given in (READER, TOLD.get(file, "")):
         exec(given, names)
     for number, block in enumerate(blocks(file), 1):
-        exec(compile(block, f"{file}, block {number}", "exec"), names)
+        exec(compile(cheaper(block), f"{file}, block {number}", "exec"), names)
 
 
 def test_what_is_replaced_stands_in_a_page():
-    everything = "".join(PAGES[file] for file in RUN)
+    everything = "".join(block for file in RUN for block in blocks(file))
     assert [text for text in INSTEAD if text not in everything] == []
     assert [page for page in TOLD if page not in RUN] == []
     assert [page for page in NOT_RUN if not any(page in file for file in PAGES)] == []
