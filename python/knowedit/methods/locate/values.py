@@ -308,7 +308,8 @@ def _optimise(
         worse = found >= loss[live]  # NaN is kept, to be seen
         kept = ~worse if s.optimiser.keeps_best else torch.ones_like(worse)
         at = live[kept]
-        best[at], loss[at], nll[at] = delta[at], found[kept], part_nll.detach()[kept]
+        best[at], loss[at] = delta[at], found[kept]
+        nll[at] = part_nll.detach().to(nll)[kept]
         if step == most:
             break
         moved = variable.detach() + moves.update(seen)
