@@ -116,14 +116,13 @@ def learned(header: Mapping[str, Any], rows: list[dict[str, Any]]) -> Iterator[R
 
 def real(header: Mapping[str, Any], rows: list[dict[str, Any]]) -> Iterator[Row]:
     """The pieces of `benchmarks.models`, those of one case together."""
-    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    cases: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        cases.setdefault((row["model"], row["method"], row["protocol"]), []).append(row)
-    for (model, method, protocol), mine in cases.items():
+        size = row["last"] - row["first"] if row["protocol"] == "batch" else 1
+        cases.setdefault((row["model"], row["method"], size), []).append(row)
+    for (model, method, size), mine in cases.items():
         count = sum(row["last"] - row["first"] for row in mine)
-        sizes = sorted({row["last"] - row["first"] for row in mine})
-        single = f"{count} single edits"
-        what = f"batches of {', '.join(map(str, sizes))}" if protocol == "batch" else single
+        what = f"batches of {size}" if size > 1 else f"{count} single edits"
         values = {
             head: [v for row in mine for v in row["after"].get(name, {}).values()]
             for head, name in SINGLE.items()

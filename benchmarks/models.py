@@ -170,14 +170,14 @@ def line(row: Mapping[str, Any]) -> str:
 def table(folder: Path) -> str:
     """A row a model, method and protocol, its pieces together; then what misses its goal."""
     header, rows = common.read(folder, NAME)
-    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    cases: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        cases.setdefault((row["model"], row["method"], row["protocol"]), []).append(row)
+        size = row["last"] - row["first"] if row["protocol"] == "batch" else 1
+        cases.setdefault((row["model"], row["method"], row["protocol"], size), []).append(row)
     lines, missed = [], []
     for case, pieces in sorted(cases.items()):
-        sizes = sorted({row["last"] - row["first"] for row in pieces})
         records = sum(row["last"] - row["first"] for row in pieces)
-        what = f"batches of {', '.join(map(str, sizes))}" if case[2] == "batch" else "single"
+        what = f"batches of {case[3]}" if case[2] == "batch" else "single"
         cells, short = [], []
         for name, goal in GOALS.items():
             values = [v for row in pieces for v in row["after"].get(name, {}).values()]

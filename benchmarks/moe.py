@@ -22,6 +22,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation.evaluation import evaluate_each
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
+from knowedit.io.tables import Table
 from knowedit.methods import MEMIT
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.models.editable import EditableModel
@@ -34,6 +35,7 @@ from .quality import CORPUS, HELD_OUT
 
 #: Largest relative difference of the mixture's logits from the dense model's.
 SAME = 1e-3
+SHOWN = ("success", "exact", "unchanged")
 
 
 def copies(dense: EditableModel, experts: int, active: int, seed: int = 0) -> EditableModel:
@@ -88,6 +90,38 @@ def _kept(
     same = [fact.text for fact in found.facts] == [fact.text for fact in facts]
     same = same and found.fingerprint == mixture.fingerprint and found.method() == editor
     return found if same else None
+
+
+def table(folder: Path) -> str:
+    """What a batch edit did to facts, other wordings and neighbours; what it cost."""
+    header, rows = common.read(folder, "moe")
+    measured = [row for row in rows if row.get("measure", "").partition(" ")[2] in SHOWN]
+    (last,) = (row for row in rows if "report" in row)
+    lines = [
+        [
+            row["measure"],
+            common.percent(row["unedited"]) if row["unedited"] is not None else "",
+            f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
+        ]
+        for row in measured
+    ]
+    report, layers = last["report"], last["report"]["settings"]["layers"]
+    counts = [n for layer in last["tokens_an_expert"] for n in layer]
+    told = (
+        f"{header['model']}, MEMIT in layer {', '.join(map(str, layers))}, {header['facts']} facts "
+        f"in one edit, {header['tokens']:,} tokens of statistics ({min(counts):,.0f} to "
+        f"{max(counts):,.0f} an expert), {last['seconds_a_fact']:.1f} CPU-s a fact. "
+        f"Expert sets of later layers change for {percent_of(report, 'facts')} of the facts' "
+        f"tokens, {percent_of(report, 'neighbours')} of the neighbours' and "
+        f"{percent_of(report, 'text')} of ordinary text's."
+    )
+    heads = ["%", "unedited", "edited"]
+    return "\n\n".join([told, Table(heads, lines).markdown(), common.measured_on(header)])
+
+
+def percent_of(report: dict[str, Any], which: str) -> str:
+    """A share of rerouted tokens."""
+    return f"{100 * report['measured']['routing'][which]:.1f} %"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from . import gradient as by_gradient
 from . import hessian as by_input
 from . import leaderboard
 from . import models as by_model
+from . import moe as by_expert
 from . import neuron as by_neuron
 from . import sequential as in_sequence
 from . import tokens as by_tokens
@@ -296,6 +297,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
     "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
     leaderboard.NAME: ("leaderboard.md", leaderboard.table, leaderboard.no_picture),
+    "moe": ("moe.md", by_expert.table, by_model.no_picture),
     "hessian": ("hessians.md", by_input.table, by_input.no_picture),
 }
 
