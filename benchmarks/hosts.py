@@ -261,7 +261,8 @@ def main() -> None:
     parser.add_argument("--host-edits", type=int, help="edits that the host makes as it is: all")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measured(options.host, options.path.resolve(), options.limit, options.what, options.dataset)
+    path, host_edits = options.path.resolve(), options.host_edits
+    measured(options.host, path, options.limit, options.what, options.dataset, host_edits)
 
 
 if __name__ == "__main__":
