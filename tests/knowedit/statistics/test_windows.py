@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from knowedit.cli import stats as cli_stats
+from knowedit.cli.options import Output
 from knowedit.errors import CorpusError, StatisticsError
 from knowedit.statistics import key_statistics
 from knowedit.statistics.corpus import windows
@@ -119,9 +120,9 @@ def test_of_cached_tokens_the_least_recently_used_go_first(
     monkeypatch.setattr(windows, "CACHED", 0)
     token_cache(tiny_llama, again)
     assert kept() == {names[1]}
-    cli_stats.clean(keep=1)
+    cli_stats.clean(keep=1, output=Output())
     assert kept() == {names[1]} and ": 0 bytes" in capsys.readouterr().out
-    cli_stats.clean(keep=0)
+    cli_stats.clean(keep=0, output=Output())
     assert (
         not kept()
         and (tmp_path / "cache" / "tokens").exists()
