@@ -192,10 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             else:
                 if arguments.quick:
-                    small = replace(editor.values or LEAF, steps=2)
-                    editor = replace(editor, values=small)
-                    if isinstance(editor, RoSE) and editor.refine:
-                        editor = replace(editor, refine=replace(editor.refine, steps=2))
+                    few = {"target.steps": 2}
+                    if isinstance(editor, Recipe) and editor.training is not None:
+                        few["training.settings.steps"] = 2
+                    editor = editor.with_settings(few)
                 start = time.process_time()  # other programs do not count
                 edit = editor.compute(model, facts, statistics, progress=False)
                 seconds = time.process_time() - start
