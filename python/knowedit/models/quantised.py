@@ -91,7 +91,7 @@ def dequantise(hf: Any) -> float:
         quantizer.remove_quantization_config(hf)
     elif getattr(hf.config, "quantization_config", None) is not None:
         del hf.config.quantization_config
-    if worst > 1e-4:
+    if worst > max(1e-4, torch.finfo(like.dtype).eps):  # more than the model's own dtype rounds
         logger.warning(
             "the quantised layers round their inputs, too: they differ by up to %.1g (relative) "
             "from the float copy that is edited",

@@ -60,6 +60,12 @@ def test_layers_that_round_their_inputs_are_told(caplog):
     assert "round their inputs" in caplog.text
 
 
+@torch.no_grad()
+def test_the_rounding_of_the_models_own_dtype_is_not_told(caplog):
+    assert dequantise(quantise(build("llama").to(torch.bfloat16))) > 1e-4
+    assert "round their inputs" not in caplog.text
+
+
 def test_what_is_not_linear_is_refused():
     class Squares(Int8Linear):
         def forward(self, x):
