@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,8 +67,8 @@ class Limits(Config):
                 f"the edited model realises {gain:.0%} of the planned change at the facts' own "
                 f"prompts (limit {self.gain:.0%})"
             )
-        first = earlier[0].measured if earlier else None
-        start = (first or measured).perplexity_before
+        before = [other.measured.perplexity_ratio for other in earlier if other.measured]
+        start = measured.perplexity_before / math.prod(before)  # of this edit's texts
         if not measured.perplexity <= self.perplexity * start:
             found.append(
                 f"the perplexity of ordinary text goes from {start:.2f} to "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from knowedit.edits.routing import Rerouted, Routing
 from knowedit.facts.fact import Fact
-from knowedit.facts.wordings.ordinary import held_out
+from knowedit.facts.wordings.ordinary import held_out, passages
 from knowedit.io.config import Config
 from knowedit.io.tables import figure
 from knowedit.models.editable import EditableModel
@@ -27,7 +27,8 @@ from knowedit.models.tokens import batches
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
 
-WIDTH = 12  # tokens read of each shipped text: all are run as one batch without padding
+WIDTH = 12  # tokens read of each short text, all as one batch without padding
+PASSAGE = 32  # and of each passage
 
 #: What is to be added to the output of layers' MLP projections: `{layer: [facts, hidden]}`.
 Plan = Mapping[int, Tensor]
@@ -84,18 +85,23 @@ class Measured(Config):
 def measure(model: EditableModel, edit: Edit, plan: Plan | None = None) -> Measured:
     """Apply `edit` to `model`, measure, and take it back, which restores every bit.
 
+    Of ordinary text it reads a passage more with every further fact: the look costs a like part of
+    every edit, and where many small harms add up it is exact enough to see them.
+
     Args:
         plan: what the edit was to add; its gain is measured against this.
 
     Raises:
         EditError: it cannot be applied.
     """
-    facts, clean, routing = edit.facts, _ordinary(model), Routing.of(model, edit)
+    facts, routing = edit.facts, Routing.of(model, edit)
+    more = min(len(facts) - 1, len(passages()))
+    clean = _ordinary(model, more)
     before = outputs(model, facts, max(plan)) if plan else None
     planned = outputs(model, facts, max(plan), plan) if plan else None
     with edit.applied_to(model):
         scores = model.score([fact.text for fact in facts], [fact.new_answer for fact in facts])
-        now = _Ordinary.of(model)
+        now = _Ordinary.of(model, more)
         after = outputs(model, facts, max(plan)) if plan else None
         rerouted = routing.against(model)
     gain: list[float] = []
@@ -155,11 +161,17 @@ class _Ordinary:
     following: Tensor
 
     @classmethod
-    def of(cls, model: EditableModel) -> _Ordinary:
-        width = min(WIDTH, model.max_length)
-        ids, mask = model.pad([model.row(text).ids[:width] for text in held_out()])
-        places = mask[:, 1:]
-        return cls(model.final_states(ids)[:, :-1][places], ids[:, 1:][places])
+    def of(cls, model: EditableModel, more: int = 0) -> _Ordinary:
+        """Read the short texts and the first `more` passages."""
+        states, following = [], []
+        for texts, width in ((held_out(), WIDTH), (passages()[:more], PASSAGE)):
+            rows = [model.row(text).ids[: min(width, model.max_length)] for text in texts]
+            for batch in batches([len(row) for row in rows], 512):
+                ids, mask = model.pad([rows[i] for i in batch])
+                places = mask[:, 1:]
+                states.append(model.final_states(ids)[:, :-1][places])
+                following.append(ids[:, 1:][places])
+        return cls(torch.cat(states), torch.cat(following))
 
     def against(self, model: EditableModel, now: _Ordinary) -> dict[str, float]:
         """This model's and another one's perplexity, the mean KL(this || now) in nats, and the
@@ -181,15 +193,15 @@ class _Ordinary:
         }
 
 
-#: The last one measured of each model without a new edit: which edits were in force, and what it
-#: said.
-_CLEAN: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], _Ordinary]] = WeakKeyDictionary()
+#: The last one measured of each model without a new edit: which edits were in force, how many
+#: passages were read, and what it said.
+_CLEAN: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], _Ordinary]] = WeakKeyDictionary()
 
 
-def _ordinary(model: EditableModel) -> _Ordinary:
+def _ordinary(model: EditableModel, more: int) -> _Ordinary:
     """The model as it is now on ordinary text; measured once for each set of edits in force."""
-    now = (model.fingerprint, *model.ledger.active)
+    now = (more, model.fingerprint, *model.ledger.active)
     known = _CLEAN.get(model.hf)
     if known is None or known[0] != now:
-        known = _CLEAN[model.hf] = now, _Ordinary.of(model)
+        known = _CLEAN[model.hf] = now, _Ordinary.of(model, more)
     return known[1]

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.limits import Limits
-from knowedit.edits.measured import WIDTH, Measured, measure
+from knowedit.edits.measured import PASSAGE, WIDTH, Measured, measure
 from knowedit.edits.report import EditReport
 from knowedit.errors import ConfigError, EditError, RuinousEditError
 from knowedit.facts.fact import Fact
-from knowedit.facts.wordings.ordinary import held_out, sentences
+from knowedit.facts.wordings.ordinary import held_out, passages, sentences
 from knowedit.methods import MEMIT, FineTuning
 from knowedit.methods.session import Session
 from knowedit.models.fingerprint import weights_fingerprint
@@ -28,9 +28,10 @@ def logits_of(model, ids):
     return model.hf(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
 
-def ordinary(model):
-    """The shipped texts' tokens, as many as are read."""
-    return [model.row(text).ids[:WIDTH] for text in held_out()]
+def ordinary(model, facts):
+    """The shipped texts' tokens that are read for an edit of so many facts."""
+    short = [model.row(text).ids[:WIDTH] for text in held_out()]
+    return short + [model.row(text).ids[:PASSAGE] for text in passages()[: facts - 1]]
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def test_figures_are_those_of_the_plain_edited_model(tiny_llama):
     fingerprint = weights_fingerprint(tiny_llama.hf)
     found = measure(tiny_llama, edit)
     assert weights_fingerprint(tiny_llama.hf) == fingerprint and not edit.is_applied(tiny_llama)
-    rows = ordinary(tiny_llama)
+    rows = ordinary(tiny_llama, len(edit.facts))
     before = [logits_of(tiny_llama, ids)[:-1] for ids in rows]
     with edit.applied_to(tiny_llama):
         after = [logits_of(tiny_llama, ids)[:-1] for ids in rows]
@@ -73,7 +74,19 @@ def test_what_was_measured_before_is_of_the_edits_in_force(tiny_llama):
 
 
 def test_nothing_is_measured_on_what_edits_train_with():
-    assert len(held_out()) >= 10 and not set(held_out()) & set(sentences())
+    shown = held_out() + passages()
+    assert len(held_out()) >= 10 and not set(shown) & set(sentences())
+    assert len(set(shown)) == len(shown) >= 50
+
+
+def test_an_edit_of_many_facts_reads_more_text(tiny_llama):
+    one = an_edit(tiny_llama, layers=(1,))
+    texts = len(ordinary(tiny_llama, 1))
+    for facts in (1, 3, 200):
+        many = replace(one, facts=[one.facts[0]] * facts, groups=(0,) * facts)
+        read = ordinary(tiny_llama, facts)
+        assert len(read) == texts + min(facts - 1, len(passages()))
+        assert measure(tiny_llama, many).tokens == sum(len(ids) - 1 for ids in read)
 
 
 def test_every_method_measures_and_the_file_keeps_it(tiny_llama, tmp_path):
@@ -139,6 +152,8 @@ def test_small_steps_do_not_pass_the_limit_together():
     second = EditReport(measured=replace(GOOD, perplexity_before=21.6, perplexity=23.3))
     assert not Limits().broken(second)
     assert "from 20.00 to 23.30" in Limits().broken(second, [first])[0]
+    other = EditReport(measured=replace(GOOD, perplexity_before=30.0, perplexity=32.4))
+    assert "from 27.78 to 32.40" in Limits().broken(other, [first])[0]  # on other texts
 
 
 @pytest.mark.parametrize("wrong", [{"perplexity": 0.9}, {"kl": -1.0}, {"relative_norm": 0.0}])

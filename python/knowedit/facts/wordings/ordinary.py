@@ -1,9 +1,9 @@
 """Texts that an edit should leave alone: to train with, and others to measure with.
 
 ``ordinary.json`` holds sentences on many topics, written for this package: prose, instructions,
-code, questions, sums. ``held_out.json`` holds a few more, which nothing is trained on. Openings are
-prompts about entities of the shipped relations (`relations.probes`, training split), to be
-continued.
+code, questions, sums. ``held_out.json`` holds a few more, ``passages.json`` longer ones; nothing is
+trained on either. Openings are prompts about entities of the shipped relations (`relations.probes`,
+training split), to be continued.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ def sentences() -> tuple[str, ...]:
 def held_out() -> tuple[str, ...]:
     """The content of ``held_out.json``."""
     return tuple(json.loads(PATH.with_name("held_out.json").read_text("utf-8")))
+
+
+@cache
+def passages() -> tuple[str, ...]:
+    """The content of ``passages.json``."""
+    return tuple(json.loads(PATH.with_name("passages.json").read_text("utf-8")))
 
 
 def openings(facts: Sequence[Fact], count: int = 48, seed: int = 0) -> list[str]:
