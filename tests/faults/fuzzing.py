@@ -171,7 +171,7 @@ class Inputs:
             read = trial(target, data, self.folder)
             tally.outcomes[f"{target.label}: {'read' if read else 'refused'}"] += 1
         except Escaped as problem:
-            tally.fail(str(problem))
+            tally.fail(number, str(problem))
             if len(tally.failed) < MOST:
                 (self.folder / f"escaped-{number}-{target.name}").write_bytes(data)
 

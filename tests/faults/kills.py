@@ -493,7 +493,7 @@ class Kills:
             self.place.learn(command)
             tally.outcomes[f"{command.name}, {self.what(command, chance)}"] += 1
         except Failed as problem:
-            tally.fail(str(problem))
+            tally.fail(number, str(problem))
 
     def what(self, command: Command, chance: random.Random) -> str:
         """Stop it."""

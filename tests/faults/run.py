@@ -4,7 +4,8 @@ each were tried and what came of them.
     python -m tests.faults.run --kills 1000 --fills 250 --inputs 1000000 --sequences 10000
 
 Every try is decided by the seed and its number. The file is written on the way, and a run goes on
-after what it says was tried; `--again` begins anew with the parts that are named.
+after what it says was tried, once it has made again what failed; it says how many were tried at
+which commit. `--again` begins anew with the parts that are named.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import platform
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,16 +69,28 @@ def main() -> int:
             with tempfile.TemporaryDirectory(dir=_fast()) as folder:
                 _try(name, part(Path(folder)), count, tally, given)
             print(f"{name}: {tally.tried} tried; {tally.outcomes['FAILED']} failed", flush=True)
-            failed |= bool(tally.failed)
+            failed |= tally.outcomes["FAILED"] > 0
     return int(failed)
 
 
 def _try(name: str, part: Part, count: int, tally: Tally, given: argparse.Namespace) -> None:
     """Try, and write the result on the way."""
     begun, used, until = time.monotonic(), _used(), time.monotonic() + 60 * given.minutes
+    commit = _commit()
+
+    def well(number: int) -> bool:
+        before = tally.outcomes["FAILED"]
+        part.try_one(number, given.seed, tally)
+        ended = tally.outcomes["FAILED"] == before
+        tally.commits[commit] += ended
+        return ended
+
     try:
+        for number, what in tally.forget().items():
+            if well(int(number)):
+                tally.mended[number] = what
         while tally.tried < count and begun < until:
-            part.try_one(tally.tried, given.seed, tally)
+            well(tally.tried)
             tally.tried += 1
             if time.monotonic() - begun > OFTEN or tally.tried == count:
                 tally.seconds += time.monotonic() - begun
@@ -85,6 +99,14 @@ def _try(name: str, part: Part, count: int, tally: Tally, given: argparse.Namesp
                 _write(given.output, name, tally, given.seed)
     finally:
         part.close()
+
+
+def _commit() -> str:
+    """The commit that is tried, with a plus where the tree has changes beside the result's."""
+    git = ["git", "-C", str(RESULT.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", f":!{RESULT.name}"])
+    return f"{head.stdout.strip() or 'unknown'}{'+' if changed.returncode else ''}"
 
 
 def _used() -> float:

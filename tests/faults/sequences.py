@@ -292,7 +292,7 @@ class Sequences:
         try:
             bench.run(random.Random(f"{seed} sequence {number}"), self.folder / "edited")
         except Exception as error:
-            tally.fail(f"{layout} {number}: {type(error).__name__}: {error}")
+            tally.fail(number, f"{layout} {number}: {type(error).__name__}: {error}")
             self.benches[layout] = Workbench(
                 model_of(layout, self.tokenizer), bench.edits
             )  # the other's weights may be anything
