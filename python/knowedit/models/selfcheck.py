@@ -25,6 +25,7 @@ from knowedit.io.files import atomic_file, cache_dir
 from knowedit.io.versions import software_versions
 from knowedit.models import partial
 from knowedit.models.experts import Experts, WideProjection, as_keys
+from knowedit.models.partial.comparing import check_rows, off
 from knowedit.models.probing import Stream, direction, rounding, run, states_of
 from knowedit.models.structure import Head, Layout, Part
 
@@ -180,7 +181,7 @@ def check_head(model: EditableModel) -> Check:
     Raises:
         ModelError: they differ, or they are not finite.
     """
-    ids = model.pad([partial.check_rows(model)[0][1].ids])[0]
+    ids = model.pad([check_rows(model)[0][1].ids])[0]
     found: list[Tensor] = []
     handle = model.base.register_forward_hook(
         lambda _m, _x, output: found.append(states_of(output))
@@ -196,7 +197,7 @@ def check_head(model: EditableModel) -> Check:
             "tokens: its weights are damaged, or their dtype is too narrow; load it again, or with "
             "another dtype"
         )
-    error = partial.off(model.head(states), wanted)
+    error = off(model.head(states), wanted)
     if error > rounding(model.dtype):
         raise ModelError(
             f"{model.name}: logits of its final hidden states differ from its own by {error:.1e} "
@@ -218,10 +219,10 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
     replays = replay <= limit
     way = "layers run one by one" if replays else "the whole model runs instead: slower, the same"
     checks = [Check("replay", replay, way)]
-    rows = [row.ids for row in partial.check_rows(model)[0]]
+    rows = [row.ids for row in check_rows(model)[0]]
     alone = [model.final_states(model.pad([ids])[0])[0] for ids in rows]
     padded = model.final_states(model.pad(rows)[0])
-    error = max(partial.off(padded[i, : len(ids)], alone[i]) for i, ids in enumerate(rows))
+    error = max(off(padded[i, : len(ids)], alone[i]) for i, ids in enumerate(rows))
     if error > limit:
         raise ModelError(
             f"{model.name}: a text's hidden states differ by {error:.1e} (relative) with padding "
@@ -230,7 +231,7 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
     checks.append(Check("padded batch", error, "as each text alone"))
     begun = [len(ids) // 2 for ids in rows]
     first = (model.final_states(model.pad([ids[:n]])[0])[0] for ids, n in zip(rows, begun))
-    error = max(partial.off(states, whole[:n]) for states, whole, n in zip(first, alone, begun))
+    error = max(off(states, whole[:n]) for states, whole, n in zip(first, alone, begun))
     if error > limit:
         raise ModelError(
             f"{model.name}: hidden states differ by {error:.1e} (relative) when the text goes on "
@@ -297,7 +298,7 @@ def _realised(model: EditableModel, layer: int, ids: list[int]) -> float:
     made = (changed.float() - weight.float()).to(weight)
     moved = _through(projection, keys, made, model.layout.transposed)
     after = seen[1][1].reshape(plain.shape)
-    return partial.off(after - plain, moved) * min(1.0, float(moved.norm() / plain.norm()))
+    return off(after - plain, moved) * min(1.0, float(moved.norm() / plain.norm()))
 
 
 def _through(projection: nn.Module, keys: Tensor, weight: Tensor, transposed: bool) -> Tensor:
@@ -315,4 +316,4 @@ def _packed(model: EditableModel, rows: list[list[int]], alone: list[Tensor]) ->
         found = model.final_states(joined, places)[0]
     except Exception:  # whatever a model's own code raises for positions it does not take
         return float("inf")
-    return partial.off(found, torch.cat(alone))
+    return off(found, torch.cat(alone))

@@ -19,7 +19,7 @@ from knowedit.methods.learned.serac.memory import MemoryEdit
 from knowedit.methods.learned.serac.network import in_view
 from knowedit.methods.learned.serac.training import train_serac
 from knowedit.methods.session import Session
-from knowedit.models import partial
+from knowedit.models.partial import reading
 from tests.knowedit.methods.trained import PEOPLE, QUICK_SERAC, network_of
 
 OTHER = "Nobody knows why"
@@ -106,13 +106,13 @@ def test_of_two_answers_to_one_question_the_last_one_counts(tiny_llama):
 def test_a_question_costs_the_same_whatever_is_stored(tiny_llama, monkeypatch):
     network = network_of(tiny_llama)
     seen = []
-    original = partial.read
+    original = reading.read
 
     def counted(model, ids, *, outputs):
         seen.append((list(outputs), ids.shape))
         original(model, ids, outputs=outputs)
 
-    monkeypatch.setattr(partial, "read", counted)
+    monkeypatch.setattr(reading, "read", counted)
     costs = []
     for stored in (PEOPLE[:1], PEOPLE):
         edit = SERAC(network).compute(tiny_llama, stored)
