@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from knowedit.edits.routing import Rerouted, Routing
 from knowedit.facts.fact import Fact
+from knowedit.facts.wordings.forms import occurs
 from knowedit.facts.wordings.ordinary import held_out, passages
 from knowedit.io.config import Config
 from knowedit.io.tables import figure
@@ -95,7 +96,7 @@ def measure(model: EditableModel, edit: Edit, plan: Plan | None = None) -> Measu
         EditError: it cannot be applied.
     """
     facts, routing = edit.facts, Routing.of(model, edit)
-    more = min(len(facts) - 1, len(passages()))
+    more = _passages(facts)
     clean = _ordinary(model, more)
     before = outputs(model, facts, max(plan)) if plan else None
     planned = outputs(model, facts, max(plan), plan) if plan else None
@@ -161,10 +162,10 @@ class _Ordinary:
     following: Tensor
 
     @classmethod
-    def of(cls, model: EditableModel, more: int = 0) -> _Ordinary:
-        """Read the short texts and the first `more` passages."""
+    def of(cls, model: EditableModel, more: Sequence[str] = ()) -> _Ordinary:
+        """Read the short texts and the passages `more`."""
         states, following = [], []
-        for texts, width in ((held_out(), WIDTH), (passages()[:more], PASSAGE)):
+        for texts, width in ((held_out(), WIDTH), (more, PASSAGE)):
             rows = [model.row(text).ids[: min(width, model.max_length)] for text in texts]
             for batch in batches([len(row) for row in rows], 512):
                 ids, mask = model.pad([rows[i] for i in batch])
@@ -193,12 +194,19 @@ class _Ordinary:
         }
 
 
-#: The last one measured of each model without a new edit: which edits were in force, how many
-#: passages were read, and what it said.
+def _passages(facts: Sequence[Fact]) -> tuple[str, ...]:
+    """One for every fact but the first, none about a fact's subject."""
+    subjects = {fact.subject for fact in facts}
+    free = [text for text in passages() if not any(occurs(name, text) for name in subjects)]
+    return tuple(free[: len(facts) - 1])
+
+
+#: The last one measured of each model without a new edit: which edits were in force and which
+#: passages were read; and what it said.
 _CLEAN: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], _Ordinary]] = WeakKeyDictionary()
 
 
-def _ordinary(model: EditableModel, more: int) -> _Ordinary:
+def _ordinary(model: EditableModel, more: tuple[str, ...]) -> _Ordinary:
     """The model as it is now on ordinary text; measured once for each set of edits in force."""
     now = (more, model.fingerprint, *model.ledger.active)
     known = _CLEAN.get(model.hf)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.limits import Limits
-from knowedit.edits.measured import PASSAGE, WIDTH, Measured, measure
+from knowedit.edits.measured import PASSAGE, WIDTH, Measured, _passages, measure
 from knowedit.edits.report import EditReport
 from knowedit.errors import ConfigError, EditError, RuinousEditError
 from knowedit.facts.fact import Fact
@@ -87,6 +87,12 @@ def test_an_edit_of_many_facts_reads_more_text(tiny_llama):
         read = ordinary(tiny_llama, facts)
         assert len(read) == texts + min(facts - 1, len(passages()))
         assert measure(tiny_llama, many).tokens == sum(len(ids) - 1 for ids in read)
+
+
+def test_ordinary_text_is_not_about_the_facts():
+    named = Fact("{} was born in", "Marie Curie", "Lyon")
+    assert not any("Marie Curie" in text for text in _passages([named] * 100))
+    assert len(_passages([named] * 100)) == len(passages()) - 1
 
 
 def test_every_method_measures_and_the_file_keeps_it(tiny_llama, tmp_path):
