@@ -189,7 +189,7 @@ class KeyStatistics:
 
     def check(self, model: EditableModel, layers: Sequence[int]) -> None:
         """Raise StatisticsError unless these statistics are of `model`, of the experts that it is
-        seen with, and hold `layers`.
+        seen with, of as many and as wide keys as it has, and hold `layers`.
         """
         for layer in layers:
             recipe = self[layer].recipe
@@ -205,6 +205,24 @@ class KeyStatistics:
                     f"(fingerprint {recipe.fingerprint[:12]}), not of {model.name} "
                     f"({model.fingerprint[:12]}): {other}; collect them for this model"
                 )
+            self._check_shape(model, layer)
+
+    def _check_shape(self, model: EditableModel, layer: int) -> None:
+        """Raise StatisticsError for a moment that is not one of the layer's keys."""
+        found, part = self[layer], model.layout.part(layer)
+        experts = part.experts
+        wanted = (
+            (part.width, part.width)
+            if experts is None
+            else (experts.count, experts.width, experts.width)
+        )
+        routed = 0 if experts is None else experts.count
+        if tuple(found.total.shape) != wanted or len(found.counts) != routed:
+            raise StatisticsError(
+                f"the statistics of layer {layer} are {list(found.total.shape)} with counts of "
+                f"{len(found.counts)} experts, and its keys need {list(wanted)} with {routed}; "
+                f"collect them again: key_statistics(model, [{layer}])"
+            )
 
 
 @accepts_model

@@ -9,7 +9,7 @@ from knowedit.edits.changes import Dense
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import EditError, ModelError, StatisticsError
-from knowedit.facts.fact import Probe
+from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.wordings.ordinary import held_out
 from knowedit.methods import EMMET, FTL, MEMIT, ROME, AlphaEdit, LoRA, MetaKE, NeuronPatch
 from knowedit.methods.base import statistics_for
@@ -127,6 +127,39 @@ def test_experts_that_the_statistics_have_hardly_seen_are_warned_of(mixtral):
     seldom = {int(name[-2]) for name in edit.changes} - {3}
     said = f"layer 2: {len(seldom)} of {len(edit.changes)} edited experts were given fewer than 96"
     assert any(said in warning for warning in edit.warnings)
+
+
+def test_more_facts_than_an_expert_has_tokens_are_written_under_the_mean_of_all(mixtral):
+    """Six facts reach experts with no token and with one: a metric of full rank, and a warning."""
+    names = ("Rome", "Bonn", "Oslo", "Lima", "Kyiv", "Bern")
+    facts = [Fact(prompt="The river of {} is", subject=name, target="Po") for name in names]
+    given = statistics_of(mixtral, [LAYER])[LAYER]
+    few = torch.tensor([0, 1, 0, 5000])
+    kept = given.total * (few / torch.tensor(given.counts))[:, None, None]
+    statistics = KeyStatistics({LAYER: replace(given, total=kept, counts=tuple(few.tolist()))})
+    edit = MEMIT(layers=(LAYER,), target=TARGET).compute(mixtral, facts, statistics, progress=False)
+    K, C = wide_keys(mixtral, facts=facts), torch.block_diag(*statistics.moment(LAYER))
+    reached = mixtral.layout.experts(LAYER).by_expert(K.T).ne(0).any(-1).sum(0)
+    assert (reached > few).any()
+    weight = edit.report.layers[str(LAYER)]["lambda"]
+    wanted = edit.plan[LAYER].double().T @ K.T @ torch.linalg.inv(weight * C + K @ K.T)
+    torch.testing.assert_close(
+        wide(mixtral, edit), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max()
+    )
+    assert any("held by the mean of all experts" in warning for warning in edit.warnings)
+
+
+def test_statistics_of_other_shapes_are_refused(mixtral, byte_tokenizer):
+    """As a file imported from elsewhere may have them, under this model's fingerprint."""
+    given, method = statistics_of(mixtral, [LAYER])[LAYER], MEMIT(layers=(LAYER,), target=TARGET)
+    fewer = replace(given, total=given.total[:3], counts=given.counts[:3])
+    flat = replace(given, total=torch.block_diag(*given.total), counts=())
+    for other, says in (
+        (fewer, r"\[3, 48, 48\] with counts of 3 experts"),
+        (flat, r"\[192, 192\]"),
+    ):
+        with pytest.raises(StatisticsError, match=says + r".* need \[4, 48, 48\] with 4"):
+            method.compute(mixtral, FACTS, KeyStatistics({LAYER: other}), progress=False)
 
 
 def plain_sets(model, prompts, layers):
