@@ -4,8 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -20,8 +25,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Packed tokens per pass over C: enough to make the barriers and the traffic of C vanish, few enough that the panels of a
-// row of tiles stay in L2 and all of them in L3.
+// Packed tokens per pass over C: enough to make the barriers and the traffic of C vanish, few enough that the panels stay
+// in L3.
 constexpr int64_t kTokensPerBlock = 1024;
 
 Type type_of(const Tensor& keys) {
@@ -94,6 +99,35 @@ void cut(std::vector<Segment>& segments, int64_t group, int64_t count, Rows rows
   }
 }
 
+// Where a thread packs keys: kept from call to call, in pages as large as can be had. Fresh ordinary ones would cost a
+// twentieth of the time of d = 4096 in float64, a fault each, and more addresses than a processor keeps translated.
+class Workspace {
+ public:
+  char* at_least(size_t bytes) {
+    if (held_ < bytes) {
+      constexpr size_t kPage = size_t{1} << 21;
+      memory_.reset();
+      held_ = (bytes + kPage - 1) / kPage * kPage;
+      memory_.reset(static_cast<char*>(std::aligned_alloc(kPage, held_)));
+      if (!memory_) held_ = 0;
+      STD_TORCH_CHECK(memory_, "no memory for ", bytes, " bytes of packed keys");
+#if defined(__linux__)
+      madvise(memory_.get(), held_, MADV_HUGEPAGE);  // advice: where there are none, ordinary pages do
+#endif
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  size_t held_ = 0;
+};
+
+thread_local Workspace workspace;
+
 // The part of row i0 + i that a tile at (i0, j0) of a lower triangle of `d` rows has: from j0 on, so many columns.
 int64_t width_of(int64_t d, int64_t i0, int64_t j0, int64_t i) { return std::min({kTile, d - j0, i0 + i - j0 + 1}); }
 
@@ -111,17 +145,13 @@ void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vect
     return (segment.count + kernel.tokens_per_step - 1) / kernel.tokens_per_step;
   };
   std::vector<int64_t> start;  // of the wave's segments in `packed`, in steps
-  std::unique_ptr<char[]> memory;  // not initialised
-  size_t held = 0;
   for (size_t first = 0, last = 0; first < segments.size(); first = last) {
     start.assign(1, 0);
     for (int64_t rows = 0; last < segments.size() && (last == first || rows + segments[last].count <= most); ++last) {
       rows += segments[last].count;
       start.push_back(start.back() + steps(segments[last]));
     }
-    const size_t bytes = start.back() * panels * kernel.step_bytes + 64;
-    if (held < bytes) memory.reset(new char[held = bytes]);
-    char* packed = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+    char* packed = workspace.at_least(start.back() * panels * kernel.step_bytes);
     const int64_t count = static_cast<int64_t>(last - first);
     // A pass's panels lie side by side, whatever comes before and after: at the distance of a whole segment they would
     // compete for the same places of the cache.
@@ -129,8 +159,9 @@ void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vect
     const auto panel = [&](int64_t s, int64_t from, int64_t p) {
       return packed + ((start[s] + from) * panels + length_of(s, from) * p) * kernel.step_bytes;
     };
-    // a few panels and a few rows at a time: rows are read by the cache line, and a page is visited once
-    constexpr int64_t kRows = 32;
+    // a few panels and a few rows at a time: rows are read by the cache line, and a page is visited once. As many rows as
+    // a set of the cache has places: at a stride of a power of two they all compete for the same.
+    constexpr int64_t kRows = 8;
     dynamic_for(count * blocks, [&](int64_t item) {
       const int64_t s = item / blocks, begin = item % blocks * per_block, end = std::min(panels, begin + per_block);
       const Segment& segment = segments[first + s];
@@ -147,16 +178,23 @@ void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vect
       int64_t i = blocks - 1, j = item % tiles;
       for (; j > i; --i) j -= i + 1;
       const int64_t i0 = i * kTile, j0 = j * kTile, rows = std::min(kTile, d - i0), group = segments[first + s].group;
-      // its rows lie pages apart, which no processor foresees: asked for now, they are there when the sum is
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < width_of(d, i0, j0, r); c += 64 / sizeof(T)) __builtin_prefetch(row(group, i0 + r) + j0 + c, 1);
+      const int64_t all = start[s + 1] - start[s];
+      char* outs[kTile];
+      for (int64_t r = 0; r < rows; ++r) outs[r] = reinterpret_cast<char*>(row(group, i0 + r) + j0);
       alignas(64) thread_local double sum[kTile * kTile];
       std::fill_n(sum, kTile * kTile, 0.0);
-      for (int64_t from = 0; from < start[s + 1] - start[s]; from += depth)
+      for (int64_t from = 0; from < all; from += depth) {
+        // next: the panels of the following pass; after the last one, those of the tile on the right, and this one's C
+        const bool last = from + depth >= all;
+        const int64_t next = last ? 0 : from + depth, right = last ? std::min(j + 1, i) : j;
+        const int64_t bytes = per_block * length_of(s, next) * kernel.step_bytes;
+        const char *a = panel(s, next, i * per_block), *b = panel(s, next, right * per_block);
+        Ahead ahead{a, b, bytes, outs, last ? rows : 0, width_of(d, i0, j0, rows - 1) * int64_t{sizeof(T)}};
         kernel.tile(panel(s, from, i * per_block), panel(s, from, j * per_block), rows, std::min(kTile, d - j0),
-                    length_of(s, from), segments[first + s].count, i == j, sum);
+                    length_of(s, from), segments[first + s].count, i == j, sum, ahead);
+      }
       for (int64_t r = 0; r < rows; ++r) {
-        T* out = row(group, i0 + r) + j0;
+        T* out = reinterpret_cast<T*>(outs[r]);
         const int64_t width = width_of(d, i0, j0, r);
         for (int64_t c = 0; c < width; ++c) out[c] = static_cast<T>(out[c] + sum[r * kTile + c]);
       }

@@ -1,5 +1,6 @@
 // The second moment on the CPU: what the driver (syrk.cpp) needs from an instruction set's kernels (syrk_*.cpp).
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 namespace knowedit {
@@ -25,6 +26,31 @@ struct Rows {
   float weight(int64_t t) const { return weights ? weights[at(t)] : 1.0f; }
 };
 
+// What will be read after a tile's sum: while that is computed, every block of registers asks for a share of it, so that
+// it has come into L2 when its turn is. The processor foresees none of this: panels lie a whole pass apart, rows of C pages.
+struct Ahead {
+  static constexpr int64_t kLine = 64;  // bytes that a processor fetches at once
+  const char *a, *b;                    // panels to be multiplied
+  int64_t panel_bytes;                  // of a, and of b
+  char* const* rows;                    // of C, to be written
+  int64_t row_count, row_bytes;
+
+  int64_t panel_share = 0, row_share = 0;  // how much `fetch` asks for
+  int64_t panel = 0, row = 0;              // where it goes on: a byte and a row
+  void divide(int64_t shares) {
+    panel_share = (panel_bytes / kLine / shares + 1) * kLine;
+    row_share = row_count / shares + 1;
+  }
+  void fetch() {
+    const int64_t end = std::min(panel + panel_share, panel_bytes);
+    for (int64_t byte = panel; byte < end; byte += kLine) __builtin_prefetch(a + byte, 0, 2);
+    for (int64_t byte = panel; byte < end; byte += kLine) __builtin_prefetch(b + byte, 0, 2);
+    panel = end;
+    for (const int64_t last = std::min(row + row_share, row_count); row < last; ++row)
+      for (int64_t byte = 0; byte < row_bytes; byte += kLine) __builtin_prefetch(rows[row] + byte, 1);
+  }
+};
+
 // What an instruction set does for one arithmetic. Keys are packed into panels: `panel` columns side by side, step after
 // step.
 struct SyrkKernels {
@@ -36,9 +62,9 @@ struct SyrkKernels {
   void (*pack)(const void* x, Type type, const Rows& rows, int64_t tokens, int64_t columns, void* out);
   // sum[kTile, kTile] += a^T b over `steps`, at most kDepth tokens of the `tokens` that are summed in all; a and b hold
   // panels of so many steps, one behind the other, of which the first `a_columns` and `b_columns` (<= kTile) columns
-  // exist. With `diagonal`, what lies above it is not computed.
+  // exist. With `diagonal`, what lies above it is not computed. Meanwhile what lies `ahead` is fetched.
   void (*tile)(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, int64_t tokens,
-               bool diagonal, double* sum);
+               bool diagonal, double* sum, Ahead& ahead);
 };
 
 // Indexed by Arithmetic.

@@ -84,15 +84,15 @@ inline __attribute__((always_inline)) void for_each_register(const Each& each) {
 template <class V, int MR, int NV, int64_t kPanel, int64_t kLength>
 inline void chains(const typename V::Packed* a, const typename V::Packed* b, int64_t steps, typename V::Packed* total,
                    double* sum) {
-  constexpr int64_t kUnroll = std::min<int64_t>(kLength, 4);
+  constexpr int64_t kUnroll = std::min<int64_t>(kLength, 16);  // no loop in a chain of "exact": its end is mispredicted
   for (int64_t s = 0; s < steps; s += kLength, a += kLength * kPanel, b += kLength * kPanel) {
     typename V::Reg acc[MR][NV];
     step<V, MR, NV>(a, b, true, acc);
     if (const int64_t length = std::min(steps - s, kLength); length == kLength) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int64_t u = 1; u < kUnroll; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
       for (int64_t t = kUnroll; t < kLength; t += kUnroll)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int64_t u = t; u < t + kUnroll; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
     } else {
       for (int64_t u = 1; u < length; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
@@ -108,7 +108,8 @@ inline void chains(const typename V::Packed* a, const typename V::Packed* b, int
 
 // The panels of a tile in chains of kLength steps, folded every kFold.
 template <class V, int MR, int NV, int64_t kPanel, int64_t kLength, int64_t kFold>
-void panels(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, bool diagonal, double* sum) {
+void panels(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, bool diagonal, double* sum,
+            Ahead& ahead) {
   using Packed = typename V::Packed;
   constexpr int64_t NR = NV * V::kLanes;
   static_assert(kPanel % MR == 0 && kPanel % NR == 0 && kTile % kPanel == 0);
@@ -118,18 +119,20 @@ void panels(const char* a, const char* b, int64_t a_columns, int64_t b_columns, 
   const auto column = [steps](const char* x, int64_t j) {
     return reinterpret_cast<const Packed*>(x) + j / kPanel * kPanel * steps + j % kPanel;
   };
+  const int64_t blocks = (a_columns + MR - 1) / MR * ((b_columns + NR - 1) / NR);
+  ahead.divide(((diagonal ? blocks / 2 : blocks) + 1) * ((steps + kFold - 1) / kFold));
   for (int64_t j = 0; j < b_columns; j += NR)
     for (int64_t i = diagonal ? j / MR * MR : 0; i < a_columns; i += MR)
-      for (int64_t s = 0; s < steps; s += kFold)
+      for (int64_t s = 0; s < steps; s += kFold, ahead.fetch())
         chains<V, MR, NV, kPanel, kLength>(column(a, i) + s * kPanel, column(b, j) + s * kPanel, std::min(kFold, steps - s),
                                            total, sum + i * kTile + j);
 }
 
 template <class V, int MR, int NV, int64_t kPanel, int64_t kTokensPerStep, bool kShort>
 void tile(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, int64_t tokens, bool diagonal,
-          double* sum) {
+          double* sum, Ahead& ahead) {
   constexpr int64_t kAll = kDepth / kTokensPerStep, kLong = kChain / kTokensPerStep, kFew = kFewChain / kTokensPerStep;
-  const auto run = [&](auto panels) { panels(a, b, a_columns, b_columns, steps, diagonal, sum); };
+  const auto run = [&](auto panels) { panels(a, b, a_columns, b_columns, steps, diagonal, sum, ahead); };
   if (!kShort) run(panels<V, MR, NV, kPanel, kAll, kAll>);
   else if (tokens < kDepth) run(panels<V, MR, NV, kPanel, kFew, kFew>);
   else if (tokens < kEnough) run(panels<V, MR, NV, kPanel, kLong, kLong>);
