@@ -1,6 +1,7 @@
 # make demo   sets everything up and runs the main job: six facts into a real language model, and out again
 # make test   sets everything up and passes the tests
 # make families  compares every decoder family with the plain model (docs/families.md)
+# make versions  tests the package beside other versions of torch and transformers
 # make docs   builds the documentation's site into site/
 # All use .venv and may be run again and again.
 
@@ -9,7 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo docs test suites faults families lint setup clean
+.PHONY: demo docs test suites faults families versions lint setup clean
 
 # OpenMP threads that wait by spinning starve each other on a busy machine (10x and more); sleeping ones do not.
 demo: $(READY)
@@ -60,6 +61,10 @@ suites: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interpret
 	@echo "== kernels compiled ahead of time for sm_80, sm_90 and sm_100"
 	$(PYTEST) tests/codegen
+
+# A fresh environment for each pair of versions, outside CI; what came of each is in tests/versions.json.
+versions: $(READY)
+	$(BIN)/python -m tests.versions
 
 families: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.families --jobs $(JOBS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from knowedit.integrations import accelerated
+from knowedit.integrations.replacements.evaluation import holding, logits_at
 
 PREFIXES = ["Ada lives in", "The capital of Peru is", "b"]
 
@@ -18,6 +19,23 @@ def test_two_answers_to_each_prompt(standin, tiny, monkeypatch):
     assert fast[1] == plain[1]
     for one, other in zip(fast[0], plain[0]):
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_what_a_row_begins_with_is_read_from_it(tiny, monkeypatch):
+    rows = [[5, 6, 7, 8, 1], [5, 6, 7, 2], [5, 6, 7, 8, 9, 3], [4, 4], [5, 6, 7, 3]]
+    places = [[2, 3], [2], [4, 1], [0], [2]]
+    texts = [tuple(row[: max(where) + 1]) for row, where in zip(rows, places)]
+    assert {text: sorted(read) for text, read in holding(texts).items()} == {
+        (5, 6, 7, 8, 9): [0, 1, 2, 4],
+        (4,): [3],
+    }
+    run, plain = [], tiny.final_states
+    monkeypatch.setattr(tiny, "final_states", lambda ids: run.append(ids.shape) or plain(ids))
+    found = logits_at(tiny, rows, places)
+    assert run == [(2, 5)]
+    for row, where, seen in zip(rows, places, found):
+        wanted = tiny.hf(input_ids=torch.tensor([row])).logits[0, where]
+        assert torch.allclose(seen, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("locality", [False, True])

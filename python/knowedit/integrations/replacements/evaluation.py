@@ -7,6 +7,7 @@ CounterFact's test (`test_batch_prediction`) asks for two answers to each prompt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -19,6 +20,7 @@ from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import NotOurs, Replacement, editable, own_way
 from knowedit.integrations.replacements.states import BUDGET, tokens_of
 from knowedit.models.editable import EditableModel
+from knowedit.models.packed import beginnings, packed
 from knowedit.models.tokens import batches
 from knowedit.statistics.sums import fast_linear
 
@@ -27,17 +29,40 @@ from knowedit.statistics.sums import fast_linear
 def logits_at(
     view: EditableModel, rows: Sequence[list[int]], places: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """Logits `[places, vocab]` of each row, float32 at least."""
+    """Logits `[places, vocab]` of each row, float32 at least. A row that another one begins with is
+    read from that one, and what rows begin with in common, as a prompt's two answers do, is run
+    once.
+    """
     found: list[Tensor] = [torch.empty(0)] * len(rows)
-    ends = [max(where, default=0) + 1 for where in places]
-    for group in batches(ends, BUDGET):
-        ids, _ = view.pad([rows[i][: ends[i]] for i in group])
+    texts = [tuple(row[: max(where, default=0) + 1]) for row, where in zip(rows, places)]
+    holders = holding(texts)
+    whole = list(holders)
+    for group in batches([len(text) for text in whole], BUDGET):
+        run = [whole[i] for i in group]
+        ids, mask = view.pad([list(text) for text in run])
+        once = beginnings(run, ids.shape[1])
         with fast_linear():
-            states = view.final_states(ids)
-            wanted = [states[line, list(places[i])] for line, i in enumerate(group)]
+            with packed(mask.bool(), once) if view.replays else nullcontext():
+                states = view.final_states(ids)
+            own = [i for text in run for i in holders[text]]
+            lines = [line for line, text in enumerate(run) for _ in holders[text]]
+            wanted = [states[line, list(places[i])] for line, i in zip(lines, own)]
             logits = view.head(torch.cat(wanted))
-        for i, part in zip(group, logits.split([len(one) for one in wanted])):
+        for i, part in zip(own, logits.split([len(one) for one in wanted])):
             found[i] = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
+    return found
+
+
+def holding(texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """Each text that no other one begins with, and the numbers of those that are read from it: its
+    own, and those of its beginnings.
+    """
+    found: dict[tuple[int, ...], list[int]] = {}
+    last: tuple[int, ...] = ()
+    # backwards, what begins with a text stands right in front of it
+    for i in sorted(range(len(texts)), key=texts.__getitem__, reverse=True):
+        last = last if last[: len(texts[i])] == texts[i] else texts[i]
+        found.setdefault(last, []).append(i)
     return found
 
 
