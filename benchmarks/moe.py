@@ -1,9 +1,11 @@
-"""Editing a mixture of experts that knows things: CounterFact written into routed experts.
+"""Editing mixtures of experts that know things: CounterFact written into routed experts.
 
-No real mixture comes from a package index, so one is made: each MLP of the dense model is copied
-into several experts behind a random router, whose gates add up to 1. It says what the dense model
-says (checked), while its keys, gates, statistics and edits are those of a mixture: every expert
-sees tokens of its own and is edited by itself.
+Three mixtures are made from the dense model (`benchmarks.mixtures`). The copies, in Mixtral's and
+in gpt-oss's layout, say what it says (checked), while their keys, gates, statistics and edits are
+those of a mixture: every expert sees tokens of its own and is edited by itself. The slices beside a
+shared expert are another model, whose perplexity is stated.
+
+MoEEdit's own code edits the copies beside ours, where a folder with it is named (`--moeedit`).
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from torch import Tensor
 
+from knowedit.edits.changes import changes_of, factors_of
 from knowedit.edits.edit import Edit
+from knowedit.edits.measured import measure, outputs
 from knowedit.evaluation.evaluation import evaluate_each
+from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
 from knowedit.io.tables import Table
@@ -28,47 +33,38 @@ from knowedit.methods.locate.targets import HiddenState
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.models.presets import preset_for
-from knowedit.statistics import key_statistics
+from knowedit.statistics import KeyStatistics, key_statistics
+from knowedit.statistics.corpus.corpus import Corpus
 
-from . import common
+from . import common, mixtures, moeedit
 from .quality import CORPUS, HELD_OUT
 
-#: Largest relative difference of the mixture's logits from the dense model's.
+#: Largest relative difference of the copies' logits from the dense model's.
 SAME = 1e-3
 SHOWN = ("success", "exact", "unchanged")
+#: The results file of each mixture.
+RESULTS = {"copies": "moe", "gpt-oss": "moe_gpt_oss", "slices": "moe_slices"}
+#: Documents that routers are fitted on; perplexity is of the next ones.
+FITTED = 24
 
 
-def copies(dense: EditableModel, experts: int, active: int, seed: int = 0) -> EditableModel:
-    """The dense Llama with each MLP copied into `experts` experts, of which a random router picks
-    `active` for a token.
-    """
-    old = dense.hf.config.to_dict()
-    kept = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads max_position_embeddings rms_norm_eps rope_parameters hidden_act "
-        "tie_word_embeddings pad_token_id bos_token_id eos_token_id"
-    ).split()
-    config = MixtralConfig(
-        **{name: old[name] for name in kept if name in old},
-        num_local_experts=experts,
-        num_experts_per_tok=active,
-        sliding_window=None,
-    )
-    hf: Any = MixtralForCausalLM(config)
-    generator, given = torch.Generator().manual_seed(seed), dense.hf.state_dict()
-    for name, parameter in hf.state_dict().items():
-        mlp = f"{name.partition('.mlp.')[0]}.mlp."
-        if name.endswith("experts.gate_up_proj"):
-            parts = (given[f"{mlp}{part}_proj.weight"] for part in ("gate", "up"))
-            parameter.copy_(torch.cat([*parts]).expand(parameter.shape))
-        elif name.endswith("experts.down_proj"):
-            parameter.copy_(given[f"{mlp}down_proj.weight"].expand(parameter.shape))
-        elif ".mlp.gate." in name:
-            parameter.normal_(0, 0.3, generator=generator)
-        else:
-            parameter.copy_(given[name])
-    name = f"{experts} experts of {dense.name}"
-    return EditableModel(hf.eval().requires_grad_(False), dense.tokenizer, name=name)
+def made(kind: str, dense: EditableModel, experts: int, active: int) -> EditableModel:
+    """The mixture of that kind."""
+    if kind == "slices":
+        return mixtures.slices(dense, documents()[:FITTED], experts, active)
+    make = mixtures.copies if kind == "copies" else mixtures.in_gpt_oss
+    return make(dense, experts, active)
+
+
+def documents(count: int = 2 * FITTED) -> list[str]:
+    """The first ones of the corpus."""
+    found = Corpus.parse(str(corpus())).documents()
+    return [text for text, _ in zip(found, range(count), strict=False)]
+
+
+def corpus() -> Path:
+    """Where ordinary text comes from."""
+    return (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
 
 
 def difference(one: EditableModel, other: EditableModel) -> float:
@@ -92,31 +88,117 @@ def _kept(
     return found if same else None
 
 
+def planned(
+    editor: MEMIT, model: EditableModel, statistics: KeyStatistics, edit: Edit
+) -> tuple[Tensor, float]:
+    """`[facts, hidden]` what an edit of one layer was to add at each of its facts, a value a fact:
+    its left factor; and the CPU seconds of everything but the values, its write done once more.
+    """
+    (layer,) = editor.statistics_layers(model)
+    factors = factors_of(model, edit.changes, layer)
+    assert factors is not None and factors[0].shape[1] == len(edit.facts)
+    wanted = factors[0].T
+    task = editor.prepare(model, [[fact] for fact in edit.facts], statistics, progress=False)
+    start = time.process_time()
+    found = editor.keys.at(task, layer, of_mlp=task.of_mlp)
+    solver, _ = editor.metric.solver(statistics, layer, found.keys.T)
+    changes_of(model, {layer: (wanted.T, found.add_up(solver.A).T.float())})
+    return wanted, time.process_time() - start
+
+
+def judge(
+    report: common.Report, case: str, model: EditableModel, edit: Edit, facts: list[Fact]
+) -> None:
+    """What the edit did, a row a measure."""
+    found = evaluate_each(model, [edit] * len(facts), facts)
+    for kind, measures in found.after.items():
+        for measure_, estimate in measures.items():
+            was = found.before[kind].get(measure_)
+            before = None if was is None else was.mean
+            report.note(
+                f"{case}: {kind:14} {measure_:12} {estimate}  unedited {before}",
+                case=case,
+                measure=f"{kind} {measure_}",
+                value=estimate.mean,
+                low=estimate.low,
+                high=estimate.high,
+                unedited=before,
+            )
+
+
 def table(folder: Path) -> str:
-    """What a batch edit did to facts, other wordings and neighbours; what it cost."""
-    header, rows = common.read(folder, "moe")
+    """What a batch edit did to facts, other wordings and neighbours; what it cost: every mixture
+    that was measured.
+    """
+    there = [name for name in RESULTS.values() if (folder / f"{name}.jsonl").exists()]
+    return "\n\n".join(_one(folder, name) for name in there)
+
+
+def _one(folder: Path, name: str) -> str:
+    header, rows = common.read(folder, name)
     measured = [row for row in rows if row.get("measure", "").partition(" ")[2] in SHOWN]
-    (last,) = (row for row in rows if "report" in row)
-    lines = [
-        [
-            row["measure"],
-            common.percent(row["unedited"]) if row["unedited"] is not None else "",
-            f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
+    cases = list(dict.fromkeys(row["case"] for row in measured))
+    by_measure: dict[str, dict[str, Any]] = {}
+    for row in measured:
+        by_measure.setdefault(row["measure"], {})[row["case"]] = row
+    lines = []
+    for what, found in by_measure.items():
+        unedited = next(iter(found.values()))["unedited"]
+        lines.append([what, "" if unedited is None else common.percent(unedited)])
+        lines[-1] += [
+            f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            for row in (found[case] for case in cases)
         ]
-        for row in measured
+    told = [
+        f"**{header['model']}**: {header['facts']} facts in one edit of layer "
+        f"{', '.join(map(str, _costs(rows, cases[0])['report']['settings']['layers']))}, "
+        f"{header['tokens']:,} tokens of statistics."
     ]
-    report, layers = last["report"], last["report"]["settings"]["layers"]
-    counts = [n for layer in last["tokens_an_expert"] for n in layer]
-    told = (
-        f"{header['model']}, MEMIT in layer {', '.join(map(str, layers))}, {header['facts']} facts "
-        f"in one edit, {header['tokens']:,} tokens of statistics ({min(counts):,.0f} to "
-        f"{max(counts):,.0f} an expert), {last['seconds_a_fact']:.1f} CPU-s a fact. "
-        f"Expert sets of later layers change for {percent_of(report, 'facts')} of the facts' "
-        f"tokens, {percent_of(report, 'neighbours')} of the neighbours' and "
-        f"{percent_of(report, 'text')} of ordinary text's."
+    told += [_perplexities(rows)] + [_told(_costs(rows, case)) for case in cases]
+    heads = ["%", "unedited", *cases]
+    text = " ".join(part for part in told if part)
+    return "\n\n".join([text, Table(heads, lines).markdown(), common.measured_on(header)])
+
+
+def _costs(rows: list[dict[str, Any]], case: str) -> dict[str, Any]:
+    """The row that says what an edit cost and how it was measured."""
+    return next(row for row in rows if row.get("case") == case and "report" in row)
+
+
+def _perplexities(rows: list[dict[str, Any]]) -> str:
+    """Of the dense model and the mixture, where they differ."""
+    found = next((row for row in rows if "perplexity" in row), None)
+    if found is None:
+        return ""
+    return (
+        f"Perplexity of text that its routers were not fitted on: {found['perplexity']:.1f}, the "
+        f"dense model's {found['dense']:.1f}."
     )
-    heads = ["%", "unedited", "edited"]
-    return "\n\n".join([told, Table(heads, lines).markdown(), common.measured_on(header)])
+
+
+def _told(row: dict[str, Any]) -> str:
+    """One case in words."""
+    parts = [f"{row['case']}:"]
+    if counts := [n for layer in row.get("tokens_an_expert", ()) for n in layer]:
+        parts.append(f"{min(counts):,.0f} to {max(counts):,.0f} tokens an expert,")
+    if "seconds_a_fact" in row:
+        parts.append(f"{row['seconds_a_fact']:.1f} CPU-s a fact,")
+    if "write" in row:
+        parts.append(f"{row['write']:.2f} CPU-s for the write alone,")
+    if "kept" in row:
+        parts.append(
+            f"{row['projections']:.0f} for its statistics and null spaces, which keep "
+            f"{100 * row['kept']:.1f} % of the directions,"
+        )
+    shares = ", ".join(
+        f"{percent_of(row['report'], which)} of {whose}"
+        for which, whose in (
+            ("facts", "the facts' tokens"),
+            ("neighbours", "the neighbours'"),
+            ("text", "ordinary text's"),
+        )
+    )
+    return " ".join([*parts, f"expert sets of later layers change for {shares}."])
 
 
 def percent_of(report: dict[str, Any], which: str) -> str:
@@ -127,17 +209,26 @@ def percent_of(report: dict[str, Any], which: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.parser("moe", __doc__, 1, timed=False)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--kind", choices=RESULTS, default="copies", help="of mixture")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--active", type=int, default=2)
+    parser.add_argument("--active", type=int, default=None, help="a token (default: 2, slices 4)")
     parser.add_argument("--limit", type=int, default=48, help="facts written at once")
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
     parser.add_argument(
         "--neighbours", type=int, default=None, help="prompts a fact (default: all)"
     )
+    parser.add_argument("--shared", action="store_true", help="also edit the shared expert")
+    parser.add_argument(
+        "--moeedit", type=Path, default=None, help="folder with MoEEdit's code: edit with it too"
+    )
     parser.add_argument(
         "--keep", type=Path, default=None, help="the edit's file; read again where it is there"
     )
     arguments = parser.parse_args(argv)
+    if arguments.moeedit is not None and arguments.kind != "copies":
+        parser.error("--moeedit goes with --kind copies, whose layout its code can be shown")
+    if arguments.shared and arguments.kind != "slices":
+        parser.error("--shared goes with --kind slices, which have a shared expert")
     count, tokens = arguments.limit, arguments.tokens
     if arguments.quick:
         count, tokens = 4, 8192
@@ -146,48 +237,84 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fact in load("counterfact")[-HELD_OUT:][:count]
     ]
     dense = load_model(arguments.model, dtype=torch.float32)
-    preset = preset_for(dense)
-    mixture = copies(dense, arguments.experts, arguments.active)
+    layers, values = preset_for(dense).layers, preset_for(dense).values
+    active = arguments.active or (4 if arguments.kind == "slices" else 2)
+    mixture = made(arguments.kind, dense, arguments.experts, active)
     report = common.report(
-        "moe", arguments, model=mixture.name, dataset="counterfact", facts=count, tokens=tokens
+        RESULTS[arguments.kind],
+        arguments,
+        model=mixture.name,
+        dataset="counterfact",
+        facts=count,
+        tokens=tokens,
     )
-    report.floor("the mixture", "agreement of logits", 1 - difference(mixture, dense), 1 - SAME)
+    if arguments.kind == "slices":
+        text = documents()[FITTED:]
+        apart = {"perplexity": perplexity(mixture, text), "dense": perplexity(dense, text)}
+        report.note(f"perplexity {apart['perplexity']:.2f}, dense {apart['dense']:.2f}", **apart)
+    else:
+        same = 1 - difference(mixture, dense)
+        report.floor("the mixture", "agreement of logits", same, 1 - SAME)
     del dense
-    corpus = (data_dir() or Path("KNOWEDIT_DATA")) / CORPUS
-    statistics = key_statistics(mixture, preset.layers, corpus, tokens, halves=False)
-    editor = MEMIT(layers=preset.layers, target=HiddenState(**preset.values))
-    edit = _kept(arguments.keep, mixture, facts, editor)
-    if edit is None:
-        start = time.process_time()
-        edit = editor.compute(mixture, facts, statistics)
-        edit.report.details["seconds"] = time.process_time() - start
-        if arguments.keep is not None:
-            edit.save(arguments.keep)
-    seconds = edit.report.details["seconds"] / len(facts)
-    found = evaluate_each(mixture, [edit] * len(facts), facts)
-    for kind, measures in found.after.items():
-        for measure, estimate in measures.items():
-            was = found.before[kind].get(measure)
-            before = None if was is None else was.mean
-            report.note(
-                f"{kind:14} {measure:12} {estimate}  unedited {before}",
-                case="MEMIT",
-                measure=f"{kind} {measure}",
-                value=estimate.mean,
-                low=estimate.low,
-                high=estimate.high,
-                unedited=before,
-            )
-    layer = str(preset.layers[-1])
-    report.note(
-        f"{seconds:.2f} CPU-s a fact, gain {edit.report.gain:.3f}, |delta| / |W| "
-        f"{edit.report.relative_norm[layer]:.3f}; {edit.report.measured}",
-        case="MEMIT",
-        seconds_a_fact=seconds,
-        report=edit.report.record(),
-        tokens_an_expert=[statistics[at].counts for at in preset.layers],
-    )
+    editors = {"MEMIT": MEMIT(layers=layers, target=HiddenState(**values))}
+    if arguments.shared:
+        editors["MEMIT, shared expert"] = replace(editors["MEMIT"], experts="shared")
+    for case, editor in editors.items():
+        seen = editor.view(mixture)
+        statistics = key_statistics(seen, layers, corpus(), tokens, halves=False)
+        edit = _kept(arguments.keep, mixture, facts, editor)
+        if edit is None:
+            start = time.process_time()
+            edit = editor.compute(mixture, facts, statistics)
+            edit.report.details["seconds"] = time.process_time() - start
+            if arguments.keep is not None and case == "MEMIT":
+                edit.save(arguments.keep)
+        judge(report, case, mixture, edit, facts)
+        seconds = edit.report.details["seconds"] / len(facts)
+        wanted, write = planned(editor, seen, statistics, edit)
+        report.note(
+            f"{case}: {seconds:.2f} CPU-s a fact, its write {write:.2f} CPU-s, gain "
+            f"{edit.report.gain:.3f}; {edit.report.measured}",
+            case=case,
+            seconds_a_fact=seconds,
+            write=write,
+            report=edit.report.record(),
+            tokens_an_expert=[statistics[at].counts for at in layers],
+        )
+        if arguments.moeedit is not None:
+            beside(report, arguments.moeedit, mixture, layers[-1], facts, wanted, tokens)
     return report.finish()
+
+
+def beside(
+    report: common.Report,
+    folder: Path,
+    model: EditableModel,
+    layer: int,
+    facts: list[Fact],
+    wanted: Tensor,
+    tokens: int,
+) -> None:
+    """MoEEdit's own code, given what the other edit was to add at the same facts."""
+    texts, left = [], tokens
+    for text in Corpus.parse(str(corpus())).documents():
+        texts.append(text)
+        left -= min(len(model.row(text[:20_000]).ids), 1024)  # it cuts documents there
+        if left <= 0:
+            break
+    targets = outputs(model, facts, layer) + wanted
+    found = moeedit.edited(folder, model, layer, facts, targets, texts)
+    judge(report, "MoEEdit", model, found.edit, facts)
+    found.edit.report.add_measured(measure(model, found.edit))
+    report.note(
+        f"MoEEdit: projections {found.projections:.1f} CPU-s, keep {found.kept:.2%} of the "
+        f"directions; write {found.write:.2f} CPU-s; {found.edit.report.measured}",
+        case="MoEEdit",
+        write=found.write,
+        projections=found.projections,
+        kept=found.kept,
+        report=found.edit.report.record(),
+    )
 
 
 if __name__ == "__main__":

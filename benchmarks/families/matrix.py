@@ -18,8 +18,8 @@ from typing import Any
 
 from knowedit.errors import KnowEditError
 
-#: Seconds that a family may take.
-LIMIT = 240
+#: CPU seconds that a family may take: a wall clock would count what else the machine does.
+LIMIT = 120
 
 #: Folders of one run, which mean nothing in a table.
 FOLDER = re.compile(re.escape(tempfile.gettempdir()) + r"/\w+/")
@@ -43,7 +43,7 @@ def family(kind: str) -> dict[str, Any]:
     from benchmarks.families import models
     from benchmarks.families.checks import CHECKS, Bench
 
-    start = time.monotonic()
+    start = time.process_time()
     row: dict[str, Any] = {"kind": kind, "checks": {}}
     try:
         models.build(kind)
@@ -63,7 +63,7 @@ def family(kind: str) -> dict[str, Any]:
     refused = {name for name, outcome in row["checks"].items() if "refused" in outcome}
     held = "partly" if refused - {*EXPORTS} else "right but peft" if refused else "right"
     row["verdict"] = "wrong" if bad else held
-    return row | {"seconds": round(time.monotonic() - start, 1)}
+    return row | {"seconds": round(time.process_time() - start, 1)}
 
 
 def _outcome(run: Callable[[], float], limit: float) -> dict[str, Any]:
@@ -97,15 +97,15 @@ def timed(kind: str) -> dict[str, Any]:
     def late(*_: Any) -> None:
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(LIMIT)
+    signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
         return family(kind)
     except TimeoutError:
-        why = f"it took more than {LIMIT} s"
+        why = f"it took more than {LIMIT} CPU seconds"
         return {"kind": kind, "checks": {}, "verdict": "wrong", "why": why}
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def quiet() -> None:

@@ -7,9 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import moe, pages
+from benchmarks import pages
 from benchmarks.families import checks, matrix, models, page
-from knowedit.cli import doctor
 from knowedit.errors import EditError, ModelError
 from knowedit.models.editable import EditableModel
 
@@ -56,16 +55,6 @@ def test_routed_experts_are_read_and_written(tmp_path):
     bench = checks.Bench("gpt_oss", tmp_path)
     assert all(bench.model.layout.experts(layer) for layer in range(4))
     assert checks.experts(bench) < checks.CHECKS["experts"].limit
-
-
-def test_a_mixture_of_copies_says_what_the_dense_model_says(tiny_llama):
-    """And has experts of its own: a token reaches two of four."""
-    made = moe.copies(tiny_llama, 4, 2)
-    assert moe.difference(made, tiny_llama) < moe.SAME
-    experts = made.layout.experts(1)
-    assert (experts.count, experts.top_k, experts.width) == (4, 2, 48)
-    assert doctor._experts(made) == {"routed experts": "4 of size 48, 2 a token (4 layers)"}
-    assert doctor._experts(tiny_llama) == {}
 
 
 def test_neurons_in_front_of_a_norm_are_refused(tmp_path):
