@@ -121,6 +121,35 @@ def test_derivatives_are_those_of_the_dense_write():
     assert rel(block.vjp(rand(D, 4, seed=6)), rand(D, 4, seed=6) @ block.G) < 1e-12
 
 
+@pytest.mark.parametrize("constraint", ["soft", "equality"])
+@pytest.mark.parametrize("past", [0, 4])
+def test_gain_price_and_derivatives_are_those_of_the_dense_stacked_formula(constraint, past):
+    """Of `BlockSolver`, and of `EditSolver` on the wide keys, which is what the methods call."""
+    metric, keys, tokens = metric_of("covariance"), routed(3, 2, 1), routed(6, 3, 5)
+    history = routed(past, 2, 8) if past else None
+    R, dR, g = rand(D, 3, seed=2), rand(D, 3, seed=4), rand(D, 6, seed=3)
+    K, X = keys.stacked(range(EXPERTS)), tokens.stacked(range(EXPERTS))
+    dense = block_diagonal(metric)
+    wide_metric = metric
+    if history is not None:
+        old = history.stacked(range(EXPERTS))
+        dense, wide_metric = dense + old @ old.mT, metric.with_history(old)
+    read = (dense_delta if constraint == "soft" else dense_equality)(torch.eye(3), K, dense)
+    delta = R @ read
+    price = float((delta @ dense * delta).sum())
+    gamma = g @ X.mT  # what gradients g of the outputs at X are of the wide weight
+    block = S.BlockSolver(metric, keys, constraint, history)
+    wide = S.EditSolver(wide_metric, K, constraint=constraint)
+    for solver, at in ((block, tokens), (wide, X)):
+        assert rel(solver.gain, (read @ K).diagonal()) < 1e-12
+        assert float(solver.price(R)) == pytest.approx(price, rel=1e-12)
+        assert rel(solver.jvp(dR, at), dR @ read @ X) < 1e-12
+        assert rel(solver.vjp(g, at), gamma @ read.mT) < 1e-12
+    assert rel(wide.vjp(gamma), gamma @ read.mT) < 1e-12
+    parts = {j: gamma[:, j * M : (j + 1) * M] for j in range(EXPERTS)}
+    assert rel(block.vjp(parts), gamma @ read.mT) < 1e-12
+
+
 def test_cross_terms_are_what_the_block_metric_leaves_out():
     tokens = routed(TOKENS, 2, 11)
     full = wide_moment(tokens, range(EXPERTS))

@@ -86,8 +86,11 @@ def test_a_file_holds_what_experts_share_once(mixture):
             assert torch.equal(read[at].U, change.U) and torch.equal(read[at].V, change.V)
 
 
+@pytest.mark.parametrize("mixture", ["mixtral", "gpt_oss", "granitemoe"], indirect=True)
 def test_an_edited_folder_is_restored(mixture, tmp_path):
-    """Mixtral's files hold a tensor for each expert, gpt-oss's one of all of them."""
+    """Mixtral's files hold a tensor for each expert, gpt-oss's one of all of them, Granite's such a
+    one under another name.
+    """
     (edit, _), (other, _) = an_edit(mixture), an_edit(mixture, seed=1)
     with edit.applied_to(mixture), other.applied_to(mixture):
         wanted = mixture.next_logprobs(["Rome is"])

@@ -90,7 +90,8 @@ def test_a_record_of_the_first_version_optimises_as_it_did(tiny):
 
 
 def wiring_of(model, layer=1):
-    return Wiring.of(model, layer, *at_lookup(model, [model.row("Some text", "text")], layer))
+    seen = at_lookup(model, [model.row("Some text", "text")], layer)
+    return Wiring.of(model, layer, seen.inputs, seen.keys)
 
 
 def nll(model, facts):
@@ -120,7 +121,7 @@ def test_the_report_says_what_the_written_model_does(tiny, corpus):
     edit = patch(corpus).compute(tiny, FACTS[2:], progress=False)
     row = tiny.row(FACTS[2].text, FACTS[2].subject)
     neurons = edit.report.details["neurons"]["1"]
-    _, clean = at_lookup(tiny, [row], 1)
+    clean = at_lookup(tiny, [row], 1).keys
     keys = {}
     with edit.applied_to(tiny):
         read_keys(tiny, torch.tensor([row.ids]), [1], keys.__setitem__)
@@ -200,7 +201,7 @@ def test_directions_separate_what_can_be_separated():
 
 
 def test_a_switch_is_open_below_and_closed_above(tiny_llama):
-    inputs, _ = everywhere(tiny_llama, [tiny_llama.row(text).ids for text in OTHERS], 1)
+    inputs, _ = everywhere(tiny_llama, [tiny_llama.row(text).ids for text in OTHERS], 1)[None]
     switch = Switch.of(wiring_of(tiny_llama), torch.randn(1, 32), [inputs], 50.0, 0.25)
     assert switch.gates.shape == (2, 32) and switch.write(torch.ones(1, 32)).sum(0).abs().max() == 0
 
@@ -227,7 +228,8 @@ def test_what_does_not_step_is_no_switch(act):
 def test_wirings_are_found_whatever_the_matrices_are_called(family, byte_tokenizer):
     """Gate and up in one matrix; one matrix, with a bias or without; activations of any name."""
     model = EditableModel(build(family), byte_tokenizer)
-    inputs, keys = at_lookup(model, [model.row("Some text", "text")] * 2, 1)
+    seen = at_lookup(model, [model.row("Some text", "text")] * 2, 1)
+    inputs, keys = seen.inputs, seen.keys
     wiring = Wiring.of(model, 1, inputs, keys)
     assert (wiring.up is not None) == (family == "phi3")
     torch.testing.assert_close(wiring.keys(inputs), keys, rtol=1e-4, atol=1e-4)
@@ -352,3 +354,75 @@ def test_on_the_real_model_neighbours_do_not_move(smollm, tmp_path):
         rome, paris = smollm.score(asked, ["Rome"] * 2), smollm.score(asked, ["Paris"] * 2)
     assert moved.max() < 0.01
     assert any(a.logprob > b.logprob for a, b in zip(rome, paris))
+
+
+# -- routed experts
+# -------------------------------------------------------------------------------------------------
+
+
+def expert_of(edit):
+    """The experts whose matrices an edit changes."""
+    return {int(name.partition("[")[2][:-1]) for name in edit.changes}
+
+
+def test_what_an_expert_is_given_is_what_the_model_gives_it(byte_tokenizer):
+    """Inputs, keys and gates, at the tokens that its router sends there."""
+    model = EditableModel(build("mixtral"), byte_tokenizer, name="mixtral")
+    module, rows, calls = model.projection(1).module, [model.row(text).ids for text in OTHERS], []
+    handle = module.register_forward_pre_hook(lambda _, given: calls.append(given))
+    for ids in rows:
+        model.hf(input_ids=torch.tensor([ids]))
+    handle.remove()
+    found = everywhere(model, rows, 1, range(4))
+    for expert, (inputs, moment) in found.items():
+        states, keys = [], []
+        for x, index, gates in calls:
+            slot, token = torch.where((index == expert).T)
+            gate, up = (x[token] @ module.gate_up_proj[expert].T).chunk(2, -1)
+            states.append(x[token])
+            keys.append(gates[token, slot, None] * torch.nn.functional.silu(gate) * up)
+        k = torch.cat(keys).double()
+        assert len(inputs) == len(k) > 0
+        torch.testing.assert_close(inputs.sum(0), torch.cat(states).sum(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(moment, k.T @ k / len(k), rtol=1e-4, atol=1e-6)
+
+
+def test_a_fact_goes_into_the_expert_that_fires(byte_tokenizer, corpus, tmp_path):
+    """Its gate is made up for, its switch is read from the written weights, and every bit comes
+    back.
+    """
+    model = EditableModel(build("mixtral"), byte_tokenizer, name="mixtral")
+    before, was = weights_fingerprint(model.hf), nll(model, FACTS[2:])
+    edit = patch(corpus).compute(model, FACTS[2:], progress=False)
+    (expert,) = expert_of(edit)
+    row = model.row(FACTS[2].text, FACTS[2].subject)
+    seen = at_lookup(model, [row], 1, expert)
+    others = [float(at_lookup(model, [row], 1, e).gates[0]) for e in range(4)]
+    assert float(seen.gates[0]) == max(others)
+    neurons = edit.report.details["neurons"][f"1 expert {expert}"]
+    assert edit.exclusive == {f"layer 1 expert {expert} neuron {n}" for n in neurons}
+    assert edit.report.measured.gain[0] == pytest.approx(1, abs=0.1)
+    with edit.applied_to(model):
+        assert nll(model, FACTS[2:]) < was - 0.1
+        after = at_lookup(model, [row], 1, expert)
+    left = [n for n in range(48) if n not in neurons]
+    torch.testing.assert_close(after.keys[0, left], seen.keys[0, left], rtol=1e-4, atol=1e-4)
+    assert weights_fingerprint(model.hf) == before == model.fingerprint
+    read = type(edit).load(edit.save(tmp_path / "edit.safetensors"))
+    assert read.key == edit.key and read.method() == patch(str(corpus))
+
+
+def test_facts_of_several_experts_are_one_edit(byte_tokenizer, corpus):
+    """Each group in its own expert; single edits are the parts of the whole."""
+    model = EditableModel(build("mixtral"), byte_tokenizer, name="mixtral")
+    facts = [FACTS[2], Fact(prompt="The river of {} is", subject="Rome", target="Po")]
+    both = patch(corpus).compute(model, facts, progress=False)
+    alone = [patch(corpus).compute(model, [fact], progress=False) for fact in facts]
+    assert expert_of(both) == set().union(*map(expert_of, alone))
+    assert min(both.report.measured.gain) > 0.8
+
+
+def test_neurons_of_experts_behind_another_activation_are_refused(byte_tokenizer, corpus):
+    model = EditableModel(build("gpt_oss"), byte_tokenizer, name="gpt_oss")
+    with pytest.raises(EditError, match=r"keys of expert \d of layer 1 are neither .*use MEMIT"):
+        patch(corpus).compute(model, FACTS[2:], progress=False)

@@ -26,7 +26,7 @@ from knowedit.io.files import atomic_file, atomic_folder, disk_errors
 from knowedit.io.tensors import checksum, read_file, understood, write_file
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
-from knowedit.models.experts import split_name
+from knowedit.models.experts import slice_name, split_name
 from knowedit.models.gguf import as_plain
 from knowedit.models.load import accepts_model, fingerprint_of
 from knowedit_kernels.lowrank import WeightLedger
@@ -308,12 +308,10 @@ def _stored(folder: Path, edited: Mapping[str, Tensor]) -> dict[str, str]:
             known = set(opened.keys())
             found |= {name: name for name in edited if split_name(name)[0] in known}
             for other in sorted(known) if set(edited) - set(found) else ():
-                shape = tuple(opened.get_slice(other).get_shape())
+                held = opened.get_slice(other)
                 for name in sorted(set(edited) - set(found)):
-                    if shape == tuple(edited[name].shape) and torch.equal(
-                        opened.get_tensor(other), edited[name]
-                    ):
-                        found[name] = other
+                    if at := _holds(held, other, name, edited[name]):
+                        found[name] = at
     if missing := sorted(set(edited) - set(found)):
         raise EditError(
             f"transformers writes {missing[0]} together with other weights, so that its bits could "
@@ -321,6 +319,18 @@ def _stored(folder: Path, edited: Mapping[str, Tensor]) -> dict[str, str]:
             "model, or export it as an adapter (`knowedit export`)"
         )
     return found
+
+
+def _holds(held: Any, other: str, name: str, tensor: Tensor) -> str | None:
+    """The name of what a file's tensor `held`, called `other`, has of the bits of `tensor`: all of
+    it, or the same expert's matrix where it holds those of several. None: neither.
+    """
+    shape, expert = tuple(held.get_shape()), split_name(name)[1]
+    if shape == tuple(tensor.shape):
+        return other if torch.equal(held[:], tensor) else None
+    if expert is None or shape[1:] != tuple(tensor.shape) or expert >= shape[0]:
+        return None
+    return slice_name(other, expert) if torch.equal(held[expert], tensor) else None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -229,26 +229,27 @@ def patched(wiring: Wiring, factor: float = 10.0) -> list[int]:
 
 
 def rewritten(
-    layer: int, wiring: Wiring, switch: Switch, freed: Freed, values: Tensor
-) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[str, Change]]:
-    """The changes of the output projection, by layer, and of other parameters. The other neurons
-    take over what the freed ones did, which then write `values` `[groups, hidden]`; and their
-    rows in the matrices that read the MLP's input, a gate and a one for what it multiplies."""
+    wiring: Wiring, switch: Switch, freed: Freed, values: Tensor
+) -> tuple[tuple[Tensor, Tensor], dict[str, Change]]:
+    """The change of the output projection, `(U [hidden, r], V [d_ff, r])`, and those of other
+    parameters. The other neurons take over what the freed ones did, which then write `values`
+    `[groups, hidden]`; and their rows in the matrices that read the MLP's input, a gate and a one
+    for what it multiplies.
+    """
     place = torch.nn.functional.one_hot(torch.tensor(freed.neurons), wiring.gate.count).T.to(
         values
     )  # [d_ff, neurons]
     left = torch.cat([freed.left.to(values), switch.write(values).T], 1)
-    factors = {layer: (left, torch.cat([freed.right.to(values), place], 1))}
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     biases: dict[str, Tensor] = {}
     for rows, new in zip(wiring.reads, (switch.gates, switch.ones)):
         change = (new - place.T @ rows.weight).T.contiguous()
-        pairs.setdefault(f"{rows.name}.weight", []).append((rows.embedded(place), change))
+        pairs.setdefault(rows.name, []).append((rows.embedded(place), change))
         if rows.bias is not None:
-            name, change = f"{rows.name}.bias", rows.embedded(-rows.bias * place.sum(1))
+            name, change = rows.offset_name, rows.embedded(-rows.bias * place.sum(1))
             biases[name] = biases[name] + change if name in biases else change
     others: dict[str, Change] = {
         name: (torch.cat([left for left, _ in both], 1), torch.cat([right for _, right in both], 1))
         for name, both in pairs.items()
     }
-    return factors, others | biases
+    return (left, torch.cat([freed.right.to(values), place], 1)), others | biases

@@ -4,7 +4,9 @@ of other texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +14,8 @@ from torch import Tensor
 from knowedit.errors import EditError
 from knowedit.io.progress import bar, console, plain_line
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import Routed
 from knowedit.models.partial import read
-from knowedit.models.structure import check_dense
 from knowedit.models.tokens import Row, batches, cut, start_tokens
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit_kernels import SecondMoment
@@ -60,53 +62,129 @@ def windows(
     return rows
 
 
-def at_lookup(model: EditableModel, rows: Sequence[Row], layer: int) -> tuple[Tensor, Tensor]:
-    """MLP inputs `[n, hidden]` and keys `[n, d_ff]` at the rows' subject tokens, float32."""
-    found = {
-        i: (x[rows[i].subject], k[rows[i].subject])
-        for i, x, k in _observed(model, [row.ids for row in rows], layer)
-    }
-    inputs, keys = zip(*(found[i] for i in range(len(rows))))
-    return torch.stack(inputs), torch.stack(keys)
+def at_lookup(
+    model: EditableModel, rows: Sequence[Row], layer: int, expert: int | None = None
+) -> Seen:
+    """The layer's MLP, or one of its experts, at the rows' subject tokens."""
+    found: dict[int, Seen] = {}
+    for i, given in _observed(model, [row.ids for row in rows], layer):
+        found[i] = given.at(torch.tensor([rows[i].subject or 0])).of(expert)
+    ordered = [found[i] for i in range(len(rows))]
+    return Seen(
+        torch.cat([seen.inputs for seen in ordered]),
+        torch.cat([seen.keys for seen in ordered]),
+        torch.cat([seen.gates for seen in ordered]),
+    )
+
+
+def chosen(model: EditableModel, rows: Sequence[Row], layer: int) -> Tensor:
+    """`[rows, E]` gates of a layer's routed experts at the rows' subject tokens; 0: not chosen."""
+    experts = model.layout.experts(layer)
+    assert experts is not None
+    found = torch.zeros(len(rows), experts.count)
+    for i, given in _observed(model, [row.ids for row in rows], layer):
+        assert isinstance(given.states, Routed)
+        here = given.states[rows[i].subject or 0]
+        found[i] = found[i].index_add(0, here.index.cpu(), here.gates.float().cpu())
+    return found
 
 
 def everywhere(
     model: EditableModel,
     rows: Sequence[list[int]],
     layer: int,
+    experts: Iterable[int | None] = (None,),
     advance: Callable[[float], None] = lambda rows: None,
-) -> tuple[Tensor, Tensor]:
-    """MLP inputs `[n, hidden]` float32 at every token, and the mean of k k^T `[d_ff, d_ff]`
-    float64.
+) -> dict[int | None, tuple[Tensor, Tensor]]:
+    """Of each expert (None: the dense MLP) its inputs `[n, hidden]` float32 at every token that it
+    is given, and the mean of k k^T `[d, d]` float64 there, k being the key times its gate.
+
+    Raises:
+        EditError: an expert is given no token.
     """
-    inputs, moment = [], SecondMoment(model.layout.width(layer), device=model.weight(layer).device)
-    for _, x, k in _observed(model, rows, layer):
-        inputs.append(x)
-        moment.update(k)
+    part = model.layout.part(layer)
+    width = part.width if part.experts is None else part.experts.width
+    device = model.weight(layer).device
+    found = {expert: (list[Tensor](), SecondMoment(width, device=device)) for expert in experts}
+    for _, given in _observed(model, rows, layer):
+        for expert, (inputs, moment) in found.items():
+            seen = given.reaching(expert).of(expert)
+            if len(seen.inputs):
+                inputs.append(seen.inputs)
+                moment.update(seen.keys if expert is None else seen.keys * seen.gates[:, None])
         advance(1)
-    return torch.cat(inputs), moment.moment()
+    if bare := [expert for expert, (inputs, _) in found.items() if not inputs]:
+        raise EditError(
+            f"none of the tokens of {len(rows)} texts is given to expert {bare[0]} of layer "
+            f"{layer}, so that what its neurons do is not known; give more text"
+        )
+    return {
+        expert: (torch.cat(inputs), moment.moment()) for expert, (inputs, moment) in found.items()
+    }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an MLP, or one routed expert, is given at some tokens.
+
+    Attributes:
+        inputs: `[n, hidden]`, keys: `[n, d]`, both float32.
+        gates: `[n]` what its output is multiplied by there: 1, or an expert's gate, which is 0
+            where the router did not choose it.
+    """
+
+    inputs: Tensor
+    keys: Tensor
+    gates: Tensor
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a layer's MLP is given in one text.
+
+    Attributes:
+        states: `[T, hidden]`, with the `keys` `[T, d_ff]` that it makes of them; or what routed
+            experts are given, and no keys.
+    """
+
+    states: Tensor | Routed
+    keys: Tensor | None = None
+
+    def at(self, tokens: Any) -> _Given:
+        """At some of the tokens."""
+        return _Given(self.states[tokens], None if self.keys is None else self.keys[tokens])
+
+    def reaching(self, expert: int | None) -> _Given:
+        """At the tokens that are given to an expert; all of them to a dense MLP."""
+        if not isinstance(self.states, Routed):
+            return self
+        return self.at((self.states.index == expert).any(-1))
+
+    def of(self, expert: int | None) -> Seen:
+        """What one expert makes of these tokens, also of those that are not given to it."""
+        if not isinstance(self.states, Routed):
+            assert self.keys is not None
+            return Seen(
+                self.states.float(), self.keys.float(), torch.ones_like(self.states[:, 0]).float()
+            )
+        assert expert is not None
+        routed, alone = self.states, torch.full_like(self.states.index[:, :1], expert)
+        keys = replace(routed, index=alone, gates=routed.gates[:, :1]).keys()[:, 0]
+        gates = (routed.gates * (routed.index == expert)).sum(-1)
+        return Seen(routed.states.float(), keys.float(), gates.float())
 
 
 def _observed(
     model: EditableModel, rows: Sequence[list[int]], layer: int, budget: int = 4096
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(row, MLP inputs, keys) of every row, in batches of similar length. Raises ModelError where
-    the layer has routed experts.
-    """
-    check_dense(model, layer)
+) -> Iterator[tuple[int, _Given]]:
+    """(row, what the layer's MLP is given) of every row, in batches of similar length."""
+    part = model.layout.part(layer)
     for batch in batches([len(ids) for ids in rows], budget):
         ids, mask = model.pad([rows[i] for i in batch])
-        inputs: list[Tensor] = []
-        keys: list[Tensor] = []
-        read(
-            model,
-            ids,
-            inputs={
-                model.layout.part(layer).reads[0]: inputs.append,
-                model.layout.projection(layer): keys.append,
-            },
-        )
+        found: list[Any] = []
+        names = [part.projection] if part.experts else [part.reads[0], part.projection]
+        read(model, ids, inputs={name: found.append for name in names})
+        if part.experts is None:
+            found = [states.reshape(*mask.shape, -1) for states in found]
         for line, i in enumerate(batch):
-            live = mask[line].to(inputs[0].device)
-            x, k = (found[0].reshape(*mask.shape, -1)[line] for found in (inputs, keys))
-            yield i, x[live].float(), k[live].float()
+            yield i, _Given(*(states[line] for states in found)).at(slice(len(rows[i])))

@@ -9,14 +9,14 @@ for how well the others can do their work, as in pruning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from knowedit.edits.changes import change_of, relative_norms
+from knowedit.edits.changes import change_of, relative_norms, side_by_side
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.edits.report import EditReport
@@ -44,26 +44,32 @@ from knowedit.methods.locate.values import (
     prompt_rows,
 )
 from knowedit.methods.neurons.parts import (
+    Freed,
     Switch,
     free_neurons,
     patched,
     rewritten,
     separate,
 )
-from knowedit.methods.neurons.texts import at_lookup, everywhere, windows
+from knowedit.methods.neurons.texts import at_lookup, chosen, everywhere, windows
 from knowedit.methods.neurons.wiring import Wiring
 from knowedit.models.editable import EditableModel
+from knowedit.models.experts import slice_name
 from knowedit.models.load import accepts_model
 from knowedit.models.presets import preset_for
-from knowedit.models.structure import check_dense
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import CorpusLike
+from knowedit_kernels.lowrank import Change
+
+#: By expert (None: the dense MLP), the inputs and the moment of ordinary text.
+Ordinary = Mapping[int | None, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class NeuronPatch(Method):
     """Facts with one id or one subject are wordings of one thing: one switch, one value trained on
-    all of them.
+    all of them. In a layer with routed experts the neurons are those of the expert that fires most
+    at the wordings, and what they write is divided by its gate there.
 
     Attributes:
         layers: one layer; None: the calibration's, or about a quarter up (8 of 30), where wordings
@@ -143,80 +149,147 @@ class NeuronPatch(Method):
         self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
     ) -> Iterator[Edit]:
         """One edit for each of the tasks, a task being groups of facts."""
-        check_dense(model, layer)
         groups, values = [group for task in tasks for group in task], self._values(model, layer)
+        homes = self._experts(model, layer, groups, values)
         with bar(
             f"{self.name}: optimising values", len(groups), "values", show=progress
         ) as advance:
             targets = optimise_values(model, groups, layer, values, progress=advance)
         texts = windows(model, self.corpus, self.tokens, seed=self.seed, progress=progress)
         with bar(f"{self.name}: reading texts", len(texts), "texts", show=progress) as advance:
-            ordinary = everywhere(model, texts, layer, advance)
+            ordinary = everywhere(model, texts, layer, dict.fromkeys(homes), advance)
         start = 0
         for task in tasks:
-            own = targets.select(range(start, start := start + len(task)))
-            yield self._edit(model, layer, task, own, values, ordinary)
+            at = range(start, start := start + len(task))
+            own, where = targets.select(at), [homes[i] for i in at]
+            yield self._edit(model, layer, task, where, own, values, ordinary)
+
+    def _experts(
+        self, model: EditableModel, layer: int, groups: list[list[Fact]], values: ValueSettings
+    ) -> list[int | None]:
+        """For each group the routed expert that fires most at its wordings; None: the layer's MLP
+        is dense.
+        """
+        if model.layout.experts(layer) is None:
+            return [None] * len(groups)
+        found: list[int | None] = []
+        for group in groups:
+            rows = [row for fact in group for row in prompt_rows(model, fact, values.contexts)]
+            found.append(int(chosen(model, rows, layer).sum(0).argmax()))
+        return found
 
     def _edit(
         self,
         model: EditableModel,
         layer: int,
         groups: list[list[Fact]],
+        homes: list[int | None],
         targets: Targets,
         values: ValueSettings,
-        ordinary: tuple[Tensor, Tensor],
+        ordinary: Ordinary,
     ) -> Edit:
         facts = [fact for group in groups for fact in group]
-        owned = [
-            (row, i)
-            for i, g in enumerate(groups)
-            for f in g
-            for row in prompt_rows(model, f, values.contexts)
-        ]
-        own, keys = at_lookup(model, [row for row, _ in owned], layer)
-        wiring = Wiring.of(model, layer, own, keys)
-        owner = torch.tensor([i for _, i in owned], device=own.device)
         near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
-        others, moments = zip(
-            ordinary, everywhere(model, [model.row(text).ids for text in near], layer)
-        )
-        switch = Switch.of(
-            wiring,
-            separate(own, owner, others, self.ridge),
-            [*others, own],
-            self.sharpness,
-            self.width,
-        )
-        weight = model.weight(layer).T if model.layout.transposed else model.weight(layer)
-        freed = free_neurons(
-            weight, torch.stack(moments).mean(0), switch.neurons * len(groups), patched(wiring)
-        )
-        closed = switch.at(own).gather(1, owner[:, None])
-        chosen = {
+        rows = [model.row(text).ids for text in near]
+        others = everywhere(model, rows, layer, dict.fromkeys(homes))
+        written = [
+            self._written(
+                model,
+                layer,
+                expert,
+                {i: groups[i] for i, home in enumerate(homes) if home == expert},
+                targets.delta,
+                values,
+                (ordinary[expert], others[expert]),
+            )
+            for expert in dict.fromkeys(homes)
+        ]
+        closed = torch.cat([one.closed for one in written])
+        reported = {
             "gain": float(closed.mean()),
             "lowest_gain": float(closed.min()),
-            "freed": freed.loss,
-            "leak": max(float(switch.at(x).abs().max()) for x in others),
+            "freed": max(one.freed.loss for one in written),
+            "leak": max(one.leak for one in written),
         }
-        factors, reads = rewritten(layer, wiring, switch, freed, targets.delta.to(own))
-        report = self._report(model, layer, values, targets, factors, chosen)
-        report.details["neurons"] = {str(layer): freed.neurons}
+        factors = {layer: side_by_side(*(one.wide(model, layer) for one in written))}
+        report = self._report(model, layer, values, targets, factors, reported)
+        report.details["neurons"] = {one.place(layer): one.freed.neurons for one in written}
         report.warnings = [
             *([] if self.layers else origin_warnings(model, preset_for(model), [layer])),
             *sink_warnings(model, [layer], True),
             *first_token_warnings(model, facts, values.contexts, False),
             *outcome_warnings(report, targets, groups),
         ]
-        changes = {model.layout.weight_name(at): pair for at, pair in factors.items()} | reads
+        lookups = [row for fact in facts for row in prompt_rows(model, fact, values.contexts)]
         return Edit(
             self.name,
-            {name: change_of(change) for name, change in changes.items()},
+            {name: change_of(raw) for one in written for name, raw in one.changes.items()},
             facts,
             model.fingerprint,
             report,
-            {layer: keys},
-            frozenset(f"layer {layer} neuron {neuron}" for neuron in freed.neurons),
+            model.keys(lookups, [layer])[0],
+            frozenset(
+                f"{one.place('layer ' + str(layer))} neuron {neuron}"
+                for one in written
+                for neuron in one.freed.neurons
+            ),
             plan={layer: targets.delta[[i for i, group in enumerate(groups) for _ in group]]},
+        )
+
+    def _written(
+        self,
+        model: EditableModel,
+        layer: int,
+        expert: int | None,
+        groups: Mapping[int, list[Fact]],
+        values_of: Tensor,
+        values: ValueSettings,
+        others: Sequence[tuple[Tensor, Tensor]],
+    ) -> _Written:
+        """Some of the groups, by number, in one MLP: the layer's, or one expert's.
+
+        Args:
+            values_of: `[groups, hidden]` of all groups.
+            others: inputs and moment of ordinary text, and of texts near the facts.
+        """
+        owned = [
+            (row, place)
+            for place, group in enumerate(groups.values())
+            for fact in group
+            for row in prompt_rows(model, fact, values.contexts)
+        ]
+        seen = at_lookup(model, [row for row, _ in owned], layer, expert)
+        own, owner = seen.inputs, torch.tensor([i for _, i in owned], device=seen.inputs.device)
+        wiring = Wiring.of(model, layer, own, seen.keys, expert)
+        inputs, moments = zip(*others)
+        switch = Switch.of(
+            wiring,
+            separate(own, owner, inputs, self.ridge),
+            [*inputs, own],
+            self.sharpness,
+            self.width,
+        )
+        name = model.layout.weight_name(layer)
+        name = name if expert is None else slice_name(name, expert)
+        weight = model.stored(name)
+        freed = free_neurons(
+            weight.T if model.is_transposed(name) else weight,
+            torch.stack(moments).mean(0),
+            switch.neurons * len(groups),
+            patched(wiring),
+        )
+        # what an expert writes is multiplied by its gate, which is another one in every wording
+        gates = torch.zeros(len(groups)).to(own).index_add(0, owner, seen.gates)
+        gates = gates / torch.bincount(owner, minlength=len(groups))
+        wanted = values_of[list(groups)].to(own) / gates[:, None]
+        factors, reads = rewritten(wiring, switch, freed, wanted)
+        return _Written(
+            expert,
+            freed,
+            closed=switch.at(own).gather(1, owner[:, None])[:, 0] * seen.gates / gates[owner],
+            leak=max(float(switch.at(x).abs().max()) for x in inputs),
+            factors=factors,
+            changes={name: factors, **reads},
         )
 
     def _values(self, model: EditableModel, layer: int) -> ValueSettings:
@@ -259,3 +332,38 @@ class NeuronPatch(Method):
             steps=targets.steps.tolist(),
             details={"settings": settings},
         )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What was written into one MLP.
+
+    Attributes:
+        expert: whose it is; None: the layer's MLP is dense.
+        freed: the neurons.
+        closed: `[wordings]` how much of its value each gets.
+        leak: the farthest that a switch is closed at another text.
+        factors: `(U [hidden, r], V [d, r])` of its output projection.
+        changes: by parameter, of all its matrices.
+    """
+
+    expert: int | None
+    freed: Freed
+    closed: Tensor
+    leak: float
+    factors: tuple[Tensor, Tensor]
+    changes: Mapping[str, Change]
+
+    def place(self, layer: object) -> str:
+        """The MLP in words."""
+        return f"{layer}" if self.expert is None else f"{layer} expert {self.expert}"
+
+    def wide(self, model: EditableModel, layer: int) -> tuple[Tensor, Tensor]:
+        """The factors of the layer's projection, all experts together."""
+        left, right = self.factors
+        experts = model.layout.experts(layer)
+        if experts is None or self.expert is None:
+            return left, right
+        whole = right.new_zeros(experts.count, *right.shape)
+        whole[self.expert] = right
+        return left, whole.flatten(0, 1)
