@@ -19,6 +19,7 @@ from knowedit.errors import StatisticsError
 from knowedit.io.tables import Column, Table
 
 if TYPE_CHECKING:
+    from knowedit.models.editable import EditableModel
     from knowedit.statistics.files.verify import Finding
 
 
@@ -165,30 +166,59 @@ def ls(
     *,
     output: Output,
 ) -> None:
-    """List the statistics on this machine: model, layers, tokens, corpus."""
+    """List the statistics on this machine: model, layers, tokens, corpus. Damaged files are named
+    at the end, with the exit status 1.
+    """
     from knowedit.io.files import cache_dir
     from knowedit.statistics.files import store
 
     folder = where or cache_dir("statistics")
     groups: dict[Path, list[dict[str, Any]]] = {}
-    for path in store.files(folder):
-        groups.setdefault(path.parent, []).append(
-            {**store.header(path), "bytes": path.stat().st_size}
-        )
+    damaged: list[str] = []
+    files = store.files(folder)
+    for path in files:
+        try:
+            found = _in_brief(path)
+        except StatisticsError:
+            damaged.append(str(path))
+        else:
+            groups.setdefault(path.parent, []).append(found)
     rows = [
         {
             "folder": str(place),
-            "model": found[0]["model"],
-            "fingerprint": found[0]["recipe"]["fingerprint"],
-            "layers": [layer["layer"] for layer in found],
-            "tokens": found[0]["count"],
-            "corpus": found[0]["recipe"]["corpus"]["name"],
-            "bytes": sum(layer["bytes"] for layer in found),
+            "model": layers[0]["model"],
+            "fingerprint": layers[0]["fingerprint"],
+            "layers": [one["layer"] for one in layers],
+            "tokens": layers[0]["tokens"],
+            "corpus": layers[0]["corpus"],
+            "bytes": sum(one["bytes"] for one in layers),
         }
-        for place, found in groups.items()
+        for place, layers in groups.items()
     ]
     nothing = f"no statistics in {folder}; collect some with: knowedit stats MODEL"
     output.show(rows, lambda: "\n".join(map(_listed, rows)) or nothing)
+    if damaged:
+        raise StatisticsError(
+            f"{len(damaged)} of {len(files)} files cannot be read: {', '.join(damaged)}; "
+            f"`knowedit stats verify {folder}` says why; {store.REMEDY}"
+        )
+
+
+def _in_brief(path: Path) -> dict[str, Any]:
+    """What a file's header says of it. Raises StatisticsError: it is damaged."""
+    from knowedit.io.tensors import understood
+    from knowedit.statistics.files import store
+
+    with understood(path, "a statistics file", StatisticsError, store.REMEDY):
+        head = store.header(path)
+        return {
+            "model": str(head["model"]),
+            "fingerprint": str(head["recipe"]["fingerprint"]),
+            "layer": int(head["layer"]),
+            "tokens": int(head["count"]),
+            "corpus": str(head["recipe"]["corpus"]["name"]),
+            "bytes": path.stat().st_size,
+        }
 
 
 def _listed(row: dict[str, Any]) -> str:
@@ -242,7 +272,6 @@ def verify(
     that model's.
     """
     from knowedit.statistics.files import npz, verify
-    from knowedit.statistics.files.store import LayerStatistics
 
     editable = loading.load(model) if model else None
     report: dict[str, list[verify.Finding]] = {}
@@ -261,11 +290,7 @@ def verify(
                     verify.resembles(peer.total, peer.count, verify.sample(editable, at))
                 )
         else:
-            found = LayerStatistics.load(path)
-            findings = [
-                *verify.sound(found),
-                *(verify.belongs(found, editable) if editable else []),
-            ]
+            findings = _checked(path, editable)
         report[str(path)] = findings
     loading.show(
         {name: verify.as_json(findings) for name, findings in report.items()},
@@ -277,6 +302,18 @@ def verify(
         raise StatisticsError(
             f"{len(bad)} of {len(report)} files failed: {', '.join(bad)}; collect them again"
         )
+
+
+def _checked(path: Path, editable: EditableModel | None) -> list[Finding]:
+    """What is to be said of a file of ours; one that cannot be read is a finding, too."""
+    from knowedit.statistics.files import verify
+    from knowedit.statistics.files.store import LayerStatistics
+
+    try:
+        found = LayerStatistics.load(path)
+    except StatisticsError as error:
+        return [verify.Finding("readable", False, str(error))]
+    return [*verify.sound(found), *(verify.belongs(found, editable) if editable else [])]
 
 
 def _verified(name: str, findings: Sequence[Finding]) -> list[str]:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def low_rank(model: EditableModel, edits: Sequence[Edit]) -> dict[str, LowRank]:
-    """The sum of the edits by parameter, their factors side by side.
+    """The sum of the edits by parameter, their factors side by side; at most as many as the
+    parameter is wide.
 
     Raises:
         EditError: there is none, one is of another model, or changes something densely.
@@ -43,4 +44,4 @@ def low_rank(model: EditableModel, edits: Sequence[Edit]) -> dict[str, LowRank]:
             )
     if not found:
         raise EditError("no edits to export; name at least one that changes weights")
-    return found
+    return {name: change.least() for name, change in found.items()}

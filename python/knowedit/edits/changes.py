@@ -45,6 +45,17 @@ class LowRank:
         """The product `[out, in]`."""
         return self.U @ self.V.T
 
+    def least(self) -> LowRank:
+        """The same product at a rank that is no larger than its smaller side: summed up in float64,
+        so equal to rounding. Itself where that is so already.
+        """
+        left, right = self.U.double(), self.V.double()
+        if self.rank <= min(len(left), len(right)):
+            return self
+        if len(left) <= len(right):
+            return LowRank(torch.eye(len(left), device=left.device), (right @ left.T).float())
+        return LowRank((left @ right.T).float(), torch.eye(len(right), device=left.device))
+
     def to(self, device: torch.device | str) -> LowRank:
         return LowRank(self.U.to(device), self.V.to(device))
 

@@ -21,7 +21,14 @@ from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
 from knowedit.evaluation import intervals
 from knowedit.evaluation.intervals import Estimate
-from knowedit.evaluation.measures.base import Answer, Question, ask, fact_measures, questions
+from knowedit.evaluation.measures.base import (
+    Answer,
+    Question,
+    answered,
+    ask,
+    fact_measures,
+    questions,
+)
 from knowedit.facts.fact import Fact, FactError, as_facts
 from knowedit.io.progress import bar
 from knowedit.io.tables import Column, Table
@@ -139,7 +146,9 @@ def evaluate_each(
     facts = as_facts(facts)
     if not facts:
         raise FactError("there are no facts to measure; give at least one")
-    asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
+    asked = [
+        q for record, fact in enumerate(answered(model, facts)) for q in questions(record, fact)
+    ]
     before = ask(model, asked, title="before", progress=progress)
     after: list[Answer | None] = [None] * len(asked)
     with bar("after", len(asked), "prompts", show=progress) as advance:

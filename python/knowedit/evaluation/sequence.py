@@ -17,7 +17,7 @@ from torch import Tensor
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.evaluation import Estimates, Evaluation, summarise
-from knowedit.evaluation.measures.base import ask, questions
+from knowedit.evaluation.measures.base import answered, ask, questions
 from knowedit.evaluation.measures.drift import ORDINARY, Drift, compare
 from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.facts.fact import Fact
@@ -91,7 +91,8 @@ class SequenceMonitor:
         self.model, self.facts, self.texts, self.sample = model, list(facts), texts, sample
         self.tokens, self.seed = tokens, seed
         self.measured = sorted(set(measured if measured is not None else range(len(facts))))
-        self.asked = [q for record in self.measured for q in questions(record, facts[record])]
+        chosen = answered(model, [self.facts[record] for record in self.measured])
+        self.asked = [q for r, fact in zip(self.measured, chosen) for q in questions(r, fact)]
         self.before = ask(model, self.asked, title="before", progress=progress)
         self.ordinary = model.next_logprobs(ORDINARY)
 

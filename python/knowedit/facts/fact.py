@@ -21,8 +21,13 @@ logger = logging.getLogger(__name__)
 ALIASES = {
     "target_new": "target",
     "target_true": "true",
+    "target_old": "true",
     "ground_truth": "true",
+    "rephrase_prompt": "paraphrases",
+    "paraphrase_prompts": "paraphrases",
     "neighbors": "neighbours",
+    "neighborhood_prompts": "neighbours",
+    "relation_id": "relation",
 }
 REQUIRED = ("prompt", "subject", "target")
 #: What may stand between a prompt and what follows it, by the names that `Fact.join` takes.
@@ -212,9 +217,8 @@ class Fact:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Fact:
-        """Read `to_dict`'s form; also the names ``target_new``, ``target_true``, ``ground_truth``,
-        ``neighbors``, objects ``{"str": ...}`` for answers, and plain strings where a list or a
-        probe is expected.
+        """Read `to_dict`'s form; also names of public data (`ALIASES`), objects ``{"str": ...}``
+        for answers, and plain strings where a list or a probe is expected.
 
         Raises `FactError` for unknown, missing or doubly named fields and for what `Fact` refuses.
         """

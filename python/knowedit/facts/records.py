@@ -139,21 +139,30 @@ def parse_records(
             else:
                 forms = answer_forms.setdefault(form.name, Counter())
                 placed += [(place, fact) for fact in form.facts(record, forms)]
-        except FactError as e:
+        except (LookupError, TypeError, AttributeError, ValueError) as e:  # FactError too
+            problem = f"{place}: {_problem(form.name if form else 'fact', e)}"
             if form is None or not skip:
-                raise FactError(f"{place}: {e}") from e
-            skipped.append(f"{place}: {e}")
-        except (LookupError, TypeError, AttributeError, ValueError) as e:
-            name = form.name if form else "fact"
-            raise FactError(f"{place}: broken {name} record ({type(e).__name__}: {e})") from e
+                raise FactError(problem) from e
+            skipped.append(problem)
     for name, forms in answer_forms.items():
         counts = ", ".join(f"{form} ({count})" for form, count in sorted(forms.items()))
         logger.info("%s format; answers as %s", name, counts)
+    if skipped and not placed:
+        raise FactError(skipped[0])
     if skipped:
         logger.warning(
             "left out %d records that cannot be edited: %s", len(skipped), "; ".join(skipped)
         )
     return placed
+
+
+def _problem(form: str, error: Exception) -> str:
+    """Why a record of that form is none."""
+    if isinstance(error, FactError):
+        return str(error)
+    if isinstance(error, KeyError):
+        return f"{form} record without {error}"
+    return f"{form} record with a field of another kind than it should be ({error})"
 
 
 def read_facts(path: str | os.PathLike[str]) -> list[Fact]:

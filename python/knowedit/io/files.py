@@ -120,6 +120,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 file.chmod(0o666 & ~_umask())
             fsync_path(file)
         os.chmod(temporary, 0o777 & ~_umask())
+        check_free(path)  # another run may have been faster
         if path.exists():
             path.rmdir()
         os.replace(temporary, path)

@@ -13,9 +13,10 @@ without changing what is collected.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from numbers import Integral
@@ -26,7 +27,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from knowedit.errors import StatisticsError
+from knowedit.errors import CorpusError, StatisticsError
+from knowedit.io.files import cache_dir
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
@@ -41,6 +43,8 @@ from knowedit.statistics.files import store
 from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics
 from knowedit_kernels import Covariance, NullSpace
 from knowedit_kernels.solver import BlockMetric
+
+logger = logging.getLogger(__name__)
 
 UNTIL = ("tokens", "solve", "converged")
 TOLERANCE = 0.3  # relative error at which to stop: what 50 to 60 tokens a dimension give
@@ -365,7 +369,8 @@ def layer_statistics(
     """The key statistics of `layers`, collected or read.
 
     Args:
-        corpus: None: Wikipedia.
+        corpus: None: Wikipedia; where that cannot be read, and no number of tokens is asked for,
+            what the cache holds of this model, with a note.
         seed: of the corpus, as `key_statistics`.
         where: a file or folder of statistics, collected or imported, to take them from instead of
             the corpus.
@@ -375,7 +380,14 @@ def layer_statistics(
             `key_statistics`.
     """
     if where is None:
-        return key_statistics(model, layers, corpus or "wikipedia", tokens, seed=seed)
+        try:
+            return key_statistics(model, layers, corpus or "wikipedia", tokens, seed=seed)
+        except CorpusError as error:
+            found = None if corpus or tokens else _at_hand(model, layers)
+            if found is None:
+                raise
+            logger.warning("%s. Used instead, as they are in the cache: %r", error, found)
+            return found
     if where.suffix == ".npz":
         raise StatisticsError(
             f"{where} is a peer's file: `knowedit stats import MODEL {where} -o FOLDER`, then "
@@ -384,6 +396,24 @@ def layer_statistics(
     found = KeyStatistics.load(where)
     found.check(model, layers)
     return found
+
+
+def _at_hand(model: EditableModel, layers: Sequence[int]) -> KeyStatistics | None:
+    """Of the collections in the cache that hold these layers of this model, the one of the most
+    tokens; None where there is none.
+    """
+    sizes: dict[Path, int] = {}
+    for folder in cache_dir("statistics").glob(f"*-{model.fingerprint[:12]}/*"):
+        with suppress(StatisticsError, LookupError, TypeError):  # damaged, or of other layers
+            heads = [store.header(store.layer_file(folder, layer)) for layer in layers]
+            sizes[folder] = min(int(head["count"]) for head in heads)
+    for folder in sorted(sizes, key=lambda one: -sizes[one]):
+        with suppress(StatisticsError):  # damaged, or of other experts or settings
+            files = {layer: store.layer_file(folder, layer) for layer in layers}
+            found = KeyStatistics({n: LayerStatistics.load(file) for n, file in files.items()})
+            found.check(model, layers)
+            return found
+    return None
 
 
 def _missing(

@@ -267,6 +267,16 @@ def test_a_format_is_a_module_of_its_name():
         export_format("petf")
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_a_rank_beyond_the_width_is_the_width_in_an_adapter(shape):
+    generator = torch.Generator().manual_seed(0)
+    change = LowRank(*(torch.randn(side, 9, generator=generator) for side in shape))
+    least = change.least()
+    assert least.rank == min(shape) and least.least() is least
+    exact = change.U.double() @ change.V.double().T
+    torch.testing.assert_close(least.U.double() @ least.V.double().T, exact, rtol=1e-6, atol=1e-6)
+
+
 def test_several_edits_make_one_adapter(tiny_llama, tmp_path):
     from peft import PeftModel
 

@@ -39,8 +39,7 @@ def test_questions_and_their_right_answers():
         ("efficacy", "The capital of France is", "Lyon", "Paris"),
         ("paraphrase", "France's capital is", "Lyon", "Paris"),
         ("neighbourhood", "The capital of Italy is", "Rome", "Lyon"),
-        ("neighbourhood", "The capital of Nowhere is", "Paris", "Lyon"),
-    ]
+    ]  # of Nowhere no answer is known
     assert [(q.kind, q.wrong) for q in questions(1, FACTS[1])] == [("efficacy", None)]
 
 
@@ -74,7 +73,7 @@ def test_the_interval_covers_as_often_as_it_says():
 
 
 def test_unchanged_compares_decisions():
-    asked = questions(0, FACTS[0])[2:]
+    asked = questions(0, FACTS[0])[2:] * 2
     before = [Answer(Score(-1, True), Score(-2, False)), Answer(Score(-2, False), Score(-1, True))]
     after = [Answer(Score(-3, False), Score(-2, False)), Answer(Score(-9, False), Score(-1, True))]
     table = summarise(asked, after, np.random.default_rng(0), before)
@@ -96,6 +95,9 @@ def test_evaluate_leaves_the_model_alone_and_sees_the_edit(tiny_llama):
         and "efficacy" in str(found)
         and found.to_dict()["after"]["paraphrase"]["exact"]
     )
+    nowhere = found.questions[3]  # judged by what the unedited model says
+    (said,) = tiny_llama.generate([nowhere.prompt], 3)
+    assert (nowhere.prompt, nowhere.right) == ("The capital of Nowhere is", said.strip())
 
 
 def test_each_fact_is_measured_under_its_own_edit(tiny_llama):
@@ -157,4 +159,6 @@ def test_a_model_of_nan_is_refused_and_not_scored(tiny_llama):
     with pytest.raises(ModelError, match="weights that are NaN"):
         next(tiny_llama.samples(batch=2, length=4))
     with pytest.raises(ModelError, match=r"gives no numbers \(NaN\) for \d+ of \d+ answers"):
-        evaluate(tiny_llama, None, FACTS[:1], progress=False)
+        evaluate(tiny_llama, None, FACTS[1:], progress=False)
+    with pytest.raises(ModelError, match=r"cannot generate: its probabilities are no numbers"):
+        evaluate(tiny_llama, None, FACTS[:1], progress=False)  # asked what Nowhere's capital is

@@ -139,6 +139,24 @@ def test_other_names_and_forms_are_understood(record):
     assert Fact.from_dict(record) == Fact(**FRANCE)
 
 
+def test_names_of_public_sets_are_understood_in_records_of_no_public_format():
+    record = {
+        "prompt": "The capital of {} is",
+        "subject": "France",
+        "target_new": "Lyon",
+        "target_old": "Paris",
+        "paraphrase_prompts": ["France's capital is"],
+        "neighborhood_prompts": ["The capital of Italy is"],
+        "relation_id": "P36",
+    }
+    assert Fact.from_dict(record) == Fact(
+        **FRANCE,
+        paraphrases=("France's capital is",),
+        neighbours=(Probe("The capital of Italy is"),),
+        relation="P36",
+    )
+
+
 def test_plain_strings_stand_for_lists_and_probes():
     fact = Fact.from_dict(
         {

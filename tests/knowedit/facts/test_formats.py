@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -152,12 +153,38 @@ def test_known1000(tmp_path):
     )
 
 
-def test_broken_public_records_name_their_place(tmp_path):
+@pytest.mark.parametrize(
+    ("groups", "probes"),
+    [
+        ({"Relation_Specificity": None, "Other": []}, ()),
+        ({"Relation_Specificity": ["Bob Roy speaks"]}, (Probe("Bob Roy speaks"),)),
+        ({"Relation_Specificity": "Bob Roy speaks"}, (Probe("Bob Roy speaks"),)),
+        (["Bob Roy speaks"], (Probe("Bob Roy speaks"),)),
+        ({"A": {"prompt": "Bob Roy speaks", "ground_truth": "a"}}, (Probe("Bob Roy speaks", "a"),)),
+        (None, ()),
+    ],
+)
+def test_groups_of_knowedit_that_are_null_or_flat(tmp_path, groups, probes):
+    record = {"subject": "Ann Lee", "prompt": "Ann Lee speaks", "target_new": "English"}
+    found = one(tmp_path, {**record, "locality": {}, "portability": groups})
+    assert found == Fact("{} speaks", "Ann Lee", "English", portability=probes)
+
+
+def test_a_former_answer_has_several_names(tmp_path):
+    named = {"target_old": FLAT["ground_truth"], **FLAT}
+    del named["ground_truth"]
+    assert one(tmp_path, named) == BASE
+
+
+def test_broken_public_records_name_their_place(tmp_path, caplog):
     broken = ROME | {"requested_rewrite": {"prompt": "x", "subject": "y"}}
-    with pytest.raises(
-        FactError, match=r"facts\.jsonl:2: broken counterfact record \(KeyError: 'target_new'\)"
-    ):
-        load(save(tmp_path / "facts.jsonl", ROME, broken))
+    said = r"facts\.jsonl:2: counterfact record without 'target_new'"
+    path = save(tmp_path / "facts.jsonl", ROME, broken)
+    with pytest.raises(FactError, match=said):
+        read_facts(path)
+    assert len(load(path)) == 1 and re.search(f"left out 1 records .*{said}", caplog.text)
+    with pytest.raises(FactError, match="1: counterfact record without 'target_new'"):
+        load(save(tmp_path / "facts.jsonl", broken))
 
 
 def test_records_without_their_subject_are_left_out_and_named(tmp_path, caplog):
@@ -240,7 +267,7 @@ def test_a_new_format_is_one_function(tmp_path, monkeypatch):
     try:
         assert load("invented-set") == [Fact("{} speaks", "Ann Lee", "English")]
         broken = save(tmp_path / "broken.jsonl", {"invented": ["Ann Lee"]})
-        with pytest.raises(FactError, match=r"broken\.jsonl:1: broken invented record \(ValueErr"):
+        with pytest.raises(FactError, match=r"broken\.jsonl:1: invented record with a field"):
             load(broken)
         for name, sets, said in (
             ("invented", (), "fact format 'invented' is registered twice"),

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from knowedit.io.files import cache_dir
+from knowedit.io.tensors import write_file
 from knowedit.statistics import KeyStatistics, key_statistics
+from knowedit.statistics.files.store import header as header_of
 from tests.knowedit.commandline import CommandLine
 from tests.knowedit.statistics.helpers import MODULE, peer_file, save_model
 
@@ -36,7 +38,14 @@ def test_ls_show_verify(knowedit, tmp_path):
     found = json.loads(knowedit("verify", "ours", "--json"))
     assert len(found) == 2 and all(one["ok"] for file in found.values() for one in file)
     (tmp_path / "ours" / "layer-002.safetensors").write_bytes(b"short")
-    assert "truncated or damaged" in knowedit("verify", "ours", code=1)
+    output = knowedit("verify", "ours", code=1)
+    assert "ok   " in output and "FAIL readable" in output and "truncated or damaged" in output
+    header = header_of(tmp_path / "ours" / "layer-001.safetensors")
+    write_file(tmp_path / "ours" / "layer-003.safetensors", {}, {**header, "recipe": None})
+    output = knowedit("ls", "ours", code=1)  # the sound one is listed all the same
+    assert "owner/tiny  layers 1  4,000 tokens of corpus.txt" in output
+    assert "error: 2 of 3 files cannot be read: ours/layer-002.safetensors, ours/layer-0" in output
+    assert "delete it and collect again" in output
     assert "no such file" in knowedit("show", "nowhere", code=1)
 
 

@@ -34,6 +34,31 @@ def test_the_cache_is_keyed_by_the_weights(tiny_llama, corpus, own_cache, monkey
     assert len(list(own_cache.rglob("layer-001.safetensors"))) == 2
 
 
+def test_without_wikipedia_the_statistics_at_hand_are_used_and_named(
+    tiny_llama, corpus, own_cache, monkeypatch, caplog
+):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(own_cache))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    with pytest.raises(CorpusError, match="no route"):
+        keys.layer_statistics([1], tiny_llama, None, None)
+    key_statistics(tiny_llama, [1], corpus, 50)
+    key_statistics(tiny_llama, [1, 2], corpus, 200)
+    damaged = key_statistics(tiny_llama, [1], corpus, 300)[1].recipe
+    file = store.layer_file(store.folder(tiny_llama.name, damaged), 1)
+    file.write_bytes(file.read_bytes()[:-1] + b"x")  # its header is sound
+    found = keys.layer_statistics([1], tiny_llama, None, None)
+    assert found.layers == [1] and found[1].count == 200
+    assert "no route" in caplog.text and "200 tokens of corpus.txt" in caplog.text
+    for asked in ((None, 100), ("wikipedia", None)):  # what was asked for, or an error
+        with pytest.raises(CorpusError, match="no route"):
+            keys.layer_statistics([1], tiny_llama, *asked)
+    with pytest.raises(CorpusError, match="no route"):
+        keys.layer_statistics([0], tiny_llama, None, None)
+
+
 def test_another_models_statistics_are_refused(tiny_llama, tiny_gpt2, corpus, tmp_path):
     found = key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
     with pytest.raises(StatisticsError, match="are of tiny-llama.*not of tiny-gpt2"):

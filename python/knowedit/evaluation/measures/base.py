@@ -13,16 +13,18 @@ import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 from knowedit.errors import KnowEditError, ModelError
-from knowedit.facts.fact import Fact
+from knowedit.facts.fact import Fact, Probe
 from knowedit.io.progress import bar
 from knowedit.models.editable import EditableModel
 from knowedit.models.generation import Score
+
+SAID = 3  # tokens of the unedited model that stand for the answer of a neighbour without one
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,26 @@ def questions(record: int, fact: Fact, kinds: Iterable[str] | None = None) -> li
         for measure in wanted.values()
         if isinstance(measure, FactMeasure)
         for question in measure.questions(record, fact)
+    ]
+
+
+def answered(model: EditableModel, facts: Iterable[Fact]) -> list[Fact]:
+    """The facts, where neighbours without an answer of their own have what the model, which is to
+    be the unedited one, says to them: its `SAID` most likely tokens. One that it says nothing to
+    stays without, and is not asked.
+    """
+    facts = list(facts)
+    silent = {probe.prompt for fact in facts for probe in fact.neighbours if probe.answer is None}
+    prompts = sorted(silent)
+    said = dict(zip(prompts, model.generate(prompts, SAID))) if prompts else {}
+
+    def own(probe: Probe) -> Probe:
+        text = "" if probe.answer else said[probe.prompt].strip()
+        return replace(probe, answer=text) if text else probe
+
+    return [
+        replace(fact, neighbours=tuple(map(own, fact.neighbours))) if fact.neighbours else fact
+        for fact in facts
     ]
 
 

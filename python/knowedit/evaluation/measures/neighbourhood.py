@@ -10,8 +10,8 @@ from knowedit.facts.fact import Fact
 
 @register
 class Neighbourhood(FactMeasure):
-    """The fact's neighbours: success = p(true) > p(new); unchanged = the same decision as before
-    the edit.
+    """The fact's neighbours (see `base.answered`): success = p(true) > p(new); unchanged = the same
+    decision as before the edit.
     """
 
     name, about, place = "neighbourhood", "other subjects keep their true answer", 2
@@ -19,11 +19,10 @@ class Neighbourhood(FactMeasure):
     shares = (*FactMeasure.shares, "unchanged")
 
     def questions(self, record: int, fact: Fact) -> list[Question]:
-        answers = [(probe.prompt, probe.answer or fact.true) for probe in fact.neighbours]
         return [
-            Question(record, self.name, prompt, true, fact.target)
-            for prompt, true in answers
-            if true is not None
+            Question(record, self.name, probe.prompt, probe.answer, fact.target)
+            for probe in fact.neighbours
+            if probe.answer is not None
         ]
 
     def values(self, answer: Answer, before: Answer | None) -> dict[str, float]:

@@ -33,7 +33,7 @@ from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.evaluation import Estimates, before_and_after, plain
 from knowedit.evaluation.intervals import estimates
-from knowedit.evaluation.measures.base import Answer, Question, ask, questions
+from knowedit.evaluation.measures.base import Answer, Question, answered, ask, questions
 from knowedit.evaluation.measures.drift import divergence
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import held_out_forms
@@ -236,7 +236,8 @@ def prepare(
             probes.questions.extend(
                 Question(record, name, prompt, fact.target, fact.true) for name, prompt in forms
             )
-            probes.questions.extend(questions(record, fact, ["neighbourhood"]))
+            (judged,) = answered(model, [fact])
+            probes.questions.extend(questions(record, judged, ["neighbourhood"]))
             asked = next(
                 named[name] for name in ("chat_question", "question", "cloze") if name in named
             )

@@ -18,6 +18,8 @@ from knowedit.facts.fact import Fact, Probe
 from knowedit.facts.formats.answers import first_answer
 from knowedit.facts.formats.registry import NamedSet, fact_format
 
+TRUE = ("target_true", "ground_truth", "target_old")  # names of the former answer
+
 
 def matches(record: dict[str, Any]) -> bool:
     return isinstance(record.get("requested_rewrite"), dict) or (
@@ -45,7 +47,8 @@ def matches(record: dict[str, Any]) -> bool:
 )
 def facts(record: dict[str, Any], forms: Counter[str]) -> Iterator[Fact]:
     rewrite = record.get("requested_rewrite", record)
-    true = first_answer(rewrite.get("target_true", rewrite.get("ground_truth")), forms)
+    former = (rewrite[name] for name in TRUE if name in rewrite)
+    true = first_answer(next(former, None), forms)
     paraphrases = list(record.get("paraphrase_prompts", ()))
     neighbours = [Probe(prompt, true) for prompt in record.get("neighborhood_prompts", ())]
     if record.get("rephrase_prompt") and record.get("rephrase_kind", "paraphrase") == "paraphrase":

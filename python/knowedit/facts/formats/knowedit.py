@@ -27,11 +27,19 @@ def matches(record: dict[str, Any]) -> bool:
     )
 
 
-def _probes(groups: dict[str, Any] | None, forms: Counter[str]) -> tuple[Probe, ...]:
+def _probes(groups: Any, forms: Counter[str]) -> tuple[Probe, ...]:
+    """The probes of all groups. A group may be null or one probe alone, and a probe its prompt."""
+    found = groups.values() if isinstance(groups, dict) else (groups,)
+    probes = [
+        probe
+        for group in found
+        for probe in (group if isinstance(group, list) else [group] if group else ())
+    ]
     return tuple(
-        Probe(probe["prompt"], first_answer(probe.get("ground_truth"), forms))
-        for group in (groups or {}).values()
-        for probe in group
+        Probe(probe)
+        if isinstance(probe, str)
+        else Probe(probe["prompt"], first_answer(probe.get("ground_truth"), forms))
+        for probe in probes
     )
 
 
