@@ -4,7 +4,8 @@ calibration texts: as GPTQ, SparseGPT and llm-compressor add it up, and as a `Se
 A real calibration loop over the default model: texts of one length go through its first blocks, and
 the inputs of every linear layer are added up. The packages keep a running mean in float32 for each
 layer: scale what there is, widen and scale the inputs, multiply, add. Some projections have the
-same input, and so the same Hessian: the last way adds it once. Seconds are CPU-seconds of this
+same input, and so the same Hessian: some ways add it once. Where llm-compressor is installed, its
+own function is one more way. Seconds are CPU-seconds of this
 process without those of the model, all ways in turn.
 """
 
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import gzip
+import importlib
+import importlib.util
 import statistics
 import sys
 import time
@@ -35,6 +38,8 @@ from .sequential import CORPUS
 
 #: Linear layers whose input is another one's.
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+#: Where llm-compressor adds its Hessians, from version 0.14 on.
+COMPRESSOR = "llmcompressor.modifiers.gptq.helpers"
 #: Share of the mean diagonal that the packages add before they factor.
 DAMP = 0.01
 #: How far a Hessian may be from the float64 one, relative.
@@ -56,6 +61,25 @@ class RunningMean:
 
     def hessian(self) -> Tensor:
         return self.H
+
+
+class Compressor(RunningMean):
+    """By llm-compressor's own function, which adds and divides at the end; it counts texts, we
+    tokens.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.module = nn.Linear(width, 1, bias=False, device="meta")
+        self.texts = torch.zeros(())
+
+    def update(self, inputs: Tensor) -> None:
+        self.count += inputs[..., 0].numel()
+        add = importlib.import_module(COMPRESSOR).accumulate_hessian
+        self.H, self.texts = add(inputs, self.module, self.H, self.texts)
+
+    def hessian(self) -> Tensor:
+        return self.H / self.count
 
 
 class Exact(RunningMean):
@@ -159,6 +183,8 @@ def measure(
         "fp32 running mean, every input": (once, RunningMean),
         "SecondMoment, every input": (once, Ours),
     }
+    if importlib.util.find_spec("llmcompressor") is not None:
+        ways["llm-compressor's own, every layer"] = layers, Compressor
     baseline = next(iter(ways))
     wanted, _ = calibrate(model, ids, 4, once, Exact)
     calibrate(model, ids[:1], 1, once, Ours)  # whatever is compiled at first use
