@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit = LEAST if arguments.quick else arguments.limit
     report = common.report(NAME, arguments)
     if report.output is not None and report.output.is_file():
-        report.rows += common.read(report.output.parent, report.output.stem)[1]
+        report.rows += common.read_file(report.output)[1]
     for copy in wanted[:1] if arguments.quick else wanted:
         model = load_model(str(copy.folder), dtype=torch.float32)
         found = calibrate(model, count=limit, say=lambda line: print(line, file=sys.stderr))

@@ -170,9 +170,13 @@ def flat(table: Estimates) -> dict[str, dict[str, float]]:
 
 
 def read(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows of the results file called `name`."""
+    return read_file(folder / f"{name}.jsonl")
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and rows of a results file."""
-    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    header, *rows = map(json.loads, lines)
+    header, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return header, rows
 
 

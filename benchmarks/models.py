@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     report = common.report(NAME, arguments, dataset="counterfact", text=TEXT, goals=GOALS)
     if report.output is not None and report.output.is_file():
-        report.rows += common.read(report.output.parent, report.output.stem)[1]
+        report.rows += common.read_file(report.output)[1]
     texts = held_out(arguments.text or folder / TEXT)
     for name in arguments.model or [copy.name for copy in COPIES if copy.here]:
         copy = copy_of(name)
