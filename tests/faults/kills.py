@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 
 from knowedit.cli import app
@@ -60,10 +61,10 @@ class Command:
     """A command line, run in a folder of its own.
 
     Attributes:
-        words: of the command line; "session" is a program that keeps one.
+        words: of the command line; "session" alone is a program that keeps one.
         makes: the files and folders that it leaves or changes.
-        start: where it begins: "plain", "edited" (with an edited model's folder) or "measured"
-            (with a folder of results).
+        start: where it begins: "plain", "edited" (with an edited model's folder), "measured" (with
+            a folder of results) or "kept" (with a session's folder).
         weight: how often it is drawn; less for what takes long.
     """
 
@@ -79,7 +80,7 @@ class Command:
 
     def run(self) -> None:
         """Run it here."""
-        if self.name == "session":
+        if self.words == "session":
             keep_session()
         else:
             sys.argv = ["knowedit", *self.words.split()]
@@ -94,6 +95,9 @@ COMMANDS = (
     Command("undo edited --edit OTHER", ("edited",), "edited", 4),
     Command("export model a.edit -o out --force", ("out",)),
     Command(
+        "export model a.edit -o out.gguf --format gguf-lora --force", ("out.gguf",), weight=0.5
+    ),
+    Command(
         "stats collect model --layer 1 --corpus corpus.txt --tokens 400 -o out", ("out",), weight=2
     ),
     Command(
@@ -104,6 +108,7 @@ COMMANDS = (
     Command("train mend model --dataset people.jsonl --steps 2 -o net", ("net",), weight=0.3),
     Command("report run", ("run",), "measured", 0.5),
     Command("session", ("kept",), weight=2),
+    Command("session compact kept --model model", ("kept",), "kept", 2),
 )
 
 
@@ -171,6 +176,7 @@ class Place:
         for start, words in (
             ("edited", "apply model a.edit b.edit -o edited --force"),
             ("measured", f"eval model --dataset facts.jsonl {FT} -o run"),
+            ("kept", "session"),
         ):
             shutil.copytree(base / "plain", base / start)
             self._must(self.run(Command(words, ()).run, base / start, stop=-1))
@@ -451,6 +457,8 @@ def _read(file: Path) -> None:
         LayerStatistics.load(file)
     elif file.suffix == ".safetensors" or file.name == "net":
         load_file(file)
+    elif file.suffix == ".gguf":
+        GGUFReader(file)
     elif file.suffix == ".json":
         json.loads(file.read_text("utf-8"))
     elif file.suffix == ".jsonl":
@@ -472,6 +480,8 @@ def content(path: Path) -> Any:
         return [(str(p.relative_to(path)), content(p)) for p in inside]
     if path.name == "results.json":
         return [record["evaluation"] for record in json.loads(path.read_text("utf-8"))]
+    if path.suffix == ".gguf":
+        return path.stat().st_size
     if path.suffix in (".safetensors", ".edit") or path.name in ("h", "net"):
         return {name: tensors_module.checksum(t) for name, t in load_file(path).items()}
     return path.name

@@ -57,7 +57,7 @@ def test_sequences_of_edits(byte_tokenizer, tmp_path, layout):
     assert len(bench.states) > 3
 
 
-@pytest.mark.parametrize("command", [one for one in COMMANDS if one.name != "session"])
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.words != "session"])
 def test_the_commands_that_are_killed_are_of_today(command):
     found, words = typer.main.get_command(app), command.words.split()
     while hasattr(found, "commands"):

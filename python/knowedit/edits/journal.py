@@ -117,12 +117,19 @@ class Journal:
     def merge(self, history: History) -> None:
         """Write `history.edits[0]`, into which the first edits were merged, in place of theirs."""
         self._check_open()
-        spans, files = self._spans(), self._files()
+        spans = self._spans()
         count = len(spans) - len(history) + 1
         one = History(self.fingerprint, history.edits[:1], history.folded, history.state)
         one.save(self._path(1, spans[count - 1][1]))
-        for path in files[:count]:
-            path.unlink()
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the files of edits that were merged, an interrupted merge's too."""
+        self._check_open()
+        counted = set(self._files())
+        for path in map(self.folder.joinpath, os.listdir(self.folder)):
+            if NAME.fullmatch(path.name) and path not in counted:
+                path.unlink()
 
     def _check_open(self) -> None:
         if not self.open:

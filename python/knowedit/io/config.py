@@ -26,6 +26,7 @@ import types
 import typing
 from abc import ABCMeta
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -248,10 +249,16 @@ def kinds(cls: type[Config]) -> dict[str, type[Config]]:
     return {kind: found for kind, found in known.items() if issubclass(found, cls)}
 
 
-def fields_of(cls: Any) -> dict[str, Any]:
+def fields_of(cls: Any) -> Mapping[str, Any]:
     """`{name: type}` of a dataclass' settings, in order."""
+    return _fields_of(cls)
+
+
+@cache
+def _fields_of(cls: Any) -> Mapping[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    found = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    return types.MappingProxyType(found)
 
 
 def paths_of(config: Config) -> list[str]:

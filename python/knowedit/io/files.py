@@ -7,6 +7,7 @@ After a kill it stays; who writes NAME next removes it.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from knowedit.errors import KnowEditError
 
 PART = re.compile(r"\..+?\.(?:(?P<machine>[0-9a-zA-Z_-]*)-(?P<process>\d+)\.)?[0-9a-z_]+\.part")
 ABANDONED = 86400.0  # seconds without a write, for what another machine or an earlier version wrote
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # of a disk
 PATIENCE = 2.0  # seconds that `locked` waits
 
 
@@ -79,8 +81,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         os.close(fd)
-        yield temporary
-        fsync_path(temporary)
+        with _named(path):
+            yield temporary
+            fsync_path(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         fsync_path(path.parent)
@@ -109,16 +112,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         FileExistsError: `path` exists and is not an empty folder.
     """
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path  # a folder takes no link's place
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path), suffix=".part"))
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():  # safetensors gives its files to their owner alone
-                file.chmod(0o666 & ~_umask())
-            fsync_path(file)
+        with _named(path):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():  # safetensors gives its files to their owner alone
+                    file.chmod(0o666 & ~_umask())
+                fsync_path(file)
         os.chmod(temporary, 0o777 & ~_umask())
         check_free(path)  # another run may have been faster
         if path.exists():
@@ -178,7 +183,8 @@ def locked(path: str | Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    place = Path(path).with_name(f".{Path(path).name}.lock")
+    real = Path(path).resolve()  # whatever links lead there
+    place = real.with_name(f".{real.name}.lock")
     lock = FileLock(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +199,17 @@ def locked(path: str | Path | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within the block the errors of a disk that refuses, which name no file, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in REFUSALS and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _prefix(path: Path) -> str:

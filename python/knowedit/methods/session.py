@@ -319,6 +319,8 @@ class Session:
         self.history.compact(self.model, keep)
         if self.journal is not None and len(self.history) < before:
             self.journal.merge(self.history)
+        elif self.journal is not None:
+            self.journal.tidy()
 
     def standing(self) -> list[Standing]:
         """The list of the facts that stand, in the order they were written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -51,6 +52,28 @@ def test_a_folder_appears_when_its_block_ends_well(tmp_path):
         (temporary / "inner" / "a.txt").write_text("one")
         assert not list(path.iterdir())
     assert (path / "inner" / "a.txt").read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_goes_where_a_link_leads(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new"):
+        (tmp_path / f"to {name}").symlink_to(name)
+        with atomic_folder(tmp_path / f"to {name}") as temporary:
+            (temporary / "a.txt").write_text("one")
+        assert (tmp_path / name / "a.txt").read_text() == "one"
+        assert (tmp_path / f"to {name}").is_symlink()
+
+
+@pytest.mark.parametrize("kind", [atomic_file, atomic_folder])
+def test_a_full_disk_names_what_was_being_written(tmp_path, kind):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as writing to an open file says
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*new'"), kind(tmp_path / "new"):
+        full()
+    with pytest.raises(ConnectionError) as raised, kind(tmp_path / "new"):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")  # no fault of the disk
+    assert raised.value.filename is None and list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_holds_something_is_not_replaced(tmp_path):
@@ -151,5 +174,8 @@ def test_a_lock_is_for_one_and_lasts_a_block(tmp_path, monkeypatch):
             raise AssertionError("the block must not run")
         with locked(tmp_path / "new" / "other"), locked(None):
             pass
+        (tmp_path / "link").symlink_to(tmp_path / "new" / "h")
+        with refused, locked(tmp_path / "link"):
+            raise AssertionError("the block must not run")
     with locked(tmp_path / "new" / "h"):
         pass

@@ -213,6 +213,9 @@ class TestTheFolder:
             session.compact()
         (folder / "000002.safetensors").write_bytes(third)  # was not deleted any more
         assert len(Journal(folder).read()) == 1 and len(Journal(folder).read().facts) == 3
+        with opened(folder, tiny_llama, Drawn()) as session:
+            session.compact()  # nothing is left to merge, and something to remove
+        assert [path.name for path in folder.glob("0*")] == ["000001-000003.safetensors"]
 
     def test_one_process_writes_at_a_time(self, tiny_llama, folder, monkeypatch):
         monkeypatch.setattr("knowedit.io.files.PATIENCE", 0.1)
