@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from knowedit_kernels.jvp.autograd import Attention, RMSNorm, SwiGLU, primal, tangent
+from knowedit_kernels.jvp.autograd import primal, tangent
+from knowedit_kernels.jvp.formulas import Attention, RMSNorm, SwiGLU
 
 
 class WithTangents(NamedTuple):

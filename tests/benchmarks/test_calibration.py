@@ -1,4 +1,4 @@
-"""The calibrations of real models, here of a tiny one: measured, kept, shown and shipped."""
+"""The calibrations of real models, here of a tiny one: measured, kept, shown and shipped (unit)."""
 
 import json
 from types import SimpleNamespace

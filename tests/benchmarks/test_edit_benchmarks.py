@@ -1,4 +1,6 @@
-"""The benchmarks of RoSE and MetaKE: what they draw, how they pool, what their pages say."""
+"""The benchmarks of RoSE and MetaKE: what they draw, how they pool, what their pages say (unit,
+data).
+"""
 
 import json
 from types import SimpleNamespace

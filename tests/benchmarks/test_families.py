@@ -1,5 +1,5 @@
 """A few families of the matrix (docs/families.md) hold every check; a wrong path shows; the page
-says what the rows say.
+says what the rows say (unit).
 """
 
 import json

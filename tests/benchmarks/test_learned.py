@@ -1,4 +1,6 @@
-"""The benchmark of MEND and SERAC: what a row says, on tiny models with networks made by hand."""
+"""The benchmark of MEND and SERAC: what a row says, on tiny models with networks made by hand
+(unit).
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""The records on real models, here on a tiny one: pieces are kept, and not measured again."""
+"""The records on real models, here on a tiny one: pieces are kept, and not measured again
+(unit).
+"""
 
 import json
 

@@ -1,5 +1,5 @@
 """The sequential benchmark on a tiny model: it goes on where it was interrupted, and leaves the
-model as it found it.
+model as it found it (unit).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The benchmarks of the statistics at scale, at tiny sizes."""
+"""The benchmarks of the statistics at scale, at tiny sizes (unit)."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 """Editing quality on CounterFact records that no setting was chosen on: floors that a regression
-would break.
+would break (model, data).
 
 `benchmarks/quality.py` measures all 100 of them; this runs a part in a few minutes.
 """

@@ -1,4 +1,4 @@
-"""Unit, and model for scripts that load one: every example runs as it stands."""
+"""Every example runs as it stands (unit; model for scripts that load one)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Inputs that are damaged, hostile or unlucky: an error of ours that names the file, and nothing
-else.
+else (unit).
 
 Files are made here with right checksums, so that what is wrong with them is what their contents
 say: as another program, an earlier version or a hand would leave them.

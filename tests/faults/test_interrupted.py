@@ -1,5 +1,5 @@
 """Ctrl-C before any line of the code that writes: bits and files are those of before, or those of
-after, and the next call works.
+after, and the next call works (unit).
 
 A few lines, drawn anew for each number of KNOWEDIT_FAULTS; `make faults` tries a great many.
 """

@@ -1,4 +1,4 @@
-"""A few hundred of the inputs and sequences that `make faults` (`run.py`) tries."""
+"""A few hundred of the inputs and sequences that `make faults` (`run.py`) tries (unit)."""
 
 import contextlib
 import json

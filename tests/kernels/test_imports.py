@@ -1,4 +1,6 @@
-"""What importing the kernels needs: torch, numpy and safetensors, and nothing of the pipeline."""
+"""What importing the kernels needs: torch, numpy and safetensors, and nothing of the pipeline
+(unit).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands as a user types them, on a tiny model saved to a folder."""
+"""The commands as a user types them, on a tiny model saved to a folder (unit)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`knowedit recommend` as a user types it, on a tiny model."""
+"""`knowedit recommend` as a user types it, on a tiny model (unit)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`knowedit session` as a service types it, on a tiny model. Unit."""
+"""`knowedit session` as a service types it, on a tiny model (unit)."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`knowedit try` as a user types it, on a tiny model."""
+"""`knowedit try` as a user types it, on a tiny model (unit)."""
 
 import json
 

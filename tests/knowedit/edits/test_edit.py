@@ -1,4 +1,6 @@
-"""Edits: written, taken back bit for bit in any order, saved, refused where they do not belong."""
+"""Edits: written, taken back bit for bit in any order, saved, refused where they do not belong
+(unit).
+"""
 
 import itertools
 import json

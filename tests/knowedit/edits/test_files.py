@@ -1,4 +1,4 @@
-"""Data: files that the first version wrote (commit 9e9dd4f) are read, applied and gone on from, and
+"""Unit: files that the first version wrote (commit 9e9dd4f) are read, applied and gone on from, and
 today's records keep all that made an edit.
 
 `files/v1` holds what that commit wrote for two small models of random weights, a Llama in float32

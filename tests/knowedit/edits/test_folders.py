@@ -1,5 +1,5 @@
-"""An edited folder is a plain model for every loader, says what was edited, and gives back any of
-its edits.
+"""An edited folder is a plain model for every loader, says what was edited, and gives back any
+of its edits (unit).
 """
 
 import functools

@@ -1,5 +1,5 @@
-"""Edits go to a folder or a repository and come back, with a card that says what they are; the hub
-is a stand-in that keeps what it is sent.
+"""Edits go to a folder or a repository and come back, with a card that says what they are; the
+hub is a stand-in that keeps what it is sent (unit).
 """
 
 import json

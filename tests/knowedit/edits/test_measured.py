@@ -1,4 +1,6 @@
-"""What is measured on the edited model, against plain transformers, and what is refused for it."""
+"""What is measured on the edited model, against plain transformers, and what is refused for it
+(unit).
+"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Edits as an adapter on the model that is served."""
+"""Edits as an adapter on the model that is served (unit)."""
 
 import copy
 

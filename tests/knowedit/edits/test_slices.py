@@ -1,4 +1,4 @@
-"""Edits of routed experts: matrices inside one parameter, in both layouts."""
+"""Edits of routed experts: matrices inside one parameter, in both layouts (unit)."""
 
 import copy
 

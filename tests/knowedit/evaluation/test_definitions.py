@@ -1,4 +1,6 @@
-"""Answers counted as EasyEdit counts them: hand-computed cases, and the tokens themselves. Unit."""
+"""Answers counted as EasyEdit counts them: hand-computed cases, and the tokens themselves
+(unit).
+"""
 
 from __future__ import annotations
 

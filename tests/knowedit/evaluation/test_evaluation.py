@@ -1,5 +1,5 @@
-"""CounterFact's measures against their definitions, intervals against a second implementation, and
-drift.
+"""CounterFact's measures against their definitions, intervals against a second implementation,
+and drift (unit).
 """
 
 import math

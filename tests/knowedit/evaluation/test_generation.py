@@ -1,6 +1,6 @@
-"""Free answers, fluency and consistency: hand-computed cases, and an edit that changes them.
-
-Unit."""
+"""Free answers, fluency and consistency: hand-computed cases, and an edit that changes them
+(unit).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The geometry of an edit against analytic cases, and on a small model."""
+"""The geometry of an edit against analytic cases, and on a small model (unit)."""
 
 from __future__ import annotations
 

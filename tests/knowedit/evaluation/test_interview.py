@@ -1,4 +1,4 @@
-"""Written facts asked as prompts, questions and in the chat, with what the model says."""
+"""Written facts asked as prompts, questions and in the chat, with what the model says (unit)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The same-subject evaluation against its definitions, its intervals against what they must
-cover.
+cover (unit, data).
 """
 
 from __future__ import annotations

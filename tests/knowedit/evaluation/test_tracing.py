@@ -1,5 +1,5 @@
-"""Causal tracing: every place against a whole forward pass of its own, as the published code runs
-it; then averages.
+"""Causal tracing: every place against a whole forward pass of its own, as the published code
+runs it; then averages (unit, model).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The stand-in accelerated against the stand-in as it is (integration)."""
+"""The stand-in accelerated against the stand-in as it is (unit)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hosts' probability tests and generation, accelerated against plain (integration)."""
+"""The hosts' probability tests and generation, accelerated against plain (unit)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Matrices that remember what they are made of, in the stand-in's own lines, against plain ones
-(integration).
+(unit).
 """
 
 from __future__ import annotations

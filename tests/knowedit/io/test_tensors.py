@@ -1,4 +1,6 @@
-"""Our files are what was written: one flipped bit anywhere, in any kind of them, is refused."""
+"""Our files are what was written: one flipped bit anywhere, in any kind of them, is refused
+(unit).
+"""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Odd facts, on tiny random models: each is handled, or refused with the reason and the remedy."""
+"""Odd facts, on tiny random models: each is handled, or refused with the reason and the remedy
+(unit).
+"""
 
 from dataclasses import replace
 

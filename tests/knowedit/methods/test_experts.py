@@ -1,4 +1,6 @@
-"""Locate-then-edit on routed experts: one wide layer, written exactly, all experts together."""
+"""Locate-then-edit on routed experts: one wide layer, written exactly, all experts together
+(unit).
+"""
 
 from dataclasses import replace
 

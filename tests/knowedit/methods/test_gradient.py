@@ -1,5 +1,5 @@
 """Fine-tuning, FT-L and LoRA, plain or regularised: against naive loops and peft itself, and the
-model as it was.
+model as it was (unit).
 """
 
 import copy

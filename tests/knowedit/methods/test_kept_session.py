@@ -1,5 +1,6 @@
-"""Sessions kept in a folder: a simulated year, undone to any day bit for bit; crashes, other hands,
-and compaction. Unit."""
+"""Sessions kept in a folder: a simulated year, undone to any day bit for bit; crashes, other
+hands, and compaction (unit).
+"""
 
 import copy
 from dataclasses import dataclass, replace

@@ -1,5 +1,5 @@
-"""ROME and MEMIT against the published formulas written densely in float64, and what they
-refuse.
+"""ROME and MEMIT against the published formulas written densely in float64, and what they refuse
+(unit, model).
 """
 
 from dataclasses import replace

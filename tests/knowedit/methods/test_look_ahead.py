@@ -1,5 +1,5 @@
-"""LookAhead: lower loss than the write it starts from, less drift with more weight on what should
-stay.
+"""LookAhead: lower loss than the write it starts from, less drift with more weight on what
+should stay (unit).
 """
 
 from dataclasses import replace

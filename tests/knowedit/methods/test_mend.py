@@ -1,5 +1,5 @@
-"""MEND: gradients as token factors, the hyper-network, its training, resuming it, and the edits it
-makes.
+"""MEND: gradients as token factors, the hyper-network, its training, resuming it, and the edits
+it makes (unit).
 """
 
 import copy

@@ -1,5 +1,5 @@
-"""NeuronPatch: a switch that closes where it should, neurons that are not missed, and an edit like
-any other.
+"""NeuronPatch: a switch that closes where it should, neurons that are not missed, and an edit
+like any other (unit, model).
 """
 
 from pathlib import Path

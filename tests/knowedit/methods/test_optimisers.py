@@ -1,4 +1,4 @@
-"""Optimisers of values: what a Gauss-Newton step is, and where it leads."""
+"""Optimisers of values: what a Gauss-Newton step is, and where it leads (unit)."""
 
 from dataclasses import replace
 

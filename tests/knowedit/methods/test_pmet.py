@@ -1,5 +1,5 @@
 """PMET against a naive loop over the whole model with two deltas, and its spread against the
-formula.
+formula (unit).
 """
 
 from dataclasses import replace

@@ -1,5 +1,6 @@
 """Models with a norm or a factor between an MLP's projection and the layer's output: values are
-planned where they are written, and what is said of the edit is what plain transformers shows.
+planned where they are written, and what is said of the edit is what plain transformers shows
+(unit).
 """
 
 import pytest

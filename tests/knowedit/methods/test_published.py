@@ -1,5 +1,6 @@
 """Each method against its published formula, restated densely in float64 on the same keys and
-residuals, and without the known faults of the published codes."""
+residuals, and without the known faults of the published codes (unit).
+"""
 
 from dataclasses import replace
 

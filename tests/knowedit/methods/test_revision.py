@@ -1,4 +1,4 @@
-"""Correcting and forgetting: held to the joint write, and what is refused. Unit."""
+"""Correcting and forgetting: held to the joint write, and what is refused (unit)."""
 
 import copy
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""RoSE and MetaKE: what they are made of, what they report, and that they do better than what they
-start from.
+"""RoSE and MetaKE: what they are made of, what they report, and that they do better than what
+they start from (unit).
 """
 
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""SERAC: what is out of scope stays as it is to the bit, what is in scope is answered with the fact
-in view.
+"""SERAC: what is out of scope stays as it is to the bit, what is in scope is answered with the
+fact in view (unit).
 """
 
 from dataclasses import replace

@@ -1,5 +1,5 @@
 """Histories and sessions: the identity with the joint batch, what a history refuses, and its
-file.
+file (unit).
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The look-ahead against the edited model itself: losses, gradients, price, clamps."""
+"""The look-ahead against the edited model itself: losses, gradients, price, clamps (unit)."""
 
 import pytest
 import torch

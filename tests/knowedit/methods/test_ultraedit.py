@@ -1,4 +1,4 @@
-"""UltraEdit: its formula and its running normalisation, against loops in float64. Unit."""
+"""UltraEdit: its formula and its running normalisation, against loops in float64 (unit)."""
 
 import copy
 from dataclasses import replace

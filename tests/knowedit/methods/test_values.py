@@ -1,5 +1,5 @@
 """Value optimisation against a naive per-fact loop that runs the whole model, as the literature
-writes it.
+writes it (unit, model).
 """
 
 import pytest

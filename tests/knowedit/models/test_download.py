@@ -1,4 +1,4 @@
-"""Where real models come from, and what is said when they cannot be had."""
+"""Where real models come from, and what is said when they cannot be had (unit)."""
 
 import dataclasses
 import hashlib

@@ -1,5 +1,5 @@
 """Tokens with a subject in them, keys, scores and fingerprints, on tiny models and on the real
-one.
+one (unit, model).
 """
 
 import copy

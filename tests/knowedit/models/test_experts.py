@@ -1,5 +1,5 @@
-"""Routed experts as one wide linear layer: its keys and weights are what the model multiplies, in
-every layout, and what is not such a layer is refused with the figures.
+"""Routed experts as one wide linear layer: its keys and weights are what the model multiplies,
+in every layout, and what is not such a layer is refused with the figures (unit).
 """
 
 import pytest

@@ -1,5 +1,5 @@
 """A model that is changed in memory has another fingerprint, and nothing of the old one is taken
-for it.
+for it (unit).
 """
 
 import copy

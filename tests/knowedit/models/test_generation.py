@@ -1,4 +1,6 @@
-"""Greedy is the arg-max and samples are plain, whatever the model's `generation_config` says."""
+"""Greedy is the arg-max and samples are plain, whatever the model's `generation_config` says
+(unit).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files as models: converted once, and what transformers dequantised can be saved."""
+"""GGUF files as models: converted once, and what transformers dequantised can be saved (unit)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What `load_model` makes of the checkpoints that there are: adapters, quantised, sharded, and of
-classes without a fused attention.
+"""What `load_model` makes of the checkpoints that there are: adapters, quantised, sharded, and
+of classes without a fused attention (unit).
 """
 
 from __future__ import annotations

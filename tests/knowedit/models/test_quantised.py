@@ -1,4 +1,4 @@
-"""Checkpoints with quantised weights as the floats that they stand for."""
+"""Checkpoints with quantised weights as the floats that they stand for (unit)."""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Attention sinks: found where they are written, at any position, and avoided (unit)."""
+"""Attention sinks: found where they are written, at any position, and avoided (unit,
+model).
+"""
 
 import pytest
 import torch

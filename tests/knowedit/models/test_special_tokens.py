@@ -1,5 +1,5 @@
-"""Start and end tokens as each tokenizer's own template has them: in front of every text and every
-piece of a document, and never between a prompt and its answer.
+"""Start and end tokens as each tokenizer's own template has them: in front of every text and
+every piece of a document, and never between a prompt and its answer (unit).
 """
 
 from __future__ import annotations

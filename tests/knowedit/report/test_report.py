@@ -1,5 +1,5 @@
 """Reports: every figure in a folder of results reaches the tables and the page, which stands
-alone.
+alone (unit).
 """
 
 from __future__ import annotations

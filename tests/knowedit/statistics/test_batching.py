@@ -1,4 +1,4 @@
-"""Batches: every token once, hardly any padding."""
+"""Batches: every token once, hardly any padding (unit)."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,4 +1,6 @@
-"""Checkpoints: what a collection goes on from, what it refuses, and what it leaves behind."""
+"""Checkpoints: what a collection goes on from, what it refuses, and what it leaves behind
+(unit).
+"""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""One collection: exact sums of all layers in one pass, and interruption at any moment."""
+"""One collection: exact sums of all layers in one pass, and interruption at any moment (unit)."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The commands that collect statistics and look after their files."""
+"""The commands that collect statistics and look after their files (unit)."""
 
 import json
 

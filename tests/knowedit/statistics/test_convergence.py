@@ -1,5 +1,5 @@
 """The estimated error is the true one where the truth is known, and collecting stops when it is
-small enough.
+small enough (unit).
 """
 
 import pytest

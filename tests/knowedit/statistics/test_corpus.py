@@ -1,4 +1,6 @@
-"""Corpora: which documents come out of which file, where reading goes on, and what is refused."""
+"""Corpora: which documents come out of which file, where reading goes on, and what is refused
+(unit, data).
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Second moments of routed experts against plain sums over all tokens; rare experts; what is told
-of them.
+"""Second moments of routed experts against plain sums over all tokens; rare experts; what is
+told of them (unit).
 """
 
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""Key statistics as users call for them: the cache, what is refused, what identifies them."""
+"""Key statistics as users call for them: the cache, what is refused, what identifies them
+(unit).
+"""
 
 import json
 from dataclasses import replace

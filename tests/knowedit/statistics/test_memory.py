@@ -1,4 +1,6 @@
-"""How many tokens fit, what running out of memory looks like, and which models take packed rows."""
+"""How many tokens fit, what running out of memory looks like, and which models take packed rows
+(unit).
+"""
 
 import pytest
 import torch

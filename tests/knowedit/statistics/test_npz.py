@@ -1,4 +1,4 @@
-"""The peers' files: names, members, and what is refused and why."""
+"""The peers' files: names, members, and what is refused and why (unit)."""
 
 import pickle
 

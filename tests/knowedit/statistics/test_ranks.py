@@ -1,5 +1,5 @@
-"""Several processes, started by torchrun or by its agent: the sums of one process, and what happens
-when one dies.
+"""Several processes, started by torchrun or by its agent: the sums of one process, and what
+happens when one dies (unit).
 """
 
 import json

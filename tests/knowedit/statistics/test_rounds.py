@@ -1,4 +1,4 @@
-"""Rounds: which windows every rank takes, announced one round ahead."""
+"""Rounds: which windows every rank takes, announced one round ahead (unit)."""
 
 import itertools
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Our files: read back as they were written, also those of the first version.
+"""Our files: read back as they were written, also those of the first version (unit).
 
 `files/` was written by the first version, from 120 documents and layer 1 of a Llama of four layers
 with random weights: a layer's statistics, a checkpoint of the same collection after two windows,

@@ -1,4 +1,6 @@
-"""Sums: the same keys packed or not, less memory than there is, linear layers through oneDNN."""
+"""Sums: the same keys packed or not, less memory than there is, linear layers through oneDNN
+(unit).
+"""
 
 import copy
 

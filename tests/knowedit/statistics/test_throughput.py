@@ -1,4 +1,4 @@
-"""What a collection shows while it runs."""
+"""What a collection shows while it runs (unit)."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Whether a file is a second moment, and of this model."""
+"""Whether a file is a second moment, and of this model (unit, model, data)."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 """Windows: the worker process, the cache of tokens, errors in the middle of a corpus, and what
-stays when they happen.
+stays when they happen (unit).
 """
 
 import itertools

@@ -1,5 +1,5 @@
-"""The arithmetic study: its prompts and halves, its measures against their definitions, its runs on
-tiny models.
+"""The arithmetic study: its prompts and halves, its measures against their definitions, its runs
+on tiny models (unit, data).
 """
 
 from __future__ import annotations
