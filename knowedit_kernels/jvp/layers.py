@@ -113,7 +113,7 @@ def attention_jvp(
     tq: [T, *q]; tk, tv: [T, batch, shared, t, d], tangents of the *last* t keys and values: what
     lies before an edit does not move and costs nothing. None means zero; at least one is given.
     Other arguments and errors as of `attention`.
-    Source: forward differentiation of online softmax, KERNELS (c), our derivation.
+    Source: forward differentiation of online softmax, our derivation.
     """
     layer = _attention_layer(q, k, v, causal, scale, spans)
     count = next((len(t) for t in (tq, tk, tv) if t is not None and t.ndim), None)

@@ -47,8 +47,8 @@ def target_loss(
     float32 (float64 for float64 hidden). Differentiable once, in ``hidden`` (the gradient is found
     during the forward pass); deterministic.
 
-    Raises ValueError naming the argument. Source: KERNELS (d), our derivation; cut-cross-entropy
-    (arXiv 2411.09009) has the idea of never storing logits.
+    Raises ValueError naming the argument. Source: our derivation; cut-cross-entropy (arXiv
+    2411.09009) has the idea of never storing logits.
     """
     _check(hidden, head_weight, targets, reference, ref_hidden, bias, softcap)
     constants = [None if x is None else x.detach() for x in (bias, reference, ref_hidden)]

@@ -6,7 +6,7 @@ real parser, and the API is where it is said to be.
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import posixpath
 import re
 import shlex
@@ -23,6 +23,10 @@ from knowedit.cli.app import app
 
 FILES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / file for file in ELSEWHERE)]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+#: Pages that name every command, or none.
+UNTOLD = ("docs/cli.md", "CHANGELOG.md")
+#: Commands that are called in another way: `knowedit stats MODEL`.
+OTHERWISE = {"knowedit stats collect"}
 FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
@@ -113,6 +117,52 @@ def test_command_lines_are_as_the_program_reads_them(file):
             raise AssertionError(f"{file}: knowedit {shlex.join(words)}: {error}") from error
 
 
+def test_every_command_is_told_of_in_a_page_of_its_own():
+    """Beside the generated reference: by a command line, or by its name."""
+    told = "".join(text for file, text in PAGES.items() if file not in UNTOLD)
+
+    def missing(command, path):
+        for name, below in getattr(command, "commands", {}).items():
+            yield from missing(below, f"{path} {name}")
+        if not hasattr(command, "commands") and not re.search(rf"{path}\b", told):
+            yield path
+
+    assert set(missing(typer.main.get_command(app), "knowedit")) == OTHERWISE
+
+
+def shell_lines(text):
+    """The lines of a page's shell blocks, without comments."""
+    for _, kind, body in FENCE.findall(text):
+        if kind in ("", "sh", "bash"):
+            for line in body.replace("\\\n", " ").splitlines():
+                yield line.partition(" # ")[0].strip()
+
+
+def test_modules_and_make_targets_are_there():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    lines = [line for text in PAGES.values() for line in shell_lines(text)]
+    called = [found[1] for line in lines if (found := re.search(r"\bpython3? -m (\S+)", line))]
+    made = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert {"demo", "test"} <= {*made} <= {*targets}
+    gone = [name for name in called if name != "venv" and importlib.util.find_spec(name) is None]
+    assert called and gone == []
+
+
+def test_what_pip_is_told_to_install_is_what_the_package_asks_for():
+    """Extras are there; a release that the package replaces at once is not installed first."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [line for text in PAGES.values() for line in shell_lines(text)]
+    lines += re.findall(r"`(pip install [^`]*)`", "".join(PAGES.values()))
+    installs = [shlex.split(line) for line in lines if line.startswith("pip install ")]
+    assert len(installs) >= 2
+    for words in installs:
+        extras = {name for word in words for name in re.findall(r"^\.\[(.*)\]$", word)}
+        assert extras <= {*project["optional-dependencies"]}
+        capped = {re.split(r"\W", one)[0] for one in project["dependencies"] if "<" in one}
+        assert "-c" in words or not capped & {*words}, words
+
+
 def test_a_wrong_command_line_is_found():
     (found,) = commands("```\nknowedit eval MODEL --metod memit   # text\n```")
     with pytest.raises(Exception, match="metod"):
@@ -126,6 +176,14 @@ def test_what_the_api_pages_name_is_there_and_explained(file):
     for path in re.findall(r"^::: (\S+)$", PAGES[file], re.MULTILINE):
         module, _, name = path.rpartition(".")
         assert getattr(importlib.import_module(module), name).__doc__, path
+
+
+def test_the_kernels_reference_has_every_public_name():
+    import knowedit_kernels as kernels
+
+    named = re.findall(r"^::: (\S+)$", PAGES["docs/api/kernels.md"], re.MULTILINE)
+    public = {name for name, found in vars(kernels).items() if name[0] != "_" and callable(found)}
+    assert public - {path.rpartition(".")[2] for path in named} == set()
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,10 @@ def low_rank(model: EditableModel, edits: Sequence[Edit]) -> dict[str, LowRank]:
     if not found:
         raise EditError("no edits to export; name at least one that changes weights")
     return {name: change.least() for name, change in found.items()}
+
+
+def is_tied(model: EditableModel, name: str) -> bool:
+    """Whether a parameter is both the embedding and the head."""
+    ends = (model.hf.get_input_embeddings(), model.hf.get_output_embeddings())
+    weights = [getattr(end, "weight", None) for end in ends]
+    return weights[0] is not None and weights[0] is weights[1] and model.stored(name) is weights[0]

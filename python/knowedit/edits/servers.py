@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from knowedit.edits.adapter import low_rank
+from knowedit.edits.adapter import is_tied, low_rank
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
 from knowedit.models.load import accepts_model
@@ -48,10 +48,11 @@ def server_notes(model: EditableModel, edits: Sequence[Edit]) -> list[str]:
             "the layers of this model are stored transposed (fan_in_fan_out), and servers most "
             "often have no adapters for such models; serve a folder (`knowedit apply`)"
         )
-    if tied := sorted(name for name in changes if _is_tied(model, name)):
+    if tied := sorted(name for name in changes if is_tied(model, name)):
         found.append(
-            f"{tied[0]} is shared by input and output; peft adapts the one that is named, and "
-            "servers may adapt both or none; serve a folder (`knowedit apply`)"
+            f"{tied[0]} is shared by input and output; peft adapts both, but must not merge the "
+            "adapter (the update would be added twice), and servers may adapt one of them or none; "
+            "serve a folder (`knowedit apply`)"
         )
     return found
 
@@ -70,10 +71,3 @@ def _rank(rank: int) -> list[str]:
         f"its rank is {rank}, and servers make room for {DEFAULT} unless told otherwise; for vLLM: "
         f"--max-lora-rank {room}"
     ]
-
-
-def _is_tied(model: EditableModel, name: str) -> bool:
-    """Whether a parameter is both the embedding and the head."""
-    ends = (model.hf.get_input_embeddings(), model.hf.get_output_embeddings())
-    weights = [getattr(end, "weight", None) for end in ends]
-    return weights[0] is not None and weights[0] is weights[1] and model.stored(name) is weights[0]

@@ -40,6 +40,15 @@ def an_edit(model, seed=0, layers=(1,), rank=2, size=0.3):
     return Edit("TEST", changes, [FACT], model.fingerprint, report, key_layers=layers)
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def a_change(shape, rank=1):
+    """A low-rank change of a matrix `[out, in]`."""
+    generator = torch.Generator().manual_seed(0)
+    return LowRank(*(0.3 * torch.randn(size, rank, generator=generator) for size in shape))
+
+
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
 def tiny(request):
     return request.getfixturevalue(request.param)
@@ -222,6 +231,37 @@ def test_an_adapter_gives_the_same_model(tiny, tmp_path):
     adapted = PeftModel.from_pretrained(tiny.hf, folder)(input_ids=ids).logits
     torch.testing.assert_close(adapted, written, rtol=1e-4, atol=1e-4)
     assert (written - clean).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_an_embedding_gives_the_same_model(tiny_llama, tied, tmp_path):
+    from peft import PeftModel
+
+    hf = tiny_llama.hf
+    if tied:
+        hf.config.tie_word_embeddings = True
+        hf.tie_weights()
+    tiny = EditableModel(hf, tiny_llama.tokenizer)
+    edit = Edit("TEST", {EMBEDDING: a_change((258, 32), rank=3)}, [FACT], tiny.fingerprint)
+    edit.changes |= an_edit(tiny).changes  # at another rank
+    folder = edit.export(tmp_path / "adapter", tiny)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    clean = hf(input_ids=ids).logits
+    with edit.applied_to(tiny):
+        written = hf(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(hf, folder)
+    torch.testing.assert_close(adapted(input_ids=ids).logits, written, rtol=1e-4, atol=1e-4)
+    if not tied:  # peft merges one matrix at two places twice: server_notes
+        merged = adapted.merge_and_unload()(input_ids=ids).logits
+        torch.testing.assert_close(merged, written, rtol=1e-4, atol=1e-4)
+    assert (written - clean).abs().max() > 0.01
+
+
+def test_an_embedding_that_peft_does_not_tie_is_refused(tiny_gpt2, tmp_path):
+    name = "transformer.wte.weight"
+    edit = Edit("TEST", {name: a_change((258, 32))}, [FACT], tiny_gpt2.fingerprint)
+    with pytest.raises(EditError, match=r"shared by input and output.*knowedit apply"):
+        edit.export(tmp_path / "adapter", tiny_gpt2)
 
 
 def test_group_by_subject_keeps_the_order():

@@ -1,20 +1,21 @@
 """A LoRA adapter, as peft and vLLM read it: `lora_B @ lora_A` is the update, at scale 1.
 
 Dense changes have no place in one; several edits become one adapter of the sum of their ranks. Of
-routed experts peft adapts the whole parameter, at one rank for every expert.
+routed experts peft adapts the whole parameter, at one rank for every expert. An embedding's factors
+have names and an orientation of their own; one that is the head too is adapted at both places.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from knowedit.edits.adapter import low_rank
+from knowedit.edits.adapter import is_tied, low_rank
 from knowedit.edits.card import card, said_of
 from knowedit.edits.changes import LowRank
 from knowedit.errors import EditError
@@ -35,6 +36,7 @@ class Pair(NamedTuple):
     A: Tensor
     B: Tensor
     rank: int
+    embedding: bool = False
 
 
 @accepts_model
@@ -47,11 +49,8 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
     from peft import LoraConfig, TaskType
 
     found = low_rank(model, edits)
-    dense = {
-        name.removesuffix(".weight"): Pair(change.V.T, change.U, change.rank)
-        for name, change in found.items()
-        if split_name(name)[1] is None
-    }
+    whole = {name: change for name, change in found.items() if split_name(name)[1] is None}
+    dense = dict(_of_module(model, name, change) for name, change in whole.items())
     experts = {name: _of_experts(model, name, found) for name in _stacks(found)}
     pairs = dense | experts
     rank = max(pair.rank for pair in pairs.values())
@@ -68,6 +67,7 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
         target_parameters=sorted(experts) or None,
         rank_pattern=pattern,
         alpha_pattern=pattern,
+        **_tying(model, whole),
     )
     if lost := _taken_for_experts(config, model):
         raise EditError(
@@ -78,8 +78,10 @@ def write(model: EditableModel, edits: Sequence[Edit], path: str | Path) -> Path
     tensors = {}
     for name, pair in pairs.items():
         module = name.rpartition(".")[0] if name in experts else name
-        tensors[f"base_model.model.{module}.lora_A.weight"] = pair.A.contiguous().cpu()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = pair.B.contiguous().cpu()
+        factor = "lora_embedding_{}" if pair.embedding else "lora_{}.weight"
+        for side, tensor in (("A", pair.A), ("B", pair.B)):
+            key = f"base_model.model.{module}.{factor.format(side)}"
+            tensors[key] = tensor.contiguous().cpu()
     try:
         with atomic_folder(path) as temporary, disk_errors(path):
             save_file(tensors, temporary / "adapter_model.safetensors")
@@ -109,6 +111,46 @@ def _taken_for_experts(config: LoraConfig, model: EditableModel) -> list[str]:
     loaded = copy.deepcopy(config)
     convert(loaded, model.hf, None)
     return sorted(set(config.target_modules or ()) - set(loaded.target_modules or ()))
+
+
+def _of_module(model: EditableModel, name: str, change: LowRank) -> tuple[str, Pair]:
+    """The module that peft adapts for a parameter, and its factors: of an embedding `[tokens, d]`,
+    whose rows peft looks up, `A` `[r, tokens]` and `B` `[d, r]`.
+    """
+    module = name.removesuffix(".weight")
+    if is_tied(model, name):  # the head follows the embedding
+        module = _path(model, model.hf.get_input_embeddings())
+    if isinstance(model.hf.get_submodule(module), nn.Embedding):
+        return module, Pair(change.U.T, change.V, change.rank, embedding=True)
+    return module, Pair(change.V.T, change.U, change.rank)
+
+
+def _path(model: EditableModel, module: nn.Module) -> str:
+    """Where a module is in the model."""
+    return next(path for path, found in model.hf.named_modules() if found is module)
+
+
+def _tying(model: EditableModel, names: Iterable[str]) -> dict[str, Any]:
+    """The setting by which peft adapts the head as it does the embedding, where both are one matrix
+    and are edited.
+
+    Raises:
+        EditError: this peft does not do so for such an embedding, and would adapt one of them only.
+    """
+    from peft import LoraConfig
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    tied = sorted(name for name in names if is_tied(model, name))
+    if not tied:
+        return {}
+    module = _path(model, model.hf.get_input_embeddings())
+    known = module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+    if not known or "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+        raise EditError(
+            f"{tied[0]} is shared by input and output, and of these this version of peft would "
+            "adapt one only; write a copy of the model instead (save_edited, `knowedit apply`)"
+        )
+    return {"ensure_weight_tying": True}
 
 
 def _stacks(found: Mapping[str, LowRank]) -> list[str]:
