@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-STABLE_ABI = "0x020b000000000000"  # torch 2.11
+STABLE_ABI, OLDEST = "0x020b000000000000", (2, 11)  # of torch
 FLAGS = (
     "-O3",
     "-std=c++20",
@@ -69,15 +70,24 @@ def source_dir() -> Path:
 
 def torch_dir() -> Path:
     """The torch package's folder, found without importing it. Raises NativeBuildError if its
-    headers are absent.
+    headers are absent, or older than the stable ABI that the sources use.
     """
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(scheme)) / "torch" for scheme in ("purelib", "platlib")]
     for place in places:
         if (place / "include" / "torch" / "csrc" / "stable").is_dir():
+            text = (place / "version.py").read_text("utf-8")
+            check_version("".join(re.findall(r"^__version__ = '(.*)'", text, re.MULTILINE)))
             return place
     raise NativeBuildError("no torch >= 2.11 headers in this environment; install torch first")
+
+
+def check_version(version: str) -> None:
+    """Raises NativeBuildError for a torch older than the stable ABI that the sources use."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < OLDEST:
+        raise NativeBuildError(f"they need torch 2.11 or newer, and this is {version}")
 
 
 def compiler() -> list[str]:
@@ -175,6 +185,7 @@ def load() -> Native:
     import torch
 
     try:
+        check_version(torch.__version__)  # also where another environment has compiled one
         path = _find_or_build()
         torch.ops.load_library(str(path))
         return Native(path, isa=ctypes.CDLL(str(path)).knowedit_cpu_isa())

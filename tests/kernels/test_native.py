@@ -5,6 +5,7 @@ without it (unit).
 import os
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +90,29 @@ def test_turned_off(run):
         status == 0 and "refused avx2: no compiled kernels: turned off by KNOWEDIT_NATIVE=0" in said
     )
     assert "UserWarning" not in errors
+
+
+def test_an_older_torch_is_named_and_nothing_is_compiled(tmp_path, monkeypatch):
+    torch = tmp_path / "torch"
+    (torch / "include" / "torch" / "csrc" / "stable").mkdir(parents=True)
+    spec = SimpleNamespace(origin=str(torch / "__init__.py"))
+    monkeypatch.setattr(_native.importlib.util, "find_spec", lambda name: spec)
+    for version, old in (
+        ("2.9.1+cu128", True),
+        ("2.10.0", True),
+        ("2.11.0", False),
+        ("3.0", False),
+    ):
+        (torch / "version.py").write_text(
+            f"from typing import Optional\n__version__ = '{version}'\n"
+        )
+        if old:
+            with pytest.raises(
+                _native.NativeBuildError, match=f"2.11 or newer, and this is {version[:6]}"
+            ):
+                _native.torch_dir()
+        else:
+            assert _native.torch_dir() == torch
 
 
 @pytest.mark.usefixtures("compiler")
