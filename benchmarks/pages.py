@@ -21,6 +21,7 @@ from . import calibration as by_calibration
 from . import geometry as by_layer
 from . import gradient as by_gradient
 from . import hessian as by_input
+from . import hosts as by_host
 from . import leaderboard
 from . import models as by_model
 from . import moe as by_expert
@@ -299,6 +300,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     leaderboard.NAME: ("leaderboard.md", leaderboard.table, leaderboard.no_picture),
     "moe": ("moe.md", by_expert.table, by_model.no_picture),
     "hessian": ("hessians.md", by_input.table, by_input.no_picture),
+    "hosts": ("integrations/index.md", by_host.table, by_input.no_picture),
 }
 
 

@@ -29,11 +29,12 @@ class Packed(TorchFunctionMode):
     def __init__(self, live: Tensor, alike: Tensor | None = None) -> None:
         super().__init__()
         self.alike = alike
+        self._last: tuple[Tensor, Any, Tensor] | None = None  # states, when, and their live rows
         self.limit(live)
 
     def limit(self, live: Tensor) -> None:
         """Compute other tokens from now on, of those that were computed before."""
-        self.shape = live.shape
+        self.shape, self._last = live.shape, None
         wanted = live.reshape(-1).nonzero()[:, 0]
         self.at, self.source = wanted, None
         if self.alike is None:
@@ -55,14 +56,24 @@ class Packed(TorchFunctionMode):
         plain = func is not F.linear or kwargs or args[0].shape[:-1] != self.shape
         if plain or args[0].dtype not in (torch.float32, torch.float64):
             return func(*args, **(kwargs or {}))
-        rows = args[0].reshape(-1, args[0].shape[-1])
-        found = F.linear(rows.index_select(0, self.at), *args[1:])
-        nothing = found.new_zeros(len(rows) if self.source is None else 1, found.shape[-1])
+        found = F.linear(self._rows(args[0]), *args[1:])
+        count = self.shape.numel() if self.source is None else 1
+        nothing = found.new_zeros(count, found.shape[-1])
         if self.source is None:
-            whole = nothing.index_copy(0, self.at, found)
+            whole = nothing.index_copy_(0, self.at, found)
         else:
             whole = torch.cat([found, nothing]).index_select(0, self.source)
         return whole.view(*self.shape, -1)
+
+    def _rows(self, states: Tensor) -> Tensor:
+        """`[live, in]`: once for layers that are given the same states, as queries, keys and values
+        are.
+        """
+        when = None if states.is_inference() else states._version, torch.is_grad_enabled()
+        if self._last is None or self._last[0] is not states or self._last[1] != when:
+            rows = states.reshape(-1, states.shape[-1]).index_select(0, self.at)
+            self._last = states, when, rows
+        return self._last[2]
 
 
 def packed(live: Tensor, alike: Tensor | None = None) -> AbstractContextManager[Packed | None]:

@@ -28,6 +28,23 @@ def test_live_tokens_are_linear_layers_and_the_others_zero(dtype):
     assert torch.allclose(other, F.linear(states[:2], weight))
 
 
+def test_states_of_several_layers_are_gathered_once_until_they_change():
+    states, weight = torch.randn(3, 4, 5), torch.randn(6, 5)
+    with Packed(LIVE) as packing, torch.no_grad():
+        F.linear(states, weight)
+        first = packing._last[2]
+        F.linear(states, 2 * weight)
+        assert packing._last[2] is first
+        states.mul_(3)
+        found = F.linear(states, weight)
+        assert torch.allclose(found, F.linear(states.clone(), weight))
+        with torch.enable_grad():  # what was gathered without gradients has none
+            leaf = states.requires_grad_()
+            assert F.linear(leaf, weight).requires_grad
+        packing.limit(LIVE & False)
+        assert not F.linear(states, weight).any()
+
+
 def test_bfloat16_is_left_alone():
     states, weight = torch.randn(3, 4, 5).bfloat16(), torch.randn(6, 5).bfloat16()
     with Packed(LIVE):
