@@ -44,6 +44,7 @@ PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n
 # The faults of tests/faults many times more, on one core; what came of them is in tests/faults/result.json.
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run --kills 1000 --fills 250 --inputs 1000000 --sequences 10000
+	$(BIN)/python -m tests.faults.guided -runs=200000
 	KNOWEDIT_FAULTS=$(or $(POINTS),200) $(PYTEST) tests/faults
 
 # mypy uses one core for a minute and a half: the tests share what it leaves.

@@ -42,6 +42,17 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", title).strip().replace(" ", "-") for title in plain}
 
 
+def rows(text):
+    """Runs of neighbouring table rows, outside of code blocks, each row split at its pipes."""
+    found = [[]]
+    for line in FENCE.sub("", text).splitlines():
+        if line.startswith("|"):
+            found[-1].append(re.split(r"(?<!\\)\|", line.strip()))
+        elif found[-1]:
+            found.append([])
+    return found
+
+
 def commands(text):
     """Every command line `knowedit ...` of a page that says all its words."""
     shells = [body for _, kind, body in FENCE.findall(text) if kind in ("", "sh", "bash")]
@@ -89,6 +100,13 @@ def test_every_page_is_in_the_navigation_once():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     nav = yaml.safe_load("nav:" + text.partition("\nnav:")[2])["nav"]
     assert sorted(leaves(nav)) == sorted(place_of(file) for file in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_rows_of_a_table_have_as_many_cells(page):
+    """A pipe in code parts a row too, on most sites."""
+    for table in rows(PAGES[page]):
+        assert len({len(row) for row in table}) <= 1, table
 
 
 def test_links_between_files_become_links_between_pages():

@@ -308,7 +308,10 @@ def diff(
 @app.command()
 def export(
     model: Model,
-    edit_file: Annotated[Path, typer.Argument(help="An edit file.")],
+    edits: Annotated[
+        Path,
+        typer.Argument(help="An edit file, the history of a sequence, or a session's folder."),
+    ],
     output: File,
     format: Format = "peft",
     force: Force = False,
@@ -321,15 +324,15 @@ def export(
     *,
     loading: Loading,
 ) -> None:
-    """Write an edit in another program's format: a LoRA adapter for peft and vLLM, or one for
+    """Write edits in another program's format: a LoRA adapter for peft and vLLM, or one for
     llama.cpp.
     """
-    from knowedit.edits.edit import Edit
     from knowedit.edits.export.listing import export_format
+    from knowedit.edits.journal import edits_in
     from knowedit.edits.servers import server_notes
 
     check_free(output)
-    loaded, write = _checked([Edit.load(edit_file)], force), export_format(format)
+    loaded, write = _checked(edits_in(edits), force), export_format(format)
     editable = loading.load(model)
     write(editable, loaded, output)
     notes = server_notes(editable, loaded) if format == "peft" else []

@@ -160,6 +160,10 @@ def test_edits_in_sequence_share_a_history(place, knowedit):
     assert history.edits[1].key == Edit.load(place / "1.safetensors").key
     assert "France" in (told := knowedit("inspect", "seen.safetensors")) and "Brazil" in told
     knowedit("apply", "model", "seen.safetensors", "-o", "both")
+    written = json.loads(knowedit("export", "model", "seen.safetensors", "-o", "adapter", "--json"))
+    assert written["edits"] == [edit.key for edit in history.edits]
+    ranks = json.loads((place / "adapter" / "adapter_config.json").read_text())
+    assert ranks["r"] == 2  # of both facts
     told = knowedit("inspect", "both")
     assert all(edit.key in told for edit in history.edits)
     knowedit("undo", "both")
