@@ -87,6 +87,12 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   std::vector<float> seen(columns * padded, 0.0f);
   for (int64_t c = 0; c < (keys ? columns : 0); ++c)
     std::copy_n(static_cast<const float*>(probe->const_data_ptr()) + c * keys, keys, &seen[c * padded]);
+  // asked once: through the stable ABI each answer is a call, and a strip is a tenth of a microsecond
+  char *to = static_cast<char*>(write ? w.mutable_data_ptr() : nullptr), *rest = nullptr;
+  char* from = static_cast<char*>(const_cast<void*>(base.const_data_ptr()));
+  if (plane) rest = static_cast<char*>(plane->mutable_data_ptr());
+  const int64_t to_stride = w.stride(0) * size, from_stride = base.stride(0) * size;
+  const int64_t rest_stride = plane ? plane->stride(0) * 2 : 0;
   const SeeKernel see = see_kernel(isa);
   const UpdateKernel kernel = kernels(isa)[static_cast<int>(type)];
   // One item at a time, so that nobody waits for a slow core; a little work is not worth waking the others for.
@@ -114,15 +120,11 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t column = p * kUpdateWidth, width = std::min(kUpdateWidth, columns - column);
       for (int64_t r = first; r < last; r += kStrip) {
-        auto at = [&](const void* data, int64_t stride, int64_t bytes) {
-          return static_cast<char*>(const_cast<void*>(data)) + (r * stride + column) * bytes;
-        };
+        const auto at = [&](char* data, int64_t stride, int64_t bytes) { return data + r * stride + column * bytes; };
         const UpdateStrip strip{
             &left[(r - first) * rank], &right[p * rank * kUpdateWidth], rank,
-            write ? at(w.mutable_data_ptr(), w.stride(0), size) : nullptr,
-            at(base.const_data_ptr(), base.stride(0), size),
-            plane ? at(plane->mutable_data_ptr(), plane->stride(0), 2) : nullptr,
-            w.stride(0) * size, base.stride(0) * size, plane ? plane->stride(0) * 2 : 0,
+            write ? at(to, to_stride, size) : nullptr, at(from, from_stride, size), rest ? at(rest, rest_stride, 2) : nullptr,
+            to_stride, from_stride, rest_stride,
             std::min(kStrip, last - r), width, r, column, static_cast<Rounding>(rounding), write,
             static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), probe ? e : nullptr};
         kernel(strip, &partial[block * kSums * kSumLanes]);
