@@ -296,7 +296,8 @@ def beside(
     tokens: int,
 ) -> None:
     """MoEEdit's own code, given what the other edit was to add at the same facts."""
-    texts, left = [], tokens
+    texts: list[str] = []
+    left = tokens
     for text in Corpus.parse(str(corpus())).documents():
         texts.append(text)
         left -= min(len(model.row(text[:20_000]).ids), 1024)  # it cuts documents there

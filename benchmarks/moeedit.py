@@ -86,15 +86,18 @@ class Listed(nn.Module):
 class _Expert(nn.Module):
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
         super().__init__()
-        parts = {"gate_proj": gate_up.chunk(2)[0], "up_proj": gate_up.chunk(2)[1]}
-        for name, matrix in {**parts, "down_proj": down}.items():
-            linear = nn.Linear(*matrix.shape[::-1], bias=False, device="meta")
-            linear.weight = nn.Parameter(matrix.data, requires_grad=False)
-            self.add_module(name, linear)
+        gate, up = gate_up.chunk(2)
+        self.gate_proj, self.up_proj, self.down_proj = map(_linear, (gate, up, down))
 
     def forward(self, states: Tensor) -> Tensor:
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return down(F.silu(gate(states)) * up(states))
+        return self.down_proj(F.silu(self.gate_proj(states)) * self.up_proj(states))
+
+
+def _linear(matrix: Tensor) -> nn.Linear:
+    """A module of a matrix, which stays where it is in memory."""
+    made = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(matrix.data, requires_grad=False)
+    return made
 
 
 def edited(

@@ -71,7 +71,7 @@ def collect(
     tolerance: Annotated[float, typer.Option(help="Relative error at which --until stops.")] = 0.3,
     layers: Layers = None,
     experts: Annotated[
-        str, typer.Option(help="Of layers with experts: those routed to, or the shared one.")
+        str, typer.Option(help="Of layers with experts: those routed to, the shared one, or both.")
     ] = "routed",
     max_length: Annotated[
         int, typer.Option(help="Longer documents are cut into pieces of this many tokens.")

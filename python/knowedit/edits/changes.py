@@ -167,6 +167,10 @@ def changes_of(
     found: dict[str, Change] = {}
     for layer, (left, right) in factors.items():
         name, experts = model.layout.weight_name(layer), model.layout.experts(layer)
+        if (beside := model.layout.beside(layer)) is not None:
+            right, own = right.split([len(right) - beside.width, beside.width])
+            # a copy: a file holds no tensor twice
+            found[beside.weight] = LowRank(left.clone(), own.contiguous())
         if experts is None:
             found[name] = LowRank(left, right)
             continue
@@ -202,10 +206,11 @@ def factors_of(
         EditError: the change is dense.
     """
     name, experts = model.layout.weight_name(layer), model.layout.experts(layer)
+    beside = model.layout.beside(layer)
     parts: dict[int | None, LowRank] = {}
     for full, change in changes.items():
         parameter, expert = split_name(full)
-        if parameter != name:
+        if parameter != name and (beside is None or parameter != beside.weight):
             continue
         if not isinstance(change, LowRank):
             raise EditError(
@@ -219,6 +224,8 @@ def factors_of(
         return first.U, first.V
     nothing = first.V.new_zeros(experts.width, first.rank)
     wide = [parts[e].V if e in parts else nothing for e in range(experts.count)]
+    if beside is not None:
+        wide.append(parts[None].V if None in parts else first.V.new_zeros(beside.width, first.rank))
     return first.U, torch.cat(wide)
 
 
@@ -234,7 +241,17 @@ def relative_norms(
     """`|U Vᵀ|_F / |W|_F` of the MLP's output projection, per layer; of all experts together where
     it has routed ones.
     """
-    return {layer: relative_norm(model.weight(layer), pair) for layer, pair in factors.items()}
+    return {
+        layer: LowRank(*pair).norm / float(torch.stack(_norms(model, layer)).norm())
+        for layer, pair in factors.items()
+    }
+
+
+def _norms(model: EditableModel, layer: int) -> list[Tensor]:
+    """Of all that a layer's projection consists of, float64."""
+    beside = model.layout.beside(layer)
+    weights = [model.weight(layer), *([] if beside is None else [model.stored(beside.weight)])]
+    return [weight.detach().norm(dtype=torch.float64) for weight in weights]
 
 
 def relative_norm(weight: Tensor, change: RawChange | Change) -> float:

@@ -193,7 +193,8 @@ class History:
             layers = set(edit.keys) & set(model.layout.parts)
             names = {split_name(name)[0] for name in edit.by_parameter(model)} if layers else set()
             for layer in layers:
-                if model.layout.weight_name(layer) not in names:
+                same = edit.keys[layer].shape[1] == model.layout.width(layer)
+                if model.layout.weight_name(layer) not in names or not same:
                     raise EditError(
                         f"an edit of the history changes {sorted(names)[0]}, and this one would "
                         f"change {model.layout.weight_name(layer)}, whose keys are others; write "

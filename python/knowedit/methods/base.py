@@ -106,7 +106,8 @@ class Method(Config):
         made.setup = model.setup
         if statistics is not None:
             layers = {str(layer) for layer in self.statistics_layers(model)}
-            made.statistics = {k: v for k, v in statistics.identity.items() if k in layers}
+            known = statistics.identity.items()
+            made.statistics = {k: v for k, v in known if k.partition(" ")[0] in layers}
         return made
 
     @accepts_model

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from knowedit.errors import EditError, ModelError
-from knowedit.models import generation, partial
+from knowedit.models import beside, generation, partial
 from knowedit.models.evaluating import evaluating
 from knowedit.models.experts import Routed, WideProjection, as_keys, split_name
 from knowedit.models.fingerprint import WeightsWatch, setup_of
@@ -171,7 +171,8 @@ class EditableModel:
 
     def editing(self, experts: Which) -> EditableModel:
         """The same transformers model, with the same edits, seen with other experts as the
-        projections that are edited: "routed", or the "shared" one that every token passes.
+        projections that are edited: "routed", the "shared" one that every token passes, or "both"
+        as one projection, whose key is the routed ones' and then the shared one's.
 
         Raises:
             EditError: it has no such experts.
@@ -509,7 +510,8 @@ class EditableModel:
         budget: int = 4096,
     ) -> tuple[dict[int, Tensor], Tensor | None]:
         """MLP keys at each row's subject token, for all `layers` in one pass; nothing after that
-        token is run. Of routed experts they are the wide layer's (`models.experts`).
+        token is run. Of routed experts they are the wide layer's (`models.experts`), and that of a
+        shared expert edited with them follows, times whatever gate it has of its own.
 
         Args:
             outputs: also return the deepest layer's output at the token, or that of its MLP's
@@ -518,8 +520,13 @@ class EditableModel:
 
         Returns:
             `{layer: keys [n, d_ff]}` and the outputs `[n, hidden]` or None, float32.
+
+        Raises:
+            ModelError: what stands behind a shared expert edited with the routed ones is no gate.
         """
         self.check_layers(layers)
+        if any(self.layout.beside(layer) for layer in layers):
+            return beside.keys(self, rows, layers, outputs=outputs, budget=budget)
         deepest, count = max(layers), len(rows)
         found = {
             layer: torch.empty(count, self.layout.width(layer), device=self.device)

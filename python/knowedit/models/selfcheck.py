@@ -147,6 +147,7 @@ def _from_record(record: Mapping[str, Any]) -> Checkup:
                     "stream": Stream(**part["stream"]),
                     "reads": tuple(part["reads"]),
                     "experts": Experts(**part["experts"]) if part["experts"] else None,
+                    "beside": None,  # of a view of a layout, and not of what was found
                 }
             )
             for index, part in layout[kind].items()

@@ -27,9 +27,9 @@ from knowedit.models.quantised import held_as
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
 
-#: Which experts of a layer an edit goes to: those that its router chooses among, or the dense MLP
-#: beside them that every token passes.
-Which = Literal["routed", "shared"]
+#: Which experts of a layer an edit goes to: those that its router chooses among, the dense MLP
+#: beside them that every token passes, or all of these as one.
+Which = Literal["routed", "shared", "both"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Part:
     Attributes:
         projection: path of the MLP's output projection below the model; of the module that holds
             the experts where the layer has routed ones.
-        width: its input size, the key's (`d_ff`); of all experts together.
+        width: its input size, the key's (`d_ff`); of all experts together, `beside` included.
         stream: how its output reaches the layer's output.
         reads: paths of the linear modules that make the key, in the order in which they run; of
             none for routed experts.
         experts: how the module holds routed experts; None for a dense MLP.
+        beside: the shared expert that is edited with the routed ones; its key follows theirs.
     """
 
     projection: str
@@ -51,6 +52,7 @@ class Part:
     stream: Stream
     reads: tuple[str, ...]
     experts: Experts | None = None
+    beside: Part | None = None
 
     @property
     def weight(self) -> str:
@@ -120,14 +122,22 @@ class Layout:
             return self
         if not self.shared:
             raise EditError(
-                "experts='shared': no layer has a shared expert, a dense MLP that every token "
+                f"experts={experts!r}: no layer has a shared expert, a dense MLP that every token "
                 "passes beside the experts that a router chooses among; take experts='routed'"
+            )
+        if experts == "both":
+            return replace(
+                self, parts={i: _joined(part, self.shared.get(i)) for i, part in self.parts.items()}
             )
         dense = {index: part for index, part in self.parts.items() if part.experts is None}
         parts = dict(sorted({**dense, **self.shared}.items()))
         lone = {index: "it has no shared expert" for index in self.parts if index not in parts}
         refused = {index: why for index, why in self.refused.items() if index not in parts} | lone
         return replace(self, parts=parts, refused=refused, shared={})
+
+    def beside(self, layer: int) -> Part | None:
+        """The shared expert that is edited with a layer's routed ones; None where none is."""
+        return self.part(layer).beside
 
     @property
     def editable(self) -> tuple[int, ...]:
@@ -219,6 +229,13 @@ class Layout:
             for index, part in self.parts.items()
         ]
         return max(paths, key=paths.count)
+
+
+def _joined(part: Part, shared: Part | None) -> Part:
+    """A layer's routed experts with its shared one beside them, where it has both."""
+    if part.experts is None or shared is None:
+        return part
+    return replace(part, width=part.width + shared.width, beside=shared)
 
 
 # -- finding it

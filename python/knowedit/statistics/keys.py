@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -56,12 +56,17 @@ PER_DIMENSION = 64
 class KeyStatistics:
     """Second moments of the keys of some layers of one model.
 
+    Attributes:
+        shared: of shared experts that are edited with routed ones, theirs; None: there are none.
+
     Raises:
         StatisticsError: from `check`, for another model or a layer that was not collected.
     """
 
-    def __init__(self, layers: dict[int, LayerStatistics]) -> None:
-        self._layers = layers
+    def __init__(
+        self, layers: dict[int, LayerStatistics], shared: KeyStatistics | None = None
+    ) -> None:
+        self._layers, self.shared = layers, shared
         self._metrics: dict[int, Covariance | BlockMetric] = {}
         self._null_spaces: dict[tuple[int, float | None, float], NullSpace | BlockMetric] = {}
 
@@ -125,7 +130,8 @@ class KeyStatistics:
         return rare(torch.tensor(found.counts), found.total.shape[-1]) if found.counts else []
 
     def metric(self, layer: int) -> Covariance | BlockMetric:
-        """C as a solver metric of weight 1, factorised once.
+        """C as a solver metric of weight 1, factorised once; of routed experts block by block, with
+        that of a shared expert that is edited with them as the last block.
 
         Raises:
             StatisticsError: too few tokens for a full-rank C.
@@ -141,6 +147,11 @@ class KeyStatistics:
                 )
             except ValueError as error:
                 raise StatisticsError(f"layer {layer}: {error}") from error
+            if self.shared is not None and layer in self.shared.layers:
+                routed = self._metrics[layer]
+                assert isinstance(routed, BlockMetric)
+                blocks = {**routed.metrics, len(routed.metrics): self.shared.metric(layer)}
+                self._metrics[layer] = BlockMetric(blocks)
         return self._metrics[layer]
 
     def null_space(
@@ -189,12 +200,18 @@ class KeyStatistics:
         fingerprint, the corpus, the tokens and a digest of the sums; see
         `LayerStatistics.identity`. Two with the same identity give the same metrics.
         """
-        return {str(layer): self[layer].identity for layer in self.layers}
+        beside = {} if self.shared is None else self.shared.identity
+        return {str(layer): self[layer].identity for layer in self.layers} | {
+            f"{layer} shared": one for layer, one in beside.items()
+        }
 
     def check(self, model: EditableModel, layers: Sequence[int]) -> None:
         """Raise StatisticsError unless these statistics are of `model`, of the experts that it is
         seen with, of as many and as wide keys as it has, and hold `layers`.
         """
+        if model.experts == "both":
+            self._check_both(model, layers)
+            return
         for layer in layers:
             recipe = self[layer].recipe
             if recipe.experts != model.experts and layer in model.checkup.layout.shared:
@@ -210,6 +227,19 @@ class KeyStatistics:
                     f"({model.fingerprint[:12]}): {other}; collect them for this model"
                 )
             self._check_shape(model, layer)
+
+    def _check_both(self, model: EditableModel, layers: Sequence[int]) -> None:
+        """Raise StatisticsError unless they hold what both kinds of experts need."""
+        self.check(model.editing("routed"), layers)
+        joined = [layer for layer in layers if model.layout.beside(layer) is not None]
+        if self.shared is None and joined:
+            raise StatisticsError(
+                f"the statistics of layer {joined[0]} are of its routed experts alone, and its "
+                "shared one is edited with them; collect those of both: "
+                f"key_statistics(model.editing('both'), {list(layers)})"
+            )
+        if self.shared is not None:
+            self.shared.check(model.editing("shared"), joined)
 
     def _check_shape(self, model: EditableModel, layer: int) -> None:
         """Raise StatisticsError for a moment that is not one of the layer's keys."""
@@ -258,7 +288,8 @@ def key_statistics(
     rounding.
 
     Args:
-        model: of one with shared experts, `model.editing("shared")` to have those' keys.
+        model: of one with shared experts, `model.editing("shared")` to have those' keys, and
+            "both" to have both, each collected by itself.
         layers: one or several; default: those of the model's calibration or preset.
         corpus: path(s), a hub data set, "wikipedia", "self" (the model's own samples), or a
             mixture; see `Corpus.parse`.
@@ -293,6 +324,26 @@ def key_statistics(
     layers = list(layers) if isinstance(layers, Iterable) else [layers]
     model.check_layers(layers)
     layers = sorted(set(layers))
+    if model.experts == "both":
+        collect = partial(
+            key_statistics,
+            corpus=corpus,
+            tokens=tokens,
+            until=until,
+            tolerance=tolerance,
+            max_length=max_length,
+            skip_first=skip_first,
+            seed=seed,
+            precision=precision,
+            budget=budget,
+            packed=packed,
+            halves=halves,
+            worker=worker,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+            as_json=as_json,
+        )
+        return _of_both(model, layers, collect, directory)
     if tokens is None:
         size = max(map(model.layout.tokens_a_rank, layers))
         tokens = PER_DIMENSION * size * (1 if until == "tokens" else 10)
@@ -356,6 +407,22 @@ def key_statistics(
                     f"{recipe.tokens}, or add text"
                 )
     return KeyStatistics(found)
+
+
+def _of_both(
+    model: EditableModel,
+    layers: Sequence[int],
+    collect: Callable[..., KeyStatistics],
+    directory: str | Path | None,
+) -> KeyStatistics:
+    """Of the routed experts, with those of the shared ones; each in a folder of its own."""
+    joined = [layer for layer in layers if model.layout.beside(layer) is not None]
+    places = {name: Path(directory) / name if directory else None for name in ("routed", "shared")}
+    routed = collect(model.editing("routed"), layers, directory=places["routed"])
+    if not joined:
+        return routed
+    shared = collect(model.editing("shared"), joined, directory=places["shared"])
+    return KeyStatistics({layer: routed[layer] for layer in layers}, shared)
 
 
 def layer_statistics(

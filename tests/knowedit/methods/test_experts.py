@@ -423,7 +423,9 @@ def test_models_without_a_shared_expert_say_so(mixtral, byte_tokenizer):
     for one in (mixtral, EditableModel(build("llama"), byte_tokenizer)):
         with pytest.raises(EditError, match="no layer has a shared expert"):
             MEMIT(layers=(LAYER,), experts="shared").compute(one, FACTS[:1], progress=False)
-    with pytest.raises(EditError, match="one of routed, shared, got 'both'"):
+    with pytest.raises(EditError, match="one of routed, shared, both, got 'all'"):
+        mixtral.editing("all")
+    with pytest.raises(EditError, match="experts='both': no layer has a shared expert"):
         mixtral.editing("both")
 
 
@@ -440,4 +442,94 @@ def test_a_session_keeps_to_the_experts_it_began_with(byte_tokenizer, tmp_path):
     with pytest.raises(EditError, match="changes .*shared_expert.* same `experts`"):
         Session(routed, model, statistics_of(model, [LAYER]), session.history)
     session.close()
+    assert weights_fingerprint(model.hf) == model.fingerprint
+
+
+# -- routed and shared experts together
+# -------------------------------------------------------------------------------------------------
+
+
+def plain_keys(model, row, layer):
+    """By plain transformers: the routed experts' gated keys in a row, then the shared one's."""
+    block, states, shared = model.layers[layer].mlp, [], []
+    home = model.hf.get_submodule(model.layout.shared[layer].projection)
+    handles = [
+        model.projection(layer).module.register_forward_pre_hook(lambda _, x: states.append(x)),
+        home.register_forward_pre_hook(lambda _, x: shared.append(x[0])),
+    ]
+    model.hf(input_ids=torch.tensor([row.ids]))
+    for handle in handles:
+        handle.remove()
+    x, index, gates = (given[row.subject].double() for given in states[0])
+    experts, found = block.experts, []
+    for expert in range(len(experts.down_proj)):
+        gate, up = (experts.gate_up_proj[expert].double() @ x).chunk(2)
+        weight = (gates * (index == expert)).sum()
+        found.append(weight * torch.nn.functional.silu(gate) * up)
+    own = shared[0].reshape(-1, shared[0].shape[-1])[row.subject].double()
+    if hasattr(block, "shared_expert_gate"):
+        own = own * torch.sigmoid(block.shared_expert_gate.weight[0].double() @ x)
+    return torch.cat([*found, own])
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_both_kinds_of_experts_are_one_projection(byte_tokenizer, tmp_path, family):
+    """Keys by hand, behind a gate or not; the write of the dense formula with a block more; all
+    that is said to be realised is; every bit comes back.
+    """
+    model = EditableModel(build(family), byte_tokenizer, name=family)
+    seen = model.editing("both")
+    rows = [model.row(fact.text, fact.subject) for fact in FACTS]
+    keys = seen.keys(rows, [LAYER])[0][LAYER].double()
+    wanted = torch.stack([plain_keys(model, row, LAYER) for row in rows])
+    torch.testing.assert_close(keys, wanted, rtol=1e-3, atol=1e-5)
+    statistics = collected(seen, tmp_path, [LAYER])
+    method = MEMIT(layers=(LAYER,), target=TARGET, metric=Covariance(weight=0.05), experts="both")
+    edit = method.compute(model, FACTS, statistics, progress=False)
+    shared = model.layout.shared[LAYER]
+    assert shared.weight in edit.changes and len(edit.changes) > 1
+    C = torch.block_diag(*statistics.moment(LAYER), statistics.shared.moment(LAYER))
+    K, R = keys.T, edit.plan[LAYER].double().T
+    expected = R @ K.T @ torch.linalg.inv(0.05 * C + K @ K.T)
+    routed = wide(model, edit)
+    found = torch.cat([routed, edit.changes[shared.weight].dense().double()], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3 * expected.abs().max())
+    exact = ROME(layers=(LAYER,), target=TARGET, experts="both")
+    alone = exact.compute(model, FACTS[:1], statistics, progress=False)
+    assert alone.report.measured.gain[0] == pytest.approx(1, abs=2e-3)
+    assert set(alone.statistics) == {str(LAYER), f"{LAYER} shared"}
+    with alone.applied_to(model):
+        assert weights_fingerprint(model.hf) != model.fingerprint
+    assert weights_fingerprint(model.hf) == model.fingerprint
+    read = Edit.load(alone.save(tmp_path / "edit.safetensors"))
+    assert read.method() == exact and read.key == alone.key
+    with pytest.raises(StatisticsError, match=r"routed experts alone, .*editing\('both'\)"):
+        exact.compute(model, FACTS[:1], KeyStatistics(statistics._layers), progress=False)
+    with pytest.raises(EditError, match="metric blend .* not offered for experts='both'"):
+        replace(method, metric=Blend()).compute(model, FACTS, statistics, progress=False)
+
+
+def test_a_fact_of_both_kinds_of_experts_is_forgotten(byte_tokenizer, tmp_path):
+    """Over two layers, the second seeing what the first has written in both its matrices."""
+    model = EditableModel(build("qwen2_moe"), byte_tokenizer, name="qwen2_moe")
+    statistics = collected(model.editing("both"), tmp_path, [1, LAYER])
+    method = MEMIT(layers=(1, LAYER), target=TARGET, metric=Covariance(weight=30.0), experts="both")
+    before = model.editing("both").keys([model.row(FACTS[0].text, FACTS[0].subject)], [LAYER])
+    with Session(method, model, statistics) as session:
+        made = session.write(FACTS[:1], force=True, progress=False)
+        below = {n: c for n, c in made.changes.items() if ".layers.1." in n}
+        part = Edit("first", below, FACTS[:1], model.fingerprint)
+        gone = session.forget(FACTS[:1], force=True, progress=False)
+        assert set(made.changes) == set(gone.changes)
+        for name, change in made.changes.items():
+            both = change.dense() + gone.changes[name].dense()
+            assert both.norm() <= 1e-5 * change.dense().norm()
+        routed = replace(method, experts="routed")
+        with pytest.raises(EditError, match="keys are others; .* same `experts`"):
+            Session(routed, model, KeyStatistics(statistics._layers), session.history)
+    row = model.row(FACTS[0].text, FACTS[0].subject)
+    with part.applied_to(model):
+        after = model.editing("both").keys([row], [LAYER])[0][LAYER]
+    assert (after - before[0][LAYER]).abs().max() > 1e-4
+    torch.testing.assert_close(made.keys[LAYER], after, rtol=1e-3, atol=1e-4)
     assert weights_fingerprint(model.hf) == model.fingerprint

@@ -93,7 +93,8 @@ def rare_warnings(task: Task, written: WrittenLayers) -> list[str]:
         experts = task.model.layout.experts(layer)
         if experts is None or layer not in task.statistics.layers:
             continue
-        edited = {e for e, part in enumerate(right.split(experts.width)) if bool(part.any())}
+        routed = right[: experts.count * experts.width].split(experts.width)
+        edited = {e for e, part in enumerate(routed) if bool(part.any())}
         if seldom := sorted(edited & set(task.statistics.rare_experts(layer))):
             found.append(
                 f"layer {layer}: {len(seldom)} of {len(edited)} edited experts were given fewer "

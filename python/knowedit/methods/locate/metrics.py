@@ -46,6 +46,11 @@ class Metric(Config):
         """Whether it stays the same while a history grows, beside the history's own keys."""
         return True
 
+    @property
+    def joins(self) -> bool:
+        """Whether it can be that of routed experts and of a shared one as one projection."""
+        return False
+
     def prepared(self: M, task: Task) -> M:
         """The metric for one task, with what it must compute from the model first."""
         return self
@@ -122,6 +127,10 @@ class Covariance(Weighed):
 
     symbol: ClassVar[str] = "lambda"
 
+    @property
+    def joins(self) -> bool:
+        return True
+
     def at(
         self, statistics: KeyStatistics, layer: int, keys: Tensor
     ) -> tuple[solver.Metric, dict[str, Any]]:
@@ -144,6 +153,10 @@ class Exact(Metric):
     ridge: NotNegative = 0.0
 
     constraint: ClassVar[Constraint] = "equality"
+
+    @property
+    def joins(self) -> bool:
+        return True
 
     def at(
         self, statistics: KeyStatistics, layer: int, keys: Tensor

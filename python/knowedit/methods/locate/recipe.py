@@ -60,7 +60,7 @@ class Recipe(Method):
         material: texts beside the facts that the parts may use.
         runtime: how much is computed at once, and on what.
         experts: which are edited where a layer has some: those that tokens are "routed" to, all
-            together, or the "shared" one that every token passes.
+            together; the "shared" one that every token passes; or "both" as one projection.
     """
 
     metric: Metric = field(default_factory=Covariance)
@@ -172,6 +172,11 @@ class Recipe(Method):
         if self.layers is None or not self.target.complete:
             warnings += origin_warnings(model, preset, layers)
         warnings += sink_warnings(model, layers, self.allow_sinks)
+        if self.experts == "both" and not self.metric.joins:
+            raise EditError(
+                f"metric {self.metric.kind} with these settings is not offered for experts='both'; "
+                "take covariance or exact, or edit experts='routed', or 'shared'"
+            )
         if statistics is not None:
             statistics.check(model, layers)
         elif self.needs_statistics:

@@ -148,7 +148,8 @@ def virtual(
     model: EditableModel, factors: Mapping[Any, tuple[Tensor, Tensor]]
 ) -> AbstractContextManager[None]:
     """Run as if layer `l`'s weight had `U Vᵀ` added (`{l: (U [hidden, r], V [d_ff, r])}`); no
-    weight is touched.
+    weight is touched. Of a layer's routed experts and its shared one `V` has the latter's rows
+    last.
 
     Instead of a layer's number, the name of any linear module below `hf`; each row of the batch can
     have its own pair, `[B, out, r]` and `[B, in, r]`.
@@ -161,7 +162,8 @@ def virtual(
 
         return add
 
-    return hooked({_module(model, at): hook(pair) for at, pair in factors.items()})
+    apart = (place for at, pair in factors.items() for place in _places(model, at, pair))
+    return hooked({module: hook(pair) for module, pair in apart})
 
 
 @contextmanager
@@ -210,6 +212,20 @@ def with_weights(
     inside = {f"hf.{name}": weight for name, weight in weights.items()}
     with model.evaluating():
         return functional_call(_Calling(model.hf, function), inside, ())
+
+
+def _places(
+    model: EditableModel, at: str | int, pair: tuple[Tensor, Tensor]
+) -> Iterator[tuple[nn.Module, tuple[Tensor, Tensor]]]:
+    """The modules that a change of a layer, or of a module by name, is of, each with its part."""
+    beside = None if isinstance(at, str) else model.layout.beside(at)
+    if beside is None:
+        yield _module(model, at), pair
+        return
+    left, right = pair
+    own = right.shape[-2] - beside.width
+    yield _module(model, at), (left, right[..., :own, :])
+    yield model.hf.get_submodule(beside.projection), (left, right[..., own:, :])
 
 
 def _module(model: EditableModel, at: str | int) -> nn.Module:
