@@ -20,6 +20,7 @@ import yaml
 
 from docs.hooks import ELSEWHERE, LINK, ROOT, linked, place_of
 from knowedit.cli.app import app
+from knowedit.methods.listing import methods
 
 FILES = [*sorted((ROOT / "docs").rglob("*.md")), *(ROOT / file for file in ELSEWHERE)]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
@@ -27,6 +28,8 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 UNTOLD = ("docs/cli.md", "CHANGELOG.md")
 #: Commands that are called in another way: `knowedit stats MODEL`.
 OTHERWISE = {"knowedit stats collect"}
+#: A method that CONTRIBUTING's reader writes.
+WRITTEN = {"my-method"}
 FENCE = re.compile(r"^([ ]*)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
@@ -146,6 +149,19 @@ def test_every_command_is_told_of_in_a_page_of_its_own():
             yield path
 
     assert set(missing(typer.main.get_command(app), "knowedit")) == OTHERWISE
+
+
+def test_the_methods_that_pages_name_are_there():
+    listed = PAGES["docs/which.md"]
+    table = re.findall(r"^\|[^|]*\|([^|]*)\|", listed, re.MULTILINE)[2:]
+    named = re.findall(
+        r"`([a-z][a-z-]*)`",
+        "".join([*table, listed.partition("Not in the table")[2].partition("\n\n")[0]]),
+    )
+    for text in PAGES.values():
+        named += re.findall(r"--method ([a-z][a-z-]*)\b", text)
+    assert len(named) > 20
+    assert {*named} - {*methods()} == WRITTEN
 
 
 def shell_lines(text):
