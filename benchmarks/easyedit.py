@@ -5,8 +5,10 @@
 PATH is a checkout of zjunlp/EasyEdit, whose `BaseEditor.edit` runs from the evaluation before the
 edits to the one after them; with several facts `batch_edit` where the algorithm has one. Packages
 that EasyEdit imports and that are not installed (vision, hosted models) are empty stand-ins:
-nothing that is measured calls them. Statistics come from the shipped sentences; they are computed
-within the run. One thread; nothing of the host is kept. Rows go into results/hosts.jsonl.
+nothing that is measured calls them. Statistics come from the shipped sentences. They are collected
+once, accelerated, and both runs read the files: the host would collect those of the upper layers
+when the lower ones have been written. One thread; nothing of the host is kept. Rows go into
+results/hosts.jsonl.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -77,15 +79,31 @@ class Run:
             "batch_size": len(self.facts),
             "max_length": 40,
             "layer_selection": "all",
-            "context_template_length_params": [[5, 2], [10, 2]],
+            "context_template_length_params": [[5, 10], [10, 10]],
             "v_num_grad_steps": 25,
             "nll_loss_factor": 1.0,
+            "stats_dir": str(folder.parent / "stats"),
             "P_loc": str(folder / "null_space_project.pt"),
             "attn_module_tmp": "model.layers.{}.self_attn.o_proj",
             "rewrite_module_tmps": [shared["rewrite_module_tmp"]],
             "update_norm_lambda": 0.0,
             "emmet_lambda": 0.1,
         }
+
+    def collect(self) -> None:
+        """Write the statistics of all layers of the unedited model."""
+        for layer in self.settings["layers"]:
+            sys.modules["easyeditor.models.rome.layer_stats"].layer_stats(
+                self.model.hf,
+                self.model.tokenizer,
+                self.settings["rewrite_module_tmp"].format(layer),
+                self.settings["stats_dir"],
+                self.settings["mom2_dataset"],
+                to_collect=["mom2"],
+                sample_size=self.settings["mom2_n_samples"],
+                precision=self.settings["mom2_dtype"],
+                hparams=SimpleNamespace(**self.settings),
+            )
 
     def edit(self) -> list[torch.Tensor]:
         """What the edit leaves in the weights, less what was there before."""
@@ -158,6 +176,8 @@ def main() -> None:
         for name in options.algorithm:
             files = {kind: folder / name / kind for kind in ("plain", "fast")}
             runs = {kind: Run(host, model, files[kind], name, options.limit) for kind in files}
+            with accelerated("easyedit", layers=runs["fast"].settings["layers"]):
+                runs["fast"].collect()
             forget(host)
             plain_time, plain = timed(runs["plain"].edit)
             forget(host)
