@@ -156,7 +156,7 @@ class _Given:
 
     def reaching(self, expert: int | None) -> _Given:
         """At the tokens that are given to an expert; all of them to a dense MLP."""
-        if not isinstance(self.states, Routed):
+        if expert is None or not isinstance(self.states, Routed):
             return self
         return self.at((self.states.index == expert).any(-1))
 
