@@ -1,4 +1,4 @@
-"""Mixtures made from a dense model, and the measurement of edits in them."""
+"""Mixtures made from a dense model, and the measurement of edits in them (unit)."""
 
 import pytest
 import torch

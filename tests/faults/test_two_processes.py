@@ -1,4 +1,5 @@
-"""Two command lines at once in one place: neither loses what the other wrote, and nothing is mixed.
+"""Two command lines at once in one place: neither loses what the other wrote, and nothing is mixed
+(unit).
 
 Each ends well, or is told that another run is writing there and writes nothing; then the same
 command, once the other has ended, does the rest.
