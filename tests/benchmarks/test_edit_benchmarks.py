@@ -241,6 +241,7 @@ def test_pages_have_tables_marks_and_pictures(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
     for name, (file, _, _) in pages.PAGES.items():
+        (docs / file).parent.mkdir(exist_ok=True)
         with open(docs / file, "a") as page:
             page.write(f"# Title\n<!-- {name}:start -->\nold\n<!-- {name}:end -->\nrest\n")
     where = ["--results", str(tmp_path), "--docs", str(docs)]
