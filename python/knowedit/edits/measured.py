@@ -166,7 +166,8 @@ class _Ordinary:
         """Read the short texts and the passages `more`."""
         states, following = [], []
         for texts, width in ((held_out(), WIDTH), (more, PASSAGE)):
-            rows = [model.row(text).ids[: min(width, model.max_length)] for text in texts]
+            room = model.max_length // 2  # letters: none has more than two tokens
+            rows = [model.row(text[:room]).ids[: min(width, model.max_length)] for text in texts]
             for batch in batches([len(row) for row in rows], 512):
                 ids, mask = model.pad([rows[i] for i in batch])
                 places = mask[:, 1:]

@@ -2,11 +2,28 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from knowedit.edits.changes import LowRank
 from knowedit.edits.edit import Edit
 from knowedit.edits.servers import server_notes
+from knowedit.models.editable import EditableModel
+from tests.conftest import frozen
 from tests.knowedit.edits.test_edit import an_edit
+
+
+@pytest.fixture(scope="module")
+def wide(byte_tokenizer):
+    """A Llama whose weights have room for the ranks here: an adapter is no wider than its layer."""
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=352,
+        intermediate_size=352,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    return EditableModel(frozen(LlamaForCausalLM(config)), byte_tokenizer, name="wide-llama")
 
 
 @pytest.mark.parametrize(
@@ -20,8 +37,8 @@ from tests.knowedit.edits.test_edit import an_edit
         (321, "servers stop at 320"),
     ],
 )
-def test_the_rank_is_held_against_what_servers_make_room_for(tiny_llama, rank, said):
-    notes = server_notes(tiny_llama, [an_edit(tiny_llama, rank=rank)])
+def test_the_rank_is_held_against_what_servers_make_room_for(wide, rank, said):
+    notes = server_notes(wide, [an_edit(wide, rank=rank)])
     assert notes == [] if said is None else said in notes[0] and f"its rank is {rank}" in notes[0]
 
 
