@@ -120,10 +120,10 @@ def demo(
     model: Annotated[str, typer.Argument(help="A hub id or a folder.")] = DEFAULT_MODEL,
     method: Annotated[
         str, typer.Option("--method", help="A name of `knowedit methods`.")
-    ] = "memit",
+    ] = "neuron-patch",
     corpus: Corpus = ["self"],  # noqa: B006
     tokens: Annotated[
-        int, typer.Option(min=1, help="Keys to sum for the statistics, if the method needs any.")
+        int, typer.Option(min=1, help="Of ordinary text to read, if the method needs any.")
     ] = 16_384,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the page demo.html there.")

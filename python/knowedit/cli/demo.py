@@ -14,8 +14,9 @@ from knowedit.edits.edit import Edit
 from knowedit.errors import EditError
 from knowedit.evaluation import drift, evaluate
 from knowedit.evaluation.evaluation import Evaluation
-from knowedit.evaluation.interview import Interview, Said, said_table
+from knowedit.evaluation.interview import NOTHING, Interview, Said, said_table
 from knowedit.evaluation.measures.drift import Drift
+from knowedit.evaluation.subjects.same_subject import contains
 from knowedit.facts import sets as datasets
 from knowedit.facts.fact import Fact
 from knowedit.io.tables import Table, figure
@@ -36,6 +37,15 @@ RATES = {
 EXACT = {"efficacy": "says exactly the new fact", "portability": "says what follows from it"}
 #: The roles whose prompts ask for the old answer still.
 KEEPS = ("neighbour",)
+#: Why an edit misses what a row asks for.
+WHY = {
+    "edited": "the model realises too little of the planned change",
+    "paraphrase": "in other words the subject has another key, which is answered in part",
+    "consequence": "only the fact is written; what follows from it is a fact of its own",
+    "neighbour": "its key is near an edited one, and the change answers both",
+    "question": "the value was found for the fact's own sentence, not for an answer",
+    "chat": "the value was found for the fact's own sentence, not for an answer",
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Demonstration:
                 {
                     "role": role,
                     "prompt": prompt,
+                    "wanted": wanted(self.facts[record], role),
                     "before": self.before[prompt],
                     "after": self.after[prompt],
                     "p_new": [row[f"p_{new}_{when}"] for when in ("before", "after")],
@@ -97,6 +108,23 @@ class Demonstration:
         ]
         columns = ["", "prompt", "before", "after", "p(new)", "p(old)"]
         return Table(columns, rows, "what the model says")
+
+    def missed(self) -> Table:
+        """Where the edited model does not say what it should, and why; a neighbour that the model
+        had wrong before, and a question that it had no answer to, are left out.
+        """
+        rows = [
+            [row["role"], row["prompt"], row["wanted"], row["after"], WHY[row["role"]]]
+            for row in self.rows()
+            if row["wanted"]
+            and not contains(row["after"], row["wanted"])
+            and (row["role"] not in KEEPS or contains(row["before"], row["wanted"]))
+        ]
+        for said in self.interviewed:
+            if said.way in WHY and said.before and not said.right:
+                asked = self.facts[said.record].questions[0]
+                rows.append([said.way, asked, said.target, said.after or NOTHING, WHY[said.way]])
+        return Table(["", "prompt", "wanted", "said", "why"], rows, "what it does not do")
 
     def summary(self) -> Table:
         """The measures before and after, and what moved elsewhere."""
@@ -135,8 +163,9 @@ class Demonstration:
         }
 
     def text(self, width: int) -> str:
-        """The three tables, folded to `width` characters, and the end of the story."""
-        tables = (self.said(), said_table(self.interviewed, len(self.facts)), self.summary())
+        """The tables, folded to `width` characters, and the end of the story."""
+        asked, missed = said_table(self.interviewed, len(self.facts)), self.missed()
+        tables = [self.said(), asked, *([missed] if missed.rows else []), self.summary()]
         return "\n\n".join([*(table.text(width) for table in tables), f"undone: {self._undone()}"])
 
     def _undone(self) -> str:
@@ -145,10 +174,11 @@ class Demonstration:
 
     def write(self, folder: Path) -> Path:
         """The same as an HTML page `demo.html`."""
-        path = folder / "demo.html"
+        path, missed = folder / "demo.html", self.missed()
         shown = (self.measured, self.moved, self.shown, self.before, self.after)
         more = [
             Section("Asked", [said_table(self.interviewed, len(self.facts))]),
+            Section("Missed", [missed if missed.rows else "Nothing of what is shown."]),
             Section("Undone", [f"After the undo {self._undone()}."]),
         ]
         write_page(path, self.model, self.edit, *shown, more)
@@ -174,7 +204,7 @@ def demonstrate(
         f"{model.name}: {len(model.layers)} layers, {model.d_ff} keys a layer, "
         f"{str(model.dtype)[6:]}"
     )
-    facts = datasets.load(FACTS)
+    facts, method = datasets.load(FACTS), method.with_corpus(corpus, tokens)
     layers = method.statistics_layers(model)
     statistics = None
     if layers:
@@ -203,6 +233,12 @@ def shown_prompts(fact: Fact) -> list[tuple[str, str]]:
     rows += [("paraphrase", p) for p in fact.paraphrases[:1]]
     rows += [("consequence", p.prompt) for p in fact.portability[:1]]
     return rows + [("neighbour", p.prompt) for p in fact.neighbours[:1]]
+
+
+def wanted(fact: Fact, role: str) -> str:
+    """What the edited model should say to the prompt with this role; nothing where nobody knows."""
+    probes = {"consequence": fact.portability, "neighbour": fact.neighbours}
+    return probes[role][0].answer or "" if role in probes else fact.target
 
 
 def _moved(before: float | None, after: float | None) -> str:

@@ -128,12 +128,15 @@ class Method(Config):
         check_kinds(statistics)
         return (self.compute(model, [fact], statistics, progress=False) for fact in as_facts(facts))
 
-    def with_corpus(self: Self, corpus: Any) -> Self:
-        """The same, reading its ordinary text from `corpus`, if it reads any itself (NeuronPatch)
-        and one is given.
+    def with_corpus(self: Self, corpus: Any, tokens: int | None = None) -> Self:
+        """The same, reading its ordinary text from `corpus`, and `tokens` of it, if it reads any
+        itself (NeuronPatch) and they are given.
         """
-        takes = corpus is not None and "corpus" in fields_of(type(self))
-        return self.with_settings({"corpus": corpus}) if takes else self
+        given = {"corpus": corpus, "tokens": tokens}
+        takes = fields_of(type(self))
+        return self.with_settings(
+            {name: value for name, value in given.items() if value is not None and name in takes}
+        )
 
     @accepts_model
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:

@@ -269,16 +269,20 @@ def test_the_demo_on_a_tiny_model(place, knowedit):
     """It is refused nothing that a real one is not: every option, and JSON."""
     given = ("demo", "model", "--corpus", "corpus.txt", "--tokens", "500", "--seed", "3")
     ours = ("--set", "metric.gain=0.5", "--set", "target.steps=3", "--set", "tokens=400")
-    shown = json.loads(knowedit(*given, *ours, "--dtype", "float32", "--json", "-o", "page"))
+    memit = ("--method", "memit", *ours, "--dtype", "float32")
+    shown = json.loads(knowedit(*given, *memit, "--json", "-o", "page"))
     assert all(0.3 < layer["gain"] < 0.55 for layer in shown["report"]["layers"].values())
-    assert {row["role"] for row in shown["prompts"]} == {"edited", "paraphrase", "neighbour"}
+    roles = {row["role"]: row for row in shown["prompts"]}
+    assert roles.keys() == {"edited", "paraphrase", "consequence", "neighbour"}
+    assert roles["consequence"]["wanted"] == "chemist" and roles["edited"]["wanted"] == "chemistry"
     before, edited, after = shown["fingerprints"]
     assert before == after != edited
     page = (place / "page" / "demo.html").read_text()
     assert "After the undo all weight bits are back" in page and before[:12] in page
-    assert "question: " in page and "layer 1." in page
-    said = knowedit(*given)
+    assert "question: " in page and "layer 1." in page and "only the fact is written" in page
+    said = knowedit(*given, "--set", "target.steps=3")
     assert "what the model says" in said and "all weight bits are back" in said
+    assert "what it does not do" in said
 
 
 def test_the_printed_command_runs_as_printed(place, knowedit):

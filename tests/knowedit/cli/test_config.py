@@ -250,7 +250,7 @@ def test_set_is_added_to_what_a_file_sets(place, knowedit):
     [
         (("geometry", "no"), "has no setting 'stesp'"),
         (("study", "arithmetic", "no", "--method", "ft"), "ft has no setting 'stesp'; did you"),
-        (("demo", "no"), "memit has no setting 'stesp'"),
+        (("demo", "no"), "neuron-patch has no setting 'stesp'"),
     ],
 )
 def test_commands_with_methods_of_their_own_refuse_what_these_do_not_have(knowedit, words, message):
