@@ -181,14 +181,16 @@ def changes_of(
 
 
 def apart(model: EditableModel, changes: Mapping[str, Change]) -> dict[str, Change]:
-    """The same, with a dense change of all experts' output matrices as one of each: edits of the
-    whole parameter and of single experts then meet under the same names, and none writes to what
-    another has under its own.
+    """The same, with a dense change of all experts' matrices, whichever these are, as one of each:
+    edits of the whole parameter and of single experts then meet under the same names, and none
+    writes to what another has under its own.
     """
-    holding = {model.layout.weight_name(layer) for layer in model.layout.editable}
+    routed = [layer for layer in model.layout.editable if model.layout.experts(layer)]
+    holding = {model.layout.weight_name(layer).rpartition(".")[0] for layer in routed}
     found: dict[str, Change] = {}
     for name, change in changes.items():
-        parts = change.delta if isinstance(change, Dense) and name in holding else None
+        held = isinstance(change, Dense) and name.rpartition(".")[0] in holding
+        parts = change.delta if held and isinstance(change, Dense) else None
         if parts is None or parts.dim() != 3 or parts.shape != model.stored(name).shape:
             found[name] = change
             continue

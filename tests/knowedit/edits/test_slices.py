@@ -144,6 +144,27 @@ def test_edits_of_all_experts_and_of_single_ones_are_undone_in_any_order(mixture
     assert restore(tmp_path / "edited") == mixture.fingerprint
 
 
+def test_edits_of_what_experts_read_meet_too(mixture):
+    """`gate_up_proj` as a whole (fine-tuning) and of one expert (NeuronPatch)."""
+    name = mixture.layout.weight_name(LAYER).rpartition(".")[0] + ".gate_up_proj"
+    weight = mixture.stored(name)
+    before, generator = weight.detach().clone(), torch.Generator().manual_seed(4)
+    delta = torch.randn(weight.shape, generator=generator)
+    pair = torch.randn(weight.shape[1], 2, generator=generator), torch.randn(weight.shape[2], 2)
+    whole = Edit("test", {name: Dense(delta)}, FACTS, mixture.fingerprint)
+    some = Edit("test", {f"{name}[1]": LowRank(*pair)}, FACTS, mixture.fingerprint)
+    wanted = torch.zeros_like(before)
+    wanted[1] = pair[0] @ pair[1].T
+    for first, second, left in ((some, whole, delta), (whole, some, wanted)):
+        first.apply(mixture)
+        second.apply(mixture)
+        torch.testing.assert_close(weight.detach(), before + delta + wanted)
+        first.undo(mixture)
+        torch.testing.assert_close(weight.detach(), before + left)
+        second.undo(mixture)
+        assert torch.equal(weight, before)
+
+
 def of_layer(model, layer, rank, seed=0):
     """An edit of one layer: of all its experts but the first, or of its dense MLP."""
     generator = torch.Generator().manual_seed(seed)
