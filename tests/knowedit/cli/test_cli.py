@@ -421,7 +421,7 @@ AT_THE_END = "no result was written; finished key statistics are kept; run the s
         (("same-subject", "model"), "evaluation.subjects.protocol.measure_subjects", AT_THE_END),
         (("geometry", "model"), "statistics.keys.layer_statistics", AT_THE_END),
         (TRACE, "evaluation.tracing.tracing.trace", "no result was written; run the same command"),
-        (("demo", "model"), "statistics.keys.Collection", AT_THE_END),
+        (("demo", "model", "--method", "memit"), "statistics.keys.Collection", AT_THE_END),
         (("study", "arithmetic", "model"), "studies.arithmetic.Study", "no result was written, "),
         (("eval", "--config", "grid.yaml"), "evaluation.sweep.load_model", "no result was writ"),
     ],
