@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Call:
     @property
     def arguments(self) -> tuple[Any, ...]:
         """The values in the order of the schema."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return tuple(vars(self).values())
 
     def check(self) -> None:
         """Raises ValueError for numbers that the op cannot work with. What shapes and dtypes tell
@@ -83,7 +83,7 @@ class Decision:
 _calls: dict[str, type[Call]] = {}
 _candidates: dict[str, list[Candidate]] = {}
 _last: dict[str, Decision] = {}
-_logged: set[tuple[str, str, str]] = set()
+_logged: set[tuple[object, ...]] = set()
 
 
 def register(op: str, call: type[Call], *candidates: Candidate) -> None:
@@ -105,10 +105,11 @@ def _forced(op: str) -> str | None:
     """The name KNOWEDIT_IMPL asks for; a bare name counts only for ops that have such a candidate.
     Raises `DispatchError` for one that there is not.
     """
+    wish = os.environ.get("KNOWEDIT_IMPL")
+    if not wish:
+        return None
     names = _names(op)
-    asked = [
-        item.strip().rpartition("=") for item in os.environ.get("KNOWEDIT_IMPL", "").split(",")
-    ]
+    asked = [item.strip().rpartition("=") for item in wish.split(",")]
     for target, _, name in asked:
         _check_known(target, name)
     return next((name for to, _, name in asked if name in names and to in ("", op)), None)
@@ -132,12 +133,11 @@ def _check_known(op: str, name: str) -> None:
 
 def _device(call: Call) -> str | None:
     """The device type of the first tensor among the arguments, also inside a list."""
-    flat = (
-        item
-        for arg in call.arguments
-        for item in (arg if isinstance(arg, (list, tuple)) else (arg,))
-    )
-    return next((item.device.type for item in flat if isinstance(item, torch.Tensor)), None)
+    for argument in call.arguments:
+        for item in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(item, torch.Tensor):
+                return item.device.type
+    return None
 
 
 def _refusal(candidate: Candidate, device: str | None, call: Call) -> str | None:
@@ -153,7 +153,11 @@ def _call(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 
 def choose(op: str, call: Call) -> tuple[Candidate | None, Decision]:
     """The candidate that would run `call` (None if none can) and the record of the decision."""
-    forced, device = _forced(op), _device(call)
+    return _choose(op, call, _device(call))
+
+
+def _choose(op: str, call: Call, device: str | None) -> tuple[Candidate | None, Decision]:
+    forced = _forced(op)
     refused: list[tuple[str, str]] = []
     chosen: Candidate | None = None
     rest: list[str] = []
@@ -178,11 +182,11 @@ def run(op: str, *args: Any, **kwargs: Any) -> Any:
     """
     call = _call(op, args, kwargs)
     call.check()
-    chosen, decision = choose(op, call)
+    device = _device(call)
+    chosen, decision = _choose(op, call, device)
     _last[op] = decision
     if chosen is None:
         raise DispatchError(str(decision))
-    device = _device(call)
     if decision.refused:
         _log_fallback(decision, device)
     with _modes.without_autocast(device):
@@ -190,6 +194,10 @@ def run(op: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _log_fallback(decision: Decision, device: str | None) -> None:
+    known = (decision.op, decision.refused, device)
+    if known in _logged:
+        return
+    _logged.add(known)
     meant_for = {candidate.name: candidate.device for candidate in candidates(decision.op)}
     for name, reason in decision.refused:
         key = (decision.op, name, reason)

@@ -20,7 +20,7 @@ def compiled(name: str) -> Candidate:
 
     def update_(call: UpdateCall) -> None:
         for i, weight in enumerate(call.w):
-            torch.ops.knowedit.low_rank_cpu_(
+            torch.ops.knowedit.low_rank_cpu_.default(
                 weight, call.base[i] if call.base else weight, call.u[i], call.v[i],
                 ROUNDING[call.rounding], call.seed, i, call.residual[i] if call.residual else None,
                 call.probe[i] if call.probe else None, call.write, call.sums[i],

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from knowedit_kernels import _ops as _ops  # defines the op
+from knowedit_kernels import _ops
 from knowedit_kernels._memory import overlaps
 
 ROUNDINGS = ("nearest", "stochastic", "compensated", "corrected")
@@ -171,9 +171,10 @@ def low_rank_update_many_(
     errors = [W.new_empty(len(W), K.shape[1], dtype=torch.float32) for W, K in zip(weights, keys)]
 
     def call(u: list[Tensor], rounding: str, write: bool) -> None:
-        torch.ops.knowedit.low_rank_update_(
-            weights, read, u, v, rounding, seed, planes, keys, write, sums, errors
-        )
+        _ops.run(
+            "low_rank_update_", (*weights, *read, *u, *v, *planes, *keys),
+            weights, read, u, v, rounding, seed, planes, keys, write, sums, errors,
+        )  # fmt: skip
 
     if rounding == "corrected":
         call(u, "nearest", False)

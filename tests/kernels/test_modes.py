@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import knowedit_kernels
 from knowedit_kernels import jvp
@@ -212,6 +214,29 @@ def test_updates_compile_whole():
         compiled(low_rank_update_, W, U / 0, V)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         compiled(lambda h, t: target_loss(h, h, t).ce, draw(6, 16), torch.full((6,), 6))
+
+
+class Listener(TorchDispatchMode):
+    """Keeps the names of the ops that pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.heard.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_update_and_a_fake_one_computes_nothing():
+    expected = updated()
+    with Listener() as listener:
+        W, error = updated()
+    assert listener.heard.count("knowedit.low_rank_update_.default") == 1
+    assert torch.equal(W, expected[0]) and torch.equal(error, expected[1])
+    with FakeTensorMode(), torch.device("cpu"):
+        fake = torch.empty(12, 16)
+        assert isinstance(low_rank_update_(fake, fake[:, :1], fake[:1].mT)._sums, FakeTensor)
 
 
 def test_every_name_of_torch_exists():
