@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from knowedit.cli.options import (
     Join,
     Limit,
     MethodRun,
+    kept_at_the_end,
     kept_so_far,
     one,
     placed,
@@ -38,8 +40,27 @@ def evaluate(
         str | None, typer.Argument(help="A hub id or a folder; a grid may name its own.")
     ] = None,
     dataset: Annotated[
-        str, typer.Option(help="A name of `knowedit datasets` or a file of facts.")
-    ] = "embedded",
+        str | None,
+        typer.Option(
+            help="A name of `knowedit datasets` or a file of facts.",
+            show_default="embedded; with --edit or --against the facts that were written",
+        ),
+    ] = None,
+    edits: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--edit",
+            help="Measure this saved edit, history or session's folder instead of computing one; "
+            "repeatable: all together.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Compute nothing: measure MODEL, an edited copy, beside this model, of which it "
+            "was made."
+        ),
+    ] = None,
     limit: Limit = None,
     protocol: Annotated[
         str, typer.Option(help="batch: all facts at once; single: each alone; sequential.")
@@ -79,7 +100,10 @@ def evaluate(
     """Measure methods: efficacy, paraphrase, neighbourhood, drift on ordinary text; with 95 %
     intervals. With -o, results are written as they come, and the same command goes on where it
     stopped. With a grid in --config (`methods:` and `grid:`), every combination, as one table.
+    With --edit or --against nothing is computed: what is there is measured.
     """
+    if edits or against is not None:
+        _refuse(ctx, COMPUTING, "computes an edit, and --edit and --against measure what is there")
     if SWEEP in ctx.meta:
         _sweep(ctx, output, run)
         return
@@ -87,40 +111,54 @@ def evaluate(
         raise KnowEditError("name a model: knowedit eval MODEL")
     from knowedit.evaluation.generation import read_references
     from knowedit.evaluation.protocols import measure
+    from knowedit.evaluation.saved import measure_saved
 
     if references is not None and not generate:
         raise KnowEditError("--references are for what the model writes; give --generate N")
+    measured = {
+        "device_map": placed(run.device_map),
+        "text": text,
+        "seed": run.seed or 0,
+        "folder": output,
+        "generate": generate,
+        "references": None if references is None else read_references(references),
+        "definition": definition,
+        "join": join,
+        "chat": chat,
+        "say": say,
+    }
+    if edits or against is not None:
+        with locked(output), kept_on_interrupt(lambda: kept_at_the_end(output, statistics=False)):
+            told = measure_saved(model, edits or (), against, dataset, limit, run.dtype, **measured)
+        run.show([_record(told)], lambda: _shown(told))
+        return
     found: list[dict[str, Any]] = []
     kept = kept_on_interrupt(lambda: kept_so_far(output, len(found), "method"))
     with locked(output), kept:
         for result in measure(
             model,
-            dataset,
+            dataset or "embedded",
             run.methods(),
             limit,
             protocol,
             one(run.corpus),
             run.tokens,
             run.dtype,
-            device_map=placed(run.device_map),
             batch=batch,
             every=every,
-            text=text,
             where=run.statistics,
-            seed=run.seed or 0,
-            folder=output,
-            generate=generate,
-            definition=definition,
-            references=None if references is None else read_references(references),
-            join=join,
-            chat=chat,
-            say=say,
+            **measured,
         ):
-            found.append(result if isinstance(result, dict) else result.to_dict())
+            found.append(_record(result))
             if not run.as_json:
                 print(printable(_shown(result)), end="\n\n", flush=True)
     if run.as_json:
         print(json.dumps(found))
+
+
+def _record(result: dict[str, Any] | Result) -> dict[str, Any]:
+    """As --json has it."""
+    return result if isinstance(result, dict) else result.to_dict()
 
 
 def _shown(result: dict[str, Any] | Result) -> str:
@@ -130,6 +168,11 @@ def _shown(result: dict[str, Any] | Result) -> str:
     return result_text(result) if isinstance(result, dict) else str(result)
 
 
+#: Options of what computes edits.
+COMPUTING = (
+    *("method", "settings", "config", "layers", "protocol", "batch", "every"),
+    *("corpus", "tokens", "statistics"),
+)
 #: Options that a grid takes from the command line, by the name of its field.
 GRID_OPTIONS = "model dataset limit protocol batch every text tokens statistics seed dtype".split()
 
@@ -143,12 +186,8 @@ def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
         for name in GRID_OPTIONS
         if _given(ctx, name) and ctx.params[name] is not None
     }
-    for name in ("method", "settings", "layers", "device_map", "join", "chat"):
-        if _given(ctx, name):
-            raise KnowEditError(
-                f"--{'set' if name == 'settings' else name.replace('_', '-')} does not go with a "
-                f"grid; write it into {ctx.meta[SWEEP]}"
-            )
+    apart = ("method", "settings", "layers", "device_map", "join", "chat")
+    _refuse(ctx, apart, f"does not go with a grid; write it into {ctx.meta[SWEEP]}")
     if _given(ctx, "corpus"):
         given["corpus"] = one(ctx.params["corpus"])
     sweep = read_sweep(ctx.meta[SWEEP]).with_settings(given)
@@ -156,6 +195,14 @@ def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
     with locked(output), kept:
         record = run_sweep(sweep, output, say=say)
     run.show(record, lambda: table(record))
+
+
+def _refuse(ctx: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raise KnowEditError where one of these options is on the command line."""
+    spelled = {param.name: param.opts[0] for param in ctx.command.get_params(ctx)}
+    for name in names:
+        if _given(ctx, name):
+            raise KnowEditError(f"{spelled[name]} {why}")
 
 
 def _given(ctx: typer.Context, name: str) -> bool:

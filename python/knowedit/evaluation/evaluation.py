@@ -163,10 +163,16 @@ def evaluate_each(
             for i, answer in zip(mine, answers):
                 after[i] = answer
             advance(len(mine))
-    done = [a for a in after if a is not None]
+    return compared(asked, before, [a for a in after if a is not None], seed)
+
+
+def compared(
+    asked: list[Question], before: list[Answer], after: list[Answer], seed: int = 0
+) -> Evaluation:
+    """The answers of an unedited and of an edited model, with their estimates."""
     rng = np.random.default_rng(seed)
-    was, now = summarise(asked, before, rng), summarise(asked, done, rng, before)
-    return Evaluation(was, now, asked, before, done)
+    was, now = summarise(asked, before, rng), summarise(asked, after, rng, before)
+    return Evaluation(was, now, asked, before, after)
 
 
 def summarise(

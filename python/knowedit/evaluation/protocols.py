@@ -52,7 +52,9 @@ class Result:
     """One method on one data set.
 
     Attributes:
-        seconds: computing the edits, a fact (without loading, statistics and evaluation).
+        protocol: one of `PROTOCOLS`, or of `saved` where no edit was computed.
+        seconds: computing the edits, a fact (without loading, statistics and evaluation); None:
+            nobody knows.
         side_effects: what each measure of whole models found, by its name; empty for `single`.
         report: of the edit (of the first one for `single` and `sequential`).
         config: the whole method, as `make_method` takes it.
@@ -69,7 +71,7 @@ class Result:
     facts: int
     evaluation: Evaluation
     side_effects: dict[str, dict[str, Any]]
-    seconds: float
+    seconds: float | None
     report: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
     trajectory: list[SequenceStep] = field(default_factory=list)
@@ -99,10 +101,8 @@ class Result:
         return {"generation": parts}
 
     def __str__(self) -> str:
-        head = (
-            f"{self.method}, {self.protocol} of {self.facts} facts from {self.dataset}, "
-            f"{self.seconds:.2f} s a fact"
-        )
+        head = f"{self.method}, {self.protocol} of {self.facts} facts from {self.dataset}"
+        head += f", {self.seconds:.2f} s a fact" if self.seconds is not None else ""
         warnings = self.report.get("warnings", [])
         ruinous = [text for text in warnings if text.startswith(RUINOUS)]
         parts = [head, *ruinous, str(self.evaluation), *describe(self.side_effects)]

@@ -109,8 +109,9 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     costs = []
     for name, result in zip(names, results):
         effects = "; ".join(protocols.describe(result["side_effects"]))
-        seconds = f"{name}: {result['seconds']:.2f} s a fact"
-        costs.append(f"{seconds}; {effects}" if effects else seconds)
+        spent = result["seconds"]
+        cost = [f"{spent:.2f} s a fact"] if spent is not None else []
+        costs.append(f"{name}: {'; '.join([*cost, *([effects] if effects else [])])}")
     blocks: list[Table | str] = [grid({"unedited": before, **after}), *costs]
     found = [Section(title, blocks, plots.measures(after, before))]
     if trajectories := {

@@ -537,3 +537,16 @@ def test_a_calibration_is_measured_once_and_used(knowedit, place, monkeypatch):
     assert "MEMIT: 4 facts" in edited and "knowedit calibrate" not in edited
     changed = Edit.load(place / "a.safetensors").changes
     assert set(changed) == {f"model.layers.{other}.mlp.down_proj.weight"}
+
+
+def test_a_saved_edit_and_an_edited_folder_are_measured(place, knowedit):
+    lora = ("--method", "lora", "--set", "steps=2")
+    knowedit("edit", "model", "facts.jsonl", "-o", "a.safetensors", *lora)
+    knowedit("apply", "model", "a.safetensors", "-o", "edited")
+    saved = json.loads(knowedit("eval", "model", "--edit", "a.safetensors", "--json", "-o", "run"))
+    beside = json.loads(knowedit("eval", "edited", "--against", "model", "--json"))
+    assert saved[0]["evaluation"] == beside[0]["evaluation"] and saved[0]["facts"] == len(FACTS)
+    assert "saved edit of 2 facts from a.safetensors" in knowedit("report", "run")
+    assert (saved[0]["protocol"], beside[0]["protocol"]) == ("saved edit", "comparison")
+    said = knowedit("eval", "model", "--edit", "a.safetensors", "--method", "rome", code=1)
+    assert "--method computes an edit" in said

@@ -138,6 +138,20 @@ def record_of(folder: str | Path) -> Path:
     return path
 
 
+def facts_in(folder: str | Path) -> list[Fact]:
+    """The facts that were written into an edited folder; none where it has no undo record.
+
+    Raises:
+        EditError: the record is damaged.
+    """
+    path = Path(folder)
+    if not any((path / name).is_file() for name in (RECORD, EARLIER_RECORD)):
+        return []
+    header, _, _ = read_record(record_of(path))
+    with understood(path / RECORD, "an undo record"):
+        return [Fact.from_dict(fact) for made in header["edits"] for fact in made["facts"]]
+
+
 def read_record(
     path: Path,
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, dict[str, Change]]]:
