@@ -9,13 +9,17 @@ in a temporary folder, with what keeps it from a CPU and from a model of today c
 (`CHANGES`); nothing of it is kept. One thread. Texts are the shipped ones, and so are the facts if
 no others are named, so figures of quality mean nothing here. The contexts are the host's own.
 
+With --count nothing is timed: the multiplications in products of matrices are counted instead, of
+the first edit alone, as the host is and accelerated. Their ratio is what can be won on a CPU
+by leaving out what need not be computed.
+
 With --host-edits the host as it is makes only that many of the edits, which it goes through one by
 one, and its seconds are scaled to all of them; the results of these are compared.
 
 `--what rounding` tells how much of a difference is rounding: of all edits the one whose float32
 result is furthest from its float64 result, by the host as it is in float32 and in float64.
 
-Rows are kept in results/hosts.jsonl; a row of the same case replaces the earlier one.
+Rows are kept in results/hosts.jsonl; a figure of the same case replaces the earlier one.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import copy
 import importlib
 import importlib.abc
 import importlib.machinery
+import itertools
 import json
 import os
 import shutil
@@ -39,6 +44,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from knowedit.facts.sets import load
 from knowedit.integrations import accelerated
@@ -106,6 +112,28 @@ def timed(task: Callable[[], Any]) -> tuple[float, Any]:
     start = time.process_time()
     found = task()
     return time.process_time() - start, found
+
+
+def multiplications(task: Callable[[], Any]) -> float:
+    """How many of them a task makes in products of matrices; attention's are not counted, they are
+    few for short texts.
+    """
+    known = {
+        torch.ops.knowedit.second_moment_: _of_moments,
+        torch.ops.mkldnn._linear_pointwise: _of_a_linear_layer,
+    }
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        task()
+    return counter.get_total_flops() / 2
+
+
+def _of_moments(_: Any, keys: Sequence[torch.Size], *rest: Any, **named: Any) -> int:
+    """A moment is symmetric: half of it is computed. (The counter's unit is two operations.)"""
+    return sum(rows * width * (width + 1) for rows, width in keys)
+
+
+def _of_a_linear_layer(x: torch.Size, weight: torch.Size, *rest: Any, **named: Any) -> int:
+    return 2 * x.numel() * weight[0]
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -181,6 +209,7 @@ def measured(
     host_edits: int | None = None,
     batch: int | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda row: None,
+    count: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Figures of one run each; `keep` is given each as a row of the results."""
     folder = Path(tempfile.mkdtemp())
@@ -191,7 +220,7 @@ def measured(
         bench = Bench(host, folder, edits, facts, host_edits, batch)
         found = {}
         for task in what:
-            found[task] = bench.compare(task)
+            found[task] = bench.count(task) if count else bench.compare(task)
             print(json.dumps({task: found[task]}), flush=True)
             keep({"case": bench.title(task), **found[task]})
         return found
@@ -267,8 +296,24 @@ class Bench:
             with self._accelerated():
                 fast_time, fast = timed(lambda: self.statistics("fast"))
             return figures(plain_time, fast_time, fast, plain)
-        work = {"edit": self.edit, "rome": self.edit_by_rome, "evaluation": self.evaluated}[task]
-        return self._compare_some(work)
+        return self._compare_some(self._work(task))
+
+    def count(self, task: str) -> dict[str, Any]:
+        """How many multiplications the host makes for a first edit, and how many accelerated."""
+        work = self._work(task)
+        work([])  # imports, and what the host keeps from call to call
+        host = multiplications(lambda: work([0]))
+        with self._accelerated():
+            accelerated = multiplications(lambda: work([0]))
+        return {"host_multiplications": host, "accelerated_multiplications": accelerated}
+
+    def _work(self, task: str) -> Callable[[list[int]], list[torch.Tensor]]:
+        """What is done with the facts of some numbers."""
+        if task == "statistics":
+            turn = itertools.count()
+            return lambda which: self.statistics(f"turn{next(turn)}") if which else []
+        work = {"edit": self.edit, "rome": self.edit_by_rome, "evaluation": self.evaluated}
+        return work[task]
 
     def _compare_some(self, work: Callable[[list[int]], list[torch.Tensor]]) -> dict[str, Any]:
         """Work on the host's first facts as it does it; on the same and on all, accelerated."""
@@ -427,7 +472,9 @@ def kept_in(path: Path | None, facts: str) -> Callable[[dict[str, Any]], None]:
         if path is None:
             return
         known = common.read(path.parent, path.stem)[1] if path.is_file() else []
-        known = [one for one in known if one["case"] != row["case"]] + [{**row, "facts": facts}]
+        same = next((one for one in known if one["case"] == row["case"]), {})
+        known = [one for one in known if one["case"] != row["case"]]
+        known.append({**same, **row, "facts": facts})
         header = {"benchmark": "hosts", "environment": common.environment()}
         with atomic_file(path) as new:
             new.write_text("".join(json.dumps(one) + "\n" for one in [header, *known]), "utf-8")
@@ -455,6 +502,7 @@ def table(folder: Path = common.RESULTS) -> str:
         "accelerated",
         "times as fast",
         "asked for",
+        "multiplications, times fewer",
         "results apart",
     ]
     lines = [
@@ -466,6 +514,7 @@ def table(folder: Path = common.RESULTS) -> str:
             next(
                 (f"{least}" for case, least in WANTED.items() if row["case"].startswith(case)), ""
             ),
+            _fewer(row),
             f"{row['largest_relative_difference']:.0e}",
         ]
         for row in rows
@@ -488,6 +537,12 @@ def _share(row: dict[str, Any]) -> str:
     return "" if made == edits else f" (the host: {made}, scaled)"
 
 
+def _fewer(row: dict[str, Any]) -> str:
+    if "host_multiplications" not in row:
+        return ""
+    return f"{row['host_multiplications'] / row['accelerated_multiplications']:.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("host", choices=("memit", "alphaedit"))
@@ -498,6 +553,7 @@ def main() -> None:
     parser.add_argument("--host-edits", type=int, help="edits that the host makes as it is: all")
     parser.add_argument("--batch", type=int, help="edits made together: all")
     parser.add_argument("--output", type=Path, default=common.RESULTS / "hosts.jsonl")
+    parser.add_argument("--count", action="store_true", help="count multiplications, not seconds")
     parser.add_argument("--quick", action="store_true", help="keep no results")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -511,6 +567,7 @@ def main() -> None:
         given.host_edits,
         given.batch,
         keep,
+        given.count,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from knowedit_kernels.solver.metrics import Metric, ScaledMetric
 
@@ -57,12 +58,40 @@ class BlockMetric(ScaledMetric):
         return self.metrics[expert].unwhiten(Z) * self.weight**-0.5
 
     def _whiten(self, X: Tensor) -> Tensor:
-        blocks = zip(self.metrics.values(), X.split(self._dims))
-        return torch.cat([metric.whiten(x) for metric, x in blocks])
+        return self._each(X, self._dims, self._ranks, lambda metric, x: metric.whiten(x))
 
     def _unwhiten(self, Z: Tensor) -> Tensor:
-        blocks = zip(self.metrics.values(), Z.split(self._ranks))
-        return torch.cat([metric.unwhiten(z) for metric, z in blocks])
+        return self._each(Z, self._ranks, self._dims, lambda metric, z: metric.unwhiten(z))
+
+    def _each(
+        self,
+        X: Tensor,
+        sizes: list[int],
+        made: list[int],
+        change: Callable[[Metric, Tensor], Tensor],
+    ) -> Tensor:
+        """`change` of every expert's block of X [sum(sizes), n] -> [sum(made), n]. A column that
+        does not reach an expert is zero there, and stays so at no cost: of 128 experts a key
+        reaches 8. Where derivatives are taken it is not left out, as zeros have them too.
+        """
+        blocks = zip(self.metrics.values(), X.split(sizes))
+        if _differentiated(X):
+            return torch.cat([change(metric, x) for metric, x in blocks])
+        found = X.new_zeros(sum(made), X.shape[1])
+        for (metric, x), part in zip(blocks, found.split(made)):
+            reached = (x != 0).any(0).nonzero().flatten()
+            if len(reached):
+                part[:, reached] = change(metric, x[:, reached])
+        return found
+
+
+def _differentiated(X: Tensor) -> bool:
+    """Whether a derivative, or a transform of torch.func, may pass through X."""
+    return (
+        X.requires_grad
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def shrunk_by_count(

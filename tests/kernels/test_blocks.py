@@ -150,6 +150,37 @@ def test_gain_price_and_derivatives_are_those_of_the_dense_stacked_formula(const
     assert rel(block.vjp(parts), gamma @ read.mT) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["covariance", "null space", "mixed"])
+def test_blocks_that_a_key_does_not_reach_cost_nothing_and_have_derivatives(kind):
+    """Only reached columns are whitened; the derivatives of the others are not lost with them."""
+    metric, keys = metric_of(kind), routed(6, 2, 1).stacked(range(EXPERTS))
+    whole = (
+        torch.block_diag(
+            *(part.whiten(torch.eye(M, dtype=torch.float64)) for part in metric.metrics.values())
+        )
+        * metric.weight**-0.5
+    )
+    assert rel(metric.whiten(keys), whole @ keys) < 1e-12
+    assert rel(metric.inverse(keys), whole.mT @ (whole @ keys)) < 1e-12
+    free, along = keys.clone().requires_grad_(), rand(*keys.shape, seed=3)
+    metric.quadratic(free).sum().backward()
+    assert rel(free.grad, 2 * whole.mT @ (whole @ keys)) < 1e-12
+    assert rel(torch.func.jvp(metric.whiten, (keys,), (along,))[1], whole @ along) < 1e-12
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(keys, along)
+        tangent = torch.autograd.forward_ad.unpack_dual(metric.whiten(dual)).tangent
+    assert rel(tangent, whole @ along) < 1e-12
+    columns = []
+
+    class Seen(S.Identity):
+        def _whiten(self, X):
+            columns.append(X.shape[1])
+            return X
+
+    S.BlockMetric({j: Seen(M) for j in range(EXPERTS)}).whiten(keys)
+    assert sum(columns) == 6 * 2 and bool(metric.whiten(keys * torch.nan).isnan().any())
+
+
 def test_cross_terms_are_what_the_block_metric_leaves_out():
     tokens = routed(TOKENS, 2, 11)
     full = wide_moment(tokens, range(EXPERTS))
