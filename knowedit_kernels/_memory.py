@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+_LARGE = 1 << 22  # bytes: a copy of fewer costs less than the calls
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -18,3 +25,24 @@ def overlaps(tensor: Tensor) -> bool:
                 return True
             reach += stride * (size - 1)
     return False
+
+
+def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy on `device`, with the strides that `to` gives it."""
+    layout = torch.empty_like(tensor, device="meta")
+    flat = fresh((tensor.numel(),), tensor.dtype, device)
+    return flat.as_strided(layout.shape, layout.stride()).copy_(tensor)
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A new contiguous tensor of any content.
+
+    A large one in host memory asks for huge pages where the system has them: fresh pages of 4 KiB
+    are faulted in one by one, which takes four times as long as filling them.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

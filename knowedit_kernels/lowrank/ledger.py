@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from knowedit_kernels._memory import overlaps
+from knowedit_kernels._memory import copied, overlaps
 from knowedit_kernels.lowrank.fingerprint import fingerprint
 from knowedit_kernels.lowrank.update import (
     UpdateReport,
@@ -181,8 +181,8 @@ class WeightLedger:
                 )
                 entry.settled = False
                 if entry.pristine is None:
-                    entry.pristine = entry.weight.detach().to(
-                        "cpu" if self._offload else like.device, copy=True
+                    entry.pristine = copied(
+                        entry.weight.detach(), "cpu" if self._offload else like.device
                     )
                 if isinstance(change, Tensor):
                     entry.changes[key] = alpha * change.detach().to(like)

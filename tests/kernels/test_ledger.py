@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knowedit_kernels._memory import copied
 from knowedit_kernels.lowrank import LedgerError, WeightLedger
 from knowedit_kernels.lowrank import fingerprint as fingerprints
 from knowedit_kernels.lowrank import ledger as ledger_module
@@ -341,6 +342,17 @@ def test_the_tensors_that_a_model_has_now_are_edited():
         ledger.follow({"w": old})
     ledger.remove("a")
     assert torch.equal(bits(new), kept)
+
+
+@each_dtype
+def test_a_large_pristine_copy_keeps_bits_and_strides(dtype):
+    """Beyond the size from which it lies in pages of its own."""
+    whole = rand(3, 1500, 1100).to(dtype)
+    for weight in (whole[1], whole[2].T, whole[0, :, ::2]):
+        copy, plain = copied(weight, "cpu"), weight.to("cpu", copy=True)
+        assert torch.equal(copy, weight) and copy.stride() == plain.stride()
+        copy.zero_()
+        assert torch.equal(weight, plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,6 +47,37 @@ METRICS = {
 each_metric = pytest.mark.parametrize("metric,dense", METRICS.values(), ids=METRICS.keys())
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns", "every other"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_factor_of_a_matrix_of_several_tiles(dtype, layout):
+    """Larger than what is checked, scaled and filled at a time."""
+    big = covariance(700).to(dtype)
+    if layout == "columns":
+        big = big.mT.contiguous().mT
+    elif layout == "every other":
+        big = big.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]
+    dense = 0.3 * big.double()
+    dense.diagonal().add_(0.15 * big.double().diagonal().mean())
+    metric = S.Covariance(big, 0.3, ridge=0.5)
+    X = rand(700, 3, seed=8)
+    assert rel(metric.inverse(X), torch.linalg.solve(dense, X)) < 1e-12
+    assert torch.equal(metric.factor.lower, metric.factor.lower.tril())
+    assert metric.factor.lower.is_contiguous()
+
+
+@pytest.mark.parametrize("at", [(0, 1), (3, 650), (650, 3), (300, 699), (699, 300)])
+def test_a_wrong_entry_is_seen_anywhere(at):
+    big = covariance(700)
+    for value, message in ((1e3, "not symmetric"), (torch.nan, "NaN"), (torch.inf, "NaN or inf")):
+        wrong = big.clone()
+        wrong[at] = value
+        with pytest.raises(ValueError, match=message):
+            S.Covariance(wrong)
+    big[at] = big[at[::-1]] = torch.inf
+    with pytest.raises(ValueError, match="infinity"):
+        S.Covariance(big)
+
+
 @each_metric
 def test_delta_agrees_with_the_dense_formulas(metric, dense):
     assert rel(S.EditSolver(metric, K).delta(R), dense_delta(R, K, dense)) < 1e-12
