@@ -91,6 +91,17 @@ def evaluate(
             "of right tokens."
         ),
     ] = "memit",
+    ability: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="General ability before and after: all bundled tasks (all), one of them "
+            "(knowledge, cloze, reading, sentiment), or lm-eval:NAME where lm-eval is installed; "
+            "repeatable."
+        ),
+    ] = None,
+    ability_items: Annotated[
+        int | None, typer.Option(min=1, help="At most so many items of each such task.")
+    ] = None,
     join: Join = None,
     chat: Chat = False,
     output: Folder = None,
@@ -123,6 +134,8 @@ def evaluate(
         "generate": generate,
         "references": None if references is None else read_references(references),
         "definition": definition,
+        "ability": ability or (),
+        "ability_items": ability_items,
         "join": join,
         "chat": chat,
         "say": say,
@@ -174,7 +187,10 @@ COMPUTING = (
     *("corpus", "tokens", "statistics"),
 )
 #: Options that a grid takes from the command line, by the name of its field.
-GRID_OPTIONS = "model dataset limit protocol batch every text tokens statistics seed dtype".split()
+GRID_OPTIONS = (
+    "model dataset limit protocol batch every text ability ability_items tokens statistics seed "
+    "dtype"
+).split()
 
 
 def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:

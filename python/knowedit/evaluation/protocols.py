@@ -16,6 +16,7 @@ from typing import Any
 from knowedit.edits.edit import Edit
 from knowedit.edits.limits import RUINOUS, Limits
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.ability.ability import Ability, AbilityTasks, Marks
 from knowedit.evaluation.definitions import check_definition, counted
 from knowedit.evaluation.evaluation import Evaluation, evaluate, evaluate_each
 from knowedit.evaluation.evaluation import plain as plain_estimates
@@ -62,6 +63,7 @@ class Result:
         run: what all results of a folder have in common, so that it can be gone on with.
         said: what the edited model says of the first facts, in its own words.
         generation: its free answers and texts, measured; None where none was asked for.
+        ability: what the model can do beside the facts; None where that was not asked for.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Result:
     run: dict[str, Any] = field(default_factory=dict)
     said: list[Said] = field(default_factory=list)
     generation: Generation | None = None
+    ability: Ability | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready summary; `migrate` brings those of earlier versions to this form."""
@@ -91,6 +94,7 @@ class Result:
             "run": self.run,
             "said": [one.to_dict() for one in self.said],
             **self._generation(),
+            **({"ability": self.ability.to_dict()} if self.ability else {}),
         }
 
     def _generation(self) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class Result:
         ruinous = [text for text in warnings if text.startswith(RUINOUS)]
         parts = [head, *ruinous, str(self.evaluation), *describe(self.side_effects)]
         parts += [str(said_table(self.said, self.facts))] if self.said else []
-        parts += [str(self.generation)] if self.generation else []
+        parts += [str(made) for made in (self.ability, self.generation) if made]
         parts += (
             [str(trajectory_table(self.trajectory).without_empty_columns())]
             if self.trajectory
@@ -161,6 +165,8 @@ def measure(
     generate: int = 0,
     references: References | None = None,
     definition: str = "memit",
+    ability: Sequence[str] = (),
+    ability_items: int | None = None,
     join: str | None = None,
     chat: bool = False,
     say: Callable[[str], None] = print,
@@ -174,6 +180,8 @@ def measure(
         where: statistics to take instead of collecting them from `corpus`.
         seed: of the statistics' corpus and of the intervals.
         generate, references, definition: as `run`.
+        ability, ability_items: tasks of general ability, and at most so many items of each, as
+            `AbilityTasks` takes them.
         folder: for the results, on disk before the next method starts; those that it has are not
             measured again, but yielded as their records.
         join, chat: as of `forms.as_asked`.
@@ -185,6 +193,7 @@ def measure(
     made = [make_method(method).with_corpus(corpus) for method in methods]
     check_protocol(protocol)
     check_definition(definition)
+    tasks = ability_tasks(ability, ability_items, protocol)
     facts = conflict_free(load(dataset))[:limit]
     model = load_model(name, dtype=dtype, device_map=device_map, say=say)
     facts = as_asked(model, facts, join, chat)
@@ -196,6 +205,7 @@ def measure(
         "text": plain(text),
         **({"generate": generate, "references": references} if generate else {}),
         **({"definition": definition} if definition != "memit" else {}),
+        **({"ability": list(ability), "ability_items": ability_items} if ability else {}),
     }
     digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
     settings = {"dataset": dataset, "digest": digest}
@@ -224,6 +234,7 @@ def measure(
             generate=generate,
             references=references,
             definition=definition,
+            ability=tasks,
         )
         told = replace(told, run=settings)
         if folder is not None:
@@ -275,6 +286,32 @@ def check_protocol(name: str) -> None:
         raise KnowEditError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
 
 
+def ability_tasks(
+    names: Sequence[str], limit: int | None, protocol: str = "batch"
+) -> AbilityTasks | None:
+    """The tasks of those names; None for none.
+
+    Raises:
+        KnowEditError: an unknown task, items without a task, or each fact in an edit of its own,
+            whose model is many.
+    """
+    if names:
+        _check_whole(protocol)
+        return AbilityTasks(names, limit)
+    if limit is not None:
+        raise KnowEditError("items of general ability need tasks; give --ability all")
+    return None
+
+
+def _check_whole(protocol: str) -> None:
+    """Raise KnowEditError for the protocol whose edited models are many."""
+    if protocol == "single":
+        raise KnowEditError(
+            "general ability is that of a model with all facts in it; measure it with the "
+            "protocol batch or sequential"
+        )
+
+
 def held_out(text: Any) -> list[str]:
     """The documents of a corpus that the perplexity is measured on; none without one."""
     return list(islice(Corpus.parse(text).documents(), HELD_OUT)) if text else []
@@ -295,6 +332,7 @@ def run(
     generate: int = 0,
     references: References | None = None,
     definition: str = "memit",
+    ability: AbilityTasks | None = None,
     progress: bool = True,
 ) -> Result:
     """Compute and measure one method; the model is left as it was found.
@@ -303,6 +341,8 @@ def run(
         generate: also let the model write about the first so many facts (`evaluation.generation`).
         references: texts by object, for the consistency of what it writes.
         definition: whose figures stand beside the usual ones (`evaluation.definitions`).
+        ability: tasks of general ability, for `batch` and `sequential`; the bundled ones also at
+            every step of a sequence.
         dataset: its name, for the record.
         texts: held-out documents, for measures that need some.
         seed: of the intervals.
@@ -312,6 +352,8 @@ def run(
     """
     check_protocol(protocol)
     check_definition(definition)
+    if ability is not None:
+        _check_whole(protocol)
     if not facts:
         raise KnowEditError("there are no facts to measure; give at least one")
     trajectory: list[SequenceStep] = []
@@ -320,6 +362,7 @@ def run(
     said: list[Said] = []
     writing, written = Writing(model, facts[:generate], references), list[Figure]()
     unedited = writing.read() if generate else []
+    marks: list[Marks] = [ability.marks(model)] if ability else []
     if protocol == "single":
         edits = _Timed(lambda: method.compute_each(model, facts, statistics, progress=progress))
 
@@ -342,13 +385,20 @@ def run(
 
         if protocol == "sequential":
             monitor = SequenceMonitor(
-                model, facts, texts, sample=SAMPLE, seed=seed, progress=progress
+                model,
+                facts,
+                texts,
+                sample=SAMPLE,
+                ability=ability,
+                seed=seed,
+                progress=progress,
             )
             with Session(method, model, statistics) as session:
                 trajectory += write_in_sequence(session, monitor, batch, every, progress=progress)
                 evaluation, effects = monitor.evaluation(progress=progress), moved()
                 said += asked.hear()
                 written += writing.read() if generate else []
+                marks += [ability.marks(model)] if ability else []
                 seconds, report = trajectory[-1].seconds, sequence_report(session.history.edits)
         else:
             start = time.perf_counter()
@@ -358,6 +408,7 @@ def run(
                 effects = moved()
                 said += asked.hear()
                 written += writing.read() if generate else []
+                marks += [ability.marks(model)] if ability else []
             evaluation = evaluate(model, edit, facts, seed=seed, progress=progress)
     return Result(
         model.name,
@@ -373,6 +424,7 @@ def run(
         trajectory,
         said=said,
         generation=Generation(summary(unedited), summary(written)) if generate else None,
+        ability=ability.compare(*marks) if ability else None,
     )
 
 

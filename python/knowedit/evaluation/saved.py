@@ -17,6 +17,7 @@ from knowedit.edits.export.folder import facts_in
 from knowedit.edits.history import History
 from knowedit.edits.journal import edits_in
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.ability.ability import AbilityTasks
 from knowedit.evaluation.definitions import check_definition, counted
 from knowedit.evaluation.evaluation import compared
 from knowedit.evaluation.generation import Figure, Generation, References, Writing, summary
@@ -24,6 +25,7 @@ from knowedit.evaluation.interview import Interview
 from knowedit.evaluation.measures.base import answered, ask, model_measures, questions
 from knowedit.evaluation.protocols import (
     Result,
+    ability_tasks,
     add_to_run,
     held_out,
     kept_results,
@@ -56,6 +58,8 @@ def measure_saved(
     generate: int = 0,
     references: References | None = None,
     definition: str = "memit",
+    ability: Sequence[str] = (),
+    ability_items: int | None = None,
     join: str | None = None,
     chat: bool = False,
     say: Callable[[str], None] = print,
@@ -68,7 +72,8 @@ def measure_saved(
         dataset: the facts; None: those that the edits or the edited folder record.
         folder: for the result; one that it has is not measured again, but returned as its record.
         dtype, device_map: of both models.
-        text, seed, generate, references, definition, join, chat: as `protocols.measure`.
+        text, seed, generate, references, definition, ability, ability_items, join, chat: as
+            `protocols.measure`.
 
     Raises:
         KnowEditError: not one of `files` and `against`; no facts; models that do not share their
@@ -77,6 +82,7 @@ def measure_saved(
     if bool(files) == (against is not None):
         raise KnowEditError("name saved edits, or a model to compare with, and not both")
     check_definition(definition)
+    tasks = ability_tasks(ability, ability_items)
     edits = [edit for file in files for edit in edits_in(file)]
     recorded = _standing(edits) if files else facts_in(name)
     if dataset is None and not recorded:
@@ -91,6 +97,7 @@ def measure_saved(
         "facts": [fact.to_dict() for fact in facts],
         **{"text": plain(text), "seed": seed, "generate": generate, "references": references},
         "definition": definition,
+        **({"ability": list(ability), "ability_items": ability_items} if ability else {}),
     }
     digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
     where = dataset or (name if against else ", ".join(map(str, files)))
@@ -108,6 +115,7 @@ def measure_saved(
         generate=generate,
         references=references,
         definition=definition,
+        ability=tasks,
     )
     told = replace(found, dataset=where, run=settings, **_made_by(edits, other))
     if folder is not None:
@@ -125,6 +133,7 @@ def compare(
     generate: int = 0,
     references: References | None = None,
     definition: str = "memit",
+    ability: AbilityTasks | None = None,
     progress: bool = True,
 ) -> Result:
     """Measure `model`, and then what `edited` yields: the same model while edits are applied to it,
@@ -140,12 +149,14 @@ def compare(
     answers = ask(model, asked, title="before", progress=progress)
     seen = {name: measure.observe(model, texts) for name, measure in watched.items()}
     unedited: list[Figure] = writing.read() if generate else []
+    marks = [ability.marks(model)] if ability else []
     with edited as changed:
         _check_tokens(model, changed)
         now = ask(changed, asked, title="after", progress=progress)
         effects = {n: m.compare(seen[n], m.observe(changed, texts)) for n, m in watched.items()}
         interview.model = writing.model = changed
         said, written = interview.hear(), writing.read() if generate else []
+        marks += [ability.marks(changed)] if ability else []
     return Result(
         model.name,
         "",
@@ -158,6 +169,7 @@ def compare(
         {},
         said=said,
         generation=Generation(summary(unedited), summary(written)) if generate else None,
+        ability=ability.compare(*marks) if ability else None,
     )
 
 

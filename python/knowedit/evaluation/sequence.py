@@ -16,6 +16,7 @@ from torch import Tensor
 
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.ability.ability import AbilityTasks, overall
 from knowedit.evaluation.evaluation import Estimates, Evaluation, summarise
 from knowedit.evaluation.measures.base import answered, ask, questions
 from knowedit.evaluation.measures.drift import ORDINARY, Drift, compare
@@ -35,7 +36,8 @@ class SequenceStep:
 
     Attributes:
         edits: facts written so far.
-        measures: `{kind: {measure: Estimate}}` of facts written so far, as in `Evaluation`.
+        measures: `{kind: {measure: Estimate}}` of facts written so far, as in `Evaluation`, and
+            "ability" of the bundled tasks where that is measured.
         drift: of the next-word distribution after ordinary prompts, against the unedited model.
         perplexity: on held-out text; None without text.
         norm: largest |sum of the updates| / |W| over the changed matrices.
@@ -67,6 +69,7 @@ class SequenceMonitor:
         texts: held-out documents for the perplexity.
         measured: indices of the facts that are measured; None: all of them.
         sample: so many of them at a step, spread evenly over those written so far; None: all.
+        ability: tasks of general ability, of which the bundled ones are measured at every step.
 
     Raises:
         KnowEditError: the model has active edits.
@@ -80,6 +83,7 @@ class SequenceMonitor:
         *,
         measured: Iterable[int] | None = None,
         sample: int | None = None,
+        ability: AbilityTasks | None = None,
         tokens: int = 2048,
         seed: int = 0,
         progress: bool = True,
@@ -89,7 +93,7 @@ class SequenceMonitor:
                 "the monitor starts from the unedited model; undo the active edits first"
             )
         self.model, self.facts, self.texts, self.sample = model, list(facts), texts, sample
-        self.tokens, self.seed = tokens, seed
+        self.tokens, self.seed, self.ability = tokens, seed, ability
         self.measured = sorted(set(measured if measured is not None else range(len(facts))))
         chosen = answered(model, [self.facts[record] for record in self.measured])
         self.asked = [q for r, fact in zip(self.measured, chosen) for q in questions(r, fact)]
@@ -114,9 +118,12 @@ class SequenceMonitor:
         answers = (
             ask(self.model, asked, title=f"after {written}", progress=progress) if edits else before
         )
+        measures = summarise(asked, answers, np.random.default_rng(self.seed), before)
+        if self.ability is not None:
+            measures |= overall(self.ability.bundled_marks(self.model))
         return SequenceStep(
             written,
-            summarise(asked, answers, np.random.default_rng(self.seed), before),
+            measures,
             compare(self.ordinary, self.model.next_logprobs(ORDINARY), ORDINARY),
             perplexity(self.model, self.texts, tokens=self.tokens) if self.texts else None,
             max(total_norms(self.model, edits).values(), default=0.0),
@@ -255,6 +262,7 @@ COLUMNS = {
     "paraphrase": ("paraphrase", "success"),
     "neighbourhood": ("neighbourhood", "success"),
     "unchanged": ("neighbourhood", "unchanged"),
+    "ability": ("ability", "accuracy"),
 }
 
 

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.evaluation import protocols
+from knowedit.evaluation.ability.ability import AbilityTasks, headline
 from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.measures.base import fact_measures, model_measures
 from knowedit.facts.fact import Fact
@@ -58,6 +59,7 @@ class Sweep(Config):
         limit: the first so many facts; None: all.
         batch, every, protocol: as `protocols.run`.
         text: held-out text for the perplexity.
+        ability, ability_items: tasks of general ability, as `protocols.measure`.
         corpus, tokens, statistics: of the key statistics, as `statistics_for`.
         seed: of the statistics' corpus and of the intervals.
     """
@@ -76,6 +78,8 @@ class Sweep(Config):
     tokens: Count | None = None
     statistics: Path | None = None
     text: str | None = None
+    ability: tuple[str, ...] = ()
+    ability_items: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,6 +159,7 @@ def run_sweep(
     methods = [variant.method for variant in sweep.variants()]
     if sweep.statistics is not None and not any(method.needs_statistics for method in methods):
         raise ConfigError(f"no method here reads statistics; leave {sweep.statistics} out")
+    ability = protocols.ability_tasks(sweep.ability, sweep.ability_items, sweep.protocol)
     facts = conflict_free(load(sweep.dataset))[: sweep.limit]
     model = load_model(sweep.model, dtype=sweep.dtype, say=say)
     able = [method for method in methods if _fits(method, model)]
@@ -162,7 +167,9 @@ def run_sweep(
         able, model, sweep.corpus, sweep.tokens, sweep.statistics, sweep.seed
     )
     texts = protocols.held_out(sweep.text)
-    return measure_sweep(sweep, model, facts, statistics, folder, texts=texts, say=say)
+    return measure_sweep(
+        sweep, model, facts, statistics, folder, texts=texts, ability=ability, say=say
+    )
 
 
 def _fits(method: Method, model: EditableModel) -> bool:
@@ -181,6 +188,7 @@ def measure_sweep(
     folder: Path | None = None,
     *,
     texts: Sequence[str] = (),
+    ability: AbilityTasks | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -211,6 +219,7 @@ def measure_sweep(
                     every=sweep.every,
                     texts=texts,
                     seed=sweep.seed,
+                    ability=ability,
                     progress=progress,
                 )
                 kept["result"] = json.loads(json.dumps(found.to_dict()))  # as a file has it
@@ -243,7 +252,8 @@ def _resume(sweep: Sweep, folder: Path | None) -> dict[str, Any]:
     try:
         kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
         rows = [row for row in kept["rows"] if row["reason"] is None]
-        same = all(kept["sweep"][k] == v for k, v in fresh["sweep"].items() if k not in apart)
+        was = Sweep.from_dict(kept["sweep"]).to_dict()
+        same = all(was[k] == v for k, v in fresh["sweep"].items() if k not in apart)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KnowEditError(
             f"{folder / FILE} cannot be gone on from ({error}); choose another folder"
@@ -283,6 +293,9 @@ def table(record: Mapping[str, Any]) -> Table:
         for figure, form in of_model.shown.items():
             columns.append(Column(f"{name} {figure}", form, "right"))
             values.append([found.get(name, {}).get(figure) for found in effects])
+    for when in ("after", "change"):
+        columns.append(Column(f"ability {when}", ".3f", "right"))
+        values.append([headline(row["result"].get("ability"), when) for row in rows])
     columns.append(Column("s a fact", ".2f", "right"))
     values.append([row["result"]["seconds"] for row in rows])
     failed = [f"{label(row)}: {row['reason']}" for row in record["rows"] if row["reason"]]

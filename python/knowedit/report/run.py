@@ -119,6 +119,10 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     }:
         tables = [_trajectory(name, steps) for name, steps in trajectories.items()]
         found.append(Section("On the way", tables, plots.trajectory(trajectories)))
+    if able := {
+        name: result["ability"] for name, result in zip(names, results) if "ability" in result
+    }:
+        found.append(Section("General ability", _ability(able)))
     if written := {
         name: result["generation"] for name, result in zip(names, results) if "generation" in result
     }:
@@ -133,13 +137,25 @@ def result_text(record: Mapping[str, Any]) -> str:
     return "\n\n".join(section.text() for section in _results([record]))
 
 
+def _ability(able: Mapping[str, Mapping[str, Any]]) -> list[Table | str]:
+    """`Ability.to_dict` by method: every task before and under each, and what changed."""
+    first = next(iter(able.values()))
+    columns = {"unedited": first["before"], **{name: made["after"] for name, made in able.items()}}
+    by_chance = ", ".join(
+        f"{task} {figure(share, '.3f')}" for task, share in first["chance"].items()
+    )
+    changes = grid({name: made["change"] for name, made in able.items()}, "change, item by item")
+    return [grid(columns), changes, f"by chance: {by_chance}"]
+
+
 def _trajectory(name: str, steps: Sequence[Mapping[str, Any]]) -> Table:
+    shown = [*plots.STEPS, ("ability", "accuracy", "general ability")]
     columns: list[Column | str] = [
         "facts",
-        *(Column(title, ".3f", "right") for _, _, title in plots.STEPS),
+        *(Column(title, ".3f", "right") for _, _, title in shown),
     ]
     rows = [
-        [step["edits"], *(_mean(plots.step_value(step, k, m)) for k, m, _ in plots.STEPS)]
+        [step["edits"], *(_mean(plots.step_value(step, k, m)) for k, m, _ in shown)]
         for step in steps
     ]
     return Table(columns, rows, name).without_empty_columns()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -223,13 +223,29 @@ def ask(
         pairs = [(q.prompt, text) for q in asked for text in (q.right, q.wrong) if text is not None]
         if not pairs:
             return []
-        found = model.score(*zip(*pairs), progress=lambda n: advance(n / 2))
-        if lost := sum(math.isnan(score.logprob) for score in found):
-            raise ModelError(
-                f"{model.name} gives no numbers (NaN) for {lost} of {len(found)} answers: its "
-                "weights, or those of an edit in force, hold NaN or overflow "
-                f"{str(model.dtype).removeprefix('torch.')}; load it in float32, or take the "
-                "original model again"
-            )
+        found = rate(model, *zip(*pairs), progress=lambda n: advance(n / 2))
         scored = iter(found)
         return [Answer(next(scored), next(scored) if q.wrong is not None else None) for q in asked]
+
+
+def rate(
+    model: EditableModel,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> list[Score]:
+    """`EditableModel.score` of a model that gives numbers.
+
+    Raises:
+        ModelError: the model's probabilities are no numbers.
+    """
+    found = model.score(prompts, answers, progress=progress)
+    if lost := sum(math.isnan(score.logprob) for score in found):
+        raise ModelError(
+            f"{model.name} gives no numbers (NaN) for {lost} of {len(found)} answers: its "
+            "weights, or those of an edit in force, hold NaN or overflow "
+            f"{str(model.dtype).removeprefix('torch.')}; load it in float32, or take the "
+            "original model again"
+        )
+    return found
