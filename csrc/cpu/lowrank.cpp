@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -18,7 +19,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 8 * kStrip;  // rows a thread takes at a time: the strip of V in L1 serves all of them
+constexpr int64_t kBlock = 16 * kStrip;  // rows a thread takes at a time
+// Up to this rank a strip runs along whole rows, as few streams as the processor prefetches by itself, and V comes from
+// L2. Above it a panel of V stays in L1 and serves a block's rows, whose next columns are asked for by hand.
+constexpr int64_t kStreamedRank = 16;
 constexpr int64_t kWorthSharing = int64_t{1} << 25;  // multiply-adds: about a millisecond
 
 WeightType type_of(const Tensor& w) {
@@ -39,12 +43,12 @@ const UpdateKernel* kernels(int64_t isa) {
   return kUpdateGeneric;
 }
 
-SeeKernel see_kernel(int64_t isa) {
+Probe probing(int64_t isa) {
 #if defined(__x86_64__)
-  if (isa >= kAvx512) return kSeeAvx512;
-  if (isa == kAvx2) return kSeeAvx2;
+  if (isa >= kAvx512) return kProbeAvx512;
+  if (isa == kAvx2) return kProbeAvx2;
 #endif
-  return kSeeGeneric;
+  return kProbeGeneric;
 }
 
 bool is_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) {
@@ -82,18 +86,14 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   std::vector<float> right(panels * rank * kUpdateWidth);
   std::vector<double> partial(blocks * kSums * kSumLanes, 0.0);
   const float *pu = static_cast<const float*>(u.const_data_ptr()), *pv = static_cast<const float*>(v.const_data_ptr());
-  // the probe with whole vectors of keys
-  const int64_t padded = (keys + kProbeLanes - 1) / kProbeLanes * kProbeLanes;
-  std::vector<float> seen(columns * padded, 0.0f);
-  for (int64_t c = 0; c < (keys ? columns : 0); ++c)
-    std::copy_n(static_cast<const float*>(probe->const_data_ptr()) + c * keys, keys, &seen[c * padded]);
+  std::vector<float> seen(panels * keys * kUpdateWidth);  // the probe, as V
   // asked once: through the stable ABI each answer is a call, and a strip is a tenth of a microsecond
   char *to = static_cast<char*>(write ? w.mutable_data_ptr() : nullptr), *rest = nullptr;
   char* from = static_cast<char*>(const_cast<void*>(base.const_data_ptr()));
   if (plane) rest = static_cast<char*>(plane->mutable_data_ptr());
   const int64_t to_stride = w.stride(0) * size, from_stride = base.stride(0) * size;
   const int64_t rest_stride = plane ? plane->stride(0) * 2 : 0;
-  const SeeKernel see = see_kernel(isa);
+  const Probe probes = probing(isa);
   const UpdateKernel kernel = kernels(isa)[static_cast<int>(type)];
   // One item at a time, so that nobody waits for a slow core; a little work is not worth waking the others for.
   auto share = [](int64_t count, int64_t steps, auto&& work) {
@@ -106,33 +106,48 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
       for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
     });
   };
-  share(panels, columns * rank * 16, [&](int64_t p) {
-    pack(pv + p * kUpdateWidth * rank, rank, std::min(kUpdateWidth, columns - p * kUpdateWidth), kUpdateWidth,
-         &right[p * rank * kUpdateWidth]);
-  });
-  share(blocks, rows * columns * (rank + 16), [&](int64_t block) {
-    const int64_t first = block * kBlock, last = std::min(rows, first + kBlock);
-    std::vector<float> left(rank * kBlock);
-    alignas(64) float e[kStrip * kUpdateWidth] = {};  // a last strip has fewer rows
-    for (int64_t r = first; r < last; r += kStrip)
-      pack(pu + r * rank, rank, std::min(kStrip, last - r), kStrip, &left[(r - first) * rank]);
-    std::vector<float> errors(kBlock * padded, 0.0f);
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t column = p * kUpdateWidth, width = std::min(kUpdateWidth, columns - column);
-      for (int64_t r = first; r < last; r += kStrip) {
-        const auto at = [&](char* data, int64_t stride, int64_t bytes) { return data + r * stride + column * bytes; };
-        const UpdateStrip strip{
-            &left[(r - first) * rank], &right[p * rank * kUpdateWidth], rank,
-            write ? at(to, to_stride, size) : nullptr, at(from, from_stride, size), rest ? at(rest, rest_stride, 2) : nullptr,
-            to_stride, from_stride, rest_stride,
-            std::min(kStrip, last - r), width, r, column, static_cast<Rounding>(rounding), write,
-            static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), probe ? e : nullptr};
-        kernel(strip, &partial[block * kSums * kSumLanes]);
-        if (keys) see(e, width, &seen[column * padded], padded, &errors[(r - first) * padded]);
+  const auto pack_panels = [&](const float* x, int64_t count, float* out) {
+    share(panels, columns * count * 16, [&](int64_t p) {
+      pack(x + p * kUpdateWidth * count, count, std::min(kUpdateWidth, columns - p * kUpdateWidth), kUpdateWidth,
+           out + p * count * kUpdateWidth);
+    });
+  };
+  pack_panels(pv, rank, right.data());
+  if (keys) pack_panels(static_cast<const float*>(probe->const_data_ptr()), keys, seen.data());
+  const int64_t together = rank <= kStreamedRank ? kStrip : kBlock;
+  share(blocks, rows * columns * (rank + keys + 16), [&](int64_t block) {
+    const int64_t begin = block * kBlock, end = std::min(rows, begin + kBlock);
+    std::vector<float> left(rank * together), lanes(together * keys * probes.count);
+    alignas(64) float e[kStrip * kUpdateWidth];
+    for (int64_t first = begin; first < end; first += together) {
+      const int64_t last = std::min(end, first + together);
+      for (int64_t r = first; r < last; r += kStrip)
+        pack(pu + r * rank, rank, std::min(kStrip, last - r), kStrip, &left[(r - first) * rank]);
+      std::fill(lanes.begin(), lanes.end(), 0.0f);
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t column = p * kUpdateWidth, width = std::min(kUpdateWidth, columns - column);
+        const bool ask = together > kStrip && p + 1 < panels;
+        for (int64_t r = first; r < last; r += kStrip) {
+          const auto at = [&](char* data, int64_t stride, int64_t bytes) { return data + r * stride + column * bytes; };
+          const int64_t height = std::min(kStrip, last - r);
+          for (int64_t i = 0; ask && i < height; ++i)
+            for (int64_t line = 0; line < kUpdateWidth * size; line += 64)
+              __builtin_prefetch(at(from, from_stride, size) + i * from_stride + kUpdateWidth * size + line, 1);
+          const UpdateStrip strip{
+              &left[(r - first) * rank], &right[p * rank * kUpdateWidth], rank,
+              write ? at(to, to_stride, size) : nullptr, at(from, from_stride, size),
+              rest ? at(rest, rest_stride, 2) : nullptr, to_stride, from_stride, rest_stride,
+              height, width, r, column, static_cast<Rounding>(rounding), write,
+              static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), keys ? e : nullptr};
+          kernel(strip, &partial[block * kSums * kSumLanes]);
+          if (keys)
+            probes.see(e, height, &seen[p * keys * kUpdateWidth], keys, &lanes[(r - first) * keys * probes.count]);
+        }
       }
+      float* out = keys ? static_cast<float*>(error->mutable_data_ptr()) + first * keys : nullptr;
+      for (int64_t i = 0; i < (last - first) * keys; ++i)
+        out[i] = std::accumulate(&lanes[i * probes.count], &lanes[i * probes.count] + probes.count, 0.0f);
     }
-    for (int64_t r = first; keys && r < last; ++r)
-      std::copy_n(&errors[(r - first) * padded], keys, static_cast<float*>(error->mutable_data_ptr()) + r * keys);
   });
   double* total = static_cast<double*>(sums.mutable_data_ptr());
   std::fill_n(total, kSums, 0.0);
@@ -140,8 +155,33 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   for (size_t i = 0; i < partial.size(); ++i) total[i / kSumLanes % kSums] += partial[i];
 }
 
+template <class Bits>
+bool all_finite(const Bits* x, int64_t count, Bits exponent, Bits one) {
+  Bits carried = 0;  // out of an exponent of ones alone
+  for (int64_t i = 0; i < count; ++i) carried |= (x[i] & exponent) + one;
+  return !(carried & ~(~Bits{0} >> 1));
+}
+
+bool finite(std::vector<Tensor> tensors) {
+  for (const Tensor& x : tensors) {
+    STD_TORCH_CHECK(x.is_contiguous(), "tensors must be contiguous");
+    const void* data = x.const_data_ptr();
+    if (x.scalar_type() == ScalarType::Float) {
+      if (!all_finite<uint32_t>(static_cast<const uint32_t*>(data), x.numel(), 0x7f800000u, 0x00800000u)) return false;
+    } else {
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "tensors must be float32 or float64");
+      const uint64_t exponent = 0x7ffull << 52, one = 1ull << 52;
+      if (!all_finite<uint64_t>(static_cast<const uint64_t*>(data), x.numel(), exponent, one)) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace knowedit
 
 // the schema is in knowedit_kernels/_ops.py
-STABLE_TORCH_LIBRARY_IMPL(knowedit, CPU, m) { m.impl("low_rank_cpu_", TORCH_BOX(&knowedit::update)); }
+STABLE_TORCH_LIBRARY_IMPL(knowedit, CPU, m) {
+  m.impl("low_rank_cpu_", TORCH_BOX(&knowedit::update));
+  m.impl("all_finite_cpu", TORCH_BOX(&knowedit::finite));
+}

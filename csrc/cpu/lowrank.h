@@ -26,20 +26,23 @@ struct UpdateStrip {
   bool write;
   uint64_t seed;
   uint32_t stream;
-  float* error;  // [kStrip, kUpdateWidth] receives applied - ideal, or null
+  float* error;  // [kStrip, kUpdateWidth] receives applied - ideal (zero beside the strip), or null
 };
 
 // Updates one strip and adds to sums[kSums][kSumLanes]; indexed by WeightType.
 using UpdateKernel = void (*)(const UpdateStrip&, double* sums);
 
-// What a strip's errors add to the output at probe keys, whose number is padded to a multiple of kProbeLanes.
-using SeeKernel = void (*)(const float* e, int64_t columns, const float* probe, int64_t keys, float* error);
-constexpr int64_t kProbeLanes = 16;
+// What a strip's errors e [rows, kUpdateWidth] add to the output at probe keys, [keys, kUpdateWidth] zero-padded:
+// lanes [rows, keys, `count`], whose sums over the last axis are wanted.
+struct Probe {
+  void (*see)(const float* e, int64_t rows, const float* probe, int64_t keys, float* lanes);
+  int64_t count;
+};
 
-extern const SeeKernel kSeeGeneric;
+extern const Probe kProbeGeneric;
 extern const UpdateKernel kUpdateGeneric[3];
 #if defined(__x86_64__)
-extern const SeeKernel kSeeAvx2, kSeeAvx512;
+extern const Probe kProbeAvx2, kProbeAvx512;
 extern const UpdateKernel kUpdateAvx2[3], kUpdateAvx512[3];
 #endif
 

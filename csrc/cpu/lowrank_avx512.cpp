@@ -14,7 +14,7 @@ namespace {
 #include "lowrank_kernels.h"
 }  // namespace
 
-const SeeKernel kSeeAvx512 = see_strip;
+const Probe kProbeAvx512 = {see_strip, kLanes};
 const UpdateKernel kUpdateAvx512[3] = {update_strip<BF16, 4>, update_strip<F16, 4>, update_strip<Plain, 4>};
 
 }  // namespace knowedit

@@ -9,7 +9,7 @@ namespace {
 #include "lowrank_kernels.h"
 }  // namespace
 
-const SeeKernel kSeeGeneric = see_strip;
+const Probe kProbeGeneric = {see_strip, kLanes};
 const UpdateKernel kUpdateGeneric[3] = {update_strip<BF16, 2>, update_strip<F16, 2>, update_strip<Plain, 2>};
 
 }  // namespace knowedit

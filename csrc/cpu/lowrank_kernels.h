@@ -19,14 +19,20 @@ constexpr int64_t kLanes = KNOWEDIT_LANES, kVectors = kUpdateWidth / kLanes;
 
 KNOWEDIT_INLINE U32 bits_of(F32 x) { return (U32)x; }
 // plus: one more in every lane whose condition (-1 or 0) holds
-#ifdef KNOWEDIT_AVX512  // left to the compiler, each takes three or four instructions
+#if defined(KNOWEDIT_AVX512)  // left to the compiler, each takes three or four instructions
 KNOWEDIT_INLINE I32 plus(I32 count, I32 condition) { return condition ? count + 1 : count; }
 KNOWEDIT_INLINE U32 wide(U16 x) { return (U32)_mm512_cvtepu16_epi32((__m256i)x); }
 KNOWEDIT_INLINE U16 narrow(U32 x) { return (U16)_mm512_cvtepi32_epi16((__m512i)x); }
 #else
 KNOWEDIT_INLINE I32 plus(I32 count, I32 condition) { return count - condition; }
 KNOWEDIT_INLINE U32 wide(U16 x) { return __builtin_convertvector(x, U32); }
+#if defined(KNOWEDIT_AVX2)
+KNOWEDIT_INLINE U16 narrow(U32 x) {  // of numbers below 2^16
+  return (U16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+}
+#else
 KNOWEDIT_INLINE U16 narrow(U32 x) { return __builtin_convertvector(x, U16); }
+#endif
 #endif
 KNOWEDIT_INLINE I32 finite(F32 x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
@@ -67,37 +73,39 @@ KNOWEDIT_INLINE void philox(uint64_t seed, int64_t group, int64_t row, uint32_t 
   }
 }
 
+// A type's rounding gives 32 bits a lane: those to store (`raw`), and their `value`.
 struct BF16 {
   using Raw = U16;
   KNOWEDIT_INLINE F32 widen(U16 x) { return (F32)(wide(x) << 16); }
-  KNOWEDIT_INLINE U16 nearest(F32 x) {
-    const U32 bits = bits_of(x), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-    return narrow((x == x ? rounded : U32{} + 0x7fc00000u) >> 16);
-  }
-  KNOWEDIT_INLINE U16 stochastic(F32 x, U16 random) {
-    const U16 rounded = narrow((bits_of(x) + wide(random)) >> 16);
-    return __builtin_convertvector(finite(x), U16) ? rounded : nearest(x);
+  KNOWEDIT_INLINE F32 value(U32 rounded) { return (F32)(rounded & 0xffff0000u); }
+  KNOWEDIT_INLINE U16 raw(U32 rounded) { return narrow(rounded >> 16); }
+  // A NaN that comes out of arithmetic has zeros in the low half, and stays one.
+  KNOWEDIT_INLINE U32 nearest(F32 x) { return bits_of(x) + 0x7fffu + (bits_of(x) >> 16 & 1u); }
+  KNOWEDIT_INLINE U32 stochastic(F32 x, U16 random) {
+    return finite(x) ? bits_of(x) + wide(random) : bits_of(x);
   }
 };
 
 struct F16 {
   using Raw = U16;
-  KNOWEDIT_INLINE F32 widen(U16 x) {
+  KNOWEDIT_INLINE F32 widen(U16 x) { return value(wide(x)); }
+  KNOWEDIT_INLINE F32 value(U32 x) {
     // the multiplication rebiases the exponent and normalises subnormals; infinity and NaN keep their exponent
-    const U32 magnitude = wide(x & 0x7fff) << 13;
-    const U32 bits = (wide(x) & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : bits_of((F32)magnitude * 0x1p112f);
-    return (F32)(bits | wide(x & 0x8000) << 16);
+    const U32 magnitude = (x & 0x7fffu) << 13;
+    const U32 bits = (x & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : bits_of((F32)magnitude * 0x1p112f);
+    return (F32)(bits | (x & 0x8000u) << 16);
   }
-  KNOWEDIT_INLINE U16 nearest(F32 x) {
+  KNOWEDIT_INLINE U16 raw(U32 rounded) { return narrow(rounded); }
+  KNOWEDIT_INLINE U32 nearest(F32 x) {
     const U32 sign = bits_of(x) & 0x80000000u, magnitude = bits_of(x) ^ sign;
     const U32 normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     const U32 small = bits_of((F32)magnitude + 0.5f) - 0x3f000000u;  // 0.5 has a last place of 2^-24
     U32 rounded = magnitude < 0x38800000u ? small : normal;
     rounded = magnitude >= 0x477ff000u ? U32{} + 0x7c00u : rounded;  // 65520 and more
     rounded = magnitude > 0x7f800000u ? U32{} + 0x7e00u : rounded;
-    return narrow(rounded | sign >> 16);
+    return rounded | sign >> 16;
   }
-  KNOWEDIT_INLINE U16 stochastic(F32 x, U16 random) {
+  KNOWEDIT_INLINE U32 stochastic(F32 x, U16 random) {
     I32 exponent = (I32)(bits_of(x) >> 23 & 0xffu) - 127;
     exponent = exponent < -14 ? I32{} - 14 : exponent;
     const I32 large = exponent > 15;  // overflows, or is not finite
@@ -114,13 +122,15 @@ struct F16 {
 struct Plain {
   using Raw = F32;
   KNOWEDIT_INLINE F32 widen(F32 x) { return x; }
-  KNOWEDIT_INLINE F32 nearest(F32 x) { return x; }
-  KNOWEDIT_INLINE F32 stochastic(F32 x, U16) { return x; }
+  KNOWEDIT_INLINE F32 value(U32 rounded) { return (F32)rounded; }
+  KNOWEDIT_INLINE F32 raw(U32 rounded) { return (F32)rounded; }
+  KNOWEDIT_INLINE U32 nearest(F32 x) { return bits_of(x); }
+  KNOWEDIT_INLINE U32 stochastic(F32 x, U16) { return bits_of(x); }
 };
 
 struct Tally {
   F32 ideal2 = {}, applied2 = {}, error2 = {};
-  I32 changed = {}, broken = {};
+  I32 changed = {};
 };
 
 // sums[lane] += x[lane] in float64
@@ -131,54 +141,86 @@ KNOWEDIT_INLINE void add_lanes(F32 x, double* sums) {
   std::memcpy(sums, &total, sizeof(total));
 }
 
-// Adds the product to a strip, rounds, stores and measures. R is s.rounding, FULL that no column is missing: known when
+KNOWEDIT_INLINE bool all_finite(F32 x) {
+  const I32 fine = finite(x);
+  int32_t all = -1;
+  for (int64_t i = 0; i < kLanes; ++i) all &= fine[i];
+  return all != 0;
+}
+
+// Counts a strip's entries that are infinite or NaN, lane by lane: what was so before an update is so after it.
+template <class T>
+__attribute__((noinline, cold)) I32 count_broken(const char* w, int64_t stride, int64_t rows, int64_t columns) {
+  constexpr int64_t size = sizeof(typename T::Raw) / kLanes;
+  I32 broken = {};
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t at = 0; at < columns; at += kLanes)
+      broken = plus(broken, finite(T::widen(load<typename T::Raw>(w + r * stride + at * size, columns - at))) == 0);
+  return broken;
+}
+
+// Adds the product to a strip, rounds, stores and measures. R is s.rounding, FULL that no column is missing, SEEN that
+// the errors take the product's place, K the rank where the product is made on the way (0: it has been): known when
 // compiled, they leave a short loop.
-template <class T, Rounding R, bool FULL>
-KNOWEDIT_INLINE void finish_strip(const UpdateStrip& s, const float* product, double* sums) {
+template <class T, Rounding R, bool FULL, bool SEEN, int K>
+KNOWEDIT_INLINE void finish_strip(const UpdateStrip& s, float* product, double* sums) {
   using Raw = typename T::Raw;
   constexpr int64_t size = sizeof(Raw) / kLanes;
   alignas(64) uint16_t random[kUpdateWidth];
+  alignas(64) char dry[kStrip * kUpdateWidth * size];  // written in place of W
+  char* const w = s.write ? s.w : dry;
+  const int64_t w_stride = s.write ? s.w_stride : kUpdateWidth * size;
   Tally t;
   for (int64_t r = 0; r < s.rows; ++r) {
     if (R == Rounding::kStochastic)
       philox(s.seed, s.column / 8, s.row + r, s.stream, reinterpret_cast<uint32_t*>(random));
+    char *to = w + r * w_stride, *rest = s.plane + r * s.plane_stride;
+    const char* from = s.base + r * s.base_stride;
+    float* mine = product + r * kUpdateWidth;
+    F32 left[K ? K : 1];
+    for (int k = 0; k < K; ++k) left[k] = F32{} + s.a[k * kStrip + r];
     for (int64_t at = 0; at < (FULL ? kUpdateWidth : s.columns); at += kLanes) {
       const int64_t count = FULL ? kLanes : s.columns - at;
-      const F32 ideal = load<F32>(product + r * kUpdateWidth + at, kLanes);
-      const F32 old = T::widen(load<Raw>(s.base + r * s.base_stride + at * size, count));
+      F32 ideal = {};
+      if (K == 0) ideal = load<F32>(mine + at, kLanes);
+      for (int k = 0; k < K; ++k) ideal += left[k] * load<F32>(s.b + k * kUpdateWidth + at, kLanes);
+      const F32 old = T::widen(load<Raw>(from + at * size, count));
       F32 exact = old + ideal;
-      char* plane = s.plane + r * s.plane_stride + at * 2;
-      if (R == Rounding::kCompensated) exact += BF16::widen(load<U16>(plane, count));
-      const Raw raw = R == Rounding::kStochastic ? T::stochastic(exact, load<U16>(random + at, kLanes)) : T::nearest(exact);
-      const F32 fresh = T::widen(raw), applied = fresh - old, error = applied - ideal;
-      if (s.write) {
-        store(s.w + r * s.w_stride + at * size, raw, count);
-        if (R == Rounding::kCompensated) store(plane, BF16::nearest(exact - fresh), count);
-      }
-      if (s.error) store(s.error + r * kUpdateWidth + at, error, kLanes);
+      if (R == Rounding::kCompensated) exact += BF16::widen(load<U16>(rest + at * 2, count));
+      const U32 rounded = R == Rounding::kStochastic ? T::stochastic(exact, load<U16>(random + at, kLanes)) : T::nearest(exact);
+      const F32 fresh = T::value(rounded), applied = fresh - old, error = applied - ideal;
+      store(to + at * size, T::raw(rounded), count);
+      if (R == Rounding::kCompensated && s.write) store(rest + at * 2, BF16::raw(BF16::nearest(exact - fresh)), count);
+      if (SEEN) store(mine + at, error, kLanes);
       t.ideal2 += ideal * ideal;
       t.applied2 += applied * applied;
       t.error2 += error * error;
       t.changed = plus(t.changed, applied != 0.0f);
-      t.broken = plus(t.broken, finite(applied) == 0);
     }
   }
+  const I32 broken = all_finite(t.applied2) ? I32{} : count_broken<T>(w, w_stride, s.rows, s.columns);
   const F32 parts[kSums] = {t.ideal2, t.applied2, t.error2, __builtin_convertvector(t.changed, F32),
-                            __builtin_convertvector(t.broken, F32)};  // counts this small are exact
+                            __builtin_convertvector(broken, F32)};  // counts this small are exact
   for (int64_t i = 0; i < kSums; ++i) add_lanes(parts[i], sums + i * kSumLanes);
 }
 
-template <class T, Rounding R>
-KNOWEDIT_INLINE void finish(const UpdateStrip& s, const float* product, double* sums) {
-  if (s.columns == kUpdateWidth) finish_strip<T, R, true>(s, product, sums);
-  else finish_strip<T, R, false>(s, product, sums);
+template <class T, Rounding R, int K = 0>
+KNOWEDIT_INLINE void finish(const UpdateStrip& s, float* product, double* sums) {
+  if (K == 0 && s.columns != kUpdateWidth) finish_strip<T, R, false, true, 0>(s, product, sums);
+  else if (s.error) finish_strip<T, R, true, true, K>(s, product, sums);
+  else finish_strip<T, R, true, false, K>(s, product, sums);
 }
 
 // NV vectors at a time: as many rows of accumulators as the registers hold.
 template <class T, int NV>
 void update_strip(const UpdateStrip& strip, double* sums) {
-  alignas(64) float product[kStrip * kUpdateWidth];
+  alignas(64) float own[kStrip * kUpdateWidth];
+  float* product = strip.error ? strip.error : own;
   const UpdateStrip s = strip;  // a copy of its own, which stores to W cannot alias
+  if (s.rounding == Rounding::kNearest && s.columns == kUpdateWidth) {  // two loads less
+    if (s.rank == 1) return finish<T, Rounding::kNearest, 1>(s, product, sums);
+    if (s.rank == 2) return finish<T, Rounding::kNearest, 2>(s, product, sums);
+  }
   for (int64_t v0 = 0; v0 < kVectors; v0 += NV) {
     F32 acc[kStrip][NV] = {};
     const float *a = s.a, *b = s.b + v0 * kLanes;
@@ -204,27 +246,27 @@ void update_strip(const UpdateStrip& strip, double* sums) {
   }
 }
 
-// error[kStrip, keys] += e[kStrip, kUpdateWidth] probe[kUpdateWidth, keys], `keys` a multiple of kProbeLanes
-void see_strip(const float* e, int64_t columns, const float* probe, int64_t keys, float* error) {
-  constexpr int kNext = kProbeLanes / kLanes;
-  for (int64_t q = 0; q < keys; q += kProbeLanes) {
-    F32 acc[kStrip][kNext];
-#pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kNext; ++v) acc[r][v] = load<F32>(error + r * keys + q + v * kLanes, kLanes);
-    for (int64_t c = 0; c < columns; ++c) {
-      F32 key[kNext];
-#pragma GCC unroll 2
-      for (int v = 0; v < kNext; ++v) key[v] = load<F32>(probe + c * keys + q + v * kLanes, kLanes);
-#pragma GCC unroll 6
-      for (int r = 0; r < kStrip; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < kNext; ++v) acc[r][v] += e[r * kUpdateWidth + c] * key[v];
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r)
-#pragma GCC unroll 2
-      for (int v = 0; v < kNext; ++v) store(error + r * keys + q + v * kLanes, acc[r][v], kLanes);
+// lanes[K] += e[kUpdateWidth] probe[K][kUpdateWidth], lane by lane
+template <int K>
+KNOWEDIT_INLINE void see_keys(const float* e, const float* probe, float* lanes) {
+  F32 acc[K];
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) acc[k] = load<F32>(lanes + k * kLanes, kLanes);
+  for (int64_t at = 0; at < kUpdateWidth; at += kLanes) {
+    const F32 here = load<F32>(e + at, kLanes);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) acc[k] += here * load<F32>(probe + k * kUpdateWidth + at, kLanes);
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) store(lanes + k * kLanes, acc[k], kLanes);
+}
+
+// lanes[rows, keys, kLanes] += e[rows, kUpdateWidth] probe[keys, kUpdateWidth]^T, whose sums over the lanes are wanted
+void see_strip(const float* e, int64_t rows, const float* probe, int64_t keys, float* lanes) {
+  for (int64_t r = 0; r < rows; ++r, e += kUpdateWidth) {
+    int64_t k = 0;
+    for (; k + 8 <= keys; k += 8, lanes += 8 * kLanes) see_keys<8>(e, probe + k * kUpdateWidth, lanes);
+    for (; k + 2 <= keys; k += 2, lanes += 2 * kLanes) see_keys<2>(e, probe + k * kUpdateWidth, lanes);
+    for (; k < keys; ++k, lanes += kLanes) see_keys<1>(e, probe + k * kUpdateWidth, lanes);
   }
 }

@@ -18,6 +18,7 @@ from tests.kernels.test_lowrank import problem
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 15), (6, 64), (7, 65), (48, 128), (49, 321), (130, 1000)]
+KEYS = {0: 1, 1: 8, 2: 3, 9: 19, 100: 2}  # probed at a rank; what is taken at a time, and less
 pytestmark = pytest.mark.isa
 each_kernel = pytest.mark.parametrize("candidate", [*COMPILED, TORCH], ids=lambda c: c.name)
 
@@ -54,13 +55,13 @@ def run(
     return sums[0], error
 
 
-@pytest.mark.parametrize("rank", [0, 1, 9, 100])
+@pytest.mark.parametrize("rank", KEYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_kernel
 def test_within_budget(candidate, dtype, shape, rank):
     W, U, V = problem(*shape, dtype, rank, ratio=0.3)
-    probe = torch.randn(shape[1], 3, generator=torch.Generator().manual_seed(9))
+    probe = torch.randn(shape[1], KEYS[rank], generator=torch.Generator().manual_seed(9))
     guard = testing.guarded(W, row_margin=3)
     sums, error = run(candidate, guard.tensor, U, V, probe=probe)
     guard.check()
@@ -177,6 +178,21 @@ def test_dry_run_writes_nothing(candidate):
     before, plane = W.clone(), torch.zeros(20, 70, dtype=torch.bfloat16)
     sums, _ = run(candidate, W, U, V, "compensated", plane, write=False)
     assert torch.equal(W, before) and not plane.any() and sums[3] > 0
+
+
+@pytest.mark.parametrize("write", [True, False])
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_kernel
+def test_entries_that_overflow_are_counted(candidate, dtype, rank, write):
+    """Also where the squares of those that do not overflow float32."""
+    W = torch.full((13, 70), torch.finfo(dtype).max / 2, dtype=dtype)
+    U = torch.zeros(13, rank)
+    U[3], U[7] = torch.finfo(dtype).max / rank, torch.finfo(dtype).max / 4 / rank
+    V = torch.ones(70, rank)
+    V[66] = 0
+    sums, _ = run(candidate, W.clone(), U, V, write=write)
+    assert sums[3:].tolist() == [2 * 69, 69]
 
 
 def test_columns_that_are_not_dense_fall_back_to_torch():
