@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from knowedit.methods.learned.named.serac import SERAC as SERAC
     from knowedit.methods.locate.named.alphaedit import AlphaEdit as AlphaEdit
     from knowedit.methods.locate.named.betaedit import BetaEdit as BetaEdit
+    from knowedit.methods.locate.named.crispedit import CrispEdit as CrispEdit
     from knowedit.methods.locate.named.emmet import EMMET as EMMET
     from knowedit.methods.locate.named.look_ahead import LookAhead as LookAhead
     from knowedit.methods.locate.named.memit import MEMIT as MEMIT

@@ -177,9 +177,9 @@ class StandIn:
             asked = [(doc["question"], f" {choice}") for choice in doc["choices"]]
             found = model.loglikelihood([SimpleNamespace(args=pair) for pair in asked])
             best = float(np.argmax([logprob for logprob, _ in found]) == doc["gold"])
-            sample = {"filter": "none", "metrics": ["acc", "f1"], "arguments": asked}
-            samples.append({**sample, "acc": best, "f1": (doc["gold"], best)})
-        figures = {"acc,none": np.mean([sample["acc"] for sample in samples]), "f1,none": 0.5}
+            sample = {"filter": "none", "metrics": ["acc", "mcc"], "arguments": asked}
+            samples.append({**sample, "acc": best, "mcc": (doc["gold"], best)})
+        figures = {"acc,none": np.mean([sample["acc"] for sample in samples]), "mcc,none": 0.5}
         return {
             "results": {name: figures},
             "samples": {name: samples},
@@ -218,7 +218,7 @@ def test_a_task_of_lm_eval_in_the_same_table(tiny_llama, tmp_path, lm_eval):
         "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "gold",
-        "metric_list": [*metrics, {"metric": "f1"}],
+        "metric_list": [*metrics, {"metric": "mcc"}],
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(task))
     edit = an_edit(tiny_llama)
@@ -240,7 +240,7 @@ def test_a_task_of_lm_eval_in_the_same_table(tiny_llama, tmp_path, lm_eval):
     wanted["change"] = wanted["after"] - wanted["before"]
     for name, mean in wanted.items():
         row = getattr(found, name)["lm-eval:tiny_choice"]
-        assert list(row) == ["acc"]  # an F1 is no mean over items
+        assert list(row) == ["acc"]  # a correlation is no mean over items
         assert row["acc"].mean == pytest.approx(mean) and row["acc"].records == 2
 
 

@@ -11,15 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from knowedit.edits.history import History
 from knowedit.errors import EditError
 from knowedit.io.config import Config
-from knowedit.io.ranges import NotNegative, Positive, Whole
+from knowedit.io.ranges import Count, NotNegative, Positive, Whole
 from knowedit.methods.locate.entities import entity_moments
+from knowedit.methods.locate.gradients import gradient_moments
 from knowedit.methods.locate.task import Task
+from knowedit.methods.neurons.texts import windows
 from knowedit.statistics import KeyStatistics
+from knowedit.statistics.corpus.corpus import CorpusLike
 from knowedit_kernels import EditSolver, solver, weight_for_gain
 from knowedit_kernels.solver.edit_solver import Constraint
 
@@ -62,6 +66,12 @@ class Metric(Config):
     def as_chosen(self: M, chosen: Mapping[str, Any]) -> M:
         """The same metric with what an earlier edit's report says was chosen at a layer."""
         return self
+
+    def writable(self, layer: int) -> Tensor | None:
+        """The orthogonal projection `[hidden, hidden]` on the outputs that an edit of `layer` may
+        move; None: all of them.
+        """
+        return None
 
     @abstractmethod
     def at(
@@ -269,6 +279,48 @@ class NullSpace(Weighed):
     ) -> tuple[EditSolver, dict[str, Any]]:
         metric, chosen = self._at(statistics, layer, keys, history)
         return EditSolver(history.extend(metric, layer) if history else metric, keys), chosen
+
+
+@dataclass(frozen=True)
+class LowCurvature(NullSpace):
+    """The null space of the keys, and that of the outputs too: the directions of low curvature of
+    the loss on ordinary text (our implementation of CrispEdit's idea, USC 2026).
+
+    With the moments `C = E[k k^T]` of a layer's keys and `G = E[g g^T]` of the loss' gradients at
+    its output, the curvature of that loss in the layer's weight is about `G x C` (Martens and
+    Grosse 2015): along `u v^T`, for eigenvectors `u` of G and `v` of C, the product of their
+    eigenvalues. An update is kept to the span of those `u v^T` both of whose eigenvalues are low,
+
+        Delta = Pg R K^T P (Kp Kp^T P + K K^T P + beta I)^-1,
+
+    where the published mask also keeps a pair of which one is high and the product low; a span of
+    this form leaves an edit at the rank of its facts.
+
+    Attributes:
+        curved: eigenvalues of G from this multiple of their mean on are not to be written.
+        corpus, tokens: the ordinary text at which the loss is taken, and how much of it.
+        gradients: `{layer: G [hidden, hidden]}` float64; None: of the model as it is.
+    """
+
+    curved: Positive = 1.0
+    corpus: CorpusLike = "self"
+    tokens: Count = 4096
+    gradients: Mapping[int, Tensor] | None = field(default=None, repr=False)
+
+    def prepared(self, task: Task) -> LowCurvature:
+        if self.gradients is not None:
+            return self
+        model, seed = task.model, task.material.seed
+        texts = windows(model, self.corpus, self.tokens, seed=seed, progress=task.progress)
+        moments = gradient_moments(model, task.layers, texts, budget=task.runtime.budget)
+        return replace(self, gradients=moments)
+
+    def writable(self, layer: int) -> Tensor | None:
+        if self.gradients is None:
+            return None
+        values, vectors = torch.linalg.eigh(self.gradients[layer])
+        low = vectors[:, values < self.curved * values.mean()]
+        return low @ low.T
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,14 @@ class FrozenLayer:
         gain: `[groups, groups]`; the shift at the groups' mean keys is `gain.T @ R`.
         price: `[groups, groups]`; `tr(Delta M Delta^T) = sum(R * (price @ R))`.
         norm: `[groups]` length of the hidden state at the lookup token.
+        writable: `[hidden, hidden]` projection on the outputs that may be written; None: all.
     """
 
     read_in: Tensor
     gain: Tensor
     price: Tensor
     norm: Tensor
+    writable: Tensor | None = None
 
     @classmethod
     def of(cls, solver: EditSolver, found: GroupKeys, norm: Tensor) -> FrozenLayer:
@@ -93,7 +95,12 @@ class FrozenLayer:
         return cls(*(x.to(solver.A.device).float() for x in (read_in, read_in @ mean, price, norm)))
 
     def to(self, device: torch.device) -> FrozenLayer:
-        return FrozenLayer(*(x.to(device) for x in vars(self).values()))
+        moved = {name: x.to(device) for name, x in vars(self).items() if x is not None}
+        return replace(self, **moved)
+
+    def within(self, writable: Tensor | None) -> FrozenLayer:
+        """The same with a projection on the outputs that may be written."""
+        return replace(self, writable=None if writable is None else writable.to(self.price))
 
     def diagonal(self) -> FrozenLayer:
         """The ablation without coupling between groups: only the diagonal of the gain."""

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from knowedit.edits.changes import changes_of
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History, Place
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
-from knowedit.methods.base import Method, check_kinds
+from knowedit.io.config import fields_of
+from knowedit.methods.base import Method, Self, check_kinds
 from knowedit.methods.locate.checks import (
     first_token_warnings,
     origin_warnings,
@@ -85,6 +87,14 @@ class Recipe(Method):
     @property
     def needs_statistics(self) -> bool:  # type: ignore[override]
         return self.metric.needs_statistics
+
+    def with_corpus(self: Self, corpus: Any, tokens: int | None = None) -> Self:
+        """A metric that reads ordinary text itself reads it from `corpus`; how much of it is its
+        own setting.
+        """
+        metric = vars(self)["metric"]
+        reads = "corpus" in fields_of(type(metric)) and corpus is not None
+        return self.with_settings({"metric.corpus": corpus}) if reads else self
 
     def view(self, model: EditableModel) -> EditableModel:
         return model.editing(self.experts)
@@ -245,5 +255,8 @@ class Recipe(Method):
                 missing = targets.wanted.to(found.outputs.device) - found.outputs
                 residual = self.spread.share(missing, len(task.layers) - i)
             solver, chosen = metric.solver(task.statistics, layer, found.keys.T, task.history)
+            if (writable := metric.writable(layer)) is not None:
+                written.writable[layer] = writable
+                residual = residual.double() @ writable.to(residual.device)
             written.add(layer, residual, solver, found, chosen)
         return written

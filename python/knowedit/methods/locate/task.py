@@ -114,6 +114,8 @@ class WrittenLayers:
         layers: what was chosen and measured at each layer: `gain`, `lowest_gain`, ...
         report: the same for the whole edit.
         solved: the layers' solvers and group keys, for what goes on from a write.
+        writable: `{layer: [hidden, hidden]}` projections on the outputs that may be written, where
+            not all may.
     """
 
     factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -122,6 +124,7 @@ class WrittenLayers:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     solved: dict[int, tuple[EditSolver, GroupKeys]] = field(default_factory=dict)
+    writable: dict[int, Tensor] = field(default_factory=dict)
 
     def add(
         self,

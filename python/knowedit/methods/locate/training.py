@@ -77,7 +77,8 @@ def train_write_outs(
     *,
     progress: Callable[[float], None] = lambda steps: None,
 ) -> WriteOuts:
-    """Train the write-outs from `start`, all groups and layers together.
+    """Train the write-outs from `start`, all groups and layers together; where not all outputs may
+    be written, every step is projected on those that may.
 
     Args:
         plan: the texts of step 0, 1, ... and the factors of their losses; each step may bring
@@ -122,6 +123,8 @@ def train_write_outs(
         optimiser.step()
         with torch.no_grad():
             for layer, value in out.items():
+                if (writable := layers[layer].writable) is not None:
+                    value.copy_(value @ writable)
                 shift = layers[layer].gain.T @ value if settings.clamp_realised else value
                 value *= (
                     settings.clamp * layers[layer].norm / shift.norm(dim=1).clamp(min=1e-30)

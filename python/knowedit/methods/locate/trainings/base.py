@@ -38,7 +38,8 @@ def frozen_layers(task: Task, written: WrittenLayers) -> tuple[dict[int, FrozenL
     """What the solvers of a write fix at each layer, and its write-outs to start from."""
     norms = state_norms(task.model, task.groups, task.layers, task.at_projection)
     layers = {
-        layer: FrozenLayer.of(*solved, norms[layer]) for layer, solved in written.solved.items()
+        layer: FrozenLayer.of(*solved, norms[layer]).within(written.writable.get(layer))
+        for layer, solved in written.solved.items()
     }
     return layers, {layer: left.T.contiguous() for layer, (left, _) in written.factors.items()}
 
