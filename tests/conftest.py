@@ -181,10 +181,10 @@ def prose(tmp_path_factory):
 
 
 def excused(markers: set[str], reason: str) -> bool:
-    """Whether a skip is honest: the test needs a GPU, or data that are not shipped, or (marker
-    `isa`) instructions that this processor was found to lack (`tests/kernels/isa.py`).
+    """Whether a skip is honest: the test needs a GPU, a browser, or data that are not shipped, or
+    (marker `isa`) instructions that this processor was found to lack (`tests/kernels/isa.py`).
     """
-    return bool(markers & {"gpu", "data"}) or (
+    return bool(markers & {"gpu", "browser", "data"}) or (
         "isa" in markers and "missing instruction set: " in reason
     )
 

@@ -30,6 +30,7 @@ from knowedit.cli.options import (
     Corpus,
     EitherRun,
     Output,
+    Strict,
     kept_at_the_end,
     one,
     parse_methods,
@@ -157,15 +158,17 @@ app.add_typer(lists.app)
 @app.command()
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="An edit, a statistics file, or an edited model's folder.")
+        Path,
+        typer.Argument(help="An edit, statistics, facts, or an edited model's folder."),
     ],
+    strict: Strict = False,
     *,
     output: Output,
 ) -> None:
     """Say what a file of ours holds: method, facts, layers, norms, the model it belongs to."""
     from knowedit.cli.inspection import describe
 
-    seen = describe(path)
+    seen = describe(path, strict)
     output.show(seen.to_dict(), lambda: printable(seen.text))
 
 

@@ -20,6 +20,7 @@ from knowedit.cli.options import (
     MethodRun,
     Model,
     Output,
+    Strict,
     command_line,
     edit_of,
     one,
@@ -73,6 +74,7 @@ def edit(
     facts: Facts,
     output: File,
     limit: Limit = None,
+    strict: Strict = False,
     history: Annotated[
         Path | None,
         typer.Option(
@@ -111,7 +113,7 @@ def edit(
         raise KnowEditError("--correct needs --history, which has the facts to correct")
     limits = Limits().with_settings(allow or [])
     check_file(output)
-    wanted, again = facts_named(facts, limit), edit_of(ctx)
+    wanted, again = facts_named(facts, limit, strict), edit_of(ctx)
     editable = run.load(model)
     wanted = as_asked(editable, wanted, join, chat)
     if again is not None:
@@ -161,6 +163,7 @@ def run_record(model: str, run: MethodRun) -> dict[str, Any]:
         "statistics": None if run.statistics is None else str(run.statistics),
         "dtype": run.dtype,
         "seed": run.seed,
+        "dequantise": run.dequantise or None,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -173,18 +176,19 @@ def _compared(made: Edit, again: Edit | None, config: Path | None) -> list[str]:
 
 
 def _saved(made: Edit, output: Path, to_apply: str) -> str:
-    """Where it is, and what to do with it."""
+    """Where it is, how large, and what to do with it."""
+    where = f"saved to {output} ({output.stat().st_size / 1e3:,.0f} kB); apply it"
     if made.changes:
-        return f"saved to {output}; apply it with: {to_apply}"
-    return f"saved to {output}; apply it in Python: Edit.load(...).apply(model)"  # a memory edit
+        return f"{where} with: {to_apply}"
+    return f"{where} in Python: Edit.load(...).apply(model)"  # a memory edit
 
 
-def facts_named(name: str, limit: int | None) -> list[Fact]:
+def facts_named(name: str, limit: int | None, strict: bool = False) -> list[Fact]:
     """The facts of a set, a file, or an edit."""
     from knowedit.facts.sets import load
 
     if not (name.endswith(".safetensors") or is_safetensors(Path(name))):
-        return load(name, limit)
+        return load(name, limit, strict=strict)
     from knowedit.edits.edit import Edit
 
     return Edit.load(name).facts[:limit]

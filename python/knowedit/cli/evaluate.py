@@ -16,6 +16,7 @@ from knowedit.cli.options import (
     Join,
     Limit,
     MethodRun,
+    Strict,
     kept_at_the_end,
     kept_so_far,
     one,
@@ -62,6 +63,7 @@ def evaluate(
         ),
     ] = None,
     limit: Limit = None,
+    strict: Strict = False,
     protocol: Annotated[
         str, typer.Option(help="batch: all facts at once; single: each alone; sequential.")
     ] = "batch",
@@ -138,6 +140,8 @@ def evaluate(
         "ability_items": ability_items,
         "join": join,
         "chat": chat,
+        "strict": strict,
+        "dequantise": run.dequantise,
         "say": say,
     }
     if edits or against is not None:
@@ -188,9 +192,10 @@ COMPUTING = (
 )
 #: Options that a grid takes from the command line, by the name of its field.
 GRID_OPTIONS = (
-    "model dataset limit protocol batch every text ability ability_items tokens statistics seed "
-    "dtype"
-).split()
+    *("model", "dataset", "limit", "strict", "protocol", "batch", "every", "text"),
+    *("ability", "ability_items"),
+    *("tokens", "statistics", "seed", "dtype", "dequantise"),
+)
 
 
 def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:

@@ -41,9 +41,12 @@ class Seen:
         return {"kind": self.kind, **self.record}
 
 
-def describe(path: Path) -> Seen:
+def describe(path: Path, strict: bool = False) -> Seen:
     """A summary of a file of ours: an edit, a history, statistics, a network, an edited model's
     folder; and of files of facts and of a peer's statistics.
+
+    Args:
+        strict: refuse facts of which a record cannot be edited.
 
     Raises:
         KnowEditError: it is none of these, or damaged.
@@ -54,7 +57,7 @@ def describe(path: Path) -> Seen:
     if path.suffix == ".npz" and not ours:
         return _peer(path)
     if path.name.removesuffix(".gz").endswith(FACT_FILES) and not ours:
-        return _facts(path)
+        return _facts(path, strict)
     kind = format_of(path)
     for formats, show in SHOWN_AS.items():
         if kind in formats:
@@ -75,9 +78,9 @@ def _folder(path: Path) -> Seen:
     return Seen("edited model", "\n".join(lines), {**record, "restores": sorted(tensors)})
 
 
-def _facts(path: Path) -> Seen:
+def _facts(path: Path, strict: bool) -> Seen:
     """A file of facts, whichever format it is of."""
-    facts = load(str(path))
+    facts = load(str(path), strict=strict)
     subjects = len({fact.subject.casefold() for fact in facts})
     lines = [f"facts: {len(facts)}, of {subjects} subjects", *map(_line, facts[:SHOWN])]
     more = len(facts) - SHOWN

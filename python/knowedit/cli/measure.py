@@ -82,6 +82,7 @@ def same_subject(
             where=run.statistics,
             device_map=placed(run.device_map),
             dtype=run.dtype,
+            dequantise=run.dequantise,
             seed=run.seed or 0,
             say=say,
         )

@@ -80,6 +80,14 @@ Layers = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many.")]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Stop at a record of a public set that cannot be edited; else it is left out, and "
+        "named in a note.",
+    ),
+]
 Join = Annotated[
     str | None,
     typer.Option(

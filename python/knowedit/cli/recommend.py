@@ -12,6 +12,7 @@ from knowedit.cli.options import (
     Corpus,
     EitherRun,
     Model,
+    Strict,
     kept_at_the_end,
     one,
     parse_methods,
@@ -31,6 +32,7 @@ def recommend(
         typer.Argument(help="A .jsonl/.json/.csv(.gz) file of facts, or a set's name."),
     ],
     limit: Annotated[int, typer.Option(min=1, help="Use the first so many.")] = 20,
+    strict: Strict = False,
     minutes: Annotated[
         float,
         typer.Option(
@@ -59,12 +61,16 @@ def recommend(
     from knowedit.facts.sets import conflict_free, load
     from knowedit.methods.base import statistics_for
 
-    chosen = conflict_free(load(str(facts)))[:limit]
+    chosen = conflict_free(load(str(facts), strict=strict))[:limit]
     names = method or plausible(chosen)
     made = [
         found.with_corpus(one(corpus))
         for found in parse_methods(names, run.settings, seed=run.seed)
     ]
+    say(
+        f"comparing {', '.join(found.name for found in made)} on {len(chosen)} facts; after "
+        f"{minutes:g} minutes no other is started"
+    )
     with locked(output), kept_on_interrupt(lambda: kept_at_the_end(output)):
         editable = run.load(model)
         seed = run.seed or 0

@@ -23,6 +23,7 @@ from knowedit.cli.options import (
     Limit,
     Model,
     Output,
+    Strict,
     command_line,
     one,
     placed,
@@ -79,6 +80,7 @@ class Opening(Output):
             self.model or begun["model"],
             dtype=begun.get("dtype", "auto"),
             device_map=placed(self.device_map),
+            dequantise=begun.get("dequantise", False),
             say=say,
         )
         where = begun.get("statistics")
@@ -100,6 +102,7 @@ class Writing(Opening):
     """And every one that commits an edit."""
 
     limit: Limit = None
+    strict: Strict = False
     allow: Allow = None
     force: Force = False
 
@@ -107,7 +110,7 @@ class Writing(Opening):
         """Let the session's method `how` make an edit of `facts`, and show what is said then."""
         from knowedit.evaluation.interview import Interview, said_table
 
-        wanted = facts_named(facts, self.limit)
+        wanted = facts_named(facts, self.limit, self.strict)
         with self.session(folder, self.allow) as session:
             earlier, asked = session.history.facts, Interview(session.model, wanted)
             made: Edit = getattr(session, how)(wanted, force=self.force, **options)

@@ -116,6 +116,27 @@ def change_of(raw: RawChange | Change) -> Change:
     return Dense(raw) if isinstance(raw, Tensor) else LowRank(*raw)
 
 
+def oversized(changes: Mapping[str, Change]) -> list[str]:
+    """A note where factors are of a higher rank than their matrix can have: each fact keeps its
+    own, to be taken out again.
+    """
+    wide = {
+        name: change
+        for name, change in changes.items()
+        if isinstance(change, LowRank) and change.rank > min(len(change.U), len(change.V))
+    }
+    if not wide:
+        return []
+    name, widest = max(wide.items(), key=lambda item: item[1].rank)
+    rows, columns = len(widest.U), len(widest.V)
+    times = widest.rank * (rows + columns) / (rows * columns)
+    return [
+        f"the edit keeps factors of rank {widest.rank} of {name}, {times:.1f} times as many "
+        f"numbers as the matrix has: each fact has its own, so that it can be taken out again; "
+        f"exports have rank {min(rows, columns)}"
+    ]
+
+
 def check_fits(name: str, change: Change, stored: tuple[int, ...], transposed: bool) -> None:
     """Raise EditError unless `change` is one of a parameter stored in this shape, `[in, out]` where
     it is `transposed`.

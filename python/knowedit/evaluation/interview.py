@@ -15,6 +15,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation.subjects.same_subject import contains
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
+from knowedit.io.progress import bar
 from knowedit.io.tables import Table
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
@@ -23,6 +24,8 @@ from knowedit.models.load import accepts_model
 ASKED = 8
 #: Length of an answer, in tokens.
 ANSWER = 16
+#: Answers that are generated together.
+TOGETHER = 16
 #: Characters of an answer that a table shows.
 SHOWN = 48
 NOTHING = "(nothing)"
@@ -66,25 +69,31 @@ class Interview:
     model.
     """
 
-    def __init__(self, model: EditableModel, facts: Sequence[Fact]) -> None:
-        self.model = model
+    def __init__(
+        self, model: EditableModel, facts: Sequence[Fact], *, progress: bool = True
+    ) -> None:
+        self.model, self.progress = model, progress
         self._asked = [
             (record, way, prompt, fact.target)
             for record, fact in enumerate(facts[:ASKED])
             for way, prompt in prompts_of(model, fact)
         ]
-        self._before = self._answers(range(len(self._asked)))
+        self._before = self._answers(range(len(self._asked)), "asking the unedited model")
 
     def hear(self, record: int | None = None) -> list[Said]:
         """What the model, as it is now, says of one fact (None: of all)."""
         which = [i for i, asked in enumerate(self._asked) if record in (None, asked[0])]
-        return [
-            Said(*self._asked[i], self._before[i], after)
-            for i, after in zip(which, self._answers(which))
-        ]
+        answers = self._answers(which, "asking the edited model", show=record is None)
+        return [Said(*self._asked[i], self._before[i], after) for i, after in zip(which, answers)]
 
-    def _answers(self, which: Sequence[int]) -> list[str]:
-        found = self.model.generate([self._asked[i][2] for i in which], ANSWER)
+    def _answers(self, which: Sequence[int], title: str, *, show: bool = True) -> list[str]:
+        """One answer each. A single fact's are part of something whose bar is shown already."""
+        found: list[str] = []
+        with bar(title, len(which), "answers", show=show and self.progress) as advance:
+            for start in range(0, len(which), TOGETHER):
+                prompts = [self._asked[i][2] for i in which[start : start + TOGETHER]]
+                found += self.model.generate(prompts, ANSWER, batch=TOGETHER)
+                advance(len(prompts))
         return [" ".join(text.split()) for text in found]
 
 

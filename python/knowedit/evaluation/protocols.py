@@ -169,6 +169,8 @@ def measure(
     ability_items: int | None = None,
     join: str | None = None,
     chat: bool = False,
+    strict: bool = False,
+    dequantise: bool = False,
     say: Callable[[str], None] = print,
 ) -> Iterator[dict[str, Any] | Result]:
     """Load everything and measure each method, one after the other; what `knowedit eval` calls.
@@ -185,6 +187,7 @@ def measure(
         folder: for the results, on disk before the next method starts; those that it has are not
             measured again, but yielded as their records.
         join, chat: as of `forms.as_asked`.
+        strict: as of `facts.sets.load`. dequantise: as of `load_model`.
 
     Raises:
         KnowEditError: an unknown method, protocol or data set; a folder with results of other
@@ -194,8 +197,8 @@ def measure(
     check_protocol(protocol)
     check_definition(definition)
     tasks = ability_tasks(ability, ability_items, protocol)
-    facts = conflict_free(load(dataset))[:limit]
-    model = load_model(name, dtype=dtype, device_map=device_map, say=say)
+    facts = conflict_free(load(dataset, strict=strict))[:limit]
+    model = load_model(name, dtype=dtype, device_map=device_map, dequantise=dequantise, say=say)
     facts = as_asked(model, facts, join, chat)
     common = {
         "fingerprint": model.fingerprint,
@@ -358,7 +361,7 @@ def run(
         raise KnowEditError("there are no facts to measure; give at least one")
     trajectory: list[SequenceStep] = []
     effects: dict[str, dict[str, Any]] = {}
-    asked = Interview(model, facts)
+    asked = Interview(model, facts, progress=progress)
     said: list[Said] = []
     writing, written = Writing(model, facts[:generate], references), list[Figure]()
     unedited = writing.read() if generate else []

@@ -31,6 +31,9 @@ MANY = 20
 NEARLY = 0.05
 #: Below this share of exact answers no method is recommended.
 USEFUL = 0.5
+#: What is looked at beside the facts' own prompts, as kind and measure of an evaluation.
+WORDINGS, AROUND = ("paraphrase", "success"), ("neighbourhood", "unchanged")
+NAMES = {"paraphrase": "paraphrases", "neighbourhood": "neighbours"}
 
 
 def plausible(facts: Sequence[Fact]) -> list[str]:
@@ -79,14 +82,16 @@ class Recommendation:
                 "with `knowedit doctor MODEL`, and measure the layers with `knowedit calibrate "
                 "MODEL`."
             )
-        said = [f"{_exact(self.choice):.0%} of your facts are said exactly"]
-        for (kind, measure), words in {
-            ("paraphrase", "success"): "of the paraphrases prefer the new fact",
-            ("neighbourhood", "unchanged"): "of the neighbours decide as before",
-        }.items():
+        said = [f"{_exact(self.choice):.0%} of {len(self.facts)} facts are said exactly"]
+        for (kind, measure), count, words in (
+            (WORDINGS, sum(len(fact.paraphrases) for fact in self.facts), "prefer the new fact"),
+            (AROUND, sum(len(fact.neighbours) for fact in self.facts), "decide as before"),
+        ):
             if (found := _rate(self.choice, kind, measure)) is not None:
-                said.append(f"{found.mean:.0%} {words}")
-        text = f"Take {self.choice.method}: {', '.join(said)}"
+                said.append(f"{found.mean:.0%} of {count} {NAMES[kind]} {words}")
+        alone = len(self.results) == 1 and self.skipped
+        head = "There was time for {} alone" if alone else "Take {}"
+        text = f"{head.format(self.choice.method)}: {', '.join(said)}"
         if alike := [other.method for other in self._ranked[1:] if self._alike(other)]:
             text += f"; {len(self.facts)} facts do not tell it from {' or '.join(alike)}"
         return text + "."
@@ -95,7 +100,7 @@ class Recommendation:
         """Whether every interval of `other` meets the choice's."""
         if self.choice is None:
             return False
-        for kind, measure in (("paraphrase", "success"), ("neighbourhood", "unchanged")):
+        for kind, measure in (WORDINGS, AROUND):
             mine, theirs = (_rate(r, kind, measure) for r in (self.choice, other))
             if mine and theirs and (mine.low > theirs.high or theirs.low > mine.high):
                 return False
@@ -107,7 +112,7 @@ class Recommendation:
             "method",
             *(
                 Column(name, ".0%", "right")
-                for name in ("efficacy", "exact", "paraphrase", "unchanged")
+                for name in ("prefers it", "exact", "in other words", "neighbours kept")
             ),
             Column("in a chat", align="right"),
             Column("drift, nats", ".4f"),
@@ -119,8 +124,8 @@ class Recommendation:
                 result.method,
                 _rate(result, "efficacy", "success"),
                 _rate(result, "efficacy", "exact"),
-                _rate(result, "paraphrase", "success"),
-                _rate(result, "neighbourhood", "unchanged"),
+                _rate(result, *WORDINGS),
+                _rate(result, *AROUND),
                 _in_chat(result),
                 result.side_effects["drift"]["kl"],
                 result.seconds,
@@ -131,7 +136,10 @@ class Recommendation:
         return Table(columns, rows, notes=self._notes()).without_empty_columns()
 
     def _notes(self) -> list[str]:
-        notes = []
+        notes = [
+            "prefers it: the new answer is likelier than the old one; exact: every word of it is "
+            "the model's first choice"
+        ]
         if not any(fact.paraphrases for fact in self.facts):
             notes.append("note: no fact has paraphrases; with some, other wordings are measured")
         if not any(fact.neighbours for fact in self.facts):
@@ -217,10 +225,7 @@ def _score(result: Result) -> float:
     """Mean of the paraphrases that prefer the new fact and the neighbours that decide as before, as
     far as the facts have any; else of the exact answers.
     """
-    found = [
-        _rate(result, kind, measure)
-        for kind, measure in (("paraphrase", "success"), ("neighbourhood", "unchanged"))
-    ]
+    found = [_rate(result, kind, measure) for kind, measure in (WORDINGS, AROUND)]
     known = [one.mean for one in found if one is not None]
     return sum(known) / len(known) if known else _exact(result)
 

@@ -62,6 +62,8 @@ def measure_saved(
     ability_items: int | None = None,
     join: str | None = None,
     chat: bool = False,
+    strict: bool = False,
+    dequantise: bool = False,
     say: Callable[[str], None] = print,
 ) -> Result | dict[str, Any]:
     """Load everything and measure; what `knowedit eval --edit` and `--against` call.
@@ -71,8 +73,8 @@ def measure_saved(
         against: instead of `files`, the model of which `name` is an edited copy.
         dataset: the facts; None: those that the edits or the edited folder record.
         folder: for the result; one that it has is not measured again, but returned as its record.
-        dtype, device_map: of both models.
-        text, seed, generate, references, definition, ability, ability_items, join, chat: as
+        dtype, device_map, dequantise: of both models.
+        text, seed, generate, references, definition, ability, ability_items, join, chat, strict: as
             `protocols.measure`.
 
     Raises:
@@ -87,9 +89,10 @@ def measure_saved(
     recorded = _standing(edits) if files else facts_in(name)
     if dataset is None and not recorded:
         raise KnowEditError(f"{name} does not say which facts were written; give --dataset")
-    facts = (conflict_free(load(dataset)) if dataset else recorded)[:limit]
-    model = load_model(against or name, dtype=dtype, device_map=device_map, say=say)
-    other = load_model(name, dtype=dtype, device_map=device_map, say=say) if against else None
+    facts = (conflict_free(load(dataset, strict=strict)) if dataset else recorded)[:limit]
+    options = {"dtype": dtype, "device_map": device_map, "dequantise": dequantise, "say": say}
+    model = load_model(against or name, **options)
+    other = load_model(name, **options) if against else None
     facts = as_asked(model, facts, join, chat)
     common = {
         "models": [model.fingerprint, other and other.fingerprint],
@@ -145,7 +148,8 @@ def compare(
     facts = answered(model, facts)
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
     watched = model_measures(texts=bool(texts))
-    interview, writing = Interview(model, facts), Writing(model, facts[:generate], references)
+    interview = Interview(model, facts, progress=progress)
+    writing = Writing(model, facts[:generate], references)
     answers = ask(model, asked, title="before", progress=progress)
     seen = {name: measure.observe(model, texts) for name, measure in watched.items()}
     unedited: list[Figure] = writing.read() if generate else []

@@ -61,6 +61,7 @@ class Sweep(Config):
         text: held-out text for the perplexity.
         ability, ability_items: tasks of general ability, as `protocols.measure`.
         corpus, tokens, statistics: of the key statistics, as `statistics_for`.
+        strict: as of `facts.sets.load`. dequantise: as of `load_model`.
         seed: of the statistics' corpus and of the intervals.
     """
 
@@ -74,6 +75,8 @@ class Sweep(Config):
     every: Count = 100
     seed: Whole = 0
     dtype: str = "auto"
+    strict: bool = False
+    dequantise: bool = False
     corpus: str | None = None
     tokens: Count | None = None
     statistics: Path | None = None
@@ -160,8 +163,8 @@ def run_sweep(
     if sweep.statistics is not None and not any(method.needs_statistics for method in methods):
         raise ConfigError(f"no method here reads statistics; leave {sweep.statistics} out")
     ability = protocols.ability_tasks(sweep.ability, sweep.ability_items, sweep.protocol)
-    facts = conflict_free(load(sweep.dataset))[: sweep.limit]
-    model = load_model(sweep.model, dtype=sweep.dtype, say=say)
+    facts = conflict_free(load(sweep.dataset, strict=sweep.strict))[: sweep.limit]
+    model = load_model(sweep.model, dtype=sweep.dtype, dequantise=sweep.dequantise, say=say)
     able = [method for method in methods if _fits(method, model)]
     statistics = statistics_for(
         able, model, sweep.corpus, sweep.tokens, sweep.statistics, sweep.seed
@@ -252,9 +255,9 @@ def _resume(sweep: Sweep, folder: Path | None) -> dict[str, Any]:
     try:
         kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
         rows = [row for row in kept["rows"] if row["reason"] is None]
-        was = Sweep.from_dict(kept["sweep"]).to_dict()
-        same = all(was[k] == v for k, v in fresh["sweep"].items() if k not in apart)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = Sweep.from_dict(kept["sweep"]).to_dict()
+        same = all(known[k] == v for k, v in fresh["sweep"].items() if k not in apart)
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise KnowEditError(
             f"{folder / FILE} cannot be gone on from ({error}); choose another folder"
         ) from error

@@ -151,7 +151,9 @@ def parse_records(
         raise FactError(skipped[0])
     if skipped:
         logger.warning(
-            "left out %d records that cannot be edited: %s", len(skipped), "; ".join(skipped)
+            "left out %d records that cannot be edited (--strict stops there): %s",
+            len(skipped),
+            "; ".join(skipped),
         )
     return placed
 

@@ -90,7 +90,9 @@ def known_sets() -> list[KnownSet]:
     return found
 
 
-def load(name_or_path: str | os.PathLike[str], limit: int | None = None) -> list[Fact]:
+def load(
+    name_or_path: str | os.PathLike[str], limit: int | None = None, *, strict: bool = False
+) -> list[Fact]:
     """The facts of a set: ``"demo"`` (6), ``"embedded"`` (all of ours), the name of a public set
     (`known_sets`), or the path of a file of facts.
 
@@ -101,6 +103,7 @@ def load(name_or_path: str | os.PathLike[str], limit: int | None = None) -> list
 
     Args:
         limit: at most so many facts, from the start.
+        strict: refuse a public set with a record that is no usable fact.
 
     Raises:
         FactError: an unknown name, a missing or a broken file, a limit below 1.
@@ -116,7 +119,7 @@ def load(name_or_path: str | os.PathLike[str], limit: int | None = None) -> list
         return facts[:limit]
     records = list(read_records(_path(name)))
     public = bool(records) and recognise(records[0][1]) is not None
-    placed = parse_records(records, skip=public)
+    placed = parse_records(records, skip=public and not strict)
     if not placed:
         raise FactError(f"{name}: holds no facts")
     facts = [fact for _, fact in placed]

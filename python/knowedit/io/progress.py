@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Timer
 from time import monotonic
 from typing import Protocol
 
@@ -35,17 +36,22 @@ class Advance(Protocol):
 
 
 @contextmanager
-def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Iterator[Advance]:
+def bar(
+    title: str, total: float, unit: str = "", *, done: float = 0.0, show: bool = True
+) -> Iterator[Advance]:
     """Yield the function that moves a progress bar on. Without a terminal, work of more than two
     seconds prints a line by then, another every minute, and one at the end.
 
     Args:
-        total: the amount at the end, in `unit`.
+        total: the amount at the end, in `unit`; done: what of it an earlier run did.
         show: False shows nothing.
     """
     if not console.is_terminal:
-        lines = _Lines(title, total, unit, show)
-        yield lines.advance
+        lines = _Lines(title, total, unit, done, show)
+        try:
+            yield lines.advance
+        finally:
+            lines.timer.cancel()
         lines.end()
         return
     columns = (
@@ -59,7 +65,7 @@ def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Itera
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, disable=not show) as progress:
-        task, done = progress.add_task(title, total=total, note=""), 0.0
+        task = progress.add_task(title, total=total, completed=int(done), note="")
 
         def advance(amount: float = 1, note: str | None = None) -> None:
             nonlocal done
@@ -75,20 +81,30 @@ def bar(title: str, total: float, unit: str = "", *, show: bool = True) -> Itera
 class _Lines:
     """The lines of one bar where there is no terminal."""
 
-    def __init__(self, title: str, total: float, unit: str, show: bool) -> None:
+    def __init__(self, title: str, total: float, unit: str, done: float, show: bool) -> None:
         self.title, self.total, self.unit, self.show = title, total, unit, show
-        self.done, self.begun = 0.0, monotonic()
+        self.before, self.done, self.begun = done, done, monotonic()
         self.due, self.said = self.begun + FIRST, False
+        self.timer = Timer(FIRST, self._start)  # where the first step itself takes long
+        self.timer.daemon = True
+        if show:
+            self.timer.start()
+
+    def _start(self) -> None:
+        if self.done == self.before:
+            self.due, self.said = self.begun + FIRST + EVERY, True
+            self._say(f"{self.total - self.done:,.0f} {self.unit} to do" if self.unit else "begun")
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         self.done += amount
         _tell(self.title, self.done, self.total)
         now = monotonic()
-        if now >= self.due and 0 < self.done < self.total:
-            left = (now - self.begun) * (self.total - self.done) / self.done
+        if now >= self.due and self.before < self.done < self.total:
+            left = (now - self.begun) * (self.total - self.done) / (self.done - self.before)
             self.due, self.said = now + EVERY, True
             behind = f", {note}" if note else ""
-            some = f"{self.done:,.0f} of {self.total:,.0f} {self.unit}".rstrip()
+            parts = 0 if self.total >= 100 or float(self.done).is_integer() else 1
+            some = f"{self.done:,.{parts}f} of {self.total:,.0f} {self.unit}".rstrip()
             self._say(f"{some}{behind}, about {_time(left)} left")
 
     def end(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from knowedit.edits.changes import oversized
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History, Place
 from knowedit.edits.measured import measure
@@ -102,6 +103,7 @@ class Method(Config):
     def recorded(self, made: Edit, model: EditableModel, statistics: KeyStatistics | None) -> Edit:
         """`made`, with what it does to the model, and all that it takes to make it again."""
         made.report.add_measured(measure(model, made, made.plan))
+        made.report.warnings += oversized(made.changes)
         made.config, made.software = self.to_dict(), software_versions()
         made.setup = model.setup
         if statistics is not None:

@@ -121,11 +121,16 @@ class Collection:
         state, reader = self.state, self._reader(worker)
         with (
             prefetch(reader, state.windows, tuple(state.documents), worker=worker) as source,
-            metered(title, self.recipe.tokens, show=show, as_json=self.settings.as_json) as meter,
+            metered(
+                title,
+                self.recipe.tokens,
+                state.count,
+                show=show,
+                as_json=self.settings.as_json,
+            ) as meter,
             self._saving_on_interrupt(),
             self._noting_signals(),
         ):
-            meter.on_resume(state.count)
             rounds = Rounds(source, self.ranks, self.recipe.tokens)
             if state.count < self.recipe.tokens and not state.converged:
                 self._announce(rounds)

@@ -1,5 +1,5 @@
-"""Tokens a second of a collection, shown while it runs: a bar on a terminal, a line a minute
-elsewhere, JSON lines for machines.
+"""Tokens a second of a collection, shown while it runs: beside its bar, or as JSON lines for
+machines.
 """
 
 from __future__ import annotations
@@ -9,39 +9,34 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
-from knowedit.io.progress import bar, console
+from knowedit.io.progress import Advance, bar
 
-EVERY = 60.0  # seconds between lines where nobody watches a bar
-EVERY_JSON = 1.0
+EVERY = 1.0  # seconds between JSON lines
 
 
 class Meter:
-    """Counts tokens and shows the speed, the time left and how well the estimate has converged."""
+    """Counts tokens and shows the speed, the time left and how well the estimate has converged.
+
+    Attributes:
+        done: tokens so far; those that an earlier run counted are not part of this run's speed.
+    """
 
     def __init__(
-        self, total: int, advance: Any, *, lines: bool, as_json: bool, out: TextIO
+        self, total: int, done: int, advance: Advance, *, as_json: bool, out: TextIO
     ) -> None:
-        self.total, self.done = total, 0
+        self.total, self.done, self._before = total, done, done
         self.convergence: dict[str, float] = {}
-        self._advance, self._lines, self._json, self._out = advance, lines, as_json, out
+        self._advance, self._json, self._out = advance, as_json, out
         self._start = self._written = time.monotonic()
-        self._before = 0
-
-    def on_resume(self, tokens: int) -> None:
-        """Tokens that an earlier run counted: they are done, and not part of this run's speed."""
-        self.done = self._before = tokens
-        self._advance(tokens)
 
     def on_tokens(self, tokens: int) -> None:
         """More tokens are summed; writes a line when it is time."""
         self.done += tokens
         self._advance(tokens, self._note())
         now = time.monotonic()
-        if (self._json and now - self._written >= EVERY_JSON) or (
-            self._lines and now - self._written >= EVERY
-        ):
+        if self._json and now - self._written >= EVERY:
             self._written = now
             self.write("progress")
 
@@ -57,25 +52,19 @@ class Meter:
         return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
 
     def write(self, event: str) -> None:
-        """One line now: "progress", "convergence" or "done"."""
+        """One JSON line now, if any are wanted: "progress", "convergence" or "done"."""
+        if not self._json:
+            return
         left = (self.total - self.done) / max(self.rate, 1e-9)
-        if self._json:
-            line = {
-                "event": event,
-                "tokens": self.done,
-                "of": self.total,
-                "tokens_per_second": round(self.rate, 1),
-                "seconds_left": round(left, 1),
-                "convergence": self.convergence,
-            }
-            print(json.dumps(line), file=self._out, flush=True)
-        elif self._lines:
-            rest = f", {left / 60:.0f} min left" if event == "progress" else ""
-            print(
-                f"{self.done:,} of {self.total:,} tokens, {self._note()}{rest}",
-                file=self._out,
-                flush=True,
-            )
+        line = {
+            "event": event,
+            "tokens": self.done,
+            "of": self.total,
+            "tokens_per_second": round(self.rate, 1),
+            "seconds_left": round(left, 1),
+            "convergence": self.convergence,
+        }
+        print(json.dumps(line), file=self._out, flush=True)
 
     def _note(self) -> str:
         errors = "".join(
@@ -86,12 +75,16 @@ class Meter:
 
 @contextmanager
 def metered(
-    title: str, total: int, *, show: bool, as_json: bool = False, out: TextIO | None = None
+    title: str,
+    total: int,
+    done: int = 0,
+    *,
+    show: bool,
+    as_json: bool = False,
+    out: TextIO | None = None,
 ) -> Iterator[Meter]:
-    """A meter for `total` tokens. `show`: at all; `as_json`: JSON lines on `out` (default stderr)
-    instead of a bar.
+    """A meter for `total` tokens, of which an earlier run counted `done`. `show`: at all;
+    `as_json`: JSON lines on `out` (default stderr) instead of a bar.
     """
-    shown = show and not as_json
-    lines = shown and not console.is_terminal
-    with bar(title, total, "tokens", show=shown and not lines) as advance:
-        yield Meter(total, advance, lines=lines, as_json=as_json and show, out=out or sys.stderr)
+    with bar(title, total, "tokens", done=done, show=show and not as_json) as advance:
+        yield Meter(total, done, advance, as_json=as_json and show, out=out or sys.stderr)

@@ -7,6 +7,7 @@ applied. The models are those of the edited folders, with the edit taken back.
 """
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from knowedit.edits.changes import Dense, LowRank
+from knowedit.edits.changes import Dense, LowRank, oversized
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import restore
 from knowedit.edits.export.listing import export_format, formats
@@ -275,6 +276,10 @@ def test_a_rank_beyond_the_width_is_the_width_in_an_adapter(shape):
     assert least.rank == min(shape) and least.least() is least
     exact = change.U.double() @ change.V.double().T
     torch.testing.assert_close(least.U.double() @ least.V.double().T, exact, rtol=1e-6, atol=1e-6)
+    (note,) = oversized({"m": change, "small": least, "dense": Dense(change.dense())})
+    times = 9 * sum(shape) / math.prod(shape)
+    assert f"factors of rank 9 of m, {times:.1f} times" in note
+    assert note.endswith(f"rank {min(shape)}") and oversized({"small": least}) == []
 
 
 def test_several_edits_make_one_adapter(tiny_llama, tmp_path):

@@ -53,13 +53,22 @@ def test_the_exact_one_with_most_right_elsewhere_is_taken():
         ["slow"],
     )
     assert found.choice.method == "kind"
+    wordings, around = (
+        sum(len(getattr(fact, name)) for fact in FACTS) for name in ("paraphrases", "neighbours")
+    )
     assert found.sentence() == (
-        "Take kind: 97% of your facts are said exactly, 90% of the paraphrases prefer the new "
-        "fact, 95% of the neighbours decide as before."
+        f"Take kind: 97% of {len(FACTS)} facts are said exactly, 90% of {wordings} paraphrases "
+        f"prefer the new fact, 95% of {around} neighbours decide as before."
     )
     text = str(found)
     assert "ruins the model" in text and "no time for slow" in text
     assert json.loads(json.dumps(found.to_dict()))["choice"] == "kind"
+
+
+def test_one_method_that_there_was_time_for_is_not_called_the_best():
+    found = Recommendation(FACTS, [result("a", 0.9)], ["b"])
+    assert found.sentence().startswith("There was time for a alone: 90% of")
+    assert Recommendation(FACTS, [result("a", 0.9)], []).sentence().startswith("Take a")
 
 
 def test_what_few_facts_do_not_tell_apart_is_said():

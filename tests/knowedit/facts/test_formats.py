@@ -183,6 +183,8 @@ def test_broken_public_records_name_their_place(tmp_path, caplog):
     with pytest.raises(FactError, match=said):
         read_facts(path)
     assert len(load(path)) == 1 and re.search(f"left out 1 records .*{said}", caplog.text)
+    with pytest.raises(FactError, match=said):
+        load(path, strict=True)
     with pytest.raises(FactError, match="1: counterfact record without 'target_new'"):
         load(save(tmp_path / "facts.jsonl", broken))
 

@@ -50,6 +50,38 @@ def test_what_takes_long_is_said_in_lines_where_there_is_no_terminal(elsewhere):
     ]
 
 
+def test_a_first_step_that_takes_long_is_said_too(elsewhere, monkeypatch):
+    out, _ = elsewhere
+    monkeypatch.setattr(progress, "FIRST", 0.01)
+    for unit, show in (("tokens", True), ("", True), ("", False)):
+        with progress.bar("sampling", 4096, unit, show=show) as advance:
+            while show and not out.getvalue().endswith(("do\n", "begun\n")):
+                pass
+            advance(4096)
+        out.write("--\n")
+    with progress.bar("short", 1) as advance:
+        advance()
+    ended = "sampling: done in 0 s"
+    assert out.getvalue().splitlines() == [
+        *("sampling: 4,096 tokens to do", ended, "--"),
+        *("sampling: begun", ended, "--"),
+        "--",
+    ]
+
+
+def test_what_an_earlier_run_did_says_nothing_of_the_speed(elsewhere):
+    out, clock = elsewhere
+    with progress.bar("keys", 1000, "tokens", done=800) as advance:
+        clock[0] += 30
+        advance(100)
+    with progress.bar("values", 4, "values") as advance:
+        clock[0] += 30
+        advance(0.3)
+    said = [line for line in out.getvalue().splitlines() if "done" not in line]
+    assert said[1] == "values: 0.3 of 4 values, about 6 min left"
+    assert said[0] == "keys: 900 of 1,000 tokens, about 30 s left"
+
+
 @pytest.mark.parametrize(
     "show, seconds, quiet", [(True, 1.9, False), (False, 9, False), (True, 9, True)]
 )

@@ -106,6 +106,7 @@ def measure_subjects(
     where: Path | None = None,
     device_map: Any = None,
     dtype: str = "auto",
+    dequantise: bool = False,
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[SubjectsResult]:
@@ -119,7 +120,7 @@ def measure_subjects(
     """
     made = [make_method(method).with_corpus(corpus) for method in methods]
     chosen = choose(dataset, least, most, half, subjects)
-    model = load_model(name, dtype=dtype, device_map=device_map, say=say)
+    model = load_model(name, dtype=dtype, device_map=device_map, dequantise=dequantise, say=say)
     statistics = statistics_for(made, model, corpus, tokens, where, seed)
     return run_subjects(model, chosen, statistics, made, dataset, wordings=wordings, seed=seed)
 
