@@ -137,33 +137,25 @@ def low_rank_update_many_(
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-    for name, given in {
-        "U": Us,
-        "V": Vs,
-        "residual": residuals,
-        "probe": probes,
-        "base": bases,
-    }.items():
+    lists = {"U": Us, "V": Vs, "residual": residuals, "probe": probes, "base": bases}
+    for name, given in lists.items():
         if given is not None and len(given) != len(Ws):
             raise ValueError(f"{len(Ws)} weights but {len(given)} of {name}")
+    weights, u, v, keys = [], [], [], []
     for i, W in enumerate(Ws):
-        residual, probe, base = (
-            given[i] if given else None for given in (residuals, probes, bases)
-        )
+        residual = residuals[i] if residuals else None
+        probe = probes[i] if probes else None
+        base = bases[i] if bases else None
         try:
             check_update(W, Us[i], Vs[i], residual, probe, base, rounding)
         except ValueError as error:
             raise ValueError(f"weight {i}: {error}" if len(Ws) > 1 else str(error)) from None
-    # what only looks must not count as a write: `data` has a version counter of its own
-    weights = [W.data if dry_run else W.detach() for W in Ws]
-    u = [
-        _scaled(U.detach().to(W.device, _working(W)), alpha).contiguous()
-        for U, W in zip(Us, weights)
-    ]
-    v = [V.detach().to(W.device, _working(W)).contiguous() for V, W in zip(Vs, weights)]
-    keys = [
-        K.detach().to(W.device, _working(W)).contiguous() for K, W in zip(probes or (), weights)
-    ]
+        # what only looks must not count as a write: `data` has a version counter of its own
+        weights.append(W.data if dry_run else W.detach())
+        u.append(_factor(Us[i], W, alpha))
+        v.append(_factor(Vs[i], W))
+        if probe is not None:
+            keys.append(_factor(probe, W))
     read, planes = list(bases or ()), [plane.detach() for plane in residuals or ()]
 
     device = weights[0].device if weights else None
@@ -191,12 +183,11 @@ def low_rank_update_many_(
     ]
 
 
-def _scaled(U: Tensor, alpha: float) -> Tensor:
-    return U if alpha == 1 else U * alpha
-
-
-def _working(W: Tensor) -> torch.dtype:
-    return torch.float64 if W.dtype == torch.float64 else torch.float32
+def _factor(x: Tensor, W: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha x as W's update takes it: contiguous, on its device, in the dtype of its arithmetic."""
+    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
+    x = x.detach().to(W.device, dtype)
+    return (x if alpha == 1 else x * alpha).contiguous()
 
 
 def check_update(
