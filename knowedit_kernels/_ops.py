@@ -164,7 +164,7 @@ _define(
 )
 # whether contiguous float32 or float64 tensors hold finite numbers alone
 _define("all_finite_cpu(Tensor[] x) -> bool", lambda x: True, compiled=True)
-# the two sums of every row's bits of lowrank/fingerprint.py: out [rows, 2], keys [lanes], int64
+# the sums of lowrank/fingerprint.py over a weight's scrambled rows: out [2], keys [lanes], int64
 _define("fingerprint_cpu_(Tensor(a!) out, Tensor weight, Tensor keys) -> ()", compiled=True)
 
 

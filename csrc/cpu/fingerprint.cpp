@@ -30,34 +30,53 @@ namespace avx2 {
 KNOWEDIT_TARGET_END
 #endif
 
+constexpr int64_t kRows = 4;  // read at once
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// As `_scrambled` of lowrank/fingerprint.py.
+uint64_t scrambled(uint64_t x) {
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
 
 void fingerprint(Tensor out, Tensor weight, Tensor keys) {
   const int64_t rows = weight.size(0), bytes = weight.size(1) * weight.element_size();
   STD_TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) <= 1), "weight must have dense rows");
-  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Long && out.is_contiguous() && out.numel() == 2 * rows,
-                  "out must be contiguous int64 [rows, 2]");
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Long && out.is_contiguous() && out.numel() == 2,
+                  "out must be contiguous int64 [2]");
   STD_TORCH_CHECK(keys.scalar_type() == ScalarType::Long && keys.is_contiguous() && keys.numel() * 8 >= bytes,
                   "keys must be contiguous int64, one for every eight bytes of a row");
-  auto sums = generic::row_sums;
+  auto one = generic::row_sums<1>, several = generic::row_sums<kRows>;
 #if defined(__x86_64__)
-  if (best_isa() >= kAvx2) sums = avx2::row_sums;
+  if (best_isa() >= kAvx2) one = avx2::row_sums<1>, several = avx2::row_sums<kRows>;
 #endif
   const char* data = static_cast<const char*>(weight.const_data_ptr());
   const uint64_t* key = static_cast<const uint64_t*>(keys.const_data_ptr());
-  uint64_t* to = static_cast<uint64_t*>(out.mutable_data_ptr());
   const int64_t stride = weight.stride(0) * weight.element_size();
   // a thread takes about a quarter of a megabyte at a time; a little work is not worth waking the others for
-  const int64_t block = std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(bytes, 1)), blocks = (rows + block - 1) / block;
+  const int64_t block = std::max(kRows, (int64_t{1} << 18) / std::max<int64_t>(bytes, 1) / kRows * kRows);
+  const int64_t blocks = (rows + block - 1) / block;
   std::atomic<int64_t> next{0};
+  std::atomic<uint64_t> total[2] = {0, 0};  // mod 2^64, in any order
   const auto work = [&](int64_t, int64_t) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < blocks;)
-      for (int64_t r = item * block; r < std::min(rows, (item + 1) * block); ++r)
-        sums(data + r * stride, key, bytes, to + 2 * r);
+    uint64_t sums[2 * kRows], mine[2] = {0, 0};
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+      const int64_t end = std::min(rows, (item + 1) * block);
+      for (int64_t r = item * block, count; r < end; r += count) {
+        count = end - r < kRows ? 1 : kRows;
+        (count == 1 ? one : several)(data + r * stride, stride, key, bytes, sums);
+        for (int64_t i = 0; i < 2 * count; ++i)
+          mine[i % 2] += scrambled(sums[i] + (r + i / 2 + 1) * 0x9e3779b97f4a7c15u);
+      }
+    }
+    for (int i = 0; i < 2; ++i) total[i].fetch_add(mine[i], std::memory_order_relaxed);
   };
-  if (blocks < 8) return work(0, 1);
-  torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), blocks), 1, work);
+  if (blocks < 8) work(0, 1);
+  else torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), blocks), 1, work);
+  for (int i = 0; i < 2; ++i) static_cast<uint64_t*>(out.mutable_data_ptr())[i] = total[i].load();
 }
 
 }  // namespace

@@ -24,28 +24,33 @@ inline uint64_t product(uint64_t lane, uint64_t key) {
   return uint64_t(uint32_t(lane) + uint32_t(key)) * uint64_t(uint32_t(lane >> 32) + uint32_t(key >> 32));
 }
 
-void row_sums(const char* row, const uint64_t* keys, int64_t bytes, uint64_t* out) {
-  constexpr int64_t kUnroll = 4, kStep = kUnroll * sizeof(Lanes);
-  Lanes mixed[kUnroll] = {}, plain[kUnroll] = {};
+// The two sums of R rows: one stream of memory alone does not fill the bus, and the keys are read once for all.
+template <int R>
+void row_sums(const char* rows, int64_t stride, const uint64_t* keys, int64_t bytes, uint64_t* out) {
+  Lanes mixed[R] = {}, plain[R] = {};
   const char* key = reinterpret_cast<const char*>(keys);
+  constexpr int64_t kStep = sizeof(Lanes);
   int64_t at = 0;
-  for (; at + kStep <= bytes; at += kStep)
+  for (; at + kStep <= bytes; at += kStep) {
+    const Halves k = load_lanes<Halves>(key + at);
 #pragma GCC unroll 4
-    for (int64_t u = 0; u < kUnroll; ++u) {
-      const int64_t here = at + u * sizeof(Lanes);
-      const Halves x = load_lanes<Halves>(row + here);
-      mixed[u] += halves_product((Lanes)(x + load_lanes<Halves>(key + here)));
-      plain[u] += (Lanes)x;
+    for (int r = 0; r < R; ++r) {
+      const Halves x = load_lanes<Halves>(rows + r * stride + at);
+      mixed[r] += halves_product((Lanes)(x + k));
+      plain[r] += (Lanes)x;
     }
-  uint64_t first = 0, second = 0;
-  for (int64_t u = 0; u < kUnroll; ++u)
-    for (int l = 0; l < 4; ++l) first += mixed[u][l], second += plain[u][l];
-  for (; at < bytes; at += 8) {  // the row ends with zeros
-    uint64_t lane = 0;
-    std::memcpy(&lane, row + at, std::min<int64_t>(8, bytes - at));
-    first += product(lane, keys[at / 8]);
-    second += lane;
   }
-  out[0] = first;
-  out[1] = second;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    uint64_t first = 0, second = 0;
+    for (int l = 0; l < 4; ++l) first += mixed[r][l], second += plain[r][l];
+    for (int64_t rest = at; rest < bytes; rest += 8) {  // the row ends with zeros
+      uint64_t lane = 0;
+      std::memcpy(&lane, rows + r * stride + rest, std::min<int64_t>(8, bytes - rest));
+      first += product(lane, keys[rest / 8]);
+      second += lane;
+    }
+    out[2 * r] = first;
+    out[2 * r + 1] = second;
+  }
 }

@@ -33,10 +33,8 @@ def fingerprint(weight: Tensor) -> int:
     """
     flat = weight.detach().reshape(-1, weight.shape[-1])
     lanes = -(-flat.shape[1] * flat.element_size() // 8)
-    rows = _rows_compiled if _compiled(flat) else _rows
-    sums = rows(flat, _keys(lanes).to(flat.device))
-    number = torch.arange(1, len(flat) + 1, device=flat.device)[:, None] * -0x61C8864680B583EB
-    first, second = _scrambled(sums + number).sum(0).tolist()
+    sums = _compiled_sums if _compiled(flat) else _sums
+    first, second = sums(flat, _keys(lanes).to(flat.device)).tolist()
     return (first % 2**64) << 64 | second % 2**64
 
 
@@ -62,10 +60,16 @@ def _compiled(flat: Tensor) -> bool:
     return flat.device.type == "cpu" and dense and _native.load().reason is None
 
 
-def _rows_compiled(flat: Tensor, keys: Tensor) -> Tensor:
-    out = torch.empty(len(flat), 2, dtype=torch.int64, device=flat.device)
+def _compiled_sums(flat: Tensor, keys: Tensor) -> Tensor:
+    out = torch.empty(2, dtype=torch.int64, device=flat.device)
     torch.ops.knowedit.fingerprint_cpu_(out, flat, keys)
     return out
+
+
+def _sums(flat: Tensor, keys: Tensor) -> Tensor:
+    """Both sums over the scrambled rows, int64 [2]."""
+    number = torch.arange(1, len(flat) + 1, device=flat.device)[:, None] * -0x61C8864680B583EB
+    return _scrambled(_rows(flat, keys) + number).sum(0)
 
 
 def _rows(flat: Tensor, keys: Tensor) -> Tensor:
