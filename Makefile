@@ -21,8 +21,8 @@ setup: $(READY)
 # Byte code is made when a module is first imported, of what is imported: of everything it takes a minute and a half.
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-# uv takes a sixth of pip's time for the many small packages; pip stands in where uv finds no registry.
-UV  := $(BIN)/uv pip install --quiet --python $(BIN)/python
+# uv takes a sixth of pip's time for the many small packages; pip stands in, soon, where uv finds no registry.
+UV  := UV_HTTP_TIMEOUT=20 UV_HTTP_RETRIES=1 $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 # Torch first, with pip's own settings, which may name a CPU build. That one brings no Triton, and the tests need the
 # version they are pinned to.

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from knowedit.errors import ModelError
 from knowedit.models.fingerprint import setup_of, streamed_fingerprint
 from knowedit.models.load import check_plain, class_for, said_by
+from knowedit.models.shards import read_tensor, tensor_files
 from knowedit.models.structure import is_transposed
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER = "adapter_config.json"
 
 
@@ -46,24 +44,7 @@ class Checkpoint:
         if not (self.folder / "config.json").exists():
             raise ModelError(f"{folder} has no config.json; give the folder of a whole model")
         check_plain(str(folder), self.config)
-        self.files = self._read_names()
-
-    def _read_names(self) -> dict[str, Path]:
-        """Of an index, or of the one file."""
-        index, single = self.folder / INDEX, self.folder / SINGLE
-        try:
-            if index.exists():
-                placed = json.loads(index.read_text("utf-8"))["weight_map"]
-                return {name: self.folder / file for name, file in placed.items()}
-            with safe_open(single, framework="pt") as opened:
-                return dict.fromkeys(opened.keys(), single)
-        except FileNotFoundError as error:
-            raise ModelError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model with "
-                "save_pretrained, which writes safetensors"
-            ) from error
-        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ModelError(f"{self.folder}: damaged weights ({error}); take it again") from error
+        self.files = tensor_files(self.folder)
 
     @cached_property
     def config(self) -> Any:
@@ -107,13 +88,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A parameter as it is stored, read from its file alone. Raises ModelError."""
         stored = self.stored_as(name)
-        try:
-            with safe_open(self.files[stored], framework="pt") as opened:
-                found: Tensor = opened.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{self.files[stored]} is truncated, damaged or missing ({error}); take it again"
-            ) from error
+        found = read_tensor(self.files[stored], stored)
         if tuple(found.shape) != self.shapes[name]:
             raise ModelError(
                 f"{self.folder}: {name} is stored as {list(found.shape)}, and the model has "

@@ -17,6 +17,7 @@ from knowedit.models.adapters import base_of, merge
 from knowedit.models.download import DEFAULT_MODEL, name_of, resolve
 from knowedit.models.editable import EditableModel, known_tokenizer
 from knowedit.models.fingerprint import weights_fingerprint
+from knowedit.models.packings import open_unpacked, packing_of
 from knowedit.models.quantised import dequantise as as_floats
 from knowedit.models.quantised import method_of, reading
 
@@ -89,21 +90,43 @@ def load_model(
             check_plain(str(name), config)
         if tokenizer is None:
             tokenizer = _saved_tokenizer(source, weights, where)
-        model = class_for(config).from_pretrained(
+        model = _read(
             weights,
+            config,
+            there,
             dtype=dtype,
             device_map=device_map,
             attn_implementation=attn_implementation,
-            **reading(config),
-            **there,
         )
-        if method_of(config) is not None:
-            as_floats(model)
         if adapted is not None:
             model = merge(model, source, **where)
             say(f"note: the adapter {name} is merged into its base {adapted}; edits are of both")
     called = name_of(str(name), source)
     return EditableModel(model.eval().requires_grad_(False), tokenizer, name=called)
+
+
+def _read(weights: str, config: Any, there: dict[str, Any], **options: Any) -> Any:
+    """A checkpoint's model; its floats, if it is quantised.
+
+    Args:
+        there: where the hub has it, for `from_pretrained`.
+    """
+    kind = class_for(config)
+    if packing_of(config) is not None:
+        return open_unpacked(kind, _folder(weights, there), config, **options)
+    model = kind.from_pretrained(weights, **options, **reading(config), **there)
+    if method_of(config) is not None:
+        as_floats(model)
+    return model
+
+
+def _folder(weights: str, there: dict[str, Any]) -> Path:
+    """A folder's path; of a hub id, that of what is downloaded."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(weights, revision=there.get("revision")))
 
 
 def _check_dtype(dtype: Any) -> None:

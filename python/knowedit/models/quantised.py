@@ -1,10 +1,11 @@
 """Checkpoints with quantised weights, opened as floats: the very weights that the quantised model
 multiplies by, so that an edit of them fits it as an adapter.
 
-Where transformers can dequantise as it reads (FP8, MXFP4, compressed tensors), it does. Everything
-else is loaded as it is, and each quantised layer is given the unit vectors: what it makes of them
-is its weight, whatever the format. That is exact where only weights are quantised. A layer that
-rounds its inputs too (LLM.int8) keeps unit vectors and is near it for others.
+GPTQ's and AWQ's files are unpacked here (`models.packings`). Where transformers can dequantise as
+it reads (FP8, MXFP4, compressed tensors), it does. Everything else is loaded as it is, and each
+quantised layer is given the unit vectors: what it makes of them is its weight, whatever the format.
+That is exact where only weights are quantised. A layer that rounds its inputs too (LLM.int8) keeps
+unit vectors and is near it for others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NEAR = 0.05
 
 def method_of(config: Any) -> str | None:
     """How the weights of a checkpoint with this configuration are quantised; None: they are not."""
-    record = _record(config)
+    record = record_of(config)
     if record is None:
         return None
     return _method(record)
@@ -55,7 +56,7 @@ def reading(config: Any) -> dict[str, Any]:
     """What to add to `from_pretrained` so that it dequantises as it reads; empty where transformers
     cannot, and `dequantise` has to.
     """
-    record = _record(config)
+    record = record_of(config)
     if record is None:
         return {}
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -100,7 +101,8 @@ def dequantise(hf: Any) -> float:
     return worst
 
 
-def _record(config: Any) -> dict[str, Any] | None:
+def record_of(config: Any) -> dict[str, Any] | None:
+    """The `quantization_config` of a model, or of its text decoder."""
     parts = (config, config.get_text_config())
     found = next((q for p in parts if (q := getattr(p, "quantization_config", None))), None)
     if found is None:

@@ -1,0 +1,208 @@
+"""The weights of GPTQ's and AWQ's checkpoints, unpacked from the files: the packages that run them
+need not be there, nor the device that they run on.
+
+Both hold a linear layer's matrix as integers of a few bits in words of 32 bits, with a scale and a
+zero for every output and every group of inputs:
+
+    W[o, i] = (q[i, o] - zero[g(i), o]) * scale[g(i), o].
+
+GPTQ packs the integers of an output's neighbouring inputs into a word, and says in `g_idx` which
+group an input is of (act-order); its first format holds zeros less one. AWQ packs eight outputs of
+an input, the even ones first; groups are of neighbouring inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knowedit.errors import ModelError
+from knowedit.models.quantised import record_of
+from knowedit.models.shards import read_tensor, tensor_files
+
+WORD = 32  # bits
+AWQ_BITS = 4
+#: Where in a word AWQ holds the outputs 0 to 7.
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+#: Parts of a packed layer, beside its bias.
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def packing_of(config: Any) -> str | None:
+    """The layout of a checkpoint with this configuration, if it can be unpacked here: "gptq",
+    "gptq_v2" or "awq".
+    """
+    record = record_of(config) or {}
+    method = str(record.get("quant_method", "")).rpartition(".")[2].lower()
+    if method == "gptq":
+        layout = str(record.get("checkpoint_format") or record.get("format") or "gptq").lower()
+        return layout if layout in ("gptq", "gptq_v2") else None
+    version = str(record.get("version") or record.get("format") or "gemm").lower()
+    if method == "awq" and version.rpartition(".")[2] == "gemm":
+        return "awq" if record.get("bits", AWQ_BITS) == AWQ_BITS else None
+    return None
+
+
+def read_unpacked(folder: Path, layout: str) -> dict[str, Tensor]:
+    """All tensors of a folder by name, on the CPU; a packed layer's as its `weight` `[out, in]` in
+    float32.
+
+    Raises:
+        ModelError: the folder holds no safetensors, is damaged, or a layer's parts do not fit.
+    """
+    files, found = tensor_files(folder), {}
+    for name, file in files.items():
+        path, _, part = name.rpartition(".")
+        if f"{path}.qweight" not in files or part not in PARTS:
+            found[name] = read_tensor(file, name)
+        elif part == "qweight":
+            parts = {
+                one: read_tensor(files[key], key)
+                for one in PARTS
+                if (key := f"{path}.{one}") in files
+            }
+            found[f"{path}.weight"] = _weight(path, layout, parts)
+    return found
+
+
+def open_unpacked(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
+    """A transformers model of a packed checkpoint's floats.
+
+    Args:
+        kind: its class, whose `from_pretrained` takes `options`.
+        config: of the checkpoint; `packing_of` knows its layout.
+
+    Raises:
+        ModelError: see `read_unpacked`; or the files do not hold what the model has.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+
+    state = read_unpacked(folder, packing_of(config) or "")
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), kind)  # Auto classes take no state_dict
+    hf, told = kind.from_pretrained(
+        None, config=plain, state_dict=state, output_loading_info=True, **options
+    )
+    amiss = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
+    if amiss:
+        raise ModelError(
+            f"{folder} lacks {len(amiss)} tensors of a {type(hf).__name__}, {amiss[0]} the first; "
+            "take it again, or edit the original checkpoint"
+        )
+    hf.name_or_path = str(folder)
+    if (folder / "generation_config.json").exists():
+        hf.generation_config = GenerationConfig.from_pretrained(folder)
+    return hf
+
+
+def _weight(path: str, layout: str, parts: Mapping[str, Tensor]) -> Tensor:
+    missing = {"qweight", "qzeros", "scales"} - set(parts)
+    if missing:
+        raise ModelError(f"{path} is packed and has no {', '.join(sorted(missing))}; take it again")
+    try:
+        if layout == "awq":
+            return awq_weight(parts["qweight"], parts["qzeros"], parts["scales"])
+        return gptq_weight(
+            parts["qweight"],
+            parts["qzeros"],
+            parts["scales"],
+            parts.get("g_idx"),
+            zeros_less_one=layout == "gptq",
+        )
+    except ValueError as error:
+        shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
+        raise ModelError(f"{path} cannot be unpacked ({shapes}): {error}") from error
+
+
+def gptq_weight(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None = None,
+    *,
+    zeros_less_one: bool,
+) -> Tensor:
+    """The matrix `[out, in]` float32 of a layer in GPTQ's layout, of 2, 3, 4 or 8 bits.
+
+    Args:
+        qweight: `[in * bits / 32, out]` int32; the bits of an output's inputs one after the other,
+            the lowest first.
+        qzeros: `[groups, out * bits / 32]` int32, likewise.
+        scales: `[groups, out]`.
+        g_idx: `[in]` the group of each input; None: groups of neighbours, of the same size.
+        zeros_less_one: as the format `gptq` has them (`gptq_v2` does not). A zero of 0 has become
+            the largest number; there are readers that carry into its neighbour instead.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    groups, out = scales.shape
+    bits = _ratio(qzeros.shape[-1] * WORD, out, "bits of a zero")
+    if bits not in (2, 3, 4, 8) or qzeros.shape[0] != groups or qweight.shape[-1] != out:
+        raise ValueError(f"{bits} bits, {groups} groups and {out} outputs do not fit together")
+    width = _ratio(qweight.shape[0] * WORD, bits, "inputs")
+    zero = _stream(qzeros.T, bits).T
+    if zeros_less_one:
+        zero = (zero + 1) & (2**bits - 1)
+    return _scaled(_stream(qweight, bits), zero, scales, _groups(g_idx, width, groups))
+
+
+def awq_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    """The matrix `[out, in]` float32 of a layer in AWQ's layout "gemm", of 4 bits.
+
+    Args:
+        qweight: `[in, out / 8]` int32.
+        qzeros: `[groups, out / 8]` int32.
+        scales: `[groups, out]`.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    groups, out = scales.shape
+    fits = qweight.shape[-1] * 8 == out and qzeros.shape == (groups, qweight.shape[-1])
+    if not fits:
+        raise ValueError(f"{groups} groups and {out} outputs do not fit together")
+    width = qweight.shape[0]
+    return _scaled(_eights(qweight), _eights(qzeros), scales, _groups(None, width, groups))
+
+
+def _scaled(q: Tensor, zero: Tensor, scales: Tensor, group: Tensor) -> Tensor:
+    """q `[in, out]`, zero and scales `[groups, out]`, group `[in]` -> `[out, in]`."""
+    return ((q - zero[group]).float() * scales.float()[group]).T.contiguous()
+
+
+def _stream(words: Tensor, bits: int) -> Tensor:
+    """`[words, n]` -> `[words * 32 / bits, n]` int32, of a stream of bits down each column."""
+    at = torch.arange(words.shape[0] * WORD // bits, dtype=torch.int32) * bits
+    if WORD % bits:  # a value may begin in one word and end in the next
+        own = words.long() & (2**WORD - 1)
+        words = own | (torch.cat([own[1:], torch.zeros_like(own[:1])]) << WORD)
+    return ((words[at // WORD] >> (at % WORD)[:, None]) & (2**bits - 1)).int()
+
+
+def _eights(words: Tensor) -> Tensor:
+    """`[n, words]` -> `[n, words * 8]` int32, in the order of the outputs."""
+    shifts = torch.tensor(AWQ_PLACES, dtype=torch.int32) * AWQ_BITS
+    return ((words[..., None] >> shifts) & (2**AWQ_BITS - 1)).flatten(1)
+
+
+def _groups(g_idx: Tensor | None, width: int, groups: int) -> Tensor:
+    """`[in]` the group of each input."""
+    if g_idx is None:
+        return torch.arange(width) // _ratio(width, groups, "inputs of a group")
+    found = g_idx.long()
+    if found.shape != (width,) or bool(((found < 0) | (found >= groups)).any()):
+        raise ValueError(f"g_idx is not {width} numbers of {groups} groups")
+    return found
+
+
+def _ratio(total: int, part: int, what: str) -> int:
+    if part < 1 or total % part:
+        raise ValueError(f"{total} / {part} {what} is no whole number")
+    return total // part

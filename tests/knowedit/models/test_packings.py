@@ -1,0 +1,194 @@
+"""GPTQ's and AWQ's files as floats, against packings written here, bit by bit (unit)."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import knowedit as ke
+from knowedit.errors import ModelError
+from knowedit.models.packings import awq_weight, gptq_weight, packing_of
+from tests.knowedit.models.tiny import build
+
+IN, OUT, GROUP = 96, 32, 16
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output at each place of a word
+IDS = torch.arange(3, 15)[None]
+
+
+def words(bits_of):
+    """int32 words `[n, words]` of bits `[n, 32 * words]`, the lowest first."""
+    value = (bits_of.reshape(len(bits_of), -1, 32).long() << torch.arange(32)).sum(-1)
+    return torch.where(value >= 2**31, value - 2**32, value).int()
+
+
+def stream(numbers, bits):
+    """Rows of numbers, one after the other, as words."""
+    return words(((numbers.long()[..., None] >> torch.arange(bits)) & 1).flatten(1))
+
+
+def quantised(weight, bits, group=GROUP):
+    """Of `weight` `[out, in]`: q `[in, out]`, zeros and scales `[groups, out]`."""
+    rows = weight.float().T.reshape(-1, group, len(weight))
+    low, high = rows.amin(1), rows.amax(1)
+    scales = ((high - low) / (2**bits - 1)).clamp(min=1e-6)
+    zeros = (-low / scales).round().clamp(0, 2**bits - 1)
+    q = (rows / scales[:, None] + zeros[:, None]).round().clamp(0, 2**bits - 1)
+    return q.flatten(0, 1).int(), zeros.int(), scales.half()
+
+
+def as_gptq(weight, bits, layout="gptq", order=None):
+    """The parts of a layer in GPTQ's layout, and the floats that it stands for."""
+    order = torch.arange(weight.shape[1]) if order is None else order
+    q, zeros, scales = quantised(weight[:, order], bits)
+    group = torch.arange(len(order)) // GROUP
+    floats = torch.empty_like(weight, dtype=torch.float32)
+    floats[:, order] = ((q - zeros[group]).float() * scales.float()[group]).T
+    g_idx, in_place = torch.empty_like(group), torch.empty_like(q)
+    g_idx[order], in_place[order] = group, q
+    held = (zeros - 1) % 2**bits if layout == "gptq" else zeros
+    parts = {
+        "qweight": stream(in_place.T, bits).T.contiguous(),
+        "qzeros": stream(held, bits),
+        "scales": scales,
+        "g_idx": g_idx.int(),
+    }
+    return parts, floats
+
+
+def as_awq(weight):
+    """The same in AWQ's."""
+    q, zeros, scales = quantised(weight, 4)
+    group = torch.arange(len(q)) // GROUP
+    floats = ((q - zeros[group]).float() * scales.float()[group]).T
+
+    def eights(numbers):
+        return stream(numbers.reshape(len(numbers), -1, 8)[..., AWQ_ORDER].flatten(1), 4)
+
+    return {"qweight": eights(q), "qzeros": eights(zeros), "scales": scales}, floats.contiguous()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_gptq_words_are_a_stream_of_bits(bits, layout):
+    torch.manual_seed(bits)
+    weight, order = torch.randn(OUT, IN), torch.randperm(IN)
+    parts, wanted = as_gptq(weight, bits, layout, order)
+    assert parts["qweight"].shape == (IN * bits // 32, OUT)
+    found = gptq_weight(**parts, zeros_less_one=layout == "gptq")
+    assert torch.equal(found, wanted)
+    assert float((wanted - weight).abs().max()) < 6 / (2**bits - 1)  # it is that matrix
+
+
+def test_gptq_groups_without_g_idx_are_neighbours():
+    parts, wanted = as_gptq(torch.randn(OUT, IN), 4)
+    del parts["g_idx"]
+    assert torch.equal(gptq_weight(**parts, zeros_less_one=True), wanted)
+
+
+def test_awq_words_are_eight_outputs_the_even_ones_first():
+    parts, wanted = as_awq(torch.randn(OUT, IN))
+    assert parts["qweight"].shape == (IN, OUT // 8)
+    assert torch.equal(awq_weight(**parts), wanted)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"scales": torch.ones(6, 31)}, "bits"),
+        ({"scales": torch.ones(2, OUT)}, "2 groups"),
+        ({"g_idx": torch.full((IN,), 6)}, "96 numbers of 6 groups"),
+        ({"g_idx": torch.zeros(5)}, "96 numbers of 6 groups"),
+    ],
+)
+def test_parts_that_do_not_fit_are_told(change, said):
+    parts = as_gptq(torch.randn(OUT, IN), 4)[0] | change
+    with pytest.raises(ValueError, match=said):
+        gptq_weight(**parts, zeros_less_one=True)
+
+
+class Record:
+    """A configuration of one thing."""
+
+    def __init__(self, **record):
+        self.quantization_config = record
+
+    def get_text_config(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    "record, layout",
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, "gptq_v2"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, None),
+        ({"quant_method": "awq", "version": "GEMM"}, "awq"),
+        ({"quant_method": "awq", "version": "gemv"}, None),
+        ({"quant_method": "awq", "bits": 8}, None),
+        ({"quant_method": "fp8"}, None),
+    ],
+)
+def test_only_layouts_that_are_known_are_unpacked(record, layout):
+    assert packing_of(Record(**record)) == layout
+
+
+# -- a whole checkpoint
+
+
+@pytest.fixture(params=["gptq", "awq"])
+def packed(request, tmp_path, byte_tokenizer):
+    """A folder of packed MLPs, and the model that it stands for."""
+    hf = build("llama")
+    tensors = {name: value.contiguous() for name, value in hf.state_dict().items()}
+    for path, module in hf.named_modules():
+        if isinstance(module, nn.Linear) and ".mlp." in path:
+            weight = module.weight.detach()
+            parts, floats = as_awq(weight) if request.param == "awq" else as_gptq(weight, 4)
+            module.weight.data = floats
+            del tensors[f"{path}.weight"]
+            tensors |= {f"{path}.{name}": part for name, part in parts.items()}
+    hf.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": request.param, "bits": 4, "group_size": GROUP}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path, hf
+
+
+@torch.no_grad()
+def test_a_checkpoint_is_the_floats_that_it_stands_for(packed):
+    folder, wanted = packed
+    with pytest.raises(ModelError, match="quantised .*dequantise=True"):
+        ke.load_model(folder)
+    model = ke.load_model(folder, dtype="float32", dequantise=True)
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(model.hf.state_dict()[name], value), name
+    torch.testing.assert_close(model.hf(IDS).logits, wanted(IDS).logits)
+    assert model.source == str(folder)
+    assert not hasattr(model.hf.config, "quantization_config")
+
+
+@pytest.mark.parametrize("part", ["scales", "qzeros"])
+def test_a_checkpoint_without_a_part_is_refused(packed, part):
+    folder, _ = packed
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith(f"down_proj.{part}"))
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"down_proj is packed and has no {part}"):
+        ke.load_model(folder, dequantise=True)
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused(packed):
+    folder, _ = packed
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: value for name, value in tensors.items() if "layers.1." not in name},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(ModelError, match=r"lacks \d+ tensors of a LlamaForCausalLM"):
+        ke.load_model(folder, dequantise=True)
