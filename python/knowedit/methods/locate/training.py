@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ class TrainingSettings(Config):
         price: weight of the preservation price `tr(Delta M Delta^T)`, relative to that of the
             start, a group.
         norm: weight of `sum_l (|R_l| / |h_l|)^2`.
+        regularise: what `price` and `norm` weigh. "uniform": every group's write-out alike; what a
+            key close to ordinary text realises of it is then shrunk most, and what a free key
+            realises hardly (MetaKE's third version calls this over-shrinking and
+            under-regularising). "request": each group's by the gain that it realises
+            (`request_weights`), which shrinks what is realised by one share in all groups.
         through: what a step sees.
     """
 
@@ -51,6 +57,7 @@ class TrainingSettings(Config):
     clamp_realised: bool = True
     price: NotNegative = 0.3
     norm: NotNegative = 0.0
+    regularise: Literal["uniform", "request"] = "uniform"
     through: Through = "edit"
 
 
@@ -92,25 +99,14 @@ def train_write_outs(
         [{"params": [out[layer]], "lr": 1.0, "frozen": layers[layer]} for layer in out],
         betas=settings.betas,
     )
-    with torch.no_grad():
-        paid = sum(float(_price(layers[layer], out[layer])) for layer in out)
-    groups = len(next(iter(start.values())))
+    penalty = Penalty(layers, start, settings)
     for step in range(settings.steps):
         optimiser.zero_grad()
         for texts, factor in plan(step):
             for part in texts.losses(layers, out, settings.through):
                 (factor * part.sum()).backward()
-        penalty = torch.zeros(())
-        for layer, value in out.items():
-            if settings.price and paid > 0:
-                penalty = penalty + settings.price * groups / paid * _price(layers[layer], value)
-            if settings.norm:
-                penalty = (
-                    penalty
-                    + settings.norm * (value.square().sum(1) / layers[layer].norm ** 2).sum()
-                )
-        if penalty.requires_grad:
-            penalty.backward()
+        if (extra := penalty(out)).requires_grad:
+            extra.backward()
         left = min(1.0, (settings.steps - step) / (0.4 * settings.steps))
         for entry in optimiser.param_groups:
             norm = entry["frozen"].norm
@@ -131,6 +127,58 @@ def train_write_outs(
                 ).clamp(max=1)[:, None]
         progress(1)
     return {layer: value.detach() for layer, value in out.items()}
+
+
+class Penalty:
+    """What write-outs cost beside their texts, as the settings say: a price relative to that of
+    the `start`, and their lengths.
+    """
+
+    def __init__(
+        self, layers: Mapping[int, FrozenLayer], start: WriteOuts, settings: TrainingSettings
+    ) -> None:
+        self.layers, self.settings = layers, settings
+        self.price, self.norm = ({layer: torch.ones(()) for layer in layers} for _ in range(2))
+        if settings.regularise == "request":
+            for layer, frozen in layers.items():
+                self.price[layer] = request_weights(frozen, frozen.price.diagonal())
+                self.norm[layer] = request_weights(frozen, torch.ones_like(frozen.norm))
+        paid = sum(float(self._prices(layer, value)) for layer, value in start.items())
+        groups = len(next(iter(start.values())))
+        self.rate = settings.price * groups / paid if settings.price and paid > 0 else 0.0
+
+    def __call__(self, out: WriteOuts) -> Tensor:
+        """Of all groups and layers."""
+        total = torch.zeros(())
+        for layer, value in out.items():
+            if self.rate:
+                total = total + self.rate * self._prices(layer, value)
+            if self.settings.norm:
+                lengths = value.square().sum(1) / self.layers[layer].norm ** 2
+                total = total + self.settings.norm * (self.norm[layer] * lengths).sum()
+        return total
+
+    def _prices(self, layer: int, value: Tensor) -> Tensor:
+        weights = self.price[layer]
+        scaled = value.to(self.layers[layer].price) * (
+            weights.sqrt()[:, None] if weights.dim() else 1
+        )
+        return (scaled * (self.layers[layer].price @ scaled)).sum()
+
+
+def request_weights(frozen: FrozenLayer, cost: Tensor) -> Tensor:
+    """`[groups]` with the mean 1: what turns a penalty `cost_i |R_i|^2` of each write-out into one
+    of what it realises at its own key, `c |g_i R_i|^2` with one c for all:
+    `w_i = c g_i^2 / cost_i`, g the diagonal of the solver's frozen gain.
+
+    Where the texts ask for a shift v_i, the best write-out then realises the same share of each,
+    whatever its gain; under a uniform weight it realises `g_i^2 / (g_i^2 + cost_i)` of it.
+
+    Args:
+        cost: `[groups]` of a write-out of unit length.
+    """
+    weights = frozen.gain.diagonal().square() / cost.clamp(min=1e-30)
+    return weights / weights.mean().clamp(min=1e-30)
 
 
 @dataclass(frozen=True)
@@ -159,10 +207,6 @@ def disconnect(
             float(sum(part[0].sum() for part in texts.losses(layers, out, through))) / texts.groups
         )
     return Disconnect(*found)
-
-
-def _price(frozen: FrozenLayer, out: Tensor) -> Tensor:
-    return (out * (frozen.price @ out)).sum()
 
 
 def state_norms(
