@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knowedit_kernels import numerics, testing
-from knowedit_kernels.lowrank import low_rank_update_, low_rank_update_many_
+from knowedit_kernels import _device, numerics, testing
+from knowedit_kernels.lowrank import gpu, low_rank_update_, low_rank_update_many_
 from knowedit_kernels.lowrank.reference import grade_update, updated
 from knowedit_kernels.lowrank.rounding import philox, random_bits, round_stochastic
 
@@ -296,6 +296,24 @@ def test_a_write_is_counted_and_a_dry_run_is_not():
     low_rank_update_(W, U, V)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(y, x)
+
+
+def test_the_tables_of_a_launch_are_made_once_and_sent_in_one_copy():
+    """What the Triton launch tells its programs, without a GPU."""
+    cpu, shapes = torch.device("cpu"), ((130, 1100), (1, 1), (64, 512))
+    table = gpu.program_table(shapes, 64, 512, cpu)
+    tiles = [
+        [weight, i, j]
+        for weight, (rows, columns) in enumerate(shapes)
+        for i in range(-(-rows // 64))
+        for j in range(-(-columns // 512))
+    ]
+    assert table.tolist() == tiles and table.dtype == torch.int32
+    assert gpu.program_table(shapes, 64, 512, cpu) is table
+    first, second = _device.tables(cpu, (torch.int64, [2**40, -1, 7]), (torch.int32, [3, -4]))
+    assert first.tolist() == [2**40, -1, 7] and second.tolist() == [3, -4]
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    assert first.data_ptr() % 16 == second.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize(
