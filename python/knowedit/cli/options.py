@@ -5,10 +5,11 @@ made of them.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,6 +134,19 @@ Folder = Annotated[
 ]
 
 
+def json_text(record: Any) -> str:
+    """JSON that every program reads: a number that is none (NaN) or infinite is null."""
+    return json.dumps(_finite(record), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @dataclass(frozen=True)
 class Output:
     """How every command that does something shows it."""
@@ -142,7 +156,7 @@ class Output:
 
     def show(self, record: Any, text: Callable[[], Any]) -> None:
         """Print the result: `record` with --json, else `text()`."""
-        print(json.dumps(record) if self.as_json else printable(str(text())))
+        print(json_text(record) if self.as_json else printable(str(text())))
 
 
 @dataclass(frozen=True)

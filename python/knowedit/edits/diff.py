@@ -16,6 +16,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import read_record, record_of
 from knowedit.edits.journal import edits_in
 from knowedit.errors import EditError
+from knowedit.io.progress import bar
 from knowedit.io.tables import Column, Table
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.experts import split_name
@@ -125,16 +126,18 @@ def _of_folders(base: Checkpoint, other: Checkpoint) -> ModelDiff:
     ]
     common = [name for name in base.shapes if name in other.shapes]
     dtypes: dict[str, int] = {}
-    for name in common:
-        if base.shapes[name] != other.shapes[name]:
-            notes.append(f"{name}: {list(base.shapes[name])} and {list(other.shapes[name])}")
-            continue
-        before, after = base.tensor(name), other.tensor(name)
-        if before.dtype != after.dtype:
-            pair = f"{_short(before)} and {_short(after)}"
-            dtypes[pair] = dtypes.get(pair, 0) + 1
-        if found := compare(name, before, after):
-            weights.append(found)
+    with bar("comparing weights", len(common), "weights") as advance:
+        for name in common:
+            advance()
+            if base.shapes[name] != other.shapes[name]:
+                notes.append(f"{name}: {list(base.shapes[name])} and {list(other.shapes[name])}")
+                continue
+            before, after = base.tensor(name), other.tensor(name)
+            if before.dtype != after.dtype:
+                pair = f"{_short(before)} and {_short(after)}"
+                dtypes[pair] = dtypes.get(pair, 0) + 1
+            if found := compare(name, before, after):
+                weights.append(found)
     notes += [f"{count} weights are stored as {pair}" for pair, count in dtypes.items()]
     return ModelDiff(base.name, other.name, len(common), weights, notes, _recorded(other.folder))
 

@@ -26,6 +26,7 @@ from knowedit.edits.export.folder import (
 )
 from knowedit.errors import EditError
 from knowedit.io.files import atomic_folder, check_free, disk_errors
+from knowedit.io.progress import bar
 from knowedit.io.tensors import checksum, overwrite, write_streamed
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.experts import split_name
@@ -114,14 +115,23 @@ def _check_together(edits: Sequence[Edit]) -> None:
 
 def _copy(base: Checkpoint, folder: Path) -> None:
     """The checkpoint's own weights, and all files that are none."""
-    for source in sorted(base.folder.rglob("*")):
-        place = source.relative_to(base.folder)
-        hidden = any(part.startswith(".") for part in place.parts)
-        if not source.is_file() or hidden or place.name in (RECORD, CARD):
-            continue
-        if source in base.files.values() or not place.name.lower().endswith(WEIGHTS):
+    places = [
+        source.relative_to(base.folder)
+        for source in sorted(base.folder.rglob("*"))
+        if source.is_file()
+        and (source in base.files.values() or not source.name.lower().endswith(WEIGHTS))
+    ]
+    wanted = [
+        place
+        for place in places
+        if place.name not in (RECORD, CARD) and not any(p.startswith(".") for p in place.parts)
+    ]
+    megabytes = {place: (base.folder / place).stat().st_size / 1e6 for place in wanted}
+    with bar("copying the model", sum(megabytes.values()), "MB") as advance:
+        for place in wanted:
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / place)
+            shutil.copyfile(base.folder / place, folder / place)
+            advance(megabytes[place])
     if (base.folder / CARD).is_file():
         shutil.copyfile(base.folder / CARD, folder / BASE_CARD)
 

@@ -27,6 +27,7 @@ FIRST, EVERY = 2.0, 60.0
 #: Called with the title of what goes on, how much of it is done, and how much there is.
 Listener = Callable[[str, float, float], None]
 _listeners: list[Listener] = []
+_open: list[str] = []  # titles of the bars that the terminal shows
 
 
 class Advance(Protocol):
@@ -44,7 +45,7 @@ def bar(
 
     Args:
         total: the amount at the end, in `unit`; done: what of it an earlier run did.
-        show: False shows nothing.
+        show: False shows nothing; a terminal shows one bar at a time, the outermost.
     """
     if not console.is_terminal:
         lines = _Lines(title, total, unit, done, show)
@@ -64,7 +65,8 @@ def bar(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not show) as progress:
+    show = show and not _open
+    with _counted(title, show), Progress(*columns, console=console, disable=not show) as progress:
         task = progress.add_task(title, total=total, completed=int(done), note="")
 
         def advance(amount: float = 1, note: str | None = None) -> None:
@@ -76,6 +78,19 @@ def bar(
                 progress.update(task, note=note)
 
         yield advance
+
+
+@contextmanager
+def _counted(title: str, show: bool) -> Iterator[None]:
+    """Within the block the bar is the one that is shown, if it is."""
+    if not show:
+        yield
+        return
+    _open.append(title)
+    try:
+        yield
+    finally:
+        _open.remove(title)
 
 
 class _Lines:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from knowedit.errors import EditError, ModelError
+from knowedit.io.progress import bar
 
 if TYPE_CHECKING:
     from knowedit.models.checkpoint import Checkpoint
@@ -65,8 +66,11 @@ def streamed_fingerprint(model: nn.Module, read: Callable[[str], Tensor]) -> str
         ModelError: a weight is NaN or infinite.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, _ in model.named_parameters():
-        digest.update(_part(model, name, read(name)))
+    names = [name for name, _ in model.named_parameters()]
+    with bar("reading weights", len(names), "weights") as advance:
+        for name in names:
+            digest.update(_part(model, name, read(name)))
+            advance()
     return digest.hexdigest()
 
 

@@ -10,12 +10,13 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from knowedit.cli.options import parse_layers
+from knowedit.cli.options import json_text, parse_layers
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
 from knowedit.io.files import _machine, locked
 from tests.knowedit.cli.examples import FACTS
+from tests.knowedit.commandline import CommandLine
 from tests.processes import Forked
 
 CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1")
@@ -550,3 +551,49 @@ def test_a_saved_edit_and_an_edited_folder_are_measured(place, knowedit):
     assert (saved[0]["protocol"], beside[0]["protocol"]) == ("saved edit", "comparison")
     said = knowedit("eval", "model", "--edit", "a.safetensors", "--method", "rome", code=1)
     assert "--method computes an edit" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("edit", "model", "facts.jsonl", "-o", "a.safetensors"),
+        ("eval", "model", "--dataset", "facts.jsonl"),
+        ("eval", "model", "--edit", "a.safetensors", "--dataset", "facts.jsonl"),
+        ("eval", "model", "--against", "other", "--dataset", "facts.jsonl"),
+        ("eval", "--config", "grid.json"),
+        ("same-subject", "model"),
+        ("recommend", "model", "facts.jsonl"),
+    ],
+    ids=lambda words: " ".join(words[:3]),
+)
+def test_every_command_loads_the_model_as_told(tmp_path, monkeypatch, capsys, words):
+    from knowedit.evaluation import protocols, saved, sweep
+    from knowedit.evaluation.subjects import protocol
+    from knowedit.models import load
+
+    told = {}
+
+    def loaded(name, **options):
+        told.update(options)
+        raise KnowEditError("this is all that is looked at")
+
+    for module in (load, protocols, saved, sweep, protocol):
+        monkeypatch.setattr(module, "load_model", loaded)
+    monkeypatch.setattr(saved, "edits_in", lambda path: [])
+    monkeypatch.setattr(saved, "_standing", lambda edits: [])
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    (tmp_path / "grid.json").write_text('{"methods": ["memit"]}')
+    line = CommandLine(monkeypatch, capsys, tmp_path)
+    said = line(*words, "--dtype", "bfloat16", "--dequantise", code=1)
+    assert "all that is looked at" in said
+    assert told["dtype"] == "bfloat16" and told["dequantise"] is True
+
+
+def test_json_is_read_by_every_program():
+    found = {"nan": float("nan"), "list": [float("inf"), 1.5], "pair": (1, None), "text": "NaN"}
+    assert json.loads(json_text(found)) == {
+        "nan": None,
+        "list": [None, 1.5],
+        "pair": [1, None],
+        "text": "NaN",
+    }

@@ -24,6 +24,22 @@ def test_a_bar_is_shown_on_a_terminal_only(monkeypatch, terminal, show, seen):
     assert ("layer 3" in out.getvalue()) is seen
 
 
+def test_a_terminal_shows_the_outermost_bar(monkeypatch):
+    out, heard = io.StringIO(), []
+    monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=120))
+    listening = progress.heard_by(lambda title, done, total: heard.append(title))
+    with listening, progress.bar("outer", 2) as advance:
+        for _ in range(2):
+            with progress.bar("inner", 1) as inner:
+                inner()
+            advance()
+    assert "outer" in out.getvalue() and "inner" not in out.getvalue()
+    assert heard == ["inner", "outer"] * 2
+    with progress.bar("after", 1):
+        pass
+    assert "after" in out.getvalue()
+
+
 @pytest.fixture
 def elsewhere(monkeypatch):
     """A console that is no terminal, and a clock that is set by hand."""
