@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <numeric>
 #include <optional>
@@ -56,10 +57,20 @@ bool is_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) 
          (t.stride(1) == 1 || columns <= 1);
 }
 
-// out [rank, width] = x [count, rank] transposed, zero-padded to `width` columns
-void pack(const float* x, int64_t rank, int64_t count, int64_t width, float* out) {
+// Where a panel has a column: of 16-bit weights the even ones of 2 * lanes first, then the odd (lowrank_kernels.h).
+std::array<int64_t, kUpdateWidth> place_of(int64_t size, int64_t lanes) {
+  std::array<int64_t, kUpdateWidth> place;
+  for (int64_t i = 0; i < kUpdateWidth; ++i) {
+    const int64_t in = i % (2 * lanes);
+    place[i] = size == 2 ? i - in + in % 2 * lanes + in / 2 : i;
+  }
+  return place;
+}
+
+// out [rank, width], at `place`, = x [count, rank] transposed, zero-padded to `width` columns
+void pack(const float* x, int64_t rank, int64_t count, int64_t width, const int64_t* place, float* out) {
   for (int64_t k = 0; k < rank; ++k)
-    for (int64_t i = 0; i < width; ++i) out[k * width + i] = i < count ? x[i * rank + k] : 0.0f;
+    for (int64_t i = 0; i < width; ++i) out[k * width + place[i]] = i < count ? x[i * rank + k] : 0.0f;
 }
 
 void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t seed, int64_t stream,
@@ -106,10 +117,11 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
       for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
     });
   };
+  const auto place = place_of(size, probes.lanes), in_order = place_of(4, probes.lanes);
   const auto pack_panels = [&](const float* x, int64_t count, float* out) {
     share(panels, columns * count * 16, [&](int64_t p) {
       pack(x + p * kUpdateWidth * count, count, std::min(kUpdateWidth, columns - p * kUpdateWidth), kUpdateWidth,
-           out + p * count * kUpdateWidth);
+           place.data(), out + p * count * kUpdateWidth);
     });
   };
   pack_panels(pv, rank, right.data());
@@ -117,12 +129,12 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   const int64_t together = rank <= kStreamedRank ? kStrip : kBlock;
   share(blocks, rows * columns * (rank + keys + 16), [&](int64_t block) {
     const int64_t begin = block * kBlock, end = std::min(rows, begin + kBlock);
-    std::vector<float> left(rank * together), lanes(together * keys * probes.count);
+    std::vector<float> left(rank * together), lanes(together * keys * probes.lanes);
     alignas(64) float e[kStrip * kUpdateWidth];
     for (int64_t first = begin; first < end; first += together) {
       const int64_t last = std::min(end, first + together);
       for (int64_t r = first; r < last; r += kStrip)
-        pack(pu + r * rank, rank, std::min(kStrip, last - r), kStrip, &left[(r - first) * rank]);
+        pack(pu + r * rank, rank, std::min(kStrip, last - r), kStrip, in_order.data(), &left[(r - first) * rank]);
       std::fill(lanes.begin(), lanes.end(), 0.0f);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t column = p * kUpdateWidth, width = std::min(kUpdateWidth, columns - column);
@@ -141,12 +153,12 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
               static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), keys ? e : nullptr};
           kernel(strip, &partial[block * kSums * kSumLanes]);
           if (keys)
-            probes.see(e, height, &seen[p * keys * kUpdateWidth], keys, &lanes[(r - first) * keys * probes.count]);
+            probes.see(e, height, &seen[p * keys * kUpdateWidth], keys, &lanes[(r - first) * keys * probes.lanes]);
         }
       }
       float* out = keys ? static_cast<float*>(error->mutable_data_ptr()) + first * keys : nullptr;
       for (int64_t i = 0; i < (last - first) * keys; ++i)
-        out[i] = std::accumulate(&lanes[i * probes.count], &lanes[i * probes.count] + probes.count, 0.0f);
+        out[i] = std::accumulate(&lanes[i * probes.lanes], &lanes[i * probes.lanes] + probes.lanes, 0.0f);
     }
   });
   double* total = static_cast<double*>(sums.mutable_data_ptr());

@@ -33,10 +33,10 @@ struct UpdateStrip {
 using UpdateKernel = void (*)(const UpdateStrip&, double* sums);
 
 // What a strip's errors e [rows, kUpdateWidth] add to the output at probe keys, [keys, kUpdateWidth] zero-padded:
-// lanes [rows, keys, `count`], whose sums over the last axis are wanted.
+// sums [rows, keys, `lanes`], whose sums over the last axis are wanted.
 struct Probe {
-  void (*see)(const float* e, int64_t rows, const float* probe, int64_t keys, float* lanes);
-  int64_t count;
+  void (*see)(const float* e, int64_t rows, const float* probe, int64_t keys, float* sums);
+  int64_t lanes;
 };
 
 extern const Probe kProbeGeneric;

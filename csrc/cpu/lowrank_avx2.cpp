@@ -1,13 +1,10 @@
 // x86 with AVX2 and FMA: 6 x 16 outputs in twelve registers.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include <cstring>
 
 #include "isa.h"
 #include "lowrank.h"
 
-#define KNOWEDIT_AVX2
 KNOWEDIT_TARGET_BEGIN("avx2,fma")
 namespace knowedit {
 namespace {

@@ -1,7 +1,5 @@
 // x86 with AVX-512: 6 x 64 outputs in 24 registers.
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include <cstring>
 
 #include "isa.h"

@@ -10,7 +10,6 @@
 typedef float F32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
 typedef int32_t I32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
 typedef uint32_t U32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
-typedef uint16_t U16 __attribute__((vector_size(2 * KNOWEDIT_LANES)));
 typedef uint64_t U64 __attribute__((vector_size(64)));
 typedef double F64 __attribute__((vector_size(8 * KNOWEDIT_LANES)));
 constexpr int64_t kLanes = KNOWEDIT_LANES, kVectors = kUpdateWidth / kLanes;
@@ -19,34 +18,25 @@ constexpr int64_t kLanes = KNOWEDIT_LANES, kVectors = kUpdateWidth / kLanes;
 
 KNOWEDIT_INLINE U32 bits_of(F32 x) { return (U32)x; }
 // plus: one more in every lane whose condition (-1 or 0) holds
-#if defined(KNOWEDIT_AVX512)  // left to the compiler, each takes three or four instructions
+#ifdef KNOWEDIT_AVX512  // left to the compiler, it takes three or four instructions
 KNOWEDIT_INLINE I32 plus(I32 count, I32 condition) { return condition ? count + 1 : count; }
-KNOWEDIT_INLINE U32 wide(U16 x) { return (U32)_mm512_cvtepu16_epi32((__m256i)x); }
-KNOWEDIT_INLINE U16 narrow(U32 x) { return (U16)_mm512_cvtepi32_epi16((__m512i)x); }
 #else
 KNOWEDIT_INLINE I32 plus(I32 count, I32 condition) { return count - condition; }
-KNOWEDIT_INLINE U32 wide(U16 x) { return __builtin_convertvector(x, U32); }
-#if defined(KNOWEDIT_AVX2)
-KNOWEDIT_INLINE U16 narrow(U32 x) {  // of numbers below 2^16
-  return (U16)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
-}
-#else
-KNOWEDIT_INLINE U16 narrow(U32 x) { return __builtin_convertvector(x, U16); }
-#endif
 #endif
 KNOWEDIT_INLINE I32 finite(F32 x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
+// `bytes` of a vector, zeros behind them
 template <class V>
-KNOWEDIT_INLINE V load(const void* p, int64_t count) {
+KNOWEDIT_INLINE V load(const void* p, int64_t bytes = sizeof(V)) {
   V v = {};
-  if (count >= kLanes) std::memcpy(&v, p, sizeof(V));
-  else std::memcpy(&v, p, count * (sizeof(V) / kLanes));
+  if (bytes >= int64_t(sizeof(V))) std::memcpy(&v, p, sizeof(V));
+  else std::memcpy(&v, p, bytes);
   return v;
 }
 template <class V>
-KNOWEDIT_INLINE void store(void* p, V v, int64_t count) {
-  if (count >= kLanes) std::memcpy(p, &v, sizeof(V));
-  else std::memcpy(p, &v, count * (sizeof(V) / kLanes));
+KNOWEDIT_INLINE void store(void* p, V v, int64_t bytes = sizeof(V)) {
+  if (bytes >= int64_t(sizeof(V))) std::memcpy(p, &v, sizeof(V));
+  else std::memcpy(p, &v, bytes);
 }
 
 // Seven rounds of Philox 4x32 at counters (group .. group + 7, row, stream, 0): as lowrank/rounding.py.
@@ -73,29 +63,37 @@ KNOWEDIT_INLINE void philox(uint64_t seed, int64_t group, int64_t row, uint32_t 
   }
 }
 
-// A type's rounding gives 32 bits a lane: those to store (`raw`), and their `value`.
+// Two vectors of weights at a time. Of a 16-bit type they are the even and the odd columns, the halves of one vector of
+// 32-bit words: widening and narrowing are then a shift and a mask, and nothing crosses lanes (V's columns come in that
+// order, `place_of` in lowrank.cpp). Rounding gives 32 bits a lane, from which the type takes its own.
 struct BF16 {
-  using Raw = U16;
-  KNOWEDIT_INLINE F32 widen(U16 x) { return (F32)(wide(x) << 16); }
+  static constexpr int64_t size = 2;
+  KNOWEDIT_INLINE void take(const char* p, int64_t bytes, F32& even, F32& odd) {
+    const U32 words = load<U32>(p, bytes);
+    even = (F32)(words << 16), odd = (F32)(words & 0xffff0000u);
+  }
+  KNOWEDIT_INLINE void put(char* p, U32 even, U32 odd, int64_t bytes) {
+    store(p, even >> 16 | (odd & 0xffff0000u), bytes);
+  }
   KNOWEDIT_INLINE F32 value(U32 rounded) { return (F32)(rounded & 0xffff0000u); }
-  KNOWEDIT_INLINE U16 raw(U32 rounded) { return narrow(rounded >> 16); }
   // A NaN that comes out of arithmetic has zeros in the low half, and stays one.
   KNOWEDIT_INLINE U32 nearest(F32 x) { return bits_of(x) + 0x7fffu + (bits_of(x) >> 16 & 1u); }
-  KNOWEDIT_INLINE U32 stochastic(F32 x, U16 random) {
-    return finite(x) ? bits_of(x) + wide(random) : bits_of(x);
-  }
+  KNOWEDIT_INLINE U32 stochastic(F32 x, U32 random) { return finite(x) ? bits_of(x) + random : bits_of(x); }
 };
 
 struct F16 {
-  using Raw = U16;
-  KNOWEDIT_INLINE F32 widen(U16 x) { return value(wide(x)); }
+  static constexpr int64_t size = 2;
+  KNOWEDIT_INLINE void take(const char* p, int64_t bytes, F32& even, F32& odd) {
+    const U32 words = load<U32>(p, bytes);
+    even = value(words & 0xffffu), odd = value(words >> 16);
+  }
+  KNOWEDIT_INLINE void put(char* p, U32 even, U32 odd, int64_t bytes) { store(p, even | odd << 16, bytes); }
   KNOWEDIT_INLINE F32 value(U32 x) {
     // the multiplication rebiases the exponent and normalises subnormals; infinity and NaN keep their exponent
     const U32 magnitude = (x & 0x7fffu) << 13;
     const U32 bits = (x & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : bits_of((F32)magnitude * 0x1p112f);
     return (F32)(bits | (x & 0x8000u) << 16);
   }
-  KNOWEDIT_INLINE U16 raw(U32 rounded) { return narrow(rounded); }
   KNOWEDIT_INLINE U32 nearest(F32 x) {
     const U32 sign = bits_of(x) & 0x80000000u, magnitude = bits_of(x) ^ sign;
     const U32 normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
@@ -105,14 +103,14 @@ struct F16 {
     rounded = magnitude > 0x7f800000u ? U32{} + 0x7e00u : rounded;
     return rounded | sign >> 16;
   }
-  KNOWEDIT_INLINE U32 stochastic(F32 x, U16 random) {
+  KNOWEDIT_INLINE U32 stochastic(F32 x, U32 random) {
     I32 exponent = (I32)(bits_of(x) >> 23 & 0xffu) - 127;
     exponent = exponent < -14 ? I32{} - 14 : exponent;
     const I32 large = exponent > 15;  // overflows, or is not finite
     const F32 safe = (F32)(large ? I32{} : (I32)x);
     exponent = large ? I32{} : exponent;
     const F32 place = (F32)((exponent + 117) << 23), inverse = (F32)((137 - exponent) << 23);
-    const F32 scaled = safe * inverse + __builtin_convertvector((I32)(wide(random) >> 3), F32) * 0x1p-13f;
+    const F32 scaled = safe * inverse + __builtin_convertvector((I32)(random >> 3), F32) * 0x1p-13f;
     F32 whole = __builtin_convertvector(__builtin_convertvector(scaled, I32), F32);
     whole -= whole > scaled ? F32{} + 1.0f : F32{};
     return nearest(large ? x : whole * place);
@@ -120,12 +118,19 @@ struct F16 {
 };
 
 struct Plain {
-  using Raw = F32;
-  KNOWEDIT_INLINE F32 widen(F32 x) { return x; }
+  static constexpr int64_t size = 4;
+  KNOWEDIT_INLINE void take(const char* p, int64_t bytes, F32& first, F32& second) {
+    constexpr int64_t half = sizeof(F32);
+    first = load<F32>(p, bytes), second = bytes > half ? load<F32>(p + half, bytes - half) : F32{};
+  }
+  KNOWEDIT_INLINE void put(char* p, U32 first, U32 second, int64_t bytes) {
+    constexpr int64_t half = sizeof(U32);
+    store(p, first, bytes);
+    if (bytes > half) store(p + half, second, bytes - half);
+  }
   KNOWEDIT_INLINE F32 value(U32 rounded) { return (F32)rounded; }
-  KNOWEDIT_INLINE F32 raw(U32 rounded) { return (F32)rounded; }
   KNOWEDIT_INLINE U32 nearest(F32 x) { return bits_of(x); }
-  KNOWEDIT_INLINE U32 stochastic(F32 x, U16) { return bits_of(x); }
+  KNOWEDIT_INLINE U32 stochastic(F32 x, U32) { return bits_of(x); }
 };
 
 struct Tally {
@@ -151,11 +156,13 @@ KNOWEDIT_INLINE bool all_finite(F32 x) {
 // Counts a strip's entries that are infinite or NaN, lane by lane: what was so before an update is so after it.
 template <class T>
 __attribute__((noinline, cold)) I32 count_broken(const char* w, int64_t stride, int64_t rows, int64_t columns) {
-  constexpr int64_t size = sizeof(typename T::Raw) / kLanes;
   I32 broken = {};
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t at = 0; at < columns; at += kLanes)
-      broken = plus(broken, finite(T::widen(load<typename T::Raw>(w + r * stride + at * size, columns - at))) == 0);
+    for (int64_t at = 0; at < columns; at += 2 * kLanes) {
+      F32 one, other;
+      T::take(w + r * stride + at * T::size, (columns - at) * T::size, one, other);
+      broken = plus(plus(broken, finite(one) == 0), finite(other) == 0);
+    }
   return broken;
 }
 
@@ -164,12 +171,10 @@ __attribute__((noinline, cold)) I32 count_broken(const char* w, int64_t stride, 
 // compiled, they leave a short loop.
 template <class T, Rounding R, bool FULL, bool SEEN, int K>
 KNOWEDIT_INLINE void finish_strip(const UpdateStrip& s, float* product, double* sums) {
-  using Raw = typename T::Raw;
-  constexpr int64_t size = sizeof(Raw) / kLanes;
   alignas(64) uint16_t random[kUpdateWidth];
-  alignas(64) char dry[kStrip * kUpdateWidth * size];  // written in place of W
+  alignas(64) char dry[kStrip * kUpdateWidth * T::size];  // written in place of W
   char* const w = s.write ? s.w : dry;
-  const int64_t w_stride = s.write ? s.w_stride : kUpdateWidth * size;
+  const int64_t w_stride = s.write ? s.w_stride : kUpdateWidth * T::size;
   Tally t;
   for (int64_t r = 0; r < s.rows; ++r) {
     if (R == Rounding::kStochastic)
@@ -179,23 +184,35 @@ KNOWEDIT_INLINE void finish_strip(const UpdateStrip& s, float* product, double* 
     float* mine = product + r * kUpdateWidth;
     F32 left[K ? K : 1];
     for (int k = 0; k < K; ++k) left[k] = F32{} + s.a[k * kStrip + r];
-    for (int64_t at = 0; at < (FULL ? kUpdateWidth : s.columns); at += kLanes) {
-      const int64_t count = FULL ? kLanes : s.columns - at;
-      F32 ideal = {};
-      if (K == 0) ideal = load<F32>(mine + at, kLanes);
-      for (int k = 0; k < K; ++k) ideal += left[k] * load<F32>(s.b + k * kUpdateWidth + at, kLanes);
-      const F32 old = T::widen(load<Raw>(from + at * size, count));
-      F32 exact = old + ideal;
-      if (R == Rounding::kCompensated) exact += BF16::widen(load<U16>(rest + at * 2, count));
-      const U32 rounded = R == Rounding::kStochastic ? T::stochastic(exact, load<U16>(random + at, kLanes)) : T::nearest(exact);
-      const F32 fresh = T::value(rounded), applied = fresh - old, error = applied - ideal;
-      store(to + at * size, T::raw(rounded), count);
-      if (R == Rounding::kCompensated && s.write) store(rest + at * 2, BF16::raw(BF16::nearest(exact - fresh)), count);
-      if (SEEN) store(mine + at, error, kLanes);
-      t.ideal2 += ideal * ideal;
-      t.applied2 += applied * applied;
-      t.error2 += error * error;
-      t.changed = plus(t.changed, applied != 0.0f);
+    for (int64_t at = 0; at < (FULL ? kUpdateWidth : s.columns); at += 2 * kLanes) {
+      const int64_t count = FULL ? 2 * kLanes : s.columns - at;
+      F32 old[2], carried[2] = {};
+      U32 rounded[2], lost[2], bits[2] = {};
+      T::take(from + at * T::size, count * T::size, old[0], old[1]);
+      if (R == Rounding::kCompensated) BF16::take(rest + at * 2, count * 2, carried[0], carried[1]);
+      if (R == Rounding::kStochastic) {
+        const U32 words = load<U32>(random + at);
+        bits[0] = words & 0xffffu, bits[1] = words >> 16;
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        float* const here = mine + at + i * kLanes;
+        F32 ideal = {};
+        if (K == 0) ideal = load<F32>(here);
+        for (int k = 0; k < K; ++k) ideal += left[k] * load<F32>(s.b + k * kUpdateWidth + at + i * kLanes);
+        F32 exact = old[i] + ideal;
+        if (R == Rounding::kCompensated) exact += carried[i];
+        rounded[i] = R == Rounding::kStochastic ? T::stochastic(exact, bits[i]) : T::nearest(exact);
+        const F32 fresh = T::value(rounded[i]), applied = fresh - old[i], error = applied - ideal;
+        if (R == Rounding::kCompensated) lost[i] = BF16::nearest(exact - fresh);
+        if (SEEN) store(here, error);
+        t.ideal2 += ideal * ideal;
+        t.applied2 += applied * applied;
+        t.error2 += error * error;
+        t.changed = plus(t.changed, applied != 0.0f);
+      }
+      T::put(to + at * T::size, rounded[0], rounded[1], count * T::size);
+      if (R == Rounding::kCompensated && s.write) BF16::put(rest + at * 2, lost[0], lost[1], count * 2);
     }
   }
   const I32 broken = all_finite(t.applied2) ? I32{} : count_broken<T>(w, w_stride, s.rows, s.columns);
@@ -227,7 +244,7 @@ void update_strip(const UpdateStrip& strip, double* sums) {
     for (int64_t k = 0; k < s.rank; ++k, a += kStrip, b += kUpdateWidth) {
       F32 right[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) right[v] = load<F32>(b + v * kLanes, kLanes);
+      for (int v = 0; v < NV; ++v) right[v] = load<F32>(b + v * kLanes);
 #pragma GCC unroll 6
       for (int r = 0; r < kStrip; ++r)
 #pragma GCC unroll 4
@@ -236,7 +253,7 @@ void update_strip(const UpdateStrip& strip, double* sums) {
 #pragma GCC unroll 6
     for (int r = 0; r < kStrip; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) store(product + r * kUpdateWidth + (v0 + v) * kLanes, acc[r][v], kLanes);
+      for (int v = 0; v < NV; ++v) store(product + r * kUpdateWidth + (v0 + v) * kLanes, acc[r][v]);
   }
   // Through memory: unrolled around the accumulators, finishing took 40 KB of code and spilled.
   switch (s.rounding) {
@@ -251,14 +268,14 @@ template <int K>
 KNOWEDIT_INLINE void see_keys(const float* e, const float* probe, float* lanes) {
   F32 acc[K];
 #pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) acc[k] = load<F32>(lanes + k * kLanes, kLanes);
+  for (int k = 0; k < K; ++k) acc[k] = load<F32>(lanes + k * kLanes);
   for (int64_t at = 0; at < kUpdateWidth; at += kLanes) {
-    const F32 here = load<F32>(e + at, kLanes);
+    const F32 here = load<F32>(e + at);
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) acc[k] += here * load<F32>(probe + k * kUpdateWidth + at, kLanes);
+    for (int k = 0; k < K; ++k) acc[k] += here * load<F32>(probe + k * kUpdateWidth + at);
   }
 #pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) store(lanes + k * kLanes, acc[k], kLanes);
+  for (int k = 0; k < K; ++k) store(lanes + k * kLanes, acc[k]);
 }
 
 // lanes[rows, keys, kLanes] += e[rows, kUpdateWidth] probe[keys, kUpdateWidth]^T, whose sums over the lanes are wanted

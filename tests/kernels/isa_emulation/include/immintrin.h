@@ -9,7 +9,6 @@ typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef double __m512d __attribute__((vector_size(64), may_alias));
 typedef long long __m512i __attribute__((vector_size(64), may_alias));
 typedef float __m128 __attribute__((vector_size(16), may_alias));
-typedef long long __m128i __attribute__((vector_size(16), may_alias));
 typedef double __m256d __attribute__((vector_size(32), may_alias));
 typedef float __m256 __attribute__((vector_size(32), may_alias));
 typedef long long __m256i __attribute__((vector_size(32), may_alias));
@@ -57,22 +56,6 @@ inline void _mm256_storeu_ps(void* p, __m256 v) { std::memcpy(p, &v, sizeof(v));
 inline __m256 _mm256_mul_ps(__m256 a, __m256 b) { return a * b; }
 inline __m256d _mm256_mul_pd(__m256d a, __m256d b) { return a * b; }
 inline __m256 _mm256_add_ps(__m256 a, __m256 b) { return a + b; }
-
-inline __m128i _mm256_extracti128_si256(__m256i x, int half) {
-  __m128i out;
-  std::memcpy(&out, reinterpret_cast<const char*>(&x) + 16 * half, sizeof(out));
-  return out;
-}
-inline __m128i _mm256_castsi256_si128(__m256i x) { return _mm256_extracti128_si256(x, 0); }
-inline __m128i _mm_packus_epi32(__m128i low, __m128i high) {
-  int32_t from[8];
-  std::memcpy(from, &low, 16);
-  std::memcpy(from + 4, &high, 16);
-  uint16_t to[8];
-  for (int l = 0; l < 8; ++l) to[l] = from[l] < 0 ? 0 : from[l] > 0xffff ? 0xffff : from[l];
-  std::memcpy(&low, to, 16);
-  return low;
-}
 
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512 _mm512_set1_ps(float x) { return __m512{} + x; }
