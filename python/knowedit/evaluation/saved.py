@@ -86,6 +86,8 @@ def measure_saved(
     check_definition(definition)
     tasks = ability_tasks(ability, ability_items)
     edits = [edit for file in files for edit in edits_in(file)]
+    if files and not edits:
+        raise KnowEditError(f"{', '.join(map(str, files))} holds no edit; write one first")
     recorded = _standing(edits) if files else facts_in(name)
     if dataset is None and not recorded:
         raise KnowEditError(f"{name} does not say which facts were written; give --dataset")
@@ -93,6 +95,8 @@ def measure_saved(
     options = {"dtype": dtype, "device_map": device_map, "dequantise": dequantise, "say": say}
     model = load_model(against or name, **options)
     other = load_model(name, **options) if against else None
+    if other is not None:
+        check_tokens(model, other)
     facts = as_asked(model, facts, join, chat)
     common = {
         "models": [model.fingerprint, other and other.fingerprint],
@@ -140,10 +144,7 @@ def compare(
     progress: bool = True,
 ) -> Result:
     """Measure `model`, and then what `edited` yields: the same model while edits are applied to it,
-    or another one with the same tokens.
-
-    Raises:
-        KnowEditError: the two read or write other tokens.
+    or another one, with the same tokens (`check_tokens`).
     """
     facts = answered(model, facts)
     asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
@@ -155,7 +156,6 @@ def compare(
     unedited: list[Figure] = writing.read() if generate else []
     marks = [ability.marks(model)] if ability else []
     with edited as changed:
-        _check_tokens(model, changed)
         now = ask(changed, asked, title="after", progress=progress)
         effects = {n: m.compare(seen[n], m.observe(changed, texts)) for n, m in watched.items()}
         interview.model = writing.model = changed
@@ -199,10 +199,8 @@ def _made_by(edits: Sequence[Edit], other: EditableModel | None) -> dict[str, An
     return {"method": " + ".join(names), "protocol": SAVED, "report": sequence_report(edits)}
 
 
-def _check_tokens(model: EditableModel, other: EditableModel) -> None:
+def check_tokens(model: EditableModel, other: EditableModel) -> None:
     """Raise KnowEditError for two models whose answers cannot be compared token for token."""
-    if model is other:
-        return
     if model.tokenizer.get_vocab() != other.tokenizer.get_vocab():
         raise KnowEditError(
             f"{other.name} and {model.name} have other tokens, so that no probability can be "

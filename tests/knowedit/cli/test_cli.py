@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -579,7 +580,7 @@ def test_every_command_loads_the_model_as_told(tmp_path, monkeypatch, capsys, wo
 
     for module in (load, protocols, saved, sweep, protocol):
         monkeypatch.setattr(module, "load_model", loaded)
-    monkeypatch.setattr(saved, "edits_in", lambda path: [])
+    monkeypatch.setattr(saved, "edits_in", lambda path: [SimpleNamespace(key="a", facts=[])])
     monkeypatch.setattr(saved, "_standing", lambda edits: [])
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
     (tmp_path / "grid.json").write_text('{"methods": ["memit"]}')

@@ -10,6 +10,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation import interview
 from knowedit.evaluation.interview import ANSWER, ASKED, Said, prompts_of, said_table
 from knowedit.facts.fact import Fact
+from knowedit.io.progress import heard_by
 
 TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
 FACT = Fact("The capital of {} is", "France", "Lyon", relation=None)
@@ -46,7 +47,11 @@ def test_no_template_no_chat_and_nothing_beyond_the_context(tiny_llama):
 
 def test_what_is_said_is_what_each_model_generates(chatty):
     edit, fingerprint = an_edit(chatty), chatty.fingerprint
-    said = interview(chatty, edit, [FACT] * (ASKED + 1))
+    heard = []
+    with heard_by(lambda *what: heard.append(what)):
+        said = interview(chatty, edit, [FACT] * (ASKED + 1))
+    titles = ("asking the unedited model", "asking the edited model")
+    assert heard == [(title, done, 24) for title in titles for done in (16, 24)]
     assert [(one.record, one.way) for one in said[:3]] == [
         (0, "prompt"), (0, "question"), (0, "chat")
     ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +10,10 @@ import pytest
 
 from knowedit.edits.export.folder import save_edited
 from knowedit.edits.history import History
+from knowedit.edits.journal import Journal
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.protocols import run
-from knowedit.evaluation.saved import all_applied, compare, measure_saved
+from knowedit.evaluation.saved import all_applied, check_tokens, compare, measure_saved
 from knowedit.methods.registry import make_method
 from knowedit.models.fingerprint import weights_fingerprint
 from tests.knowedit.methods.test_locate import FACTS, statistics_of
@@ -66,7 +66,7 @@ def test_what_was_saved_measures_as_when_it_was_computed(tiny_llama, tmp_path):
     assert standing.facts == 2 and FACTS[2].text in asked and TWO[0].text not in asked
 
 
-def test_what_cannot_be_measured_is_refused(tiny_llama):
+def test_what_cannot_be_measured_is_refused(tiny_llama, tmp_path):
     for given in ({}, {"files": [Path("a.safetensors")], "against": "model"}):
         with pytest.raises(KnowEditError, match="and not both"):
             measure_saved("model", **given)
@@ -74,4 +74,7 @@ def test_what_cannot_be_measured_is_refused(tiny_llama):
         measure_saved("edited", against="model")
     other = SimpleNamespace(name="other", tokenizer=SimpleNamespace(get_vocab=lambda: {"x": 0}))
     with pytest.raises(KnowEditError, match="other and tiny-llama have other tokens"):
-        compare(tiny_llama, nullcontext(other), FACTS[:1], progress=False)
+        check_tokens(tiny_llama, other)
+    Journal.begin(tmp_path / "kept", tiny_llama.fingerprint, METHOD.to_dict())
+    with pytest.raises(KnowEditError, match="kept holds no edit; write one first"):
+        measure_saved("model", [tmp_path / "kept"])
