@@ -50,7 +50,7 @@ faults: $(READY)
 	$(BIN)/python -m tests.faults.guided -runs=200000
 	KNOWEDIT_FAULTS=$(or $(POINTS),200) $(PYTEST) tests/faults
 
-# mypy uses one core for a minute and a half: the tests share what it leaves.
+# mypy uses one core for three quarters of a minute: the tests share what it leaves.
 test: $(READY)
 	@$(MAKE) --no-print-directory -j2 lint suites
 	@echo "== all tests passed"
