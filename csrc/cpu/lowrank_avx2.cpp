@@ -5,6 +5,7 @@
 #include "isa.h"
 #include "lowrank.h"
 
+#define KNOWEDIT_DIRECT  // a product of rank 1 is made where it is added
 KNOWEDIT_TARGET_BEGIN("avx2,fma")
 namespace knowedit {
 namespace {

@@ -6,6 +6,7 @@
 #include "lowrank.h"
 
 #define KNOWEDIT_AVX512
+#define KNOWEDIT_DIRECT  // a product of rank 1 is made where it is added
 KNOWEDIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
 namespace knowedit {
 namespace {

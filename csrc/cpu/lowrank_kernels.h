@@ -234,10 +234,10 @@ void update_strip(const UpdateStrip& strip, double* sums) {
   alignas(64) float own[kStrip * kUpdateWidth];
   float* product = strip.error ? strip.error : own;
   const UpdateStrip s = strip;  // a copy of its own, which stores to W cannot alias
-  if (s.rounding == Rounding::kNearest && s.columns == kUpdateWidth) {  // two loads less
-    if (s.rank == 1) return finish<T, Rounding::kNearest, 1>(s, product, sums);
-    if (s.rank == 2) return finish<T, Rounding::kNearest, 2>(s, product, sums);
-  }
+#ifdef KNOWEDIT_DIRECT  // two loads less
+  if (s.rank == 1 && s.rounding == Rounding::kNearest && s.columns == kUpdateWidth)
+    return finish<T, Rounding::kNearest, 1>(s, product, sums);
+#endif
   for (int64_t v0 = 0; v0 < kVectors; v0 += NV) {
     F32 acc[kStrip][NV] = {};
     const float *a = s.a, *b = s.b + v0 * kLanes;
