@@ -149,9 +149,9 @@ def evaluate_each(
     asked = [
         q for record, fact in enumerate(answered(model, facts)) for q in questions(record, fact)
     ]
-    before = ask(model, asked, title="before", progress=progress)
+    before = ask(model, asked, title="answers before the edit", progress=progress)
     after: list[Answer | None] = [None] * len(asked)
-    with bar("after", len(asked), "prompts", show=progress) as advance:
+    with bar("answers under the edit", len(asked), "prompts", show=progress) as advance:
         for edit, group in groupby(zip(edits, range(len(facts))), key=itemgetter(0)):
             records = {record for _, record in group}
             mine = [i for i, q in enumerate(asked) if q.record in records]

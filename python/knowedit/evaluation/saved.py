@@ -151,12 +151,12 @@ def compare(
     watched = model_measures(texts=bool(texts))
     interview = Interview(model, facts, progress=progress)
     writing = Writing(model, facts[:generate], references)
-    answers = ask(model, asked, title="before", progress=progress)
+    answers = ask(model, asked, title="answers before the edit", progress=progress)
     seen = {name: measure.observe(model, texts) for name, measure in watched.items()}
     unedited: list[Figure] = writing.read() if generate else []
     marks = [ability.marks(model)] if ability else []
     with edited as changed:
-        now = ask(changed, asked, title="after", progress=progress)
+        now = ask(changed, asked, title="answers under the edit", progress=progress)
         effects = {n: m.compare(seen[n], m.observe(changed, texts)) for n, m in watched.items()}
         interview.model = writing.model = changed
         said, written = interview.hear(), writing.read() if generate else []

@@ -97,7 +97,7 @@ class SequenceMonitor:
         self.measured = sorted(set(measured if measured is not None else range(len(facts))))
         chosen = answered(model, [self.facts[record] for record in self.measured])
         self.asked = [q for r, fact in zip(self.measured, chosen) for q in questions(r, fact)]
-        self.before = ask(model, self.asked, title="before", progress=progress)
+        self.before = ask(model, self.asked, title="answers before the edit", progress=progress)
         self.ordinary = model.next_logprobs(ORDINARY)
 
     def measure(
