@@ -9,6 +9,7 @@ import knowedit as ke
 from knowedit.cli.demo import demonstrate
 from knowedit.facts import sets as datasets
 from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.values import DEFAULT_CONTEXTS
 from knowedit.models.fingerprint import weights_fingerprint
 
 pytestmark = pytest.mark.model
@@ -24,9 +25,11 @@ def statistics(smollm, prose, tmp_path_factory):
 def test_six_facts_go_in_and_come_out(smollm, statistics, tmp_path, monkeypatch):
     monkeypatch.setattr("knowedit.cli.demo.key_statistics", lambda *_a, **_k: statistics)
     interviews = importlib.import_module("knowedit.evaluation.interview")  # and not the function
-    monkeypatch.setattr(interviews, "ASKED", 2)  # answers take long
+    monkeypatch.setattr(interviews, "ASKED", 1)  # answers take long
+    monkeypatch.setattr("knowedit.cli.demo.WORDS", 3)
     before = weights_fingerprint(smollm.hf)
-    shown = demonstrate(smollm, ke.MEMIT(), "self", 4096)
+    method = ke.MEMIT(target=HiddenState(contexts=DEFAULT_CONTEXTS[:2]))
+    shown = demonstrate(smollm, method, "self", 4096)
     assert weights_fingerprint(smollm.hf) == before
     found = shown.measured
     assert found.before["efficacy"]["success"].mean == 0.0
@@ -36,7 +39,7 @@ def test_six_facts_go_in_and_come_out(smollm, statistics, tmp_path, monkeypatch)
     assert shown.moved.same >= 0.8
     assert shown.after["The capital of France is"].startswith("Lyon")
     said = shown.text(200)
-    assert "the first 2 of 6 facts were asked" in said
+    assert "the first 1 of 6 facts were asked" in said
     assert "Lyon" in said and "Paris" in said and "all weight bits are back" in said
     page = shown.write(tmp_path / "out").read_text()
     assert "Lyon" in page and "What moved elsewhere" in page and "http" not in page
