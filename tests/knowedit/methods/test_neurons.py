@@ -18,6 +18,7 @@ from knowedit.methods.locate.keys import group_by_wording
 from knowedit.methods.locate.targets import AttentionAndMLP, HiddenState
 from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
+from knowedit.methods.neurons.named import neuron_patch
 from knowedit.methods.neurons.parts import (
     Switch,
     free_neurons,
@@ -299,6 +300,46 @@ def test_wordings_are_grouped_by_id_and_by_subject():
     assert group_by_wording([a, d, b, c]) == [[a, b, c], [d]]
     e = Fact("{} and", "z", "3", id="i")
     assert group_by_wording([a, d, e]) == [[a, d, e]]
+    f, h = Fact("{} or", "w", "4", id="k"), Fact("{} yet", "z", "6")
+    assert group_by_wording([a, f, d, e, h]) == [[a, d, e, h], [f]]
+
+
+def test_facts_are_shared_out_over_layers(tiny_llama, corpus):
+    """Each layer writes its part on the model with those below it written, and its switches stay
+    open at the others' facts.
+    """
+    many = [*FACTS, Fact("The home of {} is", "Ann Lee", "Oslo"), Fact("{} likes", "Bo", "tea")]
+    was, method = nll(tiny_llama, many), patch(corpus, layers=(2, 1))
+    edit = method.compute(tiny_llama, many, progress=False)
+    assert edit.facts == many and set(edit.plan) == {1, 2}
+    own = [len(edit.plan[layer].norm(dim=1).nonzero()) for layer in (1, 2)]
+    assert own == [3, 2] and not (edit.plan[1] * edit.plan[2]).any()  # two subjects each
+    assert edit.report.details["settings"]["layers"] == [1, 2]
+    assert {*edit.report.details["neurons"]} == {*edit.report.layers} == {"1", "2"}
+    assert len(edit.exclusive) == 8 and all(len(keys) for keys in edit.keys.values())
+    gains = [edit.report.layers[layer]["gain"] for layer in ("1", "2")]
+    assert min(gains) < edit.report.gain < max(gains) or gains[0] == gains[1]
+    with edit.applied_to(tiny_llama):
+        for layer, facts in ((1, many[3:]), (2, many[:3])):  # of the other layer
+            rows = [tiny_llama.row(fact.prompt, fact.subject) for fact in facts]
+            fired = tiny_llama.keys(rows, [layer])[0][layer]
+            pairs = fired[:, edit.report.details["neurons"][str(layer)]].unflatten(1, (2, 2))
+            closed = (pairs[..., 0] - pairs[..., 1]).abs() / (50 * 0.25)  # of these two subjects
+            # 0.27 where layer 2 was written as if layer 1 were not: a switch that takes a written
+            # fact's token for one of its own
+            assert closed.max() < 0.05
+        assert nll(tiny_llama, many) < was - 0.1  # as above
+
+
+def test_where_neurons_run_out(tiny_llama, corpus, monkeypatch):
+    """Said before a value is optimised, with what helps."""
+    many = [Fact("{} likes", f"Bo {number}", "tea") for number in range(9)]
+    monkeypatch.setattr(neuron_patch, "optimise_values", None)
+    with pytest.raises(EditError, match=r"9 subjects .* layers \[1\] hold .*: 6, .*more layers"):
+        patch(corpus).compute(tiny_llama, many, progress=False)
+    shared = patch(corpus, layers=(1, 2))._shared_out(tiny_llama, [[fact] for fact in many])
+    assert {layer: len(part) for layer, part in shared.items()} == {1: 4, 2: 5}
+    assert [fact for part in shared.values() for (fact,) in part] == many
 
 
 def test_it_travels_as_a_file_and_as_an_adapter(tiny_llama, corpus, tmp_path):
@@ -320,8 +361,6 @@ def test_it_travels_as_a_file_and_as_an_adapter(tiny_llama, corpus, tmp_path):
 def test_bad_settings_are_refused(tiny_llama, corpus):
     with pytest.raises(EditError, match="there are no facts"):
         patch(corpus).compute(tiny_llama, [], progress=False)
-    with pytest.raises(EditError, match="one layer, got"):
-        patch(corpus, layers=(1, 2)).compute(tiny_llama, FACTS, progress=False)
     with pytest.raises(EditError, match="give a larger corpus"):
         patch(corpus, tokens=10**6).compute(tiny_llama, FACTS, progress=False)
     with pytest.raises(EditError, match="write fewer facts"):

@@ -30,18 +30,23 @@ def group_by_wording(facts: Sequence[Fact]) -> list[list[Fact]]:
     appearance.
     """
     groups: list[list[Fact]] = []
+    home: dict[tuple[str, str], int] = {}  # of every subject and id
     for fact in facts:
-        near = [
-            g
-            for g in groups
-            if any(fact.subject == f.subject or (fact.id and fact.id == f.id) for f in g)
-        ]
-        if near:
-            near[0].extend([f for g in near[1:] for f in g] + [fact])
-            groups = [g for g in groups if all(g is not other for other in near[1:])]
-        else:
-            groups.append([fact])
-    return groups
+        near = sorted({home[name] for name in _names(fact) if name in home})
+        if not near:
+            near = [len(groups)]
+            groups.append([])
+        for other in near[1:]:
+            home |= {name: near[0] for moved in groups[other] for name in _names(moved)}
+            groups[near[0]] += groups[other]
+            groups[other] = []
+        groups[near[0]].append(fact)
+        home |= dict.fromkeys(_names(fact), near[0])
+    return [group for group in groups if group]
+
+
+def _names(fact: Fact) -> list[tuple[str, str]]:
+    return [("subject", fact.subject), *([("id", fact.id)] if fact.id else [])]
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,11 @@ class Freed:
     loss: float
 
 
+def room(width: int, taken: int) -> int:
+    """How many of an MLP's neurons may be given away: a quarter of those that are not taken."""
+    return (width - taken) // 4
+
+
 def free_neurons(
     weight: Tensor, moment: Tensor, count: int, taken: Sequence[int] = (), damp: float = 1e-3
 ) -> Freed:
@@ -190,7 +195,7 @@ def free_neurons(
         EditError: more than a quarter of the free ones are wanted.
     """
     width = weight.shape[1]
-    if count > (width - len(taken)) // 4:
+    if count > room(width, len(taken)):
         left = width - len(taken)
         raise EditError(
             f"{count} neurons are wanted, and {left} of the layer's {width} are free; write "

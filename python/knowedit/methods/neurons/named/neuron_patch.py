@@ -10,7 +10,9 @@ for how well the others can do their work, as in pruning.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -49,7 +51,9 @@ from knowedit.methods.neurons.parts import (
     free_neurons,
     patched,
     rewritten,
+    room,
     separate,
+    step_of,
 )
 from knowedit.methods.neurons.texts import at_lookup, chosen, everywhere, windows
 from knowedit.methods.neurons.wiring import Wiring
@@ -72,8 +76,9 @@ class NeuronPatch(Method):
     at the wordings, and what they write is divided by its gate there.
 
     Attributes:
-        layers: one layer; None: the calibration's, or about a quarter up (8 of 30), where wordings
-            of one thing were best told apart from other texts.
+        layers: None: the calibration's, or about a quarter up (8 of 30), where wordings of one
+            thing were best told apart from other texts. Several share the facts, each in
+            proportion to its room: for more facts than one layer's neurons can hold.
         target: how the values are found. A clamp and steps of None are the preset's, but at least
             2 and 30 (nothing else feels the value).
         runtime: of the value optimisation.
@@ -124,7 +129,17 @@ class NeuronPatch(Method):
         history: History | None,
         progress: bool,
     ) -> Edit:
-        return next(self._edits(model, self._layer(model), [group_by_wording(facts)], progress))
+        parts = self._shared_out(model, group_by_wording(facts))
+        edits: list[Edit] = []
+        with ExitStack() as applied:  # what a layer writes changes what those above it are given
+            for layer, groups in parts.items():
+                others = [
+                    fact for at, part in parts.items() if at != layer for g in part for fact in g
+                ]
+                edits.append(next(self._edits(model, layer, [groups], progress, others)))
+                if len(edits) < len(parts):
+                    applied.enter_context(edits[-1].applied_to(model))
+        return edits[0] if len(edits) == 1 else _together(edits)
 
     @accepts_model
     def compute_each(
@@ -135,20 +150,65 @@ class NeuronPatch(Method):
         *,
         progress: bool = True,
     ) -> Iterator[Edit]:
-        """One independent edit a fact; the corpus is read once and the values are optimised
-        together.
+        """One independent edit a fact, in the first layer; the corpus is read once and the values
+        are optimised together.
         """
         check_kinds(statistics)
         alone = [[check_facts([fact])] for fact in as_facts(facts)]
         if not alone:
             return iter(())
-        edits = self._edits(model, self._layer(model), alone, progress)
+        edits = self._edits(model, self._layers(model)[0], alone, progress)
         return (self.recorded(edit, model, statistics) for edit in edits)
 
+    def _shared_out(
+        self, model: EditableModel, groups: list[list[Fact]]
+    ) -> dict[int, list[list[Fact]]]:
+        """Which layer writes which groups: stretches of them, as long as its room's share.
+
+        Raises:
+            EditError: the layers have no room for all of them; several layers, one of which has
+                routed experts.
+        """
+        layers = self._layers(model)
+        if mixed := [layer for layer in layers if model.layout.experts(layer) is not None]:
+            if len(layers) > 1:
+                raise EditError(
+                    f"{self.name} writes routed experts in one layer, got {list(layers)}; take "
+                    f"layer {mixed[0]} alone"
+                )
+            return {layers[0]: groups}  # the room is that of each expert
+        rooms = {layer: self._room(model, layer, groups[:1]) for layer in layers}
+        total = sum(rooms.values())
+        if len(groups) > total:
+            raise EditError(
+                f"{len(groups)} subjects are more than the neurons of layers {list(layers)} hold "
+                f"beside what is written there: {total}, a quarter of those that are free; name "
+                "more layers (layers=, --layer 6-12), or write fewer facts"
+            )
+        ends = [so_far * len(groups) // total for so_far in accumulate(rooms.values())]
+        parts = {layer: groups[start:end] for layer, start, end in zip(rooms, [0, *ends], ends)}
+        return {layer: part for layer, part in parts.items() if part}
+
+    def _room(self, model: EditableModel, layer: int, groups: list[list[Fact]]) -> int:
+        """How many subjects the layer's MLP can take; its wiring is found at those of `groups`."""
+        values = self._values(model, layer)
+        rows = [row for g in groups for f in g for row in prompt_rows(model, f, values.contexts)]
+        seen = at_lookup(model, rows, layer)
+        wiring = Wiring.of(model, layer, seen.inputs, seen.keys)
+        neurons = len(step_of(wiring.act, self.sharpness, self.width, seen.inputs)[0])
+        return room(wiring.gate.count, len(patched(wiring))) // neurons
+
     def _edits(
-        self, model: EditableModel, layer: int, tasks: Sequence[list[list[Fact]]], progress: bool
+        self,
+        model: EditableModel,
+        layer: int,
+        tasks: Sequence[list[list[Fact]]],
+        progress: bool,
+        beside: Sequence[Fact] = (),
     ) -> Iterator[Edit]:
-        """One edit for each of the tasks, a task being groups of facts."""
+        """One edit for each of the tasks, a task being groups of facts; the switches stay open at
+        the facts `beside`, which another layer writes.
+        """
         groups, values = [group for task in tasks for group in task], self._values(model, layer)
         homes = self._experts(model, layer, groups, values)
         with bar(
@@ -162,7 +222,7 @@ class NeuronPatch(Method):
         for task in tasks:
             at = range(start, start := start + len(task))
             own, where = targets.select(at), [homes[i] for i in at]
-            yield self._edit(model, layer, task, where, own, values, ordinary)
+            yield self._edit(model, layer, task, where, own, values, ordinary, beside)
 
     def _experts(
         self, model: EditableModel, layer: int, groups: list[list[Fact]], values: ValueSettings
@@ -187,10 +247,12 @@ class NeuronPatch(Method):
         targets: Targets,
         values: ValueSettings,
         ordinary: Ordinary,
+        beside: Sequence[Fact],
     ) -> Edit:
         facts = [fact for group in groups for fact in group]
         near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
         rows = [model.row(text).ids for text in near]
+        rows += [row.ids for fact in beside for row in prompt_rows(model, fact, values.contexts)]
         others = everywhere(model, rows, layer, dict.fromkeys(homes))
         written = [
             self._written(
@@ -302,12 +364,11 @@ class NeuronPatch(Method):
             steps=max(30, found.steps) if self.target.steps is None else found.steps,
         )
 
-    def _layer(self, model: EditableModel) -> int:
-        chosen = self.layers or (preset_for(model).neuron_layer,)
-        if len(chosen) != 1:
-            raise EditError(f"{self.name} works in one layer, got {list(chosen)}")
-        model.check_layers(chosen)
-        return chosen[0]
+    def _layers(self, model: EditableModel) -> tuple[int, ...]:
+        """Where it writes, ascending."""
+        layers = tuple(sorted(set(self.layers or (preset_for(model).neuron_layer,))))
+        model.check_layers(layers)
+        return layers
 
     def _report(
         self,
@@ -332,6 +393,42 @@ class NeuronPatch(Method):
             steps=targets.steps.tolist(),
             details={"settings": settings},
         )
+
+
+def _together(edits: Sequence[Edit]) -> Edit:
+    """One edit of those of several layers, which have no parameter in common."""
+    facts = [fact for edit in edits for fact in edit.facts]
+    starts = [sum(len(edit.facts) for edit in edits[:i]) for i in range(len(edits))]
+    plan = {}
+    for edit, start in zip(edits, starts):
+        for layer, own in edit.plan.items():
+            plan[layer] = own.new_zeros(len(facts), own.shape[1])
+            plan[layer][start : start + len(own)] = own
+    reports = [edit.report for edit in edits]
+    shares = [len(edit.facts) / len(facts) for edit in edits]
+    first = reports[0].details["settings"]
+    report = EditReport(
+        gain=sum(share * (report.gain or 0.0) for share, report in zip(shares, reports)),
+        relative_norm={k: v for report in reports for k, v in report.relative_norm.items()},
+        layers={k: v for report in reports for k, v in report.layers.items()},
+        planned_nll=sum(s * (report.planned_nll or 0.0) for s, report in zip(shares, reports)),
+        steps=[n for r in reports for n in (r.steps if isinstance(r.steps, list) else [])],
+        warnings=list(dict.fromkeys(text for report in reports for text in report.warnings)),
+        details={
+            "settings": {**first, "layers": sorted(plan)},
+            "neurons": {k: v for r in reports for k, v in r.details["neurons"].items()},
+        },
+    )
+    return Edit(
+        edits[0].method_name,
+        {name: change for edit in edits for name, change in edit.changes.items()},
+        facts,
+        edits[0].fingerprint,
+        report,
+        {layer: keys for edit in edits for layer, keys in edit.keys.items()},
+        frozenset().union(*(edit.exclusive for edit in edits)),
+        plan=plan,
+    )
 
 
 @dataclass(frozen=True)
