@@ -24,7 +24,9 @@ TOKENS, NEAREST = 5, 3
 
 @dataclass
 class Trial:
-    """A model, and edits that are applied for the length of an answer; several may ask at once."""
+    """A model, and edits that are applied for the length of an answer; several may ask at once.
+    Without an edit both answers are the model's own.
+    """
 
     model: EditableModel
     edits: Sequence[Edit]
@@ -65,7 +67,7 @@ class Trial:
             with ExitStack() as applied:
                 for edit in self.edits:
                     applied.enter_context(edit.applied_to(self.model))
-                after = self._said(text, near, tokens)
+                after = self._said(text, near, tokens) if self.edits else dict(before)
         facts = [
             {"prompt": fact.text, "target": fact.target, "true": fact.true, **ratings}
             for fact, *rated in zip(near, before.pop("facts"), after.pop("facts"))

@@ -10,4 +10,8 @@ def test_a_prompt_is_put_to_both_models(place, knowedit):
     (found,) = json.loads(knowedit(*words, "--json"))
     assert found["facts"][0]["target"] == "Lyon" and len(found["after"]["next"]) == 5
     assert "unedited" in knowedit(*words)
+    (alone,) = json.loads(knowedit("try", "model", *words[3:], "--json"))
+    assert alone["before"] == alone["after"] == found["before"] and alone["facts"] == []
+    assert "unedited" not in knowedit("try", "model", *words[3:])
+    assert "name an edit" in knowedit("try", "model", code=1)
     assert "no chat template" in knowedit(*words, "--chat", code=1)
