@@ -135,3 +135,23 @@ def test_bad_settings_are_refused(bad):
 def test_an_empty_group_is_refused(tiny_llama):
     with pytest.raises(EditError, match="without facts"):
         optimise_values(tiny_llama, [[]], 1)
+
+
+@pytest.mark.parametrize("model_too", [True, False])
+def test_another_default_dtype_changes_nothing(tiny_llama, model_too):
+    """Other people's code sets it; a float64 model has float64 values."""
+    settings = ValueSettings(steps=4)
+    groups = [[fact] for fact in FACTS[:2]]
+    wanted = optimise_values(tiny_llama, groups, 1, settings)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        if model_too:
+            tiny_llama.hf.double()
+        found = optimise_values(tiny_llama, groups, 1, settings)
+    finally:
+        torch.set_default_dtype(before)
+        tiny_llama.hf.float()
+    error = (found.delta.double() - wanted.delta.double()).norm() / wanted.delta.norm()
+    assert float(error) < 1e-4
+    assert not model_too or found.delta.dtype == torch.float64

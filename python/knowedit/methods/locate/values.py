@@ -281,9 +281,8 @@ def _optimise(
     value = problem.mean_bare()  # [groups, parts, hidden], like delta
     norm = value.norm(dim=2, keepdim=True)
     clamp = s.clamp / len(layers) if kind.each_layer else s.clamp
-    lr = torch.as_tensor(
-        s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5, device=device
-    ).expand_as(norm)
+    step_size = s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5
+    lr = torch.as_tensor(step_size).to(norm).expand_as(norm)
     moves = s.optimiser.begin(Scale(norm, lr, clamp, s.stop))
     delta, best = torch.zeros_like(value), torch.zeros_like(value)
     nll, done = torch.zeros(2, count, device=device)
@@ -397,11 +396,13 @@ class Problem:
         return type(self)(plans, self.part.select(rows), self.layers, self.keep.clean[kept])
 
     def mean_bare(self) -> Tensor:
-        """`[groups, parts, hidden]` clean states at the subject of the bare prompts, float32."""
-        states = self.states(self.bare).float()
-        sums = torch.zeros(len(self.plans), *states.shape[1:], device=states.device).index_add(
-            0, self.bare_owner, states
-        )
+        """`[groups, parts, hidden]` clean states at the subject of the bare prompts, float32; of a
+        float64 model float64.
+        """
+        states = self.states(self.bare)
+        states = states.to(torch.promote_types(states.dtype, torch.float32))
+        sums = states.new_zeros(len(self.plans), *states.shape[1:])
+        sums.index_add_(0, self.bare_owner, states)
         return sums / torch.bincount(self.bare_owner, minlength=len(self.plans))[:, None, None]
 
     def states(self, rows: Tensor) -> Tensor:
