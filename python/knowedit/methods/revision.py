@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from knowedit.edits.edit import Edit
-from knowedit.edits.history import History
+from knowedit.edits.history import History, Place
 from knowedit.facts.fact import Fact, FactError
 from knowedit.methods.base import Method
 from knowedit.methods.locate.removal import after_removal
@@ -54,9 +55,22 @@ def revise(
     removed = method.removal(model, stale, statistics, history)
     if not new and not with_them:
         return method.recorded(removed, model, statistics)
-    with removed.applied_to(model):
+    with removed.applied_to(model), _unsaid(model, stale):
         longer = history.followed_by(removed)
         made = method.compute(
             model, [*new, *with_them], statistics, history=longer, progress=progress
         )
     return after_removal(made, removed, model)
+
+
+@contextmanager
+def _unsaid(model: EditableModel, places: Sequence[Place]) -> Iterator[None]:
+    """Let nobody be warned that a write contradicts the facts at `places`, whose place it takes."""
+    gone = [(place.edit.key, place.fact) for place in places]
+    told = {what: said for what, said in model.told.items() if said in gone}
+    for what in told:
+        del model.told[what]
+    try:
+        yield
+    finally:
+        model.told.update(told)

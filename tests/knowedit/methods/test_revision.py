@@ -109,12 +109,13 @@ def test_what_was_forgotten_was_never_there(tiny_llama, session):
     assert session.history.facts == FACTS[:1]
 
 
-def test_a_correction_is_one_edit_that_undo_takes_back(tiny_llama, session):
+def test_a_correction_is_one_edit_that_undo_takes_back(tiny_llama, session, caplog):
     write(session, FACTS[:3], FACTS[3:])
     before, keys = weights_fingerprint(tiny_llama.hf), session.history.keys(1)
     with pytest.raises(FactError, match="contradicts 'violin' of history, edit 0"):
         session.write([CORRECTED], progress=False)
     made = session.correct([CORRECTED], force=True, progress=False)
+    assert "in force too" not in caplog.text  # the old value is taken out, and contradicts nothing
     assert session.history.facts == [FACTS[0], FACTS[2], *FACTS[3:], CORRECTED]
     assert made.facts == [CORRECTED] and len(session.history) == 3
     assert made.report.measured.gain[0] > 0.5
