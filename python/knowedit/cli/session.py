@@ -131,7 +131,9 @@ class Writing(Opening):
         lines = edit_lines(made)
         lines += [f"  taken out: {fact.text} {fact.target}" for fact in gone]
         lines += [f"  written again, of one value with it: {fact.text}" for fact in again]
-        lines += [f"\n{said_table(said, len(wanted))}\n", f"{folder}: {len(standing)} facts stand"]
+        what = "forgotten" if how == "forget" else "new"
+        lines += [f"\n{said_table(said, len(wanted), what)}\n"]
+        lines += [f"{folder}: {len(standing)} facts stand"]
         self.show(record, lambda: "\n".join(lines))
 
 

@@ -127,11 +127,12 @@ def prompts_of(model: EditableModel, fact: Fact) -> list[tuple[str, str]]:
     return [(way, text) for way, text in texts if len(model.tokenizer(text)["input_ids"]) <= room]
 
 
-def said_table(said: Sequence[Said], facts: int) -> Table:
+def said_table(said: Sequence[Said], facts: int, what: str = "new") -> Table:
     """What the edited model says, a row a fact, with the counts below.
 
     Args:
         facts: how many were written, of which the first were asked.
+        what: what they are now: new, or forgotten.
     """
     answers = {(one.record, one.way): _short(one.after) for one in said}
     targets = {one.record: one.target for one in said}
@@ -147,10 +148,10 @@ def said_table(said: Sequence[Said], facts: int) -> Table:
         silent = sum(not one.before and not one.after for one in mine)
         more = f", {broken} now repeat themselves" if broken else ""
         more += f", {silent} empty as before the edit" if silent else ""
-        notes.append(f"{way}: {right} of {len(mine)} answers have the new fact{more}")
+        notes.append(f"{way}: {right} of {len(mine)} answers have the {what} fact{more}")
     if facts > len(targets):
         notes.append(f"the first {len(targets)} of {facts} facts were asked")
-    return Table(["new", *ways], rows, "what the edited model says", notes)
+    return Table([what, *ways], rows, "what the edited model says", notes)
 
 
 def _short(text: str) -> str:

@@ -78,6 +78,7 @@ def test_the_table_counts_what_is_right_and_what_broke():
     assert [one.right for one in said] == [True, False, False, False]
     assert [one.broken for one in said] == [False, True, False, False]
     text = said_table(said, 20).text(200)
+    assert "the forgotten fact" in said_table(said, 20, "forgotten").text(200)
     assert "prompt: 1 of 2 answers have the new fact" in text
     assert "chat: 0 of 2 answers have the new fact, 1 now repeat themselves" in text
     assert "the first 2 of 20 facts" in text and "question" not in text
