@@ -60,7 +60,8 @@ class Result:
         report: of the edit (of the first one for `single` and `sequential`).
         config: the whole method, as `make_method` takes it.
         trajectory: for `sequential`, the model on its way.
-        run: what all results of a folder have in common, so that it can be gone on with.
+        run: what all results of a folder have in common, so that it can be gone on with, the
+            `model` as it was named, and what was `asked` beyond the usual (`measure`).
         said: what the edited model says of the first facts, in its own words.
         generation: its free answers and texts, measured; None where none was asked for.
         ability: what the model can do beside the facts; None where that was not asked for.
@@ -145,6 +146,10 @@ def migrate(record: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+#: Values of `measure`'s arguments that need not be said.
+USUAL = {"batch": 50, "every": 100, "dtype": "auto", "definition": "memit"}
+
+
 def measure(
     name: str,
     dataset: str,
@@ -213,6 +218,14 @@ def measure(
     digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
     settings = {"dataset": dataset, "digest": digest}
     kept = kept_results(folder, settings)
+    options = {
+        **{"limit": limit, "batch": batch, "every": every, "seed": seed, "dtype": dtype},
+        **{"corpus": plain(corpus), "tokens": tokens, "statistics": plain(where)},
+        **{"text": plain(text), "generate": generate, "definition": definition},
+        **{"ability": list(ability), "ability_items": ability_items, "join": join, "chat": chat},
+        **{"strict": strict, "dequantise": dequantise},
+    }
+    asked = {k: v for k, v in options.items() if v and v != USUAL.get(k)}
     missing = [method for method in made if method_key(method.to_dict()) not in kept]
     statistics = statistics_for(missing, model, corpus, tokens, where, seed) if missing else None
     texts = held_out(text)
@@ -239,7 +252,7 @@ def measure(
             definition=definition,
             ability=tasks,
         )
-        told = replace(told, run=settings)
+        told = replace(told, run={**settings, "model": str(name), "asked": asked})
         if folder is not None:
             add_to_run(folder, told)
         yield told
@@ -257,12 +270,18 @@ def kept_results(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, 
         KnowEditError: they are of another run.
     """
     records = _records(folder) if folder is not None else []
-    if any(record.get("run") != settings for record in records):
+    if any(_of_the_run(record) != settings for record in records):
         raise KnowEditError(
             f"{folder} holds results of other facts, another model or other settings; choose "
             f"another folder"
         )
     return {method_key(record["config"]): record for record in records}
+
+
+def _of_the_run(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What two results of one folder agree in: the digest stands for all that is measured."""
+    run = record.get("run", {})
+    return {name: run[name] for name in ("dataset", "digest") if name in run}
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ page.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -90,11 +91,25 @@ def _details(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Section
     settings = {name: result["config"] for name, result in zip(names, results) if result["config"]}
     if settings:
         how = (
-            "Save a record as method.json: `knowedit eval MODEL --config method.json --dataset "
-            f"{results[0]['dataset']} --protocol {results[0]['protocol']}` measures it again."
+            "Save a method's record (below on the page, `config` in results.json) as method.json; "
+            "then, from the folder where this was run:"
         )
-        found.append(Section("To reproduce", [how], settings=settings))
+        found.append(Section("To reproduce", [how, _command(results[0])], settings=settings))
     return found
+
+
+def _command(result: Mapping[str, Any]) -> str:
+    """The command that measures one method of a run again."""
+    run = result.get("run", {})
+    words = ["knowedit", "eval", run.get("model", "MODEL"), "--config", "method.json"]
+    words += ["--dataset", result["dataset"], "--protocol", result["protocol"]]
+    for name, value in run.get("asked", {}).items():
+        if isinstance(value, dict):  # of Python: no command line has it
+            continue
+        option = f"--{name.replace('_', '-')}"
+        for one in value if isinstance(value, list) else [value]:
+            words += [option] if one is True else [option, str(one)]
+    return shlex.join(words)
 
 
 def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:

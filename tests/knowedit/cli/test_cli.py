@@ -397,6 +397,14 @@ def test_eval_goes_on_where_it_stopped(place, knowedit, monkeypatch, capsys):
     assert len(prompts) == sum(record["evaluation"]["prompts"] for record in found)
     assert "efficacy" in knowedit(*given)  # all of it from the folder
     assert "holds results of other facts" in knowedit(*given, "--limit", "1", code=1)
+    # what the report says runs the same: nothing is measured again
+    (place / "method.json").write_text(json.dumps(found[1]["config"]))
+    report = knowedit("report", "run").splitlines()
+    (again,) = [line.strip() for line in report if line.strip().startswith("knowedit eval")]
+    assert "--corpus" in again and "--config method.json" in again
+    with monkeypatch.context() as cut:
+        cut.setattr("knowedit.methods.MEMIT._compute", None)
+        assert json.loads(knowedit(*shlex.split(again)[1:], "-o", "run", "--json")) == found[1:]
 
 
 def test_ctrl_c_says_what_is_kept(place, knowedit, monkeypatch):
