@@ -547,11 +547,21 @@ def test_several_sums_and_their_interference(chatty, quick, tmp_path):
     assert len(quick) == calls
 
 
-def test_notes_are_honest(chatty):
+def _adds_behind_a_line(_model, prompts, *_, **__):
+    return [str(Sum.parse(f"{p.strip()}0").true) if p.startswith("\n") else "-1" for p in prompts]
+
+
+def test_notes_are_honest(chatty, monkeypatch):
     told = chatty.generate(["2+2="], 6)[0]
     made = study(chatty, (replace(TARGET, target=12345),), (1,))
     assert any("the answer is 5 tokens" in note for note in made.notes())
     assert any("of the other sums right" in note for note in made.notes())
+    assert not any("it can add" in note for note in made.notes())
+    # a model that does not read the first token of a text
+    monkeypatch.setattr(EditableModel, "generate", _adds_behind_a_line)
+    (note,) = [note for note in made.notes() if "it can add" in note]
+    assert "written as '\\na+b=' it gets 100% right, as 'a+b=' 0%" in note
+    monkeypatch.undo()
     made.before.texts[0] = " 5 " + told
     made.targets = [TARGET]
     made.asked[0] = replace(made.asked[0], about=TARGET)

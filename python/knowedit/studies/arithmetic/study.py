@@ -17,6 +17,7 @@ from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
 from knowedit.studies.arithmetic.experiments import TuningMaterial, experiment, material
 from knowedit.studies.arithmetic.measure import (
+    LEADS,
     LONGER,
     MARGIN,
     TOKENS,
@@ -26,11 +27,14 @@ from knowedit.studies.arithmetic.measure import (
     greedy,
     judge,
     observe,
+    readings,
     table,
 )
 from knowedit.studies.arithmetic.prompts import StudyPrompt, Sum, split, study_prompts
 
 FORMAT = "knowedit-study/1"
+ADDS = 0.5  # share of right sums from which a model is said to add
+READ = 33  # sums that are asked in other forms
 
 
 @dataclass
@@ -126,12 +130,13 @@ class Study:
                 )
         sums = table(rows)["sums"]
         accuracy = sums["accuracy"]["mean"]
-        if accuracy < 0.5:
+        if accuracy < ADDS:
             found.append(
                 f"the unedited model gets {accuracy:.0%} of the other sums right: its accuracy "
                 f"says little about an edit, "
                 "identical outputs do"
             )
+            found += self._read_otherwise()
         steady, clear = (sums.get(m, {}).get("records", 0) for m in ("steady", "clear"))
         found.append(
             f"of the {len([p for p in self.asked if p.kind == 'sums'])} other sums {steady} "
@@ -139,6 +144,19 @@ class Study:
             f"whole first number, whose unedited margin exceeds {MARGIN} nat"
         )
         return found
+
+    def _read_otherwise(self) -> list[str]:
+        """A form of the sums that the unedited model can read, where the report's is not one."""
+        sums = [p.about for p in self.asked if p.kind == "sums" and p.about is not None]
+        right = readings(self.model, sums[:: max(1, len(sums) // READ)])
+        best = max(right, key=right.__getitem__)
+        if right[best] < ADDS:
+            return []
+        return [
+            f"it can add: written as {best + 'a+b='!r} it gets {right[best]:.0%} right, as "
+            f"{LEADS[0] + 'a+b='!r} {right[LEADS[0]]:.0%}; it does not read the first number at "
+            f"the very start of a text, and the target is asked there"
+        ]
 
     def rows(self, after: Responses) -> list[Row]:
         """One row a probe, not halved."""
