@@ -256,7 +256,7 @@ def test_what_files_say_moves_no_cursor(tmp_path, capsys, monkeypatch, tiny_llam
 
 
 def test_an_error_that_was_not_foreseen_is_one_line(capsys, monkeypatch, tmp_path):
-    def fail(_):
+    def fail(*_, **__):
         raise ZeroDivisionError("by\nnothing")
 
     monkeypatch.setattr("knowedit.cli.inspection.describe", fail)
