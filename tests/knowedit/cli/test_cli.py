@@ -60,8 +60,8 @@ TEMPLATE = (
 )
 
 
-def test_facts_are_joined_and_asked_in_the_chat_as_told(place, knowedit, tiny_llama):
-    tiny_llama.tokenizer.chat_template = TEMPLATE
+def test_facts_are_joined_and_asked_in_the_chat_as_told(place, knowedit, tiny_llama, monkeypatch):
+    monkeypatch.setattr(tiny_llama.tokenizer, "chat_template", TEMPLATE)  # of all tests
     tiny_llama.tokenizer.save_pretrained(place / "model")
     (place / "one.jsonl").write_text(json.dumps(FACTS[0]))
     lora = ("--method", "lora", "--set", "steps=1", "--json", "--join", "none", "--chat")

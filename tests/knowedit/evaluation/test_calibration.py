@@ -102,7 +102,7 @@ def test_settings_follow_and_are_used(tiny_llama, found):
     assert MEMIT().statistics_layers(tiny_llama) == (2,)
     assert RoSE().statistics_layers(tiny_llama) == (2, 3)
     assert MEMIT(layers=(1,)).statistics_layers(tiny_llama) == (1,)
-    assert NeuronPatch()._layer(tiny_llama) == 3
+    assert NeuronPatch()._layers(tiny_llama) == (3,)
     task = MEMIT(metric="blend").with_settings(["metric.shares=[0,0,1]"])
     made = task.prepare(tiny_llama, [[FACTS[0]]], None, progress=False)
     assert made.values.clamp == 1.5 and made.values.steps == found.choice.steps

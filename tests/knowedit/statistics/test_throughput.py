@@ -10,7 +10,7 @@ from knowedit.statistics.throughput import Meter
 
 def test_progress_speaks_json(tiny_llama, long_corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(windows, "SIZE", 1000)
-    monkeypatch.setattr("knowedit.statistics.throughput.EVERY_JSON", 0)
+    monkeypatch.setattr("knowedit.statistics.throughput.EVERY", 0)
     key_statistics(tiny_llama, [1], long_corpus, 9000, directory=tmp_path / "s", as_json=True)
     output = capsys.readouterr()
     lines = [json.loads(line) for line in output.err.splitlines()]
@@ -28,8 +28,7 @@ def test_time_left_is_of_this_runs_speed(monkeypatch):
     """
     now, out = [100.0], io.StringIO()
     monkeypatch.setattr("knowedit.statistics.throughput.time.monotonic", lambda: now[0])
-    meter = Meter(1000, lambda *_: None, lines=False, as_json=True, out=out)
-    meter.on_resume(300)
+    meter = Meter(1000, 300, lambda *_: None, as_json=True, out=out)
     now[0] += 5
     meter.on_tokens(200)
     line = json.loads(out.getvalue())
