@@ -89,6 +89,7 @@ def _try(name: str, part: Part, count: int, tally: Tally, given: argparse.Namesp
         for number, what in tally.forget().items():
             if well(int(number)):
                 tally.mended[number] = what
+            _write(given.output, name, tally, given.seed)
         while tally.tried < count and begun < until:
             well(tally.tried)
             tally.tried += 1

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -224,6 +225,26 @@ def test_an_interrupted_training_resumes_to_the_same_bits(tmp_path):
     ] == course.curve[-1]
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     assert course.best == min(entry[2] for entry in course.curve) and course.curve[0][1] is None
+
+
+@pytest.mark.parametrize("late", [False, True])  # before the parameters move, and when they have
+def test_an_interrupted_step_is_taken_and_counted_or_neither(tmp_path, monkeypatch, late):
+    whole, _ = run(20, tmp_path / "a")
+    taken, step = [], torch.optim.Adam.step
+
+    def stopped(self, *args):
+        taken.append(1)
+        if len(taken) == 7 and not late:
+            signal.raise_signal(signal.SIGINT)
+        step(self, *args)
+        if len(taken) == 7 and late:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.Adam, "step", stopped)
+        run(20, tmp_path / "b")
+    resumed, course = run(20, tmp_path / "b")
+    assert torch.equal(whole, resumed) and course.steps == 20
 
 
 @pytest.mark.parametrize("look", [2, 3])

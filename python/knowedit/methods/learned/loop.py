@@ -19,6 +19,7 @@ from knowedit.errors import EditError
 from knowedit.io.config import Config, fields_of
 from knowedit.io.progress import bar
 from knowedit.io.ranges import Bound, Count, Positive, Whole
+from knowedit.io.signals import held_back
 from knowedit.io.tensors import read_file, understood, write_file
 
 FORMAT = "knowedit-training/1"
@@ -122,11 +123,12 @@ def train(
 
     def measure() -> None:
         found, (total, count) = validate(), log.running
-        log.curve.append([log.steps, total / count if count else None, found])
-        log.running = [0.0, 0.0]
-        if found < log.best:
-            log.best = found
-            best.update({name: p.detach().clone() for name, p in parameters.items()})
+        with held_back():  # a validation that is in the curve has its parameters kept
+            log.curve.append([log.steps, total / count if count else None, found])
+            log.running = [0.0, 0.0]
+            if found < log.best:
+                log.best = found
+                best.update({name: p.detach().clone() for name, p in parameters.items()})
 
     with bar(title, plan.steps, "steps", show=progress) as advance:
         advance(log.steps, f"validation {log.best:.3f}")
@@ -149,9 +151,10 @@ def train(
                     )
                 value.backward()
                 nn.utils.clip_grad_norm_(parameters.values(), plan.clip)
-                optimiser.step()
-                log.steps += 1
-                log.running = [log.running[0] + float(value.detach()), log.running[1] + 1]
+                with held_back():  # a step is taken and counted, or neither
+                    optimiser.step()
+                    log.steps += 1
+                    log.running = [log.running[0] + float(value.detach()), log.running[1] + 1]
                 advance(1, f"validation {log.best:.3f}")
                 now = time.monotonic()
                 if plan.minutes is not None and now - start > 60 * plan.minutes:
