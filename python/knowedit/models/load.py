@@ -20,6 +20,7 @@ from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.packings import open_unpacked, packing_of
 from knowedit.models.quantised import dequantise as as_floats
 from knowedit.models.quantised import method_of, reading
+from knowedit.models.shards import check_complete
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -114,7 +115,10 @@ def _read(weights: str, config: Any, there: dict[str, Any], **options: Any) -> A
     kind = class_for(config)
     if packing_of(config) is not None:
         return open_unpacked(kind, _folder(weights, there), config, **options)
-    model = kind.from_pretrained(weights, **options, **reading(config), **there)
+    model, told = kind.from_pretrained(
+        weights, output_loading_info=True, **options, **reading(config), **there
+    )
+    check_complete(weights, model, told)
     if method_of(config) is not None:
         as_floats(model)
     return model

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from knowedit.errors import ModelError
 from knowedit.models.quantised import record_of
-from knowedit.models.shards import read_tensor, tensor_files
+from knowedit.models.shards import check_complete, read_tensor, tensor_files
 
 WORD = 32  # bits
 AWQ_BITS = 4
@@ -61,6 +61,8 @@ def read_unpacked(folder: Path, layout: str) -> dict[str, Tensor]:
         if f"{path}.qweight" not in files or part not in PARTS:
             found[name] = read_tensor(file, name)
         elif part == "qweight":
+            if f"{path}.weight" in files:
+                raise ModelError(f"{folder} holds {path} packed and as floats; take it again")
             parts = {
                 one: read_tensor(files[key], key)
                 for one in PARTS
@@ -89,12 +91,7 @@ def open_unpacked(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     hf, told = kind.from_pretrained(
         None, config=plain, state_dict=state, output_loading_info=True, **options
     )
-    amiss = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
-    if amiss:
-        raise ModelError(
-            f"{folder} lacks {len(amiss)} tensors of a {type(hf).__name__}, {amiss[0]} the first; "
-            "take it again, or edit the original checkpoint"
-        )
+    check_complete(folder, hf, told)
     hf.name_or_path = str(folder)
     if (folder / "generation_config.json").exists():
         hf.generation_config = GenerationConfig.from_pretrained(folder)
@@ -140,8 +137,9 @@ def gptq_weight(
             the largest number; there are readers that carry into its neighbour instead.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or the integers are in other words than of 32 bits.
     """
+    _check_words(qweight, qzeros)
     groups, out = scales.shape
     bits = _ratio(qzeros.shape[-1] * WORD, out, "bits of a zero")
     if bits not in (2, 3, 4, 8) or qzeros.shape[0] != groups or qweight.shape[-1] != out:
@@ -162,14 +160,21 @@ def awq_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
         scales: `[groups, out]`.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or the integers are in other words than of 32 bits.
     """
+    _check_words(qweight, qzeros)
     groups, out = scales.shape
     fits = qweight.shape[-1] * 8 == out and qzeros.shape == (groups, qweight.shape[-1])
     if not fits:
         raise ValueError(f"{groups} groups and {out} outputs do not fit together")
     width = qweight.shape[0]
     return _scaled(_eights(qweight), _eights(qzeros), scales, _groups(None, width, groups))
+
+
+def _check_words(*packed: Tensor) -> None:
+    """Other words are unpacked into other numbers, of shapes that may fit."""
+    if other := next((part.dtype for part in packed if part.dtype != torch.int32), None):
+        raise ValueError(f"integers are packed into words of int32 here, and these are {other}")
 
 
 def _scaled(q: Tensor, zero: Tensor, scales: Tensor, group: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Which file of a model's folder holds which tensor."""
+"""Which file of a model's folder holds which tensor, and whether they hold all."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -45,3 +47,18 @@ def read_tensor(file: Path, name: str) -> Tensor:
             f"{file} is truncated, damaged or missing ({error}); take it again"
         ) from error
     return found
+
+
+def check_complete(source: str | Path, hf: Any, told: Mapping[str, Iterable[Any]]) -> None:
+    """Raise ModelError where the files lack a tensor of the model: transformers only warns, and
+    draws it at random.
+
+    Args:
+        told: what `from_pretrained(..., output_loading_info=True)` returns beside `hf`.
+    """
+    amiss = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
+    if amiss:
+        raise ModelError(
+            f"{source} lacks {len(amiss)} tensors of a {type(hf).__name__}, {amiss[0]} the first; "
+            "take it again, or edit the original checkpoint"
+        )

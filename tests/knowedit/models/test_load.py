@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import knowedit as ke
 from knowedit.edits.changes import LowRank
@@ -85,6 +86,16 @@ def test_quantised_weights_are_refused_before_they_are_read(folder, method):
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=rf"quantised \({method}\).*original checkpoint"):
+        ke.load_model(folder)
+
+
+@pytest.mark.parametrize("lost", ["layers.1.mlp.down_proj", "layers.3.", "embed_tokens"])
+def test_weights_that_lack_a_tensor_are_refused(folder, lost):
+    """transformers would draw it at random, another one each time."""
+    tensors = load_file(folder / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if lost not in name}
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"lacks {len(tensors) - len(left)} tensors of a Llama"):
         ke.load_model(folder)
 
 

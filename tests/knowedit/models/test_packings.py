@@ -100,6 +100,8 @@ def test_awq_words_are_eight_outputs_the_even_ones_first():
         ({"scales": torch.ones(2, OUT)}, "2 groups"),
         ({"g_idx": torch.full((IN,), 6)}, "96 numbers of 6 groups"),
         ({"g_idx": torch.zeros(5)}, "96 numbers of 6 groups"),
+        ({"qweight": torch.zeros(12, OUT, dtype=torch.int16)}, "words of int32"),
+        ({"qzeros": torch.zeros(6, 4, dtype=torch.int64)}, "words of int32"),
     ],
 )
 def test_parts_that_do_not_fit_are_told(change, said):
@@ -179,6 +181,15 @@ def test_a_checkpoint_without_a_part_is_refused(packed, part):
     del tensors[lost]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=f"down_proj is packed and has no {part}"):
+        ke.load_model(folder, dequantise=True)
+
+
+def test_a_layer_both_packed_and_plain_is_refused(packed):
+    folder, _ = packed
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="layers.1.mlp.down_proj packed and as floats"):
         ke.load_model(folder, dequantise=True)
 
 
