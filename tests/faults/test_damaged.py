@@ -20,6 +20,7 @@ from knowedit.cli.inspection import describe
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import save_edited
 from knowedit.edits.history import History
+from knowedit.edits.journal import Journal
 from knowedit.errors import CorpusError, EditError, KnowEditError, ModelError, StatisticsError
 from knowedit.facts.wordings.paraphrase import Endpoint, ParaphraseError, paraphrases
 from knowedit.io.lines import printable
@@ -282,3 +283,13 @@ def test_passwords_of_an_endpoint_are_neither_kept_nor_said(own_cache, monkeypat
     assert len(paraphrases("2 + 2 =", 2, server)) == 2
     kept = list(own_cache.rglob("*.json"))
     assert kept and all("s3cret" not in file.read_text() for file in kept)
+
+
+@pytest.mark.parametrize("amiss", [{"fingerprint": 7}, {"fingerprint": {}}, {"method": {}}])
+def test_the_record_of_a_session_has_texts_where_they_are_used(tmp_path, amiss):
+    about = {"format": "knowedit-session/1", "fingerprint": "a", "method": {"kind": "memit"}}
+    write_file(tmp_path / "session.safetensors", {}, about)
+    assert Journal(tmp_path).fingerprint == "a"
+    write_file(tmp_path / "session.safetensors", {}, about | amiss)
+    with pytest.raises(EditError, match="session.safetensors is not the record of a session"):
+        Journal(tmp_path)

@@ -64,6 +64,8 @@ class Journal:
             self.fingerprint: str = header["fingerprint"]
             self.method: dict[str, Any] = dict(header["method"])
             self.run: dict[str, Any] = dict(header.get("run", {}))
+            if not all(isinstance(one, str) for one in (self.fingerprint, self.method["kind"])):
+                raise TypeError("fingerprint and method.kind are texts")
         self.open = True
 
     @classmethod

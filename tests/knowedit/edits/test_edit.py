@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from knowedit.edits.changes import Dense, LowRank, relative_norms
 from knowedit.edits.edit import Edit
-from knowedit.edits.export.folder import RECORD, restore, save_edited
+from knowedit.edits.export.folder import FORMAT, RECORD, restore, save_edited
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
+from knowedit.io.tensors import read_file, write_file
 from knowedit.methods.locate.keys import group_by_subject
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
@@ -324,6 +325,17 @@ class TestFolders:
         with pytest.raises(EditError, match="other weights were changed too"):
             restore(folder)
         assert (folder / RECORD).exists()
+
+    def test_an_undo_of_one_edit_whose_record_does_not_fit_touches_nothing(self, saved, tmp_path):
+        first, second = an_edit(saved), an_edit(saved, 1)
+        folder = save_edited(saved, [first, second], tmp_path / "edited")
+        before = (folder / "model.safetensors").read_bytes()
+        header, tensors = read_file(folder / RECORD, FORMAT, "an undo record")
+        name = next(name for name in tensors if name.startswith("1.") and name.endswith(".U"))
+        write_file(folder / RECORD, {**tensors, name: tensors[name][:1].clone()}, header)
+        with pytest.raises(EditError, match="is not an undo record of this version"):
+            restore(folder, [first.key])
+        assert (folder / "model.safetensors").read_bytes() == before
 
     def test_an_interrupted_undo_is_finished_by_the_next(self, saved, tmp_path, monkeypatch):
         folder = save_edited(saved, [an_edit(saved)], tmp_path / "edited")

@@ -260,9 +260,10 @@ def _take_back(
         )
     weights = header["weights"]
     now = {name: tensor.clone() for name, tensor in originals.items()}
-    ledger = WeightLedger(now, [name for name in now if weights[name]["transposed"]])
-    for made in left:
-        ledger.add_many(made["key"], {n: c.raw for n, c in changes[made["key"]].items()})
+    with understood(folder / RECORD, "an undo record"):  # its parts fit, before a file is touched
+        ledger = WeightLedger(now, [name for name in now if weights[name]["transposed"]])
+        for made in left:
+            ledger.add_many(made["key"], {n: c.raw for n, c in changes[made["key"]].items()})
     expected = {
         weights[name]["tensor"]: {weights[name]["edited"], checksum(now[name])} for name in now
     }
