@@ -87,9 +87,14 @@ class Bench:
             such; edits go to the second.
     """
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, *, wide: bool = False) -> None:
         self.kind, self.folder = kind, folder
-        self.model = EditableModel(models.build(kind), models.tokenizer(), name=kind)
+        hf = models.build(kind)
+        if wide:
+            if hasattr(hf, "set_experts_implementation"):
+                hf.set_experts_implementation("eager")  # torch's grouped product has no float64
+            hf.double()
+        self.model = EditableModel(hf, models.tokenizer(), name=kind)
         parts = self.model.layout.parts
         below = [i for i in self.model.layout.editable if i < len(self.model.layers) - 1]
         below = [i for i in below if parts[i].experts is None] or below
@@ -99,6 +104,11 @@ class Bench:
         self.layer = self.layers[-1]
         self.rows = [self.model.row(f.text, f.subject, f.target) for f in FACTS]
         self.bits = {name: bits(t).clone() for name, t in self.model.hf.state_dict().items()}
+
+    @functools.cached_property
+    def wide(self) -> Bench:
+        """The same model in float64."""
+        return Bench(self.kind, self.folder / "float64", wide=True)
 
     @functools.cached_property
     def corpus(self) -> Path:

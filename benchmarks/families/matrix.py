@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knowedit.errors import KnowEditError
+
+if TYPE_CHECKING:  # a process that only collects rows imports no model
+    from benchmarks.families.checks import Bench, Check
 
 #: CPU seconds that a family may take: a wall clock would count what else the machine does.
 LIMIT = 120
@@ -26,6 +29,9 @@ FOLDER = re.compile(re.escape(tempfile.gettempdir()) + r"/\w+/")
 
 #: Checks of what a format of others can hold: one that it cannot is refused, which is right.
 EXPORTS = ("adapter",)
+
+#: Checks that compute nothing that is float32 by itself, as edits are.
+READING = ("keys", "head", "score", "replay", "statistics")
 
 #: What can become of a family, and what a table says of it.
 VERDICTS = {
@@ -57,13 +63,26 @@ def family(kind: str) -> dict[str, Any]:
         except Exception as error:
             return row | {"verdict": "wrong", "why": _said(error)}
         for name, check in CHECKS.items():
-            row["checks"][name] = _outcome(lambda check=check: check.run(bench), check.limit)
+            row["checks"][name] = _checked(name, check, bench)
     outcomes = row["checks"].values()
     bad = any("error" in outcome for outcome in outcomes)
     refused = {name for name, outcome in row["checks"].items() if "refused" in outcome}
     held = "partly" if refused - {*EXPORTS} else "right but peft" if refused else "right"
     row["verdict"] = "wrong" if bad else held
     return row | {"seconds": round(time.process_time() - start, 1)}
+
+
+def _checked(name: str, check: Check, bench: Bench) -> dict[str, Any]:
+    """What a check says in float32; where it only reads the model and is off, in float64 with the
+    same limit (`float32`: what it was before). What is wrong stays so, and what the model itself
+    rounds is gone: some random ones amplify it to 1e-4.
+    """
+    outcome = _outcome(lambda: check.run(bench), check.limit)
+    if "off" in outcome and name in READING:
+        again = _outcome(lambda: check.run(bench.wide), check.limit)
+        if "figure" in again:
+            return {**again, "float32": outcome["off"]}
+    return outcome
 
 
 def _outcome(run: Callable[[], float], limit: float) -> dict[str, Any]:
@@ -77,7 +96,8 @@ def _outcome(run: Callable[[], float], limit: float) -> dict[str, Any]:
         return {"error": _said(error)}
     if figure <= limit:
         return {"figure": float(f"{figure:.1e}")}
-    return {"error": f"off by {figure:.1e}, more than {limit:.0e}"}
+    off = float(f"{figure:.1e}")
+    return {"error": f"off by {off:.1e}, more than {limit:.0e}", "off": off}
 
 
 def _said(error: Exception) -> str:

@@ -64,6 +64,11 @@ def mark(outcome: Mapping[str, Any]) -> str:
 def _reasons(row: Mapping[str, Any]) -> str:
     """What the checks that do not hold say, each reason once."""
     said = [o[k] for o in row["checks"].values() for k in ("refused", "error") if k in o]
+    said += [
+        f"{name}: held in float64 (float32, which the model itself rounds: {o['float32']:.1e})"
+        for name, o in row["checks"].items()
+        if "float32" in o
+    ]
     return "; ".join(dict.fromkeys(said))
 
 

@@ -657,6 +657,11 @@ def _put(rows: Tensor, at: Tensor, into: Tensor, part: Tensor | Routed) -> None:
     into[rows.to(into.device)] = as_keys(part[lines, at.to(device)]).to(into)
 
 
+def lengths(x: Tensor) -> Tensor:
+    """`[..]` the lengths of `x` `[.., width]`, at least in float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or in float64 where it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

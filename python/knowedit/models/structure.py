@@ -261,6 +261,8 @@ def detect(model: Any) -> Layout:
     layers = [f"{traced.stack}.{index}" for index in range(len(traced.layers))]
     chosen, refused = _projections(model, layers, traced.layers, traced.hidden)
     routed, unknown = _routed(model, layers, traced.layers)
+    unknown |= _narrow(model, routed, traced.hidden)
+    routed = {index: found for index, found in routed.items() if index not in unknown}
     shared = {index: chosen.pop(index) for index in {*routed, *unknown} & set(chosen)}
     refused = {i: why for i, why in refused.items() if i not in routed} | unknown
     if not {**chosen, **routed}:
@@ -300,6 +302,22 @@ def detect(model: Any) -> Layout:
         },
         shared=_dense_parts(model, layers, traced.layers, shared),
     )
+
+
+def _narrow(model: Any, routed: Mapping[int, tuple[str, Experts]], hidden: int) -> dict[int, str]:
+    """Why layers cannot be edited whose experts write less than the hidden states hold: those are
+    several streams, of which a value would be one.
+    """
+    found = {}
+    for index, (path, experts) in routed.items():
+        shape = model.get_submodule(path).get_parameter(experts.weight).shape
+        out = shape[2] if experts.transposed else shape[1]
+        if out != hidden:
+            found[index] = (
+                f"its experts write {out} numbers, and hidden states hold {hidden}: several "
+                "streams, which no method here writes to"
+            )
+    return found
 
 
 def _dense_parts(

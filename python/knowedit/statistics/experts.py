@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from knowedit.models.editable import lengths
 from knowedit.models.experts import Experts, Routed
 from knowedit_kernels import GroupedSecondMoment
 from knowedit_kernels.moments.audit import AuditResult
@@ -60,7 +61,7 @@ class ExpertMoment:
             weights=gates[keep].flatten(),
         )
         self._tokens += int(keep.sum())
-        return (torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32) * gates).norm(dim=-1)
+        return (lengths(keys) * gates).norm(dim=-1)
 
     def sum(self) -> Tensor:
         """`[E, d, d]` float64, of gate times key."""

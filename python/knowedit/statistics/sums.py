@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import StatisticsError
-from knowedit.models.editable import EditableModel
+from knowedit.models.editable import EditableModel, lengths
 from knowedit.models.experts import Routed, as_keys
 from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, TokenBatch, batches
@@ -223,7 +223,7 @@ class Sums:
                 assert isinstance(key, Tensor)
                 dense.append(moment)
                 plain.append(key)
-                norms[layer] = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32)
+                norms[layer] = lengths(key)
         if dense:
             update_together(dense, plain, keep)
         return norms

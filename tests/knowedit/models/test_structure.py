@@ -184,3 +184,8 @@ def test_a_quantised_tensor_of_another_class_is_refused():
 
 def test_a_head_is_plain_to_the_bit():
     assert detect(build("llama")).head == Head("plain")
+
+
+def test_experts_that_write_one_of_several_streams_are_refused(byte_tokenizer):
+    with pytest.raises(ModelError, match="experts write 32 numbers, and hidden states hold 128"):
+        EditableModel(build("qwen4_exp_text"), byte_tokenizer)
