@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +16,7 @@ from knowedit.errors import ModelError
 from knowedit.models.adapters import base_of, merge
 from knowedit.models.download import DEFAULT_MODEL, name_of, resolve
 from knowedit.models.editable import EditableModel, known_tokenizer
+from knowedit.models.experts import split_name
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.packings import open_unpacked, packing_of
 from knowedit.models.quantised import dequantise as as_floats
@@ -281,15 +282,29 @@ def _tokenizer_of(hf: Any) -> Any:
         raise ModelError(f"{remedy} at {source!r}; pass tokenizer=") from error
 
 
-def fingerprint_of(folder: Path) -> str:
-    """The `EditableModel.fingerprint` of a folder's model, of any dtype: nothing is run. Raises
-    ModelError.
+def fingerprint_of(folder: Path, instead: Mapping[str, torch.Tensor] = {}) -> str:
+    """The `EditableModel.fingerprint` of a folder's model, of any dtype: nothing is run.
+
+    Args:
+        instead: weights, by their names in the model (`NAME[expert]` for one of several), that it
+            shall have in place of the folder's.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no such weights.
     """
     from transformers import AutoConfig
 
     with _loading(str(folder)):
         opened = class_for(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model = opened.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        with torch.no_grad():
+            for name, tensor in instead.items():
+                path, expert = split_name(name)
+                weight = model.get_parameter(path)
+                held = weight if expert is None else weight[expert]
+                if held.shape != tensor.shape:
+                    raise ModelError(f"{name} is {list(held.shape)}, not {list(tensor.shape)}")
+                held.copy_(tensor)
         return weights_fingerprint(model)
 
 

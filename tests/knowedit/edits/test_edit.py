@@ -322,9 +322,11 @@ class TestFolders:
         tensors = load_file(folder / "model.safetensors")
         tensors["model.norm.weight"] += 1
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(EditError, match="other weights were changed too"):
+        before = (folder / "model.safetensors").read_bytes()
+        with pytest.raises(EditError, match="other weights were changed too, and nothing was writ"):
             restore(folder)
         assert (folder / RECORD).exists()
+        assert (folder / "model.safetensors").read_bytes() == before
 
     def test_an_undo_of_one_edit_whose_record_does_not_fit_touches_nothing(self, saved, tmp_path):
         first, second = an_edit(saved), an_edit(saved, 1)

@@ -199,7 +199,7 @@ def test_weights_that_the_files_hold_under_other_names_are_found(saved, tmp_path
         save_file(tensors, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(saved.hf, "save_pretrained", renamed)
-    monkeypatch.setattr("knowedit.edits.export.folder.fingerprint_of", lambda _: saved.fingerprint)
+    monkeypatch.setattr("knowedit.edits.export.folder.fingerprint_of", lambda *_: saved.fingerprint)
     original = {n.replace("mlp", "feed_forward"): t for n, t in weights(saved, []).items()}
     folder = save_edited(saved, [an_edit(saved)], tmp_path / "edited")
     restore(folder)

@@ -229,14 +229,14 @@ def restore(folder: str | Path, only: Iterable[str] = ()) -> str:
         return _take_back(folder, header, originals, changes, left)
     weights = header.get("weights", {})
     stored = {name: weights[name]["tensor"] if weights else name for name in originals}
-    _replace(folder, {stored[name]: tensor for name, tensor in originals.items()})
-    found = fingerprint_of(folder)
+    found = fingerprint_of(folder, originals)
     if found != header["fingerprint"]:
         raise EditError(
-            f"{folder}: after the undo its fingerprint is {found[:12]}, before the edit it was "
-            f"{header['fingerprint'][:12]}: other weights were changed too; take the original "
-            f"model again"
+            f"{folder}: after the undo its fingerprint would be {found[:12]}, before the edit it "
+            f"was {header['fingerprint'][:12]}: other weights were changed too, and nothing was "
+            "written; take the original model again"
         )
+    _replace(folder, {stored[name]: tensor for name, tensor in originals.items()})
     if weights:
         _forget(folder, header)
     path.unlink(missing_ok=True)
