@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 FORMAT = "knowedit-edit/3"
 #: Read, and brought to today's form by `migrate`; the second version had no matrices of experts.
 EARLIER = ("knowedit-edit/1", "knowedit-edit/2")
+#: As `models.fingerprint.setup_of` writes it; empty in files of earlier versions.
+SETUP = re.compile("([0-9a-f]{12}-[0-9a-f]{8})?")
 
 
 @dataclass(eq=False, repr=False)
@@ -361,7 +364,10 @@ class Edit:
         with understood(path, "an edit"):
             if header["format"] != kind.format:
                 header = kind.migrate(header, tensors)
-            return kind.of(header, tensors, header["fingerprint"])
+            origin, setup = header["fingerprint"], header.get("setup", "")
+            if not isinstance(origin, str) or not SETUP.fullmatch(setup):
+                raise TypeError(f"fingerprint is {origin!r}, setup {setup!r}")
+            return kind.of(header, tensors, origin)
 
     @classmethod
     def migrate(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -89,11 +89,37 @@ class EditReport:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditReport:
-        """From what `to_dict` writes."""
+        """From what `to_dict` writes. Raises TypeError for a part of another kind."""
         shared = {name: record[name] for name in _SHARED if name in record}
+        for name, value in shared.items():
+            if value is not None and not _KINDS[name](value):
+                raise TypeError(f"report.{name} is {str(value)[:80]!r}")
         if "measured" in shared:
             shared["measured"] = Measured.from_dict(shared["measured"])
         return cls(**shared, details={n: v for n, v in record.items() if n not in _SHARED})
 
 
 _SHARED = tuple(entry.name for entry in fields(EditReport) if entry.name != "details")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_number, value.values()))
+
+
+#: What a file may hold in each shared entry, where it holds anything.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("gain", "planned_nll", "seconds"), _number),
+    "relative_norm": _numbers,
+    "layers": lambda value: (
+        isinstance(value, Mapping) and all(isinstance(one, Mapping) for one in value.values())
+    ),
+    "steps": lambda value: _number(value) or (isinstance(value, list) and all(map(_number, value))),
+    "measured": lambda value: isinstance(value, Mapping),
+    "warnings": lambda value: (
+        isinstance(value, list) and all(isinstance(one, str) for one in value)
+    ),
+}

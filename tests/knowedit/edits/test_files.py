@@ -292,3 +292,30 @@ def test_several_edits_make_one_adapter(tiny_llama, tmp_path):
         written = tiny_llama.hf(input_ids=ids).logits
     adapted = PeftModel.from_pretrained(tiny_llama.hf, folder)(input_ids=ids).logits
     torch.testing.assert_close(adapted, written, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("fingerprint", {"a": 1}),
+        ("setup", 0.5),
+        ("setup", "no pair"),
+        ("report.gain", [[1]]),
+        ("report.gain", "high"),
+        ("report.warnings", 0.5),
+        ("report.warnings", [1]),
+        ("report.relative_norm", {"1": "large"}),
+        ("report.layers", {"1": 2}),
+        ("report.steps", ["x"]),
+        ("report.measured", 3),
+    ],
+)
+def test_a_record_with_parts_of_other_kinds_is_no_edit(tiny_llama, tmp_path, field, value):
+    path = tmp_path / "a.safetensors"
+    an_edit(tiny_llama).save(path)
+    header, tensors = read_file(path, Edit.format, "an edit")
+    *outer, name = field.split(".")
+    (header[outer[0]] if outer else header)[name] = value
+    write_file(path, tensors, header)
+    with pytest.raises(EditError, match="is not an edit of this version"):
+        Edit.load(path)
