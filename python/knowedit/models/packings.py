@@ -48,9 +48,12 @@ def packing_of(config: Any) -> str | None:
     return None
 
 
-def read_unpacked(folder: Path, layout: str) -> dict[str, Tensor]:
+def read_unpacked(folder: Path, layout: str, ordered: bool = False) -> dict[str, Tensor]:
     """All tensors of a folder by name, on the CPU; a packed layer's as its `weight` `[out, in]` in
     float32.
+
+    Args:
+        ordered: the groups are of inputs in an order of their own, so that `g_idx` is needed.
 
     Raises:
         ModelError: the folder holds no safetensors, is damaged, or a layer's parts do not fit.
@@ -68,6 +71,8 @@ def read_unpacked(folder: Path, layout: str) -> dict[str, Tensor]:
                 for one in PARTS
                 if (key := f"{path}.{one}") in files
             }
+            if ordered and "g_idx" not in parts:
+                raise ModelError(f"{path} is packed by act-order and has no g_idx; take it again")
             found[f"{path}.weight"] = _weight(path, layout, parts)
     return found
 
@@ -84,7 +89,9 @@ def open_unpacked(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
-    state = read_unpacked(folder, packing_of(config) or "")
+    layout = packing_of(config) or ""
+    ordered = layout != "awq" and bool((record_of(config) or {}).get("desc_act"))
+    state = read_unpacked(folder, layout, ordered)
     plain = copy.deepcopy(config)
     del plain.quantization_config
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), kind)  # Auto classes take no state_dict

@@ -203,3 +203,17 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(packed):
     )
     with pytest.raises(ModelError, match=r"lacks \d+ tensors of a LlamaForCausalLM"):
         ke.load_model(folder, dequantise=True)
+
+
+@pytest.mark.parametrize("packed", ["gptq"], indirect=True)
+def test_an_act_order_that_is_lost_is_refused(packed):
+    folder, _ = packed
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    assert ke.load_model(folder, dtype="float32", dequantise=True)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.endswith(".g_idx")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="by act-order and has no g_idx"):
+        ke.load_model(folder, dequantise=True)
