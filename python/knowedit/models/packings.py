@@ -93,8 +93,10 @@ def open_unpacked(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     ordered = layout != "awq" and bool((record_of(config) or {}).get("desc_act"))
     state = read_unpacked(folder, layout, ordered)
     plain = copy.deepcopy(config)
-    del plain.quantization_config
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), kind)  # Auto classes take no state_dict
+    for part in (plain, plain.get_text_config()):
+        vars(part).pop("quantization_config", None)
+    if not hasattr(kind, "config_class"):  # Auto classes take no state_dict
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     hf, told = kind.from_pretrained(
         None, config=plain, state_dict=state, output_loading_info=True, **options
     )

@@ -1,11 +1,11 @@
 """GPTQ's and AWQ's files as floats, against packings written here, bit by bit (unit)."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import knowedit as ke
 from knowedit.errors import ModelError
@@ -13,6 +13,7 @@ from knowedit.models.packings import awq_weight, gptq_weight, packing_of
 from tests.knowedit.models.tiny import build
 
 IN, OUT, GROUP = 96, 32, 16
+MLPS = ("mlp", "experts", "feed_forward")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output at each place of a word
 IDS = torch.arange(3, 15)[None]
 
@@ -139,25 +140,45 @@ def test_only_layouts_that_are_known_are_unpacked(record, layout):
 # -- a whole checkpoint
 
 
+def packed_folder(family, method, folder, tokenizer):
+    """A folder in which matrices of the MLPs, also of single experts, are packed; and the model of
+    their floats.
+    """
+    hf = build(family)
+    hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.copytree(folder, folder / "floats")
+    plain = load_file(folder / "model.safetensors")
+    tensors = dict(plain)
+    for name in plain:
+        path, of_mlp = name.removesuffix(".weight"), any(f".{m}." in name for m in MLPS)
+        if of_mlp and plain[name].ndim == 2 and len(plain[name]) % 8 == 0:
+            parts, plain[name] = as_awq(plain[name]) if method == "awq" else as_gptq(plain[name], 4)
+            del tensors[name]
+            tensors |= {f"{path}.{part}": value for part, value in parts.items()}
+    assert len(tensors) > len(plain)
+    for place, held in ((folder, tensors), (folder / "floats", plain)):
+        save_file(held, place / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": GROUP}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, type(hf).from_pretrained(folder / "floats")
+
+
 @pytest.fixture(params=["gptq", "awq"])
 def packed(request, tmp_path, byte_tokenizer):
-    """A folder of packed MLPs, and the model that it stands for."""
-    hf = build("llama")
-    tensors = {name: value.contiguous() for name, value in hf.state_dict().items()}
-    for path, module in hf.named_modules():
-        if isinstance(module, nn.Linear) and ".mlp." in path:
-            weight = module.weight.detach()
-            parts, floats = as_awq(weight) if request.param == "awq" else as_gptq(weight, 4)
-            module.weight.data = floats
-            del tensors[f"{path}.weight"]
-            tensors |= {f"{path}.{name}": part for name, part in parts.items()}
-    hf.save_pretrained(tmp_path)
-    byte_tokenizer.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": request.param, "bits": 4, "group_size": GROUP}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    return tmp_path, hf
+    """A llama's."""
+    return packed_folder("llama", request.param, tmp_path, byte_tokenizer)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmo2", "granite", "gemma3"])
+def test_other_families_are_packed_alike(family, tmp_path, byte_tokenizer):
+    """Experts that transformers fuses, norms behind the MLP, scaled logits, a model of pictures."""
+    folder, wanted = packed_folder(family, "gptq", tmp_path, byte_tokenizer)
+    model = ke.load_model(folder, dtype="float32", dequantise=True)
+    assert type(model.hf) is type(wanted)
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(model.hf.state_dict()[name], value), name
 
 
 @torch.no_grad()
