@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from knowedit.edits.changes import Dense, LowRank, changes_of, read_changes, write_changes
 from knowedit.edits.edit import Edit
@@ -105,6 +106,77 @@ def test_an_edited_folder_is_restored(mixture, tmp_path):
     loaded = load_model(tmp_path / "edited", dtype="float32")
     torch.testing.assert_close(loaded.next_logprobs(["Rome is"]), wanted, rtol=1e-4, atol=1e-4)
     assert restore(tmp_path / "edited") == mixture.fingerprint
+
+
+def in_files(folder):
+    """Every tensor of a folder, by its name there."""
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def of_what_is_read(model, expert, seed=0):
+    """An edit of the rows of one expert's gate, none of what multiplies it, and of its output."""
+    generator, changes = torch.Generator().manual_seed(seed), {}
+    for leaf in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.{LAYER}.mlp.experts.{leaf}[{expert}]"
+        left, right = (torch.randn(n, 2, generator=generator) for n in model.stored(name).shape)
+        left[model.layout.experts(LAYER).width :] = 0
+        changes[name] = LowRank(left, right)
+    return Edit("test", changes, FACTS, model.fingerprint)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_a_folder_holds_what_experts_read(family, byte_tokenizer, tmp_path):
+    """`gate_up_proj[1]` is two tensors of the files, and gets its bits back in both; experts that
+    are alike are told apart by their numbers.
+    """
+    hf = build(family)
+    for parameter in hf.model.layers[LAYER].mlp.experts.parameters():
+        parameter.copy_(parameter[:1].expand_as(parameter))
+    model = EditableModel(hf, byte_tokenizer, name=family)
+    model.hf.save_pretrained(tmp_path / "plain")
+    plain = in_files(tmp_path / "plain")
+    edits, folder = [of_what_is_read(model, 1), of_what_is_read(model, 1, seed=1)], tmp_path / "one"
+    save_edited(model, edits, folder)
+    edited = in_files(folder)
+    changed = {name for name in plain if not torch.equal(plain[name], edited[name])}
+    assert len(changed) == 2 and all(".experts.1." in name for name in changed)
+    parts = read_record(folder / RECORD)[0]["weights"][next(iter(edits[0].changes))]["parts"]
+    assert all(".experts.1." in part["tensor"] for part in parts) and len(parts) == 2
+    restore(folder, [edits[1].key])
+    save_edited(model, edits[:1], tmp_path / "other")
+    left, wanted = in_files(folder), in_files(tmp_path / "other")
+    assert all(torch.equal(left[name], wanted[name]) for name in plain)
+    assert restore(folder) == model.fingerprint
+    back = in_files(folder)
+    assert back.keys() == plain.keys() and all(torch.equal(back[n], plain[n]) for n in plain)
+
+
+def test_what_others_change_in_one_part_is_seen(byte_tokenizer, tmp_path):
+    """In the second of the two tensors that an expert's matrix is in the files."""
+    model = EditableModel(build("mixtral"), byte_tokenizer, name="mixtral")
+    edits = [of_what_is_read(model, 1), of_what_is_read(model, 1, seed=1)]
+    save_edited(model, edits, tmp_path / "edited")
+    (file,) = (tmp_path / "edited").glob("*.safetensors")
+    name = f"model.layers.{LAYER}.block_sparse_moe.experts.1.w3.weight"
+    tensors = load_file(file)
+    tensors[name][0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    before = file.read_bytes()
+    with pytest.raises(EditError, match=r"experts\.1\.w3.* was changed since the edit was written"):
+        restore(tmp_path / "edited", [edits[0].key])
+    assert file.read_bytes() == before
+    assert restore(tmp_path / "edited") == model.fingerprint
+
+
+def test_a_weight_that_files_hold_among_others_is_refused(byte_tokenizer, tmp_path):
+    """Inkling's gate and up alternate row by row in the model and in no file."""
+    model = EditableModel(build("inkling2_text"), byte_tokenizer, name="inkling")
+    name = "model.layers.3.mlp.experts.gate_up_proj[0]"
+    pair = (torch.ones(size, 1) for size in model.stored(name).shape)
+    edit = Edit("test", {name: LowRank(*pair)}, FACTS, model.fingerprint)
+    with pytest.raises(EditError, match=r"gate_up_proj\[0\] together with other .* keep the edit"):
+        save_edited(model, [edit], tmp_path / "edited")
+    assert not (tmp_path / "edited").exists()
 
 
 def test_what_does_not_fit_is_refused(mixture, tmp_path):

@@ -13,20 +13,20 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from knowedit.edits.card import card, said_of
 from knowedit.edits.changes import Change, read_changes, write_changes
+from knowedit.edits.export.places import pieces, places, said
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.files import atomic_file, atomic_folder, disk_errors
 from knowedit.io.tensors import checksum, read_file, understood, write_file
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
-from knowedit.models.experts import slice_name, split_name
+from knowedit.models.experts import split_name
 from knowedit.models.gguf import as_plain
 from knowedit.models.load import accepts_model, fingerprint_of
 from knowedit_kernels.lowrank import WeightLedger
@@ -98,13 +98,9 @@ def _write_folder(
     model.hf.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     edited = {name: model.stored(name).detach().cpu() for name in originals}
-    stored = _stored(folder, edited)
+    stored = places(_weight_files(folder), edited)
     header["weights"] = {
-        name: {
-            "tensor": stored[name],
-            "transposed": model.is_transposed(name),
-            "edited": checksum(edited[name]),
-        }
+        name: said({"transposed": model.is_transposed(name), **stored[name]}, edited[name])
         for name in originals
     }
     header[CONFIG] = config_of(folder).get(ENTRY)
@@ -195,7 +191,8 @@ def _check_header(header: Mapping[str, Any], originals: Mapping[str, Tensor]) ->
             Fact.from_dict(fact)
     for name in originals:
         weight = header["weights"][name]
-        texts += [weight["tensor"], weight["edited"]]
+        for part, _ in pieces(weight, originals[name]):
+            texts += [part["tensor"], part["edited"]]
         if not isinstance(weight["transposed"], bool):
             raise TypeError(f"weights.{name}.transposed is {weight['transposed']!r}")
     if other := next((text for text in texts if not isinstance(text, str)), None):
@@ -228,7 +225,6 @@ def restore(folder: str | Path, only: Iterable[str] = ()) -> str:
     if left:
         return _take_back(folder, header, originals, changes, left)
     weights = header.get("weights", {})
-    stored = {name: weights[name]["tensor"] if weights else name for name in originals}
     found = fingerprint_of(folder, originals)
     if found != header["fingerprint"]:
         raise EditError(
@@ -236,7 +232,12 @@ def restore(folder: str | Path, only: Iterable[str] = ()) -> str:
             f"was {header['fingerprint'][:12]}: other weights were changed too, and nothing was "
             "written; take the original model again"
         )
-    _replace(folder, {stored[name]: tensor for name, tensor in originals.items()})
+    as_files = {
+        part["tensor"]: bits
+        for name, tensor in originals.items()
+        for part, bits in pieces(weights[name] if weights else {"tensor": name}, tensor)
+    }
+    _replace(folder, as_files)
     if weights:
         _forget(folder, header)
     path.unlink(missing_ok=True)
@@ -264,12 +265,11 @@ def _take_back(
         ledger = WeightLedger(now, [name for name in now if weights[name]["transposed"]])
         for made in left:
             ledger.add_many(made["key"], {n: c.raw for n, c in changes[made["key"]].items()})
-    expected = {
-        weights[name]["tensor"]: {weights[name]["edited"], checksum(now[name])} for name in now
-    }
-    _replace(folder, {weights[name]["tensor"]: tensor for name, tensor in now.items()}, expected)
+    parts = [piece for name, tensor in now.items() for piece in pieces(weights[name], tensor)]
+    expected = {part["tensor"]: {part["edited"], checksum(bits)} for part, bits in parts}
+    _replace(folder, {part["tensor"]: bits for part, bits in parts}, expected)
     kept = {
-        name: {**weights[name], "edited": checksum(now[name])}
+        name: said(weights[name], now[name])
         for name in now
         if any(name in changes[made["key"]] for made in left)
     }
@@ -308,44 +308,6 @@ def _named(
 
 # -- the files
 # -------------------------------------------------------------------------------------------------
-
-
-def _stored(folder: Path, edited: Mapping[str, Tensor]) -> dict[str, str]:
-    """What the folder's files call each parameter: most models' as the model does, others' by a
-    name from before the model was put together; there the bits say which.
-
-    Raises:
-        EditError: a parameter is not in the files.
-    """
-    found: dict[str, str] = {}
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            known = set(opened.keys())
-            found |= {name: name for name in edited if split_name(name)[0] in known}
-            for other in sorted(known) if set(edited) - set(found) else ():
-                held = opened.get_slice(other)
-                for name in sorted(set(edited) - set(found)):
-                    if at := _holds(held, other, name, edited[name]):
-                        found[name] = at
-    if missing := sorted(set(edited) - set(found)):
-        raise EditError(
-            f"transformers writes {missing[0]} together with other weights, so that its bits could "
-            "not be put back into the folder; keep the edit file, and apply it to the loaded "
-            "model, or export it as an adapter (`knowedit export`)"
-        )
-    return found
-
-
-def _holds(held: Any, other: str, name: str, tensor: Tensor) -> str | None:
-    """The name of what a file's tensor `held`, called `other`, has of the bits of `tensor`: all of
-    it, or the same expert's matrix where it holds those of several. None: neither.
-    """
-    shape, expert = tuple(held.get_shape()), split_name(name)[1]
-    if shape == tuple(tensor.shape):
-        return other if torch.equal(held[:], tensor) else None
-    if expert is None or shape[1:] != tuple(tensor.shape) or expert >= shape[0]:
-        return None
-    return slice_name(other, expert) if torch.equal(held[expert], tensor) else None
 
 
 def _weight_files(folder: Path) -> list[Path]:
