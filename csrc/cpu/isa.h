@@ -1,16 +1,42 @@
 // Instruction sets a kernel may be compiled for. The numbers are part of the op schema (see _ops.py).
 #pragma once
 
+// AMX: the compiler must know the instructions, and Linux lends a process the tiles.
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define KNOWEDIT_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace knowedit {
 
-enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+
+#if defined(KNOWEDIT_AMX)
+// Whether the processor multiplies tiles of bf16, and the system lets this process do it.
+inline bool has_amx() {
+  static const bool has = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, register d
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return has;
+}
+#endif
 
 inline Isa best_isa() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512) return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(KNOWEDIT_AMX)
+  if (bf16 && has_amx()) return kAmx;
+#endif
+  if (avx512) return bf16 ? kAvx512Bf16 : kAvx512;
   if (avx2) return kAvx2;
 #endif
   return kGeneric;

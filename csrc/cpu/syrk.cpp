@@ -25,10 +25,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Packed tokens per pass over C: enough to make the barriers and the traffic of C vanish, few enough that the panels stay
-// in L3.
-constexpr int64_t kTokensPerBlock = 1024;
-
 Type type_of(const Tensor& keys) {
   switch (keys.scalar_type()) {
     case ScalarType::Float: return Type::kF32;
@@ -43,13 +39,20 @@ void check_isa(int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa <= best_isa(), "this machine lacks instruction set ", isa);
 }
 
-const SyrkKernels& kernels(int64_t isa, int64_t arithmetic, Type type) {
+const SyrkKernels& kernels(int64_t isa, int64_t arithmetic, Type type, bool weighted = false) {
   check_isa(isa);
   STD_TORCH_CHECK(arithmetic >= 0 && arithmetic <= static_cast<int>(Arithmetic::kDouble), "unknown arithmetic ", arithmetic);
   STD_TORCH_CHECK(type != Type::kF64 || arithmetic == static_cast<int>(Arithmetic::kDouble),
                   "float64 keys need float64 arithmetic");
+  // 16-bit products take no weights: these go through float32
+#if defined(KNOWEDIT_AMX)
+  if (isa == kAmx && !weighted && arithmetic != static_cast<int>(Arithmetic::kDouble)) {
+    if (type == Type::kBF16) return kSyrkAmxBf16;
+    if (type == Type::kF16) return kSyrkAmxF16;
+  }
+#endif
 #if defined(__x86_64__)
-  if (isa == kAvx512Bf16 && type == Type::kBF16) return kSyrkAvx512Bf16[arithmetic];
+  if (isa == kAvx512Bf16 && type == Type::kBF16 && !weighted) return kSyrkAvx512Bf16[arithmetic];
   if (isa >= kAvx512) return kSyrkAvx512[arithmetic];
   if (isa == kAvx2) return kSyrkAvx2[arithmetic];
 #endif
@@ -129,29 +132,33 @@ class Workspace {
 thread_local Workspace workspace;
 
 // The part of row i0 + i that a tile at (i0, j0) of a lower triangle of `d` rows has: from j0 on, so many columns.
-int64_t width_of(int64_t d, int64_t i0, int64_t j0, int64_t i) { return std::min({kTile, d - j0, i0 + i - j0 + 1}); }
+int64_t width_of(int64_t edge, int64_t d, int64_t i0, int64_t j0, int64_t i) {
+  return std::min({edge, d - j0, i0 + i - j0 + 1});
+}
 
 // Adds the lower triangle of every segment's K^T K to its group's, of which row(group, i) is the start of row i.
-// Segments are taken in waves of at most `most` rows (or one), so that what is packed stays in cache and every
+// Segments are taken in waves of as many rows as a block has (or one), so that what is packed stays in cache and every
 // thread has work, however uneven the groups are.
 template <class T, class Row>
-void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments, int64_t most,
-                  const Row& row) {
+void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments, const Row& row) {
   const Type type = type_of(keys);
-  const int64_t d = keys.size(1), width = kernel.panel, panels = (d + width - 1) / width;
-  const int64_t blocks = (d + kTile - 1) / kTile, per_block = kTile / width, tiles = blocks * (blocks + 1) / 2;
-  const int64_t depth = kDepth / kernel.tokens_per_step;
+  const int64_t d = keys.size(1), width = kernel.panel, panels = (d + width - 1) / width, edge = kernel.edge;
+  const int64_t blocks = (d + edge - 1) / edge, per_block = edge / width, tiles = blocks * (blocks + 1) / 2;
+  const int64_t depth = kernel.depth / kernel.tokens_per_step;
   const auto steps = [&](const Segment& segment) {
     return (segment.count + kernel.tokens_per_step - 1) / kernel.tokens_per_step;
   };
   std::vector<int64_t> start;  // of the wave's segments in `packed`, in steps
   for (size_t first = 0, last = 0; first < segments.size(); first = last) {
     start.assign(1, 0);
-    for (int64_t rows = 0; last < segments.size() && (last == first || rows + segments[last].count <= most); ++last) {
+    for (int64_t rows = 0;
+         last < segments.size() && (last == first || rows + segments[last].count <= kernel.tokens_per_block); ++last) {
       rows += segments[last].count;
       start.push_back(start.back() + steps(segments[last]));
     }
-    char* packed = workspace.at_least(start.back() * panels * kernel.step_bytes);
+    const int64_t bytes = start.back() * panels * kernel.step_bytes;
+    char* packed = workspace.at_least(bytes * (1 + kernel.two_orders));
+    const int64_t left = kernel.two_orders ? bytes : 0;  // from a right operand to the same as a left one
     const int64_t count = static_cast<int64_t>(last - first);
     // A pass's panels lie side by side, whatever comes before and after: at the distance of a whole segment they would
     // compete for the same places of the cache.
@@ -161,15 +168,17 @@ void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vect
     };
     // a few panels and a few rows at a time: rows are read by the cache line, and a page is visited once. As many rows as
     // a set of the cache has places: at a stride of a power of two they all compete for the same.
-    constexpr int64_t kRows = 8;
+    const int64_t few = std::max<int64_t>(8, kernel.tokens_per_step);
     dynamic_for(count * blocks, [&](int64_t item) {
       const int64_t s = item / blocks, begin = item % blocks * per_block, end = std::min(panels, begin + per_block);
       const Segment& segment = segments[first + s];
-      for (int64_t t = 0; t < segment.count; t += kRows) {
+      for (int64_t t = 0; t < segment.count; t += few) {
         const int64_t step = t / kernel.tokens_per_step, from = step / depth * depth;
-        for (int64_t p = begin; p < end; ++p)
-          kernel.pack(address(keys, 0, p * width), type, segment.rows.from(t), std::min(kRows, segment.count - t),
-                      std::min(width, d - p * width), panel(s, from, p) + (step - from) * kernel.step_bytes);
+        for (int64_t p = begin; p < end; ++p) {
+          char* right = panel(s, from, p) + (step - from) * kernel.step_bytes;
+          kernel.pack(address(keys, 0, p * width), type, segment.rows.from(t), std::min(few, segment.count - t),
+                      std::min(width, d - p * width), {right, right + left});
+        }
       }
     });
     // the last rows of tiles are the longest: first in, so that no thread ends with a long tail
@@ -177,26 +186,26 @@ void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vect
       const int64_t s = item / tiles;
       int64_t i = blocks - 1, j = item % tiles;
       for (; j > i; --i) j -= i + 1;
-      const int64_t i0 = i * kTile, j0 = j * kTile, rows = std::min(kTile, d - i0), group = segments[first + s].group;
+      const int64_t i0 = i * edge, j0 = j * edge, rows = std::min(edge, d - i0), group = segments[first + s].group;
       const int64_t all = start[s + 1] - start[s];
-      char* outs[kTile];
+      char* outs[kMaxTile];
       for (int64_t r = 0; r < rows; ++r) outs[r] = reinterpret_cast<char*>(row(group, i0 + r) + j0);
-      alignas(64) thread_local double sum[kTile * kTile];
-      std::fill_n(sum, kTile * kTile, 0.0);
+      alignas(64) thread_local double sum[kMaxTile * kMaxTile];
+      std::fill_n(sum, edge * edge, 0.0);
       for (int64_t from = 0; from < all; from += depth) {
         // next: the panels of the following pass; after the last one, those of the tile on the right, and this one's C
         const bool last = from + depth >= all;
         const int64_t next = last ? 0 : from + depth, right = last ? std::min(j + 1, i) : j;
         const int64_t bytes = per_block * length_of(s, next) * kernel.step_bytes;
-        const char *a = panel(s, next, i * per_block), *b = panel(s, next, right * per_block);
-        Ahead ahead{a, b, bytes, outs, last ? rows : 0, width_of(d, i0, j0, rows - 1) * int64_t{sizeof(T)}};
-        kernel.tile(panel(s, from, i * per_block), panel(s, from, j * per_block), rows, std::min(kTile, d - j0),
+        const char *a = panel(s, next, i * per_block) + left, *b = panel(s, next, right * per_block);
+        Ahead ahead{a, b, bytes, outs, last ? rows : 0, width_of(edge, d, i0, j0, rows - 1) * int64_t{sizeof(T)}};
+        kernel.tile(panel(s, from, i * per_block) + left, panel(s, from, j * per_block), rows, std::min(edge, d - j0),
                     length_of(s, from), segments[first + s].count, i == j, sum, ahead);
       }
       for (int64_t r = 0; r < rows; ++r) {
         T* out = reinterpret_cast<T*>(outs[r]);
-        const int64_t width = width_of(d, i0, j0, r);
-        for (int64_t c = 0; c < width; ++c) out[c] = static_cast<T>(out[c] + sum[r * kTile + c]);
+        const int64_t width = width_of(edge, d, i0, j0, r);
+        for (int64_t c = 0; c < width; ++c) out[c] = static_cast<T>(out[c] + sum[r * edge + c]);
       }
     });
   }
@@ -209,19 +218,18 @@ void syrk(Tensor c, Tensor keys, int64_t arithmetic, int64_t isa) {
                       (c.stride(1) == 1 || d <= 1),
                   "c must be float64 [d, d] with dense rows");
   if (tokens == 0 || d == 0) return;
-  const int64_t most = kTokensPerBlock;
+  const SyrkKernels& kernel = kernels(isa, arithmetic, type_of(keys));
   std::vector<Segment> segments;
-  cut(segments, 0, tokens, {keys.stride(0), 0, nullptr, nullptr}, most);
+  cut(segments, 0, tokens, {keys.stride(0), 0, nullptr, nullptr}, kernel.tokens_per_block);
   double* out = static_cast<double*>(c.mutable_data_ptr());
-  add_segments<double>(keys, kernels(isa, arithmetic, type_of(keys)), segments, most,
-                       [&](int64_t, int64_t i) { return out + i * ldc; });
+  add_segments<double>(keys, kernel, segments, [&](int64_t, int64_t i) { return out + i * ldc; });
 }
 
 template <class T>
-void grouped(Tensor& c, const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments, int64_t most) {
+void grouped(Tensor& c, const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments) {
   const int64_t d = keys.size(1), size = d * (d + 1) / 2;
   T* out = static_cast<T*>(c.mutable_data_ptr());
-  add_segments<T>(keys, kernel, segments, most,
+  add_segments<T>(keys, kernel, segments,
                   [&](int64_t group, int64_t i) { return out + group * size + i * (i + 1) / 2; });
 }
 
@@ -245,17 +253,15 @@ void grouped_syrk(Tensor c, Tensor keys, std::optional<Tensor> order, Tensor off
     STD_TORCH_CHECK(index[t] >= 0 && index[t] < tokens, "row ", index[t], " is not among the keys");
   if (tokens == 0 || d == 0) return;
   const Rows rows{keys.stride(0), 0, index, weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr};
-  const int64_t most = kTokensPerBlock;
+  const SyrkKernels& kernel = kernels(isa, arithmetic, type_of(keys), weights.has_value());
   std::vector<Segment> segments;
   for (int64_t g = 0; g < groups; ++g) {
     STD_TORCH_CHECK(start[g] <= start[g + 1], "offsets must rise");
-    cut(segments, g, start[g + 1] - start[g], {rows.stride, start[g], rows.order, rows.weights}, most);
+    cut(segments, g, start[g + 1] - start[g], {rows.stride, start[g], rows.order, rows.weights}, kernel.tokens_per_block);
   }
-  // pairs of bf16 tokens take no weights: these go through float32
-  const SyrkKernels& kernel = kernels(weights ? std::min<int64_t>(isa, kAvx512) : isa, arithmetic, type_of(keys));
-  if (c.scalar_type() == ScalarType::Double) return grouped<double>(c, keys, kernel, segments, most);
+  if (c.scalar_type() == ScalarType::Double) return grouped<double>(c, keys, kernel, segments);
   STD_TORCH_CHECK(c.scalar_type() == ScalarType::Float, "c must be float64 or float32");
-  grouped<float>(c, keys, kernel, segments, most);
+  grouped<float>(c, keys, kernel, segments);
 }
 
 // Every row's own audit, and a copy of it to `out` (if present) while it is in cache.

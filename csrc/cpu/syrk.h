@@ -6,6 +6,7 @@
 namespace knowedit {
 
 constexpr int64_t kTile = 96;    // rows and columns of a tile of C: 72 KiB of float64, which stays in L2
+constexpr int64_t kMaxTile = 192;  // of any instruction set's
 constexpr int64_t kDepth = 128;  // tokens per pass over a tile: a panel of each operand then stays in L1
 constexpr int64_t kProbes = 4;   // random sign vectors of the audit
 
@@ -51,26 +52,37 @@ struct Ahead {
   }
 };
 
+// Where keys are packed to.
+struct Packing {
+  void* right;  // the panel as the right operand
+  void* left;   // and as the left one, where that is another order
+};
+
 // What an instruction set does for one arithmetic. Keys are packed into panels: `panel` columns side by side, step after
 // step.
 struct SyrkKernels {
-  int64_t panel;            // divides kTile
-  int64_t tokens_per_step;  // 1, or 2 where one instruction multiplies pairs
+  int64_t panel;            // divides `edge`
+  int64_t tokens_per_step;  // 1, or more where one instruction multiplies so many
   int64_t step_bytes;       // of one step in a panel
-  // x: the keys of `type` from the panel's first column on, of which `columns` exist; out:
+  // x: the keys of `type` from the panel's first column on, of which `columns` exist; right, and left:
   // [ceil(tokens / tokens_per_step), panel], zero-padded. Pairs take no weights.
-  void (*pack)(const void* x, Type type, const Rows& rows, int64_t tokens, int64_t columns, void* out);
-  // sum[kTile, kTile] += a^T b over `steps`, at most kDepth tokens of the `tokens` that are summed in all; a and b hold
-  // panels of so many steps, one behind the other, of which the first `a_columns` and `b_columns` (<= kTile) columns
+  void (*pack)(const void* x, Type type, const Rows& rows, int64_t tokens, int64_t columns, const Packing& out);
+  // sum[edge, edge] += a^T b over `steps`, at most `depth` tokens of the `tokens` that are summed in all; a and b hold
+  // panels of so many steps, one behind the other, of which the first `a_columns` and `b_columns` (<= edge) columns
   // exist. With `diagonal`, what lies above it is not computed. Meanwhile what lies `ahead` is fetched.
   void (*tile)(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, int64_t tokens,
                bool diagonal, double* sum, Ahead& ahead);
+  int64_t edge = kTile;             // rows and columns of a tile of C, at most kMaxTile
+  int64_t depth = kDepth;           // tokens per pass over a tile
+  int64_t tokens_per_block = 1024;  // packed per pass over C: the barriers and the traffic of C vanish, panels stay in L3
+  bool two_orders = false;          // left operands are packed in an order of their own
 };
 
 // Indexed by Arithmetic.
 extern const SyrkKernels kSyrkGeneric[3];
 #if defined(__x86_64__)
 extern const SyrkKernels kSyrkAvx2[3], kSyrkAvx512[3], kSyrkAvx512Bf16[3];
+extern const SyrkKernels kSyrkAmxBf16, kSyrkAmxF16;  // exact and fast are the same
 #endif
 
 // out[0] += sum of squares of the row x [d]; out[1 + p] += (x . signs[p])^2; signs: [kProbes, d]

@@ -19,6 +19,7 @@
 KNOWEDIT_TARGET_BEGIN("avx2,fma")
 namespace knowedit {
 namespace {
+constexpr int64_t kEdge = kTile;  // rows and columns of a tile of C
 #include "syrk_kernels.h"
 
 struct Vector {

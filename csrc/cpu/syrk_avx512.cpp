@@ -12,6 +12,7 @@
 KNOWEDIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 namespace knowedit {
 namespace {
+constexpr int64_t kEdge = 192;  // rows and columns of a tile of C
 #include "syrk_kernels.h"
 
 struct Vector {
@@ -56,9 +57,9 @@ struct DoubleVector {
 
 constexpr int64_t kPairPanel = 32;
 
-void pack_pairs(const void* x, Type, const Rows& rows, int64_t tokens, int64_t columns, void* out) {
+void pack_pairs(const void* x, Type, const Rows& rows, int64_t tokens, int64_t columns, const Packing& out) {
   const uint16_t* keys = static_cast<const uint16_t*>(x);
-  uint32_t* o = static_cast<uint32_t*>(out);
+  uint32_t* o = static_cast<uint32_t*>(out.right);
   for (int64_t t = 0; t < tokens; t += 2, o += kPairPanel) {
     const uint16_t* row = keys + rows.at(t) * rows.stride;
     const uint16_t* next = t + 1 < tokens ? keys + rows.at(t + 1) * rows.stride : row;
@@ -76,8 +77,8 @@ void pack_pairs(const void* x, Type, const Rows& rows, int64_t tokens, int64_t c
 const SyrkKernels kSyrkAvx512[3] = {kernels<Vector, 8, 2, true>(), kernels<Vector, 8, 2, false>(),
                                     kernels<DoubleVector, 8, 2, false>()};
 const SyrkKernels kSyrkAvx512Bf16[3] = {
-    {kPairPanel, 2, kPairPanel * 4, pack_pairs, tile<PairVector, 8, 2, kPairPanel, 2, true>},
-    {kPairPanel, 2, kPairPanel * 4, pack_pairs, tile<PairVector, 8, 2, kPairPanel, 2, false>},
+    {kPairPanel, 2, kPairPanel * 4, pack_pairs, tile<PairVector, 8, 2, kPairPanel, 2, true>, kEdge},
+    {kPairPanel, 2, kPairPanel * 4, pack_pairs, tile<PairVector, 8, 2, kPairPanel, 2, false>, kEdge},
     kernels<DoubleVector, 8, 2, false>()};
 const AuditKernel kAuditAvx512 = audit;
 

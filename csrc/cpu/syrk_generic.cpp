@@ -7,6 +7,7 @@
 
 namespace knowedit {
 namespace {
+constexpr int64_t kEdge = kTile;  // rows and columns of a tile of C
 #include "syrk_kernels.h"
 
 template <class T>

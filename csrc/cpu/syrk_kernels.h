@@ -45,8 +45,8 @@ void pack_rows(const T* x, const Rows& rows, int64_t tokens, int64_t columns, ty
 }
 
 template <class V, int64_t kPanel>
-void pack(const void* x, Type type, const Rows& rows, int64_t tokens, int64_t columns, void* out) {
-  auto* o = static_cast<typename V::Packed*>(out);
+void pack(const void* x, Type type, const Rows& rows, int64_t tokens, int64_t columns, const Packing& out) {
+  auto* o = static_cast<typename V::Packed*>(out.right);
   switch (type) {
     case Type::kF32: return pack_rows<V, kPanel>(static_cast<const float*>(x), rows, tokens, columns, o);
     case Type::kF16: return pack_rows<V, kPanel>(static_cast<const F16*>(x), rows, tokens, columns, o);
@@ -102,7 +102,7 @@ inline void chains(const typename V::Packed* a, const typename V::Packed* b, int
     if (s + kLength < steps)
       for_each_register<MR, NV>([&](int r, int v) { V::store(total + (r * NV + v) * V::kLanes, acc[r][v]); });
     else
-      for_each_register<MR, NV>([&](int r, int v) { V::fold(sum + r * kTile + v * V::kLanes, acc[r][v]); });
+      for_each_register<MR, NV>([&](int r, int v) { V::fold(sum + r * kEdge + v * V::kLanes, acc[r][v]); });
   }
 }
 
@@ -112,7 +112,7 @@ void panels(const char* a, const char* b, int64_t a_columns, int64_t b_columns, 
             Ahead& ahead) {
   using Packed = typename V::Packed;
   constexpr int64_t NR = NV * V::kLanes;
-  static_assert(kPanel % MR == 0 && kPanel % NR == 0 && kTile % kPanel == 0);
+  static_assert(kPanel % MR == 0 && kPanel % NR == 0 && kEdge % kPanel == 0);
   alignas(64) Packed scratch[MR * NR];
   Packed* total = scratch;
   asm("" : "+r"(total));  // the outputs take all registers: the compiler must not try to keep this in any
@@ -125,7 +125,7 @@ void panels(const char* a, const char* b, int64_t a_columns, int64_t b_columns, 
     for (int64_t i = diagonal ? j / MR * MR : 0; i < a_columns; i += MR)
       for (int64_t s = 0; s < steps; s += kFold, ahead.fetch())
         chains<V, MR, NV, kPanel, kLength>(column(a, i) + s * kPanel, column(b, j) + s * kPanel, std::min(kFold, steps - s),
-                                           total, sum + i * kTile + j);
+                                           total, sum + i * kEdge + j);
 }
 
 template <class V, int MR, int NV, int64_t kPanel, int64_t kTokensPerStep, bool kShort>
@@ -143,7 +143,7 @@ void tile(const char* a, const char* b, int64_t a_columns, int64_t b_columns, in
 template <class V, int MR, int NV, bool kShort>
 constexpr SyrkKernels kernels() {
   constexpr int64_t kPanel = NV * V::kLanes;
-  return {kPanel, 1, kPanel * sizeof(typename V::Packed), pack<V, kPanel>, tile<V, MR, NV, kPanel, 1, kShort>};
+  return {kPanel, 1, kPanel * sizeof(typename V::Packed), pack<V, kPanel>, tile<V, MR, NV, kPanel, 1, kShort>, kEdge};
 }
 
 typedef float Float8 __attribute__((vector_size(32)));

@@ -15,10 +15,12 @@ from knowedit_kernels.moments import triangle
 from knowedit_kernels.moments.call import GroupedCall, MomentCall, PackCall, RowAuditCall
 
 # as in csrc/cpu/isa.h
-GENERIC, AVX2, AVX512, AVX512_BF16 = range(4)
+GENERIC, AVX2, AVX512, AVX512_BF16, AMX = range(5)
 # as in csrc/cpu/syrk.h; float64 keys always take the last
 EXACT, FAST, DOUBLE = range(3)
 ARITHMETIC = {"exact": EXACT, "fp32": EXACT, "fast": FAST, "fp64": DOUBLE}
+# What the instruction sets multiply that have products of 16 bits.
+PRODUCTS = {AVX512_BF16: (torch.bfloat16,), AMX: (torch.bfloat16, torch.float16)}
 
 
 def _arithmetic(key: torch.Tensor, precision: str) -> int:
@@ -28,12 +30,12 @@ def _arithmetic(key: torch.Tensor, precision: str) -> int:
 def _refusal(isa: int, keys: Sequence[torch.Tensor], precision: str) -> str | None:
     if reason := _native.load().refusal(isa):
         return reason
-    if isa != AVX512_BF16:
+    if isa not in PRODUCTS:
         return None
     if any(_arithmetic(key, precision) == DOUBLE for key in keys):
         return "not for float64 arithmetic"
-    if any(key.dtype != torch.bfloat16 for key in keys):
-        return "for bfloat16 keys only"
+    if any(key.dtype not in PRODUCTS[isa] for key in keys):
+        return f"for {' and '.join(str(d).removeprefix('torch.') for d in PRODUCTS[isa])} keys only"
     return None
 
 
@@ -41,7 +43,8 @@ def compiled(name: str, isa: int) -> Candidate:
     """The candidate that runs csrc/cpu's kernel of one instruction set.
 
     Exact: float32 chains of 16 tokens, eight of them added in float32, float64 beyond. Fast:
-    float32 chains of 128 tokens, float64 beyond. fp64: float64 throughout.
+    float32 chains of 128 tokens, float64 beyond. fp64: float64 throughout. AMX: chains of 16 tokens
+    in both, 32 of which are added in float32.
     """
 
     def run(call: MomentCall) -> None:
@@ -119,6 +122,7 @@ def _torch_pack_(call: PackCall) -> None:
 
 
 _ISAS = (
+    ("amx", AMX),
     ("avx512_bf16", AVX512_BF16),
     ("avx512", AVX512),
     ("avx2", AVX2),

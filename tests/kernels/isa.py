@@ -13,7 +13,13 @@ from knowedit_kernels._native import LACKING
 #: The flags each kernel needs, as in csrc/cpu/isa.h.
 AVX2 = frozenset({"avx2", "fma"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
-NEEDS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 | {"avx512_bf16"}}
+AVX512_BF16 = AVX512 | {"avx512_bf16"}
+NEEDS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx": AVX512_BF16 | {"amx_tile", "amx_bf16"},
+}
 
 
 @cache

@@ -58,9 +58,12 @@ def both(candidate, run):
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("candidate", moments.COMPILED[1:3], ids=lambda c: c.name)
-def test_emulated_second_moments_have_the_bits_of_the_processor(candidate):
-    k = keys(600, 70).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "candidate", [moments.COMPILED[0], *moments.COMPILED[2:4]], ids=lambda c: c.name
+)
+def test_emulated_second_moments_have_the_bits_of_the_processor(candidate, dtype):
+    k = keys(600, 70, dtype)
 
     def run():
         c = torch.zeros(70, 70, dtype=torch.float64)

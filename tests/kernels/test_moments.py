@@ -18,14 +18,10 @@ from knowedit_kernels.moments.reference import second_moment
 from tests.kernels.isa import skip
 from tests.kernels.isa_emulation import instructions_of
 from tests.kernels.moment_data import keys as make_keys
+from tests.kernels.moment_data import multiplies
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-PAIRS = [
-    (c, t)
-    for c in (*COMPILED, TORCH)
-    for t in DTYPES
-    if c.name != "avx512_bf16" or t == torch.bfloat16
-]
+PAIRS = [(c, t) for c in (*COMPILED, TORCH) for t in DTYPES if multiplies(c, t)]
 PAIR_NAMES = [f"{candidate.name}-{dtype}" for candidate, dtype in PAIRS]
 SHAPES = [(1, 1), (3, 31), (33, 32), (64, 33), (257, 129), (1025, 160), (5000, 72)]
 
@@ -63,7 +59,9 @@ def test_within_budget(candidate, dtype, shape):
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("candidate", COMPILED[1:], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "candidate", [c for c in COMPILED if multiplies(c, torch.float64)], ids=lambda c: c.name
+)
 @pytest.mark.parametrize("shape", [(3, 31), (1025, 160), (5000, 72)], ids=str)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_float64_arithmetic_is_float64(candidate, dtype, shape):
@@ -92,7 +90,7 @@ def test_only_the_lower_triangle_is_written(candidate, dtype):
 @pytest.mark.parametrize("candidate", COMPILED, ids=lambda c: c.name)
 def test_strided_rows(candidate):
     k = make_keys(70, 200)[:, 40:137]
-    wide = k.to(torch.bfloat16) if candidate.name == "avx512_bf16" else k
+    wide = k.to(torch.bfloat16) if not multiplies(candidate, k.dtype) else k
     testing.grade_moment(run(candidate, wide), second_moment(wide)).check(numerics.MOMENT)
 
 
@@ -285,7 +283,7 @@ def test_explain_names_the_instruction_set_and_the_reasons(monkeypatch):
     assert explain("second_moment_", [c], [k], "exact").chosen == "torch"
     monkeypatch.delenv("KNOWEDIT_IMPL")
     decision = explain("second_moment_", [c], [k.bfloat16()], "fp64")
-    assert "avx512_bf16" in dict(decision.refused)  # multiplies bf16 pairs only
+    assert {"amx", "avx512_bf16"} <= dict(decision.refused).keys()  # multiply 16 bits only
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])

@@ -25,7 +25,7 @@ from knowedit_kernels._dispatch import Candidate
 
 HERE = Path(__file__).resolve().parent
 NAMESPACE = "knowedit_emulated"
-LEVELS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}  # as in csrc/cpu/isa.h
+LEVELS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx": 4}  # as in csrc/cpu/isa.h
 OPS = ("syrk_cpu_", "pack_cpu_", "grouped_syrk_cpu_", "row_audit_cpu_", "low_rank_cpu_")
 
 

@@ -11,5 +11,5 @@
 #define KNOWEDIT_TARGET_END
 
 namespace knowedit {
-inline Isa best_isa() { return kAvx512Bf16; }
+inline Isa best_isa() { return kAmx; }
 }  // namespace knowedit

@@ -1,4 +1,4 @@
-// The AVX2 and AVX-512 instructions that csrc/cpu names, lane by lane in C++, for processors that lack them.
+// The AVX2, AVX-512 and AMX instructions that csrc/cpu names, lane by lane in C++, for processors that lack them.
 // Found before the compiler's own <immintrin.h>; everything else in those files is written with the compiler's vectors.
 #pragma once
 #include <cmath>
@@ -25,6 +25,12 @@ inline float flushed(float x) {
   bits = bits & 0x7f800000u ? bits : bits & 0x80000000u;
   std::memcpy(&x, &bits, 4);
   return x;
+}
+inline float half(uint16_t x) {
+  const int exponent = x >> 10 & 31, fraction = x & 1023;
+  const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                    : std::ldexp(float(exponent ? fraction | 1024 : fraction), (exponent ? exponent : 1) - 25);
+  return x & 0x8000 ? -size : size;
 }
 inline float widened(uint16_t x) {
   const uint32_t bits = uint32_t(x) << 16;
@@ -92,6 +98,90 @@ inline __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 }
 inline __m512i _mm512_cvtepu16_epi32(__m256i x) {
   return (__m512i)__builtin_convertvector((emulated::U16x16)x, emulated::U32x16);
+}
+inline __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
+inline __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
+inline __m512i _mm512_slli_epi32(__m512i x, unsigned bits) { return (__m512i)((emulated::U32x16)x << bits); }
+typedef uint16_t __mmask16;
+inline __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* p) {
+  emulated::U16x16 v{};
+  for (int l = 0; l < 16; ++l)
+    if (mask >> l & 1) std::memcpy(&v[l], static_cast<const char*>(p) + 2 * l, 2);
+  return (__m256i)v;
+}
+inline __m512 _mm512_cvtph_ps(__m256i x) {
+  const emulated::U16x16 bits = (emulated::U16x16)x;
+  __m512 out;
+  for (int l = 0; l < 16; ++l) out[l] = emulated::half(bits[l]);
+  return out;
+}
+// To nearest, ties to even; a subnormal number counts as zero.
+inline emulated::U16x16 _mm512_cvtneps_pbh(__m512 x) {
+  emulated::U16x16 out;
+  for (int l = 0; l < 16; ++l) {
+    const float value = emulated::flushed(x[l]);
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    out[l] = value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 0x40;
+  }
+  return out;
+}
+// Lanes of 128 bits: `unpack` of either half, and whole lanes chosen from a and from b.
+template <class U>
+inline __m512i unpacked(__m512i a, __m512i b, int half) {
+  constexpr int kLane = 16 / sizeof(U);
+  U x[4 * kLane], y[4 * kLane], out[4 * kLane];
+  std::memcpy(x, &a, 64), std::memcpy(y, &b, 64);
+  for (int l = 0; l < 4 * kLane; ++l) {
+    const int from = l / kLane * kLane + half * kLane / 2 + l % kLane / 2;
+    out[l] = l % 2 ? y[from] : x[from];
+  }
+  std::memcpy(&a, out, 64);
+  return a;
+}
+inline __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return unpacked<uint32_t>(a, b, 0); }
+inline __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return unpacked<uint32_t>(a, b, 1); }
+inline __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return unpacked<uint64_t>(a, b, 0); }
+inline __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return unpacked<uint64_t>(a, b, 1); }
+inline __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int lanes) {
+  __m512i out;
+  for (int l = 0; l < 4; ++l)
+    std::memcpy(reinterpret_cast<char*>(&out) + 16 * l,
+                reinterpret_cast<const char*>(l < 2 ? &a : &b) + 16 * (lanes >> 2 * l & 3), 16);
+  return out;
+}
+
+// Tile registers, of 16 rows of 64 bytes.
+namespace emulated {
+inline thread_local float tiles[8][16][16];
+inline thread_local bool configured = false;  // an unconfigured register is a fault
+}  // namespace emulated
+inline void _tile_loadconfig(const void*) { emulated::configured = true; }
+inline void _tile_release() { emulated::configured = false; }
+inline void _tile_zero(int t) { std::memset(emulated::tiles[t], 0, sizeof(emulated::tiles[t])); }
+inline void _tile_loadd(int t, const void* from, int64_t stride) {
+  if (!emulated::configured) __builtin_trap();
+  for (int r = 0; r < 16; ++r) std::memcpy(emulated::tiles[t][r], static_cast<const char*>(from) + r * stride, 64);
+}
+inline void _tile_stored(int t, void* to, int64_t stride) {
+  for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char*>(to) + r * stride, emulated::tiles[t][r], 64);
+}
+// Two chains of 16 from zero, of the even and of the odd tokens; their sum; and that added to the output.
+inline void _tile_dpbf16ps(int c, int a, int b) {
+  using emulated::flushed;
+  const auto key = [](int t, int row, int k) {
+    uint16_t bits;
+    std::memcpy(&bits, reinterpret_cast<const char*>(emulated::tiles[t][row]) + 2 * k, 2);
+    return emulated::widened(bits);
+  };
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      float sum[2] = {0, 0};
+      for (int k = 0; k < 16; ++k)
+        for (int odd = 0; odd < 2; ++odd)
+          sum[odd] = flushed(__builtin_fmaf(key(a, m, 2 * k + odd), key(b, k, 2 * n + odd), sum[odd]));
+      emulated::tiles[c][m][n] = flushed(flushed(emulated::tiles[c][m][n]) + flushed(sum[0] + sum[1]));
+    }
 }
 inline __m256i _mm512_cvtepi32_epi16(__m512i x) {
   return (__m256i)__builtin_convertvector((emulated::U32x16)x, emulated::U16x16);
