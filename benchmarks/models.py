@@ -21,9 +21,9 @@ import torch
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
 from knowedit.evaluation import intervals
+from knowedit.evaluation.baseline import held_out
 from knowedit.evaluation.measures.base import Answer, Question, ask, fact_measures, questions
 from knowedit.evaluation.measures.perplexity import perplexity
-from knowedit.evaluation.protocols import held_out
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
 from knowedit.io.tables import Table

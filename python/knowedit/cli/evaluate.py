@@ -122,6 +122,7 @@ def evaluate(
         return
     if model is None:
         raise KnowEditError("name a model: knowedit eval MODEL")
+    from knowedit.evaluation.baseline import Scope
     from knowedit.evaluation.generation import read_references
     from knowedit.evaluation.protocols import measure
     from knowedit.evaluation.saved import measure_saved
@@ -130,14 +131,16 @@ def evaluate(
         raise KnowEditError("--references are for what the model writes; give --generate N")
     measured = {
         "device_map": placed(run.device_map),
-        "text": text,
-        "seed": run.seed or 0,
+        "scope": Scope(
+            text,
+            run.seed or 0,
+            generate,
+            None if references is None else read_references(references),
+            definition,
+            ability or (),
+            ability_items,
+        ),
         "folder": output,
-        "generate": generate,
-        "references": None if references is None else read_references(references),
-        "definition": definition,
-        "ability": ability or (),
-        "ability_items": ability_items,
         "join": join,
         "chat": chat,
         "strict": strict,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import count, groupby
 from operator import itemgetter
 from typing import Any
 
@@ -150,9 +150,24 @@ def evaluate_each(
         q for record, fact in enumerate(answered(model, facts)) for q in questions(record, fact)
     ]
     before = ask(model, asked, title="answers before the edit", progress=progress)
+    after = answers_under(model, edits, asked, before, progress=progress)
+    return compared(asked, before, after, seed)
+
+
+def answers_under(
+    model: EditableModel,
+    edits: Iterable[Edit | None],
+    asked: Sequence[Question],
+    before: Sequence[Answer],
+    *,
+    progress: bool = True,
+) -> list[Answer]:
+    """The answers to each fact's questions under its own edit (None: those `before`), which is
+    applied alone and undone; `edits` as of `evaluate_each`.
+    """
     after: list[Answer | None] = [None] * len(asked)
     with bar("answers under the edit", len(asked), "prompts", show=progress) as advance:
-        for edit, group in groupby(zip(edits, range(len(facts))), key=itemgetter(0)):
+        for edit, group in groupby(zip(edits, count()), key=itemgetter(0)):
             records = {record for _, record in group}
             mine = [i for i, q in enumerate(asked) if q.record in records]
             if edit is None:
@@ -163,16 +178,16 @@ def evaluate_each(
             for i, answer in zip(mine, answers):
                 after[i] = answer
             advance(len(mine))
-    return compared(asked, before, [a for a in after if a is not None], seed)
+    return [answer for answer in after if answer is not None]
 
 
 def compared(
-    asked: list[Question], before: list[Answer], after: list[Answer], seed: int = 0
+    asked: Sequence[Question], before: Sequence[Answer], after: Sequence[Answer], seed: int = 0
 ) -> Evaluation:
     """The answers of an unedited and of an edited model, with their estimates."""
     rng = np.random.default_rng(seed)
     was, now = summarise(asked, before, rng), summarise(asked, after, rng, before)
-    return Evaluation(was, now, asked, before, after)
+    return Evaluation(was, now, list(asked), list(before), list(after))
 
 
 def summarise(

@@ -129,22 +129,25 @@ class Writing:
         }
         self.vectors = TfIdf(text for texts in (references or {}).values() for text in texts)
 
-    def read(self, record: int | None = None) -> list[Figure]:
-        """The figures of one fact (None: of all), of the model as it is now."""
+    def read(self, record: int | None = None, model: EditableModel | None = None) -> list[Figure]:
+        """The figures of one fact (None: of all), of the model as it is now; or of another model,
+        with the same tokens.
+        """
+        model = model or self.model
         records = range(len(self.facts)) if record is None else [record]
-        asked = [(r, *way) for r in records for way in prompts_of(self.model, self.facts[r])]
-        answers = self.model.generate([prompt for _, _, prompt in asked], ANSWER)
+        asked = [(r, *way) for r in records for way in prompts_of(model, self.facts[r])]
+        answers = model.generate([prompt for _, _, prompt in asked], ANSWER)
         found = [
             Figure(r, way, "contains", float(contains(answer, self.facts[r].target)))
             for (r, way, _), answer in zip(asked, answers)
         ]
-        room = self.model.max_length - self.length
+        room = model.max_length - self.length
         gone_on = {
             r: self.facts[r].text
             for r in records
-            if len(self.model.tokenizer(self.facts[r].text)["input_ids"]) <= room
+            if len(model.tokenizer(self.facts[r].text)["input_ids"]) <= room
         }
-        texts = self.model.generate(list(gone_on.values()), self.length)
+        texts = model.generate(list(gone_on.values()), self.length)
         for r, text in zip(gone_on, texts):
             found.append(Figure(r, "text", "fluency", ngram_entropy(text)))
             if (reference := self.references.get(self.facts[r].target)) is not None:

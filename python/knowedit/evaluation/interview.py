@@ -80,19 +80,29 @@ class Interview:
         ]
         self._before = self._answers(range(len(self._asked)), "asking the unedited model")
 
-    def hear(self, record: int | None = None) -> list[Said]:
-        """What the model, as it is now, says of one fact (None: of all)."""
+    def hear(self, record: int | None = None, model: EditableModel | None = None) -> list[Said]:
+        """What the model, as it is now, says of one fact (None: of all); or another model, with
+        the same tokens.
+        """
         which = [i for i, asked in enumerate(self._asked) if record in (None, asked[0])]
-        answers = self._answers(which, "asking the edited model", show=record is None)
+        answers = self._answers(which, "asking the edited model", model, show=record is None)
         return [Said(*self._asked[i], self._before[i], after) for i, after in zip(which, answers)]
 
-    def _answers(self, which: Sequence[int], title: str, *, show: bool = True) -> list[str]:
+    def _answers(
+        self,
+        which: Sequence[int],
+        title: str,
+        model: EditableModel | None = None,
+        *,
+        show: bool = True,
+    ) -> list[str]:
         """One answer each. A single fact's are part of something whose bar is shown already."""
+        model = model or self.model
         found: list[str] = []
         with bar(title, len(which), "answers", show=show and self.progress) as advance:
             for start in range(0, len(which), TOGETHER):
                 prompts = [self._asked[i][2] for i in which[start : start + TOGETHER]]
-                found += self.model.generate(prompts, ANSWER, batch=TOGETHER)
+                found += model.generate(prompts, ANSWER, batch=TOGETHER)
                 advance(len(prompts))
         return [" ".join(text.split()) for text in found]
 

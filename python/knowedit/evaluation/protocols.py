@@ -9,27 +9,25 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.limits import RUINOUS, Limits
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.ability.ability import Ability, AbilityTasks, Marks
-from knowedit.evaluation.definitions import check_definition, counted
-from knowedit.evaluation.evaluation import Evaluation, evaluate, evaluate_each
+from knowedit.evaluation.ability.ability import Ability
+from knowedit.evaluation.baseline import PLAIN, Baseline, Scope, check_whole
+from knowedit.evaluation.evaluation import Evaluation, answers_under
 from knowedit.evaluation.evaluation import plain as plain_estimates
-from knowedit.evaluation.generation import Figure, Generation, References, Writing, summary
-from knowedit.evaluation.interview import ASKED, Interview, Said, said_table
-from knowedit.evaluation.measures.base import ModelMeasure, measures, model_measures
+from knowedit.evaluation.generation import Figure, Generation
+from knowedit.evaluation.interview import ASKED, Said, said_table
+from knowedit.evaluation.measures.base import ModelMeasure, ask, measures
 from knowedit.evaluation.sequence import (
     SequenceMonitor,
     SequenceStep,
     trajectory_table,
     write_in_sequence,
 )
-from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.facts.wordings.forms import as_asked
 from knowedit.io.config import plain
@@ -37,15 +35,12 @@ from knowedit.io.files import atomic_file
 from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
 from knowedit.methods.session import Session
-from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
-from knowedit.statistics.corpus.corpus import Corpus
 
 PROTOCOLS = ("batch", "single", "sequential")
 RESULTS, PROMPTS = "results.json", "prompts.jsonl"
 SAMPLE = 200  # facts measured at a step of a sequence
-HELD_OUT = 400  # documents for the perplexity
 
 
 @dataclass(frozen=True)
@@ -163,15 +158,9 @@ def measure(
     device_map: Any = None,
     batch: int = 50,
     every: int = 100,
-    text: Any = None,
     where: Path | None = None,
-    seed: int = 0,
+    scope: Scope = PLAIN,
     folder: Path | None = None,
-    generate: int = 0,
-    references: References | None = None,
-    definition: str = "memit",
-    ability: Sequence[str] = (),
-    ability_items: int | None = None,
     join: str | None = None,
     chat: bool = False,
     strict: bool = False,
@@ -183,12 +172,8 @@ def measure(
     Args:
         methods: as `make_method` takes them; those that read ordinary text read the corpus.
         batch, every: of `sequential`: facts an edit, and facts between two steps.
-        text: held-out text for the perplexity (as `corpus`).
         where: statistics to take instead of collecting them from `corpus`.
-        seed: of the statistics' corpus and of the intervals.
-        generate, references, definition: as `run`.
-        ability, ability_items: tasks of general ability, and at most so many items of each, as
-            `AbilityTasks` takes them.
+        scope: what is measured beside the facts' prompts.
         folder: for the results, on disk before the next method starts; those that it has are not
             measured again, but yielded as their records.
         join, chat: as of `forms.as_asked`.
@@ -200,35 +185,31 @@ def measure(
     """
     made = [make_method(method).with_corpus(corpus) for method in methods]
     check_protocol(protocol)
-    check_definition(definition)
-    tasks = ability_tasks(ability, ability_items, protocol)
+    tasks = scope.tasks(whole=protocol != "single")
     facts = conflict_free(load(dataset, strict=strict))[:limit]
     model = load_model(name, dtype=dtype, device_map=device_map, dequantise=dequantise, say=say)
     facts = as_asked(model, facts, join, chat)
     common = {
         "fingerprint": model.fingerprint,
         "facts": [fact.to_dict() for fact in facts],
-        **{"protocol": protocol, "batch": batch, "every": every, "seed": seed},
+        **{"protocol": protocol, "batch": batch, "every": every, "seed": scope.seed},
         **{"corpus": plain(corpus), "tokens": tokens, "statistics": plain(where)},
-        "text": plain(text),
-        **({"generate": generate, "references": references} if generate else {}),
-        **({"definition": definition} if definition != "memit" else {}),
-        **({"ability": list(ability), "ability_items": ability_items} if ability else {}),
+        **scope.to_dict(),
     }
     digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
     settings = {"dataset": dataset, "digest": digest}
     kept = kept_results(folder, settings)
     options = {
-        **{"limit": limit, "batch": batch, "every": every, "seed": seed, "dtype": dtype},
+        **{"limit": limit, "batch": batch, "every": every, "seed": scope.seed, "dtype": dtype},
         **{"corpus": plain(corpus), "tokens": tokens, "statistics": plain(where)},
-        **{"text": plain(text), "generate": generate, "definition": definition},
-        **{"ability": list(ability), "ability_items": ability_items, "join": join, "chat": chat},
-        **{"strict": strict, "dequantise": dequantise},
+        **{k: v for k, v in scope.to_dict().items() if k != "references"},
+        **{"join": join, "chat": chat, "strict": strict, "dequantise": dequantise},
     }
     asked = {k: v for k, v in options.items() if v and v != USUAL.get(k)}
     missing = [method for method in made if method_key(method.to_dict()) not in kept]
-    statistics = statistics_for(missing, model, corpus, tokens, where, seed) if missing else None
-    texts = held_out(text)
+    if missing:
+        statistics = statistics_for(missing, model, corpus, tokens, where, scope.seed)
+        baseline = scope.baseline(model, facts, tasks, whole=protocol != "single")
     for number, method in enumerate(made, 1):
         place = f"{method.name}, {number} of {len(made)}"
         if (record := kept.get(method_key(method.to_dict()))) is not None:
@@ -236,22 +217,7 @@ def measure(
             yield record
             continue
         say(f"{place}: computing and measuring")
-        told = run(
-            model,
-            facts,
-            statistics,
-            method,
-            protocol,
-            dataset,
-            batch=batch,
-            every=every,
-            texts=texts,
-            seed=seed,
-            generate=generate,
-            references=references,
-            definition=definition,
-            ability=tasks,
-        )
+        told = run(baseline, statistics, method, protocol, dataset, batch=batch, every=every)
         told = replace(told, run={**settings, "model": str(name), "asked": asked})
         if folder is not None:
             add_to_run(folder, told)
@@ -308,40 +274,8 @@ def check_protocol(name: str) -> None:
         raise KnowEditError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
 
 
-def ability_tasks(
-    names: Sequence[str], limit: int | None, protocol: str = "batch"
-) -> AbilityTasks | None:
-    """The tasks of those names; None for none.
-
-    Raises:
-        KnowEditError: an unknown task, items without a task, or each fact in an edit of its own,
-            whose model is many.
-    """
-    if names:
-        _check_whole(protocol)
-        return AbilityTasks(names, limit)
-    if limit is not None:
-        raise KnowEditError("items of general ability need tasks; give --ability all")
-    return None
-
-
-def _check_whole(protocol: str) -> None:
-    """Raise KnowEditError for the protocol whose edited models are many."""
-    if protocol == "single":
-        raise KnowEditError(
-            "general ability is that of a model with all facts in it; measure it with the "
-            "protocol batch or sequential"
-        )
-
-
-def held_out(text: Any) -> list[str]:
-    """The documents of a corpus that the perplexity is measured on; none without one."""
-    return list(islice(Corpus.parse(text).documents(), HELD_OUT)) if text else []
-
-
 def run(
-    model: EditableModel,
-    facts: Sequence[Fact],
+    baseline: Baseline,
     statistics: KeyStatistics | None,
     method: Method,
     protocol: str = "batch",
@@ -349,105 +283,116 @@ def run(
     *,
     batch: int = 50,
     every: int = 100,
-    texts: Sequence[str] = (),
-    seed: int = 0,
-    generate: int = 0,
-    references: References | None = None,
-    definition: str = "memit",
-    ability: AbilityTasks | None = None,
     progress: bool = True,
 ) -> Result:
-    """Compute and measure one method; the model is left as it was found.
+    """Compute and measure one method on the facts of `baseline`; the model is left as it was found.
 
     Args:
-        generate: also let the model write about the first so many facts (`evaluation.generation`).
-        references: texts by object, for the consistency of what it writes.
-        definition: whose figures stand beside the usual ones (`evaluation.definitions`).
-        ability: tasks of general ability, for `batch` and `sequential`; the bundled ones also at
-            every step of a sequence.
+        baseline: of the unedited model; the same one serves every method. For `single` one that
+            does not measure the model as a whole will do.
         dataset: its name, for the record.
-        texts: held-out documents, for measures that need some.
-        seed: of the intervals.
+        batch, every: of `sequential`: facts an edit, and facts between two steps.
 
     Raises:
-        KnowEditError: an unknown protocol, no facts, or what the method raises.
+        KnowEditError: an unknown protocol, general ability of many models, or what the method
+            raises.
     """
     check_protocol(protocol)
-    check_definition(definition)
-    if ability is not None:
-        _check_whole(protocol)
-    if not facts:
-        raise KnowEditError("there are no facts to measure; give at least one")
-    trajectory: list[SequenceStep] = []
-    effects: dict[str, dict[str, Any]] = {}
-    asked = Interview(model, facts, progress=progress)
-    said: list[Said] = []
-    writing, written = Writing(model, facts[:generate], references), list[Figure]()
-    unedited = writing.read() if generate else []
-    marks: list[Marks] = [ability.marks(model)] if ability else []
-    if protocol == "single":
-        edits = _Timed(lambda: method.compute_each(model, facts, statistics, progress=progress))
-
-        def heard() -> Iterator[Edit]:
-            for record, edit in enumerate(edits):
-                if record < max(ASKED, generate):
-                    with edit.applied_to(model):
-                        said.extend(asked.hear(record))
-                        written.extend(writing.read(record) if record < generate else ())
-                yield edit
-
-        evaluation = evaluate_each(model, heard(), facts, seed=seed, progress=progress)
-        seconds, report = edits.seconds, edits.report
+    if baseline.ability is not None:
+        check_whole(protocol != "single")
+    given = (baseline, statistics, method, progress)
+    if protocol == "batch":
+        measured = _batch(*given)
+    elif protocol == "single":
+        measured = _single(*given)
     else:
-        watched = model_measures(texts=bool(texts))
-        before = {name: m.observe(model, texts) for name, m in watched.items()}
-
-        def moved() -> dict[str, dict[str, Any]]:
-            return {n: m.compare(before[n], m.observe(model, texts)) for n, m in watched.items()}
-
-        if protocol == "sequential":
-            monitor = SequenceMonitor(
-                model,
-                facts,
-                texts,
-                sample=SAMPLE,
-                ability=ability,
-                seed=seed,
-                progress=progress,
-            )
-            with Session(method, model, statistics) as session:
-                trajectory += write_in_sequence(session, monitor, batch, every, progress=progress)
-                evaluation, effects = monitor.evaluation(progress=progress), moved()
-                said += asked.hear()
-                written += writing.read() if generate else []
-                marks += [ability.marks(model)] if ability else []
-                seconds, report = trajectory[-1].seconds, sequence_report(session.history.edits)
-        else:
-            start = time.perf_counter()
-            edit = method.compute(model, facts, statistics, progress=progress)
-            seconds, report = time.perf_counter() - start, edit.report.to_dict()
-            with edit.applied_to(model):
-                effects = moved()
-                said += asked.hear()
-                written += writing.read() if generate else []
-                marks += [ability.marks(model)] if ability else []
-            evaluation = evaluate(model, edit, facts, seed=seed, progress=progress)
+        measured = _sequential(*given, batch, every)
     return Result(
-        model.name,
+        baseline.model.name,
         dataset,
         method.name,
         protocol,
-        len(facts),
-        counted(evaluation, definition),
-        effects,
-        seconds / len(facts),
-        report,
-        method.to_dict(),
-        trajectory,
-        said=said,
-        generation=Generation(summary(unedited), summary(written)) if generate else None,
-        ability=ability.compare(*marks) if ability else None,
+        len(baseline.facts),
+        config=method.to_dict(),
+        **measured,
     )
+
+
+def _batch(
+    baseline: Baseline, statistics: KeyStatistics | None, method: Method, progress: bool
+) -> dict[str, Any]:
+    """All facts in one edit: what a `Result` says of it."""
+    model, start = baseline.model, time.perf_counter()
+    edit = method.compute(model, baseline.facts, statistics, progress=progress)
+    seconds = time.perf_counter() - start
+    with edit.applied_to(model):
+        answers = ask(model, baseline.asked, title="answers under the edit", progress=progress)
+        whole = baseline.whole(model)
+    return {
+        "evaluation": baseline.evaluation(answers),
+        "seconds": seconds / len(baseline.facts),
+        "report": edit.report.to_dict(),
+        **whole,
+    }
+
+
+def _single(
+    baseline: Baseline, statistics: KeyStatistics | None, method: Method, progress: bool
+) -> dict[str, Any]:
+    """Each fact in an edit of its own; no edit is kept."""
+    model, facts = baseline.model, baseline.facts
+    edits = _Timed(lambda: method.compute_each(model, facts, statistics, progress=progress))
+    said, written = list[Said](), list[Figure]()
+
+    def heard() -> Iterator[Edit]:
+        for record, edit in enumerate(edits):
+            if record < max(ASKED, baseline.generate):
+                with edit.applied_to(model):
+                    said.extend(baseline.heard(model, record))
+                    written.extend(baseline.read(model, record))
+            yield edit
+
+    answers = answers_under(model, heard(), baseline.asked, baseline.answers, progress=progress)
+    return {
+        "evaluation": baseline.evaluation(answers),
+        "side_effects": {},
+        "seconds": edits.seconds / len(facts),
+        "report": edits.report,
+        "said": said,
+        "generation": baseline.generation(written),
+    }
+
+
+def _sequential(
+    baseline: Baseline,
+    statistics: KeyStatistics | None,
+    method: Method,
+    progress: bool,
+    batch: int,
+    every: int,
+) -> dict[str, Any]:
+    """Batch after batch into the same model."""
+    model = baseline.model
+    monitor = SequenceMonitor(
+        model,
+        baseline.facts,
+        baseline.texts,
+        sample=SAMPLE,
+        ability=baseline.ability,
+        asked=(baseline.asked, baseline.answers),
+        seed=baseline.seed,
+        progress=progress,
+    )
+    with Session(method, model, statistics) as session:
+        steps = list(write_in_sequence(session, monitor, batch, every, progress=progress))
+        answers = ask(model, baseline.asked, title="after", progress=progress)
+        return {
+            "evaluation": baseline.evaluation(answers),
+            "seconds": steps[-1].seconds / len(baseline.facts),
+            "report": sequence_report(session.history.edits),
+            "trajectory": steps,
+            **baseline.whole(model),
+        }
 
 
 def sequence_report(edits: Sequence[Edit]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from knowedit.edits.limits import RUINOUS
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.baseline import Baseline
 from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.protocols import Result, run
 from knowedit.facts.fact import Fact
@@ -196,6 +197,7 @@ def recommend(
     if not methods:
         raise KnowEditError("there are no methods to compare; name at least one")
     began = clock()
+    baseline = Baseline(model, facts, seed=seed, progress=progress)
     results: list[Result] = []
     skipped: list[str] = []
     unit = 0.0  # seconds for a method of price 1
@@ -206,9 +208,7 @@ def recommend(
             skipped.append(method.name)
             continue
         say(f"{method.name}, {number} of {len(methods)}: computing and measuring")
-        results.append(
-            run(model, facts, statistics, method, "batch", dataset, seed=seed, progress=progress)
-        )
+        results.append(run(baseline, statistics, method, "batch", dataset, progress=progress))
         unit = max(unit, (clock() - start) / price)
     return Recommendation(list(facts), results, skipped)
 

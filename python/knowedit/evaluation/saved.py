@@ -17,24 +17,12 @@ from knowedit.edits.export.folder import facts_in
 from knowedit.edits.history import History
 from knowedit.edits.journal import edits_in
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.ability.ability import AbilityTasks
-from knowedit.evaluation.definitions import check_definition, counted
-from knowedit.evaluation.evaluation import compared
-from knowedit.evaluation.generation import Figure, Generation, References, Writing, summary
-from knowedit.evaluation.interview import Interview
-from knowedit.evaluation.measures.base import answered, ask, model_measures, questions
-from knowedit.evaluation.protocols import (
-    Result,
-    ability_tasks,
-    add_to_run,
-    held_out,
-    kept_results,
-    sequence_report,
-)
+from knowedit.evaluation.baseline import PLAIN, Baseline, Scope
+from knowedit.evaluation.measures.base import ask
+from knowedit.evaluation.protocols import Result, add_to_run, kept_results, sequence_report
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.facts.wordings.forms import as_asked
-from knowedit.io.config import plain
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 
@@ -52,14 +40,8 @@ def measure_saved(
     dtype: str = "auto",
     *,
     device_map: Any = None,
-    text: Any = None,
-    seed: int = 0,
+    scope: Scope = PLAIN,
     folder: Path | None = None,
-    generate: int = 0,
-    references: References | None = None,
-    definition: str = "memit",
-    ability: Sequence[str] = (),
-    ability_items: int | None = None,
     join: str | None = None,
     chat: bool = False,
     strict: bool = False,
@@ -74,8 +56,7 @@ def measure_saved(
         dataset: the facts; None: those that the edits or the edited folder record.
         folder: for the result; one that it has is not measured again, but returned as its record.
         dtype, device_map, dequantise: of both models.
-        text, seed, generate, references, definition, ability, ability_items, join, chat, strict: as
-            `protocols.measure`.
+        scope, join, chat, strict: as `protocols.measure`.
 
     Raises:
         KnowEditError: not one of `files` and `against`; no facts; models that do not share their
@@ -83,8 +64,7 @@ def measure_saved(
     """
     if bool(files) == (against is not None):
         raise KnowEditError("name saved edits, or a model to compare with, and not both")
-    check_definition(definition)
-    tasks = ability_tasks(ability, ability_items)
+    tasks = scope.tasks()
     edits = [edit for file in files for edit in edits_in(file)]
     if files and not edits:
         raise KnowEditError(f"{', '.join(map(str, files))} holds no edit; write one first")
@@ -102,9 +82,7 @@ def measure_saved(
         "models": [model.fingerprint, other and other.fingerprint],
         "edits": [edit.key for edit in edits],
         "facts": [fact.to_dict() for fact in facts],
-        **{"text": plain(text), "seed": seed, "generate": generate, "references": references},
-        "definition": definition,
-        **({"ability": list(ability), "ability_items": ability_items} if ability else {}),
+        **scope.to_dict(),
     }
     digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
     where = dataset or (name if against else ", ".join(map(str, files)))
@@ -113,67 +91,31 @@ def measure_saved(
         say(f"kept from {folder}")
         return kept[0]
     edited = nullcontext(other) if other is not None else all_applied(edits, model)
-    found = compare(
-        model,
-        edited,
-        facts,
-        texts=held_out(text),
-        seed=seed,
-        generate=generate,
-        references=references,
-        definition=definition,
-        ability=tasks,
-    )
+    found = compare(scope.baseline(model, facts, tasks), edited)
     told = replace(found, dataset=where, run=settings, **_made_by(edits, other))
     if folder is not None:
         add_to_run(folder, told)
     return told
 
 
-def compare(
-    model: EditableModel,
-    edited: Edited,
-    facts: Sequence[Fact],
-    *,
-    texts: Sequence[str] = (),
-    seed: int = 0,
-    generate: int = 0,
-    references: References | None = None,
-    definition: str = "memit",
-    ability: AbilityTasks | None = None,
-    progress: bool = True,
-) -> Result:
-    """Measure `model`, and then what `edited` yields: the same model while edits are applied to it,
-    or another one, with the same tokens (`check_tokens`).
+def compare(baseline: Baseline, edited: Edited, progress: bool = True) -> Result:
+    """Measure what `edited` yields: the model of `baseline` while edits are applied to it, or
+    another one, with the same tokens (`check_tokens`).
     """
-    facts = answered(model, facts)
-    asked = [q for record, fact in enumerate(facts) for q in questions(record, fact)]
-    watched = model_measures(texts=bool(texts))
-    interview = Interview(model, facts, progress=progress)
-    writing = Writing(model, facts[:generate], references)
-    answers = ask(model, asked, title="answers before the edit", progress=progress)
-    seen = {name: measure.observe(model, texts) for name, measure in watched.items()}
-    unedited: list[Figure] = writing.read() if generate else []
-    marks = [ability.marks(model)] if ability else []
+    model, facts = baseline.model, len(baseline.facts)
     with edited as changed:
-        now = ask(changed, asked, title="answers under the edit", progress=progress)
-        effects = {n: m.compare(seen[n], m.observe(changed, texts)) for n, m in watched.items()}
-        interview.model = writing.model = changed
-        said, written = interview.hear(), writing.read() if generate else []
-        marks += [ability.marks(changed)] if ability else []
+        answers = ask(changed, baseline.asked, title="answers under the edit", progress=progress)
+        whole = baseline.whole(changed)
     return Result(
         model.name,
         "",
         changed.name,
         AGAINST,
-        len(facts),
-        counted(compared(asked, answers, now, seed), definition),
-        effects,
-        None,
-        {},
-        said=said,
-        generation=Generation(summary(unedited), summary(written)) if generate else None,
-        ability=ability.compare(*marks) if ability else None,
+        facts,
+        baseline.evaluation(answers),
+        seconds=None,
+        report={},
+        **whole,
     )
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.ability.ability import AbilityTasks, overall
-from knowedit.evaluation.evaluation import Estimates, Evaluation, summarise
-from knowedit.evaluation.measures.base import answered, ask, questions
+from knowedit.evaluation.evaluation import Estimates, Evaluation, compared, summarise
+from knowedit.evaluation.measures.base import Answer, Question, answered, ask, questions
 from knowedit.evaluation.measures.drift import ORDINARY, Drift, compare
 from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.facts.fact import Fact
@@ -70,6 +70,8 @@ class SequenceMonitor:
         measured: indices of the facts that are measured; None: all of them.
         sample: so many of them at a step, spread evenly over those written so far; None: all.
         ability: tasks of general ability, of which the bundled ones are measured at every step.
+        asked: the questions of the measured facts, with the unedited model's answers; None: they
+            are asked.
 
     Raises:
         KnowEditError: the model has active edits.
@@ -84,6 +86,7 @@ class SequenceMonitor:
         measured: Iterable[int] | None = None,
         sample: int | None = None,
         ability: AbilityTasks | None = None,
+        asked: tuple[Sequence[Question], Sequence[Answer]] | None = None,
         tokens: int = 2048,
         seed: int = 0,
         progress: bool = True,
@@ -95,10 +98,13 @@ class SequenceMonitor:
         self.model, self.facts, self.texts, self.sample = model, list(facts), texts, sample
         self.tokens, self.seed, self.ability = tokens, seed, ability
         self.measured = sorted(set(measured if measured is not None else range(len(facts))))
-        chosen = answered(model, [self.facts[record] for record in self.measured])
-        self.asked = [q for r, fact in zip(self.measured, chosen) for q in questions(r, fact)]
-        self.before = ask(model, self.asked, title="answers before the edit", progress=progress)
+        self.asked, self.before = asked or self._ask(progress)
         self.ordinary = model.next_logprobs(ORDINARY)
+
+    def _ask(self, progress: bool) -> tuple[Sequence[Question], Sequence[Answer]]:
+        chosen = answered(self.model, [self.facts[record] for record in self.measured])
+        asked = [q for r, fact in zip(self.measured, chosen) for q in questions(r, fact)]
+        return asked, ask(self.model, asked, title="answers before the edit", progress=progress)
 
     def measure(
         self, edits: Sequence[Edit], written: int, *, progress: bool = True
@@ -132,11 +138,8 @@ class SequenceMonitor:
 
     def evaluation(self, *, progress: bool = True) -> Evaluation:
         """All measured facts, before and as the model is now."""
-        rng = np.random.default_rng(self.seed)
         after = ask(self.model, self.asked, title="after", progress=progress)
-        was = summarise(self.asked, self.before, rng)
-        now = summarise(self.asked, after, rng, self.before)
-        return Evaluation(was, now, self.asked, self.before, after)
+        return compared(self.asked, self.before, after, self.seed)
 
 
 def write_in_sequence(

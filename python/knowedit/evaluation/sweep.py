@@ -28,6 +28,7 @@ from typing import Any, Literal
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.evaluation import protocols
 from knowedit.evaluation.ability.ability import AbilityTasks, headline
+from knowedit.evaluation.baseline import Baseline, Scope
 from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.measures.base import fact_measures, model_measures
 from knowedit.facts.fact import Fact
@@ -88,6 +89,11 @@ class Sweep(Config):
         super().__post_init__()
         if not self.methods:
             raise ConfigError("a sweep needs methods; name at least one, such as memit")
+
+    @property
+    def scope(self) -> Scope:
+        """What is measured beside the facts' prompts."""
+        return Scope(self.text, self.seed, ability=self.ability, ability_items=self.ability_items)
 
     def variants(self) -> list[Variant]:
         """Every method with every combination, in order; the same one once.
@@ -162,17 +168,14 @@ def run_sweep(
     methods = [variant.method for variant in sweep.variants()]
     if sweep.statistics is not None and not any(method.needs_statistics for method in methods):
         raise ConfigError(f"no method here reads statistics; leave {sweep.statistics} out")
-    ability = protocols.ability_tasks(sweep.ability, sweep.ability_items, sweep.protocol)
+    ability = sweep.scope.tasks(whole=sweep.protocol != "single")
     facts = conflict_free(load(sweep.dataset, strict=sweep.strict))[: sweep.limit]
     model = load_model(sweep.model, dtype=sweep.dtype, dequantise=sweep.dequantise, say=say)
     able = [method for method in methods if _fits(method, model)]
     statistics = statistics_for(
         able, model, sweep.corpus, sweep.tokens, sweep.statistics, sweep.seed
     )
-    texts = protocols.held_out(sweep.text)
-    return measure_sweep(
-        sweep, model, facts, statistics, folder, texts=texts, ability=ability, say=say
-    )
+    return measure_sweep(sweep, model, facts, statistics, folder, ability=ability, say=say)
 
 
 def _fits(method: Method, model: EditableModel) -> bool:
@@ -190,7 +193,6 @@ def measure_sweep(
     statistics: KeyStatistics | None = None,
     folder: Path | None = None,
     *,
-    texts: Sequence[str] = (),
     ability: AbilityTasks | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda text: None,
@@ -199,10 +201,14 @@ def measure_sweep(
     record = _resume(sweep, folder)
     done = {json.dumps(row["config"], sort_keys=True): row for row in record["rows"]}
     record["rows"] = []
+    baseline: Baseline | None = None  # measured for the first row that needs it
     for variant in sweep.variants():
         method = variant.method
         kept = done.get(json.dumps(method.to_dict(), sort_keys=True))
         if kept is None:
+            baseline = baseline or sweep.scope.baseline(
+                model, facts, ability, whole=sweep.protocol != "single", progress=progress
+            )
             kept = {
                 "method": method.name,
                 "settings": variant.settings,
@@ -212,17 +218,13 @@ def measure_sweep(
             }
             try:
                 found = protocols.run(
-                    model,
-                    facts,
+                    baseline,
                     statistics if method.needs_statistics else None,
                     method,
                     sweep.protocol,
                     sweep.dataset,
                     batch=sweep.batch,
                     every=sweep.every,
-                    texts=texts,
-                    seed=sweep.seed,
-                    ability=ability,
                     progress=progress,
                 )
                 kept["result"] = json.loads(json.dumps(found.to_dict()))  # as a file has it

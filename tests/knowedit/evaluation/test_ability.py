@@ -23,7 +23,8 @@ from knowedit.evaluation.ability import ability, harness
 from knowedit.evaluation.ability.ability import AbilityTasks, evaluate_ability, headline
 from knowedit.evaluation.ability.harness import Harness, Replies
 from knowedit.evaluation.ability.items import Item, bundled, chance, marks
-from knowedit.evaluation.protocols import RESULTS, ability_tasks, run, write_run
+from knowedit.evaluation.baseline import Baseline, Scope
+from knowedit.evaluation.protocols import RESULTS, run, write_run
 from knowedit.evaluation.saved import compare
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
@@ -96,7 +97,8 @@ def test_before_after_and_the_change_of_the_same_items(tiny_llama):
     assert found.change["all"]["p(right)"].mean != 0
     assert "chance" in str(found) and "0.375" in str(found)
     tasks = AbilityTasks(["sentiment", "cloze"], 6)
-    saved = compare(tiny_llama, edit.applied_to(tiny_llama), FACTS[:1], ability=tasks)
+    baseline = Baseline(tiny_llama, FACTS[:1], ability=tasks, progress=False)
+    saved = compare(baseline, edit.applied_to(tiny_llama), progress=False)
     assert saved.ability == found
 
 
@@ -109,18 +111,10 @@ def test_no_change_of_few_items_is_not_certain():
 
 def test_in_a_sequence_and_in_reports(tiny_llama, tmp_path):
     method = make_method({"kind": "memit", "layers": [1], "target": {"steps": 1}})
-    tasks = ability_tasks(["cloze", "sentiment"], 3, "sequential")
-    found = run(
-        tiny_llama,
-        FACTS[:4],
-        statistics_of(tiny_llama, [1]),
-        method,
-        "sequential",
-        batch=2,
-        every=2,
-        ability=tasks,
-        progress=False,
-    )
+    scope = Scope(ability=("cloze", "sentiment"), ability_items=3)
+    baseline = scope.baseline(tiny_llama, FACTS[:4], scope.tasks(), progress=False)
+    statistics = statistics_of(tiny_llama, [1])
+    found = run(baseline, statistics, method, "sequential", batch=2, every=2, progress=False)
     steps = [step.measures["ability"]["accuracy"] for step in found.trajectory]
     assert steps[0] == found.ability.before["all"]["accuracy"] and steps[0].records == 6
     assert steps[-1] == found.ability.after["all"]["accuracy"]
@@ -135,16 +129,16 @@ def test_in_a_sequence_and_in_reports(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names, limit, protocol, message",
+    "names, limit, whole, message",
     [
-        (["clozes"], None, "batch", "unknown task 'clozes'; did you mean 'cloze'"),
-        (["all"], None, "single", "the protocol batch or sequential"),
-        ([], 3, "batch", "give --ability all"),
+        (["clozes"], None, True, "unknown task 'clozes'; did you mean 'cloze'"),
+        (["all"], None, False, "the protocol batch or sequential"),
+        ([], 3, True, "give --ability all"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(names, limit, protocol, message):
+def test_what_cannot_be_measured_is_refused(names, limit, whole, message):
     with pytest.raises(KnowEditError, match=message):
-        ability_tasks(names, limit, protocol)
+        Scope(ability=names, ability_items=limit).tasks(whole)
 
 
 def test_without_lm_eval(monkeypatch):

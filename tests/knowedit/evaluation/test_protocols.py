@@ -7,7 +7,11 @@ import json
 import pytest
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation import drift, evaluate
+from knowedit.evaluation import baseline as baselines
+from knowedit.evaluation import drift, evaluate, protocols
+from knowedit.evaluation import evaluation as evaluations
+from knowedit.evaluation.baseline import Baseline, Scope
+from knowedit.evaluation.measures.base import ask
 from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.evaluation.protocols import PROMPTS, PROTOCOLS, RESULTS, migrate, run, write_run
 from knowedit.methods.registry import make_method
@@ -22,19 +26,9 @@ MEMIT = {"kind": "memit", "layers": [1], "target": {"steps": 2}}
 def test_a_result_says_what_was_measured_and_how(tiny_llama, tmp_path, protocol):
     statistics, method = statistics_of(tiny_llama, [1]), make_method(MEMIT)
     before = weights_fingerprint(tiny_llama.hf)
-    found = run(
-        tiny_llama,
-        FACTS,
-        statistics,
-        method,
-        protocol,
-        "ours",
-        batch=2,
-        every=2,
-        texts=TEXTS,
-        generate=2,
-        progress=False,
-    )
+    whole = protocol != "single"
+    baseline = Baseline(tiny_llama, FACTS, texts=TEXTS, generate=2, whole=whole, progress=False)
+    found = run(baseline, statistics, method, protocol, "ours", batch=2, every=2, progress=False)
     assert found.generation.after["prompt"]["contains"].records == 2
     assert found.generation.before["text"]["fluency"].mean > 0
     assert weights_fingerprint(tiny_llama.hf) == before and not tiny_llama.ledger.active
@@ -65,6 +59,44 @@ def test_a_result_says_what_was_measured_and_how(tiny_llama, tmp_path, protocol)
 
 def test_nothing_to_measure_is_refused(tiny_llama):
     with pytest.raises(KnowEditError, match="unknown protocol 'bulk'; known: batch"):
-        run(tiny_llama, FACTS, None, make_method(MEMIT), "bulk")
+        run(Baseline(tiny_llama, FACTS, progress=False), None, make_method(MEMIT), "bulk")
     with pytest.raises(KnowEditError, match="no facts to measure"):
-        run(tiny_llama, [], None, make_method(MEMIT))
+        Baseline(tiny_llama, [])
+
+
+def test_the_unedited_model_is_asked_once_for_all_methods(tiny_llama, monkeypatch):
+    titles = []
+
+    def counted(model, asked, *, title="asking", progress=True):
+        titles.append(title)
+        return ask(model, asked, title=title, progress=progress)
+
+    for module in (baselines, protocols, evaluations):
+        monkeypatch.setattr(module, "ask", counted)
+    monkeypatch.setattr(protocols, "load_model", lambda *names, **options: tiny_llama)
+    monkeypatch.setattr(protocols, "load", lambda *names, **options: FACTS)
+    monkeypatch.setattr(
+        protocols, "statistics_for", lambda *given, **options: statistics_of(tiny_llama, [1])
+    )
+    methods = [make_method(MEMIT), make_method({**MEMIT, "target": {"steps": 3}})]
+    arguments = {"limit": None, "corpus": None, "tokens": None, "say": lambda text: None}
+    for protocol in PROTOCOLS:
+        titles.clear()
+        two = list(
+            protocols.measure(
+                "model", "ours", methods, protocol=protocol, batch=2, every=2, **arguments
+            )
+        )
+        assert len(two) == 2 and titles.count("answers before the edit") == 1
+        assert two[0].evaluation.answers_before == two[1].evaluation.answers_before
+        assert two[0].evaluation.answers_after != two[1].evaluation.answers_after
+
+
+def test_a_scope_says_what_was_asked_for():
+    assert Scope().to_dict() == {"text": None, "seed": 0}
+    whole = Scope("held.txt", 3, 2, {"Lyon": ["A city."]}, "easyedit", ("cloze",), 5)
+    assert list(whole.to_dict()) == [
+        *("text", "seed", "generate", "references", "definition", "ability", "ability_items")
+    ]
+    with pytest.raises(KnowEditError, match="unknown definition 'mine'"):
+        Scope(definition="mine")

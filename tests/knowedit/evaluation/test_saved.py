@@ -12,6 +12,7 @@ from knowedit.edits.export.folder import save_edited
 from knowedit.edits.history import History
 from knowedit.edits.journal import Journal
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.baseline import Baseline, Scope
 from knowedit.evaluation.protocols import run
 from knowedit.evaluation.saved import all_applied, check_tokens, compare, measure_saved
 from knowedit.methods.registry import make_method
@@ -32,9 +33,9 @@ def figures(record, *more):
 def test_what_was_saved_measures_as_when_it_was_computed(tiny_llama, tmp_path):
     statistics, before = statistics_of(tiny_llama, [1]), weights_fingerprint(tiny_llama.hf)
     edit = METHOD.compute(tiny_llama, TWO, statistics, progress=False)
-    given = {"texts": TEXTS, "generate": 1, "progress": False}
-    told = run(tiny_llama, TWO, statistics, METHOD, **given)
-    found = compare(tiny_llama, all_applied([edit], tiny_llama), TWO, **given)
+    baseline = Baseline(tiny_llama, TWO, texts=TEXTS, generate=1, progress=False)
+    told = run(baseline, statistics, METHOD, progress=False)
+    found = compare(baseline, all_applied([edit], tiny_llama), progress=False)
     assert figures(found, "generation") == figures(told, "generation")
     assert weights_fingerprint(tiny_llama.hf) == before and not tiny_llama.ledger.active
 
@@ -44,7 +45,7 @@ def test_what_was_saved_measures_as_when_it_was_computed(tiny_llama, tmp_path):
     save_edited(tiny_llama, [edit], tmp_path / "edited")
     (tmp_path / "held.txt").write_text(TEXTS[0])
     model, results = str(tmp_path / "model"), tmp_path / "results"
-    given = {"text": str(tmp_path / "held.txt"), "say": lambda text: None}
+    given = {"scope": Scope(str(tmp_path / "held.txt")), "say": lambda text: None}
     files = [tmp_path / "a.safetensors"]
     from_file = measure_saved(model, files, folder=results, **given)
     beside = measure_saved(str(tmp_path / "edited"), against=model, **given)

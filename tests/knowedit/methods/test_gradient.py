@@ -13,6 +13,7 @@ from knowedit.cli.inspection import describe
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import ConfigError, EditError, ModelError
+from knowedit.evaluation.baseline import Baseline
 from knowedit.evaluation.protocols import run
 from knowedit.evaluation.sequence import total_norms
 from knowedit.facts.fact import Fact, FactError, Probe
@@ -483,9 +484,9 @@ class TestInSequence:
     @pytest.mark.parametrize("protocol", ["batch", "single", "sequential"])
     def test_every_protocol_without_statistics(self, tiny_llama, protocol):
         before = weights_fingerprint(tiny_llama.hf)
-        found = run(
-            tiny_llama, FACTS, None, LoRA(steps=2), protocol, batch=2, every=2, progress=False
-        )
+        baseline = Baseline(tiny_llama, FACTS, progress=False)
+        method = LoRA(steps=2)
+        found = run(baseline, None, method, protocol, batch=2, every=2, progress=False)
         assert found.method == "LoRA" and found.seconds > 0 and found.report["trainable"] > 0
         assert (
             found.evaluation.after["efficacy"]["magnitude"]

@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.baseline import Baseline
 from knowedit.evaluation.geometry.geometry import geometry
 from knowedit.evaluation.protocols import run, write_run
 from knowedit.evaluation.subjects.protocol import choose, differences, run_subjects, write_subjects
@@ -34,8 +35,7 @@ def test_a_report_has_every_figure_and_stands_alone(tiny_llama, tmp_path):
     statistics = statistics_of(tiny_llama, [1, 2])
     results = [
         run(
-            tiny_llama,
-            FACTS,
+            Baseline(tiny_llama, FACTS, progress=False),
             statistics,
             make_method(m, {"layers": 1}),
             "sequential",
