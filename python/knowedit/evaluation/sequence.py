@@ -26,7 +26,6 @@ from knowedit.io.progress import bar
 from knowedit.io.tables import Column, Table
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
-from knowedit.models.structure import is_transposed
 from knowedit_kernels.lowrank import Change
 
 
@@ -226,19 +225,18 @@ class Spent:
 
 
 def total_norms(model: EditableModel, edits: Sequence[Edit]) -> dict[str, float]:
-    """`|sum of the updates|_F / |W|_F` per changed matrix, W without them; low-rank sums are not
-    formed.
+    """`|sum of the updates|_F / |W|_F` per changed matrix, one expert's being one, W without them;
+    low-rank sums are not formed.
     """
     changes = [edit.by_parameter(model) for edit in edits if edit.changes]
-    named = {name for change in changes for name in change}
     return {
         name: _total_norm(
-            weight,
+            model.stored(name).detach(),
             [change[name].raw for change in changes if name in change],
-            is_transposed(model.hf, name),
+            model.is_transposed(name),
         )
-        for name, weight in model.hf.named_parameters()
-        if name in named and weight.ndim == 2
+        for name in dict.fromkeys(name for change in changes for name in change)
+        if model.stored(name).ndim == 2
     }
 
 

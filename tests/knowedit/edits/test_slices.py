@@ -11,6 +11,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import RECORD, read_record, restore, save_edited
 from knowedit.edits.export.listing import export_format
 from knowedit.errors import EditError
+from knowedit.evaluation.sequence import total_norms
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from tests.knowedit.methods.helpers import FACTS
@@ -275,3 +276,14 @@ def test_an_older_peft_is_told_from_one_that_holds_experts(mixture, tmp_path, mo
     monkeypatch.setattr(LoraConfig, "__dataclass_fields__", fields)
     with pytest.raises(EditError, match="several experts, .* update peft"):
         an_edit(mixture)[0].export(tmp_path / "adapter", mixture)
+
+
+def test_a_sequence_says_how_far_each_expert_was_moved(mixture):
+    """The sum of both edits over the weight without them, of every changed expert's matrix."""
+    edits = [an_edit(mixture), an_edit(mixture, seed=1, left_out=3)]
+    before, total = mixture.weight(LAYER).clone(), edits[0][1] + edits[1][1]
+    with edits[0][0].applied_to(mixture), edits[1][0].applied_to(mixture):
+        found = total_norms(mixture, [edit for edit, _ in edits])
+    name = mixture.layout.weight_name(LAYER)
+    wanted = {f"{name}[{e}]": float(total[e].norm() / before[e].norm()) for e in range(4)}
+    assert found == pytest.approx(wanted, rel=1e-4)
