@@ -121,3 +121,42 @@ def test_a_checkpoint_of_8_bit_floats_is_edited_as_a_copy(byte_tokenizer, tmp_pa
     model.hf.save_pretrained(tmp_path / "copy")
     byte_tokenizer.save_pretrained(tmp_path / "copy")
     assert torch.equal(ke.load_model(tmp_path / "copy").weight(1), found)
+
+
+#: What four bits stand for (OCP Microscaling Formats 1.0, FP4 E2M1); the upper half is negative.
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+FP4 = torch.cat([FP4, -FP4])
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_mxfp4_experts_is_edited_as_a_copy(byte_tokenizer, tmp_path):
+    """As gpt-oss is published: blocks of 32 inputs as two numbers a byte, behind a power of two."""
+    folder = tmp_path / "mxfp4"
+    plain = build("gpt_oss", intermediate_size=64)
+    plain.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    held, wanted, generator = {}, {}, torch.Generator().manual_seed(0)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            held[name] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        shape = (experts, outputs, inputs // 32, 16)
+        packed = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        powers = torch.randint(119, 123, shape[:3], generator=generator, dtype=torch.uint8)
+        pairs = torch.stack([FP4[(packed & 15).long()], FP4[(packed >> 4).long()]], -1).flatten(-2)
+        numbers = pairs * 2.0 ** (powers.float() - 127)[..., None]
+        wanted[name] = numbers.flatten(-2).mT
+        held[f"{name}_blocks"], held[f"{name}_scales"] = packed, powers
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelError, match="mxfp4.*--dequantise"):
+        ke.load_model(folder)
+    model = ke.load_model(folder, dequantise=True, dtype=torch.float32)
+    name = model.layout.weight_name(1)
+    torch.testing.assert_close(model.weight(1).float(), wanted[name])
+    experts = model.layout.experts(1)
+    assert experts.transposed and experts.bias and experts.width == 64
