@@ -97,10 +97,8 @@ def everywhere(
     advance: Callable[[float], None] = lambda rows: None,
 ) -> dict[int | None, tuple[Tensor, Tensor]]:
     """Of each expert (None: the dense MLP) its inputs `[n, hidden]` float32 at every token that it
-    is given, and the mean of k k^T `[d, d]` float64 there, k being the key times its gate.
-
-    Raises:
-        EditError: an expert is given no token.
+    is given, and the mean of k k^T `[d, d]` float64 there, k being the key times its gate; an
+    expert that is given no token is left out.
     """
     part = model.layout.part(layer)
     width = part.width if part.experts is None else part.experts.width
@@ -113,13 +111,10 @@ def everywhere(
                 inputs.append(seen.inputs)
                 moment.update(seen.keys if expert is None else seen.keys * seen.gates[:, None])
         advance(1)
-    if bare := [expert for expert, (inputs, _) in found.items() if not inputs]:
-        raise EditError(
-            f"none of the tokens of {len(rows)} texts is given to expert {bare[0]} of layer "
-            f"{layer}, so that what its neurons do is not known; give more text"
-        )
     return {
-        expert: (torch.cat(inputs), moment.moment()) for expert, (inputs, moment) in found.items()
+        expert: (torch.cat(inputs), moment.moment())
+        for expert, (inputs, moment) in found.items()
+        if inputs
     }
 
 

@@ -9,7 +9,7 @@ for how well the others can do their work, as in pruning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -72,8 +72,9 @@ Ordinary = Mapping[int | None, tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class NeuronPatch(Method):
     """Facts with one id or one subject are wordings of one thing: one switch, one value trained on
-    all of them. In a layer with routed experts the neurons are those of the expert that fires most
-    at the wordings, and what they write is divided by its gate there.
+    all of them. In a layer with routed experts it has a switch in every expert that fires at one of
+    them, and what they write is divided by their gates there: whichever of them the router chooses,
+    an unseen wording gets its value.
 
     Attributes:
         layers: None: the calibration's, or about a quarter up (8 of 30), where wordings of one
@@ -210,40 +211,45 @@ class NeuronPatch(Method):
         the facts `beside`, which another layer writes.
         """
         groups, values = [group for task in tasks for group in task], self._values(model, layer)
-        homes = self._experts(model, layer, groups, values)
+        gates = self._gates(model, layer, groups, values)
         with bar(
             f"{self.name}: optimising values", len(groups), "values", show=progress
         ) as advance:
             targets = optimise_values(model, groups, layer, values, progress=advance)
         texts = windows(model, self.corpus, self.tokens, seed=self.seed, progress=progress)
         with bar(f"{self.name}: reading texts", len(texts), "texts", show=progress) as advance:
-            ordinary = everywhere(model, texts, layer, dict.fromkeys(homes), advance)
+            ordinary = everywhere(model, texts, layer, {e for own in gates for e in own}, advance)
+        homes = [_Home.of(own, ordinary, layer) for own in gates]
         start = 0
         for task in tasks:
             at = range(start, start := start + len(task))
             own, where = targets.select(at), [homes[i] for i in at]
             yield self._edit(model, layer, task, where, own, values, ordinary, beside)
 
-    def _experts(
+    def _gates(
         self, model: EditableModel, layer: int, groups: list[list[Fact]], values: ValueSettings
-    ) -> list[int | None]:
-        """For each group the routed expert that fires most at its wordings; None: the layer's MLP
-        is dense.
+    ) -> list[dict[int | None, Tensor]]:
+        """For each group, the gates `[wordings]` of the routed experts that fire at any of its
+        wordings; `{None: ones}`: the layer's MLP is dense.
         """
+        rows = [
+            [row for fact in group for row in prompt_rows(model, fact, values.contexts)]
+            for group in groups
+        ]
         if model.layout.experts(layer) is None:
-            return [None] * len(groups)
-        found: list[int | None] = []
-        for group in groups:
-            rows = [row for fact in group for row in prompt_rows(model, fact, values.contexts)]
-            found.append(int(chosen(model, rows, layer).sum(0).argmax()))
-        return found
+            return [{None: torch.ones(len(own))} for own in rows]
+        found = chosen(model, [row for own in rows for row in own], layer)
+        return [
+            {int(expert): own[:, expert] for expert in own.sum(0).nonzero()[:, 0]}
+            for own in found.split([len(own) for own in rows])
+        ]
 
     def _edit(
         self,
         model: EditableModel,
         layer: int,
         groups: list[list[Fact]],
-        homes: list[int | None],
+        homes: list[_Home],
         targets: Targets,
         values: ValueSettings,
         ordinary: Ordinary,
@@ -253,20 +259,27 @@ class NeuronPatch(Method):
         near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
         rows = [model.row(text).ids for text in near]
         rows += [row.ids for fact in beside for row in prompt_rows(model, fact, values.contexts)]
-        others = everywhere(model, rows, layer, dict.fromkeys(homes))
+        experts = list(dict.fromkeys(expert for home in homes for expert in home.experts))
+        others = everywhere(model, rows, layer, experts)
         written = [
             self._written(
                 model,
                 layer,
                 expert,
-                {i: groups[i] for i, home in enumerate(homes) if home == expert},
-                targets.delta,
+                {i: groups[i] for i, home in enumerate(homes) if expert in home.experts},
+                targets.delta
+                / torch.tensor([home.gate for home in homes]).to(targets.delta)[:, None],
                 values,
-                (ordinary[expert], others[expert]),
+                [texts[expert] for texts in (ordinary, others) if expert in texts],
             )
-            for expert in dict.fromkeys(homes)
+            for expert in experts
         ]
-        closed = torch.cat([one.closed for one in written])
+        closed = torch.cat(
+            [
+                sum(one.closed[i] for one in written if i in one.closed) / home.gate  # type: ignore[misc]
+                for i, home in enumerate(homes)
+            ]
+        )
         reported = {
             "gain": float(closed.mean()),
             "lowest_gain": float(closed.min()),
@@ -311,7 +324,7 @@ class NeuronPatch(Method):
         """Some of the groups, by number, in one MLP: the layer's, or one expert's.
 
         Args:
-            values_of: `[groups, hidden]` of all groups.
+            values_of: `[groups, hidden]` what each group's switches write, for a gate of 1.
             others: inputs and moment of ordinary text, and of texts near the facts.
         """
         owned = [
@@ -340,15 +353,12 @@ class NeuronPatch(Method):
             switch.neurons * len(groups),
             patched(wiring),
         )
-        # what an expert writes is multiplied by its gate, which is another one in every wording
-        gates = torch.zeros(len(groups)).to(own).index_add(0, owner, seen.gates)
-        gates = gates / torch.bincount(owner, minlength=len(groups))
-        wanted = values_of[list(groups)].to(own) / gates[:, None]
-        factors, reads = rewritten(wiring, switch, freed, wanted)
+        factors, reads = rewritten(wiring, switch, freed, values_of[list(groups)].to(own))
+        closed = switch.at(own).gather(1, owner[:, None])[:, 0] * seen.gates
         return _Written(
             expert,
             freed,
-            closed=switch.at(own).gather(1, owner[:, None])[:, 0] * seen.gates / gates[owner],
+            closed={i: closed[owner == place] for place, i in enumerate(groups)},
             leak=max(float(switch.at(x).abs().max()) for x in inputs),
             factors=factors,
             changes={name: factors, **reads},
@@ -432,13 +442,42 @@ def _together(edits: Sequence[Edit]) -> Edit:
 
 
 @dataclass(frozen=True)
+class _Home:
+    """Where a group is written.
+
+    Attributes:
+        experts: each of which gets a switch; (None,): the layer's MLP is dense.
+        gate: what they write is multiplied by, all together, on average over its wordings.
+    """
+
+    experts: tuple[int | None, ...]
+    gate: float
+
+    @classmethod
+    def of(
+        cls, gates: Mapping[int | None, Tensor], known: Collection[int | None], layer: int
+    ) -> _Home:
+        """Those of the experts that fire, by their gates `[wordings]`, whose work is `known`.
+
+        Raises:
+            EditError: none is.
+        """
+        if not (experts := tuple(expert for expert in gates if expert in known)):
+            raise EditError(
+                f"none of the ordinary text's tokens is given to expert {next(iter(gates))} of "
+                f"layer {layer}, so that what its neurons do is not known; give more text"
+            )
+        return cls(experts, float(torch.stack([gates[expert] for expert in experts]).sum(0).mean()))
+
+
+@dataclass(frozen=True)
 class _Written:
     """What was written into one MLP.
 
     Attributes:
         expert: whose it is; None: the layer's MLP is dense.
         freed: the neurons.
-        closed: `[wordings]` how much of its value each gets.
+        closed: by group, `[wordings]` how far its switch is closed, times the gate.
         leak: the farthest that a switch is closed at another text.
         factors: `(U [hidden, r], V [d, r])` of its output projection.
         changes: by parameter, of all its matrices.
@@ -446,7 +485,7 @@ class _Written:
 
     expert: int | None
     freed: Freed
-    closed: Tensor
+    closed: Mapping[int, Tensor]
     leak: float
     factors: tuple[Tensor, Tensor]
     changes: Mapping[str, Change]
