@@ -56,6 +56,7 @@ METAKE = {
     "unchanged": "neighbourhood unchanged",
 }
 ONE_LAYER = "sequential_one_layer"
+OF_EXPERTS = "sequential_moe"
 SEQUENTIAL = {
     "success": "efficacy success",
     "paraphrase": "paraphrase success",
@@ -288,6 +289,11 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
         "sequential.md",
         partial(sequential, name=ONE_LAYER),
         partial(sequential_picture, name=ONE_LAYER),
+    ),
+    OF_EXPERTS: (
+        "moe.md",
+        partial(sequential, name=OF_EXPERTS),
+        partial(sequential_picture, name=OF_EXPERTS),
     ),
     "geometry": ("geometry.md", geometry, geometry_picture),
     "gradient": ("gradient.md", gradient, gradient_picture),

@@ -12,6 +12,8 @@ history: later edits may overwrite earlier keys.
 Every batch and every step is on disk before the next one starts, and an interrupted run goes on
 from there; what is complete is not computed again. With `--merge` the edits of every step become
 one (`Session.compact`), and neither a batch's cost nor what is kept grows with the history.
+
+With `--experts 8` the model is the mixture of `benchmarks.moe`, that many copies of each MLP.
 """
 
 from __future__ import annotations
@@ -46,16 +48,18 @@ from knowedit.report.plots import save, trajectory
 from knowedit.statistics import KeyStatistics, key_statistics
 from knowedit.statistics.corpus.corpus import Corpus
 
-from . import common
+from . import common, mixtures
 
 CORPUS = "enwiki_2021_sample_3MB.txt.gz"
 TEXT = "wikitext2_raw_valid.txt.gz"
 FREE = "-free"
 
 
-def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Recipe:
+def method_for(
+    name: str, layers: Sequence[int], steps: int, draft: bool, optimiser: str | None = None
+) -> Recipe:
     """The method called `name` (with or without `-free`), with its own defaults but for layers,
-    steps and precision.
+    steps, precision and, if one is named, the values' optimiser.
     """
     methods = [known for known, found in listed().items() if found.group == "locate"]
     known = name.removesuffix(FREE)
@@ -65,6 +69,7 @@ def method_for(name: str, layers: Sequence[int], steps: int, draft: bool) -> Rec
         )
     steps += 0 if known == "metake" else ThroughSolver().settings.steps
     settings = {"layers": tuple(layers), "target.steps": steps, "runtime.draft": draft}
+    settings |= {"target.optimiser": optimiser} if optimiser else {}
     made = make_method(known, settings)
     assert isinstance(made, Recipe)
     return made
@@ -197,6 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of facts")
     parser.add_argument("--steps", type=int, default=20, help="of the value optimisation")
+    parser.add_argument("--optimiser", help="of the values (default: the method's)")
+    parser.add_argument(
+        "--experts", type=int, help="edit a mixture of so many copies of each MLP, two a token"
+    )
     parser.add_argument(
         "--exact-values",
         action="store_true",
@@ -238,9 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = data_dir() or Path("KNOWEDIT_DATA")
     facts = draw_facts(load("counterfact-flat"), arguments.limit, arguments.seed)
     model = load_model(arguments.model, dtype=torch.float32)
+    if arguments.experts:
+        model = mixtures.copies(model, arguments.experts, active=2)
     layers = parse_layers(arguments.layer) or ()
     methods = {
-        name: method_for(name, layers, arguments.steps, not arguments.exact_values)
+        name: method_for(
+            name, layers, arguments.steps, not arguments.exact_values, arguments.optimiser
+        )
         for name in arguments.method
     }
     needed = sorted({n for method in methods.values() for n in method.statistics_layers(model)})
@@ -255,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if arguments.checked is not None or arguments.merge:
         setting |= {"checked": arguments.checked, "merge": arguments.merge}
+    for name in ("experts", "optimiser"):
+        setting |= {name: given} if (given := getattr(arguments, name)) else {}
     if old and old[0].get("setting") != setting:
         raise KnowEditError(
             f"{source} holds a run with {old[0].get('setting')}, not {setting}; give another "
