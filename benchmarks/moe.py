@@ -6,10 +6,13 @@ those of a mixture: every expert sees tokens of its own and is edited by itself.
 shared expert are another model, whose perplexity is stated.
 
 MoEEdit's own code edits the copies beside ours, where a folder with it is named (`--moeedit`).
+
+A run goes on with the results file: what other methods did to the same mixture and facts is kept.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -28,8 +31,10 @@ from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
 from knowedit.io.tables import Table
-from knowedit.methods import MEMIT
+from knowedit.methods import MEMIT, Method, NeuronPatch
 from knowedit.methods.locate.targets import HiddenState
+from knowedit.methods.locate.values import DEFAULT_CONTEXTS, prompt_rows
+from knowedit.methods.neurons.texts import chosen
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.models.presets import preset_for
@@ -44,6 +49,9 @@ SAME = 1e-3
 SHOWN = ("success", "exact", "unchanged")
 #: The results file of each mixture.
 RESULTS = {"copies": "moe", "gpt-oss": "moe_gpt_oss", "slices": "moe_slices"}
+#: The case of rows that say where the router sends other wordings.
+ROUTING = "wordings' experts"
+METHODS = ("memit", "neuron-patch")
 #: Documents that routers are fitted on; perplexity is of the next ones.
 FITTED = 24
 
@@ -75,7 +83,7 @@ def difference(one: EditableModel, other: EditableModel) -> float:
 
 
 def _kept(
-    path: Path | None, mixture: EditableModel, facts: list[Fact], editor: MEMIT
+    path: Path | None, mixture: EditableModel, facts: list[Fact], editor: Method
 ) -> Edit | None:
     """The edit of an earlier run that was interrupted while it was measured; None where there is
     none of these facts and settings. Statistics are kept in the cache, or as checkpoints there.
@@ -104,6 +112,32 @@ def planned(
     solver, _ = editor.metric.solver(statistics, layer, found.keys.T)
     changes_of(model, {layer: (wanted.T, found.add_up(solver.A).T.float())})
     return wanted, time.process_time() - start
+
+
+def rerouted(
+    model: EditableModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str]
+) -> dict[str, float]:
+    """Shares of the gates at the facts' other wordings that go to the experts which fire at a
+    fact's prompt: to the one with the largest gates, to those of the bare prompt, to those of the
+    prompt in all contexts; how many experts these are, and at how many wordings the first is none.
+    """
+    own = chosen(
+        model, [row for fact in facts for row in prompt_rows(model, fact, contexts)], layer
+    )
+    own = own.unflatten(0, (len(facts), -1))  # [facts, contexts, E]
+    others = [(i, text) for i, fact in enumerate(facts) for text in fact.paraphrases]
+    rows = [model.row(text, facts[i].subject) for i, text in others]
+    gates, whose = chosen(model, rows, layer), torch.tensor([i for i, _ in others])
+    gates = gates / gates.sum(1, keepdim=True)
+    first = gates.gather(1, own.sum(1).argmax(1)[whose, None])[:, 0]
+    fired = own.gt(0)
+    return {
+        "first": float(first.mean()),
+        "prompt": float((gates * fired[whose, 0]).sum(1).mean()),
+        "contexts": float((gates * fired.any(1)[whose]).sum(1).mean()),
+        "experts": float(fired.any(1).sum(1).double().mean()),
+        "without": float(first.eq(0).double().mean()),
+    }
 
 
 def judge(
@@ -149,15 +183,22 @@ def _one(folder: Path, name: str) -> str:
             f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
             for row in (found[case] for case in cases)
         ]
+    costs = [_costs(rows, case) for case in cases]
     told = [
-        f"**{header['model']}**: {header['facts']} facts in one edit of layer "
-        f"{', '.join(map(str, _costs(rows, cases[0])['report']['settings']['layers']))}, "
-        f"{header['tokens']:,} tokens of statistics."
+        f"**{header['model']}**: {header['facts']} facts in one edit, {header['tokens']:,} tokens "
+        "of statistics."
     ]
-    told += [_perplexities(rows)] + [_told(_costs(rows, case)) for case in cases]
+    told += [_perplexities(rows), *map(_told, costs), *map(_rerouted, rows)]
     heads = ["%", "unedited", *cases]
     text = " ".join(part for part in told if part)
-    return "\n\n".join([text, Table(heads, lines).markdown(), common.measured_on(header)])
+    kind = next(kind for kind, file in RESULTS.items() if file == name)
+    where: dict[str, list[str]] = {}
+    for row in costs:
+        machine = {"environment": row.get("environment", header["environment"])}
+        found = common.measured_on({**machine, "benchmark": f"moe --kind {kind}"})
+        where.setdefault(found, []).append(row["case"])
+    notes = [f"{', '.join(whose)}: {machine}" for machine, whose in where.items()]
+    return "\n\n".join([text, Table(heads, lines).markdown(), *notes])
 
 
 def _costs(rows: list[dict[str, Any]], case: str) -> dict[str, Any]:
@@ -176,9 +217,22 @@ def _perplexities(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _rerouted(row: dict[str, Any]) -> str:
+    """What a row of `rerouted` says; nothing of any other."""
+    if row.get("case") != ROUTING:
+        return ""
+    return (
+        f"Layer {row['layer']}, other wordings: the expert that fires most at a fact's prompt has "
+        f"{100 * row['first']:.0f} % of the gates, and none at {100 * row['without']:.0f} % of "
+        f"them; the experts of the bare prompt have {100 * row['prompt']:.0f} %, those of the "
+        f"prompt in three contexts ({row['experts']:.1f} of them) {100 * row['contexts']:.0f} %."
+    )
+
+
 def _told(row: dict[str, Any]) -> str:
     """One case in words."""
-    parts = [f"{row['case']}:"]
+    at = row["report"].get("settings", {}).get("layers", ())
+    parts = [f"{row['case']}{', layer ' if at else ''}{', '.join(map(str, at))}:"]
     if counts := [n for layer in row.get("tokens_an_expert", ()) for n in layer]:
         parts.append(f"{min(counts):,.0f} to {max(counts):,.0f} tokens an expert,")
     if "seconds_a_fact" in row:
@@ -211,6 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--kind", choices=RESULTS, default="copies", help="of mixture")
     parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument(
+        "--method", action=common.Repeated, choices=METHODS, default=["memit"], help="(repeatable)"
+    )
     parser.add_argument("--active", type=int, default=None, help="a token (default: 2, slices 4)")
     parser.add_argument("--limit", type=int, default=48, help="facts written at once")
     parser.add_argument("--tokens", type=int, default=65_536, help="of the statistics")
@@ -222,13 +279,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--moeedit", type=Path, default=None, help="folder with MoEEdit's code: edit with it too"
     )
     parser.add_argument(
-        "--keep", type=Path, default=None, help="the edit's file; read again where it is there"
+        "--keep", type=Path, default=None, help="folder for the edits, each read again if there"
     )
     arguments = parser.parse_args(argv)
     if arguments.moeedit is not None and arguments.kind != "copies":
         parser.error("--moeedit goes with --kind copies, whose layout its code can be shown")
     if arguments.shared and arguments.kind != "slices":
         parser.error("--shared goes with --kind slices, which have a shared expert")
+    if "memit" not in arguments.method and (arguments.moeedit or arguments.shared):
+        parser.error("--moeedit and --shared go with --method memit")
     count, tokens = arguments.limit, arguments.tokens
     if arguments.quick:
         count, tokens = 4, 8192
@@ -255,35 +314,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         same = 1 - difference(mixture, dense)
         report.floor("the mixture", "agreement of logits", same, 1 - SAME)
+    for layer in (*layers, preset_for(mixture).neuron_layer):
+        found = rerouted(mixture, facts, layer, DEFAULT_CONTEXTS)
+        said = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        report.note(f"{ROUTING}, layer {layer}: {said}", case=ROUTING, layer=layer, **found)
     del dense
-    editors = {"MEMIT": MEMIT(layers=layers, target=HiddenState(**values))}
+    memit = MEMIT(layers=layers, target=HiddenState(**values))
+    editors: dict[str, Method] = {"MEMIT": memit} if "memit" in arguments.method else {}
     if arguments.shared:
-        editors["MEMIT, shared expert"] = replace(editors["MEMIT"], experts="shared")
+        editors["MEMIT, shared expert"] = replace(memit, experts="shared")
+    if "neuron-patch" in arguments.method:
+        editors[NeuronPatch.name] = NeuronPatch(corpus=corpus())
+    others = [*editors, "MoEEdit"] if arguments.moeedit else [*editors]
+    report.rows[1:1] = _earlier(report, without=others)
     for case, editor in editors.items():
-        seen = editor.view(mixture)
-        statistics = key_statistics(seen, layers, corpus(), tokens, halves=False)
-        edit = _kept(arguments.keep, mixture, facts, editor)
+        seen = editor.view(mixture) if isinstance(editor, MEMIT) else mixture
+        statistics = (
+            key_statistics(seen, layers, corpus(), tokens, halves=False)
+            if isinstance(editor, MEMIT)
+            else None
+        )
+        path = arguments.keep and arguments.keep / f"{case}.edit.safetensors"
+        edit = _kept(path, mixture, facts, editor)
         if edit is None:
             start = time.process_time()
             edit = editor.compute(mixture, facts, statistics)
             edit.report.details["seconds"] = time.process_time() - start
-            if arguments.keep is not None and case == "MEMIT":
-                edit.save(arguments.keep)
+            if path is not None:
+                edit.save(path)
         judge(report, case, mixture, edit, facts)
         seconds = edit.report.details["seconds"] / len(facts)
-        wanted, write = planned(editor, seen, statistics, edit)
+        costs: dict[str, Any] = {"environment": common.environment()}
+        if isinstance(editor, MEMIT) and statistics is not None:
+            wanted, write = planned(editor, seen, statistics, edit)
+            counts = [statistics[at].counts for at in layers]
+            costs |= {"write": write, "tokens_an_expert": counts}
         report.note(
-            f"{case}: {seconds:.2f} CPU-s a fact, its write {write:.2f} CPU-s, gain "
-            f"{edit.report.gain:.3f}; {edit.report.measured}",
+            f"{case}: {seconds:.2f} CPU-s a fact, gain {edit.report.gain:.3f}; "
+            f"{edit.report.measured}",
             case=case,
             seconds_a_fact=seconds,
-            write=write,
             report=edit.report.record(),
-            tokens_an_expert=[statistics[at].counts for at in layers],
+            **costs,
         )
         if arguments.moeedit is not None:
             beside(report, arguments.moeedit, mixture, layers[-1], facts, wanted, tokens)
     return report.finish()
+
+
+def _earlier(report: common.Report, without: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier run on the same mixture and facts, but for those of some cases; the
+    report keeps its header.
+    """
+    if report.output is None or not report.output.exists():
+        return []
+    header, *rows = map(json.loads, report.output.read_text("utf-8").splitlines())
+    same = ("model", "dataset", "facts", "tokens")
+    if any(header.get(name) != report.rows[0][name] for name in same):
+        return []
+    report.rows[0] = header
+    new = {row.get("case") for row in report.rows[1:]}
+    return [row for row in rows if row.get("case") and row["case"] not in {*without, *new}]
 
 
 def beside(
@@ -311,6 +402,7 @@ def beside(
         f"MoEEdit: projections {found.projections:.1f} CPU-s, keep {found.kept:.2%} of the "
         f"directions; write {found.write:.2f} CPU-s; {found.edit.report.measured}",
         case="MoEEdit",
+        environment=common.environment(),
         write=found.write,
         projections=found.projections,
         kept=found.kept,

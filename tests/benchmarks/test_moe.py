@@ -1,9 +1,12 @@
 """Mixtures made from a dense model, and the measurement of edits in them (unit)."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
-from benchmarks import mixtures, moe, moeedit
+from benchmarks import common, mixtures, moe, moeedit
 from benchmarks.common import RESULTS
 from knowedit.cli import doctor
 from knowedit.methods import MEMIT
@@ -69,3 +72,60 @@ def test_a_page_shows_every_mixture_that_was_measured(tmp_path):
     assert moe.table(tmp_path).count("tokens of statistics") == 1
     (tmp_path / "moe_slices.jsonl").write_text((RESULTS / "moe.jsonl").read_text())
     assert moe.table(tmp_path).count("tokens of statistics") == 2
+
+
+def test_a_run_keeps_what_other_methods_did_to_the_same_mixture(tmp_path):
+    path = tmp_path / "moe.jsonl"
+    path.write_text((RESULTS / "moe.jsonl").read_text())
+    header, *rows = map(json.loads, path.read_text().splitlines())
+    same = {name: header[name] for name in ("model", "dataset", "facts", "tokens")}
+    report = common.Report("moe", path, **same)
+    report.rows.append({"case": "the mixture"})
+    kept = moe._earlier(report, without=["MEMIT"])
+    assert {row["case"] for row in kept} == {row["case"] for row in rows} - {"MEMIT", "the mixture"}
+    assert report.rows[0] == header
+    other = common.Report("moe", path, **{**same, "tokens": 1})
+    assert moe._earlier(other, without=[]) == []
+
+
+def test_a_page_says_where_each_case_was_measured(tmp_path):
+    header, *rows = map(json.loads, (RESULTS / "moe.jsonl").read_text().splitlines())
+    elsewhere = {**header["environment"], "cpu": "a CPU of another make"}
+    rows = [
+        row | ({"environment": elsewhere} if row["case"] == "MoEEdit" and "write" in row else {})
+        for row in rows
+    ]
+    (tmp_path / "moe.jsonl").write_text("\n".join(map(json.dumps, [header, *rows])))
+    told = moe.table(tmp_path)
+    assert "MoEEdit: `python -m benchmarks.moe --kind copies`: a CPU of another make" in told
+    assert (
+        f"MEMIT: `python -m benchmarks.moe --kind copies`: {header['environment']['cpu']}" in told
+    )
+
+
+def test_where_other_wordings_are_sent(tiny_llama):
+    """Shares by hand, from the router of the layer itself."""
+    model = mixtures.copies(tiny_llama, 4, 2)
+    fact = replace(FACTS[0], paraphrases=("People say that France has its capital in",))
+    gates = {}
+    module = model.projection(2).module
+    rows = [model.row(text, fact.subject) for text in (fact.text, f"Oh, {fact.text}")]
+    rows.append(model.row(fact.paraphrases[0], fact.subject))
+    for number, row in enumerate(rows):
+        given = []
+        handle = module.register_forward_pre_hook(lambda _, x, given=given: given.append(x[1:]))
+        model.hf(input_ids=torch.tensor([row.ids]))
+        handle.remove()
+        index, weight = (part.reshape(-1, 2)[row.subject] for part in given[0])
+        gates[number] = torch.zeros(4).index_add(0, index, weight)
+    found = moe.rerouted(model, [fact], 2, ("{}", "Oh, {}"))
+    first = int((gates[0] + gates[1]).argmax())
+    bare, any_of = gates[0] > 0, (gates[0] + gates[1]) > 0
+    wanted = {
+        "first": gates[2][first],
+        "prompt": gates[2][bare].sum(),
+        "contexts": gates[2][any_of].sum(),
+        "experts": any_of.sum(),
+        "without": gates[2][first] == 0,
+    }
+    assert found == pytest.approx({name: float(value) for name, value in wanted.items()}, abs=1e-5)
