@@ -19,7 +19,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,6 +187,20 @@ def measured_on(header: Mapping[str, Any]) -> str:
         f"`python -m benchmarks.{header['benchmark']}`: {machine['cpu']}, {machine['cores']} "
         f"cores, torch {machine['torch']}, {machine['date'][:10]}."
     )
+
+
+def measured_each(header: Mapping[str, Any], rows: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """`measured_on` of rows, each with what the table calls it, that may have been measured on
+    several machines: those with an `environment` of their own elsewhere than the header says. A
+    paragraph a machine; on one alone no row is named.
+    """
+    where: dict[str, dict[str, None]] = {}
+    for name, row in rows:
+        machine = row.get("environment", header["environment"])
+        where.setdefault(measured_on({**header, "environment": machine}), {})[name] = None
+    if len(where) == 1:
+        return next(iter(where))
+    return "\n\n".join(f"{'; '.join(names)}: {machine}" for machine, names in where.items())
 
 
 def percent(value: float | None) -> str:

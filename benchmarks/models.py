@@ -205,7 +205,8 @@ def table(folder: Path) -> str:
     heads = ["model", "method", "layers", "edits", "records", *GOALS]
     heads += ["neighbourhood success", "perplexity", "change", "CPU-s a fact", "refused"]
     told = ["Every row here reaches all of its goals."] if not missed else ["Short of a goal:", ""]
-    parts = ["\n".join([*told, *missed]), common.measured_on(header)]
+    whose = [(f"{row['model']}, {row['method']}", row) for row in rows]
+    parts = ["\n".join([*told, *missed]), common.measured_each(header, whose)]
     return "\n\n".join([Table(heads, lines).markdown(), *parts])
 
 
@@ -251,6 +252,7 @@ def run(
             row = bench.piece(method, statistics, protocol, records)
             row |= dict(zip(("model", "method", "protocol", "first", "last"), key))
             row |= {"tokens": tokens, "origin": preset.origin}
+            row |= {"environment": report.rows[0]["environment"]}
             report.note(line(row), **row)
 
 
@@ -283,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     report = common.report(NAME, arguments, dataset="counterfact", text=TEXT, goals=GOALS)
     if report.output is not None and report.output.is_file():
-        report.rows += common.read_file(report.output)[1]
+        header, kept = common.read_file(report.output)
+        report.rows += [{"environment": header["environment"], **row} for row in kept]
     texts = held_out(arguments.text or folder / TEXT)
     for name in arguments.model or [copy.name for copy in COPIES if copy.here]:
         copy = copy_of(name)

@@ -192,13 +192,9 @@ def _one(folder: Path, name: str) -> str:
     heads = ["%", "unedited", *cases]
     text = " ".join(part for part in told if part)
     kind = next(kind for kind, file in RESULTS.items() if file == name)
-    where: dict[str, list[str]] = {}
-    for row in costs:
-        machine = {"environment": row.get("environment", header["environment"])}
-        found = common.measured_on({**machine, "benchmark": f"moe --kind {kind}"})
-        where.setdefault(found, []).append(row["case"])
-    notes = [f"{', '.join(whose)}: {machine}" for machine, whose in where.items()]
-    return "\n\n".join([text, Table(heads, lines).markdown(), *notes])
+    told_of = {**header, "benchmark": f"moe --kind {kind}"}
+    where = common.measured_each(told_of, [(row["case"], row) for row in costs])
+    return "\n\n".join([text, Table(heads, lines).markdown(), where])
 
 
 def _costs(rows: list[dict[str, Any]], case: str) -> dict[str, Any]:

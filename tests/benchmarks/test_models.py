@@ -57,8 +57,22 @@ def test_pieces_are_measured_once(tiny_llama, once, tmp_path, monkeypatch):
     assert rows[0]["perplexity"][0] != rows[0]["perplexity"][1] and rows[1]["perplexity"] is None
     told = models.table(tmp_path)
     assert "batches of 2" in told and "Short of a goal" in told and "7, 8" not in told
+    assert told.endswith(common.measured_on(common.read(tmp_path, "models")[0]))
     monkeypatch.setattr(models.Bench, "piece", None)  # what there is, is not measured again
     assert once([batch, *singles], rows) == rows
+
+
+def test_rows_of_another_machine_are_told(once, tmp_path):
+    rows = once([("batch", [7, 8]), ("single", [7])])
+    path = tmp_path / "models.jsonl"
+    header = json.loads(path.read_text().splitlines()[0])
+    rows[1]["environment"] = {**rows[1]["environment"], "cpu": "Another one"}
+    rows[1]["method"] = "memit-merge"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    first, other = models.table(tmp_path).split("\n\n")[-2:]
+    name = rows[0]["model"]
+    assert first == f"{name}, memit: {common.measured_on(header)}"
+    assert other.startswith(f"{name}, memit-merge: ") and "Another one" in other
 
 
 def test_a_piece_is_what_the_evaluation_says(tiny_llama, once, tmp_path):
