@@ -78,6 +78,11 @@ class WeightLedger:
         unknown = set(transposed) - set(weights or {})
         if unknown:
             raise ValueError(f"transposed names unknown weights: {sorted(unknown)}")
+        if weights is not None and not isinstance(weights, Mapping):
+            raise TypeError(
+                f"weights must be names and tensors, as {{'layer': weight}}, not "
+                f"{type(weights).__name__}"
+            )
         self._rounding, self._seed, self._offload = rounding, seed, offload
         self._entries: dict[str, _Entry] = {}
         for name, weight in (weights or {}).items():
@@ -89,6 +94,9 @@ class WeightLedger:
         """
         if name in self._entries:
             raise ValueError(f"weight {name!r} is already registered")
+        if not isinstance(weight, Tensor):
+            hint = "; give its .weight" if isinstance(weight, torch.nn.Module) else ""
+            raise TypeError(f"weight {name!r} must be a tensor, not {type(weight).__name__}{hint}")
         if weight.ndim == 0 or not weight.is_floating_point():
             raise ValueError(
                 f"weight {name!r} must be a floating-point tensor, got {weight.dtype} "

@@ -99,8 +99,8 @@ class SecondMoment:
         [...] is True.
 
         Raises ValueError for a wrong shape or device, and for NaN, infinite or absurdly large keys,
-        naming the first such token; TypeError for a wrong dtype. A refused batch leaves the state
-        as it was.
+        naming the first such token; TypeError for a wrong dtype, or no tensor. A refused batch
+        leaves the state as it was.
         """
         update_together([self], [keys], mask)
         return self
@@ -322,6 +322,12 @@ def update_together(
         raise ValueError("the same SecondMoment occurs twice; give every layer its own")
     if len(moments) != len(keys):
         raise ValueError(f"{len(moments)} moments, but keys of {len(keys)} layers")
+    for given in keys:
+        if not isinstance(given, torch.Tensor):  # the operator would only say what it is called
+            raise TypeError(
+                f"keys must be a float64, float32, float16 or bfloat16 tensor, not "
+                f"{type(given).__name__}; torch.as_tensor makes one of an array or a list"
+            )
     torch.ops.knowedit.moment_update_(
         [moment._turn for moment in moments],
         list(keys),

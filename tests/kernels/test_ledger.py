@@ -429,3 +429,11 @@ def test_matrices_of_experts_are_edited_and_undone_each_by_itself(dtype, transpo
         ledger.add_many("one", {"down[3]": factors(8, 12, 1)})
     ledger.reset()
     assert torch.equal(bits(whole[3]), bits(pristine.view(dtype).view(shape)[3]))
+
+
+def test_what_is_no_weight_is_said_plainly():
+    layer = torch.nn.Linear(3, 2)
+    with pytest.raises(TypeError, match="must be a tensor, not Linear; give its .weight"):
+        WeightLedger({"layer": layer})
+    with pytest.raises(TypeError, match="names and tensors.*not list"):
+        WeightLedger([layer.weight])

@@ -312,3 +312,11 @@ def test_a_grouped_launch_that_fails_leaves_no_wrong_sum(monkeypatch):
     for use in (grouped.pooled, grouped.state_dict, grouped.audit):
         with pytest.raises(RuntimeError, match="a launch failed"):
             use()
+
+
+def test_what_is_no_tensor_is_said_plainly():
+    moment = SecondMoment(2)
+    for given in ([[1.0, 2.0]], torch.ones(1, 2).numpy()):
+        with pytest.raises(TypeError, match=f"not {type(given).__name__}; torch.as_tensor"):
+            moment.update(given)
+    assert moment.count == 0
