@@ -27,6 +27,7 @@ COPIED = {
     *("down_proj", "up_proj", "gate_proj", "gate_up_proj", "c_proj", "c_fc"),  # of the MLP
     *("v_proj", "o_proj", "qkv_proj", "c_attn"),
 }
+ENDS = {"embed_tokens", "lm_head", "wte", "embed_out", "word_embeddings"}  # of the vocabulary
 ROTARY = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 INTERLEAVED = {"llama"}  # architectures whose converters reorder the rows of ROTARY
 
@@ -61,6 +62,12 @@ class LlamaCpp:
         module = parameter.removesuffix(".weight").replace(".language_model", "")
         leaf = module.rpartition(".")[2]
         found = self._names.get_name(module)
+        if leaf in ENDS:
+            raise EditError(
+                f"{parameter} is the embeddings or the head: edits of these are not written for "
+                "llama.cpp, which lays them out in another way; write the edit into a copy of the "
+                "model (`knowedit apply`) and convert that"
+            )
         copied = leaf in COPIED or leaf in ROTARY
         if found is None or not copied or not parameter.endswith(".weight"):
             raise EditError(

@@ -10,6 +10,7 @@ from gguf import GGUFReader
 from knowedit.edits.changes import Dense, LowRank
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.gguf_lora import write
+from knowedit.edits.llamacpp import LlamaCpp
 from knowedit.errors import EditError
 from tests.knowedit.edits.test_edit import an_edit
 
@@ -82,9 +83,15 @@ def test_what_it_cannot_hold_is_refused_with_the_reason(tiny_llama, tmp_path):
     dense.changes[name] = Dense(torch.zeros(32, 48))
     head = an_edit(tiny_llama)
     head.changes["lm_head.weight"] = LowRank(torch.ones(258, 1), torch.ones(32, 1))
-    for edits, said in ((dense, "densely"), (head, "holds lm_head.weight in another way")):
+    embedding = an_edit(tiny_llama)
+    embedding.changes["model.embed_tokens.weight"] = head.changes["lm_head.weight"]
+    ends = "is the embeddings or the head: .*knowedit apply"
+    cases = ((dense, "densely"), (head, f"lm_head.weight {ends}"))
+    for edits, said in (*cases, (embedding, f"embed_tokens.weight {ends}")):
         with pytest.raises(EditError, match=said):
             write(tiny_llama, [edits], path)
+    with pytest.raises(EditError, match="holds model.other.weight in another way"):
+        LlamaCpp(tiny_llama).name("model.other.weight")
     tiny_llama.hf.config.model_type = "unheard_of"
     with pytest.raises(EditError, match="'unheard_of' is not known"):
         write(tiny_llama, [an_edit(tiny_llama)], path)
