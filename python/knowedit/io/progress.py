@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Timer
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Protocol
 
@@ -41,7 +41,7 @@ def bar(
     title: str, total: float, unit: str = "", *, done: float = 0.0, show: bool = True
 ) -> Iterator[Advance]:
     """Yield the function that moves a progress bar on. Without a terminal, work of more than two
-    seconds prints a line by then, another every minute, and one at the end.
+    seconds prints a line by then, another every minute (also within a step), and one at the end.
 
     Args:
         total: the amount at the end, in `unit`; done: what of it an earlier run did.
@@ -52,7 +52,7 @@ def bar(
         try:
             yield lines.advance
         finally:
-            lines.timer.cancel()
+            lines.over.set()
         lines.end()
         return
     columns = (
@@ -99,31 +99,46 @@ class _Lines:
     def __init__(self, title: str, total: float, unit: str, done: float, show: bool) -> None:
         self.title, self.total, self.unit, self.show = title, total, unit, show
         self.before, self.done, self.begun = done, done, monotonic()
-        self.due, self.said = self.begun + FIRST, False
-        self.timer = Timer(FIRST, self._start)  # where the first step itself takes long
-        self.timer.daemon = True
+        self.due, self.lines, self.note = self.begun + FIRST, 0, ""
+        self.turn, self.over = Lock(), Event()
         if show:
-            self.timer.start()
+            Thread(target=self._watch, daemon=True).start()
 
-    def _start(self) -> None:
-        if self.done == self.before:
-            self.due, self.said = self.begun + FIRST + EVERY, True
-            self._say(f"{self.total - self.done:,.0f} {self.unit} to do" if self.unit else "begun")
+    def _watch(self) -> None:
+        """Say how far it is where a single step takes long."""
+        known = 0
+        while not self.over.wait(EVERY if self.lines else FIRST):
+            if self.lines == known:
+                self._say_how_far(monotonic())
+            known = self.lines
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         self.done += amount
+        self.note = note or ""
         _tell(self.title, self.done, self.total)
         now = monotonic()
-        if now >= self.due and self.before < self.done < self.total:
+        if now >= self.due and self.done > self.before:
+            self._say_how_far(now)
+
+    def _say_how_far(self, now: float) -> None:
+        with self.turn:
+            if not self.over.is_set() and self.done < self.total:
+                self._say(self._how_far(now, first=not self.lines))
+                self.due, self.lines = now + EVERY, self.lines + 1
+
+    def _how_far(self, now: float, first: bool) -> str:
+        parts = 0 if self.total >= 100 or float(self.done).is_integer() else 1
+        some = f"{self.done:,.{parts}f} of {self.total:,.0f} {self.unit}".rstrip()
+        if self.done > self.before:
             left = (now - self.begun) * (self.total - self.done) / (self.done - self.before)
-            self.due, self.said = now + EVERY, True
-            behind = f", {note}" if note else ""
-            parts = 0 if self.total >= 100 or float(self.done).is_integer() else 1
-            some = f"{self.done:,.{parts}f} of {self.total:,.0f} {self.unit}".rstrip()
-            self._say(f"{some}{behind}, about {_time(left)} left")
+            behind = f", {self.note}" if self.note else ""
+            return f"{some}{behind}, about {_time(left)} left"
+        if first:
+            return f"{self.total - self.done:,.0f} {self.unit} to do" if self.unit else "begun"
+        return f"{some} after {_time(now - self.begun)}" if self.unit else "not done yet"
 
     def end(self) -> None:
-        if self.said:
+        if self.lines:
             self._say(f"done in {_time(monotonic() - self.begun)}")
 
     def _say(self, text: str) -> None:
@@ -155,6 +170,22 @@ def heard_by(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listeners.remove(listener)
+
+
+@contextmanager
+def no_bars_of_transformers() -> Iterator[None]:
+    """Within the block transformers draws no bars of its own, which know nothing of a pipe or
+    --quiet.
+    """
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from knowedit.errors import ModelError
 from knowedit.io.files import atomic_folder, cache_dir, disk_errors
+from knowedit.io.progress import no_bars_of_transformers
 from knowedit.models.copies import ORIGIN
 
 #: Read at once while a file is hashed, in bytes.
@@ -61,24 +62,20 @@ def dequantise(
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     say(f"Converting {gguf.name} once to safetensors (up to some minutes) ...")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    was = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        with no_bars_of_transformers():
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # transformers', the gguf package's and numpy's own
         raise ModelError(
             f"transformers cannot read {gguf} ({type(error).__name__}: "
             f"{str(error).strip()[:300]}); give the folder or hub id of the original model instead"
         ) from error
-    finally:
-        if was:
-            logging.enable_progress_bar()
-    with as_plain(model), atomic_folder(folder) as temporary, disk_errors(folder):
+    quiet = no_bars_of_transformers()
+    with quiet, as_plain(model), atomic_folder(folder) as temporary, disk_errors(folder):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")

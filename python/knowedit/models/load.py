@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from knowedit.errors import ModelError
+from knowedit.io.progress import no_bars_of_transformers
 from knowedit.models.adapters import base_of, merge
 from knowedit.models.download import DEFAULT_MODEL, name_of, resolve
 from knowedit.models.editable import EditableModel, known_tokenizer
@@ -311,12 +312,9 @@ def fingerprint_of(folder: Path, instead: Mapping[str, torch.Tensor] = {}) -> st
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Without transformers' bar, and with its errors as ours."""
-    from transformers.utils import logging
-
-    was = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
-    logging.disable_progress_bar()
     try:
-        yield
+        with no_bars_of_transformers():
+            yield
     except UnpicklingError as error:  # its text says how to run what is in the file
         raise ModelError(
             f"model {name!r} could not be loaded: its weights are a pickle that holds more than "
@@ -324,9 +322,6 @@ def _loading(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # transformers', safetensors' and torch's own, of many classes
         raise ModelError(f"model {name!r} could not be loaded: {said_by(error)}") from error
-    finally:
-        if was:
-            logging.enable_progress_bar()
 
 
 def said_by(error: Exception) -> str:

@@ -85,6 +85,22 @@ def test_a_first_step_that_takes_long_is_said_too(elsewhere, monkeypatch):
     ]
 
 
+def test_a_step_that_takes_minutes_is_not_silent(elsewhere, monkeypatch):
+    out, clock = elsewhere
+    monkeypatch.setattr(progress, "FIRST", 0.01)
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    with progress.bar("sampling", 4096, "tokens") as advance:
+        clock[0] += 600
+        while "after" not in out.getvalue():
+            pass
+        advance(1024)
+        while "left" not in out.getvalue():
+            pass
+    said = out.getvalue().splitlines()
+    assert said[:2] == ["sampling: 4,096 tokens to do", "sampling: 0 of 4,096 tokens after 10 min"]
+    assert "sampling: 1,024 of 4,096 tokens, about 30 min left" in said
+
+
 def test_what_an_earlier_run_did_says_nothing_of_the_speed(elsewhere):
     out, clock = elsewhere
     with progress.bar("keys", 1000, "tokens", done=800) as advance:

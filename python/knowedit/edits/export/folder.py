@@ -23,6 +23,7 @@ from knowedit.edits.export.places import pieces, places, said
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.files import atomic_file, atomic_folder, disk_errors
+from knowedit.io.progress import no_bars_of_transformers
 from knowedit.io.tensors import checksum, read_file, understood, write_file
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
@@ -95,7 +96,8 @@ def _write_folder(
     header: dict[str, Any],
 ) -> None:
     """Write the edited model as it is in memory, the record, and what the folder says of itself."""
-    model.hf.save_pretrained(folder)
+    with no_bars_of_transformers():
+        model.hf.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     edited = {name: model.stored(name).detach().cpu() for name in originals}
     stored = places(_weight_files(folder), edited)
