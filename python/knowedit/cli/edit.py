@@ -24,10 +24,12 @@ from knowedit.cli.options import (
     command_line,
     edit_of,
     one,
+    say,
 )
 from knowedit.edits.export.listing import formats
 from knowedit.errors import KnowEditError
 from knowedit.io.files import check_file, check_free, is_safetensors, locked
+from knowedit.io.lines import number_of
 from knowedit.io.progress import kept_on_interrupt
 from knowedit.models.gguf import is_gguf
 
@@ -54,7 +56,10 @@ Facts = Annotated[
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option(help="Another limit of what an edit may do, such as perplexity=1.2."),
+    typer.Option(
+        help="Another limit of what an edit may do, such as perplexity=1.2, or must do: said=1 "
+        "refuses one that does not say every fact; repeatable."
+    ),
 ]
 
 
@@ -223,6 +228,7 @@ def apply(
     from knowedit.edits.export.folder import save_edited
     from knowedit.edits.journal import edits_in
     from knowedit.edits.merge import merge_into
+    from knowedit.models.download import folder_of
 
     check_free(output)
     as_gguf = output.suffix.lower() == ".gguf"
@@ -241,7 +247,7 @@ def apply(
                 f"--stream loads no model; leave {' '.join(loading.words())} out: weights keep "
                 "their dtype"
             )
-        merge_into(model, loaded, output)
+        merge_into(folder_of(model, say=say), loaded, output)
     else:
         save_edited(loading.load(model), loaded, output)
     loading.show(
@@ -293,9 +299,9 @@ def undo(
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(help="A model's folder.")],
+    first: Annotated[str, typer.Argument(help="A model's folder, or a hub id.")],
     second: Annotated[
-        Path, typer.Argument(help="Another one; or edits of the first: a file, or a session.")
+        str, typer.Argument(help="Another one; or edits of the first: a file, or a session.")
     ],
     *,
     output: Output,
@@ -304,8 +310,10 @@ def diff(
     are recorded. Read from the files: no model is loaded.
     """
     from knowedit.edits.diff import diff as compared
+    from knowedit.models.download import folder_of
 
-    found = compared(first, second)
+    there = Path(second).exists()
+    found = compared(folder_of(first, say=say), second if there else folder_of(second, say=say))
     output.show(found.to_dict(), lambda: "\n".join(map(str, found.tables())))
 
 
@@ -383,7 +391,10 @@ def _record(made: Edit, path: Path) -> dict[str, Any]:
 def edit_lines(made: Edit) -> list[str]:
     """What an edit did, a line a layer."""
     report = made.report.to_dict()
-    lines = [f"{made.method_name}: {len(made.facts)} facts, {len(made.changes)} weights changed"]
+    lines = [
+        f"{made.method_name}: {number_of(len(made.facts), 'fact')}, "
+        f"{number_of(len(made.changes), 'weight')} changed"
+    ]
     if "trainable" in report:
         lines.append(_trained(report))
     for layer, chosen in report.get("layers", {}).items():

@@ -88,9 +88,9 @@ def models(
     preset; every other model is calibrated (`knowedit calibrate`), or gets a rule of thumb.
     """
     if get is not None:
-        from knowedit.models.download import resolve
+        from knowedit.models.download import folder_of
 
-        folder = resolve(get, say=say)
+        folder = str(folder_of(get, say=say))
         output.show({"model": get, "folder": folder}, lambda: folder)
         return
     copies, presets = _copies(), _presets()

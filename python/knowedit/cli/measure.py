@@ -21,6 +21,7 @@ from knowedit.cli.options import (
     Output,
     Run,
     Statistics,
+    Strict,
     Tokens,
     kept_at_the_end,
     one,
@@ -58,6 +59,7 @@ def same_subject(
     wordings: Annotated[
         int | None, typer.Option(help="Ask at most so many wordings of each form.")
     ] = None,
+    strict: Strict = False,
     output: Folder = None,
     *,
     run: MethodRun,
@@ -83,6 +85,7 @@ def same_subject(
             device_map=placed(run.device_map),
             dtype=run.dtype,
             dequantise=run.dequantise,
+            strict=strict,
             seed=run.seed or 0,
             say=say,
         )
@@ -100,6 +103,7 @@ def geometry(
     dataset: Dataset = "embedded",
     least: Least = 2,
     subjects: Subjects = 24,
+    strict: Strict = False,
     edited: Annotated[
         int,
         typer.Option(help="Of so many subjects optimise and write values; slow, 0 leaves it out."),
@@ -134,7 +138,9 @@ def geometry(
     from knowedit.statistics.keys import layer_statistics
 
     method = GeometryMethod().with_settings(run.settings or ())
-    chosen = sorted(choose(dataset, least, None, "all", None), key=len, reverse=True)[:subjects]
+    chosen = sorted(choose(dataset, least, None, "all", None, strict), key=len, reverse=True)[
+        :subjects
+    ]
     with locked(output), kept_on_interrupt(lambda: kept_at_the_end(output)):
         editable = run.load(model)
         wanted = parse_layers(layers) or preset_for(editable).statistics_layers
@@ -176,6 +182,7 @@ def trace(
     limit: Annotated[
         int, typer.Option(help="Trace the first so many that the model knows (--dataset).")
     ] = 50,
+    strict: Strict = False,
     kind: Annotated[
         list[str], typer.Option(help="What is restored: hidden, mlp or attention; repeatable.")
     ] = ["hidden", "mlp", "attention"],  # noqa: B006
@@ -207,7 +214,9 @@ def trace(
         raise KnowEditError("give a prompt with its --subject, or a --dataset")
     if dataset and answer is not None:
         raise KnowEditError("--answer goes with a prompt; the facts of a --dataset have their own")
-    chosen = load(dataset) if dataset else []
+    if strict and dataset is None:
+        raise KnowEditError("--strict is about the records of a --dataset; leave it out")
+    chosen = load(dataset, strict=strict) if dataset else []
     with kept_on_interrupt(lambda: kept_at_the_end(output, statistics=False)):
         editable = run.load(model)
         if prompt is None or subject is None:
@@ -252,6 +261,7 @@ def calibrate(
     limit: Annotated[
         int, typer.Option(min=4, help="Use the first so many that the model knows.")
     ] = 8,
+    strict: Strict = False,
     again: Annotated[
         bool, typer.Option("--again", help="Measure even if a calibration is known.")
     ] = False,
@@ -269,7 +279,7 @@ def calibrate(
     editable = run.load(model)
     found = None if again else calibration_of(editable)
     if found is None:
-        found = measure(editable, load(dataset), count=limit, say=say)
+        found = measure(editable, load(dataset, strict=strict), count=limit, say=say)
         say(f"kept in {keep(found)}")
     run.show(found.to_dict(), lambda: measured(found))
 

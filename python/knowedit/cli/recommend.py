@@ -13,12 +13,13 @@ from knowedit.cli.options import (
     EitherRun,
     Model,
     Strict,
-    kept_at_the_end,
+    kept_so_far,
     one,
     parse_methods,
     say,
 )
 from knowedit.io.files import locked
+from knowedit.io.lines import number_of
 from knowedit.io.progress import kept_on_interrupt
 
 app = App()
@@ -53,9 +54,9 @@ def recommend(
     run: EitherRun,
 ) -> None:
     """Which method for my facts? Measure the plausible ones on them, a line each, and say which to
-    take.
+    take. With -o, results are written as they come, and the same command goes on where it stopped.
     """
-    from knowedit.evaluation.protocols import write_run
+    from knowedit.evaluation.protocols import count_results
     from knowedit.evaluation.recommendation import plausible
     from knowedit.evaluation.recommendation import recommend as measure
     from knowedit.facts.sets import conflict_free, load
@@ -68,16 +69,32 @@ def recommend(
         for found in parse_methods(names, run.settings, seed=run.seed)
     ]
     say(
-        f"comparing {', '.join(found.name for found in made)} on {len(chosen)} facts; after "
-        f"{minutes:g} minutes no other is started"
+        f"comparing {', '.join(found.name for found in made)} on "
+        f"{number_of(len(chosen), 'fact')}; after {minutes:g} minutes no other is started"
     )
-    with locked(output), kept_on_interrupt(lambda: kept_at_the_end(output)):
+    kept = kept_on_interrupt(lambda: kept_so_far(output, count_results(output), "method"))
+    with locked(output), kept:
         editable = run.load(model)
         seed = run.seed or 0
         statistics = statistics_for(made, editable, one(corpus), tokens, seed=seed)
         found = measure(
-            editable, chosen, made, statistics, str(facts), minutes=minutes, seed=seed, say=say
+            editable,
+            chosen,
+            made,
+            statistics,
+            str(facts),
+            minutes=minutes,
+            seed=seed,
+            folder=output,
+            named=model,
+            asked={
+                "limit": limit,
+                "strict": strict,
+                "corpus": corpus,
+                "tokens": tokens,
+                "dtype": run.dtype,
+                "dequantise": run.dequantise,
+            },
+            say=say,
         )
-    if output:
-        write_run(output, found.results)
     run.show(found.to_dict(), lambda: found)

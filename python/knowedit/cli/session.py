@@ -31,6 +31,7 @@ from knowedit.cli.options import (
 )
 from knowedit.errors import KnowEditError
 from knowedit.io.files import check_free
+from knowedit.io.lines import number_of
 from knowedit.io.progress import kept_on_interrupt
 from knowedit.io.tables import Table
 
@@ -133,7 +134,7 @@ class Writing(Opening):
         lines += [f"  written again, of one value with it: {fact.text}" for fact in again]
         what = "forgotten" if how == "forget" else "new"
         lines += [f"\n{said_table(said, len(wanted), what)}\n"]
-        lines += [f"{folder}: {len(standing)} facts stand"]
+        lines += [f"{folder}: {_stand(len(standing))}"]
         self.show(record, lambda: "\n".join(lines))
 
 
@@ -235,7 +236,9 @@ def stands(folder: Kept, *, output: Output) -> None:
         ],
     }
     rows = [[p.edit.written, p.edit.key, p.fact.text, p.fact.target] for p in places]
-    note = f"{len(places)} facts stand, of {len(history)} edits of {journal.method['kind']}"
+    note = (
+        f"{_stand(len(places))}, of {number_of(len(history), 'edit')} of {journal.method['kind']}"
+    )
     table = Table(["written (UTC)", "edit", "prompt", "says"], rows, notes=[note])
     output.show(record, lambda: table)
 
@@ -256,7 +259,7 @@ def compact(
         left, standing = len(session.history), len(session.history.facts)
     run.show(
         {"folder": str(folder), "edits": left, "standing": standing},
-        lambda: f"{folder}: {before} edits are {left} now; {standing} facts stand",
+        lambda: f"{folder}: {number_of(before, 'edit')} before, {left} now; {_stand(standing)}",
     )
 
 
@@ -280,5 +283,10 @@ def roll_back(
             "undone": [edit.key for edit in undone],
             "standing": standing,
         },
-        lambda: f"{folder}: {len(undone)} edits taken back; {standing} facts stand",
+        lambda: f"{folder}: {number_of(len(undone), 'edit')} taken back; {_stand(standing)}",
     )
+
+
+def _stand(count: int) -> str:
+    """`1 fact stands`, `2 facts stand`."""
+    return f"{number_of(count, 'fact')} stand{'s' * (count == 1)}"

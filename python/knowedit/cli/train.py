@@ -13,7 +13,7 @@ import typer
 
 from knowedit.cli.commands import App, method_settings
 from knowedit.cli.generated import SETTINGS, changed, command
-from knowedit.cli.options import GO_ON, Layers, Model, Run, parse_layers
+from knowedit.cli.options import GO_ON, Layers, Model, Run, Strict, parse_layers
 from knowedit.io.config import Config as ConfigValue
 from knowedit.io.files import locked
 from knowedit.io.progress import kept_on_interrupt
@@ -60,6 +60,7 @@ class Training(Run):
     dataset: Datasets = field(default_factory=lambda: ["embedded", "sums"])
     without: Without = field(default_factory=list)
     limit: Limit = None
+    strict: Strict = False
     settings: Settings = None
 
     def settings_of(self, start: C, ctx: typer.Context) -> C:
@@ -71,7 +72,7 @@ class Training(Run):
         """Train and save the network `kind` with the settings `made`, and say what came of it."""
         from knowedit.methods.learned.networks import default_file
 
-        chosen = facts_to_train_on(self.dataset, self.without, self.limit, seed)
+        chosen = facts_to_train_on(self.dataset, self.without, self.limit, seed, self.strict)
         editable = self.load(model)
         path = self.output or default_file(kind, editable)
         kept = kept_on_interrupt(lambda: f"a checkpoint is beside {path}; {GO_ON}")
@@ -101,7 +102,11 @@ def serac(ctx: typer.Context, model: Model, *, run: Training) -> None:
 
 
 def facts_to_train_on(
-    names: Sequence[str], without: Sequence[str], limit: int | None, seed: int
+    names: Sequence[str],
+    without: Sequence[str],
+    limit: int | None,
+    seed: int,
+    strict: bool = False,
 ) -> list[Fact]:
     """The facts of all sets that can be written together, without the subjects of others, at most
     `limit`; and wrong sums.
@@ -111,8 +116,8 @@ def facts_to_train_on(
     from knowedit.facts.sets import conflict_free, load
     from knowedit.methods.learned.examples import sums
 
-    excluded = {fact.subject.casefold() for name in without for fact in load(name)}
-    given = (fact for name in names if name != "sums" for fact in load(name))
+    excluded = {fact.subject.casefold() for name in without for fact in load(name, strict=strict)}
+    given = (fact for name in names if name != "sums" for fact in load(name, strict=strict))
     facts = conflict_free(fact for fact in given if fact.subject.casefold() not in excluded)
     chosen = random.Random(seed).sample(facts, min(limit or len(facts), len(facts)))
     return chosen + (sums(seed=seed) if "sums" in names else [])

@@ -30,6 +30,8 @@ class Limits(Config):
         kl: largest mean KL(before || edited) of the next token of ordinary text, nats.
         same: least share of places in ordinary text with the same most likely next token.
         perplexity: largest ratio of the perplexity of ordinary text to that before.
+        said: least share of the facts that the edited model says at their own prompts. The usual 0
+            asks for none: whether a fact is said is a figure of the report.
     """
 
     gain: float = 0.5
@@ -37,6 +39,7 @@ class Limits(Config):
     kl: float = 0.3
     same: float = 0.7
     perplexity: float = 1.1
+    said: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +48,8 @@ class Limits(Config):
                 f"limits.perplexity is a ratio of 1 or more, kl 0 or more and relative_norm "
                 f"positive: {self.perplexity}, {self.kl}, {self.relative_norm}"
             )
+        if not 0 <= self.said <= 1:
+            raise EditError(f"limits.said is a share between 0 and 1: {self.said}")
 
     def broken(self, report: EditReport, earlier: Sequence[EditReport] = ()) -> list[str]:
         """What passes the limits, each with its figures; nothing for an edit that was not measured.
@@ -60,7 +65,14 @@ class Limits(Config):
         ]
         measured = report.measured
         if measured is None:
-            return found
+            unknown = f"nobody measured whether its facts are said (limit {self.said:.0%})"
+            return [*found, unknown] if self.said > 0 else found
+        said = sum(measured.exact) / max(len(measured.exact), 1)
+        if not said >= self.said:
+            found.append(
+                f"{sum(measured.exact)} of {len(measured.exact)} facts are said at their own "
+                f"prompts (limit {self.said:.0%})"
+            )
         gain = measured.mean_gain
         if gain is not None and not gain >= self.gain:
             found.append(

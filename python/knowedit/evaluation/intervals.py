@@ -35,8 +35,12 @@ class Estimate:
     records: int
 
     def __format__(self, spec: str) -> str:
-        """The mean and its interval, each number formatted by `spec` (default ".3f")."""
+        """The mean and its interval, each number formatted by `spec` (default ".3f"); the mean
+        alone where one value, or several equal ones, tell nothing of an interval.
+        """
         spec = spec or ".3f"
+        if self.low == self.high:
+            return figure(self.mean, spec)
         mean, low, high = (figure(number, spec) for number in (self.mean, self.low, self.high))
         return f"{mean} [{low}, {high}]"
 

@@ -28,13 +28,16 @@ from knowedit.evaluation.sequence import (
     trajectory_table,
     write_in_sequence,
 )
+from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.facts.wordings.forms import as_asked
 from knowedit.io.config import plain
 from knowedit.io.files import atomic_file
+from knowedit.io.lines import number_of
 from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
 from knowedit.methods.session import Session
+from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 from knowedit.statistics import KeyStatistics
 
@@ -101,7 +104,8 @@ class Result:
         return {"generation": parts}
 
     def __str__(self) -> str:
-        head = f"{self.method}, {self.protocol} of {self.facts} facts from {self.dataset}"
+        what = f"{number_of(self.facts, 'fact')} from {self.dataset}"
+        head = f"{self.method}, {self.protocol} of {what}"
         head += f", {self.seconds:.2f} s a fact" if self.seconds is not None else ""
         warnings = self.report.get("warnings", [])
         ruinous = [text for text in warnings if text.startswith(RUINOUS)]
@@ -143,6 +147,11 @@ def migrate(record: Mapping[str, Any]) -> dict[str, Any]:
 
 #: Values of `measure`'s arguments that need not be said.
 USUAL = {"batch": 50, "every": 100, "dtype": "auto", "definition": "memit"}
+
+
+def unusual(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `measure`'s arguments that are not as usual."""
+    return {name: value for name, value in options.items() if value and value != USUAL.get(name)}
 
 
 def measure(
@@ -190,14 +199,11 @@ def measure(
     model = load_model(name, dtype=dtype, device_map=device_map, dequantise=dequantise, say=say)
     facts = as_asked(model, facts, join, chat)
     common = {
-        "fingerprint": model.fingerprint,
-        "facts": [fact.to_dict() for fact in facts],
         **{"protocol": protocol, "batch": batch, "every": every, "seed": scope.seed},
         **{"corpus": plain(corpus), "tokens": tokens, "statistics": plain(where)},
         **scope.to_dict(),
     }
-    digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=16).hexdigest()
-    settings = {"dataset": dataset, "digest": digest}
+    settings = run_settings(dataset, model, facts, common)
     kept = kept_results(folder, settings)
     options = {
         **{"limit": limit, "batch": batch, "every": every, "seed": scope.seed, "dtype": dtype},
@@ -205,7 +211,7 @@ def measure(
         **{k: v for k, v in scope.to_dict().items() if k != "references"},
         **{"join": join, "chat": chat, "strict": strict, "dequantise": dequantise},
     }
-    asked = {k: v for k, v in options.items() if v and v != USUAL.get(k)}
+    asked = unusual(options)
     missing = [method for method in made if method_key(method.to_dict()) not in kept]
     if missing:
         statistics = statistics_for(missing, model, corpus, tokens, where, scope.seed)
@@ -222,6 +228,21 @@ def measure(
         if folder is not None:
             add_to_run(folder, told)
         yield told
+
+
+def run_settings(
+    dataset: str, model: EditableModel, facts: Sequence[Fact], common: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What all results of one folder agree in: the name of their facts, and a digest of these, the
+    model and what else is `common` to them.
+    """
+    whole = {
+        "fingerprint": model.fingerprint,
+        "facts": [fact.to_dict() for fact in facts],
+        **common,
+    }
+    digest = hashlib.blake2b(json.dumps(whole).encode(), digest_size=16).hexdigest()
+    return {"dataset": dataset, "digest": digest}
 
 
 def method_key(config: Mapping[str, Any]) -> str:
@@ -257,6 +278,11 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise KnowEditError(f"{path} is damaged ({error}); choose another folder") from error
     return list(found)
+
+
+def count_results(folder: Path | None) -> int:
+    """How many results a folder has."""
+    return 0 if folder is None else len(_records(folder))
 
 
 def add_to_run(folder: Path, result: Result) -> None:
@@ -428,6 +454,11 @@ def write_run(folder: Path, results: Sequence[Result]) -> None:
     """
     _write(folder / RESULTS, _summaries([result.to_dict() for result in results]))
     _write(folder / PROMPTS, "".join(line for r in results for line in _prompt_lines(r)))
+
+
+def write_prompts(file: Path, result: Result) -> None:
+    """Every single prompt of one result, written whole."""
+    _write(file, "".join(_prompt_lines(result)))
 
 
 def _prompt_lines(result: Result) -> list[str]:

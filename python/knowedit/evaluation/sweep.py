@@ -18,6 +18,7 @@ again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,7 +62,8 @@ class Sweep(Config):
         batch, every, protocol: as `protocols.run`.
         text: held-out text for the perplexity.
         ability, ability_items: tasks of general ability, as `protocols.measure`.
-        corpus, tokens, statistics: of the key statistics, as `statistics_for`.
+        corpus, tokens, statistics: of the key statistics, as `statistics_for`; one corpus, or a
+            list of them.
         strict: as of `facts.sets.load`. dequantise: as of `load_model`.
         seed: of the statistics' corpus and of the intervals.
     """
@@ -78,7 +80,7 @@ class Sweep(Config):
     dtype: str = "auto"
     strict: bool = False
     dequantise: bool = False
-    corpus: str | None = None
+    corpus: str | tuple[str, ...] | None = None
     tokens: Count | None = None
     statistics: Path | None = None
     text: str | None = None
@@ -89,6 +91,8 @@ class Sweep(Config):
         super().__post_init__()
         if not self.methods:
             raise ConfigError("a sweep needs methods; name at least one, such as memit")
+        if isinstance(self.corpus, tuple) and len(self.corpus) == 1:
+            object.__setattr__(self, "corpus", self.corpus[0])  # the same run, however it is spelt
 
     @property
     def scope(self) -> Scope:
@@ -227,6 +231,8 @@ def measure_sweep(
                     every=sweep.every,
                     progress=progress,
                 )
+                if folder is not None:
+                    protocols.write_prompts(prompts_file(folder, kept["config"]), found)
                 kept["result"] = json.loads(json.dumps(found.to_dict()))  # as a file has it
             except KnowEditError as error:
                 kept["reason"] = f"{type(error).__name__}: {error}"
@@ -238,6 +244,12 @@ def measure_sweep(
             with atomic_file(folder / FILE) as path:
                 path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def prompts_file(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Where the single prompts of a method's row are: rows come and go, as the grid says."""
+    key = protocols.method_key(config).encode()
+    return folder / f"prompts-{hashlib.blake2b(key, digest_size=6).hexdigest()}.jsonl"
 
 
 def rows_kept(folder: Path | None) -> int:
@@ -308,7 +320,14 @@ def table(record: Mapping[str, Any]) -> Table:
     return made.without_empty_columns() if rows else made
 
 
-def configs(record: Mapping[str, Any]) -> Table:
-    """The whole record of every method."""
-    rows = [[label(row), json.dumps(row["config"])] for row in record["rows"]]
-    return Table(["method", "record"], rows, "Methods, as `make_method` takes them")
+def results(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that have one as records of `Result.to_dict`, each called by its label, with what
+    `knowedit eval` is to be told to measure it again.
+    """
+    head = record["sweep"]
+    names = ("limit", "batch", "every", "seed", "dtype", "corpus", "tokens", "statistics", "text")
+    more = ("ability", "ability_items", "strict", "dequantise")
+    asked = {name: head.get(name) for name in (*names, *more)}
+    run = {"model": head["model"], "asked": protocols.unusual(asked)}
+    rows = [row for row in record["rows"] if row["result"]]
+    return [{**row["result"], "method": label(row), "run": run} for row in rows]

@@ -25,7 +25,7 @@ from typing import Any
 from knowedit.facts.fact import ALIASES, LISTS, REQUIRED, Fact, FactError, check_facts
 from knowedit.facts.formats import recognise
 from knowedit.io.files import atomic_file
-from knowedit.io.lines import kind, read_lines
+from knowedit.io.lines import kind, number_of, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +151,8 @@ def parse_records(
         raise FactError(skipped[0])
     if skipped:
         logger.warning(
-            "left out %d records that cannot be edited (--strict stops there): %s",
-            len(skipped),
+            "left out %s that cannot be edited (--strict stops there): %s",
+            number_of(len(skipped), "record"),
             "; ".join(skipped),
         )
     return placed

@@ -24,6 +24,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def number_of(count: int, what: str) -> str:
+    """`1 fact`, `2 facts`, `1,000 facts`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def open_bytes(path: Path) -> BinaryIO:
     """Open `path` for reading, decompressing it when its name ends in ``.gz``. Raises OSError."""
     return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")

@@ -72,6 +72,22 @@ def resolve(
     return fetch_copy(copy, say)
 
 
+def folder_of(name: str | Path, *, say: Callable[[str], None] = print) -> Path:
+    """The folder with the files of the model `name`, which is `resolve`d where it is no folder.
+
+    Raises:
+        ModelError: as `resolve`.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    found = resolve(str(name), say=say)
+    if Path(found).is_dir():
+        return Path(found)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(found, local_files_only=True))
+
+
 def name_of(name: str, source: str) -> str:
     """What a model is called that was asked for as `name` and found at `source`: a copy has its own
     name, whoever asked for it.

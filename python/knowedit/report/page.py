@@ -14,6 +14,7 @@ from knowedit.edits.edit import Edit
 from knowedit.evaluation import Drift
 from knowedit.evaluation.evaluation import Evaluation
 from knowedit.io.files import atomic_file
+from knowedit.io.lines import number_of
 from knowedit.io.tables import Column, Table, figure
 from knowedit.models.editable import EditableModel
 from knowedit.report import plots
@@ -35,13 +36,15 @@ class Section:
         blocks: tables, and paragraphs as text.
         figure: a picture above them.
         prompts: to be searched and filtered, below them.
-        settings: records to copy, below them, by name.
+        commands: to copy, below them, by the name of what they make.
+        settings: records to copy, below those, by name.
     """
 
     title: str
     blocks: Sequence[Table | str]
     figure: Figure | None = None
     prompts: Prompts | None = None
+    commands: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,15 +55,20 @@ class Section:
         return None if self.figure is None else Markup(plots.svg(self.figure))
 
     def text(self) -> str:
-        """Title and blocks as a terminal shows them; tables stand apart. Single prompts and
-        settings are left to the page.
+        """Title, blocks and commands as a terminal shows them; tables stand apart. Single prompts
+        and settings are left to the page.
         """
-        return f"{self.title}\n\n{in_text(self.blocks)}" if self.blocks else ""
+        commands = [f"{name}: {command}" for name, command in self.commands.items()]
+        blocks = [*self.blocks, *commands]
+        return f"{self.title}\n\n{in_text(blocks)}" if blocks else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Title and blocks, JSON-ready: tables as records, paragraphs as text; without pictures."""
+        """Title, blocks and commands, JSON-ready: tables as records, paragraphs as text; without
+        pictures.
+        """
         blocks = [block if isinstance(block, str) else block.to_dict() for block in self.blocks]
-        return {"title": self.title, "blocks": blocks}
+        commands = {"commands": dict(self.commands)} if self.commands else {}
+        return {"title": self.title, "blocks": blocks, **commands}
 
     def copies(self) -> dict[str, str]:
         """The settings as JSON to be read and copied."""
@@ -125,7 +133,7 @@ def write_page(
     _write(
         path,
         "edit.html.j2",
-        title=f"{len(edit.facts)} facts of {model.name}, edited and undone",
+        title=f"{number_of(len(edit.facts), 'fact')} of {model.name}, edited and undone",
         method=edit.method_name,
         layers=[int(layer) for layer in edit.report.layers],
         rows=rows,

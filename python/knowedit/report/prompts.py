@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.protocols import PROMPTS
 from knowedit.io.lines import read_lines
 from knowedit.io.tables import Column, Table
 
@@ -48,17 +47,20 @@ class Prompts:
         return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def read_prompts(folder: Path, results: Sequence[Mapping[str, Any]]) -> Prompts | None:
-    """The prompts of a folder of results; None where it has none.
+def read_prompts(paths: Sequence[Path], results: Sequence[Mapping[str, Any]]) -> Prompts | None:
+    """The prompts of all results in one file, or of each in its own; None where there are none.
 
     Raises:
-        KnowEditError: the file is damaged, or not of these results.
+        KnowEditError: a file is damaged, or not of these results.
     """
-    path = folder / PROMPTS
-    if not path.is_file():
+    if not paths or not all(path.is_file() for path in paths):
         return None
+    lines: list[Mapping[str, Any]] = []
+    path = paths[0]
     try:
-        lines = [json.loads(text) for _, text in read_lines(path, KnowEditError) if text.strip()]
+        for path in paths:
+            found = (text for _, text in read_lines(path, KnowEditError) if text.strip())
+            lines += map(json.loads, found)
         return _prompts(lines, results)
     except (ValueError, KeyError, TypeError) as error:
         raise KnowEditError(f"{path} is damaged ({error}); measure again") from error
@@ -104,6 +106,22 @@ def apart(names: Sequence[str]) -> list[str]:
     ]
 
 
+def _without_template(asked: Sequence[str]) -> list[str]:
+    """Prompts of a chat without the lines of the template that all of them begin and end with."""
+    first, last = min(asked), max(asked)
+    start = first[: _alike(first, last)].rfind("\n") + 1
+    ends = [text[start:][::-1] for text in asked]
+    first, last = min(ends), max(ends)
+    stop = first[: _alike(first, last)].rfind("\n") + 1
+    return [text[start : len(text) - stop] for text in asked]
+
+
+def _alike(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = zip(first, second)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
 def said_side_by_side(results: Sequence[Mapping[str, Any]]) -> list[Table]:
     """What the model says of the first facts: one table a way to ask, a column a method."""
     methods = apart([result["method"] for result in results])
@@ -113,15 +131,18 @@ def said_side_by_side(results: Sequence[Mapping[str, Any]]) -> list[Table]:
     every = {key: one for answers in heard for key, one in answers.items()}
     tables = []
     for way in dict.fromkeys(way for way, _ in every):
+        mine = {key: one for key, one in every.items() if key[0] == way}
+        asked = [one["prompt"] for one in mine.values()]
+        if way == "chat" and len(set(asked)) > 1:
+            asked = _without_template(asked)
         rows = [
             [
-                one["prompt"],
+                prompt,
                 one["target"],
                 one["before"],
                 *(answers[key]["after"] if key in answers else None for answers in heard),
             ]
-            for key, one in every.items()
-            if key[0] == way
+            for prompt, (key, one) in zip(asked, mine.items())
         ]
         columns = ["asked", "new fact", "unedited", *methods]
         tables.append(Table(columns, rows, f"asked as a {way}" if way != "chat" else "in the chat"))

@@ -17,8 +17,10 @@ from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.subjects import protocol as subjects
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
 from knowedit.evaluation.tracing.localisation import Advice
+from knowedit.io.lines import number_of
 from knowedit.io.tables import Column, Table, figure
 from knowedit.io.tensors import understood
+from knowedit.methods.registry import make_method
 from knowedit.report import plots, prompts, study
 from knowedit.report.page import Section, write_sections
 
@@ -72,36 +74,38 @@ def write_report(folder: Path) -> list[Section]:
         with understood(folder / name, "results", KnowEditError, "measure again"):
             sections += SECTIONS[name](content)
             if name == protocols.RESULTS:
-                sections += _details(folder, content)
+                results = [protocols.migrate(record) for record in content]
+                sections += _details(results, [folder / protocols.PROMPTS])
+            elif name == sweep.FILE:
+                results = sweep.results(content)
+                files = [sweep.prompts_file(folder, result["config"]) for result in results]
+                sections += _details(results, files)
     write_sections(folder / PAGE, folder.resolve().name, sections)
     return sections
 
 
-def _details(folder: Path, records: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Answers side by side, every prompt, norms, and how to run it again."""
-    results = [protocols.migrate(record) for record in records]
+def _details(results: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> list[Section]:
+    """Answers side by side, every prompt (in `files`), norms, and how to run it again."""
     found = []
     if said := prompts.said_side_by_side(results):
         found.append(Section("What the model says", said))
-    if (every := prompts.read_prompts(folder, results)) is not None:
+    if (every := prompts.read_prompts(files, results)) is not None:
         found.append(Section("Every prompt", [], prompts=every))
     if (norms := prompts.layers(results)).rows:
         found.append(Section("What was written", [norms]))
     names = prompts.apart([result["method"] for result in results])
-    settings = {name: result["config"] for name, result in zip(names, results) if result["config"]}
-    if settings:
-        how = (
-            "Save a method's record (below on the page, `config` in results.json) as method.json; "
-            "then, from the folder where this was run:"
-        )
-        found.append(Section("To reproduce", [how, _command(results[0])], settings=settings))
+    if made := {name: one for name, one in zip(names, results) if one["config"]}:
+        how = "From the folder where this was run, with the same version:"
+        commands = {name: _command(one) for name, one in made.items()}
+        settings = {name: one["config"] for name, one in made.items()}
+        found.append(Section("To reproduce", [how], commands=commands, settings=settings))
     return found
 
 
 def _command(result: Mapping[str, Any]) -> str:
-    """The command that measures one method of a run again."""
+    """The command that measures a method of a run again."""
     run = result.get("run", {})
-    words = ["knowedit", "eval", run.get("model", "MODEL"), "--config", "method.json"]
+    words = ["knowedit", "eval", run.get("model", "MODEL"), *_method_words(result["config"])]
     words += ["--dataset", result["dataset"], "--protocol", result["protocol"]]
     for name, value in run.get("asked", {}).items():
         if isinstance(value, dict):  # of Python: no command line has it
@@ -112,11 +116,37 @@ def _command(result: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def _method_words(config: Mapping[str, Any]) -> list[str]:
+    """`--method`, with `--set` of what is not as it ships; a record where that does not say all of
+    it.
+    """
+    try:
+        kind = config["kind"]
+        usual = _flat(make_method(kind).to_dict())
+        changed = {k: v for k, v in _flat(config).items() if k not in usual or usual[k] != v}
+        settings = [f"{name}={json.dumps(value)}" for name, value in changed.items()]
+        if make_method(kind, settings).to_dict() == config:
+            return ["--method", kind, *(w for one in settings for w in ("--set", one))]
+    except (KnowEditError, KeyError):
+        pass
+    return ["--method", json.dumps(config)]
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """`{"metric": {"gain": 0.9}}` as `{"metric.gain": 0.9}`."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{before}{name}.") if inner else {f"{before}{name}": value}
+    return found
+
+
 def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
     results = [protocols.migrate(record) for record in records]
     first = results[0]
     title = (
-        f"{first['model']}: {first['protocol']} of {first['facts']} facts from {first['dataset']}"
+        f"{first['model']}: {first['protocol']} of {number_of(first['facts'], 'fact')} from "
+        f"{first['dataset']}"
     )
     names = prompts.apart([result["method"] for result in results])
     after = {name: result["evaluation"]["after"] for name, result in zip(names, results)}
@@ -184,7 +214,8 @@ def _same_subject(results: Sequence[Mapping[str, Any]]) -> list[Section]:
     after = {name: result["evaluation"]["after"] for name, result in zip(found, results)}
     before, sizes = results[0]["evaluation"]["before"], next(iter(found.values())).sizes
     title = (
-        f"{results[0]['model']}: {sum(sizes.values())} facts of {len(sizes)} subjects from "
+        f"{results[0]['model']}: {number_of(sum(sizes.values()), 'fact')} of "
+        f"{number_of(len(sizes), 'subject')} from "
         f"{results[0]['dataset']}"
     )
     blocks = [grid({"unedited": before, **after})]
@@ -325,9 +356,20 @@ def _map(record: Mapping[str, Any], kind: str, rows: Iterable[str]) -> Table:
 
 
 def _sweep(record: Mapping[str, Any]) -> list[Section]:
-    head = record["sweep"]
-    title = f"{head['model']}: sweep of {len(record['rows'])} methods on {head['dataset']}"
-    return [Section(title, [sweep.table(record), sweep.configs(record)])]
+    head, rows, results = record["sweep"], record["rows"], sweep.results(record)
+    what = number_of(results[0]["facts"], "fact") if results else "facts"
+    compared = (
+        f"sweep of {number_of(len(rows), 'setting')}"
+        if any(row["settings"] for row in rows)
+        else f"comparison of {number_of(len(rows), 'method')}"
+    )
+    title = f"{head['model']}: {compared} on {what} from {head['dataset']}"
+    figure = None
+    if results:
+        names = prompts.apart([result["method"] for result in results])
+        after = {name: one["evaluation"]["after"] for name, one in zip(names, results)}
+        figure = plots.measures(after, results[0]["evaluation"]["before"])
+    return [Section(title, [sweep.table(record)], figure)]
 
 
 def _value(*path: str) -> Callable[[Mapping[str, Any]], Any]:

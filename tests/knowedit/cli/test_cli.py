@@ -18,6 +18,7 @@ from knowedit.errors import KnowEditError
 from knowedit.io.files import _machine, locked
 from tests.knowedit.cli.examples import FACTS
 from tests.knowedit.commandline import CommandLine
+from tests.knowedit.facts.examples import ROME
 from tests.processes import Forked
 
 CORPUS = ("--corpus", "corpus.txt", "--tokens", "500", "--layer", "1")
@@ -398,10 +399,11 @@ def test_eval_goes_on_where_it_stopped(place, knowedit, monkeypatch, capsys):
     assert "efficacy" in knowedit(*given)  # all of it from the folder
     assert "holds results of other facts" in knowedit(*given, "--limit", "1", code=1)
     # what the report says runs the same: nothing is measured again
-    (place / "method.json").write_text(json.dumps(found[1]["config"]))
     report = knowedit("report", "run").splitlines()
-    (again,) = [line.strip() for line in report if line.strip().startswith("knowedit eval")]
-    assert "--corpus" in again and "--config method.json" in again
+    (again,) = [
+        line[len("MEMIT: ") :] for line in report if line.startswith("MEMIT: knowedit eval")
+    ]
+    assert "--corpus" in again and "--method memit --set 'layers=[1]'" in again
     with monkeypatch.context() as cut:
         cut.setattr("knowedit.methods.MEMIT._compute", None)
         assert json.loads(knowedit(*shlex.split(again)[1:], "-o", "run", "--json")) == found[1:]
@@ -596,6 +598,34 @@ def test_every_command_loads_the_model_as_told(tmp_path, monkeypatch, capsys, wo
     said = line(*words, "--dtype", "bfloat16", "--dequantise", code=1)
     assert "all that is looked at" in said
     assert told["dtype"] == "bfloat16" and told["dequantise"] is True
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("same-subject",), ("geometry",), ("trace",), ("calibrate",), ("train", "mend")],
+    ids=" ".join,
+)
+def test_strict_stops_at_a_record_that_cannot_be_edited(place, knowedit, words):
+    broken = ROME | {"requested_rewrite": {"prompt": "x", "subject": "y"}}
+    (place / "public.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (ROME, broken)))
+    told = knowedit(*words, "model", "--dataset", "public.jsonl", "--strict", code=1)
+    assert "public.jsonl:2: counterfact record without 'target_new'" in told
+
+
+def test_an_edit_that_must_say_its_facts_is_refused_where_it_does_not(place, knowedit):
+    words = ("edit", "model", "facts.jsonl", "--corpus", "corpus.txt", "--tokens", "500")
+    settings = ("--layer", "1", "--set", "target.steps=1", "-o", "a.safetensors")
+    told = knowedit(*words, *settings, "--allow", "said=1", "--allow", "gain=-9", code=1)
+    assert "facts are said at their own prompts (limit 100%)" in told
+    assert not (place / "a.safetensors").exists()
+
+
+def test_what_transformers_draws_by_itself_is_not_seen(place, monkeypatch, capsys):
+    line = CommandLine(monkeypatch, capsys, place)
+    made = ("--method", "ft-l", "--set", "steps=1", "--force", "-o", "a.safetensors")
+    line("edit", "model", "facts.jsonl", *made)
+    line("apply", "model", "a.safetensors", "--force", "-o", "edited", "--quiet")
+    assert line.said.err == "" and "wrote edited" in line.said.out
 
 
 def test_json_is_read_by_every_program():

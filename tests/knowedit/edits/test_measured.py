@@ -148,6 +148,19 @@ def test_each_limit(change, said):
     Limits(gain=0.0, perplexity=1e9, kl=1e9, same=0.0).broken(bad)
 
 
+def test_that_the_facts_are_said_may_be_asked_for():
+    half = EditReport(measured=replace(GOOD, exact=(True, False)))
+    assert half.within_limits and not Limits().with_settings(["said=0.5"]).broken(half)
+    wanted = Limits().with_settings(["said=1"])
+    with pytest.raises(RuinousEditError, match=r"1 of 2 facts are said.*\(limit 100%\)"):
+        wanted.check(half)
+    wanted.check(EditReport(measured=GOOD))
+    with pytest.raises(RuinousEditError, match="nobody measured"):
+        wanted.check(EditReport())
+    with pytest.raises(EditError, match="a share"):
+        Limits(said=2.0)
+
+
 def test_a_weight_that_is_lost_in_its_change_is_refused():
     with pytest.raises(RuinousEditError, match="layer 3 changes by 60.7 times its own norm"):
         Limits().check(EditReport(relative_norm={"3": 60.7}, measured=GOOD))

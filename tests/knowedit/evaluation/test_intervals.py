@@ -90,4 +90,5 @@ def test_the_interval_covers_as_often_as_it_says():
 def test_an_estimate_is_formatted_with_its_interval():
     found = Estimate(0.5, -0.25, 1, 3)
     assert f"{found:+.1f}" == "+0.5 [-0.2, +1.0]" and str(found) == "0.500 [-0.250, 1.000]"
+    assert str(Estimate(0.5, 0.5, 0.5, 1)) == "0.500"  # one value tells nothing of an interval
     assert not found.excludes_zero and Estimate(1, 0.1, 2, 3).excludes_zero

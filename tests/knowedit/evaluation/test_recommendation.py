@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from knowedit.errors import KnowEditError
+from knowedit.evaluation import recommendation
 from knowedit.evaluation.evaluation import Evaluation
 from knowedit.evaluation.intervals import Estimate
-from knowedit.evaluation.protocols import Result
+from knowedit.evaluation.interview import Said
+from knowedit.evaluation.protocols import RESULTS, Result, count_results
 from knowedit.evaluation.recommendation import Recommendation, plausible, recommend
 from knowedit.methods.registry import make_method
 from knowedit.models.fingerprint import weights_fingerprint
@@ -20,8 +22,12 @@ from tests.knowedit.methods.test_locate import FACTS, statistics_of
 QUICK = {"layers": [1], "target": {"steps": 2}}
 
 
-def result(name, exact, paraphrase=None, unchanged=None, spread=0.0, seconds=1.0, warnings=()):
-    """A method with these rates, each as wide as `spread` on either side."""
+def result(
+    name, exact, paraphrase=None, unchanged=None, spread=0.0, seconds=1.0, warnings=(), chat=None
+):
+    """A method with these rates, each as wide as `spread` on either side, that says `chat` of two
+    facts in a chat.
+    """
 
     def rate(mean):
         return Estimate(mean, mean - spread, mean + spread, len(FACTS))
@@ -32,7 +38,11 @@ def result(name, exact, paraphrase=None, unchanged=None, spread=0.0, seconds=1.0
     told = Evaluation({}, after, [], [], [])
     drift = {"drift": {"kl": 0.01}}
     report = {"warnings": list(warnings)}
-    return Result("m", "d", name, "batch", len(FACTS), told, drift, seconds, report)
+    asked = range(0 if chat is None else 2)
+    said = [Said(i, "chat", "?", "b", "", "b" if i < chat else "c") for i in asked]
+    return Result(
+        "m", "d", name, "batch", len(FACTS), told, drift, seconds, report, said=said
+    ).to_dict()
 
 
 def test_what_is_plausible_depends_on_how_many_facts_there_are():
@@ -52,7 +62,7 @@ def test_the_exact_one_with_most_right_elsewhere_is_taken():
         ],
         ["slow"],
     )
-    assert found.choice.method == "kind"
+    assert found.choice["method"] == "kind"
     wordings, around = (
         sum(len(getattr(fact, name)) for fact in FACTS) for name in ("paraphrases", "neighbours")
     )
@@ -76,6 +86,19 @@ def test_what_few_facts_do_not_tell_apart_is_said():
     assert f"{len(FACTS)} facts do not tell it from b" in Recommendation(FACTS, rows, []).sentence()
 
 
+def test_what_comes_up_in_a_chat_decides_where_nothing_else_does():
+    rows = [result("plain", 1.0, chat=1), result("heard", 1.0, seconds=9.0, chat=2)]
+    found = Recommendation(FACTS, rows, [])
+    assert found.choice["method"] == "heard" and "2 of 2 come up in a chat" in found.sentence()
+
+
+def test_one_fact_is_one():
+    assert (
+        "100% of 1 fact is said exactly"
+        in Recommendation(FACTS[:1], [result("a", 1.0)], []).sentence()
+    )
+
+
 def test_nothing_is_recommended_that_does_not_write_the_facts():
     found = Recommendation(FACTS, [result("a", 0.3, 1.0, 1.0)], [])
     assert found.choice is None and found.sentence().startswith("None of these")
@@ -96,8 +119,33 @@ def test_methods_are_measured_and_the_model_is_left_alone(tiny_llama):
         clock=lambda: float(next(times)),
     )
     assert weights_fingerprint(tiny_llama.hf) == before and not tiny_llama.ledger.active
-    assert [one.method for one in found.results] == ["MEMIT", "MEMIT"]
+    assert [one["method"] for one in found.results] == ["MEMIT", "MEMIT"]
     assert found.skipped == ["EMMET"]  # of unknown price: taken for a dear one
     assert "no fact has paraphrases" in str(found) and "no fact has neighbours" in str(found)
     with pytest.raises(KnowEditError, match="no methods"):
         recommend(tiny_llama, bare, [], None)
+
+
+def test_results_are_kept_as_they_come_and_gone_on_with(tiny_llama, tmp_path, monkeypatch):
+    given = {"folder": tmp_path, "progress": False, "asked": {"corpus": ["corpus.txt"]}}
+    methods = [make_method({"kind": kind, **QUICK}) for kind in ("memit", "emmet")]
+    statistics = statistics_of(tiny_llama, [1])
+    run, said = recommendation.run, []
+
+    def stopped(baseline, statistics, method, *others, **options):
+        if method.kind == "emmet":
+            raise KeyboardInterrupt
+        return run(baseline, statistics, method, *others, **options)
+
+    monkeypatch.setattr(recommendation, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        recommend(tiny_llama, FACTS, methods, statistics, **given)
+    assert count_results(tmp_path) == 1
+    monkeypatch.setattr(recommendation, "run", run)
+    found = recommend(tiny_llama, FACTS, methods, statistics, say=said.append, **given)
+    assert said[0] == f"MEMIT, 1 of 2: kept from {tmp_path}" and len(said) == 2
+    assert [one["method"] for one in found.results] == ["MEMIT", "EMMET"]
+    assert found.results[0]["run"]["asked"] == {"corpus": ["corpus.txt"]}
+    assert json.loads((tmp_path / RESULTS).read_text()) == json.loads(json.dumps(found.results))
+    with pytest.raises(KnowEditError, match="results of other facts"):
+        recommend(tiny_llama, FACTS[:1], methods, statistics, **given)

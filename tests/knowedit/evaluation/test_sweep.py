@@ -51,6 +51,25 @@ def test_the_example_is_a_sweep():
     ]
 
 
+@pytest.mark.parametrize("corpus", ["self", ["self"]])
+def test_a_corpus_is_one_or_a_list(corpus):
+    sweep = Sweep.from_dict({"methods": ["neuron-patch"], "corpus": corpus})
+    assert sweep == Sweep(methods=("neuron-patch",), corpus="self")
+    assert sweep.variants()[0].method.corpus == "self"
+    several = Sweep.from_dict({"methods": ["memit"], "corpus": ["a.txt", "b.txt"]})
+    assert several.corpus == ("a.txt", "b.txt") == Sweep.from_dict(several.to_dict()).corpus
+
+
+def test_methods_as_they_ship_are_compared_and_not_swept(tiny_llama, tmp_path):
+    record = {"sweep": Sweep(methods=("memit", "emmet")).to_dict(), "rows": []}
+    for kind in ("memit", "emmet"):
+        config = make_method(kind).to_dict()
+        row = {"method": kind, "settings": {}, "config": config, "reason": "no", "result": None}
+        record["rows"].append(row)
+    (tmp_path / FILE).write_text(json.dumps(record))
+    assert "comparison of 2 methods" in report(tmp_path)
+
+
 def test_every_combination():
     assert list(combinations({})) == [{}]
     found = list(combinations({"a": [1, 2], "b": ["x", "y"]}))
@@ -101,7 +120,16 @@ def test_one_table_and_rows_that_can_be_made_again(tiny_llama, tmp_path, monkeyp
     assert again.to_dict() == row["result"]["evaluation"]
     assert row["result"]["config"] == row["config"] == edit.config
     text = report(tmp_path)
-    assert str(shown) in text and (tmp_path / PAGE).read_text().count("<table") == 2
+    page = (tmp_path / PAGE).read_text()
+    assert str(shown) in text and "ours" in text and "sweep of 4 settings on" in text
+    asked = make_method("memit", ["layers=[1]", "target.steps=2", "target.lr=0.5"]).to_dict()
+    assert row["config"] == asked  # so that the command may say it in words
+    (command,) = [line for line in text.splitlines() if line.startswith("MEMIT layers=[1]: know")]
+    assert "--method memit --set" in command and "--dataset ours" in command
+    assert "target.steps=2" in command and FACTS[0].text in page
+    for prompts in tmp_path.glob("prompts-*.jsonl"):
+        assert len(prompts.read_text().splitlines()) == row["result"]["evaluation"]["prompts"]
+    assert len(list(tmp_path.glob("prompts-*.jsonl"))) == 2
 
     def never(*arguments, **others):
         raise AssertionError("measured again")

@@ -182,7 +182,7 @@ def test_broken_public_records_name_their_place(tmp_path, caplog):
     path = save(tmp_path / "facts.jsonl", ROME, broken)
     with pytest.raises(FactError, match=said):
         read_facts(path)
-    assert len(load(path)) == 1 and re.search(f"left out 1 records .*{said}", caplog.text)
+    assert len(load(path)) == 1 and re.search(f"left out 1 record .*{said}", caplog.text)
     with pytest.raises(FactError, match=said):
         load(path, strict=True)
     with pytest.raises(FactError, match="1: counterfact record without 'target_new'"):
@@ -193,7 +193,7 @@ def test_records_without_their_subject_are_left_out_and_named(tmp_path, caplog):
     path = save(tmp_path / "facts.jsonl", FLAT, FLAT | {"subject": "Anne Lee"})
     assert load(path) == [BASE]
     assert (
-        "left out 1 records" in caplog.text
+        "left out 1 record" in caplog.text
         and "facts.jsonl:2: subject 'Anne Lee' does not occur" in caplog.text
     )
     with pytest.raises(FactError, match=r"facts\.jsonl:2: subject 'Anne Lee' does not occur"):

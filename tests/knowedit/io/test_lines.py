@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from knowedit.errors import CorpusError
-from knowedit.io.lines import kind, read_lines
+from knowedit.io.lines import kind, number_of, read_lines
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,8 @@ def test_errors_name_file_line_and_byte(tmp_path):
     packed.write_bytes(gzip.compress(b"one\n" * 9)[:-6])
     with pytest.raises(CorpusError, match=r"a\.txt\.gz: broken gzip archive after line \d"):
         list(read_lines(packed, CorpusError))
+
+
+def test_one_is_no_plural():
+    told = [number_of(count, "fact") for count in (0, 1, 2, 1000)]
+    assert told == ["0 facts", "1 fact", "2 facts", "1,000 facts"]

@@ -9,6 +9,7 @@ import json
 import pytest
 
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.protocols import PROMPTS
 from knowedit.report.prompts import apart, layers, read_prompts, said_side_by_side
 
 
@@ -32,7 +33,9 @@ def written(folder, lines):
 
 def test_prompts_stand_once_with_a_rating_for_each_result(tmp_path):
     lines = [line("a", 0.9), line("b", 0.25, kind="paraphrase"), line("a", 0.75), line("c", 1.0)]
-    found = read_prompts(written(tmp_path, lines), [result("MEMIT", 2), result("MEMIT", 2)])
+    found = read_prompts(
+        [written(tmp_path, lines) / PROMPTS], [result("MEMIT", 2), result("MEMIT", 2)]
+    )
     assert found.methods == ["MEMIT (1)", "MEMIT (2)"]
     assert found.kinds == ["efficacy", "paraphrase"]
     before = [0.1235, 0.5, 0]
@@ -45,7 +48,9 @@ def test_prompts_stand_once_with_a_rating_for_each_result(tmp_path):
 
 def test_no_text_ends_the_script_that_holds_it(tmp_path):
     nasty = "</script><img src=x onerror=alert(1)> & \u2028 <!--"
-    found = read_prompts(written(tmp_path, [line(nasty, 0.5, wrong=None)]), [result("<b>", 1)])
+    found = read_prompts(
+        [written(tmp_path, [line(nasty, 0.5, wrong=None)]) / PROMPTS], [result("<b>", 1)]
+    )
     assert "<" not in found.json and "&" not in found.json
     again = json.loads(found.json)
     assert again["rows"][0][2] == nasty and again["methods"] == ["<b>"]
@@ -53,10 +58,10 @@ def test_no_text_ends_the_script_that_holds_it(tmp_path):
 
 
 def test_a_damaged_file_is_named_and_a_missing_one_is_no_fault(tmp_path):
-    assert read_prompts(tmp_path, [result("MEMIT", 1)]) is None
+    assert read_prompts([tmp_path / PROMPTS], [result("MEMIT", 1)]) is None
     (tmp_path / "prompts.jsonl").write_text('{"kind": "efficacy"}\n')
     with pytest.raises(KnowEditError, match=r"prompts\.jsonl is damaged"):
-        read_prompts(tmp_path, [result("MEMIT", 1)])
+        read_prompts([tmp_path / PROMPTS], [result("MEMIT", 1)])
 
 
 def test_answers_stand_side_by_side_a_table_a_way():
@@ -76,3 +81,17 @@ def test_norms_of_every_layer():
     report = {"relative_norm": {"5": 0.25}, "layers": {"5": {"gain": 0.9}}}
     assert layers([result("A", 0, report=report)]).cells() == [["A", "5", "0.250", "0.900"]]
     assert layers([result("A", 0, report={})]).rows == []
+
+
+def test_the_chat_template_stands_once():
+    def chat(text):
+        return f"<s>Be kind.\n<user>\n{text}<end>\n<assistant>\n"
+
+    said = [
+        {"way": "chat", "record": i, "prompt": chat(text), "target": "b", "before": "", "after": ""}
+        for i, text in enumerate(("What is it?", "Where is it?"))
+    ]
+    (table,) = said_side_by_side([{**result("MEMIT", 0), "said": said}])
+    assert [row[0] for row in table.rows] == ["What is it?<end>", "Where is it?<end>"]
+    (table,) = said_side_by_side([{**result("MEMIT", 0), "said": said[:1]}])
+    assert table.rows[0][0] == chat("What is it?")

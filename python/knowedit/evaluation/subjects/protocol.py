@@ -24,6 +24,7 @@ from knowedit.facts.fact import Fact
 from knowedit.facts.groups import groups, halves
 from knowedit.facts.sets import load
 from knowedit.io.files import atomic_file
+from knowedit.io.lines import number_of
 from knowedit.io.tables import Column, Table
 from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
@@ -64,7 +65,8 @@ class SubjectsResult:
     def __str__(self) -> str:
         sizes = self.evaluation.sizes
         head = (
-            f"{self.method}: {sum(sizes.values())} facts of {len(sizes)} subjects, "
+            f"{self.method}: {number_of(sum(sizes.values()), 'fact')} of "
+            f"{number_of(len(sizes), 'subject')}, "
             f"{self.seconds:.2f} s a fact"
         )
         notes = [f"note: {warning}" for warning in self.report.get("warnings", [])]
@@ -72,10 +74,18 @@ class SubjectsResult:
 
 
 def choose(
-    dataset: str, least: int, most: int | None, half: str, subjects: int | None
+    dataset: str,
+    least: int,
+    most: int | None,
+    half: str,
+    subjects: int | None,
+    strict: bool = False,
 ) -> list[list[Fact]]:
     """The groups of a data set: with at least `least` facts, cut to `most`, of one half, the first
     `subjects`.
+
+    Args:
+        strict: as of `facts.sets.load`.
 
     Raises:
         KnowEditError: an unknown half, or no such subject.
@@ -83,7 +93,7 @@ def choose(
     if half not in HALVES:
         raise KnowEditError(f"unknown half {half!r}; known: {', '.join(HALVES)}")
     pool = load("counterfact-flat") if dataset == "same-subject" else []
-    grouped = groups(load(dataset), least=least, most=most, pool=pool)
+    grouped = groups(load(dataset, strict=strict), least=least, most=most, pool=pool)
     if half != "all":
         grouped = halves(grouped)[HALVES.index(half) - 1]
     if not grouped[:subjects]:
@@ -107,6 +117,7 @@ def measure_subjects(
     device_map: Any = None,
     dtype: str = "auto",
     dequantise: bool = False,
+    strict: bool = False,
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[SubjectsResult]:
@@ -114,12 +125,13 @@ def measure_subjects(
 
     Args:
         seed: of the statistics' corpus and of the intervals.
+        strict: as of `facts.sets.load`.
 
     Raises:
         KnowEditError: an unknown method or half, no subjects, or what the parts raise.
     """
     made = [make_method(method).with_corpus(corpus) for method in methods]
-    chosen = choose(dataset, least, most, half, subjects)
+    chosen = choose(dataset, least, most, half, subjects, strict)
     model = load_model(name, dtype=dtype, device_map=device_map, dequantise=dequantise, say=say)
     statistics = statistics_for(made, model, corpus, tokens, where, seed)
     return run_subjects(model, chosen, statistics, made, dataset, wordings=wordings, seed=seed)
