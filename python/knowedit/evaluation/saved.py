@@ -19,7 +19,13 @@ from knowedit.edits.journal import edits_in
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.baseline import PLAIN, Baseline, Scope
 from knowedit.evaluation.measures.base import ask
-from knowedit.evaluation.protocols import Result, add_to_run, kept_results, sequence_report
+from knowedit.evaluation.protocols import (
+    Result,
+    add_to_run,
+    kept_results,
+    sequence_report,
+    unusual,
+)
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.facts.wordings.forms import as_asked
@@ -92,7 +98,14 @@ def measure_saved(
         return kept[0]
     edited = nullcontext(other) if other is not None else all_applied(edits, model)
     found = compare(scope.baseline(model, facts, tasks), edited)
-    told = replace(found, dataset=where, run=settings, **_made_by(edits, other))
+    asked = {
+        **{"edit": [str(file) for file in files], "against": against, "dataset": dataset},
+        **{"limit": limit, "seed": scope.seed, "dtype": dtype},
+        **{k: v for k, v in scope.to_dict().items() if k != "references"},
+        **{"join": join, "chat": chat, "strict": strict, "dequantise": dequantise},
+    }
+    run = {**settings, "model": str(name), "asked": unusual(asked)}
+    told = replace(found, dataset=where, run=run, **_made_by(edits, other))
     if folder is not None:
         add_to_run(folder, told)
     return told

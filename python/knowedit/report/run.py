@@ -94,19 +94,28 @@ def _details(results: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> lis
     if (norms := prompts.layers(results)).rows:
         found.append(Section("What was written", [norms]))
     names = prompts.apart([result["method"] for result in results])
-    if made := {name: one for name, one in zip(names, results) if one["config"]}:
+    made = {name: one for name, one in zip(names, results) if one["config"] or _is_saved(one)}
+    if made:
         how = "From the folder where this was run, with the same version:"
         commands = {name: _command(one) for name, one in made.items()}
-        settings = {name: one["config"] for name, one in made.items()}
+        settings = {name: one["config"] for name, one in made.items() if one["config"]}
         found.append(Section("To reproduce", [how], commands=commands, settings=settings))
     return found
+
+
+def _is_saved(result: Mapping[str, Any]) -> bool:
+    """Whether it is of a saved edit, or of an edited folder, whose command is known."""
+    asked = result.get("run", {}).get("asked", {})
+    return "edit" in asked or "against" in asked
 
 
 def _command(result: Mapping[str, Any]) -> str:
     """The command that measures a method of a run again."""
     run = result.get("run", {})
-    words = ["knowedit", "eval", run.get("model", "MODEL"), *_method_words(result["config"])]
-    words += ["--dataset", result["dataset"], "--protocol", result["protocol"]]
+    words = ["knowedit", "eval", run.get("model", "MODEL")]
+    if not _is_saved(result):
+        words += _method_words(result["config"])
+        words += ["--dataset", result["dataset"], "--protocol", result["protocol"]]
     for name, value in run.get("asked", {}).items():
         if isinstance(value, dict):  # of Python: no command line has it
             continue

@@ -558,7 +558,10 @@ def test_a_saved_edit_and_an_edited_folder_are_measured(place, knowedit):
     saved = json.loads(knowedit("eval", "model", "--edit", "a.safetensors", "--json", "-o", "run"))
     beside = json.loads(knowedit("eval", "edited", "--against", "model", "--json"))
     assert saved[0]["evaluation"] == beside[0]["evaluation"] and saved[0]["facts"] == len(FACTS)
-    assert "saved edit of 2 facts from a.safetensors" in knowedit("report", "run")
+    report = knowedit("report", "run")
+    assert "saved edit of 2 facts from a.safetensors" in report
+    assert "LoRA: knowedit eval model --edit a.safetensors" in report.splitlines()
+    assert beside[0]["run"]["asked"] == {"against": "model"}
     assert (saved[0]["protocol"], beside[0]["protocol"]) == ("saved edit", "comparison")
     said = knowedit("eval", "model", "--edit", "a.safetensors", "--method", "rome", code=1)
     assert "--method computes an edit" in said

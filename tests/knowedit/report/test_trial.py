@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from knowedit.errors import KnowEditError
+from knowedit.report.page import rendered
 from knowedit.report.trial import Server
 
 NASTY = "<script>alert(1)</script>"
@@ -92,3 +93,12 @@ def test_it_listens_on_this_machine_only(server):
     assert server.server_address[0] == "127.0.0.1" and server.address.startswith(
         "http://127.0.0.1:"
     )
+
+
+@pytest.mark.parametrize("count, said", [(1, "Written: "), (4, "Written, among others: ")])
+def test_it_says_whether_more_was_written(count, said):
+    facts = [f"A{i} is B" for i in range(count)]
+    page = rendered(
+        "try.html.j2", model="m", edits=[], facts=facts, first="", chat=False, longest=64
+    )
+    assert f"{said}A0 is B" in page
