@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -117,28 +118,29 @@ def interleave(
     repeats: int,
     least: float = 0.05,
     warm: Callable[[], Any] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds a call of each run, one list entry a round; every round times all of them, in
     alternating order.
 
     The first call of each is not timed (caches, lazy initialisation); short runs are repeated
     within a round until they take `least` seconds. Runs of many seconds give a short `warm` to call
-    instead, and are called once a round.
+    instead, and are called once a round. `clock`: what counts as time.
     """
     calls = dict.fromkeys(runs, 1)
     if warm is not None:
         warm()
     for name, run in runs.items() if warm is None else ():
-        start = time.perf_counter()
+        start = clock()
         run()
-        calls[name] = max(1, math.ceil(least / max(time.perf_counter() - start, 1e-9)))
+        calls[name] = max(1, math.ceil(least / max(clock() - start, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats):
         for name in list(runs) if turn % 2 == 0 else reversed(list(runs)):
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls[name]):
                 runs[name]()
-            seconds[name].append((time.perf_counter() - start) / calls[name])
+            seconds[name].append((clock() - start) / calls[name])
     return seconds
 
 
@@ -158,6 +160,13 @@ class Check:
         return f"{self.name} {self.value:.1e} ({'<=' if self.ok else 'OVER'} {self.limit:.0e})"
 
 
+def processor_time() -> Callable[[], float]:
+    """The clock for work that stays in this process: with one thread the processor time, from which
+    other programs take less than from the time on the wall; with several the latter.
+    """
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     """||result - reference|| / ||reference|| in float64."""
     reference = reference.double()
@@ -172,6 +181,25 @@ def flat(table: Estimates) -> dict[str, dict[str, float]]:
 def read(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and rows of the results file called `name`."""
     return read_file(folder / f"{name}.jsonl")
+
+
+def read_all(folder: Path, name: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The same of every processor that `name` was measured on: `NAME.jsonl`, then
+    `NAME.PROCESSOR.jsonl`. Empty where there is none.
+    """
+    paths = [folder / f"{name}.jsonl", *sorted(folder.glob(f"{name}.*.jsonl"))]
+    return [read_file(path) for path in paths if path.is_file()]
+
+
+def of_this_processor(path: Path) -> Path:
+    """`path`; or, where that has what another processor did, the one beside it that is named after
+    this one.
+    """
+    here = _cpu_name()
+    if not path.is_file() or read_file(path)[0]["environment"]["cpu"] == here:
+        return path
+    plain = re.sub(r"[^a-z0-9]+", "-", here.lower().replace("(r)", "")).strip("-")
+    return path.with_suffix(f".{plain}{path.suffix}")
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -375,7 +403,11 @@ def parser(
     return made
 
 
-def report(name: str, arguments: argparse.Namespace, **header: Any) -> Report:
-    """The report a parsed command line asks for."""
+def report(
+    name: str, arguments: argparse.Namespace, *, by_processor: bool = False, **header: Any
+) -> Report:
+    """The report a parsed command line asks for; `by_processor`: other processors' results stay."""
     default = None if arguments.quick else RESULTS / f"{name}.jsonl"
+    if default and by_processor:
+        default = of_this_processor(default)
     return Report(name, arguments.output or default, **header)

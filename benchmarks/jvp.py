@@ -78,7 +78,9 @@ def solve(
         pairs = zip(("dL/dR", "dL/dK"), mine(), peer())
         errors = [Check(f"{name} of unrolled", relative_error(a, b), SAME) for name, a, b in pairs]
         seconds = common.interleave(
-            {"unrolled": peer, "ours": mine, "solver": lambda: EditSolver(metric, K)}, repeats
+            {"unrolled": peer, "ours": mine, "solver": lambda: EditSolver(metric, K)},
+            repeats,
+            clock=common.processor_time(),
         )
         details: dict[str, Any] = {"n": n, "d": d, "tokens": tokens, "count": len(cotangents)}
         report.compare(
@@ -151,7 +153,7 @@ def layers(
             "loop": partial(one_by_one, formula, primals, tangents),
             "ours": partial(fused, *tangents),
         }
-        seconds = common.interleave(runs, repeats)
+        seconds = common.interleave(runs, repeats, clock=common.processor_time())
         report.compare(
             f"{name}, {count} tangents, {tokens} tokens",
             seconds,
@@ -233,7 +235,7 @@ def block(
         "double backward": double_backward,
         "ours": forward_mode,
     }
-    seconds = common.interleave(runs, repeats)
+    seconds = common.interleave(runs, repeats, clock=common.processor_time())
     for baseline in ("loop", "double backward"):
         name = f"two layers, {count} tangents, {tokens} tokens, against {baseline}"
         report.compare(name, seconds, baseline, errors, count=count, tokens=tokens)
@@ -244,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.set_defaults(threads=[1])
     arguments = parser.parse_args(argv)
     quick, repeats = arguments.quick, arguments.repeats
-    report = common.report("jvp", arguments)
+    report = common.report("jvp", arguments, by_processor=True)
     for threads in arguments.threads:
         with common.threads(threads):
             solve(report, *((64, 24, 5, 12, 2) if quick else (1536, 576, 50, 200, 32)), repeats)

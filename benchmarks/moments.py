@@ -104,7 +104,7 @@ def case(report: common.Report, d: int, tokens: int, dtype: torch.dtype, repeats
     }
     if dtype == torch.bfloat16:
         runs["torch bf16 out"] = partial(torch.mm, k.T, k)
-    seconds = common.interleave(runs, repeats)
+    seconds = common.interleave(runs, repeats, clock=common.processor_time())
     baseline = min(peers, key=lambda name: statistics.median(seconds[name]))
     theirs = grade_moment(widened(k), reference)
     details: dict[str, Any] = {
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     sizes = {64: 512} if arguments.quick else {d: SIZES.get(d, 4096) for d in arguments.size}
-    report = common.report("moments", arguments)
+    report = common.report("moments", arguments, by_processor=True)
     for count in arguments.threads:
         with common.threads(count):
             for d, tokens in sizes.items():

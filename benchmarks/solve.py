@@ -59,7 +59,9 @@ def memit(report: common.Report, d: int, d_out: int, counts: Sequence[int], repe
         soft = metric.with_weight(weight)
         dense, ours = partial(peers.memit_update, C, weight, K, R), partial(cached, soft, K, R)
         seconds = common.interleave(
-            {"dense": dense, "ours": ours, "factor": partial(Covariance, C)}, repeats
+            {"dense": dense, "ours": ours, "factor": partial(Covariance, C)},
+            repeats,
+            clock=common.processor_time(),
         )
         error = Check("of dense fp64", relative_error(ours(), dense()), EXACT)
         name = f"MEMIT solve, n = {n}, d = {d}"
@@ -83,7 +85,9 @@ def emmet(report: common.Report, d: int, d_out: int, n: int, repeats: int) -> No
         return EditSolver(metric, K, "equality").delta(R)
 
     seconds = common.interleave(
-        {"dense": lambda: peers.emmet_update(C, K, R), "ours": ours}, repeats
+        {"dense": lambda: peers.emmet_update(C, K, R), "ours": ours},
+        repeats,
+        clock=common.processor_time(),
     )
     error = Check("of dense fp64", relative_error(ours(), peers.emmet_update(C, K, R)), EXACT)
     report.compare(
@@ -94,7 +98,9 @@ def emmet(report: common.Report, d: int, d_out: int, n: int, repeats: int) -> No
 def rome(report: common.Report, d: int, repeats: int) -> None:
     C, K, _ = problem(d, 1, 1)
     seconds = common.interleave(
-        {"inverse": lambda: peers.rome_inverse(C), "ours": lambda: Covariance(C)}, repeats
+        {"inverse": lambda: peers.rome_inverse(C), "ours": lambda: Covariance(C)},
+        repeats,
+        clock=common.processor_time(),
     )
     exact = torch.linalg.solve(C.double(), K)
     error = Check("of dense fp64", relative_error(Covariance(C).inverse(K), exact), EXACT)
@@ -137,7 +143,9 @@ def alphaedit(report: common.Report, d: int, d_out: int, repeats: int) -> None:
         return updates
 
     seconds = common.interleave(
-        {"dense": lambda: dense(exact_P.float(), narrow), "ours": ours}, repeats
+        {"dense": lambda: dense(exact_P.float(), narrow), "ours": ours},
+        repeats,
+        clock=common.processor_time(),
     )
     exact = torch.stack(dense(exact_P, pairs))
     error = Check(
@@ -154,6 +162,7 @@ def alphaedit(report: common.Report, d: int, d_out: int, repeats: int) -> None:
             "ours": lambda: NullSpace(C, beta=BETA, threshold=threshold),
         },
         max(1, repeats // 3),
+        clock=common.processor_time(),
     )
     projected = exact_P @ keys
     error = Check(
@@ -173,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     d, counts = (96, (1, 8)) if arguments.quick else (arguments.dim, (1, 8, 100))
     d_out = max(8, d * 3 // 8)
-    report = common.report("solve", arguments)
+    report = common.report("solve", arguments, by_processor=True)
     for count in arguments.threads:
         with common.threads(count):
             memit(report, d, d_out, counts, arguments.repeats)

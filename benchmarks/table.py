@@ -12,33 +12,32 @@ from typing import Any
 
 from knowedit.io.tables import Table
 
-from .common import HERE, RESULTS, read
+from .common import HERE, RESULTS, read_all
 
 START, END = "<!-- numbers:start -->", "<!-- numbers:end -->"
 FILES = ("statistics", "scaling", "values", "solve", "jvp", "moments", "quality", "gpu_suite")
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Markdown: rows with a target (speed) and rows with a floor (quality), then where and when
-    they were measured.
+    """Markdown: rows with a target (speed), one table a processor, and rows with a floor (quality),
+    then where and when they were measured.
     """
-    speed, quality, notes = [], [], []
-    for name in FILES:
-        if not (folder / f"{name}.jsonl").is_file():
-            continue
-        header, rows = read(folder, name)
+    speed: dict[str, list[list[str]]] = {}
+    quality, notes = [], []
+    for header, rows in [found for name in FILES for found in read_all(folder, name)]:
         kept = [row for row in rows if "target" in row]
         judged = [row for row in rows if "floor" in row]
-        speed += [_speed(row) for row in kept]
+        if kept:
+            speed.setdefault(header["environment"]["cpu"], []).extend(map(_speed, kept))
         quality += [_quality(row) for row in judged]
         if kept or judged:
             notes.append(
                 _note(header, max((row.get("others") or 0.0 for row in kept), default=0.0))
             )
     parts = []
-    if speed:
+    for processor, measured in speed.items():
         heads = ["what", "threads", "ours", "peer", "speed-up [spread]", "target", "error (limit)"]
-        parts += [Table(heads, speed).markdown(), ""]
+        parts += [f"**{processor}**", "", Table(heads, measured).markdown(), ""]
     if quality:
         heads = ["quality", "measure", "value [95 % interval]", "floor", "reached"]
         parts += [Table(heads, quality).markdown(), ""]

@@ -372,6 +372,20 @@ def test_counters_are_read_from_between_other_output():
     assert gpu_experiments.counters_of("==ERROR== ERR_NVGPUCTRPERM") == {}
 
 
+def test_every_processor_keeps_its_results(report, tmp_path, monkeypatch):
+    path = tmp_path / "solve.jsonl"
+    for name, target in (("One CPU", 1.0), ("Other (R) CPU", 2.0)):
+        monkeypatch.setattr(common, "_cpu_name", lambda name=name: name)
+        report.rows[0]["environment"]["cpu"] = name
+        del report.rows[1:]
+        report.output = common.of_this_processor(path)
+        report.compare("a solve", ROUNDS, "peer", [Check("e", 1e-9, 1e-8)], target=target)
+        assert common.of_this_processor(path) == report.output
+    assert {p.name for p in tmp_path.glob("*.jsonl")} == {"solve.jsonl", "solve.other-cpu.jsonl"}
+    first, second = table.table(tmp_path).split("**Other (R) CPU**")
+    assert first.startswith("**One CPU**") and "| 1x |" in first and "| 2x |" in second
+
+
 def test_table_is_written_and_checked(report, tmp_path):
     report.output = tmp_path / "solve.jsonl"
     report.compare("a solve", ROUNDS, "peer", [Check("e", 1e-9, 1e-8)], target=4.0)
