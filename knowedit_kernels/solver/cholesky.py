@@ -239,11 +239,9 @@ def _factored(C: Tensor, scale: float, shift: float, scaling: Tensor) -> tuple[T
     work = fresh(C.shape, scaling.dtype, C.device)
     small = _PANEL if C.device.type != "cpu" else max(1, (1 << 15) // len(C))  # stays in cache
     for rows in _panels(len(C), small):
-        part = work[rows, : rows.stop].copy_(C[rows, : rows.stop])
-        if scale != 1:
-            part.mul_(scale)
-        part[:, rows.start :].diagonal().add_(shift)
-        part.mul_(scaling[rows, None]).mul_(scaling[: rows.stop])
+        part, own = work[rows, : rows.stop], scaling[rows]
+        torch.mul(C[rows, : rows.stop], scale * own[:, None], out=part).mul_(scaling[: rows.stop])
+        part[:, rows.start :].diagonal().addcmul_(own, own, value=shift)
     upper = work.mT  # columns in a row, as LAPACK has them
     if C.device.type == "cpu":
         info = torch.empty((), dtype=torch.int32, device=C.device)
