@@ -151,3 +151,9 @@ def test_facts_are_drawn_by_seed():
     assert any(chosen != sequential.draw_facts(FACTS, 3, seed) for seed in (1, 2))
     with pytest.raises(KnowEditError, match="there are only 6 facts"):
         sequential.draw_facts(FACTS, 60, 0)
+
+
+def test_values_are_found_as_the_command_says():
+    plain = sequential.method_for("memit", (1,), 3, False)
+    fast = sequential.method_for("memit", (1,), 3, False, "gauss-newton")
+    assert [type(one.target.optimiser).__name__ for one in (plain, fast)] == ["Adam", "GaussNewton"]
