@@ -104,6 +104,17 @@ def evaluate(
     ability_items: Annotated[
         int | None, typer.Option(min=1, help="At most so many items of each such task.")
     ] = None,
+    at_least: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End with exit code 1 where a figure after the edit is lower, as in "
+            "neighbourhood.unchanged=0.95; repeatable."
+        ),
+    ] = None,
+    at_most: Annotated[
+        list[str] | None,
+        typer.Option(help="The same where one is higher, as in drift.kl=0.01; repeatable."),
+    ] = None,
     join: Join = None,
     chat: Chat = False,
     output: Folder = None,
@@ -117,8 +128,14 @@ def evaluate(
     """
     if edits or against is not None:
         _refuse(ctx, COMPUTING, "computes an edit, and --edit and --against measure what is there")
+    from knowedit.evaluation.requirements import Requirement, check_requirements
+
+    wanted = [
+        *(Requirement.parse(text, at_least=True) for text in at_least or ()),
+        *(Requirement.parse(text, at_least=False) for text in at_most or ()),
+    ]
     if SWEEP in ctx.meta:
-        _sweep(ctx, output, run)
+        check_requirements(_sweep(ctx, output, run), wanted)
         return
     if model is None:
         raise KnowEditError("name a model: knowedit eval MODEL")
@@ -151,6 +168,7 @@ def evaluate(
         with locked(output), kept_on_interrupt(lambda: kept_at_the_end(output, statistics=False)):
             told = measure_saved(model, edits or (), against, dataset, limit, run.dtype, **measured)
         run.show([_record(told)], lambda: _shown(told))
+        check_requirements([_record(told)], wanted)
         return
     found: list[dict[str, Any]] = []
     kept = kept_on_interrupt(lambda: kept_so_far(output, len(found), "method"))
@@ -174,6 +192,7 @@ def evaluate(
                 print(printable(_shown(result)), end="\n\n", flush=True)
     if run.as_json:
         print(json_text(found))
+    check_requirements(found, wanted)
 
 
 def _record(result: dict[str, Any] | Result) -> dict[str, Any]:
@@ -201,9 +220,11 @@ GRID_OPTIONS = (
 )
 
 
-def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
-    """Run the grid of --config; options on the command line win over the file's."""
-    from knowedit.evaluation.sweep import read_sweep, rows_kept, run_sweep, table
+def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> list[dict[str, Any]]:
+    """Run the grid of --config, and return its rows' results; options on the command line win over
+    the file's.
+    """
+    from knowedit.evaluation.sweep import read_sweep, results, rows_kept, run_sweep, table
 
     given: dict[str, Any] = {
         name: ctx.params[name]
@@ -219,6 +240,7 @@ def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> None:
     with locked(output), kept:
         record = run_sweep(sweep, output, say=say)
     run.show(record, lambda: table(record))
+    return results(record)
 
 
 def _refuse(ctx: typer.Context, names: Iterable[str], why: str) -> None:

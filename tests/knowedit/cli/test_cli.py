@@ -563,6 +563,10 @@ def test_a_saved_edit_and_an_edited_folder_are_measured(place, knowedit):
     assert "LoRA: knowedit eval model --edit a.safetensors" in report.splitlines()
     assert beside[0]["run"]["asked"] == {"against": "model"}
     assert (saved[0]["protocol"], beside[0]["protocol"]) == ("saved edit", "comparison")
+    reached = ("eval", "model", "--edit", "a.safetensors", "-o", "run")  # kept: not measured again
+    knowedit(*reached, "--at-least", "efficacy.success=0", "--at-most", "drift.kl=1e9")
+    missed = knowedit(*reached, "--at-most", "drift.kl=-1", code=1)
+    assert "LoRA: drift.kl is" in missed and "at most -1 asked" in missed
     said = knowedit("eval", "model", "--edit", "a.safetensors", "--method", "rome", code=1)
     assert "--method computes an edit" in said
 
