@@ -287,7 +287,7 @@ def test_explain_names_the_instruction_set_and_the_reasons(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_channels_that_hardly_change_are_within_budget(dtype, precision):
     """A constant makes the same rounding error in every addition: no averaging helps."""
     constants = torch.linspace(0.5, 1.0, 96) ** 2
