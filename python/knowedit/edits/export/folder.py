@@ -19,7 +19,7 @@ from torch import Tensor
 
 from knowedit.edits.card import card, said_of
 from knowedit.edits.changes import Change, read_changes, write_changes
-from knowedit.edits.export.places import pieces, places, said
+from knowedit.edits.places import pieces, places, said
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.files import atomic_file, atomic_folder, disk_errors
