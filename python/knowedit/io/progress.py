@@ -108,21 +108,26 @@ class _Lines:
         """Say how far it is where a single step takes long."""
         known = 0
         while not self.over.wait(EVERY if self.lines else FIRST):
-            if self.lines == known:
-                self._say_how_far(monotonic())
+            self._say_how_far(waited_since=known)
             known = self.lines
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         self.done += amount
         self.note = note or ""
         _tell(self.title, self.done, self.total)
-        now = monotonic()
-        if now >= self.due and self.done > self.before:
-            self._say_how_far(now)
+        self._say_how_far()
 
-    def _say_how_far(self, now: float) -> None:
+    def _say_how_far(self, waited_since: int | None = None) -> None:
+        """Say it if it is time: a step was done and a line is due; or one is under way, and no line
+        was said since there were `waited_since`.
+        """
         with self.turn:
-            if not self.over.is_set() and self.done < self.total:
+            now = monotonic()
+            if waited_since is None:
+                due = now >= self.due and self.done > self.before
+            else:
+                due = self.lines == waited_since
+            if due and not self.over.is_set() and self.done < self.total:
                 self._say(self._how_far(now, first=not self.lines))
                 self.due, self.lines = now + EVERY, self.lines + 1
 

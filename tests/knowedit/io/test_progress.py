@@ -101,6 +101,18 @@ def test_a_step_that_takes_minutes_is_not_silent(elsewhere, monkeypatch):
     assert "sampling: 1,024 of 4,096 tokens, about 30 min left" in said
 
 
+def test_a_line_is_said_once_by_whoever_comes_first(elsewhere, monkeypatch):
+    out, clock = elsewhere
+    monkeypatch.setattr(progress, "FIRST", 0.01)
+    with progress.bar("weights", 10, "weights") as advance:
+        advance(4)
+        while "left" not in out.getvalue() and "do" not in out.getvalue():
+            pass
+        clock[0] += 1
+        advance(1)  # within the minute of the line that was just said
+    assert len(out.getvalue().splitlines()) == 2 and "done in 1 s" in out.getvalue()
+
+
 def test_what_an_earlier_run_did_says_nothing_of_the_speed(elsewhere):
     out, clock = elsewhere
     with progress.bar("keys", 1000, "tokens", done=800) as advance:
