@@ -11,6 +11,7 @@ from knowedit.edits.changes import relative_norms
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
+from knowedit.io.lines import number_of
 from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.values import Targets, prompt_rows
 from knowedit.models.calibration import sinks_of
@@ -45,7 +46,7 @@ def first_token_warnings(
             "add one with words in front to target.contexts, or pass allow_sinks=True"
         )
     return [
-        f"{len(at_start)} subject(s) are the prompt's very first token "
+        f"{number_of(len(at_start), 'subject')} at the prompt's very first token "
         f"({', '.join(map(repr, at_start[:3]))}), where a causal "
         "model keeps its attention sink; their keys and values are taken from the prompts with "
         "a context in front"
@@ -67,7 +68,7 @@ def origin_warnings(model: EditableModel, preset: Preset, layers: Sequence[int])
     if preset.measured:
         return []
     return [
-        f"{model.name} is not calibrated: layer(s) {list(layers)} and value settings "
+        f"{model.name} is not calibrated: the layers {list(layers)} and value settings "
         f"{_ORIGINS[preset.origin]}; `knowedit calibrate {model.source}` measures them"
     ]
 
@@ -143,8 +144,9 @@ def outcome_warnings(
     merged = [group[0].subject for group in groups if len(group) > 1]
     if merged:
         warnings.append(
-            f"{len(merged)} subject(s) with several facts share one value each "
-            f"({', '.join(merged[:3])}, ...)"
+            f"the facts of {number_of(len(merged), 'subject')} share one value"
+            f"{' each' * (len(merged) > 1)} "
+            f"({', '.join(merged[:3])}{', ...' if len(merged) > 3 else ''})"
         )
     ahead = report.details.get("look_ahead", {})
     if ahead.get("used") and ahead["after"]["realised"] > 1.0:
