@@ -309,6 +309,8 @@ class TestFolders:
         """As a GPU writes it; nothing is multiplied for a fingerprint."""
         with monkeypatch.context() as guard:
             guard.setattr(EditableModel, "dtype", torch.float32)  # float16 is refused on a CPU
+            # and rounded by some CPUs as no GPU does: the self-check is not for it
+            guard.setattr("knowedit.models.editable.check_parts", lambda model: (True, []))
             model = EditableModel(saved.hf.half(), saved.tokenizer, name="half")
         folder = save_edited(model, [an_edit(model)], tmp_path / "edited")
         assert restore(folder) == model.fingerprint
