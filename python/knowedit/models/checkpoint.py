@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from knowedit.errors import ModelError
 from knowedit.models.fingerprint import setup_of, streamed_fingerprint
 from knowedit.models.load import check_plain, class_for, said_by
-from knowedit.models.shards import read_tensor, tensor_files
+from knowedit.models.shards import check_floats, read_tensor, tensor_files
 from knowedit.models.structure import is_transposed
 
 ADAPTER = "adapter_config.json"
@@ -44,6 +44,7 @@ class Checkpoint:
         if not (self.folder / "config.json").exists():
             raise ModelError(f"{folder} has no config.json; give the folder of a whole model")
         check_plain(str(folder), self.config)
+        check_floats(self.folder)
         self.files = tensor_files(self.folder)
 
     @cached_property

@@ -22,7 +22,7 @@ from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.packings import open_unpacked, packing_of
 from knowedit.models.quantised import dequantise as as_floats
 from knowedit.models.quantised import method_of, reading
-from knowedit.models.shards import check_complete
+from knowedit.models.shards import check_complete, check_floats
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -117,22 +117,26 @@ def _read(weights: str, config: Any, there: dict[str, Any], **options: Any) -> A
     kind = class_for(config)
     if packing_of(config) is not None:
         return open_unpacked(kind, _folder(weights, there), config, **options)
+    if method_of(config) is None and Path(weights).is_dir():
+        check_floats(Path(weights))
     model, told = kind.from_pretrained(
         weights, output_loading_info=True, **options, **reading(config), **there
     )
     check_complete(weights, model, told)
     if method_of(config) is not None:
         as_floats(model)
+    elif not Path(weights).is_dir():  # of the hub: in its cache now
+        check_floats(_folder(weights, there, local_files_only=True))
     return model
 
 
-def _folder(weights: str, there: dict[str, Any]) -> Path:
-    """A folder's path; of a hub id, that of what is downloaded."""
+def _folder(weights: str, there: dict[str, Any], **options: Any) -> Path:
+    """A folder's path; of a hub id, that of what is downloaded; `options` of the download."""
     if Path(weights).is_dir():
         return Path(weights)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(weights, revision=there.get("revision")))
+    return Path(snapshot_download(weights, revision=there.get("revision"), **options))
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -283,6 +287,14 @@ def _tokenizer_of(hf: Any) -> Any:
         raise ModelError(f"{remedy} at {source!r}; pass tokenizer=") from error
 
 
+def config_in(folder: Path) -> Any:
+    """The configuration of a folder's model, as transformers has it. Raises ModelError."""
+    from transformers import AutoConfig
+
+    with _loading(str(folder)):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
 def fingerprint_of(folder: Path, instead: Mapping[str, torch.Tensor] = {}) -> str:
     """The `EditableModel.fingerprint` of a folder's model, of any dtype: nothing is run.
 
@@ -293,10 +305,8 @@ def fingerprint_of(folder: Path, instead: Mapping[str, torch.Tensor] = {}) -> st
     Raises:
         ModelError: it cannot be loaded, or has no such weights.
     """
-    from transformers import AutoConfig
-
+    opened = class_for(config_in(folder))
     with _loading(str(folder)):
-        opened = class_for(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         model = opened.from_pretrained(folder, dtype="auto", trust_remote_code=False)
         with torch.no_grad():
             for name, tensor in instead.items():

@@ -14,8 +14,11 @@ an input, the even ones first; groups are of neighbouring inputs.
 from __future__ import annotations
 
 import copy
+import enum
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from knowedit.errors import ModelError
 from knowedit.models.quantised import record_of
-from knowedit.models.shards import check_complete, read_tensor, tensor_files
+from knowedit.models.shards import check_complete, check_floats, read_tensor, tensor_files
 
 WORD = 32  # bits
 AWQ_BITS = 4
@@ -39,6 +42,8 @@ def packing_of(config: Any) -> str | None:
     """
     record = record_of(config) or {}
     method = str(record.get("quant_method", "")).rpartition(".")[2].lower()
+    if method in ("gptq", "awq"):
+        _check_record(record)
     if method == "gptq":
         layout = str(record.get("checkpoint_format") or record.get("format") or "gptq").lower()
         return layout if layout in ("gptq", "gptq_v2") else None
@@ -48,20 +53,40 @@ def packing_of(config: Any) -> str | None:
     return None
 
 
-def read_unpacked(folder: Path, layout: str, ordered: bool = False) -> dict[str, Tensor]:
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Raise ModelError where what is read here of a `quantization_config` is of another kind."""
+    wanted: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("checkpoint_format", "format", "version"), (str, enum.Enum)),
+        **dict.fromkeys(("bits", "group_size"), (int,)),
+    }
+    for name, kinds in wanted.items():
+        value = record.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            what = "a whole number" if kinds == (int,) else "a name"
+            raise ModelError(f"config.json: quantization_config.{name} is {value!r}, not {what}")
+
+
+def read_unpacked(
+    folder: Path, layout: str, record: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """All tensors of a folder by name, on the CPU; a packed layer's as its `weight` `[out, in]` in
     float32.
 
     Args:
-        ordered: the groups are of inputs in an order of their own, so that `g_idx` is needed.
+        record: the configuration's `quantization_config`: `bits`, `group_size`, and `desc_act`,
+            where the groups are of inputs in an order of their own, so that `g_idx` is needed.
 
     Raises:
-        ModelError: the folder holds no safetensors, is damaged, or a layer's parts do not fit.
+        ModelError: the folder holds no safetensors, is damaged, or a layer's parts do not fit
+            together, or not to the record.
     """
+    ordered = layout != "awq" and bool(record.get("desc_act"))
     files, found = tensor_files(folder), {}
     for name, file in files.items():
         path, _, part = name.rpartition(".")
         if f"{path}.qweight" not in files or part not in PARTS:
+            if part in ("qzeros", "g_idx"):
+                raise ModelError(f"{path} is packed and has no qweight; take it again")
             found[name] = read_tensor(file, name)
         elif part == "qweight":
             if f"{path}.weight" in files:
@@ -73,7 +98,7 @@ def read_unpacked(folder: Path, layout: str, ordered: bool = False) -> dict[str,
             }
             if ordered and "g_idx" not in parts:
                 raise ModelError(f"{path} is packed by act-order and has no g_idx; take it again")
-            found[f"{path}.weight"] = _weight(path, layout, parts)
+            found[f"{path}.weight"] = _weight(path, layout, parts, record)
     return found
 
 
@@ -89,9 +114,8 @@ def open_unpacked(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
-    layout = packing_of(config) or ""
-    ordered = layout != "awq" and bool((record_of(config) or {}).get("desc_act"))
-    state = read_unpacked(folder, layout, ordered)
+    check_floats(folder)
+    state = read_unpacked(folder, packing_of(config) or "", record_of(config) or {})
     plain = copy.deepcopy(config)
     for part in (plain, plain.get_text_config()):
         vars(part).pop("quantization_config", None)
@@ -107,23 +131,45 @@ def open_unpacked(kind: Any, folder: Path, config: Any, **options: Any) -> Any:
     return hf
 
 
-def _weight(path: str, layout: str, parts: Mapping[str, Tensor]) -> Tensor:
+def _weight(
+    path: str, layout: str, parts: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> Tensor:
     missing = {"qweight", "qzeros", "scales"} - set(parts)
     if missing:
         raise ModelError(f"{path} is packed and has no {', '.join(sorted(missing))}; take it again")
     try:
+        three = parts["qweight"], parts["qzeros"], parts["scales"]
         if layout == "awq":
-            return awq_weight(parts["qweight"], parts["qzeros"], parts["scales"])
-        return gptq_weight(
-            parts["qweight"],
-            parts["qzeros"],
-            parts["scales"],
-            parts.get("g_idx"),
-            zeros_less_one=layout == "gptq",
-        )
+            found = awq_weight(*three)
+        else:
+            found = gptq_weight(*three, parts.get("g_idx"), zeros_less_one=layout == "gptq")
+        _check_as_recorded(parts, found.shape[1], record)
+        return found
     except ValueError as error:
         shapes = ", ".join(f"{name} {list(part.shape)}" for name, part in parts.items())
         raise ModelError(f"{path} cannot be unpacked ({shapes}): {error}") from error
+
+
+def _check_as_recorded(parts: Mapping[str, Tensor], width: int, record: Mapping[str, Any]) -> None:
+    """Raise ValueError where a layer of `width` inputs is of other bits or groups than the record
+    says. One with settings of single layers ("dynamic") says nothing of the others here.
+    """
+    if record.get("dynamic"):
+        return
+    groups, out = parts["scales"].shape
+    bits = parts["qzeros"].shape[-1] * WORD // out
+    if record.get("bits") not in (None, bits):
+        raise ValueError(f"it is of {bits} bits, and config.json says {record['bits']}")
+    given = record.get("group_size")
+    if given is None:
+        return
+    size = width if given < 1 else min(given, width)
+    largest = int(parts["g_idx"].long().bincount().max()) if "g_idx" in parts else size
+    if groups != math.ceil(width / size) or largest != size:
+        raise ValueError(
+            f"its {width} inputs are in {groups} groups of at most "
+            f"{max(largest, math.ceil(width / groups))}, and config.json says {given} to a group"
+        )
 
 
 def gptq_weight(
@@ -211,8 +257,14 @@ def _groups(g_idx: Tensor | None, width: int, groups: int) -> Tensor:
     if g_idx is None:
         return torch.arange(width) // _ratio(width, groups, "inputs of a group")
     found = g_idx.long()
-    if found.shape != (width,) or bool(((found < 0) | (found >= groups)).any()):
+    whole = not g_idx.is_floating_point() and found.shape == (width,)
+    if not whole or bool(((found < 0) | (found >= groups)).any()):
         raise ValueError(f"g_idx is not {width} numbers of {groups} groups")
+    sizes = found.bincount(minlength=groups).sort(descending=True).values
+    if bool((sizes[:-1] != sizes[0]).any()) or math.ceil(width / int(sizes[0])) != groups:
+        raise ValueError(
+            f"g_idx puts {int(sizes[0])} inputs into one group and {int(sizes[-1])} into another"
+        )
     return found
 
 

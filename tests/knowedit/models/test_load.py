@@ -195,3 +195,49 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
     with contextlib.suppress(ModelError):  # it is no whole model; its code has run all the same
         load_model(str(folder), trust_remote_code=True)
     assert ran.exists()
+
+
+# -- files that hold something else than the model's weights --------------------------------------
+
+
+def rewritten(folder, **changes):
+    """The folder's weights with other tensors added or put in their place."""
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | changes, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_integers_are_no_weights(folder, dtype):
+    """transformers casts them, and the scales that they need are nowhere."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    held = load_file(folder / "model.safetensors")[name]
+    rewritten(folder, **{name: (held * 10).to(dtype)})
+    for opened in (load_model, Checkpoint):
+        with pytest.raises(ModelError, match=rf"model\.safetensors: {name} is of .*8"):
+            opened(folder)
+
+
+@pytest.mark.parametrize("part", ["weight_scale", "weight_scale_inv", "qzeros", "g_idx"])
+def test_scales_that_no_layer_takes_are_refused(folder, part):
+    name = f"model.layers.1.mlp.down_proj.{part}"
+    rewritten(folder, **{name: torch.ones(2)})
+    with pytest.raises(ModelError, match=f"holds {name}, which is of quantised weights"):
+        load_model(folder)
+
+
+def test_other_tensors_that_no_layer_takes_are_warned_of(folder, caplog):
+    rewritten(folder, **{"model.layers.9.extra": torch.ones(2)})
+    load_model(folder)
+    assert "holds 1 tensors that a LlamaForCausalLM does not take, model.layers.9.e" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["../other.safetensors", "/etc/other.safetensors", "", 7, None])
+def test_an_index_names_files_of_its_folder(folder, file):
+    (folder.parent / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for opened in (load_model, Checkpoint):
+        with pytest.raises(ModelError, match="damaged weights"):
+            opened(folder)

@@ -100,7 +100,10 @@ def test_awq_words_are_eight_outputs_the_even_ones_first():
         ({"scales": torch.ones(6, 31)}, "bits"),
         ({"scales": torch.ones(2, OUT)}, "2 groups"),
         ({"g_idx": torch.full((IN,), 6)}, "96 numbers of 6 groups"),
-        ({"g_idx": torch.zeros(5)}, "96 numbers of 6 groups"),
+        ({"g_idx": torch.zeros(5).int()}, "96 numbers of 6 groups"),
+        ({"g_idx": torch.arange(IN) / GROUP}, "96 numbers of 6 groups"),
+        ({"g_idx": torch.zeros(IN).int()}, "96 inputs into one group and 0 into another"),
+        ({"g_idx": torch.arange(IN).clamp(max=5)}, "91 inputs into one group and 1 into another"),
         ({"qweight": torch.zeros(12, OUT, dtype=torch.int16)}, "words of int32"),
         ({"qzeros": torch.zeros(6, 4, dtype=torch.int64)}, "words of int32"),
     ],
@@ -238,3 +241,62 @@ def test_an_act_order_that_is_lost_is_refused(packed):
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match="by act-order and has no g_idx"):
         ke.load_model(folder, dequantise=True)
+
+
+def reconfigured(folder, **changes):
+    """Another `quantization_config`."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"bits": 8}, "of 4 bits, and config.json says 8"),
+        ({"group_size": 8}, "6 groups of at most 16, and config.json says 8"),
+        ({"group_size": -1}, "6 groups of at most 16, and config.json says -1"),
+        ({"group_size": "16"}, "quantization_config.group_size is '16', not a whole number"),
+        ({"bits": [4]}, r"quantization_config.bits is \[4\], not a whole number"),
+        ({"checkpoint_format": ["gptq"]}, r"checkpoint_format is \['gptq'\], not a name"),
+    ],
+)
+@pytest.mark.parametrize("packed", ["gptq"], indirect=True)
+def test_a_configuration_that_contradicts_the_files_is_refused(packed, changes, said):
+    folder, _ = packed
+    reconfigured(folder, **changes)
+    with pytest.raises(ModelError, match=said.replace("6 groups", r"\d groups")):
+        ke.load_model(folder, dequantise=True)
+
+
+@pytest.mark.parametrize("packed", ["awq"], indirect=True)
+def test_a_group_size_of_awq_is_compared_too(packed):
+    folder, _ = packed
+    reconfigured(folder, group_size=8)
+    with pytest.raises(ModelError, match="of at most 16, and config.json says 8 to a group"):
+        ke.load_model(folder, dequantise=True)
+
+
+@pytest.mark.parametrize("packed", ["gptq"], indirect=True)
+def test_settings_of_single_layers_are_left_to_the_files(packed):
+    folder, _ = packed
+    reconfigured(folder, bits=8, dynamic={"+:.*mlp.*": {"bits": 4}})
+    assert ke.load_model(folder, dequantise=True)
+
+
+def test_damaged_experts_are_refused(tmp_path, byte_tokenizer):
+    """What transformers fuses is checked before it does."""
+    folder, _ = packed_folder("mixtral", "gptq", tmp_path, byte_tokenizer)
+    whole = load_file(folder / "model.safetensors")
+    name = next(name for name in whole if "experts.1." in name and name.endswith(".g_idx"))
+    for part, value, said in (
+        ("g_idx", torch.zeros_like(whole[name]), "inputs into one group and 0|says 16 to a group"),
+        ("qweight", None, r"experts\.1\..* is packed and has no qweight"),
+        ("scales", whole[name.replace("g_idx", "scales")][:1], "groups"),
+    ):
+        changed = name.replace("g_idx", part)
+        held = {n: t for n, t in whole.items() if n != changed}
+        held |= {} if value is None else {changed: value}
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=said):
+            ke.load_model(folder, dequantise=True)
