@@ -279,18 +279,29 @@ def undo(
             "FOLDER` lists them); repeatable."
         ),
     ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Also where the folder was changed since the edit: what was changed of the edited "
+            "weights is lost, what was changed beside them stays.",
+        ),
+    ] = False,
     *,
     output: Output,
 ) -> None:
     """Restore the original bits of an edited model's folder, and check its fingerprint; or take
-    back one edit of several.
+    back one edit of several. A folder that was changed since the edit is left as it is.
     """
-    from knowedit.edits.export.folder import RECORD, restore
+    from knowedit.edits.export.folder import RECORD, read_record, record_of, restore
 
     with locked(folder):
-        found = restore(folder, edit or ())
-    whole = not (folder / RECORD).exists()
-    done = "every weight is back" if whole else f"without {', '.join(edit or ())}"
+        before = read_record(record_of(folder))[0]["fingerprint"] if force else None
+        found = restore(folder, edit or (), force=force)
+    left = (folder / RECORD).exists()
+    whole = not left and before in (None, found)
+    done = "every weight is back" if whole else "the edited weights are back, others differ"
+    done = f"without {', '.join(edit or ())}" if left else done
     output.show(
         {"folder": str(folder), "fingerprint": found, "original": whole},
         lambda: f"{folder}: {done}; fingerprint {found}",

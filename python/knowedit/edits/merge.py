@@ -66,7 +66,7 @@ def merge_into(checkpoint: str | Path, edits: Sequence[Edit], out: str | Path) -
         names = sorted({name for changed in changes.values() for name in changed})
         with atomic_folder(out) as temporary, disk_errors(out):
             _copy(base, temporary)
-            header = header_of(base, edits)
+            header = header_of(base, edits, base.config)
             header["weights"] = {name: _merge(base, name, changes, temporary) for name in names}
             header[CONFIG] = config_of(temporary).get(ENTRY)
             originals = {f"{ORIGINAL}{name}": partial(base.tensor, name) for name in names}

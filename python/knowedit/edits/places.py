@@ -31,7 +31,10 @@ def places(files: Iterable[Path], edited: Mapping[str, Tensor]) -> dict[str, dic
         for file in files:
             opened = stack.enter_context(safe_open(file, framework="pt"))
             there |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        found |= {name: {"tensor": name} for name in edited if split_name(name)[0] in there}
+        for name, tensor in edited.items():
+            own = {one: there[one] for one in (split_name(name)[0],) if one in there}
+            if _parts(own, name, tensor) == [{"tensor": name}]:
+                found[name] = {"tensor": name}
         taken = {place["tensor"] for place in found.values()}
         for name in sorted(set(edited) - set(found)):
             # of experts that are alike, the one with the same numbers in its name
@@ -58,9 +61,9 @@ def pieces(weight: Mapping[str, Any], tensor: Tensor) -> list[tuple[Mapping[str,
     return list(zip(weight["parts"], tensor.split(rows), strict=True))
 
 
-def said(weight: Mapping[str, Any], tensor: Tensor) -> dict[str, Any]:
-    """What the record says of a weight, with checksums of what was written."""
-    made = [{**part, "edited": checksum(bits)} for part, bits in pieces(weight, tensor)]
+def said(weight: Mapping[str, Any], tensor: Tensor, name: str = "edited") -> dict[str, Any]:
+    """What the record says of a weight, with checksums of what was written under `name`."""
+    made = [{**part, name: checksum(bits)} for part, bits in pieces(weight, tensor)]
     return {**weight, "parts": made} if "parts" in weight else made[0]
 
 

@@ -175,7 +175,7 @@ def setup_of(config: Any, tokenizer: Any) -> str:
     of a text; 12 and 8 hex digits.
     """
     ids = tokenizer(PROBE, truncation=False, verbose=False)["input_ids"]
-    return f"{_digest(_computing(_text_config(config)), 6)}-{_digest(list(ids))}"
+    return f"{_digest(computing(config), 6)}-{_digest(list(ids))}"
 
 
 def difference(model: EditableModel | Checkpoint, fingerprint: str, setup: str = "") -> str | None:
@@ -204,21 +204,22 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _computing(config: Any) -> tuple[tuple[str, str], ...]:
-    """The model type, then names and values of the fewest fields that change logits and from which
-    its class makes the rest.
+def computing(config: Any) -> tuple[tuple[str, str], ...]:
+    """The model type, then names and values of the fewest fields of a configuration that change
+    logits and from which its class makes the rest.
 
     What a class fills in by itself (a default, a number that follows from others) says nothing
     about a model, and is there or not with the version of transformers.
     """
-    record = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    kind: Any = type(config)
-    return ("model_type", str(config.model_type)), *_fewest(kind, record)
+    texts = _text_config(config)
+    record = json.dumps(texts.to_dict(), sort_keys=True, default=str)
+    kind: Any = type(texts)
+    return ("model_type", str(texts.model_type)), *_fewest(kind, record)
 
 
 @lru_cache(maxsize=64)
 def _fewest(kind: Any, text: str) -> tuple[tuple[str, str], ...]:
-    """As `_computing`, of a class and a configuration of it as JSON."""
+    """As `computing`, of a class and a configuration of it as JSON."""
     needed = json.loads(text)
     whole, told = _relevant(needed), {}
     for name in sorted(whole):

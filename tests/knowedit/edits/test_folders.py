@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from knowedit import EditableModel, load_model
+from knowedit.edits.export import folder as export
 from knowedit.edits.export.folder import EARLIER_RECORD, RECORD, record_of, restore, save_edited
 from knowedit.errors import EditError
 from knowedit.io.tensors import read_file, write_file
@@ -141,16 +142,26 @@ def test_one_of_several_edits_is_taken_back(saved, tmp_path, taken):
     assert not (folder / RECORD).exists() and not (folder / "README.md").exists()
 
 
-def test_an_undo_of_one_edit_that_was_interrupted_goes_on(saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", ["the same", "all", "the other"])
+def test_an_undo_of_one_edit_that_was_interrupted_goes_on(saved, tmp_path, monkeypatch, after):
     edits = [an_edit(saved), an_edit(saved, seed=7, layers=(1, 2))]
     folder = save_edited(saved, edits, tmp_path / "edited")
     with monkeypatch.context() as patch:
         stop = pytest.raises(KeyboardInterrupt)
-        patch.setattr("knowedit.edits.export.folder._write_record", _interrupt)
+        write = export._write_record
+        patch.setattr(
+            "knowedit.edits.export.folder._write_record",
+            lambda where, header, *args: (
+                write(where, header, *args) if len(header["edits"]) > 1 else _interrupt()
+            ),
+        )
         with stop:
             restore(folder, [edits[0].key])
-    restore(folder, [edits[0].key])
     assert_same_bits(load_file(folder / "model.safetensors"), weights(saved, edits[1:]))
+    if after != "all":
+        left = edits[1:] if after == "the same" else edits[:1]
+        restore(folder, [edit.key for edit in edits if edit not in left])
+        assert_same_bits(load_file(folder / "model.safetensors"), weights(saved, left))
     assert restore(folder) == saved.fingerprint
 
 
@@ -158,15 +169,57 @@ def _interrupt(*_args, **_kwargs):
     raise KeyboardInterrupt
 
 
-def test_a_weight_that_was_changed_since_is_not_edited_again(saved, tmp_path):
+@pytest.mark.parametrize("one", [True, False], ids=["one", "all"])
+def test_a_folder_that_was_changed_since_is_left_as_it_is(saved, tmp_path, monkeypatch, one):
+    """Sharded, with the change in the file that would be written last."""
+    edits = [an_edit(saved), an_edit(saved, seed=7)]
+    save = functools.partial(saved.hf.save_pretrained, max_shard_size="40KB")
+    monkeypatch.setattr(saved.hf, "save_pretrained", save)
+    folder = save_edited(saved, edits, tmp_path / "edited")
+    only = [edits[0].key] if one else []
+    *_, name = sorted(edits[0].by_parameter(saved))
+    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = folder / where[name]
+    tensors = load_file(file)
+    tensors[name] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    before = files(folder)
+    with pytest.raises(
+        EditError, match=rf"{name} changed since.*nothing was written: undo .*force"
+    ):
+        restore(folder, only)
+    assert files(folder) == before
+    restore(folder, only, force=True)
+    wanted = weights(saved, edits[1:] if one else [])
+    assert_same_bits(by_index(folder), wanted)
+    assert restore(folder) == saved.fingerprint if one else not (folder / RECORD).exists()
+
+
+@pytest.mark.parametrize("one", [True, False], ids=["one", "all"])
+def test_a_configuration_that_was_changed_since_is_noticed(saved, tmp_path, one):
     edits = [an_edit(saved), an_edit(saved, seed=7)]
     folder = save_edited(saved, edits, tmp_path / "edited")
-    tensors = load_file(folder / "model.safetensors")
-    name = next(iter(edits[0].by_parameter(saved)))
-    tensors[name] *= 2
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EditError, match="changed since the edit was written"):
-        restore(folder, [edits[0].key])
+    config = json.loads((folder / "config.json").read_text())
+    changed = config | {"rms_norm_eps": 1e-3, "use_cache": False}
+    (folder / "config.json").write_text(json.dumps(changed))
+    before = files(folder)
+    only = [edits[0].key] if one else []
+    with pytest.raises(
+        EditError, match=r"config\.json was changed .*: rms_norm_eps \(.*; now 0.001"
+    ):
+        restore(folder, only)
+    assert files(folder) == before
+    restore(folder, only, force=True)
+    assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 1e-3
+    assert_same_bits(
+        load_file(folder / "model.safetensors"), weights(saved, edits[1:] if one else [])
+    )
+
+
+def test_what_computes_the_same_may_change(saved, tmp_path):
+    folder = save_edited(saved, [an_edit(saved)], tmp_path / "edited")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"use_cache": False}))
     assert restore(folder) == saved.fingerprint
 
 

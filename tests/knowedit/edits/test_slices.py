@@ -163,10 +163,10 @@ def test_what_others_change_in_one_part_is_seen(byte_tokenizer, tmp_path):
     tensors[name][0] += 1
     save_file(tensors, file, metadata={"format": "pt"})
     before = file.read_bytes()
-    with pytest.raises(EditError, match=r"experts\.1\.w3.* was changed since the edit was written"):
+    with pytest.raises(EditError, match=r"experts\.1\.w3.* changed since the edit was written"):
         restore(tmp_path / "edited", [edits[0].key])
     assert file.read_bytes() == before
-    assert restore(tmp_path / "edited") == model.fingerprint
+    assert restore(tmp_path / "edited", force=True) == model.fingerprint
 
 
 def test_a_weight_that_files_hold_among_others_is_refused(byte_tokenizer, tmp_path):

@@ -8,9 +8,10 @@ folder, some of its sub-folders too, and would put the original weights over the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
@@ -28,8 +29,9 @@ from knowedit.io.tensors import checksum, read_file, understood, write_file
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
+from knowedit.models.fingerprint import computing
 from knowedit.models.gguf import as_plain
-from knowedit.models.load import accepts_model, fingerprint_of
+from knowedit.models.load import accepts_model, config_in, fingerprint_of
 from knowedit_kernels.lowrank import WeightLedger
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ ORIGINAL = "original."  # before a parameter's name: its bits as they were
 CARD = "README.md"
 BASE_CARD = "README.base.md"  # the card of the model that was edited, where its folder had one
 CONFIG, ENTRY = "config.json", "knowedit"
+BECOMES = "becomes"  # the checksum that a part has once an undo that was begun is done
+FORCE = "undo with force=True (--force)"
 
 
 @accepts_model
@@ -65,7 +69,7 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
         )
     names = sorted({name for edit in edits for name in edit.by_parameter(model)})
     originals = {name: model.stored(name).detach().cpu().clone() for name in names}
-    header = header_of(model, edits)
+    header = header_of(model, edits, model.hf.config)
     try:
         with ExitStack() as applied:
             for edit in edits:
@@ -78,12 +82,15 @@ def save_edited(model: EditableModel, edits: Sequence[Edit], folder: str | Path)
     return Path(folder)
 
 
-def header_of(model: EditableModel | Checkpoint, edits: Sequence[Edit]) -> dict[str, Any]:
-    """What an undo record says of the model and its edits."""
+def header_of(
+    model: EditableModel | Checkpoint, edits: Sequence[Edit], config: Any
+) -> dict[str, Any]:
+    """What an undo record says of the model, its configuration and its edits."""
     return {
         "format": FORMAT,
         "fingerprint": model.fingerprint,
         "model": model.name,
+        "computes": [list(pair) for pair in computing(config)],
         "edits": [said_of(edit) for edit in edits],
     }
 
@@ -178,6 +185,9 @@ def read_record(
             )
             for number, made in enumerate(header["edits"])
         }
+        numbers = {str(number) for number in range(len(header["edits"]))}
+        if other := sorted(name for name in tensors if name.partition(".")[0] not in numbers):
+            raise ValueError(f"the tensor {other[0]} is of no edit")
         _check_header(header, originals)
     return header, originals, changes
 
@@ -186,22 +196,35 @@ def _check_header(header: Mapping[str, Any], originals: Mapping[str, Tensor]) ->
     """Raise an error of any kind where the header lacks what an undo needs, or has something else
     in its place: before the first file is touched.
     """
-    texts = [header["fingerprint"], header["model"]]
-    for made in header["edits"]:
-        texts += [made["method"], made["key"]]
+    texts = {name: header[name] for name in ("fingerprint", "model")}
+    if not isinstance(header["edits"], list) or not header["edits"]:
+        raise TypeError(f"edits is {header['edits']!r}, not a list of what was written")
+    for number, made in enumerate(header["edits"]):
+        if not isinstance(made["facts"], list):
+            raise TypeError(f"edits[{number}].facts is {made['facts']!r}, not a list")
+        texts |= {f"edits[{number}].{name}": made[name] for name in ("method", "key")}
         for fact in made["facts"]:
             Fact.from_dict(fact)
+    if other := sorted(set(header["weights"]) ^ set(originals)):
+        raise ValueError(f"{other[0]} is either without its bits or without its record")
     for name in originals:
         weight = header["weights"][name]
         for part, _ in pieces(weight, originals[name]):
-            texts += [part["tensor"], part["edited"]]
+            texts |= {f"weights.{name}.{field}": part[field] for field in ("tensor", "edited")}
         if not isinstance(weight["transposed"], bool):
             raise TypeError(f"weights.{name}.transposed is {weight['transposed']!r}")
-    if other := next((text for text in texts if not isinstance(text, str)), None):
-        raise TypeError(f"text was expected in the place of {other!r}")
+    for field, value in texts.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{field} is {value!r}, not a text")
+    pairs = header.get("computes", [])
+    if not isinstance(pairs, list) or any(list(map(type, pair)) != [str, str] for pair in pairs):
+        raise TypeError(f"computes is {pairs!r}, not pairs of texts")
+    if not isinstance(header.get(CONFIG), (dict, NoneType)):
+        raise TypeError(f"{CONFIG} is {header[CONFIG]!r}, not fields of a configuration")
+    _card(header)  # says what is in the other fields, after the weights are back
 
 
-def restore(folder: str | Path, only: Iterable[str] = ()) -> str:
+def restore(folder: str | Path, only: Iterable[str] = (), *, force: bool = False) -> str:
     """Put the original bits back into a folder written by `save_edited`, or take back some of its
     edits.
 
@@ -210,36 +233,40 @@ def restore(folder: str | Path, only: Iterable[str] = ()) -> str:
 
     Args:
         only: keys of edits, or how they begin; none: all of them.
+        force: also where weights or the configuration were changed since the edit: what was changed
+            of the edited weights is lost, and what was changed beside them stays.
 
     Returns:
         The fingerprint of the model that is left.
 
     Raises:
-        EditError: the folder holds no record or no such edit, or the result is not the model the
-            edits were made on.
+        EditError: the folder holds no record or no such edit, it was changed since the edit, or the
+            result is not the model the edits were made on; nothing was written then.
     """
     folder = Path(folder)
     path = record_of(folder)
     header, originals, changes = read_record(path)
-    left = [
-        made for made in header["edits"] if made not in _named(header["edits"], [*only], folder)
-    ]
+    gone = _named(header["edits"], [*only], folder)
+    left = [made for made in header["edits"] if made not in gone]
+    if not force:
+        _check_config(folder, header)
     if left:
-        return _take_back(folder, header, originals, changes, left)
+        return _take_back(folder, header, originals, changes, left, force)
     weights = header.get("weights", {})
-    found = fingerprint_of(folder, originals)
-    if found != header["fingerprint"]:
-        raise EditError(
-            f"{folder}: after the undo its fingerprint would be {found[:12]}, before the edit it "
-            f"was {header['fingerprint'][:12]}: other weights were changed too, and nothing was "
-            "written; take the original model again"
-        )
-    as_files = {
+    back = {
         part["tensor"]: bits
         for name, tensor in originals.items()
         for part, bits in pieces(weights[name] if weights else {"tensor": name}, tensor)
     }
-    _replace(folder, as_files)
+    _check_weights(folder, back, _known(weights, originals), force)
+    found = fingerprint_of(folder, originals)
+    if found != header["fingerprint"] and not force:
+        raise EditError(
+            f"{folder}: after the undo its fingerprint would be {found[:12]}, before the edit it "
+            f"was {header['fingerprint'][:12]}: other weights were changed too, and nothing was "
+            f"written; take the original model again, or {FORCE}, which leaves them as they are"
+        )
+    _replace(folder, back)
     if weights:
         _forget(folder, header)
     path.unlink(missing_ok=True)
@@ -252,6 +279,7 @@ def _take_back(
     originals: Mapping[str, Tensor],
     changes: Mapping[str, Mapping[str, Change]],
     left: list[dict[str, Any]],
+    force: bool,
 ) -> str:
     """Leave the edits `left` in the folder, computed anew from the original weights; returns the
     fingerprint.
@@ -267,9 +295,19 @@ def _take_back(
         ledger = WeightLedger(now, [name for name in now if weights[name]["transposed"]])
         for made in left:
             ledger.add_many(made["key"], {n: c.raw for n, c in changes[made["key"]].items()})
-    parts = [piece for name, tensor in now.items() for piece in pieces(weights[name], tensor)]
-    expected = {part["tensor"]: {part["edited"], checksum(bits)} for part, bits in parts}
-    _replace(folder, {part["tensor"]: bits for part, bits in parts}, expected)
+    written = {
+        part["tensor"]: bits
+        for name, tensor in now.items()
+        for part, bits in pieces(weights[name], tensor)
+    }
+    known = _known(weights, originals)
+    for name, bits in written.items():
+        known[name].add(checksum(bits))
+    _check_weights(folder, written, known, force)
+    # what any undo after an interruption of this one may find
+    meant = {name: said(weights[name], now[name], BECOMES) for name in now}
+    _write_record(folder, {**header, "weights": meant}, originals, changes)
+    _replace(folder, written)
     kept = {
         name: said(weights[name], now[name])
         for name in now
@@ -286,6 +324,79 @@ def _take_back(
     if _text(folder / CARD) == before:
         describe(folder, header)
     return fingerprint_of(folder)
+
+
+def _known(
+    weights: Mapping[str, Mapping[str, Any]], originals: Mapping[str, Tensor]
+) -> dict[str, set[str]]:
+    """By tensor of the files, the checksums that it may have where nobody else wrote to it: edited,
+    as it was, and as an undo that was interrupted left it. Empty for a record of the first version.
+    """
+    return {
+        part["tensor"]: {part["edited"], part.get(BECOMES, ""), checksum(bits)}
+        for name, weight in weights.items()
+        if name in originals
+        for part, bits in pieces(weight, originals[name])
+    }
+
+
+def _check_config(folder: Path, header: Mapping[str, Any]) -> None:
+    """Raise EditError where the folder's configuration computes something else with the weights
+    than when the edit was written.
+    """
+    if "computes" not in header:  # a record of an earlier version
+        return
+    was = {(name, value) for name, value in header["computes"]}
+    now = set(computing(config_in(folder)))
+    if was != now:
+        changed = sorted({name for name, _ in was ^ now})
+        raise EditError(
+            f"{folder / CONFIG} was changed since the edit was written: {', '.join(changed)} "
+            f"({_values(changed, was)}; now {_values(changed, now)}); nothing was written: put "
+            f"that back, or {FORCE}, which leaves the file as it is"
+        )
+
+
+def _values(names: Sequence[str], fields: set[tuple[str, str]]) -> str:
+    """Of some fields of a configuration."""
+    held = [next((value for other, value in fields if other == name), "unset") for name in names]
+    return ", ".join(held)
+
+
+def _check_weights(
+    folder: Path, written: Mapping[str, Tensor], known: Mapping[str, set[str]], force: bool
+) -> None:
+    """Raise EditError unless the folder's files hold all of the tensors that are to be `written`,
+    of their shapes, and each as nobody but an edit or an undo has left it.
+
+    Args:
+        known: checksums that a tensor may have; none: any.
+        force: it may have any.
+    """
+    left, changed = set(written), []
+    for file in _weight_files(folder):
+        with _reading(file), safe_open(file, framework="pt") as opened:
+            for name in sorted(left & _held(opened, left)):
+                found = _tensor(opened, name)
+                if found.shape != written[name].shape:
+                    raise EditError(
+                        f"{file}: {name} is {list(found.shape)}, and in the undo record "
+                        f"{list(written[name].shape)}; take the original model again"
+                    )
+                if name in known and checksum(found) not in known[name]:
+                    changed.append(name)
+                left.discard(name)
+    if left:
+        raise EditError(
+            f"{folder}: the weights {sorted(left)} of the undo record are in none of its files; "
+            "nothing was written"
+        )
+    if changed and not force:
+        raise EditError(
+            f"{folder}: {', '.join(changed)} changed since the edit was written (by another "
+            f"program, or a training); nothing was written: {FORCE}, which puts other numbers over "
+            "that change, or take the original model again"
+        )
 
 
 def _named(
@@ -316,56 +427,49 @@ def _weight_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*.safetensors")) if file.name != EARLIER_RECORD]
 
 
-def _replace(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    expected: Mapping[str, set[str]] = {},
-) -> None:
-    """Put `tensors` in the place of those of these names in the folder's weight files.
+def _held(opened: Any, names: Iterable[str]) -> set[str]:
+    """Those of `names`, `NAME[expert]` for one of several matrices, that a file holds."""
+    known = set(opened.keys())
+    return {name for name in names if split_name(name)[0] in known}
 
-    Args:
-        expected: checksums of what may be there; none: anything.
 
-    Raises:
-        EditError: they are in none of the files, or something else is there.
+def _tensor(opened: Any, name: str) -> Tensor:
+    """One of those that `_held` finds."""
+    parameter, expert = split_name(name)
+    held = opened.get_slice(parameter)
+    found: Tensor = held[:] if expert is None else held[expert]
+    return found
+
+
+def _replace(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put `tensors` in the place of those of these names in the folder's weight files; they are
+    there (`_check_weights`).
     """
-    left = set(tensors)
     for file in _weight_files(folder):
-        try:
+        with _reading(file):
             with safe_open(file, framework="pt") as opened:
-                metadata, known = opened.metadata(), set(opened.keys())
-            here = {name for name in left if split_name(name)[0] in known}
-            if not here:
-                continue
-            held = load_file(file)
-        except SafetensorError as error:
-            raise EditError(
-                f"{file} is truncated or damaged ({error}); take the original model again"
-            ) from error
-        for name in here if expected else ():
-            if checksum(_part(held, name)) not in expected[name]:
-                raise EditError(
-                    f"{file}: {name} was changed since the edit was written; undo all edits to get "
-                    "the original weights back"
-                )
+                metadata, here = opened.metadata(), _held(opened, tensors)
+            held = load_file(file) if here else {}
         for name in here:
-            if name in held:
+            parameter, expert = split_name(name)
+            if expert is None:
                 held[name] = tensors[name].contiguous()
             else:
-                _part(held, name).copy_(tensors[name])
-        with atomic_file(file) as temporary, disk_errors(file):
-            save_file(held, temporary, metadata=metadata)
-        left -= here
-    if left:
+                held[parameter][expert].copy_(tensors[name])
+        if here:
+            with atomic_file(file) as temporary, disk_errors(file):
+                save_file(held, temporary, metadata=metadata)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raise EditError where a weight file cannot be read."""
+    try:
+        yield
+    except (SafetensorError, LookupError, ValueError) as error:  # also: no such expert in it
         raise EditError(
-            f"{folder}: the weights {sorted(left)} of the undo record are in none of its files"
-        )
-
-
-def _part(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The tensor of that name, or one expert's matrix in one."""
-    parameter, expert = split_name(name)
-    return tensors[parameter] if expert is None else tensors[parameter][expert]
+            f"{file} is truncated or damaged ({error}); take the original model again"
+        ) from error
 
 
 def _write_record(
