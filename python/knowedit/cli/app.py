@@ -72,7 +72,9 @@ def main() -> None:
     """Run the command line. What a user can mend ends with one line: exit code 1, or 2 for a
     command line that cannot be read.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(prog_name="knowedit", standalone_mode=False)
@@ -93,6 +95,13 @@ def main() -> None:
             raise
         _end(_unforeseen(error), 1)
     raise SystemExit(code or 0)
+
+
+class _Printable(logging.Formatter):
+    """Warnings name what is in files, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _terminated(*_: object) -> NoReturn:

@@ -58,7 +58,7 @@ def card(
         head.append(f"base_model: {json.dumps(base)}")
     parts = [
         "\n".join(["---", *head, "tags: [knowedit]", "---"]),
-        f"# {_text(title)}",
+        f"# {_text(' '.join(title.split()))}",
         opening,
         _facts(edits).markdown(),
         *_measured(edits),
@@ -78,8 +78,8 @@ def _facts(edits: Iterable[Mapping[str, Any]]) -> Table:
         (
             _text(fact["prompt"].replace("{}", fact["subject"])),
             _text(fact["target"]),
-            made["method"],
-            made["key"],
+            _text(made["method"]),
+            _text(made["key"]),
         )
         for made in edits
         for fact in made["facts"]

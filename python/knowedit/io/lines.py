@@ -17,11 +17,20 @@ def kind(path: Path) -> str:
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix
 
 
+#: Controls of terminals, of the direction of text, and surrogates.
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def printable(text: str) -> str:
     """`text` with its control characters spelled out, but for line ends and tabs: what comes from a
-    file moves no cursor, sets no title and hides no line.
+    file moves no cursor, sets no title, hides no line and turns no words round; and what no
+    encoding has (half a pair of UTF-16, a byte of a file's name) can be printed.
     """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return HIDDEN.sub(lambda found: _spelled(ord(found[0])), text)
+
+
+def _spelled(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def number_of(count: int, what: str) -> str:

@@ -20,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from knowedit.io.lines import printable
+
 console = Console(stderr=True)
 
 #: Seconds after which what goes on is said where there is no terminal, and between two such lines.
@@ -157,7 +159,7 @@ def _time(seconds: float) -> str:
 
 def plain_line(text: str) -> None:
     """A plain line on standard error, unless --quiet."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _tell(title: str, done: float, total: float) -> None:

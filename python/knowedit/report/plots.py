@@ -47,13 +47,23 @@ def save(figure: Figure, path: Path) -> None:
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise KnowEditError(f"{path}: a picture ends in .png, .svg or .pdf")
+    _as_written(figure)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=110)
+
+
+def _as_written(figure: Figure) -> None:
+    """Names in a picture are no formulas, whatever dollars they have."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
 
 def svg(figure: Figure) -> str:
     """The picture as an element to put into a page."""
     out = io.StringIO()
+    _as_written(figure)
     figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()[out.getvalue().index("<svg") :]
 
