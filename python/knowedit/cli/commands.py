@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from knowedit.cli import recorded
 from knowedit.errors import ConfigError, KnowEditError
 from knowedit.io.config import parse_setting
+from knowedit.io.documents import read_document
 from knowedit.io.files import is_safetensors
 from knowedit.io.names import nearest
 
@@ -253,12 +254,7 @@ def _set_default(ctx: typer.Context, source: str, option: Any, value: Any, place
 def _read(ctx: typer.Context, path: Path, has_method: bool) -> dict[str, Any]:
     """Options from a YAML or JSON file, or from the record in an edit file."""
     if path.suffix in (".yaml", ".yml", ".json") and not is_safetensors(path):
-        import yaml
-
-        try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: neither YAML nor JSON ({error})") from None
+        record = read_document(path)
         if record is None:
             raise ConfigError(f"{path} is empty; write options into it, such as method: memit")
         if not isinstance(record, Mapping):

@@ -23,6 +23,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from knowedit.evaluation.measures.base import fact_measures, model_measures
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.io.config import Config, fields_of
+from knowedit.io.documents import read_document
 from knowedit.io.files import atomic_file
 from knowedit.io.ranges import Count, Whole
 from knowedit.io.tables import Column, Table
@@ -48,6 +50,7 @@ from knowedit.statistics import KeyStatistics
 
 FILE = "sweep.json"
 FORMAT = "knowedit-sweep/1"
+MOST = 10_000  # combinations of a grid
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ def combinations(grid: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for name, values in grid.items():
         if not isinstance(values, (list, tuple)) or not values:
             raise ConfigError(f"grid.{name} must be a list of values, got {values!r}")
+    if (count := prod(map(len, grid.values()))) > MOST:
+        raise ConfigError(f"the grid has {count:,} combinations, more than {MOST:,}; ask for fewer")
     for chosen in product(*grid.values()):
         yield dict(zip(grid, chosen))
 
@@ -142,12 +147,7 @@ def read_sweep(path: Path) -> Sweep:
     """A sweep from a YAML or JSON file. Raises ConfigError, which names the file, for one that is
     none.
     """
-    import yaml
-
-    try:
-        record = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: neither YAML nor JSON ({error})") from error
+    record = read_document(path)
     with understood(path, "a sweep", ConfigError, "mend it"):
         try:
             sweep = Sweep.from_dict(record if record is not None else {})
