@@ -204,15 +204,21 @@ def _file(cls: type[Config], key: str) -> Path:
 
 
 def _read(cls: type[Kept], key: str) -> Kept | None:
-    """What the cache keeps under `key`; None where there is none, or not one of ours."""
+    """What the cache keeps under `key`; None where there is none, not one of ours, or another
+    model's.
+    """
     try:
-        return cls.from_dict(json.loads(_file(cls, key).read_text("utf-8")))
-    except (OSError, ValueError, KnowEditError):
+        record = json.loads(_file(cls, key).read_text("utf-8"))
+        if not isinstance(record, dict) or record.get("fingerprint", record.pop("of", "")) != key:
+            return None
+        return cls.from_dict(record)
+    except (OSError, ValueError, RecursionError, KnowEditError):
         return None
 
 
 def _write(found: Config, key: str) -> Path:
-    path = _file(type(found), key)
+    path, record = _file(type(found), key), found.to_dict()
+    record |= {} if "fingerprint" in record else {"of": key}
     with atomic_file(path) as part:
-        part.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path

@@ -57,21 +57,26 @@ def _folder(model: EditableModel, batch: int, length: int) -> Path:
 
 
 def _read(file: Path, batch: int) -> list[str] | None:
-    """The texts of a block; None where there are none, or the file is damaged (gzip has a
-    checksum).
+    """The texts of a block; None where there are none, the file is damaged (gzip has a checksum),
+    or it is another block's.
     """
     try:
         with gzip.open(file, "rt", encoding="utf-8") as stream:
-            texts = json.load(stream)
+            kept = json.load(stream)
+        return kept["texts"] if kept["of"] == _of(file) and len(kept["texts"]) == batch else None
     except Exception:
         return None
-    return texts if len(texts) == batch else None
+
+
+def _of(file: Path) -> str:
+    """What a block says it is of: a model's settings, and its number."""
+    return f"{file.parent.name}/{file.name}"
 
 
 def _write(file: Path, texts: list[str]) -> None:
     """Keep a block; a disk that is full only costs the next run some time."""
     try:
         with atomic_file(file) as path, gzip.open(path, "wt", encoding="utf-8") as stream:
-            json.dump(texts, stream)
+            json.dump({"of": _of(file), "texts": texts}, stream)
     except OSError as error:
         logger.warning("samples are not kept: %s", error)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from knowedit.errors import ModelError
 from knowedit.io.files import atomic_file, cache_dir
+from knowedit.io.tensors import MISREAD
 from knowedit.io.versions import software_versions
 from knowedit.models import partial
 from knowedit.models.experts import Experts, WideProjection, as_keys
@@ -81,8 +82,9 @@ def remembered(hf: nn.Module) -> Checkup | None:
     if key not in _REMEMBERED and _is_large(hf):
         try:
             record = json.loads(_file(key).read_text("utf-8"))
-            _REMEMBERED[key] = _from_record(record)
-        except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+            if record.pop("of") == key:
+                _REMEMBERED[key] = _from_record(record)
+        except (OSError, *MISREAD):  # none, or not one of ours
             return None
     return _REMEMBERED.get(key)
 
@@ -96,7 +98,7 @@ def remember(hf: nn.Module, found: Checkup) -> None:
     if _is_large(hf):
         try:
             with atomic_file(_file(key)) as path:
-                path.write_text(json.dumps(asdict(found)), "utf-8")
+                path.write_text(json.dumps({"of": key, **asdict(found)}), "utf-8")
         except OSError:
             pass
 

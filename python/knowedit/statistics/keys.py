@@ -479,7 +479,8 @@ def _at_hand(model: EditableModel, layers: Sequence[int]) -> KeyStatistics | Non
             files = {layer: store.layer_file(folder, layer) for layer in layers}
             found = KeyStatistics({n: LayerStatistics.load(file) for n, file in files.items()})
             found.check(model, layers)
-            return found
+            if all(found[layer].layer == layer for layer in layers):
+                return found
     return None
 
 
@@ -531,6 +532,11 @@ def _load(
     """A layer's file, which must hold what this recipe would collect from `model`."""
     path = store.layer_file(where, layer)
     here = LayerStatistics.load(path)
+    if here.layer != layer:
+        raise StatisticsError(
+            f"{path} holds the statistics of layer {here.layer}: somebody moved it here; remove "
+            "it, or use another folder"
+        )
     if here.recipe != recipe:
         was, now = asdict(here.recipe), asdict(recipe)
         differs = ", ".join(

@@ -172,6 +172,7 @@ def paraphrases(
                     "endpoint": endpoint.shown,
                     "model": endpoint.model,
                     "prompt": prompt,
+                    "of": path.stem,
                     "paraphrases": found[:count],
                 }
                 temporary.write_text(
@@ -233,10 +234,13 @@ def _cached(prompt: str, count: int, endpoint: Endpoint, forbidden: Sequence[str
 def _read(path: Path) -> list[str]:
     """A cached list; empty for none, and for one that is damaged, which is then asked for again."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["paraphrases"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        kept = record["paraphrases"]
+        if record["of"] != path.stem:
+            raise ValueError("it is of another question")
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("%s is damaged (%s); asking again", path, error)
         return []
     return [text for text in kept if isinstance(text, str)] if isinstance(kept, list) else []

@@ -158,11 +158,17 @@ class Reader:
         assert self.cache is not None
         return self.cache / f"{number // 1000:04d}" / f"{number % 1000:03d}.npz"
 
+    def _of(self, number: int) -> str:
+        """What a file of the cache says it is of: the folder's settings, and its number."""
+        return f"{self.cache.name if self.cache else ''}/{number}"
+
     def _cached(self, number: int) -> Window | None:
         if self.cache is None:
             return None
         try:
             with np.load(self._file(number), allow_pickle=False) as found:
+                if str(found["of"]) != self._of(number):  # somebody moved it here
+                    return None
                 ends = np.cumsum(found["lengths"])
                 encoded = [ids.tolist() for ids in np.split(found["ids"], ends)[:-1]]
                 return Window(number, int(found["documents"]), self._pieces(encoded))
@@ -180,7 +186,8 @@ class Reader:
             lengths = np.asarray([len(p.ids) for p in window.pieces], np.int32)
             try:
                 with atomic_file(self._file(window.number)) as path, path.open("wb") as stream:
-                    np.savez(stream, ids=ids, lengths=lengths, documents=window.documents)
+                    of = self._of(window.number)
+                    np.savez(stream, ids=ids, lengths=lengths, documents=window.documents, of=of)
             except OSError as error:
                 logger.warning("tokens are not cached: %s", error)
                 self.cache = None
