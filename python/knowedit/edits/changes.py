@@ -167,15 +167,24 @@ def write_changes(changes: Mapping[str, Change]) -> dict[str, Tensor]:
 
 
 def read_changes(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
-    """The changes of what `write_changes` makes; sorted by name."""
+    """The changes of what `write_changes` makes; sorted by name. Raises ValueError for a tensor
+    that is of none.
+    """
     names = sorted(full.rpartition(".")[0] for full in tensors if full.endswith((".V", ".delta")))
     found: dict[str, Change] = {}
+    left = set(tensors)
     for name in names:
         if f"{name}.delta" in tensors:
+            used = {f"{name}.delta"}
             found[name] = Dense(tensors[f"{name}.delta"])
         else:
             own, shared = f"{name}.U", f"{split_name(name)[0]}.U"
-            found[name] = LowRank(tensors[own if own in tensors else shared], tensors[f"{name}.V"])
+            left_factor = own if own in tensors else shared
+            used = {left_factor, f"{name}.V"}
+            found[name] = LowRank(tensors[left_factor], tensors[f"{name}.V"])
+        left -= used
+    if left:
+        raise ValueError(f"the tensor {min(left)} is of no change")
     return found
 
 

@@ -364,10 +364,7 @@ class Edit:
         with understood(path, "an edit"):
             if header["format"] != kind.format:
                 header = kind.migrate(header, tensors)
-            origin, setup = header["fingerprint"], header.get("setup", "")
-            if not isinstance(origin, str) or not SETUP.fullmatch(setup):
-                raise TypeError(f"fingerprint is {origin!r}, setup {setup!r}")
-            return kind.of(header, tensors, origin)
+            return kind.of(header, tensors, header["fingerprint"])
 
     @classmethod
     def migrate(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -385,6 +382,7 @@ class Edit:
     @classmethod
     def of(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor], fingerprint: str) -> Edit:
         """From `record()` and `tensors()`."""
+        check_origin(record, fingerprint)
         return cls(
             method_name=record["method"],
             changes=read_changes(tensors),
@@ -432,6 +430,16 @@ class Edit:
             EditError: an unknown format, or one that cannot hold this edit.
         """
         return export_format(format)(model, [self], path)
+
+
+def check_origin(record: Mapping[str, Any], fingerprint: Any) -> None:
+    """Raise TypeError where what says which model an edit is of, and what made it, is of another
+    kind.
+    """
+    method, setup = record["method"], record.get("setup", "")
+    for name, value in (("fingerprint", fingerprint), ("method", method), ("setup", setup)):
+        if not isinstance(value, str) or (name == "setup" and not SETUP.fullmatch(value)):
+            raise TypeError(f"{name} is {value!r}")
 
 
 def _short(text: str, width: int = 60) -> str:

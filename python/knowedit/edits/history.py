@@ -307,6 +307,10 @@ class History:
         header, tensors = read_file(path, (FORMAT, *EARLIER), "a history")
         with understood(path, "a history"):
             history = cls(header["fingerprint"], folded=header.get("folded", 0))
+            if not isinstance(history.fingerprint, str) or type(history.folded) is not int:
+                raise TypeError(
+                    f"fingerprint is {history.fingerprint!r}, folded {history.folded!r}"
+                )
             history.state = {
                 int(name.removeprefix("state.")): rows
                 for name, rows in tensors.items()

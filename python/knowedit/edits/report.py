@@ -92,14 +92,18 @@ class EditReport:
         """From what `to_dict` writes. Raises TypeError for a part of another kind."""
         shared = {name: record[name] for name in _SHARED if name in record}
         for name, value in shared.items():
-            if value is not None and not _KINDS[name](value):
+            if not (value is None and name in _UNKNOWN) and not _KINDS[name](value):
                 raise TypeError(f"report.{name} is {str(value)[:80]!r}")
-        if "measured" in shared:
+        if shared.get("measured") is not None:
             shared["measured"] = Measured.from_dict(shared["measured"])
         return cls(**shared, details={n: v for n, v in record.items() if n not in _SHARED})
 
 
 _SHARED = tuple(entry.name for entry in fields(EditReport) if entry.name != "details")
+
+
+#: Entries that a method may leave unsaid.
+_UNKNOWN = {entry.name for entry in fields(EditReport) if entry.default is None}
 
 
 def _number(value: Any) -> bool:

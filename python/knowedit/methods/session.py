@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
-from knowedit.edits.journal import Journal
+from knowedit.edits.journal import ABOUT, Journal
 from knowedit.edits.limits import Limits
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.files import locked
+from knowedit.io.tensors import understood
 from knowedit.methods.base import Method, check_kinds
 from knowedit.methods.registry import make_method
 from knowedit.methods.revision import check_standing, revise
@@ -142,7 +143,9 @@ class Session:
         with ExitStack() as held:
             held.enter_context(locked(folder))
             if method is None:
-                method = make_method(Journal(folder).method)
+                record = Journal(folder).method
+                with understood(Path(folder) / ABOUT, "the record of a session"):
+                    method = make_method(record)
             journal = Journal.begin(folder, model.fingerprint, method.to_dict())
             if journal.fingerprint != model.fingerprint:
                 raise EditError(

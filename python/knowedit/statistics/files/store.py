@@ -23,6 +23,15 @@ from knowedit.io.tensors import opened, understood, write_file
 FORMAT = "knowedit-statistics/1"
 FORMAT_EXPERTS = "knowedit-statistics-of-experts/1"
 REMEDY = "delete it and collect again"
+#: What each field of a header is.
+KINDS: dict[str, Any] = {
+    "layer": int,
+    "module": str,
+    "model": str,
+    "count": int,
+    "first_norm": (int, float),
+    "other_norm": (int, float),
+}
 #: How to read the headers of earlier formats: format -> the header one format later, with its name.
 MIGRATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
@@ -176,15 +185,15 @@ class LayerStatistics:
         found, tensors = read(path)
         found = _migrated(found, path)
         with understood(path, "a statistics file", StatisticsError, REMEDY):
-            known = {
-                name: found[name]
-                for name in ("layer", "module", "model", "count", "first_norm", "other_norm")
-            }
+            known = {name: found[name] for name in KINDS}
             recipe = CollectionRecipe(**found["recipe"])
             lower, counts = tensors["lower"], tuple(found.get("counts", ()))
             total = torch.stack([*map(unpack_lower, lower)]) if counts else unpack_lower(lower)
-            if not (isinstance(known["layer"], int) and isinstance(known["count"], int)):
-                raise TypeError("layer and count are whole numbers")
+            for name, kinds in KINDS.items():
+                if not isinstance(known[name], kinds):
+                    raise TypeError(f"{name} is {known[name]!r}")
+            if not isinstance(recipe.corpus, dict):
+                raise TypeError(f"recipe.corpus is {recipe.corpus!r}")
             extra = dict(found.get("extra", {}))
             return cls(recipe=recipe, total=total, extra=extra, counts=counts, **known)
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from knowedit.edits.edit import Edit
+from knowedit.edits.edit import Edit, check_origin
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
@@ -126,6 +126,7 @@ class MemoryEdit(Edit):
         cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor], fingerprint: str
     ) -> MemoryEdit:
         """From `record()` and `tensors()`."""
+        check_origin(record, fingerprint)
         recorded = ("config", "software", "statistics", "setup")
         return cls(
             SeracNetwork.of(record["network"], tensors),

@@ -24,6 +24,13 @@ from knowedit.models.partial import layer_outputs
 from knowedit.models.tokens import join
 
 FORMAT = "knowedit-serac/1"
+#: What each field of a header is.
+KINDS: dict[str, Any] = {
+    "layer": int,
+    "threshold": (int, float),
+    "fingerprint": str,
+    "report": dict,
+}
 # of the classifier: attention heads, numbers a head, size of an embedding
 HEADS, WIDTH, SIZE = 8, 64, 256
 
@@ -128,7 +135,10 @@ class SeracNetwork(TrainedNetwork):
 
     @classmethod
     def of(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SeracNetwork:
-        """From `header()` and `tensors()`."""
+        """From `header()` and `tensors()`. Raises TypeError for a field of another kind."""
+        for name, kinds in KINDS.items():
+            if not isinstance(header[name], kinds):
+                raise TypeError(f"{name} of the network is {header[name]!r}")
         state = {
             name.removeprefix("scope."): t
             for name, t in tensors.items()
