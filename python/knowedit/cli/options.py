@@ -277,9 +277,7 @@ def seeded(method: Method, seed: int) -> Method:
     """The method with this seed, in whichever of its parts draw random numbers; a note says where
     neither it nor its statistics do.
     """
-    from knowedit.io.config import paths_of
-
-    places = [path for path in paths_of(method) if path.rpartition(".")[2] == "seed"]
+    places = method.seeds()
     if not places and not method.needs_statistics:
         say(f"note: {method.name} draws no random numbers; --seed does not change its edits")
     return method.with_settings(dict.fromkeys(places, seed))

@@ -68,7 +68,7 @@ class Sweep(Config):
         corpus, tokens, statistics: of the key statistics, as `statistics_for`; one corpus, or a
             list of them.
         strict: as of `facts.sets.load`. dequantise: as of `load_model`.
-        seed: of the statistics' corpus and of the intervals.
+        seed: of the methods whose records say none, the statistics' corpus and the intervals.
     """
 
     methods: tuple[Any, ...] = ()
@@ -117,9 +117,18 @@ class Sweep(Config):
             start = make_method(record)
             if self.corpus is not None and "corpus" in set(fields_of(type(start))) - set(record):
                 start = start.with_settings(corpus=self.corpus)
+            unsaid = [place for place in start.seeds() if not _says(record, place)]
+            start = start.with_settings(dict.fromkeys(unsaid, self.seed))
             for settings in combinations({**self.grid, **own}):
                 found.append(Variant(start.with_settings(settings), settings))
         return list({json.dumps(v.method.to_dict(), sort_keys=True): v for v in found}.values())
+
+
+def _says(record: Mapping[str, Any], place: str) -> bool:
+    """Whether a method's record has the setting called `place`, such as `material.seed`."""
+    first, _, rest = place.partition(".")
+    inner = record.get(first)
+    return first in record and (not rest or (isinstance(inner, Mapping) and _says(inner, rest)))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from knowedit.edits.history import History, Place
 from knowedit.edits.measured import measure
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.fact import Fact, as_facts, check_facts
-from knowedit.io.config import Config, fields_of
+from knowedit.io.config import Config, fields_of, paths_of
 from knowedit.io.versions import software_versions
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
@@ -139,6 +139,10 @@ class Method(Config):
         return self.with_settings(
             {name: value for name, value in given.items() if value is not None and name in takes}
         )
+
+    def seeds(self) -> list[str]:
+        """The settings, here and in its parts, from which random numbers are drawn."""
+        return [path for path in paths_of(self) if path.rpartition(".")[2] == "seed"]
 
     @accepts_model
     def statistics_layers(self, model: EditableModel) -> tuple[int, ...]:

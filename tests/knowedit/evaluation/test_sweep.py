@@ -40,6 +40,16 @@ def test_a_file_says_every_variant(tmp_path):
     assert [v.method.metric.gain for v in same.variants()] == [0.5, 0.6]
 
 
+def test_the_seed_is_that_of_every_method_that_says_none():
+    own = [{"kind": "lora", "seed": 7}, {"kind": "memit", "material": {"seed": 8}}]
+    sweep = Sweep(methods=("lora", "memit", *own), seed=3)
+    lora, memit, one, two = (v.method for v in sweep.variants())
+    assert (lora.seed, memit.material.seed) == (3, 3)
+    assert (one.seed, two.material.seed) == (7, 8)
+    (again,) = Sweep(methods=(memit.to_dict(),)).variants()  # its record says all
+    assert again.method == memit
+
+
 def test_the_example_is_a_sweep():
     sweep = read_sweep(Path(__file__).parents[3] / "examples" / "sweep.yaml")
     found = [(v.method.kind, v.method.metric.kind, v.method.metric.gain) for v in sweep.variants()]
