@@ -59,7 +59,7 @@ def test_days_of_writing_correcting_and_forgetting(place, knowedit, session, mon
     told = session("list")
     assert [fact["target"] for fact in told["facts"]] == ["Lyon"] and len(told["edits"]) == 5
     assert told["facts"][0]["written"] >= first["written"]
-    assert "1 facts stand, of 5 edits of memit" in knowedit("session", "list", "kept")
+    assert "1 fact stands, of 5 edits of memit" in knowedit("session", "list", "kept")
     assert not torch.equal(weight(place, knowedit, "last"), one)
     corrected = "an edit that is to stay corrects or forgets"
     assert corrected in session("compact", "--keep", "1", code=1)

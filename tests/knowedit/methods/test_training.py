@@ -16,6 +16,7 @@ from knowedit.methods.locate.training import (
     train_write_outs,
 )
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial.comparing import off
 from knowedit_kernels import Covariance, EditSolver, weight_for_gain
 from tests.knowedit.models.tiny import build
 
@@ -251,11 +252,12 @@ def test_a_draft_is_a_copy_only_where_it_is_another_model(tiny_llama, monkeypatc
 
 def test_a_draft_keeps_the_attention_that_works(byte_tokenizer):
     """Where transformers' plain code repeats the keys' heads once too often."""
-    model = EditableModel(build("deepseek_v3", num_key_value_heads=2), byte_tokenizer)
-    ids = torch.arange(5, 12)[None]
+    # dense layers: in bfloat16 a router may choose other experts
+    dense = build("deepseek_v3", num_key_value_heads=2, first_k_dense_replace=99)
+    model, ids = EditableModel(dense, byte_tokenizer), torch.arange(5, 12)[None]
     wanted, draft = model.hf(ids).logits, model.draft().hf
     assert draft.config._attn_implementation == "sdpa"
-    assert torch.allclose(draft(ids).logits.float(), wanted, rtol=0.05, atol=0.05)
+    assert off(draft(ids).logits, wanted) < 0.05
     draft.set_attn_implementation("eager")
     with pytest.raises(RuntimeError):
         draft(ids)

@@ -15,6 +15,7 @@ from knowedit.models.partial import (
     read,
     with_weights,
 )
+from knowedit.models.partial.comparing import off
 from tests.knowedit.models.tiny import build
 
 #: Fixtures of tiny models, one a family; each must pass what is parametrised over them.
@@ -44,9 +45,8 @@ def test_equals_the_whole_model(request, name, layer):
     torch.testing.assert_close(some.run(), final[[2, 0]], rtol=1e-5, atol=1e-5)
     for i, row in enumerate(rows):
         length = len(row.ids) - row.subject
-        torch.testing.assert_close(
-            final[i, :length], full[i, row.subject : len(row.ids)], rtol=2e-5, atol=2e-5
-        )
+        # of the whole: an element near 0 has the rounding of those near 40
+        assert off(final[i, :length], full[i, row.subject : len(row.ids)]) <= 1e-5
 
 
 #: Families whose layers are replayed though they take their cache by another name, or whose whole
