@@ -12,6 +12,7 @@ import pytest
 
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
+from knowedit.edits.journal import Journal
 from knowedit.models.load import fingerprint_of
 from tests.knowedit.cli.examples import FACTS
 from tests.knowedit.edits.test_edit import an_edit
@@ -93,3 +94,34 @@ def test_one_of_two_writes_an_edited_folder(place, tiny_llama):
         tiny_llama.hf.save_pretrained(place / "alone")
     assert fingerprint_of(place / "out") == fingerprint_of(place / "alone")
     assert [path.name for path in place.glob(".*.part")] == []
+
+
+def test_one_of_two_begins_a_session(place):
+    done = both(
+        place,
+        ("session", "open", "kept", "model", *FT),
+        ("session", "open", "kept", "model", *FT_L),
+        says="kept exists; choose another folder",
+    )
+    assert done.count(True) == 1
+    assert Journal(place / "kept").method["kind"] == ("ft" if done[0] else "ft-l")
+
+
+def test_a_session_keeps_what_both_wrote(place):
+    assert both(place, ("session", "open", "kept", "model", *FT), says="") == [True]
+    in_turn(place, *(("session", "apply", "kept", f"{n}.jsonl", "--force") for n in range(2)))
+    history = Journal(place / "kept").read()
+    assert sorted(fact.subject for fact in history.facts) == ["Brazil", "France"]
+    assert len(history) == 2
+
+
+def test_a_session_that_is_compacted_while_it_is_written_to(place):
+    assert both(place, ("session", "open", "kept", "model", *FT), says="") == [True]
+    assert both(place, ("session", "apply", "kept", "0.jsonl", "--force"), says="") == [True]
+    in_turn(
+        place,
+        ("session", "compact", "kept"),
+        ("session", "apply", "kept", "1.jsonl", "--force"),
+    )
+    history = Journal(place / "kept").read()
+    assert sorted(fact.subject for fact in history.facts) == ["Brazil", "France"]

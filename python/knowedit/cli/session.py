@@ -30,7 +30,7 @@ from knowedit.cli.options import (
     say,
 )
 from knowedit.errors import KnowEditError
-from knowedit.io.files import check_free
+from knowedit.io.files import check_free, locked
 from knowedit.io.lines import number_of
 from knowedit.io.progress import kept_on_interrupt
 from knowedit.io.tables import Table
@@ -167,7 +167,10 @@ def begin(folder: New, model: Model, *, run: OneMethod) -> None:
     method = run.methods()[0].with_corpus(one(run.corpus))
     editable = run.load(model)
     method.statistics_layers(editable)  # settings that do not fit the model are refused here
-    Journal.begin(folder, editable.fingerprint, method.to_dict(), _anywhere(run_record(model, run)))
+    with locked(folder):
+        check_free(folder)  # another run may have been faster
+        begun = _anywhere(run_record(model, run))
+        Journal.begin(folder, editable.fingerprint, method.to_dict(), begun)
     record = {"folder": str(folder), "model": model, "fingerprint": editable.fingerprint}
     record["method"] = method.kind
     to_write = command_line("session", "apply", folder, "FACTS")

@@ -55,7 +55,7 @@ def _moment(until: str | date) -> str:
     except ValueError as error:
         raise EditError(f"{until!r} is not a date as in 2026-03-01 or 2026-03-01T12:00") from error
     if isinstance(until, str) and len(until) <= len("2026-03-01"):
-        return until
+        return f"{read:%Y-%m-%d}"  # ISO 8601 has other spellings of a day
     if isinstance(read, datetime) and read.tzinfo is not None:
         read = read.astimezone(timezone.utc).replace(tzinfo=None)
     return read.isoformat(timespec="seconds") if isinstance(read, datetime) else read.isoformat()

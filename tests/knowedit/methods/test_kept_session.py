@@ -256,6 +256,9 @@ class TestTheFolder:
             assert last.written == "2026-01-05T12:00:00"
             (made,) = write(session, [a_fact(8)])
             assert made.written > "2026-01-02"
+            # other spellings of ISO 8601, of the second and the first
+            assert made.key in [edit.key for edit in session.roll_back("20260102")]
+            assert session.roll_back("2026-W01-4") and session.history
         with Session(Drawn(), tiny_llama) as session:
             write(session, [a_fact(1)])
             with pytest.raises(EditError, match="have no date"):
