@@ -27,6 +27,7 @@ from knowedit.errors import KnowEditError
 from knowedit.io.files import locked
 from knowedit.io.lines import printable
 from knowedit.io.progress import kept_on_interrupt
+from knowedit.io.tensors import understood
 
 if TYPE_CHECKING:
     from knowedit.evaluation.protocols import Result
@@ -128,14 +129,16 @@ def evaluate(
     """
     if edits or against is not None:
         _refuse(ctx, COMPUTING, "computes an edit, and --edit and --against measure what is there")
-    from knowedit.evaluation.requirements import Requirement, check_requirements
+    from knowedit.evaluation.requirements import Requirement, check_names, check_requirements
 
     wanted = [
         *(Requirement.parse(text, at_least=True) for text in at_least or ()),
         *(Requirement.parse(text, at_least=False) for text in at_most or ()),
     ]
+    check_names(wanted)
     if SWEEP in ctx.meta:
-        check_requirements(_sweep(ctx, output, run), wanted)
+        measured_rows, failed = _sweep(ctx, output, run)
+        check_requirements(measured_rows, wanted, failed)
         return
     if model is None:
         raise KnowEditError("name a model: knowedit eval MODEL")
@@ -188,8 +191,9 @@ def evaluate(
             **measured,
         ):
             found.append(_record(result))
+            text = _shown(result, output)
             if not run.as_json:
-                print(printable(_shown(result)), end="\n\n", flush=True)
+                print(printable(text), end="\n\n", flush=True)
     if run.as_json:
         print(json_text(found))
     check_requirements(found, wanted)
@@ -200,11 +204,21 @@ def _record(result: dict[str, Any] | Result) -> dict[str, Any]:
     return result if isinstance(result, dict) else result.to_dict()
 
 
-def _shown(result: dict[str, Any] | Result) -> str:
-    """A result that was measured now, or the record of one that the folder had."""
+def _shown(result: dict[str, Any] | Result, folder: Path | None = None) -> str:
+    """A result that was measured now, or the record of one that the folder had. Raises
+    KnowEditError for a record that is damaged.
+    """
+    from knowedit.evaluation.protocols import RESULTS
+    from knowedit.evaluation.requirements import figures
     from knowedit.report.run import result_text
 
-    return result_text(result) if isinstance(result, dict) else str(result)
+    if not isinstance(result, dict):
+        return str(result)
+    if folder is None:
+        return result_text(result)
+    with understood(folder / RESULTS, "results", KnowEditError, "choose another folder"):
+        figures(result)
+        return result_text(result)
 
 
 #: Options of what computes edits.
@@ -220,11 +234,20 @@ GRID_OPTIONS = (
 )
 
 
-def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> list[dict[str, Any]]:
-    """Run the grid of --config, and return its rows' results; options on the command line win over
-    the file's.
+def _sweep(
+    ctx: typer.Context, output: Path | None, run: MethodRun
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run the grid of --config, and return its rows' results, and what failed; options on the
+    command line win over the file's.
     """
-    from knowedit.evaluation.sweep import read_sweep, results, rows_kept, run_sweep, table
+    from knowedit.evaluation.sweep import (
+        failures,
+        read_sweep,
+        results,
+        rows_kept,
+        run_sweep,
+        table,
+    )
 
     given: dict[str, Any] = {
         name: ctx.params[name]
@@ -240,7 +263,7 @@ def _sweep(ctx: typer.Context, output: Path | None, run: MethodRun) -> list[dict
     with locked(output), kept:
         record = run_sweep(sweep, output, say=say)
     run.show(record, lambda: table(record))
-    return results(record)
+    return results(record), failures(record)
 
 
 def _refuse(ctx: typer.Context, names: Iterable[str], why: str) -> None:

@@ -34,6 +34,7 @@ from knowedit.facts.wordings.forms import as_asked
 from knowedit.io.config import plain
 from knowedit.io.files import atomic_file
 from knowedit.io.lines import number_of
+from knowedit.io.tensors import understood
 from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
 from knowedit.methods.session import Session
@@ -275,9 +276,21 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     path = folder / RESULTS
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KnowEditError(f"{path} is damaged ({error}); choose another folder") from error
-    return list(found)
+    with understood(path, "results", KnowEditError, "choose another folder"):
+        if not isinstance(found, list):
+            raise TypeError("it is no list of results")
+        for record in found:
+            texts = record["model"], record["method"]
+            prompts = record["evaluation"]["prompts"]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"model and method are texts, not {texts}")
+            if type(prompts) is not int or prompts < 0:
+                raise TypeError(f"evaluation.prompts is {prompts!r}")
+            if not all(isinstance(record.get(name, {}), dict) for name in ("config", "run")):
+                raise TypeError("config and run are records")
+    return found
 
 
 def count_results(folder: Path | None) -> int:

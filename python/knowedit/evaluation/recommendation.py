@@ -20,6 +20,7 @@ from knowedit.errors import KnowEditError
 from knowedit.evaluation.baseline import Baseline
 from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.protocols import (
+    RESULTS,
     add_to_run,
     kept_results,
     method_key,
@@ -30,6 +31,7 @@ from knowedit.evaluation.protocols import (
 from knowedit.facts.fact import Fact
 from knowedit.io.lines import number_of
 from knowedit.io.tables import Column, Table
+from knowedit.io.tensors import understood
 from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics
@@ -230,6 +232,9 @@ def recommend(
         place = f"{method.name}, {number} of {len(methods)}"
         if (record := kept.get(method_key(method.to_dict()))) is not None:
             say(f"{place}: kept from {folder}")
+            assert folder is not None
+            with understood(folder / RESULTS, "results", KnowEditError, "choose another folder"):
+                str(Recommendation(found.facts, [record]))
             found.results.append(record)
             continue
         baseline = baseline or Baseline(model, facts, seed=seed, progress=progress)

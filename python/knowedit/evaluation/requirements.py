@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from knowedit.errors import KnowEditError
+from knowedit.evaluation.measures.base import measures
 from knowedit.io.names import nearest
 
 
@@ -62,11 +63,30 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def check_requirements(records: Iterable[Mapping[str, Any]], wanted: Sequence[Requirement]) -> None:
+def check_names(wanted: Iterable[Requirement]) -> None:
+    """Raise KnowEditError for a figure of no measure, before anything is measured."""
+    known = measures()
+    for one in wanted:
+        kind, _, figure = one.name.partition(".")
+        if kind not in known or not figure:
+            raise KnowEditError(
+                f"no figure is called {one.name!r}; it is a measure with one of its figures, as in "
+                f"neighbourhood.unchanged: {nearest(kind, known)}"
+            )
+
+
+def check_requirements(
+    records: Iterable[Mapping[str, Any]],
+    wanted: Sequence[Requirement],
+    failed: Iterable[str] = (),
+) -> None:
     """Raise KnowEditError, with all figures that miss what is wanted, or for one that a record does
     not have.
+
+    Args:
+        failed: what could not be measured, and why; it reaches nothing.
     """
-    missed = []
+    missed = list(failed) if wanted else []
     for record in records:
         known = figures(record)
         for one in wanted:

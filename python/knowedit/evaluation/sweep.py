@@ -33,6 +33,7 @@ from knowedit.evaluation.ability.ability import AbilityTasks, headline
 from knowedit.evaluation.baseline import Baseline, Scope
 from knowedit.evaluation.intervals import Estimate
 from knowedit.evaluation.measures.base import fact_measures, model_measures
+from knowedit.evaluation.requirements import figures
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
 from knowedit.io.config import Config, fields_of
@@ -40,7 +41,7 @@ from knowedit.io.documents import read_document
 from knowedit.io.files import atomic_file
 from knowedit.io.ranges import Count, Whole
 from knowedit.io.tables import Column, Table
-from knowedit.io.tensors import understood
+from knowedit.io.tensors import MISREAD, understood
 from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
 from knowedit.models.download import DEFAULT_MODEL
@@ -278,9 +279,12 @@ def _resume(sweep: Sweep, folder: Path | None) -> dict[str, Any]:
     try:
         kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
         rows = [row for row in kept["rows"] if row["reason"] is None]
+        if not all(isinstance(row["config"], dict) and row["result"] for row in rows):
+            raise ValueError("a row has no method or no result")
+        str(table({**kept, "rows": rows})), list(map(figures, results({**kept, "rows": rows})))
         known = Sweep.from_dict(kept["sweep"]).to_dict()
         same = all(known[k] == v for k, v in fresh["sweep"].items() if k not in apart)
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except (OSError, *MISREAD) as error:
         raise KnowEditError(
             f"{folder / FILE} cannot be gone on from ({error}); choose another folder"
         ) from error
@@ -324,9 +328,13 @@ def table(record: Mapping[str, Any]) -> Table:
         values.append([headline(row["result"].get("ability"), when) for row in rows])
     columns.append(Column("s a fact", ".2f", "right"))
     values.append([row["result"]["seconds"] for row in rows])
-    failed = [f"{label(row)}: {row['reason']}" for row in record["rows"] if row["reason"]]
-    made = Table(columns, list(zip(*values)), notes=failed)
+    made = Table(columns, list(zip(*values)), notes=failures(record))
     return made.without_empty_columns() if rows else made
+
+
+def failures(record: Mapping[str, Any]) -> list[str]:
+    """The rows that could not be measured, each with its reason."""
+    return [f"{label(row)}: {row['reason']}" for row in record["rows"] if row["reason"]]
 
 
 def results(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,12 @@ import math
 import pytest
 
 from knowedit.errors import KnowEditError
-from knowedit.evaluation.requirements import Requirement, check_requirements, figures
+from knowedit.evaluation.requirements import (
+    Requirement,
+    check_names,
+    check_requirements,
+    figures,
+)
 
 RECORD = {
     "method": "MEMIT",
@@ -48,6 +53,22 @@ def test_all_that_is_missed_is_named():
 
 def test_no_number_reaches_nothing():
     assert at_least("a=0").broken(math.nan) and at_most("a=0").broken(math.nan)
+
+
+def test_what_failed_reaches_nothing():
+    with pytest.raises(KnowEditError, match="ROME: no such layer; MEMIT: efficacy.exact is 0.9"):
+        check_requirements([RECORD], [at_least("efficacy.exact=1")], ["ROME: no such layer"])
+    check_requirements([RECORD], [], ["ROME: no such layer"])
+
+
+@pytest.mark.parametrize("name", ["neighborhood.unchanged", "efficacy", "efficacy.", ".kl", "ki.x"])
+def test_a_figure_of_no_measure_is_refused_before_anything_is_measured(name):
+    with pytest.raises(KnowEditError, match=f"no figure is called '{name}'"):
+        check_names([at_least("efficacy.exact=1"), at_least(f"{name}=1")])
+
+
+def test_every_figure_of_a_record_has_a_name_that_passes():
+    check_names([at_least(f"{name}=1") for name in figures(RECORD)])
 
 
 def test_a_figure_that_is_not_there_is_no_success():
