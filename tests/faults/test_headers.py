@@ -7,8 +7,10 @@ Files are written with right checksums, as another program or a hand would leave
 import copy
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
+import torch
 
 from knowedit.cli.inspection import describe
 from knowedit.edits.card import card, said_of
@@ -19,12 +21,17 @@ from knowedit.edits.journal import ABOUT
 from knowedit.errors import KnowEditError
 from knowedit.facts.fact import Fact
 from knowedit.io.tensors import opened, write_file
-from knowedit.methods.learned.serac import network
+from knowedit.methods.learned.loop import Plan, train
+from knowedit.methods.learned.mend.network import MendNetwork
+from knowedit.methods.learned.named.mend import MEND
+from knowedit.methods.learned.named.serac import SERAC
+from knowedit.methods.learned.serac import network as serac_network
 from knowedit.methods.registry import make_method
 from knowedit.methods.session import Session
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.statistics.files.store import LayerStatistics
 from tests.faults.test_damaged import LAYER, V1
+from tests.knowedit.methods.trained import network_of
 
 WRONG = (None, {}, [], "", -1, float("nan"), True)
 FACTS = [
@@ -131,7 +138,7 @@ def test_edits(tiny_llama, made, tmp_path):
 @pytest.mark.parametrize("name", ["memit", "neuron-patch", "ft-l", "serac"])
 def test_edits_of_the_first_version(tiny_llama, tmp_path, monkeypatch, name):
     for size, value in (("HEADS", 2), ("WIDTH", 4), ("SIZE", 8)):  # the file is kept small
-        monkeypatch.setattr(network, size, value)
+        monkeypatch.setattr(serac_network, size, value)
     path, use = shutil.copy(V1 / f"{name}-llama.safetensors", tmp_path / "a.edit"), used(tiny_llama)
 
     def read(path):
@@ -180,6 +187,74 @@ def test_statistics(tmp_path):
         json.dumps(describe(path).to_dict())
 
     all_fields(path, read)
+
+
+REPORT = {
+    "trainable_parameters": 1,
+    "facts": {"training": 1},
+    "seconds": 1.0,
+    "validation": {},
+}
+
+
+def network(model, name):
+    """A network that counts as trained, and its method."""
+    if name == "serac":
+        return network_of(model), SERAC
+    made = MendNetwork.new(model, (2,), 2)
+    made.report = REPORT
+    return made, MEND
+
+
+@pytest.mark.parametrize("name", ["mend", "serac"])
+def test_networks(tiny_llama, tmp_path, monkeypatch, name):
+    for size, value in (("HEADS", 2), ("WIDTH", 4), ("SIZE", 8)):  # the file is kept small
+        monkeypatch.setattr(serac_network, size, value)
+    made, method = network(tiny_llama, name)
+
+    def read(path):
+        json.dumps(describe(path).to_dict())
+        edit = method(path).compute(tiny_llama, FACTS[:1], progress=False)
+        with edit.applied_to(tiny_llama):
+            said = tiny_llama.score([FACTS[0].text], [FACTS[0].target])
+        assert said == wanted
+
+    path = made.save(tmp_path / "a.network")
+    with method(path).compute(tiny_llama, FACTS[:1], progress=False).applied_to(tiny_llama):
+        wanted = tiny_llama.score([FACTS[0].text], [FACTS[0].target])
+    found = all_fields(path, read, untouched=[lambda: weights_fingerprint(tiny_llama.hf)])
+    assert {("fingerprint",), ("report", "seconds")} <= found
+    assert ({"mend": ("layers", 0), "serac": ("threshold",)}[name]) in found
+
+
+def test_checkpoints_of_a_training(tmp_path):
+    path, plan = tmp_path / "a.training", Plan(steps=4, lr=0.1, validate=2)
+
+    def go_on(path, steps=4):
+        weight = torch.nn.Parameter(torch.ones(3))
+        stopped = iter(range(steps))
+
+        def loss(step):
+            if next(stopped, None) is None:
+                raise KeyboardInterrupt
+            return (weight * (step + 1)).square().sum()
+
+        def validate():
+            return float(weight.detach().square().sum())
+
+        with suppress(KeyboardInterrupt):
+            train({"w": weight}, loss, validate, plan, path, "s", keep=True, progress=False)
+        return weight.detach().tolist()
+
+    def read(path):
+        before = path.read_bytes()
+        assert go_on(path) == wanted
+        path.write_bytes(before)
+
+    wanted = go_on(tmp_path / "whole")
+    assert go_on(path, 3) != wanted
+    found = all_fields(path, read)
+    assert {("stamp",), ("course", "steps"), ("course", "best")} <= found
 
 
 @pytest.mark.parametrize("one", [False, True], ids=["all", "one"])

@@ -390,7 +390,7 @@ class EditableModel:
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise ModelError for a layer that does not exist."""
         for layer in layers:
-            if not isinstance(layer, Integral):
+            if not isinstance(layer, Integral) or isinstance(layer, bool):
                 raise ModelError(f"layers are whole numbers, such as [4, 5], got {layer!r}")
             if not 0 <= layer < len(self.layers):
                 raise ModelError(

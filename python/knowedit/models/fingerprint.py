@@ -189,6 +189,8 @@ def difference(model: EditableModel | Checkpoint, fingerprint: str, setup: str =
     if not setup or model.setup == setup:
         return None
     mine, recorded = model.setup.split("-"), setup.split("-")
+    if len(recorded) != len(mine):
+        return f"the same weights, but {setup[:40]!r} names no configuration and tokenizer"
     if len(recorded[0]) == EVERY_FIELD:
         held: Any = getattr(model, "hf", model)  # a model's own, or a checkpoint's
         every = _text_config(held.config).to_dict()

@@ -8,7 +8,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def train(
     optimiser = torch.optim.Adam(parameters.values(), lr=plan.lr)
     log, best = TrainingLog(), {name: p.detach().clone() for name, p in parameters.items()}
     if checkpoint.exists():
-        log, best = _resume(checkpoint, stamp, parameters, optimiser)
+        log, best = _resume(checkpoint, stamp, plan, parameters, optimiser)
     start, cpu, before = time.monotonic(), time.process_time(), (log.seconds, log.cpu_seconds)
     saved = start
 
@@ -199,7 +199,11 @@ def _save(
 
 
 def _resume(
-    path: Path, stamp: str, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Adam
+    path: Path,
+    stamp: str,
+    plan: Plan,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.Adam,
 ) -> tuple[TrainingLog, dict[str, Tensor]]:
     header, tensors = read_file(path, FORMAT, "a training checkpoint")
     if header.get("stamp") != stamp:
@@ -208,17 +212,36 @@ def _resume(
             f"it to start anew"
         )
     with understood(path, "a training checkpoint"):
-        return _continued(header, tensors, parameters, optimiser)
+        log = _course(header["course"], plan)
+        return _continued(log, tensors, parameters, optimiser)
+
+
+def _course(record: Mapping[str, Any], plan: Plan) -> TrainingLog:
+    """How a training went so far. Raises an error of any kind for what cannot be gone on from."""
+    log = TrainingLog(**{one.name: record[one.name] for one in fields(TrainingLog)})
+    if type(log.steps) is not int or not 0 <= log.steps <= plan.steps:
+        raise ValueError(f"steps is {log.steps!r}, of {plan.steps}")
+    losses = [value for row in log.curve for value in row if value is not None]
+    for value in (log.seconds, log.cpu_seconds, log.best, *log.running, *losses):
+        if type(value) not in (int, float) or math.isnan(value):
+            raise TypeError(f"its course has {value!r} in the place of a number")
+    if not isinstance(log.curve, list) or {len(row) for row in log.curve} - {3}:
+        raise ValueError(f"curve is {log.curve!r:.80}, not rows of three")
+    if log.best != min((row[2] for row in log.curve if row[2] is not None), default=math.inf):
+        raise ValueError(f"best is {log.best}, which is not the lowest of the curve")
+    if not isinstance(log.running, list) or len(log.running) != 2:
+        raise ValueError(f"running is {log.running!r}, not a sum and a number")
+    return log
 
 
 def _continued(
-    header: Mapping[str, Any],
+    log: TrainingLog,
     tensors: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.Adam,
 ) -> tuple[TrainingLog, dict[str, Tensor]]:
-    """What a checkpoint's header and tensors say, put into parameters and optimiser."""
-    log, best = TrainingLog(**header["course"]), {}
+    """What a checkpoint's tensors say, put into parameters and optimiser."""
+    best = {}
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(tensors[f"{name}:now"])

@@ -5,7 +5,9 @@ names them.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -107,10 +109,10 @@ class TrainedNetwork(ABC):
 
     def check(self, model: EditableModel) -> None:
         """Raise EditError unless it is trained, and for `model`."""
-        check_network(self.name, self.fingerprint, self.setup, model)
+        check_network(self.name, self.fingerprint, self.setup, model, self.file)
         if not self.report:
             raise EditError(
-                f"this {self.name.upper()} network is not trained; {how_to_train(self.name, model)}"
+                f"{_called(self.name, self.file)} is not trained; {how_to_train(self.name, model)}"
             )
 
 
@@ -131,18 +133,49 @@ def read_network(
     if not path.is_file():
         raise EditError(f"{path}: no trained {name.upper()} network; {how_to_train(name, model)}")
     header, tensors = read_file(path, form, f"a {name.upper()} network")
-    check_network(name, str(header.get("fingerprint")), str(header.get("setup", "")), model)
+    check_network(name, str(header.get("fingerprint")), str(header.get("setup", "")), model, path)
     return header, tensors
 
 
-def check_network(name: str, fingerprint: str, setup: str, model: EditableModel) -> None:
-    """Raise EditError when a network of that fingerprint and setup was not trained for `model`."""
+def check_fields(header: Mapping[str, Any], report: Any) -> None:
+    """Raise an error of any kind where fields of a network's header are not what they should be.
+
+    Args:
+        report: of the training; empty for an untrained network.
+    """
+    for name in ("fingerprint", "setup"):
+        if not isinstance(header.get(name, ""), str):
+            raise TypeError(f"{name} of the network is {header[name]!r}, not a text")
+    if not isinstance(report, dict):
+        raise TypeError(f"report of the network is {report!r}, not a record")
+    for name in ("trainable_parameters", "seconds"):
+        if not is_number(value := report.get(name, 0)) or value < 0:
+            raise TypeError(f"report.{name} of the network is {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a header's field is a number, and finite."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def check_network(
+    name: str, fingerprint: str, setup: str, model: EditableModel, file: Path | None = None
+) -> None:
+    """Raise EditError when a network of that fingerprint and setup was not trained for `model`.
+
+    Args:
+        file: that it is in, for the message.
+    """
     if other := difference(model, fingerprint, setup):
         raise EditError(
-            f"the {name.upper()} network was trained for a model with fingerprint "
+            f"{_called(name, file)} was trained for a model with fingerprint "
             f"{fingerprint[:12]}, but {model.name} has {model.fingerprint[:12]}: {other}; "
             f"{how_to_train(name, model)}"
         )
+
+
+def _called(name: str, file: Path | None) -> str:
+    return f"the {name.upper()} network" + (f" {file}" if file is not None else "")
 
 
 def how_to_train(name: str, model: EditableModel) -> str:

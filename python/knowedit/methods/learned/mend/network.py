@@ -20,7 +20,12 @@ from torch import Tensor, nn
 
 from knowedit.errors import EditError
 from knowedit.io.tensors import understood, write_file
-from knowedit.methods.learned.networks import TrainedNetwork, how_to_train, read_network
+from knowedit.methods.learned.networks import (
+    TrainedNetwork,
+    check_fields,
+    how_to_train,
+    read_network,
+)
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import probed
 from knowedit.models.structure import linears
@@ -184,6 +189,8 @@ class MendNetwork(TrainedNetwork):
     def read(cls, path: Path, model: EditableModel) -> MendNetwork:
         header, tensors = read_network("mend", path, model, FORMAT)
         with understood(path, "a MEND network", remedy=how_to_train("mend", model)):
+            check_fields(header, header["report"])
+            model.check_layers(header["layers"])
             down = next(tensor for name, tensor in tensors.items() if name.endswith(".down"))
             sizes = _sizes(model, header["layers"])
             mixers, places = _mixers(sizes, down.shape[2], 0)

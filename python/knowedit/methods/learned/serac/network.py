@@ -18,19 +18,18 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
 from knowedit.io.tensors import understood, write_file
-from knowedit.methods.learned.networks import TrainedNetwork, how_to_train, read_network
+from knowedit.methods.learned.networks import (
+    TrainedNetwork,
+    check_fields,
+    how_to_train,
+    is_number,
+    read_network,
+)
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import layer_outputs
 from knowedit.models.tokens import join
 
 FORMAT = "knowedit-serac/1"
-#: What each field of a header is.
-KINDS: dict[str, Any] = {
-    "layer": int,
-    "threshold": (int, float),
-    "fingerprint": str,
-    "report": dict,
-}
 # of the classifier: attention heads, numbers a head, size of an embedding
 HEADS, WIDTH, SIZE = 8, 64, 256
 
@@ -135,10 +134,16 @@ class SeracNetwork(TrainedNetwork):
 
     @classmethod
     def of(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SeracNetwork:
-        """From `header()` and `tensors()`. Raises TypeError for a field of another kind."""
-        for name, kinds in KINDS.items():
-            if not isinstance(header[name], kinds):
-                raise TypeError(f"{name} of the network is {header[name]!r}")
+        """From `header()` and `tensors()`. Raises an error of any kind for fields
+        that are not what they should be.
+        """
+        check_fields(header, header["report"])
+        if header["report"] and "trainable_parameters" not in header["report"]:  # edits tell it
+            raise KeyError("report.trainable_parameters")
+        if type(header["layer"]) is not int or header["layer"] < 0:
+            raise TypeError(f"layer of the network is {header['layer']!r}")
+        if not is_number(header["threshold"]):  # nothing is above NaN
+            raise TypeError(f"threshold of the network is {header['threshold']!r}")
         state = {
             name.removeprefix("scope."): t
             for name, t in tensors.items()
@@ -176,8 +181,9 @@ class SeracNetwork(TrainedNetwork):
         header, tensors = read_network("serac", path, model, FORMAT)
         with understood(path, "a SERAC network", remedy=how_to_train("serac", model)):
             network = cls.of(header, tensors).to(model.device)
-        network.check(model)
+            model.check_layers([network.layer])
         network.file = path
+        network.check(model)
         return network
 
     def bits(self) -> bytes:
