@@ -287,16 +287,18 @@ def _tokenizer_of(hf: Any) -> Any:
         raise ModelError(f"{remedy} at {source!r}; pass tokenizer=") from error
 
 
-def config_in(folder: Path) -> Any:
+def config_in(folder: Path, trust_remote_code: bool = False) -> Any:
     """The configuration of a folder's model, as transformers has it. Raises ModelError."""
     from transformers import AutoConfig
 
     with _loading(str(folder)):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def fingerprint_of(folder: Path, instead: Mapping[str, torch.Tensor] = {}) -> str:
-    """The `EditableModel.fingerprint` of a folder's model, of any dtype: nothing is run.
+def fingerprint_of(
+    folder: Path, instead: Mapping[str, torch.Tensor] = {}, trust_remote_code: bool = False
+) -> str:
+    """The `EditableModel.fingerprint` of a folder's model, of any dtype: no layer is run.
 
     Args:
         instead: weights, by their names in the model (`NAME[expert]` for one of several), that it
@@ -305,9 +307,9 @@ def fingerprint_of(folder: Path, instead: Mapping[str, torch.Tensor] = {}) -> st
     Raises:
         ModelError: it cannot be loaded, or has no such weights.
     """
-    opened = class_for(config_in(folder))
+    opened, code = class_for(config_in(folder, trust_remote_code)), trust_remote_code
     with _loading(str(folder)):
-        model = opened.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        model = opened.from_pretrained(folder, dtype="auto", trust_remote_code=code)
         with torch.no_grad():
             for name, tensor in instead.items():
                 path, expert = split_name(name)
@@ -341,5 +343,5 @@ def said_by(error: Exception) -> str:
         return said[:400] or type(error).__name__
     return (
         "it brings Python code of its own, which is run only where it is asked for: "
-        "load_model(..., trust_remote_code=True), for code that you have read"
+        "trust_remote_code=True of load_model (and of restore), for code that you have read"
     )

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from knowedit import EditableModel, load_model
 from knowedit.edits.export import folder as export
 from knowedit.edits.export.folder import EARLIER_RECORD, RECORD, record_of, restore, save_edited
-from knowedit.errors import EditError
+from knowedit.errors import EditError, ModelError
 from knowedit.io.tensors import read_file, write_file
 from knowedit.models.fingerprint import weights_fingerprint
 from tests.knowedit.edits.test_edit import a_trained_edit, an_edit
@@ -272,3 +272,37 @@ def test_weights_that_the_files_do_not_hold_are_not_written(saved, tmp_path, mon
     with pytest.raises(EditError, match=r"writes .*mlp.* together with other"):
         save_edited(saved, [an_edit(saved)], tmp_path / "edited")
     assert not (tmp_path / "edited").exists() and not saved.ledger.active
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_folder_with_code_of_its_own_is_undone_where_that_may_run(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model"
+    (folder / "own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own_llama", "architectures": ["OwnModel"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load_model(str(folder), trust_remote_code=True)
+    first, second = an_edit(model), an_edit(model, 1)
+    edited = save_edited(model, [first, second], tmp_path / "edited")
+    before = files(edited)
+    for force in (False, True):
+        with pytest.raises(ModelError, match="code of its own.*restore"):
+            restore(edited, force=force)
+    assert files(edited) == before
+    restore(edited, [second.key], trust_remote_code=True)
+    assert restore(edited, trust_remote_code=True) == model.fingerprint
+    assert_same_bits(
+        load_file(edited / "model.safetensors"), load_file(folder / "model.safetensors")
+    )

@@ -224,7 +224,13 @@ def _check_header(header: Mapping[str, Any], originals: Mapping[str, Tensor]) ->
     _card(header)  # says what is in the other fields, after the weights are back
 
 
-def restore(folder: str | Path, only: Iterable[str] = (), *, force: bool = False) -> str:
+def restore(
+    folder: str | Path,
+    only: Iterable[str] = (),
+    *,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> str:
     """Put the original bits back into a folder written by `save_edited`, or take back some of its
     edits.
 
@@ -235,6 +241,7 @@ def restore(folder: str | Path, only: Iterable[str] = (), *, force: bool = False
         only: keys of edits, or how they begin; none: all of them.
         force: also where weights or the configuration were changed since the edit: what was changed
             of the edited weights is lost, and what was changed beside them stays.
+        trust_remote_code: run code that comes with the folder, as `load_model` does.
 
     Returns:
         The fingerprint of the model that is left.
@@ -242,6 +249,7 @@ def restore(folder: str | Path, only: Iterable[str] = (), *, force: bool = False
     Raises:
         EditError: the folder holds no record or no such edit, it was changed since the edit, or the
             result is not the model the edits were made on; nothing was written then.
+        ModelError: the folder's model cannot be loaded, or needs code of its own.
     """
     folder = Path(folder)
     path = record_of(folder)
@@ -249,9 +257,10 @@ def restore(folder: str | Path, only: Iterable[str] = (), *, force: bool = False
     gone = _named(header["edits"], [*only], folder)
     left = [made for made in header["edits"] if made not in gone]
     if not force:
-        _check_config(folder, header)
+        _check_config(folder, header, trust_remote_code)
     if left:
-        return _take_back(folder, header, originals, changes, left, force)
+        _take_back(folder, header, originals, changes, left, force)
+        return fingerprint_of(folder, {}, trust_remote_code)
     weights = header.get("weights", {})
     back = {
         part["tensor"]: bits
@@ -259,7 +268,7 @@ def restore(folder: str | Path, only: Iterable[str] = (), *, force: bool = False
         for part, bits in pieces(weights[name] if weights else {"tensor": name}, tensor)
     }
     _check_weights(folder, back, _known(weights, originals), force)
-    found = fingerprint_of(folder, originals)
+    found = fingerprint_of(folder, originals, trust_remote_code)
     if found != header["fingerprint"] and not force:
         raise EditError(
             f"{folder}: after the undo its fingerprint would be {found[:12]}, before the edit it "
@@ -280,10 +289,8 @@ def _take_back(
     changes: Mapping[str, Mapping[str, Change]],
     left: list[dict[str, Any]],
     force: bool,
-) -> str:
-    """Leave the edits `left` in the folder, computed anew from the original weights; returns the
-    fingerprint.
-    """
+) -> None:
+    """Leave the edits `left` in the folder, computed anew from the original weights."""
     if not all(made["key"] in changes for made in left):
         raise EditError(
             f"{folder} was written by an earlier version, which kept no changes: undo all of its "
@@ -323,7 +330,6 @@ def _take_back(
     )
     if _text(folder / CARD) == before:
         describe(folder, header)
-    return fingerprint_of(folder)
 
 
 def _known(
@@ -340,14 +346,14 @@ def _known(
     }
 
 
-def _check_config(folder: Path, header: Mapping[str, Any]) -> None:
+def _check_config(folder: Path, header: Mapping[str, Any], trust_remote_code: bool) -> None:
     """Raise EditError where the folder's configuration computes something else with the weights
     than when the edit was written.
     """
     if "computes" not in header:  # a record of an earlier version
         return
     was = {(name, value) for name, value in header["computes"]}
-    now = set(computing(config_in(folder)))
+    now = set(computing(config_in(folder, trust_remote_code)))
     if was != now:
         changed = sorted({name for name, _ in was ^ now})
         raise EditError(
