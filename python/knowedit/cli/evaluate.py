@@ -27,7 +27,6 @@ from knowedit.errors import KnowEditError
 from knowedit.io.files import locked
 from knowedit.io.lines import printable
 from knowedit.io.progress import kept_on_interrupt
-from knowedit.io.tensors import understood
 
 if TYPE_CHECKING:
     from knowedit.evaluation.protocols import Result
@@ -210,6 +209,7 @@ def _shown(result: dict[str, Any] | Result, folder: Path | None = None) -> str:
     """
     from knowedit.evaluation.protocols import RESULTS
     from knowedit.evaluation.requirements import figures
+    from knowedit.io.tensors import understood
     from knowedit.report.run import result_text
 
     if not isinstance(result, dict):
