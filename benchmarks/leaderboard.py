@@ -15,6 +15,7 @@ from typing import Any
 
 from knowedit.evaluation import intervals
 from knowedit.evaluation.intervals import Estimate
+from knowedit.io.lines import number_of
 from knowedit.io.tables import Table
 
 from .common import read
@@ -167,7 +168,7 @@ def same_subject(header: Mapping[str, Any], rows: list[dict[str, Any]]) -> Itera
     model = header.get("model", "").rpartition("/")[2]
     for row in rows:
         if "pooled" in row:
-            draws = f"{len(row['seeds'])} draw(s)" if "seeds" in row else "all draws"
+            draws = number_of(len(row["seeds"]), "draw") if "seeds" in row else "all draws"
             mine = [r for r in rows if r["method"] == row["method"] and "seconds" in r]
             cost = mean(r["seconds"] / r["facts"] for r in mine) if mine else None
             found = rates(row["pooled"], SAME_SUBJECT)
@@ -183,7 +184,7 @@ def arithmetic(header: Mapping[str, Any], rows: list[dict[str, Any]]) -> Iterato
                 head: estimate(row["judge"].get(kind, {}).get(name))
                 for head, (kind, name) in ARITHMETIC.items()
             }
-            what = f"{row['seeds']} halving(s)"
+            what = number_of(row["seeds"], "halving")
             yield Row(model, row["method"], what, found, row.get("seconds"), source(header))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from knowedit.evaluation import intervals
+from knowedit.io.lines import number_of
 from knowedit.io.tables import Table
 
 from . import arithmetic as by_sum
@@ -91,7 +92,7 @@ def rose(folder: Path) -> str:
     first = [r for r in rows if r.get("seed") == rows[0]["seed"] and "seconds" in r]
     note = ", ".join(f"{r['method']} {r['seconds'] / r['facts']:.1f}" for r in first)
     about = (
-        f"{draws} draw(s) of {', '.join(map(str, facts))} facts. Seconds a fact on one "
+        f"{number_of(draws, 'draw')} of {', '.join(map(str, facts))} facts. Seconds a fact on one "
         f"core, in the first of them: {note}."
     )
     return Table(["method", *ROSE], lines, notes=[about, measured_on(header)]).markdown()
@@ -127,7 +128,8 @@ def metake(folder: Path) -> str:
             ]
             lines.append([method, *cells, f"{intervals.mean(gaps):+.0f}" if gaps else ""])
         seeds = len({r["seed"] for r in found})
-        title = f"{part}, {size} {'facts' if part == 'crowded' else 'subjects'}, {seeds} draw(s)"
+        what = "facts" if part == "crowded" else "subjects"
+        title = f"{part}, {size} {what}, {number_of(seeds, 'draw')}"
         parts.append(Table(["method", *heads], lines, title).markdown())
     return "\n\n".join([*parts, measured_on(header)])
 

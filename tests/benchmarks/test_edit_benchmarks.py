@@ -251,7 +251,7 @@ def test_pages_have_tables_marks_and_pictures(tmp_path):
     assert (
         "| RoSE | 50 |" in text
         and "| MEMIT (1 of 2 draws) | 50- |" in text
-        and "2 draw(s) of 10, 12 facts." in text
+        and "2 draws of 10, 12 facts." in text
     )
     assert text.endswith("rest\n")
     assert "| +75 [" in (docs / "metake.md").read_text().replace("0.90 | +75", "| +75")

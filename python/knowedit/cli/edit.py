@@ -353,8 +353,10 @@ def export(
     from knowedit.edits.export.listing import export_format
     from knowedit.edits.journal import edits_in
     from knowedit.edits.servers import server_notes
+    from knowedit.io.names import spelled
 
     check_free(output)
+    format = spelled(format, formats())
     loaded, write = _checked(edits_in(edits), force), export_format(format)
     editable = loading.load(model)
     write(editable, loaded, output)

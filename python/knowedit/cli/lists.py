@@ -35,6 +35,7 @@ def methods(
     from knowedit.methods.registry import make_method
 
     record = make_method(name).to_dict()
+    name = record["kind"]
     settings = Table(["setting", Column("default", code=True)], list(_settings(record)))
     output.show(record, lambda: f"{listed()[name].summary or name}\n{settings}")
 

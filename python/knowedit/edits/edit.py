@@ -22,6 +22,7 @@ from knowedit.edits.export.listing import export_format
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, asked_for, differ
+from knowedit.io.lines import number_of
 from knowedit.io.tensors import read_file, understood, write_file
 from knowedit.models.checkpoint import Checkpoint
 from knowedit.models.editable import EditableModel
@@ -106,9 +107,9 @@ class Edit:
         gain = "" if self.report.gain is None else f"gain {self.report.gain:.3f}, "
         return (
             f"Edit({self.key}, of model {self.fingerprint[:12]}\n"
-            f"  {len(self.facts)} fact(s): {_short(first)}{more[0]}\n"
-            f"  {len(names)} parameter(s):{some}{more[1]}\n"
-            f"  {gain}{len(self.warnings)} warning(s))"
+            f"  {number_of(len(self.facts), 'fact')}: {_short(first)}{more[0]}\n"
+            f"  {number_of(len(names), 'parameter')}:{some}{more[1]}\n"
+            f"  {gain}{number_of(len(self.warnings), 'warning')})"
         )
 
     @property
@@ -165,8 +166,8 @@ class Edit:
         if len(found) != 1:
             known = ", ".join(list(changes)[:4]) + (", ..." if len(changes) > 4 else "")
             raise EditError(
-                f"this {self.method_name} edit changes {len(found) or 'no'} parameter(s) at "
-                f"{at!r}; name one of those it changes: {known}"
+                f"this {self.method_name} edit changes {len(found) or 'no'} "
+                f"parameter{'s' * bool(found)} at {at!r}; name one of those it changes: {known}"
             )
         return changes[found[0]].dense()
 

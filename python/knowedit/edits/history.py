@@ -21,6 +21,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.merging import merged
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
+from knowedit.io.lines import number_of
 from knowedit.io.tensors import read_file, understood, write_file
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import split_name
@@ -63,11 +64,13 @@ class History:
     state: dict[int, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        last = "".join(f"\n  {edit.key}: {len(edit.facts)} fact(s)" for edit in self.edits[-5:])
+        last = "".join(
+            f"\n  {edit.key}: {number_of(len(edit.facts), 'fact')}" for edit in self.edits[-5:]
+        )
         more = f"\n  (the last 5 of {len(self)})" if len(self) > 5 else ""
         return (
-            f"History(of model {self.fingerprint[:12]}: {len(self)} edit(s), "
-            f"{len(self.facts)} fact(s){last}{more})"
+            f"History(of model {self.fingerprint[:12]}: {number_of(len(self), 'edit')}, "
+            f"{number_of(len(self.facts), 'fact')}{last}{more})"
         )
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from knowedit.facts.fact import Fact, FactError, check_facts
 from knowedit.facts.formats import named_sets, recognise
 from knowedit.facts.records import parse_records, read_records
-from knowedit.io.names import nearest
+from knowedit.io.names import nearest, spelled
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,8 @@ def load(
     if limit is not None and limit < 1:
         raise FactError(f"limit must be at least 1, got {limit}; leave it out to load everything")
     name = os.fspath(name_or_path)
+    if not Path(name).exists():
+        name = spelled(name, [*SHIPPED, *(named.name for named in named_sets())])
     if name in SHIPPED:
         facts = [fact for _, fact in parse_records(read_records(EMBEDDED))]
         if name == "demo":

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from knowedit.errors import ConfigError
-from knowedit.io.names import nearest
+from knowedit.io.names import nearest, spelled
 from knowedit.io.ranges import outside
 
 _KINDS: dict[str, dict[str, type[Config]]] = {}
@@ -143,6 +143,7 @@ class Config(metaclass=ConfigType):
         known = kinds(cls)
         if kind is None:
             kind = vars(cls).get("kind")
+        kind = spelled(kind, known) if isinstance(kind, str) else kind
         if not isinstance(kind, str) or kind not in known:
             what = getattr(cls, "family", "config")
             raise ConfigError(f"unknown {what} {kind!r}; {nearest(str(kind), known)}")

@@ -1,9 +1,23 @@
-"""Names that were mistyped: what may have been meant, for the end of an error message."""
+"""Names as people type them, in any case and with any hyphens; and what a mistyped one may have
+meant, for the end of an error message.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+def spelled(name: str, known: Iterable[str]) -> str:
+    """The one of `known` that is `name` but for case, hyphens and underscores ("NeuronPatch",
+    "neuron_patch": "neuron-patch"); `name` itself where none is.
+    """
+    known = list(known)
+    return name if name in known else {_bare(word): word for word in known}.get(_bare(name), name)
+
+
+def _bare(name: str) -> str:
+    return name.casefold().replace("-", "").replace("_", "")
 
 
 def nearest(

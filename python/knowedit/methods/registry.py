@@ -8,16 +8,18 @@ from typing import Any, cast
 
 from knowedit.errors import ConfigError
 from knowedit.io.config import kinds
-from knowedit.io.names import nearest
+from knowedit.io.names import nearest, spelled
 from knowedit.methods.base import Method
 from knowedit.methods.listing import methods
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a method; "recipe" is the bare locate-then-edit one.
+    """The class of a method; "recipe" is the bare locate-then-edit one. "MEMIT" and "neuron_patch"
+    are names, too.
 
     Raises ConfigError for an unknown name, with the nearest known one.
     """
+    name = spelled(name, methods())
     if name not in methods():
         raise ConfigError(f"unknown method {name!r}; {nearest(name, methods())}")
     listed = methods()[name]
@@ -59,4 +61,5 @@ def make_method(
             f"a method's record needs its name as 'kind', got {record!r}; known: "
             f"{', '.join(methods())}"
         )
-    return method_class(record["kind"]).from_dict(record).with_settings(settings, **named)
+    kind = spelled(record["kind"], methods())
+    return method_class(kind).from_dict({**record, "kind": kind}).with_settings(settings, **named)

@@ -256,7 +256,7 @@ def test_reprs_fit_a_screen(tiny_llama):
     history = History(tiny_llama.fingerprint, [edit] * 40)
     for shown in (repr(edit), repr(history)):
         assert len(shown.splitlines()) <= 10 and max(map(len, shown.splitlines())) <= 120
-    assert edit.key in repr(edit) and "and 49 more" in repr(edit) and "40 edit(s)" in repr(history)
+    assert edit.key in repr(edit) and "and 49 more" in repr(edit) and "40 edits" in repr(history)
 
 
 # -- export formats -------------------------------------------------------------------------------

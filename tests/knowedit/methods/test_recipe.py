@@ -124,8 +124,11 @@ def test_settings_by_name():
     other = make_method("memit", ["metric=null-space", "target=attention-and-mlp"])
     assert other.metric == NullSpace() and other.target == AttentionAndMLP()
     assert make_method("memit", layers=5).layers == (5,)
-    with pytest.raises(ConfigError, match="unknown method 'MEMIT'; did you mean 'memit'"):
-        make_method("MEMIT")
+    for name in ("NeuronPatch", "neuron_patch", "NEURON-PATCH"):
+        assert make_method(name) == make_method("neuron-patch")
+    assert make_method({"kind": "MEMIT", "metric": "NullSpace"}).metric == NullSpace()
+    with pytest.raises(ConfigError, match="unknown method 'MEMITT'; did you mean 'memit'"):
+        make_method("MEMITT")
     with pytest.raises(ConfigError, match="'gain' could be metric.gain, training.gain"):
         make_method("metake", ["gain=0.5"])
 

@@ -487,6 +487,7 @@ def test_a_run_goes_on_after_a_failure_and_after_a_stop(chatty, quick, tmp_path)
     (tmp_path / RESULTS).write_text("{")
     with pytest.raises(KnowEditError, match="cannot be gone on from"):
         run(made, ["quick"], folder=tmp_path)
+    assert experiment("Kl_LoRA_More") == experiment("kl-lora-more")
     with pytest.raises(KnowEditError, match="unknown method 'nothing'"):
         run(made, ["nothing"])
 

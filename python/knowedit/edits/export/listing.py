@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from knowedit.errors import EditError
-from knowedit.io.names import nearest
+from knowedit.io.names import nearest, spelled
 
 
 @cache
@@ -32,6 +32,7 @@ def export_format(name: str) -> Callable[..., Path]:
     """The `write` of a format: from a model, its edits and where to write, all or nothing. Raises
     EditError for an unknown name.
     """
+    name = spelled(name, formats())
     if name not in formats():
         raise EditError(f"unknown export format {name!r}; {nearest(name, formats())}")
     module = import_module(f"{__package__}.{name.replace('-', '_')}")

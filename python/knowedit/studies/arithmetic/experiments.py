@@ -18,6 +18,7 @@ from typing import Any
 from knowedit.errors import KnowEditError
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form
+from knowedit.io.names import nearest, spelled
 from knowedit.methods.base import Method
 from knowedit.methods.listing import methods
 from knowedit.methods.registry import make_method
@@ -220,7 +221,8 @@ def experiment(name: str) -> Experiment:
     nobody knows.
     """
     known = experiments()
-    if name not in known and name not in methods():
-        names = dict.fromkeys([*known, *methods()])
-        raise KnowEditError(f"unknown method {name!r}; known: {', '.join(names)}")
+    names = dict.fromkeys([*known, *methods()])
+    name = spelled(name, names)
+    if name not in names:
+        raise KnowEditError(f"unknown method {name!r}; {nearest(name, names)}")
     return known.get(name, Experiment(name))
