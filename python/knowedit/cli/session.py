@@ -34,6 +34,7 @@ from knowedit.io.files import check_free, locked
 from knowedit.io.lines import number_of
 from knowedit.io.progress import kept_on_interrupt
 from knowedit.io.tables import Table
+from knowedit.models.tokens import join
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
@@ -130,7 +131,7 @@ class Writing(Opening):
             "said": [one.to_dict() for one in said],
         }
         lines = edit_lines(made)
-        lines += [f"  taken out: {fact.text} {fact.target}" for fact in gone]
+        lines += [f"  taken out: {join(fact.text, fact.new_answer)}" for fact in gone]
         lines += [f"  written again, of one value with it: {fact.text}" for fact in again]
         what = "forgotten" if how == "forget" else "new"
         lines += [f"\n{said_table(said, len(wanted), what)}\n"]

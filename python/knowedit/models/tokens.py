@@ -36,7 +36,9 @@ def tokenise(
     """Tokenise `prompt` (+ `answer`), and find the last token of `subject` in it: where `{}` stands
     for it in the prompt, or else its last occurrence.
 
-    Prompt and answer are joined as they would be written, most often with a blank (`join`).
+    Prompt and answer are joined as they would be written, most often with a blank (`join`), and the
+    answer begins a token of its own: whoever asks the prompt alone gets its tokens, also where the
+    tokenizer has one for both sides of the joint ("(shape").
     What the tokenizer's template puts in front of a text stays (a start token); what it puts behind
     one does not: the text goes on.
 
@@ -49,9 +51,12 @@ def tokenise(
     given = prompt.index("{}") if template else None
     prompt = prompt.replace("{}", subject) if template and subject is not None else prompt
     text = prompt if answer is None else join(prompt, answer)
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    ids = ids[: len(ids) - len(_template(encoded)[1])]
+    ids, offsets = _tokens(tokenizer, text)
+    # white space, too, may be other tokens in front of a word than at a text's end
+    if answer is not None and (
+        prompt[-1:].isspace() or any(begin < len(prompt) < end for begin, end in offsets)
+    ):
+        ids, offsets = _apart(tokenizer, prompt, text) or (ids, offsets)
     if not ids:
         raise EditError(
             f"the text {text!r} has no tokens: this tokenizer puts none in front of a text; give "
@@ -89,6 +94,31 @@ def tokenise(
         if first == 0:
             raise EditError(f"the answer {answer!r} has no prompt before it")
     return Row(ids, where, first, start)
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of `text`, without what the template puts behind it, and what each covers."""
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids = list(encoded["input_ids"])
+    kept = len(ids) - len(_template(encoded)[1])
+    return ids[:kept], list(encoded["offset_mapping"][:kept])
+
+
+def _apart(
+    tokenizer: Any, prompt: str, text: str
+) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """As `_tokens` gives it: the prompt's tokens and then those of what follows it in `text`. These
+    are taken from behind another character, as some tokenizers begin a text with a blank. None
+    where no such character is a token of its own.
+    """
+    ids, offsets = _tokens(tokenizer, prompt)
+    for ahead in ("\n", "a") if ids else ():
+        behind, places = _tokens(tokenizer, ahead + text[len(prompt) :])
+        first = next((i for i, (_, end) in enumerate(places) if end > 1), len(places))
+        if first < len(places) and places[first][0] == 1:
+            moved = [(len(prompt) - 1 + a, len(prompt) - 1 + b) for a, b in places[first:]]
+            return ids + behind[first:], offsets + moved
+    return None
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -161,30 +191,52 @@ def _template(encoded: Any) -> tuple[list[int], list[int]]:
     return ids[:first], ids[len(ids) - behind :]
 
 
-#: Thai, Lao, Burmese, Khmer, Chinese and Japanese: written without blanks.
+#: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese: written without blanks.
 _NO_BLANKS = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]"
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u312f\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
+    "\uff00-\uffef\U00020000-\U0003ffff]"
 )
+#: Punctuation of Chinese and Japanese, which brings its own blank along.
+_WIDE = re.compile("[\u3000-\u303f\uff00-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]")
 
-
-#: Behind these the next word follows without a blank: brackets, opening quotes, signs before names
-#: and numbers; a path, a type's parameter, a sum, a compound, unless they stand by themselves.
+#: Behind these the next word follows without a blank.
 _OPENS = re.compile(
-    r"[(\[{\u00ab\u201c\u2018\u201e\u201a\u2039\u00bf\u00a1@_\\$\u20ac\u00a3\u00a5]$|\S[/<=]$|\w-$"
+    # brackets, opening quotes, signs before names and numbers
+    r"[(\[{\u00ab\u201c\u2018\u201e\u201a\u2039\u00bf\u00a1@_\\$\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd]\Z"
+    # a path, a type's parameter, an arrow or a sum that is tied to the word before; an end tag
+    r"|[^\s\-+*/%<>=!&|^~][\-+*/%<>=!&|^~]*[/<>=]\Z|</\Z|^#include\s*<\Z|\S(::|\^)\Z"
+    r"|\w[-\u2010\u2011\u2013\u2014]\Z",  # a compound, a span of years
+    re.MULTILINE,
+)
+#: An elided article ("l'Italie", "dell'arte"), which the possessive of a plural is not; the end of
+#: a quotation may look like one.
+_ELIDED = re.compile(
+    r"\A(?!.*(?<!\w)['\u2018]\w).*(?<!\w)([^\W\d_]{1,2}|\w*qu|\w*ll|sant|un)['\u2019]\Z",
+    re.IGNORECASE | re.DOTALL,
 )
 #: What stands without a blank behind the last word: closing signs ("," but not ".NET"), the
-#: endings of English words ("'s"), the rest of an address.
+#: endings of English words ("'s"), a degree.
 _CLOSES = re.compile(
-    r"[,.;:!?)\]}%\u00bb\u201d\u2026\u203a\u3001\u3002]+(\s|$)|['\u2019](s|t|re|ve|ll|d|m)\b|n't\b"
+    r"[)\]},;%\u00b0\u00bb\u201d\u2026\u203a]|[.:!?]+([\s\"')\]\u00bb\u201d]|$)"
+    r"|['\u2019](s|t|re|ve|ll|d|m)\b|n't\b"
 )
+#: A name whose dot is followed by a part of it: in code ("x = np.", "f(np.", "np.linalg.", what is
+#: written below an import) and in an address.
+_DOTTED = re.compile(
+    r"(=\s*[^\W\d]\S*|=.*[-+*/,]\s*\w+|[(\[][^)\]\n]*\w|[^\W\d]\w+\.[^\W\d]\w+|\bself|\bwww|://\S*\w"
+    r"|^(import|from)\s(.*\n)+(.*[\s(\[=,])?[^\W\d]\w*)\.\Z",
+    re.MULTILINE,
+)
+#: A number that goes on: its decimals, its thousands, the minutes of an hour.
+_NUMBER = ((r"\d\.$", r"\d"), (r"\b\d{1,3}(,\d{3})*,$", r"\d{3}\b"), (r"\b\d{1,2}:$", r"[0-5]\d\b"))
 
 
 def join(prompt: str, answer: str) -> str:
     """Prompt and answer as they would be written: with one blank between them, unless the prompt
     ends in white space, in something that opens ("(", "https://", a quote not yet closed), in a
-    tight sign between words ("2+2=", "1999-"), or the answer begins with something that closes
-    ("," or "'s"), or both are in a script that is written without blanks. An `Answer` may say what
-    joins it.
+    tight sign between words ("2+2=", "1999-", the dot of "np." in code), or the answer begins with
+    something that closes ("," or "'s") or goes on with a number, or both are in a script that is
+    written without blanks. An `Answer` may say what joins it.
     """
     joint = answer.joint if isinstance(answer, Answer) else None
     answer = answer.strip()
@@ -192,22 +244,33 @@ def join(prompt: str, answer: str) -> str:
         return f"{prompt}{joint}{answer}"
     if not prompt or not answer or prompt[-1].isspace():
         return prompt + answer
+    last, first = prompt[-1], answer[0]
     tight = (
-        bool(_OPENS.search(prompt) or _CLOSES.match(answer))
-        or (prompt[-1] in "\"'`" and _is_open(prompt))
-        or (prompt[-1] == ":" and answer.startswith("//"))
-        or all(_NO_BLANKS.match(end) for end in (prompt[-1], answer[0]))
+        bool(_OPENS.search(prompt) or _ELIDED.match(prompt) or _CLOSES.match(answer))
+        or (last in QUOTES and _opens_quote(prompt))
+        or (first in QUOTES and not answer[1:2].isalnum() and prompt.count(first) % 2 == 1)
+        or (last == ":" and answer.startswith("//"))
+        or bool(_WIDE.match(last) or _WIDE.match(first))
+        or bool(_NO_BLANKS.match(last) and (_NO_BLANKS.match(first) or first.isdigit()))
+        or bool(_NO_BLANKS.match(first) and last.isdigit())
+        or ((first.islower() or first == "_") and bool(_DOTTED.search(prompt)))
+        or any(re.search(before, prompt) and re.match(then, answer) for before, then in _NUMBER)
     )
     return prompt + answer if tight else f"{prompt} {answer}"
 
 
-def _is_open(prompt: str) -> bool:
+#: Straight quotes, which open and close alike.
+QUOTES = "\"'`"
+
+
+def _opens_quote(prompt: str) -> bool:
     """Whether the straight quote at the end of `prompt` opens: it is the first, third, ... of its
-    kind that is no apostrophe within a word.
+    kind that is no apostrophe within a word, and stands behind no word but the prefix of a string
+    in Python.
     """
     quote = re.escape(prompt[-1])
-    return len(re.findall(rf"(?<!\w){quote}|{quote}(?!\w)", prompt)) % 2 == 1 and not (
-        prompt[-2:-1].isalnum()
+    return len(re.findall(rf"(?<!\w){quote}|{quote}(?!\w)", prompt)) % 2 == 1 and not re.search(
+        rf"(?<!\w)(?!(?:[fbru]|[fb]r|r[fb]){quote}$)\w+{quote}$", prompt, re.IGNORECASE
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from knowedit.edits.edit import Edit
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.trial import LONGEST, Trial
+from knowedit.models.tokens import join
 from knowedit.report.page import rendered
 
 LOOPBACK = "127.0.0.1"
@@ -39,7 +40,7 @@ class Server(ThreadingHTTPServer):
             "try.html.j2",
             model=trial.model.name,
             edits=[_named(edit) for edit in trial.edits],
-            facts=[f"{fact.text} {fact.target}" for fact in trial.facts[:20]],
+            facts=[join(fact.text, fact.new_answer) for fact in trial.facts[:20]],
             first=trial.facts[0].text if trial.facts else "",
             chat=trial.has_chat,
             longest=LONGEST,
