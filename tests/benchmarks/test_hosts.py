@@ -10,7 +10,7 @@ import sys
 import torch
 
 from benchmarks import hosts
-from knowedit.statistics.sums import OneDNNLinear
+from knowedit.models.linear import OneDNNLinear
 from knowedit_kernels import SecondMoment
 
 ROW = {

@@ -100,55 +100,6 @@ def test_sums_that_do_not_fit_are_refused_with_their_size(tiny_llama, monkeypatc
         sums.Sums(tiny_llama, [1, 2], "exact", halves=1)
 
 
-@pytest.fixture
-def fast(monkeypatch):
-    """oneDNN, whatever the CPU; and how often it is called."""
-    calls = []
-    real = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(sums, "_helps", lambda: True)
-    monkeypatch.setattr(
-        torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(1) or real(*given)
-    )
-    return calls
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 48), (7, 48), (1, 1, 48), (0, 48), (48,)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_fast_linear_layers_are_linear_layers(fast, shape, bias):
-    layer, x = torch.nn.Linear(48, 33, bias=bias).requires_grad_(False), torch.randn(shape)
-    wanted = layer.double()(x.double())
-    with sums.fast_linear():
-        found = layer.float()(x)
-    assert found.shape == wanted.shape and found.dtype == torch.float32 and len(fast) == 1
-    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
-    layer(x)
-    assert len(fast) == 1  # only inside
-
-
-def test_other_linear_layers_are_left_alone(fast):
-    with sums.fast_linear():
-        for dtype in (torch.bfloat16, torch.float64):
-            assert torch.nn.Linear(4, 3, dtype=dtype)(torch.ones(2, 4, dtype=dtype)).dtype == dtype
-        assert torch.nn.functional.linear(torch.ones(2, 4), weight=torch.ones(3, 4)).sum() == 24
-        with pytest.raises(RuntimeError):
-            torch.nn.functional.linear(torch.ones(2, 4), torch.ones(3, 5, dtype=torch.float64))
-    assert not fast
-
-
-@pytest.mark.parametrize(
-    "cpu, capability, helps",
-    [
-        ("AuthenticAMD", "AVX512", True),
-        ("GenuineIntel", "AVX512", False),
-        ("AuthenticAMD", "AVX2", False),
-    ],
-)
-def test_who_is_helped(monkeypatch, cpu, capability, helps):
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(sums.Path, "read_text", lambda *_, **__: f"vendor_id : {cpu}")
-    assert sums._helps.__wrapped__() is helps
-
-
 def test_bfloat16_models_are_read_in_float32_where_a_cpu_has_no_units(
     tiny_llama, corpus, tmp_path, monkeypatch, caplog
 ):

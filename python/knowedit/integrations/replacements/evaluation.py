@@ -20,9 +20,9 @@ from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import NotOurs, Replacement, editable, own_way
 from knowedit.integrations.replacements.states import BUDGET, tokens_of
 from knowedit.models.editable import EditableModel
+from knowedit.models.linear import fast_linear
 from knowedit.models.packed import beginnings, packed
 from knowedit.models.tokens import batches
-from knowedit.statistics.sums import fast_linear
 
 
 @torch.no_grad()

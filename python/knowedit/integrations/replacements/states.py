@@ -32,6 +32,7 @@ from knowedit.integrations.replacements.kept import Kept, layer_of
 from knowedit.integrations.replacements.requests import current_job
 from knowedit.models import partial as parts
 from knowedit.models.editable import EditableModel
+from knowedit.models.linear import fast_linear
 from knowedit.models.packed import beginnings, packed
 from knowedit.models.tokens import batches
 
@@ -108,7 +109,8 @@ def states_at(
         try:
             ids, mask = model.pad([list(texts[i]) for i in group])
             once = beginnings([texts[i] for i in group], ids.shape[1])
-            with packed(mask.bool(), once) if model.replays else nullcontext():
+            packing = packed(mask.bool(), once) if model.replays else nullcontext()
+            with fast_linear(), packing:
                 if begin is not None and layer is not None:
                     part, states = begin.run(model, [texts[i] for i in group], layer)
                     enter(group, states)

@@ -26,7 +26,8 @@ from knowedit.io.ranges import Bound, Count, NotNegative, Positive
 from knowedit.methods.locate.optimisers import Adam, Optimiser, Scale, Seen
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
-from knowedit.models.partial import Hook, PartialModel, hooked
+from knowedit.models.linear import fast_linear
+from knowedit.models.partial import Hook, PartialModel, hooked, runs_flat
 from knowedit.models.texts import AnswerLoss, KeepLoss, Places, answer_places
 from knowedit.models.tokens import Row
 
@@ -201,10 +202,12 @@ def optimise_plans(
     loss, nll, steps = torch.zeros(3, count)
     result = Targets(delta, value, loss, nll, steps, lower)
     # another batch costs a CPU as much as some 30 tokens (the weights are read again), of which a
-    # padded one, which linear layers leave out, is a fifth; a GPU far more
-    spare = 160 if model.device.type == "cpu" else settings.budget
+    # padded one, which linear layers leave out, is a fifth, and where texts stand in one row next
+    # to nothing; a GPU far more
+    padded = model.device.type == "cpu" and (issubclass(problem, AtModules) or not runs_flat(model))
+    spare = 160 if padded else settings.budget
     for batch in _chunks(plans, settings.budget, spare):
-        with model.evaluating():  # once, not at every step
+        with model.evaluating(), fast_linear():  # once, not at every step
             part = _optimise(model, [plans[i] for i in batch], layers, settings, problem, progress)
         for whole, piece in zip(vars(result).values(), vars(part).values()):
             if whole is not None:
@@ -413,7 +416,7 @@ class Problem:
         """Final hidden states of every row under its own delta, `[rows, parts, hidden]`."""
         states = self.part.states
         lifted = states[:, :1] + each.to(states.dtype)
-        return self.part.run(torch.cat([lifted, states[:, 1:]], 1))
+        return self.part.run(torch.cat([lifted, states[:, 1:]], 1), unseen=True)
 
     def evaluate(self, each: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of each answer's tokens (nats), and KL(edited || clean) at each group's essence row,

@@ -11,6 +11,7 @@ more than it is known for), the whole model is run, with the same results: `repl
     reading       from the bottom up to a module
     model         from a layer on: `PartialModel`, in one of two ways:
     replay        its layers one by one, with the arguments that they were called with
+    flat          the same on all tokens in one row, where nothing looks into the layers
     whole         the whole model, with states put into it
     calls         what the layers from one on were called with
     arguments     the same, cut to rows and tokens
@@ -27,6 +28,7 @@ from knowedit.models.partial.hooks import virtual as virtual
 from knowedit.models.partial.hooks import with_weights as with_weights
 from knowedit.models.partial.model import PartialModel as PartialModel
 from knowedit.models.partial.model import replays as replays
+from knowedit.models.partial.model import runs_flat as runs_flat
 from knowedit.models.partial.reading import layer_outputs as layer_outputs
 from knowedit.models.partial.reading import read as read
 from knowedit.models.partial.reading import read_keys as read_keys

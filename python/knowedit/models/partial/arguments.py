@@ -88,6 +88,24 @@ def sliced(
     return result
 
 
+def in_a_row(
+    call: Mapping[str, Any], shape: torch.Size, take: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """A layer's arguments for the tokens `shape` `[B, Q]` of all texts in one row: what holds
+    something of every token passed through `take`, and no mask.
+    """
+
+    def changed(name: str, value: Any) -> Any:
+        if name == "attention_mask":
+            return None
+        if name == "position_embeddings":
+            return _rotary(value, take)
+        by_token = isinstance(value, Tensor) and value.shape[:2] == shape
+        return take(value) if by_token else value
+
+    return {name: changed(name, value) for name, value in call.items()}
+
+
 #: Arguments that are cut to a part's tokens in ways of their own; only the mask has rows.
 _KNOWN = ("position_ids", "position_embeddings", "attention_mask", "cache_position")
 

@@ -1,0 +1,90 @@
+"""All texts in one row: states and gradients of texts one below the other (unit; tiny models)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from knowedit.errors import ModelError
+from knowedit.models.partial import PartialModel
+from knowedit.models.partial import model as parts
+
+TEXTS = ("a much longer text about Bob or so", "b is c, they say", "Ada", "Cleo, of c")
+
+
+def part_of(model, layer=1):
+    rows = [model.row(text, text.split()[0]) for text in TEXTS]
+    assert len({len(row.ids) for row in rows}) == len(rows)
+    return PartialModel(model, rows, layer)
+
+
+def states_and_gradient(part, **how):
+    torch.manual_seed(0)
+    moved = (part.states + 0.1 * torch.randn_like(part.states)).requires_grad_()
+    final = part.run(moved, **how)
+    inside = part._way.inside
+    weight = torch.randn_like(final) * inside[..., None]
+    (gradient,) = torch.autograd.grad((final * weight).sum(), moved)
+    return final.detach()[inside], gradient
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_equals_texts_one_below_the_other(request, name):
+    part = part_of(request.getfixturevalue(name))
+    assert parts.runs_flat(part.model) and part._way.flat is not None
+    found, wanted = states_and_gradient(part, unseen=True), states_and_gradient(part)
+    for mine, theirs in zip(found, wanted):
+        assert (mine - theirs).norm() <= 2e-5 * theirs.norm()
+    fewer = part.select(torch.tensor([1, 3]))
+    assert torch.allclose(
+        fewer.run(unseen=True)[fewer._way.inside], fewer.run()[fewer._way.inside], atol=1e-4
+    )
+
+
+class Widths(TorchFunctionMode):
+    """The shapes of what linear layers are given, and how often torch attends."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.attended = set(), 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            self.seen.add(tuple(args[0].shape[:-1]))
+        self.attended += func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def test_layers_are_given_one_row_without_padding(tiny_llama):
+    part = part_of(tiny_llama)
+    part.run(unseen=True)  # once, to see that it can be
+    with Widths() as widths:
+        part.run(unseen=True)
+    assert widths.seen == {(1, int(part._way.inside.sum()))} and not widths.attended
+
+
+def test_a_model_that_attends_by_itself_runs_text_by_text(tiny_llama):
+    tiny_llama.hf.set_attn_implementation("eager")
+    assert parts.flat_error(tiny_llama) == float("inf")
+    part = part_of(tiny_llama)
+    assert torch.equal(part.run(unseen=True), part.run())
+
+
+def test_bfloat16_runs_text_by_text(tiny_llama):
+    """Its products compile a kernel for every number of tokens."""
+    tiny_llama.hf.bfloat16()
+    assert part_of(tiny_llama)._way.flat is None
+
+
+def test_a_layer_that_attends_otherwise_is_refused(tiny_llama):
+    part = part_of(tiny_llama)
+    flat = part._way.flat
+    given = dict(flat.calls[2])
+    flat.calls[2]["attention_mask"] = torch.zeros(1, 1, len(flat.at), len(flat.at))
+    try:
+        with pytest.raises(ModelError, match="layer 2 attends in a way of its own"):
+            flat.run(part.states)
+    finally:
+        flat.calls[2] = given

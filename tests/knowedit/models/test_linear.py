@@ -1,0 +1,92 @@
+"""Linear layers by oneDNN: values, gradients, and who is left alone (unit)."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from knowedit.models import linear
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """oneDNN, whatever the CPU; and how often it is called."""
+    calls = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(linear, "_helps", lambda: True)
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *given: calls.append(1) or real(*given)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 48), (7, 48), (1, 1, 48), (0, 48), (48,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fast_linear_layers_are_linear_layers(fast, shape, bias):
+    layer, x = torch.nn.Linear(48, 33, bias=bias).requires_grad_(False), torch.randn(shape)
+    wanted = layer.double()(x.double())
+    with linear.fast_linear():
+        found = layer.float()(x)
+    assert found.shape == wanted.shape and found.dtype == torch.float32 and len(fast) == 1
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    layer(x)
+    assert len(fast) == 1  # only inside
+
+
+def test_other_linear_layers_are_left_alone(fast):
+    with linear.fast_linear():
+        for dtype in (torch.bfloat16, torch.float64):
+            assert torch.nn.Linear(4, 3, dtype=dtype)(torch.ones(2, 4, dtype=dtype)).dtype == dtype
+        assert F.linear(torch.ones(2, 4), weight=torch.ones(3, 4)).sum() == 24
+        with pytest.raises(RuntimeError):
+            F.linear(torch.ones(2, 4), torch.ones(3, 5, dtype=torch.float64))
+    assert not fast
+
+
+@pytest.mark.parametrize(
+    "cpu, capability, helps",
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("GenuineIntel", "AVX512", False),
+        ("AuthenticAMD", "AVX2", False),
+    ],
+)
+def test_who_is_helped(monkeypatch, cpu, capability, helps):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(linear.Path, "read_text", lambda *_, **__: f"vendor_id : {cpu}")
+    assert linear._helps.__wrapped__() is helps
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_inputs_are_those_of_linear_layers(fast, bias):
+    """Also of gradients: an optimiser may look at a curvature."""
+    layer, x = torch.nn.Linear(7, 5, bias=bias).requires_grad_(False), torch.randn(2, 3, 7)
+
+    def slopes(mode, layer, x):
+        x = x.clone().requires_grad_()
+        with mode:
+            (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(first.pow(2).sum(), x)
+        return first.detach(), second
+
+    found = slopes(linear.fast_linear(), layer, x)
+    assert len(fast) > 2
+    for mine, wanted in zip(
+        found, slopes(nullcontext(), copy.deepcopy(layer).double(), x.double())
+    ):
+        assert (mine - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_layers_that_are_trained_get_their_gradients(fast, trained):
+    layer, x = torch.nn.Linear(7, 5), torch.randn(3, 7)
+    layer.requires_grad_(False).get_parameter(trained).requires_grad_()
+    with linear.fast_linear():
+        layer(x).pow(2).sum().backward()
+    found, layer.get_parameter(trained).grad = layer.get_parameter(trained).grad, None
+    layer(x).pow(2).sum().backward()
+    assert not fast and torch.equal(found, layer.get_parameter(trained).grad)
