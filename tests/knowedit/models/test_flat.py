@@ -8,8 +8,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import ModelError
-from knowedit.models.partial import PartialModel
+from knowedit.models.editable import EditableModel
+from knowedit.models.partial import PartialModel, flat, texts_in_a_row
 from knowedit.models.partial import model as parts
+from tests.knowedit.models.tiny import build
 
 TEXTS = ("a much longer text about Bob or so", "b is c, they say", "Ada", "Cleo, of c")
 
@@ -80,11 +82,33 @@ def test_bfloat16_runs_text_by_text(tiny_llama):
 
 def test_a_layer_that_attends_otherwise_is_refused(tiny_llama):
     part = part_of(tiny_llama)
-    flat = part._way.flat
-    given = dict(flat.calls[2])
-    flat.calls[2]["attention_mask"] = torch.zeros(1, 1, len(flat.at), len(flat.at))
-    try:
-        with pytest.raises(ModelError, match="layer 2 attends in a way of its own"):
-            flat.run(part.states)
-    finally:
-        flat.calls[2] = given
+    way = part._way.flat
+    way.calls[2]["attention_mask"] = torch.zeros(1, 1, len(way.order.at), len(way.order.at))
+    with pytest.raises(ModelError, match="attends in a way of its own"):
+        way.run(part.states)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_whole_texts_in_one_row(request, name):
+    """What they begin with in common is run once."""
+    model = request.getfixturevalue(name)
+    texts = [[5, 6, 7, 8], [5, 6], [9, 6, 7], [5, 6, 9, 9, 9]]
+    row = texts_in_a_row(model, texts)
+    assert row is not None and row.ids.shape == (1, 4 + 3 + 3)
+    with Widths() as widths:
+        states = row.run()
+    assert widths.seen <= {(1, 10)} and not widths.attended
+    for line, text in enumerate(texts):
+        alone = model.final_states(torch.tensor([text]))[0]
+        assert (states[row.of[line, : len(text)]] - alone).norm() <= 1e-5 * alone.norm()
+
+
+def test_whole_texts_stay_apart_where_attention_has_a_window_or_a_way_of_its_own(
+    tiny_llama, byte_tokenizer
+):
+    short = EditableModel(build("mistral", sliding_window=6), byte_tokenizer)
+    assert flat.texts_error(short) > 1e-3 and texts_in_a_row(short, [[1, 2]]) is None
+    assert texts_in_a_row(tiny_llama, [[1] * 513]) is None
+    tiny_llama.hf.set_attn_implementation("eager")
+    assert flat.texts_error(tiny_llama) == float("inf")
+    assert texts_in_a_row(tiny_llama, [[1, 2]]) is None

@@ -22,6 +22,7 @@ from knowedit.integrations.replacements.states import BUDGET, tokens_of
 from knowedit.models.editable import EditableModel
 from knowedit.models.linear import fast_linear
 from knowedit.models.packed import beginnings, packed
+from knowedit.models.partial import texts_in_a_row
 from knowedit.models.tokens import batches
 
 
@@ -39,18 +40,28 @@ def logits_at(
     whole = list(holders)
     for group in batches([len(text) for text in whole], BUDGET):
         run = [whole[i] for i in group]
-        ids, mask = view.pad([list(text) for text in run])
-        once = beginnings(run, ids.shape[1])
+        own = [i for text in run for i in holders[text]]
+        lines = [line for line, text in enumerate(run) for _ in holders[text]]
         with fast_linear():
-            with packed(mask.bool(), once) if view.replays else nullcontext():
-                states = view.final_states(ids)
-            own = [i for text in run for i in holders[text]]
-            lines = [line for line, text in enumerate(run) for _ in holders[text]]
-            wanted = [states[line, list(places[i])] for line, i in zip(lines, own)]
-            logits = view.head(torch.cat(wanted))
+            states, at = states_of_texts(view, run)
+            wanted = [at[line, list(places[i])] for line, i in zip(lines, own)]
+            # two answers' first tokens are scored at the same place
+            asked, which = torch.cat(wanted).unique(return_inverse=True)
+            logits = view.head(states[asked])[which]
         for i, part in zip(own, logits.split([len(one) for one in wanted])):
             found[i] = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
     return found
+
+
+def states_of_texts(view: EditableModel, texts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Final hidden states `[n, hidden]`, and which of them each token's is, `[texts, T]`."""
+    if (row := texts_in_a_row(view, texts)) is not None:
+        return row.run(), row.of
+    ids, mask = view.pad([list(text) for text in texts])
+    once = beginnings(texts, ids.shape[1])
+    with packed(mask.bool(), once) if view.replays else nullcontext():
+        states = view.final_states(ids)
+    return states.flatten(0, 1), torch.arange(ids.numel(), device=ids.device).view_as(ids)
 
 
 def holding(texts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:

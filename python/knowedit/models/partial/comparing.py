@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
 
 
+#: The longest attention window that the texts are made to pass.
+WINDOW = 512
+
+
 def check_rows(model: EditableModel) -> tuple[list[Row], list[int]]:
     """Two texts of different lengths, long enough to pass a short attention window, and where in
     them parts begin.
@@ -20,7 +24,7 @@ def check_rows(model: EditableModel) -> tuple[list[Row], list[int]]:
         (
             value
             for name, value in model.hf.config.to_dict().items()
-            if "window" in name and isinstance(value, int) and 0 < value <= 512
+            if "window" in name and isinstance(value, int) and 0 < value <= WINDOW
         ),
         default=8,
     )

@@ -6,19 +6,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import ModelError
+from knowedit.models.packed import beginnings
 from knowedit.models.partial.arguments import in_a_row
 from knowedit.models.partial.calls import Call, Prefix
-from knowedit.models.probing import first_of
+from knowedit.models.partial.comparing import WINDOW, check_rows, off
+from knowedit.models.probing import first_of, rounding
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
+
+
+class Order:
+    """Where the tokens of texts `[B, Q]` stand in one row.
+
+    Attributes:
+        at: `[n]` the place in `[B * Q]` of each token of the row.
+        of: `[B, Q]` the place in the row of each token; of padding any of its text's.
+    """
+
+    def __init__(self, at: Tensor, of: Tensor) -> None:
+        self.at, self.of = at, of
+        self._heads: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def heads(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """With this many heads: the places in `[heads * n]` of `[B * heads * Q]`, those the other
+        way, and the same of `[n * heads]`.
+        """
+        if count not in self._heads:
+            head = torch.arange(count, device=self.at.device)
+            width = self.of.shape[1]
+            there = head[:, None] * len(self.at) + self.of[:, None]  # [B, heads, Q]
+            text, place = self.at // width, self.at % width
+            back = (text * count + head[:, None]) * width + place  # [heads, n]
+            self._heads[count] = there.reshape(-1), back.reshape(-1), back.mT.reshape(-1)
+        return self._heads[count]
 
 
 class Flat:
@@ -34,11 +63,11 @@ class Flat:
         self, model: EditableModel, calls: Mapping[int, Call], prefix: Prefix, inside: Tensor
     ) -> None:
         self.model, self.prefix, self.shape = model, prefix, inside.shape
-        # place in [B * Q] of each token of the row, and the other way; for padding any of its text
-        self.at = inside.reshape(-1).nonzero()[:, 0]
-        self.of = (inside.reshape(-1).cumsum(0) - 1).view_as(inside)
+        self.order = Order(
+            inside.reshape(-1).nonzero()[:, 0],
+            (inside.reshape(-1).cumsum(0) - 1).view_as(inside),
+        )
         self._rows: dict[int, Tensor] = {}  # of arguments that several layers share
-        self._heads: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.masks = {
             i: _added(call.arguments["attention_mask"], model.dtype) for i, call in calls.items()
         }
@@ -51,7 +80,7 @@ class Flat:
     def _row(self, value: Tensor) -> Tensor:
         """`[1, n, ..]` of `[B, Q, ..]`."""
         if id(value) not in self._rows:
-            self._rows[id(value)] = value.flatten(0, 1).index_select(0, self.at)[None]
+            self._rows[id(value)] = value.flatten(0, 1).index_select(0, self.order.at)[None]
         return self._rows[id(value)]
 
     def run(self, states: Tensor) -> Tensor:
@@ -62,29 +91,99 @@ class Flat:
             ModelError: a layer does otherwise than to attend once, with the function that torch has
                 for it.
         """
-        row = states.flatten(0, 1).index_select(0, self.at)[None]
-        with _Attention(self) as attention:
+        at = self.order.at
+        row = states.flatten(0, 1).index_select(0, at)[None]
+        with _Attention(self.order) as attention:
             for index, given in self.calls.items():
-                attention.layer, attention.seen = index, 0
+                attention.front = self.prefix.keys[index], self.prefix.values[index]
+                attention.mask, attention.seen = self.masks[index], 0
                 row = first_of(self.model.layers[index](row, **given))
                 if attention.seen != 1:
                     raise ModelError(f"layer {index} attends {attention.seen} times, not once")
         final = self.model.norm(row)[0]
-        whole = final.new_zeros(self.of.numel(), final.shape[-1])
-        return whole.index_copy(0, self.at, final).view(*self.shape, -1)
+        whole = final.new_zeros(self.shape.numel(), final.shape[-1])
+        return whole.index_copy(0, at, final).view(*self.shape, -1)
 
-    def heads(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """With this many heads: the places in `[heads * n]` of `[B * heads * Q]`, those the other
-        way, and the same of `[n * heads]`.
+
+class Texts:
+    """Whole texts in one row, what they begin with in common once; without gradients.
+
+    Args:
+        texts: token ids of each.
+
+    Attributes:
+        of: `[B, T]` the place in the row of each token.
+    """
+
+    def __init__(self, model: EditableModel, texts: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        length = max(map(len, texts))
+        numbers = beginnings(texts, length)
+        self.of = numbers.clamp(min=0)
+        found, kind = numbers.reshape(-1).unique(return_inverse=True)
+        at = kind.new_empty(len(found)).index_copy(0, kind, torch.arange(len(kind)))
+        at = at[found >= 0]
+        self.order = Order(at, self.of)
+        ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])
+        self.ids, self.places = ids.view(-1)[at][None], (at % length)[None]
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        self.mask = _added(causal, model.dtype)
+
+    @torch.no_grad()
+    def run(self) -> Tensor:
+        """Final hidden states (after the last norm) `[n, hidden]` of the row.
+
+        Raises:
+            ModelError: the layers do otherwise than to attend once each, with the function that
+                torch has for it.
         """
-        if count not in self._heads:
-            head = torch.arange(count, device=self.at.device)
-            width = self.shape[1]
-            there = head[:, None] * len(self.at) + self.of[:, None]  # [B, heads, Q]
-            text, place = self.at // width, self.at % width
-            back = (text * count + head[:, None]) * width + place  # [heads, n]
-            self._heads[count] = there.reshape(-1), back.reshape(-1), back.mT.reshape(-1)
-        return self._heads[count]
+        with _Attention(self.order) as attention:
+            attention.mask = self.mask
+            states = self.model.final_states(self.ids, self.places)[0]
+        if attention.seen != len(self.model.layers):
+            raise ModelError(f"{len(self.model.layers)} layers attend {attention.seen} times")
+        return states
+
+
+#: Whether a model's whole texts can be run in one row.
+_FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def texts_in_a_row(model: EditableModel, texts: Sequence[Sequence[int]]) -> Texts | None:
+    """`Texts`, where they give what texts one below the other do, which is tried once, and pay."""
+    # a text longer than those that are tried may pass an attention window
+    if not pays(model) or max(map(len, texts)) > WINDOW or not model.replays:
+        return None
+    if model.hf not in _FITS:
+        _FITS[model.hf] = texts_error(model) <= rounding(model.dtype)
+    return Texts(model, texts) if _FITS[model.hf] else None
+
+
+def pays(model: EditableModel) -> bool:
+    """On a CPU, which computes a padded token as slowly as any other; not in bfloat16, where a
+    product compiles a kernel for every number of tokens.
+    """
+    return (
+        model.device.type == "cpu"
+        and model.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@torch.no_grad()
+def texts_error(model: EditableModel) -> float:
+    """How far final states of short texts in one row are from those of each alone, relatively;
+    infinite when they cannot be run.
+    """
+    texts = [row.ids for row in check_rows(model)[0]]
+    texts.append([*texts[0][: len(texts[1]) // 2], *texts[1]])  # begins as another one
+    try:
+        row = Texts(model, texts)
+        states = row.run()
+        alone = [model.final_states(torch.tensor([text]))[0] for text in texts]
+    except Exception:  # whatever a model's own code raises when it is called like this
+        return float("inf")
+    return max(off(states[row.of[i, : len(text)]], alone[i]) for i, text in enumerate(texts))
 
 
 class _Attention(TorchFunctionMode):
@@ -92,13 +191,17 @@ class _Attention(TorchFunctionMode):
     front of it and itself.
 
     Attributes:
-        layer: whose keys and values stand in front.
+        front: keys and values `[B, heads, front, width]` of what stands in front; None: nothing,
+            and masks that are given are those of the row, for which `mask` stands.
+        mask: what is added to the scores `[B, heads, Q, front + Q]`.
         seen: how often it attended.
     """
 
-    def __init__(self, flat: Flat) -> None:
+    def __init__(self, order: Order) -> None:
         super().__init__()
-        self.flat, self.layer, self.seen = flat, 0, 0
+        self.order, self.seen = order, 0
+        self.front: tuple[Tensor, Tensor] | None = None
+        self.mask = torch.zeros(())
 
     def __torch_function__(
         self,
@@ -124,30 +227,33 @@ class _Attention(TorchFunctionMode):
         """`[1, heads, n, width]` of queries `[1, heads, n, ..]`, and keys and values of as many
         heads or fewer.
         """
-        flat = self.flat
         self.seen += 1
-        keys, values = flat.prefix.keys[self.layer], flat.prefix.values[self.layer]
-        texts, groups, front, _ = keys.shape
-        tokens, heads = query.shape[2], query.shape[1]
-        if attn_mask is not None or dropout_p or query.shape[0] != 1 or tokens != len(flat.at):
-            raise ModelError(f"layer {self.layer} attends in a way of its own")
+        texts, tokens, heads = len(self.order.of), query.shape[2], query.shape[1]
+        masked = attn_mask is not None and self.front is not None
+        if masked or dropout_p or query.shape[0] != 1 or tokens != len(self.order.at):
+            raise ModelError("a layer attends in a way of its own")
+        groups = key.shape[1] if self.front is None else self.front[0].shape[1]
 
         def by_text(part: Tensor) -> Tensor:
             """`[B, heads, Q, width]`; keys and values that were repeated for their queries once."""
             part = part[0, :: part.shape[1] // groups] if part is not query else part[0]
-            there, back, _ = flat.heads(len(part))
+            there, back, _ = self.order.heads(len(part))
             found = _Sorted.apply(part.reshape(-1, part.shape[-1]), there, back)
             return found.view(texts, len(part), -1, part.shape[-1])
 
         # the queries that share keys stand below each other
         asked = by_text(query).view(texts, groups, -1, query.shape[-1])
         own, said = by_text(key), by_text(value)
-        scores = torch.cat([asked @ keys.mT, asked @ own.mT], -1)
+        scores = asked @ own.mT
+        if self.front is not None:
+            scores = torch.cat([asked @ self.front[0].mT, scores], -1)
         scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
-        scores = scores.view(texts, heads, -1, scores.shape[-1]) + flat.masks[self.layer]
+        scores = scores.view(texts, heads, -1, scores.shape[-1]) + self.mask
         shares = scores.softmax(-1).view(texts, groups, -1, scores.shape[-1])
-        found = shares[..., :front] @ values + shares[..., front:] @ said
-        row = found.reshape(-1, found.shape[-1]).index_select(0, flat.heads(heads)[2])
+        found = shares[..., -own.shape[2] :] @ said
+        if self.front is not None:
+            found = found + shares[..., : -own.shape[2]] @ self.front[1]
+        row = found.reshape(-1, found.shape[-1]).index_select(0, self.order.heads(heads)[2])
         return row.view(1, tokens, heads, -1).transpose(1, 2)
 
 

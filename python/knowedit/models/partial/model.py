@@ -224,7 +224,7 @@ def flat_error(model: EditableModel) -> float:
         moved[..., 0, :] += moved[..., 0, :].std() * direction(moved)
         with model.evaluating():
             mine = flat.run(moved)
-        return off(mine.flatten(0, 1)[flat.at], part.run(moved).flatten(0, 1)[flat.at])
+        return off(mine.flatten(0, 1)[flat.order.at], part.run(moved).flatten(0, 1)[flat.order.at])
     except Exception:  # whatever a model's own code raises when it is called like this
         return float("inf")
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from knowedit.models.packed import packed
 from knowedit.models.partial.arguments import cut, for_rows, of_rows
 from knowedit.models.partial.calls import Call, Prefix
-from knowedit.models.partial.flat import Flat
+from knowedit.models.partial.flat import Flat, pays
 from knowedit.models.probing import first_of
 
 if TYPE_CHECKING:
@@ -46,15 +45,8 @@ class Replay:
 
     @cached_property
     def flat(self) -> Flat | None:
-        """The same on all tokens in one row, where that pays: on a CPU, as `packed`."""
-        pays = (
-            self.prefix is not None
-            and self.inside is not None
-            and self.inside.device.type == "cpu"
-            and self.model.dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled("cpu")
-        )
-        if not pays or self.prefix is None or self.inside is None:
+        """The same on all tokens in one row, where that pays."""
+        if self.prefix is None or self.inside is None or not pays(self.model):
             return None
         return Flat(self.model, self.calls, self.prefix, self.inside)
 
