@@ -72,11 +72,11 @@ class Compressor(RunningMean):
         super().__init__(width)
         self.module = nn.Linear(width, 1, bias=False, device="meta")
         self.texts = torch.zeros(())
+        self.add = importlib.import_module(COMPRESSOR).accumulate_hessian
 
     def update(self, inputs: Tensor) -> None:
         self.count += inputs[..., 0].numel()
-        add = importlib.import_module(COMPRESSOR).accumulate_hessian
-        self.H, self.texts = add(inputs, self.module, self.H, self.texts)
+        self.H, self.texts = self.add(inputs, self.module, self.H, self.texts)
 
     def hessian(self) -> Tensor:
         return self.H / self.count

@@ -11,6 +11,7 @@ from knowedit.facts.fact import Fact
 from knowedit.methods.locate.values import (
     DEFAULT_CONTEXTS,
     ESSENCE,
+    AtProjections,
     ValueSettings,
     optimise_values,
     prompt_rows,
@@ -130,6 +131,18 @@ def test_a_group_shares_one_value(tiny_llama):
 def test_bad_settings_are_refused(bad):
     with pytest.raises(EditError):
         ValueSettings(**bad)
+
+
+def test_targets_are_kept_on_the_device_that_is_asked_for(tiny_llama):
+    """ "meta" stands for a GPU: what is left on the CPU shows."""
+    settings = ValueSettings(steps=2)
+    for layers in (1, (1, 2)):
+        found = optimise_values(
+            tiny_llama, [FACTS[:1]], layers, settings, problem=AtProjections, device="meta"
+        )
+        parts = [part for part in vars(found).values() if part is not None]
+        assert len(parts) == 5 + isinstance(layers, tuple)
+        assert {part.device.type for part in [*parts, found.wanted, found.of_layers()]} == {"meta"}
 
 
 def test_an_empty_group_is_refused(tiny_llama):

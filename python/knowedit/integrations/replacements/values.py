@@ -213,12 +213,10 @@ def _value_of(
     together = known.from_here(key, layer) if known is not None else []
     requests = together or [request]
     plans = [plan_of(original, view.tokenizer, one, hparams, contexts) for one in requests]
-    found = optimise_plans(view, plans, layer, settings_of(hparams))
+    device = view.weight(layer).device  # where the host wants them: they never leave it
+    found = optimise_plans(view, plans, layer, settings_of(hparams), device=device)
     logger.info("%d values at layer %d: losses %s", len(plans), layer, found.loss.tolist())
-    device = view.weight(layer).device
-    values = {
-        key_of(one): (found.value[i] + found.delta[i]).to(device) for i, one in enumerate(requests)
-    }
+    values = {key_of(one): found.value[i] + found.delta[i] for i, one in enumerate(requests)}
     if known is not None and together:
         known.values, known.version = values, version
     return values[key]
@@ -297,7 +295,10 @@ def _make_compute_v(original: FunctionType, host: Host) -> Callable[..., Any]:
             module = hparams.mlp_module_tmp.format(layer)
             check_added(view, plan.inputs[0].ids, module, layer)
             kind = type("MLPOutputOf", (MLPOutput,), {"module": module})
-            found = optimise_plans(view, [plan], layer, settings_of(hparams), problem=kind)
+            device = view.weight(layer).device
+            found = optimise_plans(
+                view, [plan], layer, settings_of(hparams), problem=kind, device=device
+            )
         except (NotOurs, KnowEditError) as reason:
             own_way(original, reason)
             return original(model, tok, request, hparams, layer, left_vector, context_templates)

@@ -158,6 +158,7 @@ def optimise_values(
     *,
     problem: type[Problem] | None = None,
     progress: Callable[[float], None] = lambda groups: None,
+    device: torch.device | str = "cpu",
 ) -> Targets:
     """Optimise one value per group of facts where it is written.
 
@@ -167,6 +168,7 @@ def optimise_values(
     Args:
         layer: one, or several that write together, ascending.
         problem: where else the values are.
+        device: where the targets are kept: the model's own saves the way to the CPU and back.
 
     Raises:
         EditError: a group is empty, or an answer or subject cannot be tokenised as needed.
@@ -179,7 +181,9 @@ def optimise_values(
     problem = problem or problem_of(model, layers)
     model = model.draft() if settings.draft else model
     plans = [Plan.of(model, group, settings) for group in groups]
-    return optimise_plans(model, plans, layers, settings, problem=problem, progress=progress)
+    return optimise_plans(
+        model, plans, layers, settings, problem=problem, progress=progress, device=device
+    )
 
 
 def optimise_plans(
@@ -190,6 +194,7 @@ def optimise_plans(
     *,
     problem: type[Problem] | None = None,
     progress: Callable[[float], None] = lambda groups: None,
+    device: torch.device | str = "cpu",
 ) -> Targets:
     """Optimise one value per plan, whose rows the caller has tokenised; see `optimise_values`.
     None: values at the layer's output, whatever stands between it and the MLP.
@@ -197,9 +202,9 @@ def optimise_plans(
     problem = problem or Problem
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
     count, own = len(plans), problem.each_layer and len(layers) > 1
-    lower = torch.zeros(count, len(layers) - 1, model.hidden) if own else None
-    delta, value = torch.zeros(2, count, model.hidden)
-    loss, nll, steps = torch.zeros(3, count)
+    lower = torch.zeros(count, len(layers) - 1, model.hidden, device=device) if own else None
+    delta, value = torch.zeros(2, count, model.hidden, device=device)
+    loss, nll, steps = torch.zeros(3, count, device=device)
     result = Targets(delta, value, loss, nll, steps, lower)
     # another batch costs a CPU as much as some 30 tokens (the weights are read again), of which a
     # padded one, which linear layers leave out, is a fifth, and where texts stand in one row next
