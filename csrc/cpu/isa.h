@@ -1,10 +1,13 @@
 // Instruction sets a kernel may be compiled for. The numbers are part of the op schema (see _ops.py).
 #pragma once
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 // AMX: the compiler must know the instructions, and Linux lends a process the tiles.
 #if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
 #define KNOWEDIT_AMX
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -40,6 +43,18 @@ inline Isa best_isa() {
   if (avx2) return kAvx2;
 #endif
   return kGeneric;
+}
+
+// Whether the processor multiplies AVX-512's vectors in halves of 256 bits, as it says itself (AMD's leaf 8000001A: FP256
+// and not FP512). Then there is one product a cycle, bf16 or float32, and time to load an operand for each.
+inline bool multiplies_halves() {
+#if defined(__x86_64__)
+  constexpr unsigned kFp256 = 1u << 2, kFp512 = 1u << 3;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0x8000001a, &a, &b, &c, &d) && (a & (kFp256 | kFp512)) == kFp256;
+#else
+  return false;
+#endif
 }
 
 }  // namespace knowedit

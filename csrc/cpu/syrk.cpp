@@ -52,8 +52,9 @@ const SyrkKernels& kernels(int64_t isa, int64_t arithmetic, Type type, bool weig
   }
 #endif
 #if defined(__x86_64__)
-  if (isa == kAvx512Bf16 && type == Type::kBF16 && !weighted) return kSyrkAvx512Bf16[arithmetic];
-  if (isa >= kAvx512) return kSyrkAvx512[arithmetic];
+  static const bool halves = multiplies_halves();
+  if (isa == kAvx512Bf16 && type == Type::kBF16 && !weighted) return (halves ? kSyrkHalvesBf16 : kSyrkAvx512Bf16)[arithmetic];
+  if (isa >= kAvx512) return (halves ? kSyrkHalves : kSyrkAvx512)[arithmetic];
   if (isa == kAvx2) return kSyrkAvx2[arithmetic];
 #endif
   return kSyrkGeneric[arithmetic];
@@ -172,11 +173,18 @@ void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vect
     dynamic_for(count * blocks, [&](int64_t item) {
       const int64_t s = item / blocks, begin = item % blocks * per_block, end = std::min(panels, begin + per_block);
       const Segment& segment = segments[first + s];
+      const int64_t size = keys.element_size(), row_bytes = keys.stride(0) * size;
+      const char* const base = address(keys, 0, begin * width);
       for (int64_t t = 0; t < segment.count; t += few) {
+        for (int64_t r = t + few; r < std::min(t + 2 * few, segment.count); ++r) {
+          const char* const row = base + segment.rows.at(r) * row_bytes;
+          for (int64_t byte = 0; byte < (std::min(end * width, d) - begin * width) * size; byte += Ahead::kLine)
+            __builtin_prefetch(row + byte);
+        }
         const int64_t step = t / kernel.tokens_per_step, from = step / depth * depth;
         for (int64_t p = begin; p < end; ++p) {
           char* right = panel(s, from, p) + (step - from) * kernel.step_bytes;
-          kernel.pack(address(keys, 0, p * width), type, segment.rows.from(t), std::min(few, segment.count - t),
+          kernel.pack(base + (p - begin) * width * size, type, segment.rows.from(t), std::min(few, segment.count - t),
                       std::min(width, d - p * width), {right, right + left});
         }
       }
@@ -193,20 +201,17 @@ void add_segments(const Tensor& keys, const SyrkKernels& kernel, const std::vect
       alignas(64) thread_local double sum[kMaxTile * kMaxTile];
       std::fill_n(sum, edge * edge, 0.0);
       for (int64_t from = 0; from < all; from += depth) {
-        // next: the panels of the following pass; after the last one, those of the tile on the right, and this one's C
-        const bool last = from + depth >= all;
-        const int64_t next = last ? 0 : from + depth, right = last ? std::min(j + 1, i) : j;
+        // next: the panels of the following pass, or after the last one of the tile on the right; and this one's share of C
+        const int64_t end = std::min(from + depth, all), next = end % all, right = next == 0 ? std::min(j + 1, i) : j;
         const int64_t bytes = per_block * length_of(s, next) * kernel.step_bytes;
         const char *a = panel(s, next, i * per_block) + left, *b = panel(s, next, right * per_block);
-        Ahead ahead{a, b, bytes, outs, last ? rows : 0, width_of(edge, d, i0, j0, rows - 1) * int64_t{sizeof(T)}};
+        const int64_t row = rows * from / all;
+        Ahead ahead{a, b, bytes, outs + row, rows * end / all - row, width_of(edge, d, i0, j0, rows - 1) * int64_t{sizeof(T)}};
         kernel.tile(panel(s, from, i * per_block) + left, panel(s, from, j * per_block), rows, std::min(edge, d - j0),
                     length_of(s, from), segments[first + s].count, i == j, sum, ahead);
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        T* out = reinterpret_cast<T*>(outs[r]);
-        const int64_t width = width_of(edge, d, i0, j0, r);
-        for (int64_t c = 0; c < width; ++c) out[c] = static_cast<T>(out[c] + sum[r * edge + c]);
-      }
+      for (int64_t r = 0; r < rows; ++r)
+        kernel.add(reinterpret_cast<T*>(outs[r]), sum + r * edge, width_of(edge, d, i0, j0, r));
     });
   }
 }

@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <utility>
 
 namespace knowedit {
 
@@ -58,6 +60,14 @@ struct Packing {
   void* left;   // and as the left one, where that is another order
 };
 
+// out[n] += sum[n], of a row of C in either storage.
+struct Adding {
+  void (*wide)(double* out, const double* sum, int64_t n);
+  void (*narrow)(float* out, const double* sum, int64_t n);
+  void operator()(double* out, const double* sum, int64_t n) const { wide(out, sum, n); }
+  void operator()(float* out, const double* sum, int64_t n) const { narrow(out, sum, n); }
+};
+
 // What an instruction set does for one arithmetic. Keys are packed into panels: `panel` columns side by side, step after
 // step.
 struct SyrkKernels {
@@ -72,6 +82,7 @@ struct SyrkKernels {
   // exist. With `diagonal`, what lies above it is not computed. Meanwhile what lies `ahead` is fetched.
   void (*tile)(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, int64_t tokens,
                bool diagonal, double* sum, Ahead& ahead);
+  Adding add;
   int64_t edge = kTile;             // rows and columns of a tile of C, at most kMaxTile
   int64_t depth = kDepth;           // tokens per pass over a tile
   int64_t tokens_per_block = 1024;  // packed per pass over C: the barriers and the traffic of C vanish, panels stay in L3
@@ -82,6 +93,7 @@ struct SyrkKernels {
 extern const SyrkKernels kSyrkGeneric[3];
 #if defined(__x86_64__)
 extern const SyrkKernels kSyrkAvx2[3], kSyrkAvx512[3], kSyrkAvx512Bf16[3];
+extern const SyrkKernels kSyrkHalves[3], kSyrkHalvesBf16[3];  // of AVX-512 where it `multiplies_halves`
 extern const SyrkKernels kSyrkAmxBf16, kSyrkAmxF16;  // exact and fast are the same
 #endif
 

@@ -189,7 +189,7 @@ void tile_parts(const char* a, const char* b, int64_t a_columns, int64_t b_colum
 
 template <int kParts, class T>
 constexpr SyrkKernels amx() {
-  return {kPanel, kStep, kParts * 2 * kBytes, pack_parts<kParts, T>, tile_parts<kParts>, kEdge, 512 / kParts, 1024, true};
+  return {kPanel, kStep, kParts * 2 * kBytes, pack_parts<kParts, T>, tile_parts<kParts>, kAdd, kEdge, 512 / kParts, 1024, true};
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ constexpr int64_t kEdge = kTile;  // rows and columns of a tile of C
 struct Vector {
   using Packed = float;
   using Reg = __m256;
-  static constexpr int kLanes = 8;
+  static constexpr int kLanes = 8, kRegisters = 16;
   static Reg load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
   static Reg broadcast(const float* p) { return _mm256_broadcast_ss(p); }
@@ -42,7 +42,7 @@ struct Vector {
 struct DoubleVector {
   using Packed = double;
   using Reg = __m256d;
-  static constexpr int kLanes = 4;
+  static constexpr int kLanes = 4, kRegisters = 16;
   static Reg load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, Reg x) { _mm256_storeu_pd(p, x); }
   static Reg broadcast(const double* p) { return _mm256_broadcast_sd(p); }
@@ -54,8 +54,8 @@ struct DoubleVector {
 
 }  // namespace
 
-const SyrkKernels kSyrkAvx2[3] = {kernels<Vector, 4, 3, true>(), kernels<Vector, 4, 3, false>(),
-                                  kernels<DoubleVector, 4, 3, false>()};
+const SyrkKernels kSyrkAvx2[3] = {kernels<Vector, 4, 3, true, true>(), kernels<Vector, 4, 3, false, true>(),
+                                  kernels<DoubleVector, 4, 3, false, true>()};
 const AuditKernel kAuditAvx2 = audit;
 
 }  // namespace knowedit

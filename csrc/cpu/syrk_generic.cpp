@@ -14,7 +14,7 @@ template <class T>
 struct Vector {
   using Packed = T;
   typedef T Reg __attribute__((vector_size(16)));
-  static constexpr int kLanes = 16 / sizeof(T);
+  static constexpr int kLanes = 16 / sizeof(T), kRegisters = 16;
   static Reg load(const T* p) { Reg r; std::memcpy(&r, p, sizeof(r)); return r; }
   static void store(T* p, Reg x) { std::memcpy(p, &x, sizeof(x)); }
   static Reg broadcast(const T* p) { return *p - Reg{}; }
@@ -26,8 +26,8 @@ struct Vector {
 
 }  // namespace
 
-const SyrkKernels kSyrkGeneric[3] = {kernels<Vector<float>, 4, 2, true>(), kernels<Vector<float>, 4, 2, false>(),
-                                     kernels<Vector<double>, 4, 2, false>()};
+const SyrkKernels kSyrkGeneric[3] = {kernels<Vector<float>, 4, 2, true, false>(), kernels<Vector<float>, 4, 2, false, false>(),
+                                     kernels<Vector<double>, 4, 2, false, false>()};
 const AuditKernel kAuditGeneric = audit;
 
 }  // namespace knowedit

@@ -1,7 +1,7 @@
 // Packing, tiles and the audit, written once over a vector type V and compiled once per instruction set.
 // Included inside KNOWEDIT_TARGET_BEGIN/END and an anonymous namespace; no include may follow here.
 //
-// V: Packed (an element of a panel), Reg, kLanes, load, store, broadcast, multiply, multiply_add, add, fold (float64 +=
+// V: Packed (an element of a panel), Reg, kLanes, kRegisters (of the processor), load, store, broadcast, multiply, multiply_add, add, fold (float64 +=
 // Reg).
 
 // Exact: tokens summed in a float32 register. So few, because squares of bf16 numbers are not uniform in their low bits
@@ -80,42 +80,65 @@ inline __attribute__((always_inline)) void for_each_register(const Each& each) {
     for (int v = 0; v < NV; ++v) each(r, v);
 }
 
-// sum[MR, NV * kLanes] += a^T b over `steps`: register chains of kLength steps, added up in `total` before the fold.
-template <class V, int MR, int NV, int64_t kPanel, int64_t kLength>
+// A block of outputs that waits to be added to the sums while the next one is multiplied, a few registers at a time: all at
+// once, their conversions and stores would hold up the multipliers.
+template <class V, int MR, int NV>
+struct Pending {
+  const typename V::Packed* from;
+  double* to;
+  int64_t next = MR * NV;
+  void fold(int64_t count) {
+    for (const int64_t end = std::min<int64_t>(next + count, MR * NV); next < end; ++next)
+      V::fold(to + next / NV * kEdge + next % NV * V::kLanes, V::load(from + next * V::kLanes));
+  }
+};
+
+// sum[MR, NV * kLanes] += a^T b over `steps`, at most kSteps: register chains of kLength steps, added up where there are
+// registers for their total, else in `total`. With kWait the block is left in `total`, and the one before it is folded.
+template <class V, int MR, int NV, int64_t kPanel, int64_t kLength, int64_t kSteps, bool kWait>
 inline void chains(const typename V::Packed* a, const typename V::Packed* b, int64_t steps, typename V::Packed* total,
-                   double* sum) {
+                   double* sum, Pending<V, MR, NV>& pending) {
+  constexpr bool kHeld = kLength < kSteps && V::kRegisters > 2 * MR * NV + NV;
   constexpr int64_t kUnroll = std::min<int64_t>(kLength, 16);  // no loop in a chain of "exact": its end is mispredicted
+  constexpr int64_t kShare = (MR * NV * kUnroll + kSteps - 1) / kSteps;
+  typename V::Reg held[MR][NV];
+  const auto place = [total](int r, int v) { return total + (r * NV + v) * V::kLanes; };
   for (int64_t s = 0; s < steps; s += kLength, a += kLength * kPanel, b += kLength * kPanel) {
     typename V::Reg acc[MR][NV];
     step<V, MR, NV>(a, b, true, acc);
     if (const int64_t length = std::min(steps - s, kLength); length == kLength) {
 #pragma GCC unroll 16
       for (int64_t u = 1; u < kUnroll; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
-      for (int64_t t = kUnroll; t < kLength; t += kUnroll)
+      if (kWait) pending.fold(kShare);
+      for (int64_t t = kUnroll; t < kLength; t += kUnroll) {
 #pragma GCC unroll 16
         for (int64_t u = t; u < t + kUnroll; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
+        if (kWait) pending.fold(kShare);
+      }
     } else {
       for (int64_t u = 1; u < length; ++u) step<V, MR, NV>(a + u * kPanel, b + u * kPanel, false, acc);
     }
     if (s > 0)
-      for_each_register<MR, NV>([&](int r, int v) { acc[r][v] = V::add(V::load(total + (r * NV + v) * V::kLanes), acc[r][v]); });
-    if (s + kLength < steps)
-      for_each_register<MR, NV>([&](int r, int v) { V::store(total + (r * NV + v) * V::kLanes, acc[r][v]); });
-    else
+      for_each_register<MR, NV>([&](int r, int v) { acc[r][v] = V::add(kHeld ? held[r][v] : V::load(place(r, v)), acc[r][v]); });
+    if (s + kLength >= steps && !kWait)
       for_each_register<MR, NV>([&](int r, int v) { V::fold(sum + r * kEdge + v * V::kLanes, acc[r][v]); });
+    else if (s + kLength >= steps || !kHeld)
+      for_each_register<MR, NV>([&](int r, int v) { V::store(place(r, v), acc[r][v]); });
+    if (kHeld) for_each_register<MR, NV>([&](int r, int v) { held[r][v] = acc[r][v]; });
   }
 }
 
 // The panels of a tile in chains of kLength steps, folded every kFold.
-template <class V, int MR, int NV, int64_t kPanel, int64_t kLength, int64_t kFold>
+template <class V, int MR, int NV, int64_t kPanel, int64_t kLength, int64_t kFold, bool kWait>
 void panels(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, bool diagonal, double* sum,
             Ahead& ahead) {
   using Packed = typename V::Packed;
   constexpr int64_t NR = NV * V::kLanes;
   static_assert(kPanel % MR == 0 && kPanel % NR == 0 && kEdge % kPanel == 0);
-  alignas(64) Packed scratch[MR * NR];
-  Packed* total = scratch;
-  asm("" : "+r"(total));  // the outputs take all registers: the compiler must not try to keep this in any
+  alignas(64) Packed scratch[2][MR * NR];
+  Packed *total = scratch[0], *other = scratch[1];
+  asm("" : "+r"(total), "+r"(other));  // the outputs take all registers: the compiler must not try to keep these in any
+  Pending<V, MR, NV> pending{other, sum};
   const auto column = [steps](const char* x, int64_t j) {
     return reinterpret_cast<const Packed*>(x) + j / kPanel * kPanel * steps + j % kPanel;
   };
@@ -123,27 +146,41 @@ void panels(const char* a, const char* b, int64_t a_columns, int64_t b_columns, 
   ahead.divide(((diagonal ? blocks / 2 : blocks) + 1) * ((steps + kFold - 1) / kFold));
   for (int64_t j = 0; j < b_columns; j += NR)
     for (int64_t i = diagonal ? j / MR * MR : 0; i < a_columns; i += MR)
-      for (int64_t s = 0; s < steps; s += kFold, ahead.fetch())
-        chains<V, MR, NV, kPanel, kLength>(column(a, i) + s * kPanel, column(b, j) + s * kPanel, std::min(kFold, steps - s),
-                                           total, sum + i * kEdge + j);
+      for (int64_t s = 0; s < steps; s += kFold, ahead.fetch()) {
+        double* out = sum + i * kEdge + j;
+        chains<V, MR, NV, kPanel, kLength, kFold, kWait>(column(a, i) + s * kPanel, column(b, j) + s * kPanel,
+                                                         std::min(kFold, steps - s), total, out, pending);
+        if (kWait) {
+          pending.fold(MR * NV);
+          pending = {total, out, 0};
+          std::swap(total, other);
+        }
+      }
+  if (kWait) pending.fold(MR * NV);
 }
 
-template <class V, int MR, int NV, int64_t kPanel, int64_t kTokensPerStep, bool kShort>
+template <class V, int MR, int NV, int64_t kPanel, int64_t kTokensPerStep, bool kShort, bool kWait>
 void tile(const char* a, const char* b, int64_t a_columns, int64_t b_columns, int64_t steps, int64_t tokens, bool diagonal,
           double* sum, Ahead& ahead) {
   constexpr int64_t kAll = kDepth / kTokensPerStep, kLong = kChain / kTokensPerStep, kFew = kFewChain / kTokensPerStep;
   const auto run = [&](auto panels) { panels(a, b, a_columns, b_columns, steps, diagonal, sum, ahead); };
-  if (!kShort) run(panels<V, MR, NV, kPanel, kAll, kAll>);
-  else if (tokens < kDepth) run(panels<V, MR, NV, kPanel, kFew, kFew>);
-  else if (tokens < kEnough) run(panels<V, MR, NV, kPanel, kLong, kLong>);
-  else run(panels<V, MR, NV, kPanel, kLong, kAll>);
+  if (!kShort) run(panels<V, MR, NV, kPanel, kAll, kAll, kWait>);
+  else if (tokens < kDepth) run(panels<V, MR, NV, kPanel, kFew, kFew, kWait>);
+  else if (tokens < kEnough) run(panels<V, MR, NV, kPanel, kLong, kLong, kWait>);
+  else run(panels<V, MR, NV, kPanel, kLong, kAll, kWait>);
 }
 
-// The kernels of one arithmetic, MR x NV registers of outputs; kShort: in the chains of "exact".
-template <class V, int MR, int NV, bool kShort>
+template <class T>
+void add_row(T* out, const double* sum, int64_t n) {
+  for (int64_t c = 0; c < n; ++c) out[c] = static_cast<T>(out[c] + sum[c]);
+}
+constexpr Adding kAdd{add_row<double>, add_row<float>};
+
+// The kernels of one arithmetic, MR x NV registers of outputs; kShort: in the chains of "exact"; kWait: see `Pending`.
+template <class V, int MR, int NV, bool kShort, bool kWait>
 constexpr SyrkKernels kernels() {
-  constexpr int64_t kPanel = NV * V::kLanes;
-  return {kPanel, 1, kPanel * sizeof(typename V::Packed), pack<V, kPanel>, tile<V, MR, NV, kPanel, 1, kShort>, kEdge};
+  constexpr int64_t kPanel = std::lcm(NV * V::kLanes, MR);
+  return {kPanel, 1, kPanel * sizeof(typename V::Packed), pack<V, kPanel>, tile<V, MR, NV, kPanel, 1, kShort, kWait>, kAdd, kEdge};
 }
 
 typedef float Float8 __attribute__((vector_size(32)));
