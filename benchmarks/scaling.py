@@ -26,9 +26,9 @@ import torch
 
 from knowedit.cli.options import parse_layers
 from knowedit.facts.sets import data_dir
+from knowedit.io.ranks import started
 from knowedit.models.load import load_model
 from knowedit.statistics import key_statistics
-from knowedit.statistics.distributed.ranks import started
 from knowedit.statistics.memory import keep_few_compiled_shapes
 
 from . import common

@@ -13,6 +13,10 @@ class StatisticsError(KnowEditError):
     """Key statistics that are missing, damaged or belong to another model."""
 
 
+class RankError(StatisticsError):
+    """Another process of the same run ended, or is not where this one is."""
+
+
 class Terminated(StatisticsError):
     """A SIGTERM ended a collection of statistics; what there was is kept."""
 

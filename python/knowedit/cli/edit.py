@@ -23,6 +23,7 @@ from knowedit.cli.options import (
     Strict,
     command_line,
     edit_of,
+    in_ranks,
     one,
     say,
 )
@@ -102,7 +103,7 @@ def edit(
 ) -> None:
     """Compute an edit, measure what the edited model does, and save it; no model is changed. One
     that ruins the model is refused. The file records how it was made: `--config` with it computes
-    the same edit again.
+    the same edit again. Under torchrun the processes share the optimisation of the values.
     """
     from knowedit.edits.history import History
     from knowedit.edits.limits import Limits
@@ -118,45 +119,46 @@ def edit(
         raise KnowEditError("--correct needs --history, which has the facts to correct")
     limits = Limits().with_settings(allow or [])
     check_file(output)
-    wanted, again = facts_named(facts, limit, strict), edit_of(ctx)
-    editable = run.load(model)
-    wanted = as_asked(editable, wanted, join, chat)
-    if again is not None:
-        again.check(editable)
-    with locked(history):  # or another run's edits would be lost
-        with kept_on_interrupt(lambda: f"no edit was written; {STATISTICS}; {GO_ON}"):
-            keys = statistics_for(
-                [chosen], editable, one(run.corpus), run.tokens, run.statistics, run.seed or 0
-            )
-            asked = Interview(editable, wanted)
-            if history:
-                known = history.exists()
-                earlier = History.load(history) if known else History(editable.fingerprint)
-                session = Session(chosen, editable, keys, earlier, limits=limits)
-                made = session.write(wanted, correct=correct, force=force)
-                said = asked.hear()
-            else:
-                made = chosen.compute(editable, wanted, keys)
-                if not force:
-                    limits.check(made.report)
-                with made.applied_to(editable):
+    with in_ranks() as ranks:
+        wanted, again = facts_named(facts, limit, strict), edit_of(ctx)
+        editable = run.load(model)
+        wanted = as_asked(editable, wanted, join, chat)
+        if again is not None:
+            again.check(editable)
+        with locked(history if ranks.rank == 0 else None):  # or another run's edits would be lost
+            with kept_on_interrupt(lambda: f"no edit was written; {STATISTICS}; {GO_ON}"):
+                keys = statistics_for(
+                    [chosen], editable, one(run.corpus), run.tokens, run.statistics, run.seed or 0
+                )
+                asked = Interview(editable, wanted)
+                if history:
+                    known = history.exists()
+                    earlier = History.load(history) if known else History(editable.fingerprint)
+                    session = Session(chosen, editable, keys, earlier, limits=limits)
+                    made = session.write(wanted, correct=correct, force=force)
                     said = asked.hear()
-        made.report.details["run"] = recorded.kept(run_record(model, run), output)
-        made.save(output)
-        if history:
-            earlier.save(history)
-    to_apply = command_line("apply", model, history or output, *run.words(), "-o", "FOLDER")
-    run.show(
-        {**_record(made, output), "said": [one.to_dict() for one in said]},
-        lambda: "\n".join(
-            [
-                *edit_lines(made),
-                f"\n{said_table(said, len(wanted))}\n",
-                *_compared(made, again, run.config),
-                _saved(made, output, to_apply),
-            ]
-        ),
-    )
+                else:
+                    made = chosen.compute(editable, wanted, keys)
+                    if not force:
+                        limits.check(made.report)
+                    with made.applied_to(editable):
+                        said = asked.hear()
+            made.report.details["run"] = recorded.kept(run_record(model, run), output)
+            ranks.first(lambda: made.save(output))
+            if history:
+                ranks.first(lambda: earlier.save(history))
+        to_apply = command_line("apply", model, history or output, *run.words(), "-o", "FOLDER")
+        run.show(
+            {**_record(made, output), "said": [one.to_dict() for one in said]},
+            lambda: "\n".join(
+                [
+                    *edit_lines(made),
+                    f"\n{said_table(said, len(wanted))}\n",
+                    *_compared(made, again, run.config),
+                    _saved(made, output, to_apply),
+                ]
+            ),
+        )
 
 
 def run_record(model: str, run: MethodRun) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from knowedit.cli.options import (
     Limit,
     MethodRun,
     Strict,
+    in_ranks,
     json_text,
     kept_at_the_end,
     kept_so_far,
@@ -30,6 +31,7 @@ from knowedit.io.progress import kept_on_interrupt
 
 if TYPE_CHECKING:
     from knowedit.evaluation.protocols import Result
+    from knowedit.io.ranks import Ranks
 
 app = App()
 
@@ -124,7 +126,8 @@ def evaluate(
     """Measure methods: efficacy, paraphrase, neighbourhood, drift on ordinary text; with 95 %
     intervals. With -o, results are written as they come, and the same command goes on where it
     stopped. With a grid in --config (`methods:` and `grid:`), every combination, as one table.
-    With --edit or --against nothing is computed: what is there is measured.
+    With --edit or --against nothing is computed: what is there is measured. Under torchrun
+    (`torchrun --nproc-per-node 2 -m knowedit eval ...`) the processes share the work.
     """
     if edits or against is not None:
         _refuse(ctx, COMPUTING, "computes an edit, and --edit and --against measure what is there")
@@ -136,8 +139,9 @@ def evaluate(
     ]
     check_names(wanted)
     if SWEEP in ctx.meta:
-        measured_rows, failed = _sweep(ctx, output, run)
-        check_requirements(measured_rows, wanted, failed)
+        with in_ranks() as ranks:
+            measured_rows, failed = _sweep(ctx, output, run, ranks)
+            check_requirements(measured_rows, wanted, failed)
         return
     if model is None:
         raise KnowEditError("name a model: knowedit eval MODEL")
@@ -148,54 +152,57 @@ def evaluate(
 
     if references is not None and not generate:
         raise KnowEditError("--references are for what the model writes; give --generate N")
-    measured = {
-        "device_map": placed(run.device_map),
-        "scope": Scope(
-            text,
-            run.seed or 0,
-            generate,
-            None if references is None else read_references(references),
-            definition,
-            ability or (),
-            ability_items,
-        ),
-        "folder": output,
-        "join": join,
-        "chat": chat,
-        "strict": strict,
-        "dequantise": run.dequantise,
-        "say": say,
-    }
-    if edits or against is not None:
-        with locked(output), kept_on_interrupt(lambda: kept_at_the_end(output, statistics=False)):
-            told = measure_saved(model, edits or (), against, dataset, limit, run.dtype, **measured)
-        run.show([_record(told)], lambda: _shown(told))
-        check_requirements([_record(told)], wanted)
-        return
-    found: list[dict[str, Any]] = []
-    kept = kept_on_interrupt(lambda: kept_so_far(output, len(found), "method"))
-    with locked(output), kept:
-        for result in measure(
-            model,
-            dataset or "embedded",
-            run.methods(),
-            limit,
-            protocol,
-            one(run.corpus),
-            run.tokens,
-            run.dtype,
-            batch=batch,
-            every=every,
-            where=run.statistics,
-            **measured,
-        ):
-            found.append(_record(result))
-            text = _shown(result, output)
-            if not run.as_json:
-                print(printable(text), end="\n\n", flush=True)
-    if run.as_json:
-        print(json_text(found))
-    check_requirements(found, wanted)
+    scope = Scope(
+        text,
+        run.seed or 0,
+        generate,
+        None if references is None else read_references(references),
+        definition,
+        ability or (),
+        ability_items,
+    )
+    with in_ranks() as ranks, locked(output if ranks.rank == 0 else None):
+        measured = {
+            "device_map": placed(run.device_map),
+            "scope": scope,
+            "folder": output,
+            "join": join,
+            "chat": chat,
+            "strict": strict,
+            "dequantise": run.dequantise,
+            "say": say,
+        }
+        if edits or against is not None:
+            with kept_on_interrupt(lambda: kept_at_the_end(output, statistics=False)):
+                told = measure_saved(
+                    model, edits or (), against, dataset, limit, run.dtype, **measured
+                )
+            run.show([_record(told)], lambda: _shown(told))
+            check_requirements([_record(told)], wanted)
+            return
+        found: list[dict[str, Any]] = []
+        with kept_on_interrupt(lambda: kept_so_far(output, len(found), "method")):
+            for result in measure(
+                model,
+                dataset or "embedded",
+                run.methods(),
+                limit,
+                protocol,
+                one(run.corpus),
+                run.tokens,
+                run.dtype,
+                batch=batch,
+                every=every,
+                where=run.statistics,
+                **measured,
+            ):
+                found.append(_record(result))
+                text = _shown(result, output)
+                if not run.as_json:
+                    print(printable(text), end="\n\n", flush=True)
+        if run.as_json:
+            print(json_text(found))
+        check_requirements(found, wanted)
 
 
 def _record(result: dict[str, Any] | Result) -> dict[str, Any]:
@@ -235,7 +242,7 @@ GRID_OPTIONS = (
 
 
 def _sweep(
-    ctx: typer.Context, output: Path | None, run: MethodRun
+    ctx: typer.Context, output: Path | None, run: MethodRun, ranks: Ranks
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Run the grid of --config, and return its rows' results, and what failed; options on the
     command line win over the file's.
@@ -260,7 +267,7 @@ def _sweep(
         given["corpus"] = one(ctx.params["corpus"])
     sweep = read_sweep(ctx.meta[SWEEP]).with_settings(given)
     kept = kept_on_interrupt(lambda: kept_so_far(output, rows_kept(output), "row"))
-    with locked(output), kept:
+    with locked(output if ranks.rank == 0 else None), kept:
         record = run_sweep(sweep, output, say=say)
     run.show(record, lambda: table(record))
     return results(record), failures(record)

@@ -5,12 +5,15 @@ made of them.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +31,7 @@ from knowedit.io.lines import printable
 
 if TYPE_CHECKING:
     from knowedit.edits.edit import Edit
+    from knowedit.io.ranks import Ranks
     from knowedit.methods.base import Method
     from knowedit.models.editable import EditableModel
 
@@ -292,11 +296,34 @@ def placed(device_map: str | None) -> Any:
     """What `load_model` takes for --device-map: this process' own GPU, where there is one and
     nothing else was said.
     """
-    from knowedit.statistics.distributed.ranks import Ranks
+    from knowedit.io.ranks import Ranks
 
     if device_map is None:
         return Ranks.current().device
     return None if device_map == "cpu" else device_map
+
+
+@contextmanager
+def in_ranks() -> Iterator[Ranks]:
+    """The processes of torchrun, or this one alone, working as one: only the first one speaks, but
+    for an error that the others do not have.
+    """
+    from knowedit.io.ranks import under_torchrun
+
+    with under_torchrun() as ranks, ExitStack() as silence:
+        if ranks.rank > 0:
+            hush(True)
+            silence.enter_context(redirect_stdout(StringIO()))
+            logging.disable(logging.WARNING)
+            silence.callback(logging.disable, logging.NOTSET)
+        try:
+            yield ranks
+        except KeyboardInterrupt as stop:
+            raise SystemExit(130) if ranks.rank > 0 else stop from None
+        except (KnowEditError, OSError) as error:
+            if ranks.rank > 0 and getattr(error, "everywhere", False):
+                raise SystemExit(1) from error
+            raise
 
 
 def one(corpus: list[str] | None) -> Any:

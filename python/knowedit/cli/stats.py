@@ -91,9 +91,9 @@ def collect(
     """Collect: all layers in one partial pass, checkpointed; run again to go on after an
     interruption.
     """
+    from knowedit.io.ranks import started
     from knowedit.models.calibration import sinks_of
     from knowedit.statistics import key_statistics
-    from knowedit.statistics.distributed.ranks import started
     from knowedit.statistics.memory import keep_few_compiled_shapes
 
     keep_few_compiled_shapes()

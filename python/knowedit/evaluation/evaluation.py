@@ -8,9 +8,9 @@ tokens); which prompts and which answers, and what counts as a success, each mea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count, groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
@@ -31,6 +31,7 @@ from knowedit.evaluation.measures.base import (
 )
 from knowedit.facts.fact import Fact, FactError, as_facts
 from knowedit.io.progress import bar
+from knowedit.io.ranks import team
 from knowedit.io.tables import Column, Table
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
@@ -124,8 +125,12 @@ def evaluate(
     """
     if not isinstance(edit, (Edit, type(None))):
         raise EditError(f"an edit is what Edit.load and compute return, got {type(edit).__name__}")
-    facts = as_facts(facts)
-    return evaluate_each(model, [edit] * len(facts), facts, seed=seed, progress=progress)
+    asked, before = _asked(model, as_facts(facts), progress)
+    if edit is None:
+        return compared(asked, before, before, seed)
+    with edit.applied_to(model):
+        after = ask(model, asked, title="answers under the edit", progress=progress)
+    return compared(asked, before, after, seed)
 
 
 @accepts_model
@@ -144,14 +149,32 @@ def evaluate_each(
     when they are asked for need not all be kept.
     """
     facts = as_facts(facts)
+    asked, before = _asked(model, facts, progress)
+    ranks = team()
+    mine = slice(ranks.rank, len(facts), ranks.size)
+    parts = ranks.each(
+        lambda: answers_under(
+            model,
+            islice(edits, mine.start, None, mine.step),
+            asked,
+            before,
+            range(len(facts))[mine],
+            progress=progress,
+        )
+    )
+    return compared(asked, before, in_order(parts), seed)
+
+
+def _asked(
+    model: EditableModel, facts: Sequence[Fact], progress: bool
+) -> tuple[list[Question], list[Answer]]:
+    """What is asked about the facts, and the answers of the model as it is."""
     if not facts:
         raise FactError("there are no facts to measure; give at least one")
     asked = [
         q for record, fact in enumerate(answered(model, facts)) for q in questions(record, fact)
     ]
-    before = ask(model, asked, title="answers before the edit", progress=progress)
-    after = answers_under(model, edits, asked, before, progress=progress)
-    return compared(asked, before, after, seed)
+    return asked, ask(model, asked, title="answers before the edit", progress=progress)
 
 
 def answers_under(
@@ -159,26 +182,37 @@ def answers_under(
     edits: Iterable[Edit | None],
     asked: Sequence[Question],
     before: Sequence[Answer],
+    records: Sequence[int] | None = None,
     *,
     progress: bool = True,
-) -> list[Answer]:
+) -> dict[int, Answer]:
     """The answers to each fact's questions under its own edit (None: those `before`), which is
-    applied alone and undone; `edits` as of `evaluate_each`.
+    applied alone and undone, by the number of the question; `edits` as of `evaluate_each`.
+
+    Args:
+        records: the numbers of the edits' facts; None: 0, 1, ...
     """
-    after: list[Answer | None] = [None] * len(asked)
-    with bar("answers under the edit", len(asked), "prompts", show=progress) as advance:
-        for edit, group in groupby(zip(edits, count()), key=itemgetter(0)):
-            records = {record for _, record in group}
-            mine = [i for i, q in enumerate(asked) if q.record in records]
+    after: dict[int, Answer] = {}
+    records = range(max((q.record + 1 for q in asked), default=0)) if records is None else records
+    total = sum(q.record in records for q in asked)
+    with bar("answers under the edit", total, "prompts", show=progress) as advance:
+        for edit, group in groupby(zip(edits, records), key=itemgetter(0)):
+            own = {record for _, record in group}
+            mine = [i for i, q in enumerate(asked) if q.record in own]
             if edit is None:
                 answers = [before[i] for i in mine]
             else:
                 with edit.applied_to(model):
                     answers = ask(model, [asked[i] for i in mine], progress=False)
-            for i, answer in zip(mine, answers):
-                after[i] = answer
+            after.update(zip(mine, answers))
             advance(len(mine))
-    return [answer for answer in after if answer is not None]
+    return after
+
+
+def in_order(parts: Iterable[Mapping[int, Answer]]) -> list[Answer]:
+    """All answers of several `answers_under`, which together have every question."""
+    found = {i: answer for part in parts for i, answer in part.items()}
+    return [found[i] for i in range(len(found))]
 
 
 def compared(

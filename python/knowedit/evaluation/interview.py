@@ -16,6 +16,7 @@ from knowedit.evaluation.subjects.same_subject import contains
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
 from knowedit.io.progress import bar
+from knowedit.io.ranks import team
 from knowedit.io.tables import Table
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
@@ -97,14 +98,18 @@ class Interview:
         show: bool = True,
     ) -> list[str]:
         """One answer each. A single fact's are part of something whose bar is shown already."""
-        model = model or self.model
-        found: list[str] = []
+        asked = model or self.model
+        prompts = [self._asked[i][2] for i in which]
+        parts = [prompts[start : start + TOGETHER] for start in range(0, len(prompts), TOGETHER)]
+        ranks = team()
         with bar(title, len(which), "answers", show=show and self.progress) as advance:
-            for start in range(0, len(which), TOGETHER):
-                prompts = [self._asked[i][2] for i in which[start : start + TOGETHER]]
-                found += model.generate(prompts, ANSWER, batch=TOGETHER)
-                advance(len(prompts))
-        return [" ".join(text.split()) for text in found]
+
+            def answers(part: Sequence[str]) -> list[str]:
+                found = asked.generate(part, ANSWER, batch=TOGETHER)
+                advance(len(part) * ranks.worth(len(parts)))
+                return [" ".join(text.split()) for text in found]
+
+            return [text for found in ranks.share(parts, answers) for text in found]
 
 
 @accepts_model

@@ -17,11 +17,11 @@ from knowedit.edits.limits import RUINOUS, Limits
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.ability.ability import Ability
 from knowedit.evaluation.baseline import PLAIN, Baseline, Scope, check_whole
-from knowedit.evaluation.evaluation import Evaluation, answers_under
+from knowedit.evaluation.evaluation import Evaluation, answers_under, in_order
 from knowedit.evaluation.evaluation import plain as plain_estimates
 from knowedit.evaluation.generation import Figure, Generation
 from knowedit.evaluation.interview import ASKED, Said, said_table
-from knowedit.evaluation.measures.base import ModelMeasure, ask, measures
+from knowedit.evaluation.measures.base import Answer, ModelMeasure, ask, measures
 from knowedit.evaluation.sequence import (
     SequenceMonitor,
     SequenceStep,
@@ -34,6 +34,7 @@ from knowedit.facts.wordings.forms import as_asked
 from knowedit.io.config import plain
 from knowedit.io.files import atomic_file
 from knowedit.io.lines import number_of
+from knowedit.io.ranks import team
 from knowedit.io.tensors import understood
 from knowedit.methods.base import Method, statistics_for
 from knowedit.methods.registry import make_method
@@ -252,12 +253,12 @@ def method_key(config: Mapping[str, Any]) -> str:
 
 
 def kept_results(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The records in a folder of results, by `method_key`.
+    """The records in a folder of results, by `method_key`; of several ranks the first reads them.
 
     Raises:
         KnowEditError: they are of another run.
     """
-    records = _records(folder) if folder is not None else []
+    records = team().first(lambda: _records(folder)) if folder is not None else []
     if any(_of_the_run(record) != settings for record in records):
         raise KnowEditError(
             f"{folder} holds results of other facts, another model or other settings; choose "
@@ -299,12 +300,18 @@ def count_results(folder: Path | None) -> int:
 
 
 def add_to_run(folder: Path, result: Result) -> None:
-    """Add a result to those of a folder: its prompts first, then its summary, which counts."""
-    records, path = _records(folder), folder / PROMPTS
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
-    kept = lines[: sum(record["evaluation"]["prompts"] for record in records)]
-    _write(path, "".join([*kept, *_prompt_lines(result)]))
-    _write(folder / RESULTS, _summaries([*records, result.to_dict()]))
+    """Add a result to those of a folder: its prompts first, then its summary, which counts. Of
+    several ranks the first does it.
+    """
+
+    def write() -> None:
+        records, path = _records(folder), folder / PROMPTS
+        lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
+        kept = lines[: sum(record["evaluation"]["prompts"] for record in records)]
+        _write(path, "".join([*kept, *_prompt_lines(result)]))
+        _write(folder / RESULTS, _summaries([*records, result.to_dict()]))
+
+    team().first(write)
 
 
 def check_protocol(name: str) -> None:
@@ -379,27 +386,52 @@ def _single(
     baseline: Baseline, statistics: KeyStatistics | None, method: Method, progress: bool
 ) -> dict[str, Any]:
     """Each fact in an edit of its own; no edit is kept."""
-    model, facts = baseline.model, baseline.facts
-    edits = _Timed(lambda: method.compute_each(model, facts, statistics, progress=progress))
+    model, facts, ranks = baseline.model, baseline.facts, team()
+    mine = range(ranks.rank, len(facts), ranks.size)
+    edits = _Timed(
+        lambda: method.compute_each(model, facts, statistics, which=mine, progress=progress)
+    )
     said, written = list[Said](), list[Figure]()
 
     def heard() -> Iterator[Edit]:
-        for record, edit in enumerate(edits):
+        for record, edit in zip(mine, edits):
             if record < max(ASKED, baseline.generate):
                 with edit.applied_to(model):
                     said.extend(baseline.heard(model, record))
                     written.extend(baseline.read(model, record))
             yield edit
 
-    answers = answers_under(model, heard(), baseline.asked, baseline.answers, progress=progress)
+    def measured() -> _Share:
+        found = answers_under(
+            model, heard(), baseline.asked, baseline.answers, mine, progress=progress
+        )
+        return _Share(found, said, written, edits.seconds, edits.report)
+
+    edits.begin()
+    parts = ranks.each(measured)
     return {
-        "evaluation": baseline.evaluation(answers),
+        "evaluation": baseline.evaluation(in_order(part.answers for part in parts)),
         "side_effects": {},
-        "seconds": edits.seconds / len(facts),
-        "report": edits.report,
-        "said": said,
-        "generation": baseline.generation(written),
+        "seconds": max(part.seconds for part in parts) / len(facts),
+        "report": parts[0].report,
+        "said": sorted((one for part in parts for one in part.said), key=lambda one: one.record),
+        "generation": baseline.generation(
+            sorted((one for part in parts for one in part.written), key=lambda one: one.record)
+        ),
     }
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank has measured of single edits: the answers by number, words, texts and seconds,
+    and the report of its first edit.
+    """
+
+    answers: dict[int, Answer]
+    said: list[Said]
+    written: list[Figure]
+    seconds: float
+    report: dict[str, Any]
 
 
 def _sequential(
@@ -450,11 +482,18 @@ class _Timed:
 
     def __init__(self, compute: Callable[[], Iterable[Edit]]) -> None:
         self.compute, self.seconds = compute, 0.0
+        self.edits: Iterable[Edit] = ()
         self.report: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """What is computed for all of them together."""
+        start = time.perf_counter()
+        self.edits = self.compute()
+        self.seconds += time.perf_counter() - start
 
     def __iter__(self) -> Iterator[Edit]:
         start = time.perf_counter()
-        for edit in self.compute():
+        for edit in self.edits:
             self.seconds += time.perf_counter() - start
             self.report = self.report or edit.report.to_dict()
             yield edit

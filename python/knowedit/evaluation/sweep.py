@@ -22,12 +22,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from knowedit.errors import ConfigError, KnowEditError
+from knowedit.errors import ConfigError, KnowEditError, RankError
 from knowedit.evaluation import protocols
 from knowedit.evaluation.ability.ability import AbilityTasks, headline
 from knowedit.evaluation.baseline import Baseline, Scope
@@ -40,6 +41,7 @@ from knowedit.io.config import Config, fields_of
 from knowedit.io.documents import read_document
 from knowedit.io.files import atomic_file
 from knowedit.io.ranges import Count, Whole
+from knowedit.io.ranks import team
 from knowedit.io.tables import Column, Table
 from knowedit.io.tensors import MISREAD, understood
 from knowedit.methods.base import Method, statistics_for
@@ -212,7 +214,8 @@ def measure_sweep(
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """As `run_sweep`, of what is loaded already; the model is left as it was found."""
-    record = _resume(sweep, folder)
+    ranks = team()  # files are the first one's
+    record = ranks.first(lambda: _resume(sweep, folder))
     done = {json.dumps(row["config"], sort_keys=True): row for row in record["rows"]}
     record["rows"] = []
     baseline: Baseline | None = None  # measured for the first row that needs it
@@ -242,8 +245,11 @@ def measure_sweep(
                     progress=progress,
                 )
                 if folder is not None:
-                    protocols.write_prompts(prompts_file(folder, kept["config"]), found)
+                    file = prompts_file(folder, kept["config"])
+                    ranks.first(partial(protocols.write_prompts, file, found))
                 kept["result"] = json.loads(json.dumps(found.to_dict()))  # as a file has it
+            except RankError:
+                raise
             except KnowEditError as error:
                 kept["reason"] = f"{type(error).__name__}: {error}"
             say(f"{label(kept)}: {kept['reason'] or 'measured'}")
@@ -251,9 +257,13 @@ def measure_sweep(
         done.pop(json.dumps(kept["config"], sort_keys=True), None)
         if folder is not None:  # with those whose turn comes later: an interruption keeps them
             whole = record | {"rows": [*record["rows"], *done.values()]}
-            with atomic_file(folder / FILE) as path:
-                path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            ranks.first(partial(_write, folder / FILE, whole))
     return record
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    with atomic_file(file) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def prompts_file(folder: Path, config: Mapping[str, Any]) -> Path:

@@ -119,16 +119,22 @@ class Method(Config):
         facts: Sequence[Fact],
         statistics: KeyStatistics | None = None,
         *,
+        which: Sequence[int] | None = None,
         progress: bool = True,
     ) -> Iterable[Edit]:
         """One independent edit a fact, each computed when it is asked for (dense ones are as large
         as the model).
 
+        Args:
+            which: the numbers of the facts whose edits are wanted; None: all.
+
         Raises:
             FactError, EditError: as `compute`; facts may contradict each other.
         """
         check_kinds(statistics)
-        return (self.compute(model, [fact], statistics, progress=False) for fact in as_facts(facts))
+        facts = as_facts(facts)
+        wanted = facts if which is None else [facts[i] for i in which]
+        return (self.compute(model, [fact], statistics, progress=False) for fact in wanted)
 
     def with_corpus(self: Self, corpus: Any, tokens: int | None = None) -> Self:
         """The same, reading its ordinary text from `corpus`, and `tokens` of it, if it reads any

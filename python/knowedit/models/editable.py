@@ -581,7 +581,7 @@ class EditableModel:
         prompts: Sequence[str],
         answers: Sequence[str],
         *,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> list[Score]:
         """How the model rates `answers[i]` after `prompts[i]`."""
         return generation.score(self, prompts, answers, progress=progress)

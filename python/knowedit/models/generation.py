@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from knowedit.errors import ModelError
+from knowedit.io.ranks import team
 from knowedit.models.tokens import batches, start_tokens
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def score(
     answers: Sequence[str],
     *,
     budget: int = 4096,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Score]:
     """Rate `answers[i]` after `prompts[i]`; rows that are a prefix of another row are read from it,
     not run again.
@@ -207,12 +208,17 @@ def continuations(
     """Greedy continuations as tokens, without the padding behind the end of a text; a router has no
     part in them. `as_configured` as of `generate`.
     """
-    found: list[list[int]] = []
-    for new, fill, _ in greedy(model, prompts, max_new_tokens, batch, as_configured=as_configured):
+
+    def written(together: Sequence[str]) -> list[list[int]]:
+        ((new, fill, _),) = greedy(
+            model, together, max_new_tokens, batch, as_configured=as_configured
+        )
         real = new != fill
         sizes = real.int().cumsum(1).argmax(1) + real.any(1)  # up to the last that is no filling
-        found += [row[:size] for row, size in zip(new.tolist(), sizes.tolist())]
-    return found
+        return [row[:size] for row, size in zip(new.tolist(), sizes.tolist())]
+
+    parts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+    return [ids for found in team().share(parts, written) for ids in found]
 
 
 def samples(
@@ -343,7 +349,7 @@ def _score(
     prompts: Sequence[str],
     answers: Sequence[str],
     budget: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Score]:
     rows = [model.row(p, answer=a) for p, a in zip(prompts, answers)]
     inputs = [tuple(r.ids[:-1]) for r in rows]
@@ -352,8 +358,9 @@ def _score(
     readers: dict[tuple[int, ...], list[int]] = {}
     for i, tokens in enumerate(inputs):
         readers.setdefault(hosts[tokens], []).append(i)
-    scores: list[Score | None] = [None] * len(rows)
-    for batch in batches([len(u) for u in unique], budget):
+
+    def rate(batch: Sequence[int]) -> dict[int, Score]:
+        """Of each answer that is read from the rows of a batch."""
         ids, _ = model.pad([unique[b] for b in batch])
         spans = [(line, i) for line, b in enumerate(batch) for i in readers[unique[b]]]
         at = [
@@ -366,11 +373,11 @@ def _score(
         chosen = logp.gather(1, token[:, None])[:, 0]
         choices = logp.argmax(-1)
         best, firsts = choices == token, choices.tolist()
-        start = 0
+        found, start = {}, 0
         for _, i in spans:
             stop = start + len(rows[i].ids) - (rows[i].answer or 0)
             right = best[start:stop]
-            scores[i] = Score(
+            found[i] = Score(
                 float(chosen[start:stop].mean()),
                 bool(right.all()),
                 float(right.double().mean()),
@@ -378,8 +385,13 @@ def _score(
             )
             start = stop
         if progress:
-            progress(len(spans))
-    return scores  # type: ignore[return-value]
+            progress(len(spans) * worth)
+        return found
+
+    parts, ranks = batches([len(u) for u in unique], budget), team()
+    worth = ranks.worth(len(parts))
+    scores = {i: score for part in ranks.share(parts, rate) for i, score in part.items()}
+    return [scores[i] for i in range(len(rows))]
 
 
 @torch.no_grad()

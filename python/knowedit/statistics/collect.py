@@ -27,13 +27,13 @@ from typing import Any
 from knowedit.errors import StatisticsError, Terminated
 from knowedit.io.config import Config
 from knowedit.io.ranges import Count, NotNegative
+from knowedit.io.ranks import Ranks
 from knowedit.models.editable import EditableModel
 from knowedit.statistics.convergence import ConvergenceChecks
 from knowedit.statistics.corpus.batching import trim
 from knowedit.statistics.corpus.corpus import Corpus
 from knowedit.statistics.corpus.windows import WORTH_A_WORKER, Reader, prefetch, token_cache
 from knowedit.statistics.distributed.checkpoints import Checkpoints, CollectionState
-from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.distributed.rounds import Rounds
 from knowedit.statistics.experts import ExpertMoment
 from knowedit.statistics.files import store

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from knowedit.errors import EditError, StatisticsError
 from knowedit.facts.sets import load
+from knowedit.io.ranks import Ranks
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import Experts
 from knowedit.statistics.distributed.checkpoints import CollectionState
-from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files.store import CollectionRecipe
 from knowedit.statistics.memory import spare
 from knowedit.statistics.sums import Sums

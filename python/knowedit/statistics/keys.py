@@ -29,6 +29,7 @@ from torch import Tensor
 
 from knowedit.errors import CorpusError, StatisticsError
 from knowedit.io.files import cache_dir
+from knowedit.io.ranks import Ranks
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import difference
 from knowedit.models.load import accepts_model
@@ -37,7 +38,6 @@ from knowedit.models.tokens import start_tokens
 from knowedit.statistics.collect import Collection, CollectSettings
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit.statistics.distributed.checkpoints import resumable_layers
-from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.experts import filled, rare
 from knowedit.statistics.files import store
 from knowedit.statistics.files.store import CollectionRecipe, LayerStatistics

@@ -9,10 +9,10 @@ import torch
 
 from knowedit.errors import CorpusError, StatisticsError
 from knowedit.io import tensors
+from knowedit.io.ranks import Ranks
 from knowedit.statistics import collect, key_statistics, sums
 from knowedit.statistics.corpus import windows
 from knowedit.statistics.distributed import checkpoints
-from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files import store
 from knowedit_kernels import SecondMoment
 from tests.knowedit.statistics.helpers import rounds_that_stop_at

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from knowedit.errors import StatisticsError
+from knowedit.io.ranks import Ranks
 from knowedit.statistics import convergence, key_statistics
 from knowedit.statistics.convergence import ConvergenceChecks, compare_halves
 from knowedit.statistics.corpus import windows
 from knowedit.statistics.distributed.checkpoints import CollectionState
-from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files.store import CollectionRecipe
 from knowedit_kernels import Covariance, NullSpace
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from knowedit.errors import StatisticsError
+from knowedit.io.ranks import Ranks
 from knowedit.statistics import KeyStatistics, key_statistics
-from knowedit.statistics.distributed.ranks import Ranks
 from tests.knowedit.statistics.helpers import WORDS, save_model, varied_texts
 from tests.processes import Forked
 
@@ -35,7 +35,7 @@ from knowedit.models.load import load_model
 from knowedit.statistics import collect
 from knowedit.statistics.corpus import windows
 from knowedit.statistics.distributed import rounds
-from knowedit.statistics.distributed.ranks import started
+from knowedit.io.ranks import started
 from knowedit.statistics import key_statistics
 windows.SIZE = 200
 ranks, model, corpus, folder, pause = sys.argv[1:]

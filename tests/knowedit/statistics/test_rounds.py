@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from knowedit.errors import KnowEditError, StatisticsError
+from knowedit.io.ranks import Ranks
 from knowedit.statistics.collect import Collection, CollectSettings
 from knowedit.statistics.corpus import windows
 from knowedit.statistics.corpus.batching import Piece
 from knowedit.statistics.corpus.corpus import Corpus
 from knowedit.statistics.distributed import rounds
 from knowedit.statistics.distributed.checkpoints import CollectionState
-from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.distributed.rounds import SECONDS, Rounds
 from knowedit.statistics.files.store import CollectionRecipe
 

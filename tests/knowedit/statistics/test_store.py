@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from knowedit.errors import StatisticsError
+from knowedit.io.ranks import Ranks
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics, key_statistics
 from knowedit.statistics.corpus import windows
 from knowedit.statistics.distributed.checkpoints import Checkpoints
-from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files import npz, store
 from knowedit_kernels import SecondMoment
 

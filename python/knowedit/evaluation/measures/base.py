@@ -233,7 +233,7 @@ def rate(
     prompts: Sequence[str],
     answers: Sequence[str],
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Score]:
     """`EditableModel.score` of a model that gives numbers.
 

@@ -23,6 +23,7 @@ from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.io.ranges import Bound, Count, NotNegative, Positive
+from knowedit.io.ranks import team
 from knowedit.methods.locate.optimisers import Adam, Optimiser, Scale, Seen
 from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
@@ -132,6 +133,13 @@ class Targets:
         }
         return Targets(**rows)
 
+    def to(self, like: Tensor) -> Targets:
+        """The same where `like` is, and of its dtype."""
+        rows: dict[str, Any] = {
+            name: part if part is None else part.to(like) for name, part in vars(self).items()
+        }
+        return Targets(**rows)
+
     def of_layers(self) -> Tensor:
         """`[groups, layers, hidden]` what each layer is to write; one layer, unless each has its
         own.
@@ -210,10 +218,18 @@ def optimise_plans(
     # padded one, which linear layers leave out, is a fifth, and where texts stand in one row next
     # to nothing; a GPU far more
     padded = model.device.type == "cpu" and (issubclass(problem, AtModules) or not runs_flat(model))
-    spare = 160 if padded else settings.budget
-    for batch in _chunks(plans, settings.budget, spare):
+    chunks = _chunks(plans, settings.budget, 160 if padded else settings.budget)
+    ranks = team()
+    worth = ranks.worth(len(chunks))
+
+    def optimised(batch: Sequence[int]) -> Targets:
+        mine = [plans[i] for i in batch]
         with model.evaluating(), fast_linear():  # once, not at every step
-            part = _optimise(model, [plans[i] for i in batch], layers, settings, problem, progress)
+            return _optimise(
+                model, mine, layers, settings, problem, lambda n: progress(n * worth)
+            ).to(delta)
+
+    for batch, part in zip(chunks, ranks.share(chunks, optimised)):
         for whole, piece in zip(vars(result).values(), vars(part).values()):
             if whole is not None:
                 whole[batch] = piece.to(whole)

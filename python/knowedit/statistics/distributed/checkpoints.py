@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from knowedit.errors import StatisticsError
+from knowedit.io.ranks import Ranks
 from knowedit.io.tensors import opened
-from knowedit.statistics.distributed.ranks import Ranks
 from knowedit.statistics.files import store
 from knowedit.statistics.files.store import CollectionRecipe
 from knowedit.statistics.sums import KeyTally, Moment

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from knowedit.errors import KnowEditError
+from knowedit.io.ranks import Ranks
 from knowedit.statistics.corpus.windows import PREFETCH, Window
 from knowedit.statistics.distributed.checkpoints import CollectionState
-from knowedit.statistics.distributed.ranks import Ranks
 
 # of a round of several ranks; a SIGTERM is answered after one or two, and torchrun waits for 30
 SECONDS = 8.0

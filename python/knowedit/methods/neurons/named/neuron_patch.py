@@ -149,16 +149,17 @@ class NeuronPatch(Method):
         facts: Sequence[Fact],
         statistics: KeyStatistics | None = None,
         *,
+        which: Sequence[int] | None = None,
         progress: bool = True,
     ) -> Iterator[Edit]:
         """One independent edit a fact, in the first layer; the corpus is read once and the values
-        are optimised together.
+        are optimised together, also where the edits of some are not wanted (`which`).
         """
         check_kinds(statistics)
         alone = [[check_facts([fact])] for fact in as_facts(facts)]
         if not alone:
             return iter(())
-        edits = self._edits(model, self._layers(model)[0], alone, progress)
+        edits = self._edits(model, self._layers(model)[0], alone, progress, which=which)
         return (self.recorded(edit, model, statistics) for edit in edits)
 
     def _shared_out(
@@ -206,9 +207,10 @@ class NeuronPatch(Method):
         tasks: Sequence[list[list[Fact]]],
         progress: bool,
         beside: Sequence[Fact] = (),
+        which: Sequence[int] | None = None,
     ) -> Iterator[Edit]:
-        """One edit for each of the tasks, a task being groups of facts; the switches stay open at
-        the facts `beside`, which another layer writes.
+        """One edit for each of the tasks (or those numbered `which`), a task being groups of facts;
+        the switches stay open at the facts `beside`, which another layer writes.
         """
         groups, values = [group for task in tasks for group in task], self._values(model, layer)
         gates = self._gates(model, layer, groups, values)
@@ -220,11 +222,15 @@ class NeuronPatch(Method):
         with bar(f"{self.name}: reading texts", len(texts), "texts", show=progress) as advance:
             ordinary = everywhere(model, texts, layer, {e for own in gates for e in own}, advance)
         homes = [_Home.of(own, ordinary, layer) for own in gates]
-        start = 0
-        for task in tasks:
-            at = range(start, start := start + len(task))
+        ends = list(accumulate(map(len, tasks)))
+
+        def made(number: int) -> Edit:
+            task, end = tasks[number], ends[number]
+            at = range(end - len(task), end)
             own, where = targets.select(at), [homes[i] for i in at]
-            yield self._edit(model, layer, task, where, own, values, ordinary, beside)
+            return self._edit(model, layer, task, where, own, values, ordinary, beside)
+
+        return map(made, range(len(tasks)) if which is None else which)
 
     def _gates(
         self, model: EditableModel, layer: int, groups: list[list[Fact]], values: ValueSettings
