@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from knowedit.facts.fact import Probe as Probe
     from knowedit.facts.records import read_facts as read_facts
     from knowedit.facts.records import write_facts as write_facts
-    from knowedit.io.ranks import under_torchrun as under_torchrun
     from knowedit.methods import EMMET as EMMET
     from knowedit.methods import FTL as FTL
     from knowedit.methods import MEMIT as MEMIT
