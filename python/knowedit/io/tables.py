@@ -171,22 +171,30 @@ class Table:
 
     def html(self) -> str:
         """An HTML element, escaped; cells with figures have the class "num",
-        those in a fixed-width font "code"."""
+        those in a fixed-width font "code". With more than four columns of intervals these stand
+        below their means, and the table is of the class "dense".
+        """
+        spans = [any(is_dataclass(row[i]) for row in self.rows) for i in range(len(self.heads))]
+        dense = sum(spans) > 4
         kinds = [
             ' class="code"' if column.code else ' class="num"' if side == "right" else ""
             for column, side in zip(self.heads, self.alignment())
         ]
 
         def line(tag: str, values: Iterable[str]) -> str:
-            cells = (f"<{tag}{k}>{html.escape(v)}</{tag}>" for k, v in zip(kinds, values))
+            shown = (
+                v.replace(" [", "\n[") if dense and span else v for v, span in zip(values, spans)
+            )
+            cells = (f"<{tag}{k}>{html.escape(v)}</{tag}>" for k, v in zip(kinds, shown))
             return f"<tr>{''.join(cells)}</tr>"
 
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         head = line("th", (column.header for column in self.heads))
         body = "\n".join(line("td", row) for row in self.cells())
+        look = ' class="dense"' if dense else ""
         notes = "".join(f'\n<p class="note">{html.escape(note)}</p>' for note in self.notes)
         return (
-            f'<div class="scroll"><table>{caption}<thead>{head}</thead>\n'
+            f'<div class="scroll"><table{look}>{caption}<thead>{head}</thead>\n'
             f"<tbody>{body}</tbody></table></div>{notes}"
         )
 

@@ -217,7 +217,7 @@ _ELIDED = re.compile(
 #: What stands without a blank behind the last word: closing signs ("," but not ".NET"), the
 #: endings of English words ("'s"), a degree.
 _CLOSES = re.compile(
-    r"[)\]},;%\u00b0\u00bb\u201d\u2026\u203a]|[.:!?]+([\s\"')\]\u00bb\u201d]|$)"
+    r"[)\]},;\u00b0]|[.:!?%\u00bb\u201d\u2026\u203a]+([\s\"')\]]|$)"
     r"|['\u2019](s|t|re|ve|ll|d|m)\b|n't\b"
 )
 #: A name whose dot is followed by a part of it: in code ("x = np.", "f(np.", "np.linalg.", what is

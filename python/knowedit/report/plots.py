@@ -129,14 +129,19 @@ def bars(
 
 
 def legend(figure: Figure, axis: Axes) -> None:
-    """One legend for all panels below them, from the labels of `axis`."""
+    """One legend for all panels below them, from the labels of `axis`, in as many columns as there
+    is room for.
+    """
     handles, labels = axis.get_legend_handles_labels()
     shown = {label: handle for handle, label in zip(handles, labels) if label}
+    inches = 0.55 + 0.07 * max(map(len, shown), default=0)  # of a column: its sign and small print
+    room = max(1, min(6, len(shown), int(figure.get_figwidth() / inches)))
+    rows = -(-len(shown) // room)
     figure.legend(
         [*shown.values()],
         [*shown],
         loc="outside lower center",
-        ncols=min(6, len(shown)),
+        ncols=-(-len(shown) // max(rows, 1)) or 1,
         fontsize="small",
         frameon=False,
     )

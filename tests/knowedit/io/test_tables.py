@@ -116,3 +116,11 @@ def test_any_text_stays_in_its_cell(rows):
     assert table.cells() == rows
     assert [*csv.reader(io.StringIO(table.csv(), newline=""))][1:] == rows
     assert len(table.markdown().splitlines()) == 2 + len(rows)
+
+
+def test_many_intervals_stand_below_their_means_on_a_page():
+    few = Table([*"abcd"], [[SPAN] * 4]).html()
+    assert few.count(">0.500 [0.250, 0.750]<") == 4 and "dense" not in few
+    many = Table(["method", *"abcde"], [["a [b", *[SPAN] * 5]]).html()
+    assert many.count(">0.500\n[0.250, 0.750]<") == 5 and '<table class="dense">' in many
+    assert ">a [b<" in many

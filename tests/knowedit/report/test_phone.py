@@ -1,5 +1,6 @@
-"""Unit: no page runs past the right edge of a phone (390 px); wide tables scroll in their own box.
-Looked at by a headless Chromium, where there is one.
+"""Unit: no page runs past the right edge of a phone (390 px); wide tables scroll in their own box,
+and a grid's table needs none on a laptop (1280 px). Looked at by a headless Chromium, where there
+is one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import subprocess
 
 import pytest
 
+from knowedit.evaluation.measures.base import fact_measures, model_measures
+from knowedit.evaluation.sweep import table
 from knowedit.io.tables import Column, Table
 from knowedit.report import plots
 from knowedit.report.page import Section, rendered, write_sections
@@ -31,7 +34,9 @@ function look(name, frame) {
   const page = frame.contentDocument, root = page.documentElement;
   const over = [...page.body.querySelectorAll("*")].filter((e) =>
     e.getBoundingClientRect().right > root.clientWidth + 1 && !scrolls(e.parentElement, page.body));
-  said[name] = { scroll: root.scrollWidth, client: root.clientWidth, text: page.body.innerText,
+  const boxes = [...page.querySelectorAll(".scroll")].filter((e) => e.scrollWidth > e.clientWidth);
+  said[name] = { scrolled: boxes.map((e) => e.scrollWidth + " in " + e.clientWidth),
+    scroll: root.scrollWidth, client: root.clientWidth, text: page.body.innerText,
     over: over.map((e) => e.tagName + " " + e.className + " " + e.textContent.slice(0, 40)) };
   document.getElementById("said").textContent = JSON.stringify(said);
 }
@@ -102,20 +107,55 @@ def a_trial(path):
     path.write_text(page.replace("<body>", f"<body>{answer}"), encoding="utf-8")
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-def test_pages_fit_a_phone(tmp_path):
-    pages = {"run.html": a_run, "edit.html": an_edit, "try.html": a_trial}
+def a_grid(path):
+    """The page of a grid with all figures that its rows may have."""
+    rate = {"mean": 0.987, "low": 0.912, "high": 1.0, "records": 48}
+    shown = {kind: dict.fromkeys(of.shown, rate) for kind, of in fact_measures().items()}
+    effects = {name: dict.fromkeys(of.shown, 28.41) for name, of in model_measures().items()}
+    able = {when: {"knowledge": {"accuracy": rate}} for when in ("before", "after", "change")}
+    rows = [
+        {
+            "method": "NeuronPatch",
+            "settings": {"metric.gain": 0.95, "target.steps": 25},
+            "reason": None,
+            "result": {
+                "evaluation": {"after": shown},
+                "side_effects": effects,
+                "ability": able,
+                "seconds": 12.5,
+            },
+        }
+    ]
+    write_sections(path, LONG, [Section(LONG, [table({"rows": rows})])])
+
+
+def looked_at(tmp_path, pages, width):
+    """What a browser window of that width shows of the pages, by name."""
     for name, write in pages.items():
         write(tmp_path / name)
-    frames = FRAMES.replace("PAGES", json.dumps(list(pages))).replace("WIDTH", str(WIDTH))
+    frames = FRAMES.replace("PAGES", json.dumps(list(pages))).replace("WIDTH", str(width))
     (tmp_path / "frames.html").write_text(frames, encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
     line = [str(CHROMIUM), *options, "--dump-dom", (tmp_path / "frames.html").as_uri()]
     dumped = subprocess.run(line, capture_output=True, text=True, timeout=120).stdout
     (shown,) = re.findall(r'<pre id="said">(.*?)</pre>', dumped, re.S)
-    said = json.loads(html.unescape(shown))
+    return json.loads(html.unescape(shown))
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+def test_a_grids_table_fits_a_laptop(tmp_path):
+    (seen,) = looked_at(tmp_path, {"grid.html": a_grid}, 1280).values()
+    assert "portability exact" in seen["text"] and "s a fact" in seen["text"]
+    assert seen["scrolled"] == [] and seen["over"] == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+def test_pages_fit_a_phone(tmp_path):
+    pages = {"run.html": a_run, "edit.html": an_edit, "try.html": a_trial}
+    said = looked_at(tmp_path, pages, WIDTH)
     assert set(said) == set(pages)
     for name, seen in said.items():
         assert seen["over"] == [] and seen["scroll"] <= seen["client"] <= WIDTH, name

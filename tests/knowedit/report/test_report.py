@@ -127,3 +127,17 @@ def test_choosing_subjects():
     for bad in (("embedded", 2, None, "middle", None), ("embedded", 40, None, "all", None)):
         with pytest.raises(KnowEditError, match=r"unknown half|no subject with 40"):
             choose(*bad)
+
+
+def test_a_legend_stays_within_its_picture():
+    """Names of a grid's rows are long, and there may be many."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    rate = {"success": {"mean": 0.5, "low": 0.25, "high": 0.75, "records": 4}}
+    for names in (["MEMIT"], [f"AlphaEdit metric.gain=0.{n}" for n in range(10, 17)]):
+        figure = plots.measures({name: {"efficacy": rate} for name in names}, {"efficacy": rate})
+        figure.draw(FigureCanvasAgg(figure).get_renderer())
+        (shown,) = figure.legends
+        box = shown.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+        assert len(shown.get_texts()) == len(names) + 1
