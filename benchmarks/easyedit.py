@@ -8,7 +8,7 @@ that EasyEdit imports and that are not installed (vision, hosted models) are emp
 nothing that is measured calls them. Statistics come from the shipped sentences. They are collected
 once, accelerated, and both runs read the files: the host would collect those of the upper layers
 when the lower ones have been written. One thread; nothing of the host is kept. Rows go into
-results/hosts.jsonl.
+results/easyedit.jsonl.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 
 from knowedit.facts.sets import load
 from knowedit.integrations import accelerated
+from knowedit.io.tables import Table
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
 
@@ -149,6 +150,28 @@ def forget(host: ModuleType) -> None:
                 vars(module).update(P_loaded=False, cache_c_new=False)
 
 
+def table(folder: Path = common.RESULTS) -> str:
+    """Markdown of results/easyedit.jsonl, one line an algorithm."""
+    header, rows = common.read(folder, "easyedit")
+    heads = [
+        *("what", "as it is, CPU-s", "accelerated", "times as fast"),
+        *("weights apart", "what it says next"),
+    ]
+    lines = [
+        [
+            row["case"],
+            f"{row['host_cpu_s']:.1f}",
+            f"{row['accelerated_cpu_s']:.1f}",
+            f"{row['ratio']:.1f}",
+            f"{row['largest_relative_difference']:.0e}",
+            "the same" if row["same_outputs"] else "something else",
+        ]
+        for row in rows
+    ]
+    each = common.measured_each(header, [(row["case"], row) for row in rows])
+    return "\n\n".join([Table(heads, lines).markdown(), each])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("path", type=Path)
@@ -157,7 +180,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=1, help="facts")
     parser.add_argument("--small", action="store_true", help="on a narrow model of random weights")
-    parser.add_argument("--output", type=Path, default=common.RESULTS / "hosts.jsonl")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "easyedit.jsonl")
     parser.add_argument("--quick", action="store_true", help="keep no results")
     options = parser.parse_args()
     keep = kept_in(None if options.quick or options.small else options.output.resolve(), "embedded")
@@ -184,7 +207,7 @@ def main() -> None:
             with accelerated("easyedit", layers=runs["fast"].settings["layers"]):
                 fast_time, fast = timed(runs["fast"].edit)
             row = {
-                "case": f"EasyEdit: {name}, {len(runs['fast'].facts)} edits, with its evaluation",
+                "case": f"{name}, {len(runs['fast'].facts)} edits",
                 **figures(plain_time, fast_time, fast, plain),
                 "same_outputs": runs["fast"].said == runs["plain"].said,
             }

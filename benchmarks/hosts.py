@@ -474,8 +474,9 @@ def kept_in(path: Path | None, facts: str) -> Callable[[dict[str, Any]], None]:
         known = common.read(path.parent, path.stem)[1] if path.is_file() else []
         same = next((one for one in known if one["case"] == row["case"]), {})
         known = [one for one in known if one["case"] != row["case"]]
-        known.append({**same, **row, "facts": facts})
-        header = {"benchmark": "hosts", "environment": common.environment()}
+        here = common.environment()
+        known.append({**same, **row, "facts": facts, "environment": here})
+        header = {"benchmark": path.stem, "environment": here}
         with atomic_file(path) as new:
             new.write_text("".join(json.dumps(one) + "\n" for one in [header, *known]), "utf-8")
 
@@ -529,7 +530,8 @@ def table(folder: Path = common.RESULTS) -> str:
                 f"one {row['accelerated_in_float32']:.0e}, the accelerated one in float64 "
                 f"{row['accelerated_in_float64']:.0e}."
             )
-    return "\n\n".join([*parts, common.measured_on(header)])
+    each = common.measured_each(header, [(row["case"], row) for row in rows])
+    return "\n\n".join([*parts, each])
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from knowedit.io.tables import Table
 
 from . import arithmetic as by_sum
 from . import calibration as by_calibration
+from . import easyedit as by_editor
 from . import geometry as by_layer
 from . import gradient as by_gradient
 from . import hessian as by_input
@@ -309,6 +310,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "moe": ("moe.md", by_expert.table, by_model.no_picture),
     "hessian": ("hessians.md", by_input.table, by_input.no_picture),
     "hosts": ("integrations/index.md", by_host.table, by_input.no_picture),
+    "easyedit": ("integrations/easyedit.md", by_editor.table, by_input.no_picture),
 }
 
 

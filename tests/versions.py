@@ -40,6 +40,8 @@ TESTS = (
     "tests/kernels/test_solver.py",
     "tests/kernels/test_target_loss.py",
     "tests/kernels/test_jvp.py",
+    "tests/knowedit/models/test_flat.py",
+    "tests/knowedit/models/test_linear.py",
     "tests/knowedit/integrations",
 )
 TOOLS = ("pytest>=9", "pytest-timeout", "pytest-benchmark", "hypothesis")

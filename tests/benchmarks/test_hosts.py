@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from benchmarks import hosts
+from benchmarks import easyedit, hosts
 from knowedit.models.linear import OneDNNLinear
 from knowedit_kernels import SecondMoment
 
@@ -54,6 +54,16 @@ def test_the_page_says_what_was_scaled_and_what_rounding_does(tmp_path):
     assert "| memit: ROME, 2 edits | 40.0 | 5.0 | 8.0 | 6 |  | 2e-06 |" in page
     assert "its float32 result is 3e-04 away, the accelerated one 1e-04" in page
     assert "the accelerated one in float64 4e-09" in page
+
+
+def test_the_page_of_an_editor_says_whether_the_edited_model_says_the_same(tmp_path):
+    keep = hosts.kept_in(tmp_path / "easyedit.jsonl", "embedded")
+    keep({"case": "MEMIT, 1 edits", **ROW, "same_outputs": True})
+    keep({"case": "ROME, 1 edits", **ROW, "same_outputs": False})
+    page = easyedit.table(tmp_path)
+    assert "| MEMIT, 1 edits | 40.0 | 5.0 | 8.0 | 2e-06 | the same |" in page
+    assert "| ROME, 1 edits | 40.0 | 5.0 | 8.0 | 2e-06 | something else |" in page
+    assert "`python -m benchmarks.easyedit`" in page
 
 
 def test_multiplications_are_those_of_products_and_of_half_a_moment():

@@ -11,7 +11,6 @@ from knowedit.errors import ModelError
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import PartialModel, flat, texts_in_a_row
 from knowedit.models.partial import model as parts
-from tests.knowedit.models.tiny import build
 
 TEXTS = ("a much longer text about Bob or so", "b is c, they say", "Ada", "Cleo, of c")
 
@@ -106,7 +105,20 @@ def test_whole_texts_in_one_row(request, name):
 def test_whole_texts_stay_apart_where_attention_has_a_window_or_a_way_of_its_own(
     tiny_llama, byte_tokenizer
 ):
-    short = EditableModel(build("mistral", sliding_window=6), byte_tokenizer)
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+        initializer_range=0.3,
+    )
+    short = EditableModel(MistralForCausalLM(config).eval(), byte_tokenizer)
     assert flat.texts_error(short) > 1e-3 and texts_in_a_row(short, [[1, 2]]) is None
     assert texts_in_a_row(tiny_llama, [[1] * 513]) is None
     tiny_llama.hf.set_attn_implementation("eager")

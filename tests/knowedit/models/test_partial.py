@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from knowedit.errors import ModelError
+from knowedit.models import partial
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import (
     PartialModel,
@@ -248,3 +249,13 @@ def tiny_mistral(byte_tokenizer):
     return EditableModel(
         MistralForCausalLM(config).eval().requires_grad_(False), byte_tokenizer, name="tiny-mistral"
     )
+
+
+def test_whether_whole_texts_can_be_run_is_tried_once(tiny_llama, monkeypatch):
+    tried, real = [], partial.model._fits_texts
+    monkeypatch.setattr(
+        partial.model, "_fits_texts", lambda part: tried.append(part.from_layer) or real(part)
+    )
+    for layer, longest in [(1, 20), (1, 30), (2, 30), (1, 20)]:
+        PartialModel.for_texts(tiny_llama, layer, longest)
+    assert tried == [1, 2]

@@ -141,7 +141,7 @@ class PartialModel:
         model.check_layers([from_layer])
         for replay in (True, False)[not model.replays :]:
             part = cls._for_texts(model, from_layer, longest, replay)
-            if _fits_texts(part):
+            if _fits(part, replay):
                 return part
         raise ModelError(
             f"{model.name}: its layers depend on the tokens themselves, not only on the hidden "
@@ -249,6 +249,18 @@ def replays(model: EditableModel) -> float:
         off(mine[i, : len(row.ids) - start], theirs[i, : len(row.ids) - start])
         for i, (row, start) in enumerate(zip(rows, starts, strict=True))
     )
+
+
+#: By the way that layers are run, and from which layer on, whether they take whole texts.
+_FITS: WeakKeyDictionary[nn.Module, dict[tuple[bool, int], bool]] = WeakKeyDictionary()
+
+
+def _fits(part: PartialModel, replay: bool) -> bool:
+    """`_fits_texts`, tried once: it takes three passes, and editing code asks at every edit."""
+    known, key = _FITS.setdefault(part.model.hf, {}), (replay, part.from_layer)
+    if key not in known:
+        known[key] = _fits_texts(part)
+    return known[key]
 
 
 @torch.no_grad()
