@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,12 +102,14 @@ def edit(
     run: OneMethod,
 ) -> None:
     """Compute an edit, measure what the edited model does, and save it; no model is changed. One
-    that ruins the model is refused. The file records how it was made: `--config` with it computes
+    that ruins the model is refused. Without --method, facts that share their subjects are written
+    by rose, which is made for such. The file records how it was made: `--config` with it computes
     the same edit again. Under torchrun the processes share the optimisation of the values.
     """
     from knowedit.edits.history import History
     from knowedit.edits.limits import Limits
     from knowedit.evaluation.interview import Interview, said_table
+    from knowedit.facts.groups import share_subjects
     from knowedit.facts.wordings.forms import as_asked
     from knowedit.methods.base import statistics_for
     from knowedit.methods.session import Session
@@ -121,6 +123,10 @@ def edit(
     check_file(output)
     with in_ranks() as ranks:
         wanted, again = facts_named(facts, limit, strict), edit_of(ctx)
+        source = ctx.get_parameter_source("method")
+        if source is not None and source.name == "DEFAULT" and share_subjects(wanted):
+            say("note: facts share their subjects, so the method is rose; --method says another")
+            chosen = replace(run, method=["rose"]).methods()[0].with_corpus(one(run.corpus))
         editable = run.load(model)
         wanted = as_asked(editable, wanted, join, chat)
         if again is not None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from knowedit.facts.fact import Fact, FactError, Probe
+
+
+def share_subjects(facts: Sequence[Fact]) -> bool:
+    """Whether at least half of `facts` have their subject in common with another one."""
+    count = Counter(fact.subject for fact in facts)
+    return 2 * sum(n for n in count.values() if n > 1) >= max(len(facts), 1)
 
 
 def groups(

@@ -643,3 +643,13 @@ def test_json_is_read_by_every_program():
         "pair": [1, None],
         "text": "NaN",
     }
+
+
+def test_facts_of_one_subject_are_written_by_the_method_made_for_them(place, knowedit):
+    more = {"prompt": "{} lies in", "subject": "France", "target": "Asia"}
+    (place / "one.jsonl").write_text("".join(json.dumps(f) + "\n" for f in (FACTS[0], more)))
+    quick = ("--set", "target.steps=1", *CORPUS)
+    knowedit("edit", "model", "one.jsonl", "-o", "a.safetensors", *quick)
+    assert Edit.load(place / "a.safetensors").config["kind"] == "rose"
+    knowedit("edit", "model", "one.jsonl", "-o", "b.safetensors", "--method", "memit", *quick)
+    assert Edit.load(place / "b.safetensors").config["kind"] == "memit"

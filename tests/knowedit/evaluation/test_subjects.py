@@ -28,7 +28,7 @@ from knowedit.evaluation.subjects.same_subject import (
     prepare,
 )
 from knowedit.facts.fact import Fact, FactError, Probe
-from knowedit.facts.groups import groups, halves
+from knowedit.facts.groups import groups, halves, share_subjects
 from knowedit.facts.sets import load
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
@@ -279,3 +279,12 @@ def test_the_public_groups(data):
     assert sum(len(fact.neighbours) >= 1 for group in found for fact in group) >= 50
     subjects = tuple(group[0].subject + " " for group in found)
     assert not any(p.prompt.startswith(subjects) for g in found for f in g for p in f.neighbours)
+
+
+def test_facts_share_subjects_where_half_of_them_do():
+    named = {name: [Fact(f"{{}} has {n}", name, "x") for n in range(3)] for name in ("A", "B", "C")}
+    others = [Fact("{} has it", f"S{n}", "x") for n in range(6)]
+    assert share_subjects(named["A"]) and share_subjects([*named["A"], *others[:3]])
+    assert share_subjects([*named["A"], *named["B"], *others])
+    assert not share_subjects([*named["A"], *others[:4]])
+    assert not share_subjects(others) and not share_subjects([])
