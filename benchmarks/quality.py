@@ -106,7 +106,7 @@ def run(
     judge(report, "batch", f"MEMIT, batches of {size}", evaluation)
     about(report, f"MEMIT, batches of {size}", list(dict.fromkeys(edits)), seconds)
     start = time.perf_counter()
-    singles = ROME().compute_each(model, facts, statistics)
+    singles = list(ROME().compute_each(model, facts, statistics))
     seconds = (time.perf_counter() - start) / len(facts)
     judge(
         report, "single", f"ROME, {len(facts)} single edits", evaluate_each(model, singles, facts)
