@@ -42,11 +42,15 @@ class EditSolver:
             raise ValueError(f"constraint must be 'soft' or 'equality', got {constraint!r}")
         self.metric, self.constraint = metric, constraint
         self.K = metric.columns(K)
-        self.A, self.B = read_in(metric, self.K, constraint)
+        self.A, self._B = _ReadIn.apply(self.K, metric, constraint)
 
     @property
     def edits(self) -> int:
         return self.K.shape[1]
+
+    @cached_property
+    def B(self) -> Tensor:
+        return _whole(self.K, self.A, self._B)
 
     @cached_property
     def S(self) -> Tensor:
@@ -60,7 +64,7 @@ class EditSolver:
 
     @property
     def gain(self) -> Tensor:
-        return self.G.diagonal()
+        return (self.A * self.K.mT).sum(1)
 
     def apply(self, R: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The edit as factors (R [d, n], A [n, m]) with Delta = R A, cast to ``dtype`` (default
@@ -74,10 +78,11 @@ class EditSolver:
         return self._residual(R) @ self.A
 
     def realised(self, R: Tensor, X: Tensor | None = None) -> Tensor:
-        """Shift of the layer's output at keys X [m, t]: R (A X) -> [d, t]; at the edited keys (R G)
-        if X is None.
+        """Shift of the layer's output at keys X [m, t]: R (A X) -> [d, t]; at the edited keys (R A)
+        K = R G if X is None.
         """
-        return self._residual(R) @ (self.G if X is None else self.A @ self.metric.columns(X, "X"))
+        R = self._residual(R)
+        return (R @ self.A) @ self.K if X is None else R @ (self.A @ self.metric.columns(X, "X"))
 
     def jvp(self, dR: Tensor, X: Tensor | None = None) -> Tensor:
         """Tangent of Delta, dR A [d, m]; with keys X [m, t], the tangent of the output there, dR (A
@@ -107,7 +112,8 @@ class EditSolver:
         Both are <R B, R G>. Costs O(d n^2): M is never multiplied. Non-negative up to rounding.
         """
         R = self._residual(R)
-        return ((R @ self.B) * (R @ self.G if self.constraint == "soft" else R)).sum()
+        moved = self.realised(R) if self.constraint == "soft" else R
+        return (_times(R, self.K, self.A, self._B) * moved).sum()
 
     def compensated(self, U: Tensor) -> Tensor:
         """Residuals that realise exactly U [d, n] at the keys, U G^-1 = U + U S^-1: turns MEMIT
@@ -122,11 +128,11 @@ class EditSolver:
 
     def key_jvp(self, dK: Tensor) -> Tensor:
         """Tangent of A for a change dK [m, n] of the keys -> [n, m] (`solver/README.md`)."""
-        return _tangents(self.metric, self.K, self.A, self.B, self.metric.columns(dK, "dK"))[0]
+        return _tangents(self.metric, self.K, self.A, self._B, self.metric.columns(dK, "dK"))[0]
 
     def key_vjp(self, A_bar: Tensor) -> Tensor:
         """Cotangent of K [m, n] from the cotangent A_bar [n, m] of A."""
-        return _cotangent(self.metric, self.K, self.A, self.B, A_bar.to(self.A), None)
+        return _cotangent(self.metric, self.K, self.A, self._B, A_bar.to(self.A), None)
 
     def log_weight_jvp(self) -> Tensor:
         """dA / d log(weight) [n, m] = -(I - G) A, the weight scaling all of M (so: no history)."""
@@ -145,11 +151,26 @@ def read_in(metric: Metric, K: Tensor, constraint: Constraint = "soft") -> tuple
     """(A [n, m], B [n, n]) of keys K [m, n]; differentiable in K by closed forms, composes with
     torch.func.
     """
-    A, B = _ReadIn.apply(metric.columns(K), metric, constraint)
-    return A, B
+    K = metric.columns(K)
+    A, B = _ReadIn.apply(K, metric, constraint)
+    return A, _whole(K, A, B)
+
+
+def _whole(K: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """B `[n, n]`, also where it was left out (`_solve`)."""
+    n = K.shape[1]
+    return B if len(B) == n else torch.eye(n, dtype=A.dtype, device=A.device) - A @ K
+
+
+def _times(X: Tensor, K: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """X B `[k, n]`, in memory of the order of X and K."""
+    return X @ B if len(B) == K.shape[1] else X - (X @ A) @ K
 
 
 def _solve(metric: Metric, K: Tensor, constraint: Constraint) -> tuple[Tensor, Tensor]:
+    """(A, B). With more keys than dimensions B is left out, `[0, 0]`: it is I - A K, and ten
+    thousand facts in three contexts would pay 7 GB for it.
+    """
     Z = metric.whiten(K)
     if not bool(torch.isfinite(Z).all()):
         bad = torch.nonzero(~torch.isfinite(Z).all(0)).flatten().tolist()
@@ -164,7 +185,7 @@ def _solve(metric: Metric, K: Tensor, constraint: Constraint) -> tuple[Tensor, T
         P = torch.cholesky_solve(Z.mT, L).mT
     else:  # push-through: (I_r + Z Z^T)^-1 Z = Z (I_n + Z^T Z)^-1, the smaller system
         P = torch.cholesky_solve(Z, torch.linalg.cholesky(eye + Z @ Z.mT))
-        B = torch.eye(n, dtype=Z.dtype, device=Z.device) - Z.mT @ P
+        B = Z.new_zeros(0, 0)
     return metric.unwhiten(
         P
     ).mT.contiguous(), B.contiguous()  # forward AD wants tangents laid out alike
@@ -198,7 +219,9 @@ def _h_inverse(metric: Metric, K: Tensor, A: Tensor, X: Tensor) -> Tensor:
 
 
 def _tangents(metric: Metric, K: Tensor, A: Tensor, B: Tensor, dK: Tensor) -> tuple[Tensor, Tensor]:
-    dA = (_h_inverse(metric, K, A, dK) @ B).mT - A @ dK @ A
+    dA = _times(_h_inverse(metric, K, A, dK), K, A, B).mT - A @ dK @ A
+    if len(B) < K.shape[1]:
+        return dA.contiguous(), torch.zeros_like(B)
     half = A @ dK @ B
     return dA.contiguous(), -(half + half.mT).contiguous()
 
@@ -208,8 +231,9 @@ def _cotangent(
 ) -> Tensor:
     K_bar = torch.zeros_like(K)
     if A_bar is not None:
-        K_bar = K_bar + _h_inverse(metric, K, A, A_bar.mT @ B) - A.mT @ A_bar @ A.mT
-    if B_bar is not None:
+        reached = _times(A_bar.mT, K, A, B)
+        K_bar = K_bar + _h_inverse(metric, K, A, reached) - A.mT @ A_bar @ A.mT
+    if B_bar is not None and len(B) == K.shape[1]:
         K_bar = K_bar - A.mT @ (B_bar + B_bar.mT) @ B
     return K_bar
 

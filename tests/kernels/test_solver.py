@@ -158,7 +158,7 @@ def test_identities(metric, dense):
     assert torch.equal(edit.G, edit.G.mT)
     assert rel(edit.B, torch.linalg.inv(eye + edit.S)) < 1e-12
     assert rel(edit.G, edit.B @ edit.S) < 1e-12 and rel(edit.G, eye - edit.B) < 1e-12
-    assert rel(edit.gain, edit.G.diagonal()) == 0
+    assert rel(edit.gain, edit.G.diagonal()) < 1e-15
     assert rel(edit.realised(R), Delta @ K) < 1e-12
     drifted = K[:, :1] + 0.1
     assert rel(edit.realised(R, drifted), Delta @ drifted) < 1e-12
@@ -371,6 +371,47 @@ def test_duplicate_keys_share_the_mean_of_their_residuals():
         S.EditSolver(S.Covariance(C), torch.cat([k, k], 1), "equality")
     with pytest.raises(ValueError, match="merge"):
         edit.compensated(R[:, :2])
+
+
+def test_many_more_keys_than_dimensions_cost_no_square_of_their_number():
+    """40 GB each for B and G, were they formed."""
+    n = 70_000
+    K, R = rand(6, n, seed=1), rand(3, n, seed=2)
+    edit = S.EditSolver(S.Covariance(covariance(6, seed=3)), K)
+    H = covariance(6, seed=3) + K @ K.mT
+    Delta = R @ torch.linalg.solve(H, K).mT
+    assert rel(edit.delta(R), Delta) < 1e-12
+    assert rel(edit.realised(R), Delta @ K) < 1e-12
+    assert rel(edit.gain, (K * torch.linalg.solve(H, K)).sum(0)) < 1e-12
+    assert float(edit.price(R)) == pytest.approx(
+        float((Delta @ covariance(6, seed=3) * Delta).sum()), rel=1e-8
+    )
+
+
+@pytest.mark.parametrize("n", [5, 9])
+def test_derivatives_with_more_keys_than_dimensions(n):
+    keys, small = rand(4, n, seed=20), covariance(4, seed=5)
+    metric = S.Covariance(small)
+
+    def formula(K):
+        return torch.linalg.solve(small + K @ K.mT, K).mT
+
+    def cost(K):
+        return S.EditSolver(metric, K).A.tanh().sum() + S.EditSolver(metric, K).B.sin().sum()
+
+    def dense_cost(K):
+        A = formula(K)
+        return A.tanh().sum() + (torch.eye(n, dtype=torch.float64) - A @ K).sin().sum()
+
+    edit, dK, A_bar = S.EditSolver(metric, keys), rand(4, n, seed=21), rand(n, 4, seed=22)
+    assert rel(edit.B, torch.linalg.inv(torch.eye(n) + edit.S)) < 1e-11
+    assert rel(edit.key_jvp(dK), torch.func.jvp(formula, (keys,), (dK,))[1]) < 1e-10
+    assert rel(edit.key_vjp(A_bar), torch.func.vjp(formula, keys)[1](A_bar)[0]) < 1e-10
+    for derivative in (torch.func.grad, torch.func.hessian):
+        assert rel(derivative(cost)(keys), derivative(dense_cost)(keys)) < 1e-9
+    batch = torch.stack([keys, dK])
+    mapped = torch.func.vmap(lambda K: S.read_in(metric, K)[0])(batch)
+    assert rel(mapped, torch.stack([formula(k) for k in batch])) < 1e-10
 
 
 def test_edges():

@@ -74,8 +74,7 @@ class GroupKeys:
         """`[n]` share of its group's residual that each key receives under group read-ins `[groups,
         d_ff]`.
         """
-        owner = self.owner.to(read_in.device)
-        return (read_in @ self.keys.T.to(read_in)).gather(0, owner[None])[0]
+        return (read_in[self.owner.to(read_in.device)] * self.keys.to(read_in)).sum(1)
 
 
 def group_keys(
