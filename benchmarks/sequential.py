@@ -38,7 +38,7 @@ from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, writ
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.io.files import cache_dir
-from knowedit.methods import Recipe, make_method
+from knowedit.methods import Method, Recipe, make_method
 from knowedit.methods.listing import methods as listed
 from knowedit.methods.locate.trainings import ThroughSolver
 from knowedit.methods.session import Session
@@ -56,23 +56,29 @@ FREE = "-free"
 
 
 def method_for(
-    name: str, layers: Sequence[int], steps: int, draft: bool, optimiser: str | None = None
-) -> Recipe:
+    name: str,
+    layers: Sequence[int],
+    steps: int,
+    draft: bool,
+    optimiser: str | None = None,
+    corpus: Path | None = None,
+) -> Method:
     """The method called `name` (with or without `-free`), with its own defaults but for layers,
-    steps, precision and, if one is named, the values' optimiser.
+    steps, precision and, if one is named, the values' optimiser; it reads ordinary text from
+    `corpus` where it reads some.
     """
-    methods = [known for known, found in listed().items() if found.group == "locate"]
+    methods = [known for known, found in listed().items() if found.group in ("locate", "neurons")]
     known = name.removesuffix(FREE)
     if known not in methods:
         raise KnowEditError(
             f"unknown method {name!r}; known: {', '.join(methods)}, each also with {FREE}"
         )
-    steps += 0 if known == "metake" else ThroughSolver().settings.steps
-    settings = {"layers": tuple(layers), "target.steps": steps, "runtime.draft": draft}
+    settings: dict[str, Any] = {"layers": tuple(layers), "runtime.draft": draft}
+    if listed()[known].group == "locate":
+        steps += 0 if known == "metake" else ThroughSolver().settings.steps
+        settings |= {"target.steps": steps}
     settings |= {"target.optimiser": optimiser} if optimiser else {}
-    made = make_method(known, settings)
-    assert isinstance(made, Recipe)
-    return made
+    return make_method(known, settings).with_corpus(corpus)
 
 
 def exact_by_batch(
@@ -122,9 +128,9 @@ def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
 def run(
     report: common.Report,
     name: str,
-    method: Recipe,
+    method: Method,
     monitor: SequenceMonitor,
-    statistics: KeyStatistics,
+    statistics: KeyStatistics | None,
     batch: int,
     every: int,
     folder: Path,
@@ -252,12 +258,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = parse_layers(arguments.layer) or ()
     methods = {
         name: method_for(
-            name, layers, arguments.steps, not arguments.exact_values, arguments.optimiser
+            name,
+            layers,
+            arguments.steps,
+            not arguments.exact_values,
+            arguments.optimiser,
+            arguments.corpus or data / CORPUS,
         )
         for name in arguments.method
     }
-    needed = sorted({n for method in methods.values() for n in method.statistics_layers(model)})
-    statistics = key_statistics(model, needed, arguments.corpus or data / CORPUS, arguments.tokens)
+    needed = {
+        layer
+        for method in methods.values()
+        if isinstance(method, Recipe) and method.needs_statistics
+        for layer in method.statistics_layers(model)
+    }
+    statistics = (
+        key_statistics(model, sorted(needed), arguments.corpus or data / CORPUS, arguments.tokens)
+        if needed
+        else None
+    )
     setting = {
         "edits": arguments.limit,
         **{

@@ -202,7 +202,8 @@ def test_directions_separate_what_can_be_separated():
 
 
 def test_a_switch_is_open_below_and_closed_above(tiny_llama):
-    inputs, _ = everywhere(tiny_llama, [tiny_llama.row(text).ids for text in OTHERS], 1)[None]
+    rows = [tiny_llama.row(text).ids for text in OTHERS]
+    inputs, _ = everywhere(tiny_llama, rows, {1: [None]})[1][None]
     switch = Switch.of(wiring_of(tiny_llama), torch.randn(1, 32), [inputs], 50.0, 0.25)
     assert switch.gates.shape == (2, 32) and switch.write(torch.ones(1, 32)).sum(0).abs().max() == 0
 
@@ -304,12 +305,13 @@ def test_wordings_are_grouped_by_id_and_by_subject():
     assert group_by_wording([a, f, d, e, h]) == [[a, d, e, h], [f]]
 
 
-def test_facts_are_shared_out_over_layers(tiny_llama, corpus):
+def test_facts_are_shared_out_over_layers(tiny_llama, corpus, monkeypatch):
     """Each layer writes its part on the model with those below it written, and its switches stay
     open at the others' facts.
     """
     many = [*FACTS, Fact("The home of {} is", "Ann Lee", "Oslo"), Fact("{} likes", "Bo", "tea")]
     was, method = nll(tiny_llama, many), patch(corpus, layers=(2, 1))
+    monkeypatch.setattr(neuron_patch, "room", lambda width, taken: 4)  # two subjects
     edit = method.compute(tiny_llama, many, progress=False)
     assert edit.facts == many and set(edit.plan) == {1, 2}
     own = [len(edit.plan[layer].norm(dim=1).nonzero()) for layer in (1, 2)]
@@ -331,6 +333,35 @@ def test_facts_are_shared_out_over_layers(tiny_llama, corpus):
         assert nll(tiny_llama, many) < was - 0.1  # as above
 
 
+def test_as_few_layers_as_hold_the_facts_write_them_the_emptiest_first(tiny_llama, corpus):
+    first, second = (
+        [Fact("{} likes", f"{name} {number}", "tea") for number in range(3)]
+        for name in ("Bo", "Al")
+    )
+    method = patch(corpus, layers=(1, 2))
+    edit = method.compute(tiny_llama, first, progress=False)
+    assert set(edit.plan) == {1}
+    with edit.applied_to(tiny_llama):
+        shared = method._shared_out(tiny_llama, [[fact] for fact in [*second, *first]])
+        assert {layer: len(part) for layer, part in shared.items()} == {2: 6}
+        assert set(method.compute(tiny_llama, second, progress=False).plan) == {2}
+
+
+def test_switches_stay_open_at_the_facts_of_the_history(tiny_llama, corpus):
+    """Alone, the second subject's switch would take the first's token for its own."""
+    first, second = Fact("{} likes", "Cyriil 77", "tea"), Fact("{} likes", "Cyril 77", "ale")
+    closed = {}
+    for recalled in (0, 1000):
+        with Session(patch(corpus, recalled=recalled), tiny_llama) as session:
+            session.write([first], progress=False)
+            edit = session.write([second], force=True, progress=False)
+            neurons = edit.report.details["neurons"]["1"]
+            row = tiny_llama.row(first.prompt, first.subject)
+            left, right = tiny_llama.keys([row], [1])[0][1][0, neurons].tolist()
+            closed[recalled] = abs(left - right) / (50 * 0.25)
+    assert closed[0] > 0.25 and closed[1000] < 0.05
+
+
 def test_where_neurons_run_out(tiny_llama, corpus, monkeypatch):
     """Said before a value is optimised, with what helps."""
     many = [Fact("{} likes", f"Bo {number}", "tea") for number in range(9)]
@@ -338,7 +369,7 @@ def test_where_neurons_run_out(tiny_llama, corpus, monkeypatch):
     with pytest.raises(EditError, match=r"9 subjects .* layers \[1\] hold .*: 6, .*more layers"):
         patch(corpus).compute(tiny_llama, many, progress=False)
     shared = patch(corpus, layers=(1, 2))._shared_out(tiny_llama, [[fact] for fact in many])
-    assert {layer: len(part) for layer, part in shared.items()} == {1: 4, 2: 5}
+    assert {layer: len(part) for layer, part in shared.items()} == {1: 6, 2: 3}
     assert [fact for part in shared.values() for (fact,) in part] == many
 
 
@@ -412,7 +443,7 @@ def test_what_an_expert_is_given_is_what_the_model_gives_it(byte_tokenizer):
     for ids in rows:
         model.hf(input_ids=torch.tensor([ids]))
     handle.remove()
-    found = everywhere(model, rows, 1, range(4))
+    found = everywhere(model, rows, {1: range(4)})[1]
     for expert, (inputs, moment) in found.items():
         states, keys = [], []
         for x, index, gates in calls:

@@ -4,7 +4,7 @@ of other texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,8 +67,8 @@ def at_lookup(
 ) -> Seen:
     """The layer's MLP, or one of its experts, at the rows' subject tokens."""
     found: dict[int, Seen] = {}
-    for i, given in _observed(model, [row.ids for row in rows], layer):
-        found[i] = given.at(torch.tensor([rows[i].subject or 0])).of(expert)
+    for i, given in _observed(model, [row.ids for row in rows], (layer,)):
+        found[i] = given[layer].at(torch.tensor([rows[i].subject or 0])).of(expert)
     ordered = [found[i] for i in range(len(rows))]
     return Seen(
         torch.cat([seen.inputs for seen in ordered]),
@@ -82,39 +82,54 @@ def chosen(model: EditableModel, rows: Sequence[Row], layer: int) -> Tensor:
     experts = model.layout.experts(layer)
     assert experts is not None
     found = torch.zeros(len(rows), experts.count)
-    for i, given in _observed(model, [row.ids for row in rows], layer):
-        assert isinstance(given.states, Routed)
-        here = given.states[rows[i].subject or 0]
+    for i, given in _observed(model, [row.ids for row in rows], (layer,)):
+        states = given[layer].states
+        assert isinstance(states, Routed)
+        here = states[rows[i].subject or 0]
         found[i] = found[i].index_add(0, here.index.cpu(), here.gates.float().cpu())
     return found
+
+
+#: Of each expert (None: the dense MLP) its inputs `[n, hidden]` float32 at every token that it is
+#: given, and the mean of k k^T `[d, d]` float64 there, k being the key times its gate.
+Inputs = Mapping[int | None, tuple[Tensor, Tensor]]
 
 
 def everywhere(
     model: EditableModel,
     rows: Sequence[list[int]],
-    layer: int,
-    experts: Iterable[int | None] = (None,),
+    experts: Mapping[int, Iterable[int | None]],
     advance: Callable[[float], None] = lambda rows: None,
-) -> dict[int | None, tuple[Tensor, Tensor]]:
-    """Of each expert (None: the dense MLP) its inputs `[n, hidden]` float32 at every token that it
-    is given, and the mean of k k^T `[d, d]` float64 there, k being the key times its gate; an
-    expert that is given no token is left out.
+) -> dict[int, Inputs]:
+    """What the MLPs of some layers are given at every token, in one pass.
+
+    Args:
+        experts: by layer, those that are looked at; None: the dense MLP.
+
+    Returns:
+        By layer; an expert that is given no token is left out.
     """
-    part = model.layout.part(layer)
-    width = part.width if part.experts is None else part.experts.width
-    device = model.weight(layer).device
-    found = {expert: (list[Tensor](), SecondMoment(width, device=device)) for expert in experts}
-    for _, given in _observed(model, rows, layer):
-        for expert, (inputs, moment) in found.items():
-            seen = given.reaching(expert).of(expert)
-            if len(seen.inputs):
-                inputs.append(seen.inputs)
-                moment.update(seen.keys if expert is None else seen.keys * seen.gates[:, None])
+    found: dict[int, dict[int | None, tuple[list[Tensor], SecondMoment]]] = {}
+    for layer, chosen in experts.items():
+        part, device = model.layout.part(layer), model.weight(layer).device
+        width = part.width if part.experts is None else part.experts.width
+        found[layer] = {e: (list[Tensor](), SecondMoment(width, device=device)) for e in chosen}
+    for _, of_layers in _observed(model, rows, tuple(experts)):
+        for layer, given in of_layers.items():
+            for expert, (inputs, moment) in found[layer].items():
+                seen = given.reaching(expert).of(expert)
+                if len(seen.inputs):
+                    inputs.append(seen.inputs)
+                    gates = 1 if expert is None else seen.gates[:, None]
+                    moment.update(seen.keys * gates)
         advance(1)
     return {
-        expert: (torch.cat(inputs), moment.moment())
-        for expert, (inputs, moment) in found.items()
-        if inputs
+        layer: {
+            expert: (torch.cat(inputs), moment.moment())
+            for expert, (inputs, moment) in of_experts.items()
+            if inputs
+        }
+        for layer, of_experts in found.items()
     }
 
 
@@ -170,16 +185,27 @@ class _Given:
 
 
 def _observed(
-    model: EditableModel, rows: Sequence[list[int]], layer: int, budget: int = 4096
-) -> Iterator[tuple[int, _Given]]:
-    """(row, what the layer's MLP is given) of every row, in batches of similar length."""
-    part = model.layout.part(layer)
+    model: EditableModel, rows: Sequence[list[int]], layers: Sequence[int], budget: int = 4096
+) -> Iterator[tuple[int, dict[int, _Given]]]:
+    """(row, what each layer's MLP is given) of every row, in batches of similar length."""
+    parts = {layer: model.layout.part(layer) for layer in layers}
+    names = {
+        layer: [part.projection] if part.experts else [part.reads[0], part.projection]
+        for layer, part in parts.items()
+    }
     for batch in batches([len(ids) for ids in rows], budget):
         ids, mask = model.pad([rows[i] for i in batch])
-        found: list[Any] = []
-        names = [part.projection] if part.experts else [part.reads[0], part.projection]
-        read(model, ids, inputs={name: found.append for name in names})
-        if part.experts is None:
-            found = [states.reshape(*mask.shape, -1) for states in found]
+        found: dict[int, list[Any]] = {layer: [] for layer in layers}
+        read(model, ids, inputs={n: found[layer].append for layer in layers for n in names[layer]})
+        for layer, part in parts.items():
+            if part.experts is None:
+                found[layer] = [states.reshape(*mask.shape, -1) for states in found[layer]]
         for line, i in enumerate(batch):
-            yield i, _Given(*(states[line] for states in found)).at(slice(len(rows[i])))
+            here = slice(len(rows[i]))
+            yield (
+                i,
+                {
+                    layer: _Given(*(states[line] for states in given)).at(here)
+                    for layer, given in found.items()
+                },
+            )

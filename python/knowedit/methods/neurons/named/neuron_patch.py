@@ -9,10 +9,10 @@ for how well the others can do their work, as in pruning.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import random
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -55,18 +55,16 @@ from knowedit.methods.neurons.parts import (
     separate,
     step_of,
 )
-from knowedit.methods.neurons.texts import at_lookup, chosen, everywhere, windows
+from knowedit.methods.neurons.texts import Inputs, at_lookup, chosen, everywhere, windows
 from knowedit.methods.neurons.wiring import Wiring
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import slice_name
 from knowedit.models.load import accepts_model
 from knowedit.models.presets import preset_for
+from knowedit.models.tokens import Row
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import CorpusLike
 from knowedit_kernels.lowrank import Change
-
-#: By expert (None: the dense MLP), the inputs and the moment of ordinary text.
-Ordinary = Mapping[int | None, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,8 @@ class NeuronPatch(Method):
 
     Attributes:
         layers: None: the calibration's, or about a quarter up (8 of 30), where wordings of one
-            thing were best told apart from other texts. Several share the facts, each in
-            proportion to its room: for more facts than one layer's neurons can hold.
+            thing were best told apart from other texts. Of several, as few write as have the
+            room, the emptiest first: for more facts than one layer's neurons can hold.
         target: how the values are found. A clamp and steps of None are the preset's, but at least
             2 and 30 (nothing else feels the value).
         runtime: of the value optimisation.
@@ -87,6 +85,7 @@ class NeuronPatch(Method):
             corpus.
         corpus, tokens: what else must keep them open, and what the rewritten neurons' old work is
             measured on.
+        recalled: so many facts of a history, drawn for each edit, must keep them open too.
         sharpness, width: of the switches (`parts.Switch`); ridge: of their scores.
         seed: of the shipped texts and of the model's own samples.
     """
@@ -97,6 +96,7 @@ class NeuronPatch(Method):
     contrast: tuple[str, ...] = ()
     corpus: CorpusLike = "self"
     tokens: Count = 30_000
+    recalled: Whole = 1000
     sharpness: Positive = 50.0
     width: Positive = 0.25
     ridge: NotNegative = 1e-5
@@ -131,13 +131,24 @@ class NeuronPatch(Method):
         progress: bool,
     ) -> Edit:
         parts = self._shared_out(model, group_by_wording(facts))
+        gates = {layer: self._gates(model, layer, groups) for layer, groups in parts.items()}
+        experts = {layer: _experts(own) for layer, own in gates.items()}
+        sets = [
+            self._ordinary(model, experts, progress),
+            everywhere(model, self._near(model, facts), experts),
+        ]
+        if history and (recalled := self._recalled(model, facts, history.facts)):
+            sets.append(everywhere(model, recalled, experts))
         edits: list[Edit] = []
         with ExitStack() as applied:  # what a layer writes changes what those above it are given
             for layer, groups in parts.items():
-                others = [
-                    fact for at, part in parts.items() if at != layer for g in part for fact in g
-                ]
-                edits.append(next(self._edits(model, layer, [groups], progress, others)))
+                others = [found[layer] for found in sets]
+                beside = [part for at, part in parts.items() if at != layer]
+                if rows := [row.ids for part in beside for row in self._rows(model, layer, part)]:
+                    others.append(everywhere(model, rows, {layer: (None,)})[layer])
+                homes = [_Home.of(own, others[0], layer) for own in gates[layer]]
+                targets = self._targets(model, layer, groups, progress)
+                edits.append(self._edit(model, layer, groups, homes, targets, others))
                 if len(edits) < len(parts):
                     applied.enter_context(edits[-1].applied_to(model))
         return edits[0] if len(edits) == 1 else _together(edits)
@@ -156,16 +167,27 @@ class NeuronPatch(Method):
         are optimised together, also where the edits of some are not wanted (`which`).
         """
         check_kinds(statistics)
-        alone = [[check_facts([fact])] for fact in as_facts(facts)]
-        if not alone:
+        groups = [check_facts([fact]) for fact in as_facts(facts)]
+        if not groups:
             return iter(())
-        edits = self._edits(model, self._layers(model)[0], alone, progress, which=which)
-        return (self.recorded(edit, model, statistics) for edit in edits)
+        layer = self._layers(model)[0]
+        gates = self._gates(model, layer, groups)
+        targets = self._targets(model, layer, groups, progress)
+        ordinary = self._ordinary(model, {layer: _experts(gates)}, progress)[layer]
+        homes = [_Home.of(own, ordinary, layer) for own in gates]
+
+        def made(i: int) -> Edit:
+            near = everywhere(model, self._near(model, groups[i]), {layer: homes[i].experts})
+            others = [ordinary, near[layer]]
+            edit = self._edit(model, layer, [groups[i]], [homes[i]], targets.select([i]), others)
+            return self.recorded(edit, model, statistics)
+
+        return map(made, range(len(groups)) if which is None else which)
 
     def _shared_out(
         self, model: EditableModel, groups: list[list[Fact]]
     ) -> dict[int, list[list[Fact]]]:
-        """Which layer writes which groups: stretches of them, as long as its room's share.
+        """Which layer writes which groups: as few layers as have the room, the emptiest first.
 
         Raises:
             EditError: the layers have no room for all of them; several layers, one of which has
@@ -187,61 +209,70 @@ class NeuronPatch(Method):
                 f"beside what is written there: {total}, a quarter of those that are free; name "
                 "more layers (layers=, --layer 6-12), or write fewer facts"
             )
-        ends = [so_far * len(groups) // total for so_far in accumulate(rooms.values())]
-        parts = {layer: groups[start:end] for layer, start, end in zip(rooms, [0, *ends], ends)}
-        return {layer: part for layer, part in parts.items() if part}
+        parts, start = {}, 0
+        for layer in sorted(layers, key=lambda layer: -rooms[layer]):
+            parts[layer] = groups[start : start + rooms[layer]]
+            start += len(parts[layer])
+        return {layer: parts[layer] for layer in layers if parts[layer]}
 
     def _room(self, model: EditableModel, layer: int, groups: list[list[Fact]]) -> int:
         """How many subjects the layer's MLP can take; its wiring is found at those of `groups`."""
-        values = self._values(model, layer)
-        rows = [row for g in groups for f in g for row in prompt_rows(model, f, values.contexts)]
-        seen = at_lookup(model, rows, layer)
+        seen = at_lookup(model, self._rows(model, layer, groups), layer)
         wiring = Wiring.of(model, layer, seen.inputs, seen.keys)
         neurons = len(step_of(wiring.act, self.sharpness, self.width, seen.inputs)[0])
         return room(wiring.gate.count, len(patched(wiring))) // neurons
 
-    def _edits(
+    def _rows(
+        self, model: EditableModel, layer: int, groups: Sequence[Sequence[Fact]]
+    ) -> list[Row]:
+        """The wordings of some groups in the values' contexts."""
+        contexts = self._values(model, layer).contexts
+        return [row for g in groups for fact in g for row in prompt_rows(model, fact, contexts)]
+
+    def _targets(
+        self, model: EditableModel, layer: int, groups: Sequence[Sequence[Fact]], progress: bool
+    ) -> Targets:
+        title = f"{self.name}: optimising values"
+        with bar(title, len(groups), "values", show=progress) as advance:
+            return optimise_values(
+                model, groups, layer, self._values(model, layer), progress=advance
+            )
+
+    def _ordinary(
         self,
         model: EditableModel,
-        layer: int,
-        tasks: Sequence[list[list[Fact]]],
+        experts: Mapping[int, Collection[int | None]],
         progress: bool,
-        beside: Sequence[Fact] = (),
-        which: Sequence[int] | None = None,
-    ) -> Iterator[Edit]:
-        """One edit for each of the tasks (or those numbered `which`), a task being groups of facts;
-        the switches stay open at the facts `beside`, which another layer writes.
-        """
-        groups, values = [group for task in tasks for group in task], self._values(model, layer)
-        gates = self._gates(model, layer, groups, values)
-        with bar(
-            f"{self.name}: optimising values", len(groups), "values", show=progress
-        ) as advance:
-            targets = optimise_values(model, groups, layer, values, progress=advance)
+    ) -> dict[int, Inputs]:
+        """What the layers' MLPs are given in ordinary text."""
         texts = windows(model, self.corpus, self.tokens, seed=self.seed, progress=progress)
         with bar(f"{self.name}: reading texts", len(texts), "texts", show=progress) as advance:
-            ordinary = everywhere(model, texts, layer, {e for own in gates for e in own}, advance)
-        homes = [_Home.of(own, ordinary, layer) for own in gates]
-        ends = list(accumulate(map(len, tasks)))
+            return everywhere(model, texts, experts, advance)
 
-        def made(number: int) -> Edit:
-            task, end = tasks[number], ends[number]
-            at = range(end - len(task), end)
-            own, where = targets.select(at), [homes[i] for i in at]
-            return self._edit(model, layer, task, where, own, values, ordinary, beside)
+    def _near(self, model: EditableModel, facts: Sequence[Fact]) -> list[list[int]]:
+        """Texts that are like the facts', and at which their switches must stay open."""
+        near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
+        return [model.row(text).ids for text in near]
 
-        return map(made, range(len(tasks)) if which is None else which)
+    def _recalled(
+        self, model: EditableModel, facts: Sequence[Fact], told: Sequence[Fact]
+    ) -> list[list[int]]:
+        """The same of facts on other subjects that the model was told before: their prompts, up to
+        the subject.
+        """
+        subjects = {fact.subject for fact in facts}
+        others = [fact for fact in told if fact.subject not in subjects]
+        drawn = random.Random(self.seed).sample(others, min(self.recalled, len(others)))
+        rows = [row for fact in drawn for row in prompt_rows(model, fact, ["{}"])]
+        return [row.ids[: (row.subject or 0) + 1] for row in rows]
 
     def _gates(
-        self, model: EditableModel, layer: int, groups: list[list[Fact]], values: ValueSettings
+        self, model: EditableModel, layer: int, groups: Sequence[Sequence[Fact]]
     ) -> list[dict[int | None, Tensor]]:
         """For each group, the gates `[wordings]` of the routed experts that fire at any of its
         wordings; `{None: ones}`: the layer's MLP is dense.
         """
-        rows = [
-            [row for fact in group for row in prompt_rows(model, fact, values.contexts)]
-            for group in groups
-        ]
+        rows = [self._rows(model, layer, [group]) for group in groups]
         if model.layout.experts(layer) is None:
             return [{None: torch.ones(len(own))} for own in rows]
         found = chosen(model, [row for own in rows for row in own], layer)
@@ -257,16 +288,14 @@ class NeuronPatch(Method):
         groups: list[list[Fact]],
         homes: list[_Home],
         targets: Targets,
-        values: ValueSettings,
-        ordinary: Ordinary,
-        beside: Sequence[Fact],
+        others: Sequence[Inputs],
     ) -> Edit:
+        """The groups in their layer; `others`: what its MLP is given in texts at which the switches
+        must stay open.
+        """
         facts = [fact for group in groups for fact in group]
-        near = [*self.contrast, *sentences(), *openings(facts, count=200, seed=self.seed)]
-        rows = [model.row(text).ids for text in near]
-        rows += [row.ids for fact in beside for row in prompt_rows(model, fact, values.contexts)]
+        values = self._values(model, layer)
         experts = list(dict.fromkeys(expert for home in homes for expert in home.experts))
-        others = everywhere(model, rows, layer, experts)
         written = [
             self._written(
                 model,
@@ -275,8 +304,7 @@ class NeuronPatch(Method):
                 {i: groups[i] for i, home in enumerate(homes) if expert in home.experts},
                 targets.delta
                 / torch.tensor([home.gate for home in homes]).to(targets.delta)[:, None],
-                values,
-                [texts[expert] for texts in (ordinary, others) if expert in texts],
+                [texts[expert] for texts in others if expert in texts],
             )
             for expert in experts
         ]
@@ -301,14 +329,13 @@ class NeuronPatch(Method):
             *first_token_warnings(model, facts, values.contexts, False),
             *outcome_warnings(report, targets, groups),
         ]
-        lookups = [row for fact in facts for row in prompt_rows(model, fact, values.contexts)]
         return Edit(
             self.name,
             {name: change_of(raw) for one in written for name, raw in one.changes.items()},
             facts,
             model.fingerprint,
             report,
-            model.keys(lookups, [layer])[0],
+            model.keys(self._rows(model, layer, groups), [layer])[0],
             frozenset(
                 f"{one.place('layer ' + str(layer))} neuron {neuron}"
                 for one in written
@@ -324,20 +351,18 @@ class NeuronPatch(Method):
         expert: int | None,
         groups: Mapping[int, list[Fact]],
         values_of: Tensor,
-        values: ValueSettings,
         others: Sequence[tuple[Tensor, Tensor]],
     ) -> _Written:
         """Some of the groups, by number, in one MLP: the layer's, or one expert's.
 
         Args:
             values_of: `[groups, hidden]` what each group's switches write, for a gate of 1.
-            others: inputs and moment of ordinary text, and of texts near the facts.
+            others: inputs and moment of ordinary text, and of each other set of texts.
         """
         owned = [
             (row, place)
             for place, group in enumerate(groups.values())
-            for fact in group
-            for row in prompt_rows(model, fact, values.contexts)
+            for row in self._rows(model, layer, [group])
         ]
         seen = at_lookup(model, [row for row, _ in owned], layer, expert)
         own, owner = seen.inputs, torch.tensor([i for _, i in owned], device=seen.inputs.device)
@@ -411,6 +436,11 @@ class NeuronPatch(Method):
         )
 
 
+def _experts(gates: Iterable[Mapping[int | None, Tensor]]) -> list[int | None]:
+    """Those that fire for any of the groups."""
+    return list(dict.fromkeys(expert for own in gates for expert in own))
+
+
 def _together(edits: Sequence[Edit]) -> Edit:
     """One edit of those of several layers, which have no parameter in common."""
     facts = [fact for edit in edits for fact in edit.facts]
@@ -461,7 +491,7 @@ class _Home:
 
     @classmethod
     def of(
-        cls, gates: Mapping[int | None, Tensor], known: Collection[int | None], layer: int
+        cls, gates: Mapping[int | None, Tensor], known: Container[int | None], layer: int
     ) -> _Home:
         """Those of the experts that fire, by their gates `[wordings]`, whose work is `known`.
 
