@@ -212,7 +212,7 @@ SETTINGS: dict[str, dict[str, Reader]] = {
             ("quality", judged), ("neuron", judged), ("learned", learned), ("models", real)
         )
     },
-    "One batch after another": {"sequential": sequences},
+    "One batch after another": {"sequential": sequences, "sequential_neuron": sequences},
     "One batch after another, in one layer": {"sequential_one_layer": sequences},
     "Several facts of one subject": {"rose": same_subject},
     "2+2=5, and nothing else": {"arithmetic": arithmetic},

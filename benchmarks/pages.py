@@ -59,6 +59,7 @@ METAKE = {
 }
 ONE_LAYER = "sequential_one_layer"
 OF_EXPERTS = "sequential_moe"
+OF_SWITCHES = "sequential_neuron"
 SEQUENTIAL = {
     "success": "efficacy success",
     "paraphrase": "paraphrase success",
@@ -292,6 +293,11 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
         "sequential.md",
         partial(sequential, name=ONE_LAYER),
         partial(sequential_picture, name=ONE_LAYER),
+    ),
+    OF_SWITCHES: (
+        "sequential.md",
+        partial(sequential, name=OF_SWITCHES),
+        partial(sequential_picture, name=OF_SWITCHES),
     ),
     OF_EXPERTS: (
         "moe.md",
