@@ -287,7 +287,7 @@ def test_a_rank_that_is_left_says_what_happened(workplace):
     killed.kill()
     _, errors = left.communicate(timeout=120)
     assert (
-        left.returncode != 0 and "StatisticsError: another rank ended or does not answer" in errors
+        left.returncode != 0 and "RankError: another rank ended or does not answer" in errors
     )
 
 
