@@ -233,9 +233,9 @@ def test_a_layer_with_several_changes_is_named_by_the_model(tiny_llama):
     attention = name.replace("mlp.down_proj", "self_attn.q_proj")
     edit.changes[attention] = Dense(torch.zeros(32, 32))
     assert edit.delta(1, tiny_llama).equal(edit.delta(name))
-    with pytest.raises(EditError, match=r"2 parameter\(s\) at 1"):
+    with pytest.raises(EditError, match=r"2 parameters at 1"):
         edit.delta(1)
-    with pytest.raises(EditError, match=r"no parameter\(s\) at .*layers\.3\."):
+    with pytest.raises(EditError, match=r"no parameter at .*layers\.3\."):
         edit.delta(3, tiny_llama)
 
 

@@ -1,5 +1,5 @@
-"""Evaluation by two processes: the rows and figures of one, each doing its share (integration, tiny
-model, gloo).
+"""Evaluation by two processes: the rows and figures of one, each doing its share (unit; a tiny
+model, two processes over gloo).
 """
 
 from __future__ import annotations
