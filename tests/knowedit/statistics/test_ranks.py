@@ -212,7 +212,9 @@ def test_a_dead_rank_ends_the_job_and_any_number_go_on(workplace, whole):
     workers = dict(map(int, line.split()) for line in (workplace / "pids").read_text().splitlines())
     os.kill(workers[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode != 0 and "SIGKILL" in errors
+    # torchrun names the one of two that it sees first, the dead rank or the one that misses it
+    assert process.returncode != 0
+    assert "SIGKILL" in errors or "RankError: another rank ended or does not answer" in errors
     for worker in workers.values():
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
