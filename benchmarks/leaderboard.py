@@ -19,6 +19,7 @@ from knowedit.io.lines import number_of
 from knowedit.io.tables import Table
 
 from .common import read
+from .portability import SETS
 
 NAME = "leaderboard"
 Rates = Mapping[str, Estimate | None]
@@ -67,6 +68,12 @@ ARITHMETIC = {
     "paraphrase": ("paraphrase", "success"),
     "sums kept": ("sums", "identical"),
     "unrelated kept": ("unrelated", "identical"),
+}
+FOLLOWING = {
+    "follows": "exact",
+    "said": "said",
+    "follows, fact in context": "exact in context",
+    "the fact": "written",
 }
 
 
@@ -188,6 +195,16 @@ def arithmetic(header: Mapping[str, Any], rows: list[dict[str, Any]]) -> Iterato
             yield Row(model, row["method"], what, found, row.get("seconds"), source(header))
 
 
+def following(header: Mapping[str, Any], rows: list[dict[str, Any]]) -> Iterator[Row]:
+    """What follows from written facts (`benchmarks.portability`): a row a set and method."""
+    for row in rows:
+        found = {head: row["figures"][name] for head, name in FOLLOWING.items()}
+        shares = {head: intervals.mean(list(v.values()), share=True) for head, v in found.items()}
+        what = f"batch of {row['facts']}, {SETS[row['set']]}"
+        cost = row.get("cpu_seconds_a_fact")
+        yield Row(row["model"], row["method"], what, shares, cost, source(header))
+
+
 Reader = Callable[[Mapping[str, Any], list[dict[str, Any]]], Iterator[Row]]
 
 
@@ -215,6 +232,7 @@ SETTINGS: dict[str, dict[str, Reader]] = {
     "One batch after another": {"sequential": sequences, "sequential_neuron": sequences},
     "One batch after another, in one layer": {"sequential_one_layer": sequences},
     "Several facts of one subject": {"rose": same_subject},
+    "What follows from a fact": {"portability": following},
     "2+2=5, and nothing else": {"arithmetic": arithmetic},
 }  # fmt: skip
 

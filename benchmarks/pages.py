@@ -28,6 +28,7 @@ from . import leaderboard
 from . import models as by_model
 from . import moe as by_expert
 from . import neuron as by_neuron
+from . import portability as by_hop
 from . import sequential as in_sequence
 from . import tokens as by_tokens
 from .common import HERE, RESULTS, measured_on, percent, read
@@ -310,6 +311,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "families": ("families.md", by_family.table, by_family.picture),
     "calibration": ("calibration.md", by_calibration.table, by_calibration.draw),
     by_model.NAME: ("models.md", by_model.table, by_model.no_picture),
+    by_hop.NAME: ("portability.md", by_hop.table, by_model.no_picture),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
     "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
     leaderboard.NAME: ("leaderboard.md", leaderboard.table, leaderboard.no_picture),
