@@ -81,6 +81,15 @@ def method_for(
     return make_method(known, settings).with_corpus(corpus)
 
 
+def recorded(method: Method) -> dict[str, Any]:
+    """The method's record for a results file, with its corpus by name: where that lies is no one
+    else's affair.
+    """
+    record = method.to_dict()
+    corpus = record.get("corpus")
+    return record | ({"corpus": Path(corpus).name} if isinstance(corpus, (str, Path)) else {})
+
+
 def exact_by_batch(
     model: EditableModel, facts: Sequence[Fact], batch: int, checked: Sequence[int] | None = None
 ) -> list[list[float]]:
@@ -171,7 +180,7 @@ def run(
             report.note(
                 "\n".join(f"{name:16} {line}" for line in lines) + told,
                 case=name,
-                settings=method.to_dict() if step.edits else {},
+                settings=recorded(method) if step.edits else {},
                 exact_by_batch=shares,
                 exact=mean(found) if found else None,
                 checked=len(found),

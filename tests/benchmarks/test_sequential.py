@@ -157,3 +157,12 @@ def test_values_are_found_as_the_command_says():
     plain = sequential.method_for("memit", (1,), 3, False)
     fast = sequential.method_for("memit", (1,), 3, False, "gauss-newton")
     assert [type(one.target.optimiser).__name__ for one in (plain, fast)] == ["Adam", "GaussNewton"]
+
+
+def test_a_results_file_names_a_corpus_without_its_folder(tmp_path):
+    method = sequential.method_for("neuron-patch", (1,), 3, False, corpus=tmp_path / "text.gz")
+    assert str(tmp_path) in str(method.to_dict())
+    assert sequential.recorded(method)["corpus"] == "text.gz"
+    assert str(tmp_path) not in str(sequential.recorded(method))
+    plain = sequential.method_for("memit", (1,), 3, False)
+    assert sequential.recorded(plain) == plain.to_dict()
