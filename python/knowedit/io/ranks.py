@@ -10,6 +10,7 @@ whoever has a group of their own, and measures in one process of it, must not wa
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -195,8 +196,8 @@ def _sent(problem: Exception | None, rank: int) -> Exception | None:
     """An error as the other ranks can read it."""
     if isinstance(problem, (KnowEditError, OSError)):
         try:
-            pickle.loads(pickle.dumps(problem))
-            return problem
+            pickle.dumps(problem)  # it can go
+            return copy.copy(problem)  # and be made anew there
         except Exception:  # an error that is made of more than its text
             return RankError(str(problem))
     return problem and RankError(f"{type(problem).__name__} on rank {rank}: {problem}")

@@ -345,6 +345,11 @@ def test_as_few_layers_as_hold_the_facts_write_them_the_emptiest_first(tiny_llam
         shared = method._shared_out(tiny_llama, [[fact] for fact in [*second, *first]])
         assert {layer: len(part) for layer, part in shared.items()} == {2: 6}
         assert set(method.compute(tiny_llama, second, progress=False).plan) == {2}
+        more = [Fact("{} likes", f"Cy {number}", "rye") for number in range(8)]
+        shared = method._shared_out(tiny_llama, [[fact] for fact in more])
+        assert {layer: len(part) for layer, part in shared.items()} == {1: 2, 2: 6}
+        edit = method.compute(tiny_llama, more, progress=False)
+        assert edit.facts == more  # as given, though the upper layer was chosen first
 
 
 def test_switches_stay_open_at_the_facts_of_the_history(tiny_llama, corpus):

@@ -73,6 +73,15 @@ def test_a_model_that_attends_by_itself_runs_text_by_text(tiny_llama):
     assert torch.equal(part.run(unseen=True), part.run())
 
 
+def test_a_model_that_begins_to_attend_by_itself_is_tried_again(tiny_llama):
+    texts = [[5, 6, 7], [5, 6]]
+    assert parts.runs_flat(tiny_llama) and texts_in_a_row(tiny_llama, texts) is not None
+    tiny_llama.hf.set_attn_implementation("eager")
+    part = part_of(tiny_llama)
+    assert torch.equal(part.run(unseen=True), part.run())
+    assert texts_in_a_row(tiny_llama, texts) is None
+
+
 def test_bfloat16_runs_text_by_text(tiny_llama):
     """Its products compile a kernel for every number of tokens."""
     tiny_llama.hf.bfloat16()

@@ -288,9 +288,7 @@ def test_a_rank_that_is_left_says_what_happened(workplace):
         time.sleep(0.01)
     killed.kill()
     _, errors = left.communicate(timeout=120)
-    assert (
-        left.returncode != 0 and "RankError: another rank ended or does not answer" in errors
-    )
+    assert left.returncode != 0 and "RankError: another rank ended or does not answer" in errors
 
 
 def test_ranks_must_agree(tiny_llama, workplace, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowedit.models.tokens import Row
 
@@ -14,6 +16,21 @@ if TYPE_CHECKING:
 
 #: The longest attention window that the texts are made to pass.
 WINDOW = 512
+
+
+#: What was tried, and with which end.
+_TRIED: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
+
+
+def tried(model: EditableModel, what: Hashable, trial: Callable[[], bool]) -> bool:
+    """What `trial` says of the model; tried once, for each dtype and function that it attends
+    with.
+    """
+    known = _TRIED.setdefault(model.hf, {})
+    key = what, model.dtype, getattr(model.hf.config, "_attn_implementation", None)
+    if key not in known:
+        known[key] = trial()
+    return known[key]
 
 
 def check_rows(model: EditableModel) -> tuple[list[Row], list[int]]:

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -17,7 +16,7 @@ from knowedit.errors import ModelError
 from knowedit.models.packed import beginnings
 from knowedit.models.partial.arguments import in_a_row
 from knowedit.models.partial.calls import Call, Prefix
-from knowedit.models.partial.comparing import WINDOW, check_rows, off
+from knowedit.models.partial.comparing import WINDOW, check_rows, off, tried
 from knowedit.models.probing import first_of, rounding
 
 if TYPE_CHECKING:
@@ -145,18 +144,13 @@ class Texts:
         return states
 
 
-#: Whether a model's whole texts can be run in one row.
-_FITS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
 def texts_in_a_row(model: EditableModel, texts: Sequence[Sequence[int]]) -> Texts | None:
     """`Texts`, where they give what texts one below the other do, which is tried once, and pay."""
     # a text longer than those that are tried may pass an attention window
     if not pays(model) or max(map(len, texts)) > WINDOW or not model.replays:
         return None
-    if model.hf not in _FITS:
-        _FITS[model.hf] = texts_error(model) <= rounding(model.dtype)
-    return Texts(model, texts) if _FITS[model.hf] else None
+    fits = tried(model, "texts", lambda: texts_error(model) <= rounding(model.dtype))
+    return Texts(model, texts) if fits else None
 
 
 def pays(model: EditableModel) -> bool:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from knowedit.errors import ModelError
 from knowedit.models.packed import beginnings
 from knowedit.models.partial.arguments import of_rows, sliced
 from knowedit.models.partial.calls import Capture, capture
-from knowedit.models.partial.comparing import check_rows, off
+from knowedit.models.partial.comparing import check_rows, off, tried
 from knowedit.models.partial.hooks import Window
 from knowedit.models.partial.replay import Replay
 from knowedit.models.partial.whole import Whole
@@ -141,7 +141,8 @@ class PartialModel:
         model.check_layers([from_layer])
         for replay in (True, False)[not model.replays :]:
             part = cls._for_texts(model, from_layer, longest, replay)
-            if _fits(part, replay):
+            # three passes, and editing code asks at every edit
+            if tried(model, (replay, from_layer), functools.partial(_fits_texts, part)):
                 return part
         raise ModelError(
             f"{model.name}: its layers depend on the tokens themselves, not only on the hidden "
@@ -196,17 +197,11 @@ class PartialModel:
             return self._way.layer(index, states)
 
 
-#: Whether the layers of a model can run all texts in one row.
-_FLAT: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
 def runs_flat(model: EditableModel) -> bool:
     """Whether texts in one row have the states of texts one below the other, where nothing looks
     into the layers (`run(unseen=True)`): tried once.
     """
-    if model.hf not in _FLAT:
-        _FLAT[model.hf] = flat_error(model) <= rounding(model.dtype)
-    return _FLAT[model.hf]
+    return tried(model, "flat", lambda: flat_error(model) <= rounding(model.dtype))
 
 
 @torch.no_grad()
@@ -249,18 +244,6 @@ def replays(model: EditableModel) -> float:
         off(mine[i, : len(row.ids) - start], theirs[i, : len(row.ids) - start])
         for i, (row, start) in enumerate(zip(rows, starts, strict=True))
     )
-
-
-#: By the way that layers are run, and from which layer on, whether they take whole texts.
-_FITS: WeakKeyDictionary[nn.Module, dict[tuple[bool, int], bool]] = WeakKeyDictionary()
-
-
-def _fits(part: PartialModel, replay: bool) -> bool:
-    """`_fits_texts`, tried once: it takes three passes, and editing code asks at every edit."""
-    known, key = _FITS.setdefault(part.model.hf, {}), (replay, part.from_layer)
-    if key not in known:
-        known[key] = _fits_texts(part)
-    return known[key]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import random
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -209,11 +210,12 @@ class NeuronPatch(Method):
                 f"beside what is written there: {total}, a quarter of those that are free; name "
                 "more layers (layers=, --layer 6-12), or write fewer facts"
             )
-        parts, start = {}, 0
+        shares, left = dict.fromkeys(layers, 0), len(groups)
         for layer in sorted(layers, key=lambda layer: -rooms[layer]):
-            parts[layer] = groups[start : start + rooms[layer]]
-            start += len(parts[layer])
-        return {layer: parts[layer] for layer in layers if parts[layer]}
+            shares[layer] = min(rooms[layer], left)
+            left -= shares[layer]
+        rest = iter(groups)  # from below upwards, so that the facts of an edit keep their order
+        return {layer: list(islice(rest, n)) for layer, n in shares.items() if n}
 
     def _room(self, model: EditableModel, layer: int, groups: list[list[Fact]]) -> int:
         """How many subjects the layer's MLP can take; its wiring is found at those of `groups`."""
