@@ -205,25 +205,30 @@ def free_neurons(
     inverse = torch.linalg.inv(moment + damp * moment.diagonal().mean() * eye)
     rest = weight.detach().to(inverse)
     output, lost = float(((rest @ moment) * rest).sum()), 0.0
+    spread, length = inverse.diagonal().clone(), rest.square().sum(0)
     barred = torch.zeros(width, dtype=torch.bool, device=moment.device)
     barred[list(taken)] = True
+    # Neither matrix is updated: what the steps so far change is read off their vectors, so that a
+    # step costs a product with a vector and not the writing of d_ff^2 numbers.
     neurons: list[int] = []
-    left_parts: list[Tensor] = []
-    right_parts: list[Tensor] = []
-    for _ in range(count):
-        cost = rest.square().sum(0) / inverse.diagonal().clamp(min=1e-300)
+    pivots: list[float] = []
+    left, right = rest.new_zeros(len(rest), count), rest.new_zeros(width, count)
+    for n in range(count):
+        cost = length.clamp(min=0) / spread.clamp(min=1e-300)
         cost[barred] = torch.inf
         j = int(cost.argmin())
-        row = inverse[j].clone()
-        left_parts.append(-rest[:, j] / row[j])
-        right_parts.append(row)
+        before = right[j, :n]
+        row = inverse[j] - right[:, :n] @ (before / before.new_tensor(pivots))
+        row[neurons] = 0
+        column = -(rest[:, j] + left[:, :n] @ before) / row[j]
+        across = column @ rest + right[:, :n] @ (column @ left[:, :n])
+        length += row * (2 * across + column.square().sum() * row)
+        spread -= row.square() / row[j]
+        left[:, n], right[:, n], barred[j] = column, row, True
         neurons.append(j)
+        pivots.append(float(row[j]))
         lost += float(cost[j])
-        rest = rest + left_parts[-1][:, None] * row
-        inverse = inverse - row[:, None] * row / row[j]
-        inverse[j], inverse[:, j], barred[j] = 0, 0, True
-    left_all, right_all = (torch.stack(parts, 1).float() for parts in (left_parts, right_parts))
-    return Freed(neurons, left_all, right_all, (lost / output) ** 0.5)
+    return Freed(neurons, left.float(), right.float(), (lost / output) ** 0.5)
 
 
 def patched(wiring: Wiring, factor: float = 10.0) -> list[int]:
