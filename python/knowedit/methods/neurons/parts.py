@@ -119,45 +119,6 @@ def step_of(act: Activation, sharpness: float, width: float, like: Tensor) -> tu
     )
 
 
-def separate(own: Tensor, owner: Tensor, others: Sequence[Tensor], ridge: float) -> Tensor:
-    """One direction a group, `w.x >= 1` at its own inputs and `<= -1` at all others, by least
-    squared hinge losses.
-
-    Args:
-        own: `[n, hidden]`; owner: `[n]` the group of each. Another group's inputs count as others.
-        others: `[m, hidden]` each; every set counts as much as a group's own.
-        ridge: weight of `|w|^2`, in units of the others' mean square.
-
-    Returns:
-        `[groups, hidden]`.
-    """
-    groups = int(owner.max()) + 1
-    mine = (owner[:, None] == torch.arange(groups, device=owner.device)).to(own)  # [n, groups]
-    scale = torch.cat(list(others)).square().sum(1).mean()
-    direction = torch.zeros(groups, own.shape[1], device=own.device, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [direction], max_iter=400, history_size=20, line_search_fn="strong_wolfe"
-    )
-
-    def missed(z: Tensor) -> Tensor:
-        return (1 - z).clamp(min=0).square()
-
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        z = own @ direction.T
-        total = (missed(z) * mine / mine.sum(0)).sum()
-        if groups > 1:
-            total = total + (missed(-z) * (1 - mine) / (1 - mine).sum(0)).sum()
-        for x in others:
-            total = total + missed(-(x @ direction.T)).mean(0).sum()
-        total = total + ridge * scale * direction.square().sum()
-        total.backward()
-        return total
-
-    optimiser.step(loss)
-    return direction.detach()
-
-
 @dataclass(frozen=True)
 class Freed:
     """Neurons taken out of service: adding `left @ right.T` to the output projection makes their

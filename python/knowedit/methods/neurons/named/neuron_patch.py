@@ -53,9 +53,9 @@ from knowedit.methods.neurons.parts import (
     patched,
     rewritten,
     room,
-    separate,
     step_of,
 )
+from knowedit.methods.neurons.scores import separate
 from knowedit.methods.neurons.texts import Inputs, at_lookup, chosen, everywhere, windows
 from knowedit.methods.neurons.wiring import Wiring
 from knowedit.models.editable import EditableModel
