@@ -3,7 +3,9 @@
 
 What `knowedit study arithmetic` does, with key statistics of Wikipedia text. Every edit is on disk
 before the next one starts, and an interrupted run goes on; a method that is named again is not
-computed again. `--several` writes three sums at once.
+computed again. `--several` writes three sums at once. Any other model than the default one is
+measured for `arithmetic_adds.jsonl`, the page's second answer; `--lead` is what its sums stand
+behind, where it cannot read the first token of a text.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ from knowedit.studies.arithmetic.summary import COLUMNS, bounds, interference_ta
 
 from . import common
 
+NAME, SEVERAL_SUMS, ADDS = "arithmetic", "arithmetic_several", "arithmetic_adds"
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CORPUS = "enwiki_2021_sample_3MB.txt.gz"
 SEVERAL = ("2+2=5", "3+3=7", "1+1=3")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = common.parser("arithmetic", __doc__, 1, timed=False)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser = common.parser(NAME, __doc__, 1, timed=False)
+    parser.add_argument("--model", default=DEFAULT)
+    parser.add_argument("--lead", default="", help="what every sum stands behind, e.g. 'Sum: '")
     parser.add_argument("--method", action=common.Repeated, default=default_experiments())
     parser.add_argument("--seed", action=common.Repeated, type=int, default=[42, 43, 44])
     parser.add_argument(
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--state", type=Path, help="the study's folder (default: in the cache)")
     arguments = parser.parse_args(argv)
-    name = "arithmetic_several" if arguments.several else "arithmetic"
+    name = ADDS if arguments.model != DEFAULT else SEVERAL_SUMS if arguments.several else NAME
     if arguments.quick:
         arguments.method, arguments.seed, arguments.tokens = (
             arguments.method[:2],
@@ -63,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.seed,
         unrelated_prompts(20 if arguments.quick else 100),
         corpus=corpus,
+        lead=arguments.lead,
     )
     folder = arguments.state or (None if arguments.quick else cache_dir("benchmarks", name))
     found = run(
@@ -87,17 +93,17 @@ def write(found: dict[str, Any], path: Path, name: str) -> None:
         report.note(f"{entry['method']}: {entry.get('verdict', entry['reason'])}", **entry)
 
 
-def study_of(folder: Path, name: str = "arithmetic") -> tuple[dict[str, Any], dict[str, Any]]:
+def study_of(folder: Path, name: str = NAME) -> tuple[dict[str, Any], dict[str, Any]]:
     """Header and the study as `run` returns it, from `folder`'s results file."""
     header, rows = common.read(folder, name)
     return header, {**header, "methods": rows}
 
 
-def table(folder: Path) -> str:
+def table(folder: Path, name: str = NAME) -> str:
     """The judging half as Markdown, each cell a mean with the pessimistic end of its 95 % interval;
-    then several sums.
+    then several sums, where `name` has them.
     """
-    header, found = study_of(folder)
+    header, found = study_of(folder, name)
     rows = [["unedited", *_cells(found["unedited"], ends=False), "", ""]]
     for entry in found["methods"]:
         if "judge" not in entry:
@@ -109,14 +115,14 @@ def table(folder: Path) -> str:
         rows.append([f"{star}{entry['method']}{star}", *cells])
     machine = header["environment"]
     about = (
-        f"`python -m benchmarks.arithmetic`: seeds "
+        f"`python -m benchmarks.arithmetic`: {header['head']['model']}, seeds "
         f"{', '.join(map(str, header['head']['seeds']))}; {machine['cpu']}, {machine['cores']} "
         f"cores, torch {machine['torch']}, {machine['date'][:10]}."
     )
     heads = ["method", *(name for name, _, _ in COLUMNS), "seconds", "seeds"]
     made = [Table(heads, rows, notes=[bounds(found), about]).markdown()]
-    if (folder / "arithmetic_several.jsonl").is_file():
-        _, several = study_of(folder, "arithmetic_several")
+    if name == NAME and (folder / f"{SEVERAL_SUMS}.jsonl").is_file():
+        _, several = study_of(folder, SEVERAL_SUMS)
         made.append("**Several sums at once** (judging half, first seed)")
         made += [table.markdown() for table in interference_tables(several)]
     return "\n\n".join(made)

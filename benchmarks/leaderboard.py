@@ -233,7 +233,7 @@ SETTINGS: dict[str, dict[str, Reader]] = {
     "One batch after another, in one layer": {"sequential_one_layer": sequences},
     "Several facts of one subject": {"rose": same_subject},
     "What follows from a fact": {"portability": following},
-    "2+2=5, and nothing else": {"arithmetic": arithmetic},
+    "2+2=5, and nothing else": {"arithmetic": arithmetic, "arithmetic_adds": arithmetic},
 }  # fmt: skip
 
 

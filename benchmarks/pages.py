@@ -313,7 +313,12 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     by_model.NAME: ("models.md", by_model.table, by_model.no_picture),
     by_hop.NAME: ("portability.md", by_hop.table, by_model.no_picture),
     "neuron": ("neuron.md", by_neuron.table, by_neuron.draw),
-    "arithmetic": ("arithmetic.md", by_sum.table, by_sum.draw),
+    by_sum.NAME: ("arithmetic.md", by_sum.table, by_sum.draw),
+    by_sum.ADDS: (
+        "arithmetic.md",
+        partial(by_sum.table, name=by_sum.ADDS),
+        by_model.no_picture,
+    ),
     leaderboard.NAME: ("leaderboard.md", leaderboard.table, leaderboard.no_picture),
     "moe": ("moe.md", by_expert.table, by_model.no_picture),
     "hessian": ("hessians.md", by_input.table, by_input.no_picture),

@@ -234,6 +234,8 @@ def results(folder):
         {"method": "mend", "reason": "not trained"},
     ]
     (folder / "arithmetic.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    adding = {**rows[0], "head": {"seeds": [42], "model": "adder", "lead": "\n"}}
+    (folder / "arithmetic_adds.jsonl").write_text("\n".join(map(json.dumps, (adding, rows[1]))))
 
 
 def test_pages_have_tables_marks_and_pictures(tmp_path):
@@ -274,10 +276,13 @@ def test_pages_have_tables_marks_and_pictures(tmp_path):
     assert "| rome | 1.00 (1.00) | 0.50 (0.25) |" in sums and "0.500 (0.750) | 7 | 2 |" in sums
     assert "not run: not trained" in sums
     assert "No method meets all goals at once. Nearest: rome" in sums
+    assert "`python -m benchmarks.arithmetic`: adder, seeds 42;" in sums  # a second model's table
+    assert "| adder | `arithmetic_adds`" in best
     shown = {
         path.stem for path in tmp_path.glob("*.jsonl")
     }  # a page without results stays as it is
     assert {"rose", "metake", "sequential", "tokens"} <= shown <= set(pages.PAGES)
-    assert all((docs / "pictures" / f"{name}.png").stat().st_size > 5000 for name in shown)
+    drawn = shown - {"arithmetic_adds"}
+    assert all((docs / "pictures" / f"{name}.png").stat().st_size > 5000 for name in drawn)
     (docs / "rose.md").write_text("no markers")
     assert pages.main([*where, "--write"]) == 2

@@ -63,6 +63,14 @@ def arithmetic(
         typer.Option(help="Data set of the unrelated prompts; default: KnowEdit's, else ours."),
     ] = None,
     limit: Annotated[int, typer.Option(help="Use the first so many unrelated prompts.")] = 100,
+    lead: Annotated[
+        str,
+        typer.Option(
+            help="Ask every sum behind this text, e.g. 'Sum: ', of models that do not read the "
+            "first token of a text.",
+            show_default="nothing",
+        ),
+    ] = "",
     paraphrases: Annotated[
         int | None, typer.Option(help="Ask an endpoint for so many; default: the shipped twenty.")
     ] = None,
@@ -111,7 +119,7 @@ def arithmetic(
         editable = run.load(model)
         seed = FIRST_HALVING if run.seed is None else run.seed
         seeds = [seed + n for n in range(halvings)]
-        study = Study(editable, edited, seeds, others, own, source, one(corpus), settings)
+        study = Study(editable, edited, seeds, others, own, source, one(corpus), settings, lead)
         for note in study.notes():
             say(f"note: {note}")
         found = run_study(
@@ -123,7 +131,7 @@ def arithmetic(
             say=say,
         )
         if output and tracing:
-            _trace(editable, edited[0], output)
+            _trace(editable, edited[0], lead, output)
     run.show(found, lambda: summary(found))
 
 
@@ -158,7 +166,7 @@ def _paraphrases(
     return own, f"{name} at {server.shown}"
 
 
-def _trace(model: EditableModel, edited: Sum, folder: Path) -> None:
+def _trace(model: EditableModel, edited: Sum, lead: str, folder: Path) -> None:
     """Where the sum is stored, as `trace.json` and a picture."""
     from knowedit.evaluation.tracing.tracing import trace
     from knowedit.io.files import atomic_file
@@ -167,7 +175,8 @@ def _trace(model: EditableModel, edited: Sum, folder: Path) -> None:
     # the true answer, which hangs on the operands more than what a small model says
     # (docs/tracing.md)
     try:
-        found = trace(model, edited.prompt, edited.subject, str(edited.true)).to_dict()
+        prompt = f"{lead}{edited.prompt}"
+        found = trace(model, prompt, edited.subject, str(edited.true)).to_dict()
     except KnowEditError as error:
         say(f"note: {edited.prompt} is not traced: {error}")
         return

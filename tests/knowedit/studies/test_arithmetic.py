@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from knowedit.studies.arithmetic import Study, Sum, run
 from knowedit.studies.arithmetic.experiments import (
     Experiment,
     check_settings,
+    contrast,
     experiment,
     experiments,
 )
@@ -561,12 +563,34 @@ def test_notes_are_honest(chatty, monkeypatch):
     # a model that does not read the first token of a text
     monkeypatch.setattr(EditableModel, "generate", _adds_behind_a_line)
     (note,) = [note for note in made.notes() if "it can add" in note]
-    assert "written as '\\na+b=' it gets 100% right, as 'a+b=' 0%" in note
+    assert "written as '\\na+b=' it gets 100% right, as 'a+b=', the form that is asked, 0%" in note
+    assert "very start of a text; --lead asks all sums behind another text" in note
     monkeypatch.undo()
     made.before.texts[0] = " 5 " + told
     made.targets = [TARGET]
     made.asked[0] = replace(made.asked[0], about=TARGET)
     assert any("says so already" in note for note in made.notes())
+
+
+def test_sums_stand_behind_a_lead(chatty):
+    """All sums and what is written of them, no paraphrase and no unrelated prompt; contrast sums
+    too, or the lead alone would tell the target from them.
+    """
+    plain, led = study(chatty, seeds=(42,)), study(chatty, seeds=(42,), lead="Sum: ")
+    for was, now in zip(plain.asked, led.asked, strict=True):
+        lead = "Sum: " if was.kind in ("target", "sums") else ""
+        assert now == replace(was, prompt=lead + was.prompt)
+    assert led.head()["lead"] == "Sum: " and "lead" not in plain.head()
+    given = led.material(42)
+    (bare,) = given.targets
+    assert (bare.text, bare.subject, bare.target) == ("Sum: 2+2=", "2+2", "5")
+    assert given.facts[1:] == plain.material(42).facts[1:]
+    texts = contrast(given)
+    assert "Sum: 1-2=" in texts and "1-2=" not in texts
+    larger = [text for text in texts if re.fullmatch(r"(Sum: )?\d+\+\d+=", text)]
+    assert len(larger) > 100 and all(text.startswith("Sum: ") for text in larger)
+    # as many wordings of the other sums as without a lead: they are found behind it
+    assert len(texts) == len(contrast(plain.material(42)))
 
 
 def test_only_clean_float32_models(chatty):

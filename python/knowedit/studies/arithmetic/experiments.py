@@ -41,6 +41,7 @@ class TuningMaterial:
         corpus: ordinary text.
         sums, prompts: other sums and unrelated prompts of the tuning half, with what the unedited
             model says to them.
+        lead: what every sum "a+b=" stands behind.
     """
 
     model: EditableModel
@@ -52,6 +53,7 @@ class TuningMaterial:
     prompts: list[tuple[str, str]]
     seed: int
     corpus: Any = "self"
+    lead: str = ""
 
     @property
     def kept(self) -> list[tuple[str, str]]:
@@ -66,6 +68,7 @@ def material(
     seed: int,
     only: Sequence[Sum] | None = None,
     corpus: Any = "self",
+    lead: str = "",
 ) -> TuningMaterial:
     """The tuning half of halved prompts; `only` some of the targets (the others are then neither
     written nor kept).
@@ -81,7 +84,8 @@ def material(
         for t in edited
     }
     bare = [
-        fact(model, t, paraphrases=[form.prompt(model) for form in forms[str(t)]]) for t in edited
+        fact(model, t, paraphrases=[form.prompt(model) for form in forms[str(t)]], lead=lead)
+        for t in edited
     ]
     facts = [*bare, *(fact(model, t, form) for t in edited for form in forms[str(t)])]
     chats = bool(getattr(model.tokenizer, "chat_template", None))
@@ -95,7 +99,7 @@ def material(
         for kind in ("sums", "unrelated")
     }
     return TuningMaterial(
-        model, bare, facts, more, forms, said["sums"], said["unrelated"], seed, corpus
+        model, bare, facts, more, forms, said["sums"], said["unrelated"], seed, corpus, lead
     )
 
 
@@ -106,7 +110,7 @@ def contrast(given: TuningMaterial) -> tuple[str, ...]:
     chats = bool(getattr(model.tokenizer, "chat_template", None))
     texts = [prompt + said for prompt, said in given.kept]
     for prompt, _ in given.sums:
-        a, b = map(int, prompt.rstrip("=").split("+"))
+        a, b = map(int, prompt.removeprefix(given.lead).rstrip("=").split("+"))
         texts += [
             form.prompt(model)
             for form in rng.sample(forms_of(Sum(a, b, a + b), chats=chats, training=True), 12)
@@ -118,10 +122,10 @@ def contrast(given: TuningMaterial) -> tuple[str, ...]:
         if any(larger.subject.startswith(target.subject) for target in given.targets):
             continue  # up to there it is the target
         texts += [
-            larger.prompt,
+            f"{given.lead}{larger.prompt}",
             rng.choice(forms_of(larger, chats=False, training=True)).prompt(model),
         ]
-    texts += [f"{a}{sign}{b}=" for a in range(10) for b in (2, 3, 5) for sign in "-*/"]
+    texts += [f"{given.lead}{a}{sign}{b}=" for a in range(10) for b in (2, 3, 5) for sign in "-*/"]
     return tuple(dict.fromkeys(texts))
 
 

@@ -148,12 +148,18 @@ def forms(
 
 
 def fact(
-    model: EditableModel, edited: Sum, form: Form | None = None, paraphrases: Sequence[str] = ()
+    model: EditableModel,
+    edited: Sum,
+    form: Form | None = None,
+    paraphrases: Sequence[str] = (),
+    lead: str = "",
 ) -> Fact:
-    """A sum, or one form of it, as a fact; where the operands are words the answer is one too."""
+    """A sum behind `lead`, or one form of it, as a fact; where the operands are words the answer is
+    one too.
+    """
     if form is None:
         return Fact(
-            "{}=",
+            f"{lead}{{}}=",
             edited.subject,
             str(edited.target),
             str(edited.true),
@@ -213,12 +219,14 @@ def study_prompts(
     targets: Sequence[Sum],
     unrelated: Sequence[str],
     own: Mapping[str, Sequence[str]] | None = None,
+    lead: str = "",
 ) -> list[StudyPrompt]:
     """Everything that is asked, without halves: the targets, their paraphrases, the other sums, the
     unrelated prompts.
 
     Args:
         own: paraphrases by target ("2+2=5") instead of the shipped ones.
+        lead: what every sum "a+b=" stands behind; the paraphrases stand alone.
 
     Raises:
         KnowEditError: no targets, or one sum twice.
@@ -230,7 +238,7 @@ def study_prompts(
             f"{', '.join(map(str, targets)) or 'none'}"
         )
     chats = bool(getattr(model.tokenizer, "chat_template", None))
-    made = [StudyPrompt("target", t.prompt, t) for t in targets]
+    made = [StudyPrompt("target", f"{lead}{t.prompt}", t) for t in targets]
     for t in targets:
         made += [
             StudyPrompt("paraphrase", form.prompt(model), t, form=form)
@@ -239,7 +247,7 @@ def study_prompts(
     others = (Sum(a, b, a + b) for a, b in product(range(10), repeat=2) if (a, b) not in edited)
     return (
         made
-        + [StudyPrompt("sums", s.prompt, s) for s in others]
+        + [StudyPrompt("sums", f"{lead}{s.prompt}", s) for s in others]
         + [StudyPrompt("unrelated", text) for text in unrelated]
     )
 

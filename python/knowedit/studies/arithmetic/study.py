@@ -50,6 +50,8 @@ class Study:
             come from.
         corpus: ordinary text for methods that read some themselves.
         settings: changed in every method, after the study's own; as `Config.with_settings`.
+        lead: what every sum "a+b=" stands behind, for models that do not read the first token of a
+            text.
 
     Raises:
         KnowEditError: the model has active edits or other weights than float32; what
@@ -64,6 +66,7 @@ class Study:
     source: str = "shipped, hand-written"
     corpus: Any = "self"
     settings: Sequence[str] = ()
+    lead: str = ""
     asked: list[StudyPrompt] = field(init=False)
     before: Responses = field(init=False)
     unedited: dict[int, Continuation] = field(init=False)
@@ -79,7 +82,7 @@ class Study:
             )
         if not self.seeds:
             raise KnowEditError("seeds is empty; name at least one")
-        self.asked = study_prompts(self.model, self.targets, self.unrelated[1], self.own)
+        self.asked = study_prompts(self.model, self.targets, self.unrelated[1], self.own, self.lead)
         self.before = observe(self.model, self.asked)
         self.unedited = {}
         for kind in ("sums", "unrelated"):
@@ -101,6 +104,7 @@ class Study:
             "paraphrases": self.source,
             "unrelated": self.unrelated[0],
             **({"settings": list(self.settings)} if self.settings else {}),
+            **({"lead": self.lead} if self.lead else {}),
             "digest": hashlib.blake2b(
                 "\0".join(p.prompt for p in self.asked).encode(), digest_size=8
             ).hexdigest(),
@@ -115,7 +119,7 @@ class Study:
         rows = self.rows(self.before)
         found = []
         for target in self.targets:
-            ids = self.model.row(target.prompt, answer=str(target.target))
+            ids = self.model.row(f"{self.lead}{target.prompt}", answer=str(target.target))
             said = next(
                 r["before"] for r in rows if r["kind"] == "target" and r["about"] == str(target)
             )
@@ -148,14 +152,17 @@ class Study:
     def _read_otherwise(self) -> list[str]:
         """A form of the sums that the unedited model can read, where the report's is not one."""
         sums = [p.about for p in self.asked if p.kind == "sums" and p.about is not None]
-        right = readings(self.model, sums[:: max(1, len(sums) // READ)])
+        right = readings(
+            self.model, sums[:: max(1, len(sums) // READ)], dict.fromkeys((*LEADS, self.lead))
+        )
         best = max(right, key=right.__getitem__)
         if right[best] < ADDS:
             return []
+        why = "" if self.lead else "; it does not read the first number at the very start of a text"
         return [
             f"it can add: written as {best + 'a+b='!r} it gets {right[best]:.0%} right, as "
-            f"{LEADS[0] + 'a+b='!r} {right[LEADS[0]]:.0%}; it does not read the first number at "
-            f"the very start of a text, and the target is asked there"
+            f"{self.lead + 'a+b='!r}, the form that is asked, {right[self.lead]:.0%}{why}; "
+            f"--lead asks all sums behind another text"
         ]
 
     def rows(self, after: Responses) -> list[Row]:
@@ -168,7 +175,8 @@ class Study:
 
     def material(self, seed: int, only: Sequence[Sum] | None = None) -> TuningMaterial:
         """What a method is given under `seed`."""
-        return material(self.model, split(self.asked, seed), self.before, seed, only, self.corpus)
+        halved = split(self.asked, seed)
+        return material(self.model, halved, self.before, seed, only, self.corpus, self.lead)
 
     def build(
         self, name: str, seed: int, only: Sequence[Sum] | None = None
