@@ -218,7 +218,12 @@ def results(folder):
             "records": 9,
         }
     better = {**judged, "target": {"success": {"mean": 1.0, "low": 1.0, "high": 1.0, "records": 1}}}
-    head = {"head": {"seeds": [42]}, "notes": [], "unedited": judged, "interference": {}}
+    head = {
+        "head": {"seeds": [42], "model": "small"},
+        "notes": [],
+        "unedited": judged,
+        "interference": {},
+    }
     cells = {
         "judge": better,
         "goals": goals(better),
@@ -234,7 +239,7 @@ def results(folder):
         {"method": "mend", "reason": "not trained"},
     ]
     (folder / "arithmetic.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    adding = {**rows[0], "head": {"seeds": [42], "model": "adder", "lead": "\n"}}
+    adding = {**rows[0], "benchmark": "arithmetic_adds", "head": {"seeds": [42], "model": "adder"}}
     (folder / "arithmetic_adds.jsonl").write_text("\n".join(map(json.dumps, (adding, rows[1]))))
 
 
