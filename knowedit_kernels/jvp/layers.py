@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from knowedit_kernels._arguments import need_tensors
 from knowedit_kernels.jvp.autograd import primal, tangent
 from knowedit_kernels.jvp.formulas import Attention, RMSNorm, SwiGLU
 
@@ -116,6 +117,7 @@ def attention_jvp(
     Source: forward differentiation of online softmax, our derivation.
     """
     layer = _attention_layer(q, k, v, causal, scale, spans)
+    need_tensors(**{n: t for n, t in (("tq", tq), ("tk", tk), ("tv", tv)) if t is not None})
     count = next((len(t) for t in (tq, tk, tv) if t is not None and t.ndim), None)
     if count is None:
         raise ValueError("nothing to differentiate along: give tq, tk or tv")
@@ -139,6 +141,7 @@ def _attention_layer(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, spans: Tensor | None
 ) -> Attention:
     for name, x in (("q", q), ("k", k)):
+        need_tensors(**{name: x})
         if x.ndim != 4 or not x.is_floating_point() or x.shape[-1] == 0:
             raise ValueError(
                 f"{name} must be floating point [batch, heads, tokens, d], got {x.dtype} "
@@ -172,6 +175,7 @@ def _attention_layer(
 
 
 def _check_rows(name: str, x: Tensor) -> None:
+    need_tensors(**{name: x})
     if x.ndim == 0 or not x.is_floating_point() or x.shape[-1] == 0:
         raise ValueError(f"{name} must be floating point [..., d], got {x.dtype} {list(x.shape)}")
 
@@ -182,6 +186,7 @@ def _check_weight(x: Tensor, weight: Tensor) -> None:
 
 def _check_like(name: str, x: Tensor, shape: Sequence[int | None], like: Tensor) -> None:
     """Raise unless x fits `shape` (None: any size) and is like `like` in dtype and device."""
+    need_tensors(**{name: x})
     if len(x.shape) != len(shape) or any(
         size not in (None, got) for size, got in zip(shape, x.shape)
     ):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from knowedit_kernels._arguments import need_lists, need_tensors
 from knowedit_kernels.solver import EditSolver
 
 
@@ -151,6 +152,7 @@ def _h_inverse(solver: EditSolver, X: Tensor) -> Tensor:
 
 
 def _per_layer(solvers: Sequence[EditSolver], **lists: Sequence) -> list[tuple]:
+    need_lists(solvers=solvers, **lists)
     for name, values in lists.items():
         if len(values) != len(solvers):
             raise ValueError(
@@ -161,6 +163,7 @@ def _per_layer(solvers: Sequence[EditSolver], **lists: Sequence) -> list[tuple]:
 
 def _fitting(x: Tensor, shape: tuple[int | None, ...], solver: EditSolver, name: str) -> Tensor:
     """`x` like the solver's tensors; raises ValueError unless it fits `shape` (None: any size)."""
+    need_tensors(**{name: x})
     if x.ndim != len(shape) or any(size not in (None, got) for size, got in zip(shape, x.shape)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(x.shape)}")

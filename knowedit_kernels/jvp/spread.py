@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from knowedit_kernels._arguments import need_lists
 from knowedit_kernels.solver import EditSolver
 
 Spread = Literal["linear", "sqrt", "full"]
@@ -28,7 +29,7 @@ def spread_shares(layers: int, how: Spread = "linear") -> list[float]:
         "linear": lambda left: 1 / left, "sqrt": lambda left: 1 / math.sqrt(left),
         "full": lambda left: 1.0,
     }  # fmt: skip
-    if how not in rules:
+    if not isinstance(how, str) or how not in rules:
         raise ValueError(f"how must be one of {', '.join(rules)}, got {how!r}")
     return [rules[how](layers - i) for i in range(layers)]
 
@@ -119,6 +120,7 @@ def spread_vjp(
 
 
 def _check_chain(solvers: Sequence[EditSolver]) -> None:
+    need_lists(solvers=solvers)
     if not solvers:
         raise ValueError("no layers: give at least one solver")
     if len(counts := {solver.edits for solver in solvers}) > 1:

@@ -8,12 +8,13 @@ the state is a function of the *set* of active edits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from knowedit_kernels._arguments import need_tensors
 from knowedit_kernels._memory import copied, overlaps
 from knowedit_kernels.lowrank.fingerprint import fingerprint
 from knowedit_kernels.lowrank.update import (
@@ -75,28 +76,28 @@ class WeightLedger:
                 f"a ledger rounds 'nearest' or 'stochastic', got {rounding!r}: it must be "
                 "recomputable"
             )
-        unknown = set(transposed) - set(weights or {})
-        if unknown:
-            raise ValueError(f"transposed names unknown weights: {sorted(unknown)}")
         if weights is not None and not isinstance(weights, Mapping):
             raise TypeError(
                 f"weights must be names and tensors, as {{'layer': weight}}, not "
                 f"{type(weights).__name__}"
+                + ("; dict(it.named_parameters()) is" * isinstance(weights, torch.nn.Module))
             )
+        unknown = set(transposed) - set(weights or {})
+        if unknown:
+            raise ValueError(f"transposed names unknown weights: {sorted(unknown)}")
         self._rounding, self._seed, self._offload = rounding, seed, offload
         self._entries: dict[str, _Entry] = {}
+        self._places: dict[Hashable, str] = {}  # by memory, the first name that was given to it
         for name, weight in (weights or {}).items():
             self.register(name, weight, name in transposed)
 
     def register(self, name: str, weight: Tensor, transposed: bool = False) -> None:
-        """Makes ``weight`` known; raises ValueError for a name in use. One that is not 2-D takes
-        dense deltas only.
+        """Makes ``weight`` known; raises ValueError for a name or a tensor that is known already.
+        One that is not 2-D takes dense deltas only.
         """
         if name in self._entries:
             raise ValueError(f"weight {name!r} is already registered")
-        if not isinstance(weight, Tensor):
-            hint = "; give its .weight" if isinstance(weight, torch.nn.Module) else ""
-            raise TypeError(f"weight {name!r} must be a tensor, not {type(weight).__name__}{hint}")
+        need_tensors(**{f"weight {name!r}": weight})
         if weight.ndim == 0 or not weight.is_floating_point():
             raise ValueError(
                 f"weight {name!r} must be a floating-point tensor, got {weight.dtype} "
@@ -107,7 +108,16 @@ class WeightLedger:
                 f"entries of weight {name!r} share memory (strides {weight.stride()}): register a "
                 "contiguous copy of it"
             )
+        twin = self._entries.get(self._places.setdefault(_place(weight), name))
+        if twin is not None and _is_same_memory(twin.weight, weight):
+            raise ValueError(
+                f"weight {name!r} is the same memory as {twin.name!r} (tied weights?): register it "
+                "once, or an edit of one would look like somebody else's write to the other"
+            )
         self._entries[name] = _Entry(name, weight, transposed)
+
+    def __repr__(self) -> str:
+        return f"WeightLedger({len(self._entries)} weights, active edits: {list(self.active)})"
 
     def follow(self, weights: Mapping[str, Tensor]) -> None:
         """Edits these tensors from now on under their names, where a model has others than it had.
@@ -369,11 +379,11 @@ def _factors(entry: _Entry) -> tuple[Tensor, Tensor]:
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:
     """Whether what is written to one is written to the other."""
+    return one is other or (one.data_ptr() != 0 and _place(one) == _place(other))
 
-    def place(tensor: Tensor) -> tuple[object, ...]:
-        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
-    return one is other or place(one) == place(other)
+def _place(tensor: Tensor) -> Hashable:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def _report(weight: Tensor, base: Tensor, ideal: Tensor) -> UpdateReport:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels import _ops
+from knowedit_kernels._arguments import need_tensors
 from knowedit_kernels._memory import overlaps
 
 ROUNDINGS = ("nearest", "stochastic", "compensated", "corrected")
@@ -103,7 +104,9 @@ def low_rank_update_(
     base: read W from here instead (same shape and dtype): W = round(base + alpha U V^T).
     dry_run: report only, change nothing.
 
-    Raises ValueError naming the argument before anything is written.
+    Raises ValueError or TypeError naming the argument before anything is written. An update that
+    overflows W's dtype is written, and counted in the report (``nonfinite``); a `WeightLedger`
+    refuses it.
     """
     return low_rank_update_many_(
         [W],
@@ -199,7 +202,11 @@ def check_update(
     base: Tensor | None = None,
     rounding: str = "nearest",
 ) -> None:
-    """Raises ValueError unless the arguments of one update fit together."""
+    """Raises ValueError unless the arguments of one update fit together, TypeError for one that is
+    no tensor.
+    """
+    optional = {"residual": residual, "probe": probe, "base": base}
+    need_tensors(W=W, U=U, V=V, **{name: x for name, x in optional.items() if x is not None})
     if W.dtype not in _WEIGHTS or W.ndim != 2:
         raise ValueError(
             f"W must be a 2-D bfloat16, float16, float32 or float64 tensor, got {_describe(W)}"

@@ -32,9 +32,14 @@ def write(
     metadata: dict[str, str],
     form: str = FORMAT,
 ) -> None:
-    """Writes through a temporary file in the same folder, synced before it takes the name."""
+    """Writes through a temporary file in the same folder, synced before it takes the name. Makes
+    the folder; the file may be read by whom the umask lets.
+    """
     from safetensors.torch import save_file
 
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -43,10 +48,17 @@ def write(
         save_file(tensors, scratch, metadata={**metadata, "format": marked})
         with open(scratch, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(scratch, 0o666 & ~_umask())  # safetensors lets only the owner read it
         os.replace(scratch, path)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def read(path: Path, form: str = FORMAT) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from knowedit_kernels._arguments import need_tensors
 from knowedit_kernels._memory import overlaps
 
 PRECISIONS = {
@@ -34,13 +35,13 @@ def check_keys(
     Raises ValueError for a wrong shape, TypeError for keys that are not floating point or a mask
     that is not bool.
     """
-    if (
-        not isinstance(keys, torch.Tensor)
-        or not keys.is_floating_point()
-        or keys.element_size() < 2
-    ):
-        kind = keys.dtype if isinstance(keys, torch.Tensor) else type(keys).__name__
-        raise TypeError(f"keys must be a float64, float32, float16 or bfloat16 tensor, not {kind}")
+    need_tensors(keys=keys)
+    if not keys.is_floating_point() or keys.element_size() < 2:
+        raise TypeError(
+            f"keys must be a float64, float32, float16 or bfloat16 tensor, not {keys.dtype}"
+        )
+    if mask is not None:
+        need_tensors(mask=mask)
     if keys.dim() == 0 or keys.shape[-1] != dim:
         raise ValueError(
             f"keys has shape {list(keys.shape)}; its last dimension must be {dim}, the moment's"
@@ -87,6 +88,7 @@ def second_moment_(
     Raises ValueError or TypeError for a wrong shape, dtype or device.
     """
     check_precision(precision)
+    need_tensors(c=c)
     if c.dtype != torch.float64 or c.dim() != 2 or c.shape[0] != c.shape[1]:
         raise ValueError(f"c must be a square float64 matrix, not {c.dtype} {list(c.shape)}")
     if overlaps(c):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from knowedit_kernels import _modes
+from knowedit_kernels._arguments import need_tensors, open_device, whole_number
 from knowedit_kernels.moments import audit as _audit
 from knowedit_kernels.moments import files, triangle
 from knowedit_kernels.moments.functional import check_keys, check_precision
@@ -44,13 +45,11 @@ class GroupedSecondMoment:
         device: torch.device | str = "cpu",
         precision: str = "exact",
     ) -> None:
-        if groups < 1 or dim < 1:
-            raise ValueError(f"groups={groups} and dim={dim} must be at least 1")
+        groups, dim = whole_number("groups", groups), whole_number("dim", dim)
         if storage not in STORAGE:
             raise ValueError(f"storage={storage!r} is unknown; choose one of: {', '.join(STORAGE)}")
         self.groups, self.dim, self.storage = groups, dim, storage
-        self.precision = check_precision(precision)
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self.precision, self.device = check_precision(precision), open_device(device)
         width = triangle.size(dim)
         self._lower = torch.zeros(groups, width, dtype=STORAGE[storage], device=self.device)
         self._sums = torch.zeros(groups, 1 + _audit.PROBES, dtype=torch.float64, device=self.device)
@@ -58,6 +57,12 @@ class GroupedSecondMoment:
         self._whole = True  # False: a launch failed, and what `_lower` holds is unknown
         self._signs = _audit.signs(dim, self.device)
         self._log = Log(groups, dim, capacity_of(groups, dim, self.device))
+
+    def __repr__(self) -> str:
+        return (
+            f"GroupedSecondMoment(groups={self.groups}, dim={self.dim}, count={self.count}, "
+            f"precision={self.precision!r}, device={str(self.device)!r})"
+        )
 
     @property
     def counts(self) -> torch.Tensor:
@@ -90,6 +95,8 @@ class GroupedSecondMoment:
         refused update leaves the state as it was.
         """
         check_whole(self._whole)
+        named = {"counts": counts, "offsets": offsets, "index": index, "weights": weights}
+        need_tensors(rows=rows, **{name: x for name, x in named.items() if x is not None})
         if rows.device != self.device:
             raise ValueError(
                 f"rows are on {rows.device}, the moment is on {self.device}: move the rows there"
@@ -237,7 +244,15 @@ class GroupedSecondMoment:
 
     @_modes.lasting
     def merge(self, other: GroupedSecondMoment) -> GroupedSecondMoment:
-        """Adds what `other` has seen (other keeps it). Raises ValueError if the sizes differ."""
+        """Adds what `other` has seen (other keeps it).
+
+        Raises TypeError if that is no such moment, ValueError if the sizes differ or it is this
+        one.
+        """
+        if not isinstance(other, GroupedSecondMoment):
+            raise TypeError(f"merge takes another GroupedSecondMoment, not {type(other).__name__}")
+        if other is self:
+            raise ValueError("a moment cannot be merged with itself: its rows would count twice")
         if (other.groups, other.dim) != (self.groups, self.dim):
             raise ValueError(
                 f"cannot merge moments of {other.groups} groups of dimension {other.dim} and of "

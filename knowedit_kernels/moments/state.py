@@ -13,6 +13,7 @@ import torch
 
 from knowedit_kernels import _modes
 from knowedit_kernels import _ops as _ops  # defines the ops
+from knowedit_kernels._arguments import need_tensors, open_device, whole_number
 from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.moments import audit as _audit
 from knowedit_kernels.moments import files
@@ -65,10 +66,8 @@ class SecondMoment:
     def __init__(
         self, dim: int, *, device: torch.device | str = "cpu", precision: str = "exact"
     ) -> None:
-        if dim < 1:
-            raise ValueError(f"dim={dim} must be at least 1")
-        self.dim, self.precision = dim, check_precision(precision)
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self.dim = dim = whole_number("dim", dim)
+        self.precision, self.device = check_precision(precision), open_device(device)
         self.count = 0
         self._lower = torch.zeros(dim, dim, dtype=torch.float64, device=self.device)
         self._sums = torch.zeros(1 + _audit.PROBES, dtype=torch.float64, device=self.device)
@@ -79,6 +78,12 @@ class SecondMoment:
         self._whole = True  # False: a launch failed, and what `_lower` holds is unknown
         self._turn = torch.zeros((), device=self.device)  # see `moment_update_` in `_ops`
         self._be_found()
+
+    def __repr__(self) -> str:
+        return (
+            f"SecondMoment(dim={self.dim}, count={self.count}, precision={self.precision!r}, "
+            f"device={str(self.device)!r})"
+        )
 
     def _be_found(self) -> None:
         self._number = next(_NUMBERS)
@@ -220,9 +225,15 @@ class SecondMoment:
 
     @_modes.lasting
     def merge(self, other: SecondMoment) -> SecondMoment:
-        """Adds what `other` has seen (other stays as it is). Raises ValueError if the dimensions
-        differ.
+        """Adds what `other` has seen (other stays as it is).
+
+        Raises TypeError if that is no moment, ValueError if the dimensions differ or it is this
+        one, whose tokens would count twice.
         """
+        if not isinstance(other, SecondMoment):
+            raise TypeError(f"merge takes another SecondMoment, not {type(other).__name__}")
+        if other is self:
+            raise ValueError("a moment cannot be merged with itself: its tokens would count twice")
         if other.dim != self.dim:
             raise ValueError(f"cannot merge moments of dimension {other.dim} and {self.dim}")
         self._lower += other.sum().to(self.device)
@@ -322,12 +333,10 @@ def update_together(
         raise ValueError("the same SecondMoment occurs twice; give every layer its own")
     if len(moments) != len(keys):
         raise ValueError(f"{len(moments)} moments, but keys of {len(keys)} layers")
-    for given in keys:
-        if not isinstance(given, torch.Tensor):  # the operator would only say what it is called
-            raise TypeError(
-                f"keys must be a float64, float32, float16 or bfloat16 tensor, not "
-                f"{type(given).__name__}; torch.as_tensor makes one of an array or a list"
-            )
+    for given in keys:  # the operator would only say what it is called
+        need_tensors(keys=given)
+    if mask is not None:
+        need_tensors(mask=mask)
     torch.ops.knowedit.moment_update_(
         [moment._turn for moment in moments],
         list(keys),

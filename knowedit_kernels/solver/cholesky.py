@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from knowedit_kernels._arguments import need_tensors
 from knowedit_kernels._memory import fresh
 from knowedit_kernels._modes import lasting
 
@@ -28,6 +29,7 @@ def check_symmetric(C: Tensor, name: str) -> None:
     """Raise unless ``C`` is a finite, real, symmetric [m, m] matrix (asymmetry up to 1e-5 of the
     largest entry).
     """
+    need_tensors(**{name: C})
     if C.ndim != 2 or C.shape[0] != C.shape[1] or C.shape[0] == 0:
         raise ValueError(f"{name} must be a non-empty square matrix, got shape {tuple(C.shape)}")
     if C.dtype not in (torch.float32, torch.float64):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from knowedit_kernels._arguments import need_tensors
 from knowedit_kernels.solver.cholesky import factor_of_cosines
 from knowedit_kernels.solver.metrics import Metric
 
@@ -40,6 +41,11 @@ class EditSolver:
     def __init__(self, metric: Metric, K: Tensor, constraint: Constraint = "soft") -> None:
         if constraint not in ("soft", "equality"):
             raise ValueError(f"constraint must be 'soft' or 'equality', got {constraint!r}")
+        if not isinstance(metric, Metric):
+            raise TypeError(
+                f"metric must say what to preserve, as Covariance(C), NullSpace(C, ...) or "
+                f"Identity(dim) do, not {type(metric).__name__}"
+            )
         self.metric, self.constraint = metric, constraint
         self.K = metric.columns(K)
         self.A, self._B = _ReadIn.apply(self.K, metric, constraint)
@@ -138,7 +144,11 @@ class EditSolver:
         """dA / d log(weight) [n, m] = -(I - G) A, the weight scaling all of M (so: no history)."""
         return self.G @ self.A - self.A
 
+    def __repr__(self) -> str:
+        return f"EditSolver({self.metric!r}, edits={self.edits}, constraint={self.constraint!r})"
+
     def _residual(self, R: Tensor) -> Tensor:
+        need_tensors(residuals=R)
         if R.ndim != 2 or R.shape[1] != self.edits:
             raise ValueError(
                 f"residuals must have shape [d, {self.edits}], one column per edit, got "

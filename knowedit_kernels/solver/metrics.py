@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from knowedit_kernels._arguments import need_tensors, open_device, whole_number
 from knowedit_kernels._modes import lasting
 from knowedit_kernels.solver.cholesky import EquilibratedCholesky
 
@@ -28,6 +29,10 @@ class Metric(ABC):
 
     dim: int
     device: torch.device
+
+    def __repr__(self) -> str:
+        weight = f", weight={self.weight:.4g}" if isinstance(self, ScaledMetric) else ""
+        return f"{type(self).__name__}(dim={self.dim}{weight}, device={str(self.device)!r})"
 
     @abstractmethod
     def whiten(self, X: Tensor) -> Tensor:
@@ -63,6 +68,7 @@ class Metric(ABC):
         """``X`` as float64 columns on this metric's device; raises ValueError with the remedy on a
         wrong shape.
         """
+        need_tensors(**{name: X})
         if X.ndim != 2 or X.shape[0] != self.dim:
             hint = (
                 " (one column per edit: transpose it)"
@@ -80,7 +86,7 @@ class ScaledMetric(Metric):
 
     def __init__(self, dim: int, weight: float, device: torch.device | str | None = None) -> None:
         self.dim = dim
-        self.device = torch.device(device if device is not None else "cpu")
+        self.device = open_device(device if device is not None else "cpu")
         self.weight = _positive(weight, "weight")
 
     def with_weight(self: _M, weight: float) -> _M:
@@ -107,9 +113,7 @@ class Identity(ScaledMetric):
     def __init__(
         self, dim: int, weight: float = 1.0, device: torch.device | str | None = None
     ) -> None:
-        if dim < 1:
-            raise ValueError(f"dim must be positive, got {dim}")
-        super().__init__(dim, weight, device)
+        super().__init__(whole_number("dim", dim), weight, device)
 
     def _whiten(self, X: Tensor) -> Tensor:
         return X
@@ -254,6 +258,7 @@ def weight_for_gain(metric: Metric, K: Tensor, gain: float = 0.98) -> float:
         raise ValueError(
             f"gain must lie strictly between 0 and 1, got {gain} (for 1: constraint='equality')"
         )
+    need_tensors(keys=K)
     if K.ndim == 2 and K.shape[1] == 0:
         raise ValueError("weight_for_gain needs at least one key")
     s = float(metric.with_weight(1.0).quadratic(K).mean())
@@ -271,6 +276,7 @@ def _positive(value: float, name: str) -> float:
 
 
 def _mean_diagonal(C: Tensor) -> float:
+    need_tensors(covariance=C)
     if C.ndim != 2:
         raise ValueError(f"covariance must be a square matrix, got shape {tuple(C.shape)}")
     return float(C.diagonal().double().mean())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels import _ops
+from knowedit_kernels._arguments import need_tensors
 
 
 class TargetLoss(NamedTuple):
@@ -90,6 +91,12 @@ def _check(
     bias: Tensor | None,
     softcap: float | None,
 ) -> None:
+    optional = {"targets": targets, "reference": reference, "ref_hidden": ref_hidden, "bias": bias}
+    need_tensors(
+        hidden=hidden,
+        head_weight=weight,
+        **{name: x for name, x in optional.items() if x is not None},
+    )
     if (
         hidden.ndim != 2
         or weight.ndim != 2
