@@ -297,6 +297,10 @@ class SecondMoment:
         return moment.load_state_dict(state)
 
 
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def _complaint(keys: torch.Tensor, mask: torch.Tensor | None, limit: float) -> str:
     """Says which kept token of `keys` [..., dim] is the first that cannot be summed, and what to
     do.
@@ -310,14 +314,14 @@ def _complaint(keys: torch.Tensor, mask: torch.Tensor | None, limit: float) -> s
         )
     channels = (~keys[tuple(where[0])].isfinite()).nonzero().squeeze(1).tolist()
     what = (
-        f"is NaN or infinite in {len(channels)} channels (first: {channels[0]})"
+        f"is NaN or infinite in {_number(len(channels), 'channel')} (first: {channels[0]})"
         if channels
         else "is too large"
     )
+    first, such = ", ".join(map(str, where[0].tolist())), _number(len(where), "such token")
     return (
-        f"keys[{', '.join(map(str, where[0].tolist()))}] {what}; {len(where)} such tokens in this "
-        "batch, of which "
-        "nothing was added. Mask them out, or run the model in a wider dtype"
+        f"keys[{first}] {what}; {such} in this batch, of which nothing was added. Mask them out, "
+        "or run the model in a wider dtype"
     )
 
 

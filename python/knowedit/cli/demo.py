@@ -19,6 +19,7 @@ from knowedit.evaluation.measures.drift import Drift
 from knowedit.evaluation.subjects.same_subject import contains
 from knowedit.facts import sets as datasets
 from knowedit.facts.fact import Fact
+from knowedit.io.lines import named
 from knowedit.io.tables import Table, figure
 from knowedit.methods.base import Method
 from knowedit.models.editable import EditableModel
@@ -209,7 +210,8 @@ def demonstrate(
     statistics = None
     if layers:
         statistics = key_statistics(model, layers, corpus, tokens, seed=seed)
-        say(f"key statistics of layers {statistics.layers}: {tokens:,} tokens of {corpus!r}")
+        which = named("layer", statistics.layers)
+        say(f"key statistics of {which}: {tokens:,} tokens of {corpus!r}")
     before, original = continuations(model, facts), weights_fingerprint(model.hf)
     asked = Interview(model, facts)
     edit = method.compute(model, facts, statistics)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from knowedit.io.files import cache_dir, leftovers, size_of
+from knowedit.io.lines import named, number_of
 from knowedit.io.versions import software_versions
 from knowedit.models.calibration import sinks_of
 from knowedit.models.editable import EditableModel
@@ -76,13 +77,13 @@ def _experts(loaded: EditableModel) -> dict[str, str]:
     """How many experts the layers have; nothing for a model without any."""
     of_layers = [loaded.layout.experts(layer) for layer in loaded.layout.editable]
     kinds = [f"{e.count} of size {e.width}, {e.top_k} a token" for e in of_layers if e]
-    found = {kind: f"{kind} ({kinds.count(kind)} layers)" for kind in kinds}
+    found = {kind: f"{kind} ({number_of(kinds.count(kind), 'layer')})" for kind in kinds}
     return {"routed experts": "; ".join(found.values())} if found else {}
 
 
 def _model(loaded: EditableModel) -> dict[str, Any]:
     preset = preset_for(loaded)
-    sinks = ", ".join(map(str, sinks_of(loaded).layers))
+    sinks = sinks_of(loaded).layers
     return {
         "name": loaded.name,
         "layers": len(loaded.layers),
@@ -94,7 +95,7 @@ def _model(loaded: EditableModel) -> dict[str, Any]:
         "reaches the stream": _streams(loaded),
         "logits": _logits(loaded),
         "fingerprint": loaded.fingerprint,
-        "attention sinks": f"layers {sinks}" if sinks else "none",
+        "attention sinks": named("layer", sinks) if sinks else "none",
         "default layers": f"{list(preset.layers)} ({preset.origin})",
     }
 
@@ -105,7 +106,7 @@ def _streams(loaded: EditableModel) -> str:
         f"x {stream.factor:.4g}" if stream.kind == "factor" else _STREAMS[stream.kind]
         for stream in map(loaded.layout.stream, loaded.layout.editable)
     )
-    return "; ".join(f"{how} ({count} layers)" for how, count in found.items())
+    return "; ".join(f"{how} ({number_of(count, 'layer')})" for how, count in found.items())
 
 
 def _logits(loaded: EditableModel) -> str:

@@ -16,6 +16,7 @@ from knowedit.cli.commands import App, Group
 from knowedit.cli.generated import SETTINGS, command
 from knowedit.cli.options import Layers, Loading, Model, Output, Run, hush, one, parse_layers, say
 from knowedit.errors import StatisticsError
+from knowedit.io.lines import named
 from knowedit.io.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -222,10 +223,9 @@ def _in_brief(path: Path) -> dict[str, Any]:
 
 
 def _listed(row: dict[str, Any]) -> str:
-    layers = ", ".join(map(str, row["layers"]))
     return (
-        f"{row['model']}  layers {layers}  {row['tokens']:,} tokens of {row['corpus']}  "
-        f"{row['bytes'] / 1e6:.0f} MB\n  {row['folder']}"
+        f"{row['model']}  {named('layer', row['layers'])}  {row['tokens']:,} tokens of "
+        f"{row['corpus']}  {row['bytes'] / 1e6:.0f} MB\n  {row['folder']}"
     )
 
 

@@ -16,6 +16,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import read_record, record_of
 from knowedit.edits.journal import edits_in
 from knowedit.errors import EditError
+from knowedit.io.lines import number_of
 from knowedit.io.progress import bar
 from knowedit.io.tables import Column, Table
 from knowedit.models.checkpoint import Checkpoint
@@ -138,7 +139,7 @@ def _of_folders(base: Checkpoint, other: Checkpoint) -> ModelDiff:
                 dtypes[pair] = dtypes.get(pair, 0) + 1
             if found := compare(name, before, after):
                 weights.append(found)
-    notes += [f"{count} weights are stored as {pair}" for pair, count in dtypes.items()]
+    notes += [f"{number_of(count, 'weight')} stored as {pair}" for pair, count in dtypes.items()]
     return ModelDiff(base.name, other.name, len(common), weights, notes, _recorded(other.folder))
 
 

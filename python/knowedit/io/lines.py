@@ -7,7 +7,7 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -36,6 +36,12 @@ def _spelled(code: int) -> str:
 def number_of(count: int, what: str) -> str:
     """`1 fact`, `2 facts`, `1,000 facts`."""
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def named(what: str, which: Iterable[object]) -> str:
+    """`layer 5`, `layers 4, 5`."""
+    names = [str(one) for one in which]
+    return f"{what}{'s' * (len(names) != 1)} {', '.join(names)}"
 
 
 def open_bytes(path: Path) -> BinaryIO:

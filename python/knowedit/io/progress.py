@@ -4,8 +4,11 @@ long. All of it goes to standard error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Protocol
@@ -14,11 +17,13 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 from knowedit.io.lines import printable
 
@@ -33,9 +38,78 @@ _open: list[str] = []  # titles of the bars that the terminal shows
 
 
 class Advance(Protocol):
-    """Moves a bar on by `amount`, and shows `note` behind it until another one is given."""
+    """Moves a bar on."""
 
-    def __call__(self, amount: float = 1, note: str | None = None) -> None: ...
+    def __call__(self, amount: float = 1, note: str | None = None) -> None:
+        """By `amount`; `note` is shown behind it until another one is given."""
+
+    def within(self, share: float, block: float) -> None:
+        """The bar moves on by blocks of about `block`, and this share of the next one is done: what
+        is left is a whole number of blocks less that. The next call says how much it came to.
+        """
+
+
+class Within(Protocol):
+    """Told by work that comes in blocks what share of one is done, and how large a block is."""
+
+    def __call__(self, share: float, block: float) -> None: ...
+
+
+@dataclass
+class _Reach:
+    """How far something is.
+
+    Attributes:
+        before: what an earlier run did; done: what is finished, that included.
+        ahead: what of the block that is under way is done already; block: its size, if known.
+    """
+
+    total: float
+    done: float
+    begun: float
+    before: float = 0.0
+    ahead: float = 0.0
+    block: float | None = None
+
+    def __post_init__(self) -> None:
+        self.before = self.done
+
+    def advance(self, amount: float) -> None:
+        self.done, self.ahead = self.done + amount, max(self.ahead - amount, 0.0)
+
+    def within(self, share: float, block: float) -> None:
+        self.ahead, self.block = share * block, block
+
+    @property
+    def shown(self) -> float:
+        """What is done, as far as it was asked for."""
+        return min(self.done + self.ahead, max(self.total, self.done))
+
+    @property
+    def moved(self) -> bool:
+        """Is there anything yet that says how fast it goes?"""
+        return self.done + self.ahead > self.before
+
+    def seconds_left(self, now: float) -> float:
+        """At the speed so far; the last block takes as long as the others."""
+        left = self.total - self.done
+        if self.block:
+            left = max(math.ceil(left / self.block) * self.block - self.ahead, 0.0)
+        return (now - self.begun) * left / (self.done + self.ahead - self.before)
+
+
+class _Left(ProgressColumn):
+    """The time left on a terminal."""
+
+    def __init__(self, reach: _Reach) -> None:
+        super().__init__()
+        self.reach = reach
+
+    def render(self, task: Task) -> Text:
+        if not self.reach.moved or task.finished:
+            return Text("0:00:00" if task.finished else "-:--:--", style="progress.remaining")
+        seconds = math.ceil(self.reach.seconds_left(monotonic()))
+        return Text(str(timedelta(seconds=seconds)), style="progress.remaining")
 
 
 @contextmanager
@@ -50,13 +124,14 @@ def bar(
         show: False shows nothing; a terminal shows one bar at a time, the outermost.
     """
     if not console.is_terminal:
-        lines = _Lines(title, total, unit, done, show)
+        lines = _Lines(title, unit, _Reach(total, done, monotonic()), show)
         try:
-            yield lines.advance
+            yield lines
         finally:
             lines.over.set()
         lines.end()
         return
+    reach = _Reach(total, done, monotonic())
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -64,22 +139,12 @@ def bar(
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(reach),
         TextColumn("{task.fields[note]}"),
     )
     show = show and not _open
     with _counted(title, show), Progress(*columns, console=console, disable=not show) as progress:
-        task = progress.add_task(title, total=total, completed=int(done), note="")
-
-        def advance(amount: float = 1, note: str | None = None) -> None:
-            nonlocal done
-            done += amount
-            _tell(title, done, total)
-            progress.update(task, advance=amount)
-            if note is not None:
-                progress.update(task, note=note)
-
-        yield advance
+        yield _Bar(title, reach, progress)
 
 
 @contextmanager
@@ -95,13 +160,34 @@ def _counted(title: str, show: bool) -> Iterator[None]:
         _open.remove(title)
 
 
+class _Bar:
+    """A bar on a terminal."""
+
+    def __init__(self, title: str, reach: _Reach, progress: Progress) -> None:
+        self.title, self.reach, self.progress = title, reach, progress
+        self.task = progress.add_task(title, total=reach.total, completed=int(reach.done), note="")
+
+    def __call__(self, amount: float = 1, note: str | None = None) -> None:
+        self.reach.advance(amount)
+        if note is not None:
+            self.progress.update(self.task, note=note)
+        self._show()
+
+    def within(self, share: float, block: float) -> None:
+        self.reach.within(share, block)
+        self._show()
+
+    def _show(self) -> None:
+        self.progress.update(self.task, completed=self.reach.shown)
+        _tell(self.title, self.reach.shown, self.reach.total)
+
+
 class _Lines:
     """The lines of one bar where there is no terminal."""
 
-    def __init__(self, title: str, total: float, unit: str, done: float, show: bool) -> None:
-        self.title, self.total, self.unit, self.show = title, total, unit, show
-        self.before, self.done, self.begun = done, done, monotonic()
-        self.due, self.lines, self.note = self.begun + FIRST, 0, ""
+    def __init__(self, title: str, unit: str, reach: _Reach, show: bool) -> None:
+        self.title, self.unit, self.reach, self.show = title, unit, reach, show
+        self.due, self.lines, self.note = reach.begun + FIRST, 0, ""
         self.turn, self.over = Lock(), Event()
         if show:
             Thread(target=self._watch, daemon=True).start()
@@ -113,10 +199,17 @@ class _Lines:
             self._say_how_far(waited_since=known)
             known = self.lines
 
-    def advance(self, amount: float = 1, note: str | None = None) -> None:
-        self.done += amount
+    def __call__(self, amount: float = 1, note: str | None = None) -> None:
+        self.reach.advance(amount)
         self.note = note or ""
-        _tell(self.title, self.done, self.total)
+        self._tell()
+
+    def within(self, share: float, block: float) -> None:
+        self.reach.within(share, block)
+        self._tell()
+
+    def _tell(self) -> None:
+        _tell(self.title, self.reach.shown, self.reach.total)
         self._say_how_far()
 
     def _say_how_far(self, waited_since: int | None = None) -> None:
@@ -126,27 +219,27 @@ class _Lines:
         with self.turn:
             now = monotonic()
             if waited_since is None:
-                due = now >= self.due and self.done > self.before
+                due = now >= self.due and self.reach.moved
             else:
                 due = self.lines == waited_since
-            if due and not self.over.is_set() and self.done < self.total:
+            if due and not self.over.is_set() and self.reach.done < self.reach.total:
                 self._say(self._how_far(now, first=not self.lines))
                 self.due, self.lines = now + EVERY, self.lines + 1
 
     def _how_far(self, now: float, first: bool) -> str:
-        parts = 0 if self.total >= 100 or float(self.done).is_integer() else 1
-        some = f"{self.done:,.{parts}f} of {self.total:,.0f} {self.unit}".rstrip()
-        if self.done > self.before:
-            left = (now - self.begun) * (self.total - self.done) / (self.done - self.before)
+        reach = self.reach
+        parts = 0 if reach.total >= 100 or float(reach.shown).is_integer() else 1
+        some = f"{reach.shown:,.{parts}f} of {reach.total:,.0f} {self.unit}".rstrip()
+        if reach.moved:
             behind = f", {self.note}" if self.note else ""
-            return f"{some}{behind}, about {_time(left)} left"
+            return f"{some}{behind}, about {_time(reach.seconds_left(now))} left"
         if first:
-            return f"{self.total - self.done:,.0f} {self.unit} to do" if self.unit else "begun"
-        return f"{some} after {_time(now - self.begun)}" if self.unit else "not done yet"
+            return f"{reach.total - reach.done:,.0f} {self.unit} to do" if self.unit else "begun"
+        return f"{some} after {_time(now - reach.begun)}" if self.unit else "not done yet"
 
     def end(self) -> None:
         if self.lines:
-            self._say(f"done in {_time(monotonic() - self.begun)}")
+            self._say(f"done in {_time(monotonic() - self.reach.begun)}")
 
     def _say(self, text: str) -> None:
         if self.show:

@@ -72,6 +72,16 @@ class Method(Config):
         edit = self._compute(model, facts, statistics, history, progress)
         return self.recorded(edit, model, statistics)
 
+    def check_together(self, model: EditableModel, facts: Sequence[Fact]) -> None:
+        """Raise EditError where one edit of these facts would be refused for their number or their
+        subjects: what can be known before anything is collected or optimised.
+        """
+
+    def read_ahead(self, model: EditableModel, progress: bool = True) -> None:
+        """Have what the model samples for the method once, and keeps: it is no part of the time
+        that an edit takes.
+        """
+
     @abstractmethod
     def _compute(
         self,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from knowedit.errors import EditError, ModelError
+from knowedit.io.progress import Within
 from knowedit.models import beside, generation, partial
 from knowedit.models.evaluating import evaluating
 from knowedit.models.experts import Routed, WideProjection, as_keys, split_name
@@ -608,12 +609,18 @@ class EditableModel:
         )
 
     def samples(
-        self, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128
+        self,
+        seed: int = 0,
+        start: int = 0,
+        *,
+        batch: int = 64,
+        length: int = 128,
+        within: Within | None = None,
     ) -> Iterator[str]:
         """Endless texts sampled from the model itself; document `n` depends on `seed` and `n`
-        only. Kept in the cache (`models.samples`).
+        only. Kept in the cache (`models.samples`). `within`: as of `generation.samples`.
         """
-        return samples(self, seed, start, batch=batch, length=length)
+        return samples(self, seed, start, batch=batch, length=length, within=within)
 
     def virtual(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
         """Run as if weights had low-rank changes, which no weight gets; see `partial.virtual`."""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from knowedit.errors import ModelError
+from knowedit.io.progress import Within
 from knowedit.io.ranks import team
 from knowedit.models.tokens import batches, start_tokens
 
@@ -222,12 +223,21 @@ def continuations(
 
 
 def samples(
-    model: EditableModel, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128
+    model: EditableModel,
+    seed: int = 0,
+    start: int = 0,
+    *,
+    batch: int = 64,
+    length: int = 128,
+    within: Within | None = None,
 ) -> Iterator[str]:
     """Endless texts sampled from the model itself (temperature 1, no truncation of the
     distribution).
 
     Document `n` depends on `seed` and `n` only, so a run can go on at `start`.
+
+    Args:
+        within: told after every token how much of a batch is done, and its size in tokens.
 
     Raises:
         ModelError: the tokenizer has no token that starts or ends a text.
@@ -245,7 +255,7 @@ def samples(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                logits_processor=_watched(model),
+                logits_processor=_watched(model, within and partial(_within, within, ids, length)),
                 max_new_tokens=length - len(begin),
                 pad_token_id=pad if pad is not None else begin[-1],
             )
@@ -283,11 +293,19 @@ def _generating(model: EditableModel, as_configured: bool = False) -> Iterator[N
             model.hf.generation_config = own
 
 
-def _watched(model: EditableModel) -> Any:
-    """What transformers passes the logits of every step through."""
+def _watched(model: EditableModel, told: Any = None) -> Any:
+    """What transformers passes the logits of every step through; `told` sees them, too."""
     from transformers import LogitsProcessorList
 
-    return LogitsProcessorList([partial(_numbers, model.name)])
+    watchers = [partial(_numbers, model.name), told]
+    return LogitsProcessorList([watcher for watcher in watchers if watcher is not None])
+
+
+def _within(within: Within, begun: Tensor, length: int, ids: Tensor, logits: Tensor) -> Tensor:
+    """Say how far a batch of rows `begun` is, of which each may get `length` tokens."""
+    rows, before = begun.shape
+    within((ids.shape[1] - before) / (length - before), rows * length)
+    return logits
 
 
 def _numbers(name: str, ids: Tensor, logits: Tensor) -> Tensor:

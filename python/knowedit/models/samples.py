@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knowedit.io.files import atomic_file, cache_dir, trim
+from knowedit.io.progress import Within
 from knowedit.models import generation
 
 if TYPE_CHECKING:
@@ -26,18 +27,25 @@ KEPT = 256 << 20  # bytes of samples to keep: about 500 million tokens
 
 
 def samples(
-    model: EditableModel, seed: int = 0, start: int = 0, *, batch: int = 64, length: int = 128
+    model: EditableModel,
+    seed: int = 0,
+    start: int = 0,
+    *,
+    batch: int = 64,
+    length: int = 128,
+    within: Within | None = None,
 ) -> Iterator[str]:
     """The texts of `generation.samples`, from the cache where they were sampled before. What an
     edited model says is not kept.
     """
+    size = {"batch": batch, "length": length}
     plain = not model.ledger.active and model.router is None
     folder = _folder(model, batch, length) if plain else None
     for number in itertools.count(start // batch):
         file = None if folder is None else folder / f"{seed}-{number}.json.gz"
         texts = None if file is None else _read(file, batch)
         if texts is None:
-            fresh = generation.samples(model, seed, number * batch, batch=batch, length=length)
+            fresh = generation.samples(model, seed, number * batch, **size, within=within)
             texts = list(itertools.islice(fresh, batch))
             if file is not None:
                 _write(file, texts)

@@ -26,6 +26,7 @@ from typing import Any
 
 from knowedit.errors import StatisticsError, Terminated
 from knowedit.io.config import Config
+from knowedit.io.lines import named
 from knowedit.io.ranges import Count, NotNegative
 from knowedit.io.ranks import Ranks
 from knowedit.models.editable import EditableModel
@@ -111,7 +112,7 @@ class Collection:
                 checkpoint.
         """
         self._resume()
-        title = f"key statistics, layers {', '.join(map(str, self.layers))}"
+        title = f"key statistics, {named('layer', self.layers)}"
         show = self.settings.progress and self.ranks.rank == 0
         worker = (
             self.recipe.tokens >= WORTH_A_WORKER
@@ -131,6 +132,8 @@ class Collection:
             self._saving_on_interrupt(),
             self._noting_signals(),
         ):
+            if self.corpus.is_self:  # sampling takes longer than summing: it moves the bar, too
+                reader.samples = partial(self.model.samples, within=meter.within)
             rounds = Rounds(source, self.ranks, self.recipe.tokens)
             if state.count < self.recipe.tokens and not state.converged:
                 self._announce(rounds)

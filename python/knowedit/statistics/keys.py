@@ -29,6 +29,7 @@ from torch import Tensor
 
 from knowedit.errors import CorpusError, StatisticsError
 from knowedit.io.files import cache_dir
+from knowedit.io.lines import named
 from knowedit.io.ranks import Ranks
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import difference
@@ -95,7 +96,7 @@ class KeyStatistics:
             return "KeyStatistics(no layers)"
         found = self._layers[self.layers[0]]
         return (
-            f"KeyStatistics(layers {', '.join(map(str, self.layers))} of {found.model}, "
+            f"KeyStatistics({named('layer', self.layers)} of {found.model}, "
             f"{found.count:,} tokens of {found.recipe.corpus.get('name')}, "
             f"{found.total.shape[-1]} keys a layer"
             f"{f' and expert ({len(found.counts)} experts)' if found.counts else ''})"

@@ -40,6 +40,10 @@ class Meter:
             self._written = now
             self.write("progress")
 
+    def within(self, share: float, block: float) -> None:
+        """That share of the next `block` tokens is there to be summed (see `Advance`)."""
+        self._advance.within(share, block)
+
     def on_check(self, errors: dict[str, float]) -> None:
         """Relative errors estimated from the tokens so far: `{"solve": 0.1, "null_space": 0.2}`."""
         self.convergence = errors

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from knowedit.errors import CorpusError
-from knowedit.io.lines import kind, number_of, read_lines
+from knowedit.io.lines import kind, named, number_of, read_lines
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,8 @@ def test_errors_name_file_line_and_byte(tmp_path):
 def test_one_is_no_plural():
     told = [number_of(count, "fact") for count in (0, 1, 2, 1000)]
     assert told == ["0 facts", "1 fact", "2 facts", "1,000 facts"]
+
+
+def test_names_in_a_row_have_their_number():
+    assert named("layer", [5]) == "layer 5"
+    assert named("layer", (4, 5)) == "layers 4, 5" and named("layer", []) == "layers "

@@ -162,3 +162,37 @@ def test_listeners_hear_what_gets_on_shown_or_not(monkeypatch, terminal):
     with progress.bar("later", 1) as advance:
         advance()
     assert heard == [("keys", 4, 10), ("keys", 10, 10)]
+
+
+def test_a_block_that_is_under_way_moves_the_bar(elsewhere):
+    out, clock = elsewhere
+    heard = []
+    with (
+        progress.heard_by(lambda title, done, total: heard.append(done)),
+        progress.bar("sampling", 30_000, "tokens") as advance,
+    ):
+        for block in range(5):  # four of 7,500 tokens would do, but for a rest of 200
+            for step in range(10):
+                clock[0] += 6
+                advance.within((step + 1) / 10, 8_000)
+            advance(200 if block == 4 else 7_450)
+            assert heard[-1] <= 30_000
+    said = out.getvalue().splitlines()
+    # 60 s a block: at first it is four of 8,000 less a tenth
+    assert said[0] == "sampling: 800 of 30,000 tokens, about 4 min left"
+    assert said[2] == "sampling: 15,700 of 30,000 tokens, about 2 min left"
+    assert said[4] == "sampling: 30,000 of 30,000 tokens, about 58 s left"
+    assert said[5:] == ["sampling: done in 5 min"]
+    assert heard == sorted(heard), "it never goes back"
+
+
+def test_a_terminal_shows_the_block_that_is_under_way(monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    monkeypatch.setattr(progress, "console", console)
+    clock = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: clock[0])
+    with progress.bar("sampling", 1000, "tokens") as advance:
+        clock[0] += 30
+        advance.within(0.5, 500)
+    assert "250/1,000 tokens" in out.getvalue() and "0:01:30" in out.getvalue()

@@ -411,7 +411,7 @@ def test_where_neurons_run_out(tiny_llama, corpus, monkeypatch):
     """Said before a value is optimised, with what helps."""
     many = [Fact("{} likes", f"Bo {number}", "tea") for number in range(9)]
     monkeypatch.setattr(neuron_patch, "optimise_values", None)
-    with pytest.raises(EditError, match=r"9 subjects .* layers \[1\] hold .*: 6, .*more layers"):
+    with pytest.raises(EditError, match=r"9 subjects .* layer 1 hold .*: 6, .*more layers"):
         patch(corpus).compute(tiny_llama, many, progress=False)
     shared = patch(corpus, layers=(1, 2))._shared_out(tiny_llama, [[fact] for fact in many])
     assert {layer: len(part) for layer, part in shared.items()} == {1: 6, 2: 3}

@@ -78,3 +78,14 @@ def test_a_full_disk_costs_only_the_samples(tiny_llama, drawn, monkeypatch, capl
     monkeypatch.setattr("knowedit.models.samples.atomic_file", full)
     assert texts(tiny_llama, 4) == texts(tiny_llama, 4) and len(drawn) == 2 and not kept()
     assert "No space left" in caplog.text
+
+
+def test_sampling_says_after_every_token_how_far_it_is(tiny_llama, drawn):
+    told = []
+    texts(tiny_llama, 8, within=lambda share, block: told.append((share, block)))
+    assert {block for _, block in told} == {32} and len(told) <= 2 * 7
+    shares = [share for share, _ in told]
+    assert shares[0] == 0.0 and max(shares) < 1.0 and shares.count(0.0) == 2
+    told.clear()
+    texts(tiny_llama, 8, within=lambda share, block: told.append((share, block)))
+    assert not told  # they are kept

@@ -43,7 +43,7 @@ def test_ls_show_verify(knowedit, tmp_path):
     header = header_of(tmp_path / "ours" / "layer-001.safetensors")
     write_file(tmp_path / "ours" / "layer-003.safetensors", {}, {**header, "recipe": None})
     output = knowedit("ls", "ours", code=1)  # the sound one is listed all the same
-    assert "owner/tiny  layers 1  4,000 tokens of corpus.txt" in output
+    assert "owner/tiny  layer 1  4,000 tokens of corpus.txt" in output
     assert "error: 2 of 3 files cannot be read: ours/layer-002.safetensors, ours/layer-0" in output
     assert "delete it and collect again" in output
     assert "no such file" in knowedit("show", "nowhere", code=1)

@@ -33,6 +33,7 @@ from knowedit.evaluation.intervals import Estimate
 from knowedit.facts.fact import Fact
 from knowedit.facts.wordings.forms import Form, held_out_forms
 from knowedit.io.config import Config
+from knowedit.io.lines import named
 from knowedit.io.ranges import Share
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime
@@ -195,8 +196,8 @@ def geometry(
     statistics.check(model, layers)
     if routed := [layer for layer in layers if model.layout.experts(layer) is not None]:
         raise EditError(
-            f"the geometry is that of one dense matrix, and layers {routed} of {model.name} have "
-            "routed experts; choose dense layers"
+            f"the geometry is that of one dense matrix, and {model.name} has "
+            f"routed experts at {named('layer', routed)}; choose dense layers"
         )
     values = values or HiddenState().resolved(preset_for(model), Runtime())
     usable = [[f for f in g if model.row(f.prompt, f.subject).subject != 0] for g in groups]

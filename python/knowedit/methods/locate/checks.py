@@ -11,7 +11,7 @@ from knowedit.edits.changes import relative_norms
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
-from knowedit.io.lines import number_of
+from knowedit.io.lines import named, number_of
 from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.values import Targets, prompt_rows
 from knowedit.models.calibration import sinks_of
@@ -68,7 +68,7 @@ def origin_warnings(model: EditableModel, preset: Preset, layers: Sequence[int])
     if preset.measured:
         return []
     return [
-        f"{model.name} is not calibrated: the layers {list(layers)} and value settings "
+        f"{model.name} is not calibrated: {named('layer', layers)} and the value settings "
         f"{_ORIGINS[preset.origin]}; `knowedit calibrate {model.source}` measures them"
     ]
 

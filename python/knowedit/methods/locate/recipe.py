@@ -20,6 +20,7 @@ from knowedit.edits.history import History, Place
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.io.config import fields_of
+from knowedit.io.lines import named
 from knowedit.methods.base import Method, Self, check_kinds
 from knowedit.methods.locate.checks import (
     first_token_warnings,
@@ -112,6 +113,10 @@ class Recipe(Method):
         model.check_layers(layers)
         return layers
 
+    def check_together(self, model: EditableModel, facts: Sequence[Fact]) -> None:
+        groups = group_by_subject(list(facts), self.merge_subjects)
+        self.spread.check(groups, self.statistics_layers(model))
+
     def _compute(
         self,
         model: EditableModel,
@@ -193,7 +198,7 @@ class Recipe(Method):
             statistics.check(model, layers)
         elif self.needs_statistics:
             raise EditError(
-                f"{self.name} needs key statistics of layers {list(layers)}: pass "
+                f"{self.name} needs key statistics of {named('layer', layers)}: pass "
                 "key_statistics(model, ...)"
             )
         facts = [fact for group in groups for fact in group]

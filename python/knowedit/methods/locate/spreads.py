@@ -72,7 +72,7 @@ class OneSubject(OneLayer):
         if len(groups) > 1:
             raise EditError(
                 f"ROME writes one subject at a time, got {len(groups)}; use MEMIT, or one edit for "
-                "each"
+                "each (of `knowedit eval`: --protocol single)"
             )
 
 

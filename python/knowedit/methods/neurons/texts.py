@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def windows(
 ) -> list[list[int]]:
     """About `tokens` tokens of the corpus in rows of at most `length`, each of which starts as the
     tokenizer starts a text; without documents that hold a token which the model does not embed.
+    The model samples many texts at once, and no more of them for the last hundredth.
 
     Raises:
         CorpusError: it cannot be read. EditError: it holds less than half of them.
@@ -40,19 +42,21 @@ def windows(
     left, length = tokens, min(length, model.max_length)
     start = start_tokens(model.tokenizer)
     source = Corpus.parse(corpus)
+    enough = tokens // 100 if source.is_self else 0
     if source.is_self and progress and not console.is_terminal:
         plain_line(
             f"taking {tokens:,} tokens of text from the model itself: sampled once, then kept"
         )
     with bar("texts not to change", tokens, "tokens", show=progress) as advance:
-        for text in source.documents(samples=model.samples, seed=seed):
+        samples = partial(model.samples, within=advance.within)
+        for text in source.documents(samples=samples, seed=seed):
             ids = model.tokenizer(text)["input_ids"][:left]
             if max(ids, default=0) >= model.vocabulary:
                 continue
             rows += cut(ids, length, start)
             left -= len(ids)
             advance(len(ids))
-            if left <= 0:
+            if left <= enough:
                 break
     if left > tokens // 2:
         raise EditError(

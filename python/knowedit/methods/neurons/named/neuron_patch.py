@@ -26,6 +26,7 @@ from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.facts.wordings.ordinary import openings, sentences
+from knowedit.io.lines import named
 from knowedit.io.progress import bar
 from knowedit.io.ranges import Count, NotNegative, Positive, Whole
 from knowedit.methods.base import Method, check_kinds
@@ -64,7 +65,7 @@ from knowedit.models.load import accepts_model
 from knowedit.models.presets import preset_for
 from knowedit.models.tokens import Row
 from knowedit.statistics import KeyStatistics
-from knowedit.statistics.corpus.corpus import CorpusLike
+from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit_kernels.lowrank import Change
 
 
@@ -122,6 +123,10 @@ class NeuronPatch(Method):
             record["target"] = HiddenState.of(numbers)
             record["runtime"] = Runtime(numbers.budget, numbers.draft)
         return record
+
+    def read_ahead(self, model: EditableModel, progress: bool = True) -> None:
+        if Corpus.parse(self.corpus).is_self:
+            windows(model, self.corpus, self.tokens, seed=self.seed, progress=progress)
 
     def _compute(
         self,
@@ -206,9 +211,9 @@ class NeuronPatch(Method):
         total = sum(rooms.values())
         if len(groups) > total:
             raise EditError(
-                f"{len(groups)} subjects are more than the neurons of layers {list(layers)} hold "
-                f"beside what is written there: {total}, a quarter of those that are free; name "
-                "more layers (layers=, --layer 6-12), or write fewer facts"
+                f"{len(groups)} subjects are more than the neurons of {named('layer', layers)} "
+                f"hold beside what is written there: {total}, a quarter of those that are free; "
+                "name more layers (layers=, --layer 6-12), or write fewer facts"
             )
         shares, left = dict.fromkeys(layers, 0), len(groups)
         for layer in sorted(layers, key=lambda layer: -rooms[layer]):
