@@ -149,6 +149,7 @@ def evaluate(
     from knowedit.evaluation.generation import read_references
     from knowedit.evaluation.protocols import measure
     from knowedit.evaluation.saved import measure_saved
+    from knowedit.report.run import comparison
 
     if references is not None and not generate:
         raise KnowEditError("--references are for what the model writes; give --generate N")
@@ -181,11 +182,12 @@ def evaluate(
             check_requirements([_record(told)], wanted)
             return
         found: list[dict[str, Any]] = []
+        methods = run.methods()
         with kept_on_interrupt(lambda: kept_so_far(output, len(found), "method")):
             for result in measure(
                 model,
                 dataset or "embedded",
-                run.methods(),
+                methods,
                 limit,
                 protocol,
                 one(run.corpus),
@@ -198,10 +200,13 @@ def evaluate(
             ):
                 found.append(_record(result))
                 text = _shown(result, output)
-                if not run.as_json:
+                again = isinstance(result, dict) and len(methods) > 1  # it has been printed before
+                if not run.as_json and not again:
                     print(printable(text), end="\n\n", flush=True)
         if run.as_json:
             print(json_text(found))
+        elif len(found) > 1:
+            print(printable(comparison(found)))
         check_requirements(found, wanted)
 
 

@@ -13,6 +13,7 @@ from knowedit.errors import ConfigError, KnowEditError
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import load
 from knowedit.io.files import is_safetensors
+from knowedit.io.lines import number_of
 from knowedit.io.tensors import format_of, read_file, understood
 from knowedit.methods.learned.mend import network as mend_network
 from knowedit.methods.learned.serac import memory as memory_edit
@@ -82,7 +83,17 @@ def _facts(path: Path, strict: bool) -> Seen:
     """A file of facts, whichever format it is of."""
     facts = load(str(path), strict=strict)
     subjects = len({fact.subject.casefold() for fact in facts})
-    lines = [f"facts: {len(facts)}, of {subjects} subjects", *map(_line, facts[:SHOWN])]
+    beside = {
+        "paraphrase": sum(len(fact.paraphrases) for fact in facts),
+        "neighbour": sum(len(fact.neighbours) for fact in facts),
+        "portability prompt": sum(len(fact.portability) for fact in facts),
+    }
+    asked = ", ".join(number_of(count, what) for what, count in beside.items() if count)
+    lines = [
+        f"facts: {len(facts):,}, of {number_of(subjects, 'subject')}; beside them "
+        f"{asked or 'no prompts: what else moves cannot be measured'}",
+        *map(_line, facts[:SHOWN]),
+    ]
     more = len(facts) - SHOWN
     lines += [f"  ... and {more} more"] if more > 0 else []
     return Seen("facts", "\n".join(lines), {"facts": [fact.to_dict() for fact in facts]})

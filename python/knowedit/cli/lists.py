@@ -34,10 +34,12 @@ def methods(
         return
     from knowedit.methods.registry import make_method
 
-    record = make_method(name).to_dict()
-    name = record["kind"]
+    method = make_method(name)
+    record = method.to_dict()
+    known = listed().get(record["kind"])
+    what = known.summary if known else (type(method).__doc__ or "").partition("\n\n")[0]
     settings = Table(["setting", Column("default", code=True)], list(_settings(record)))
-    output.show(record, lambda: f"{listed()[name].summary or name}\n{settings}")
+    output.show(record, lambda: f"{what or method.kind}\n{settings}")
 
 
 def _settings(record: dict[str, Any], path: str = "") -> list[tuple[str, str]]:

@@ -292,16 +292,27 @@ def report(
             help="A folder written by eval, same-subject, geometry, trace or study with -o."
         ),
     ],
+    tables: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="Also write each table into tables/ in the folder: csv (means and the ends of "
+            "their intervals in columns of their own), latex (with booktabs) or markdown.",
+        ),
+    ] = None,
     *,
     output: Output,
 ) -> None:
     """Tables and pictures of a folder of results, printed and as one self-contained page
     report.html in it.
     """
-    from knowedit.report.run import PAGE, text_of, write_report
+    from knowedit.report.run import PAGE, text_of, write_report, write_tables
 
     sections = write_report(folder)
+    files = [str(file) for file in write_tables(folder, sections, tables)] if tables else []
+    record = {"page": str(folder / PAGE), "sections": [one.to_dict() for one in sections]}
+    wrote = "".join(f"\nwrote {file}" for file in [str(folder / PAGE), *files])
     output.show(
-        {"page": str(folder / PAGE), "sections": [section.to_dict() for section in sections]},
-        lambda: f"{text_of(sections)}\n\nwrote {folder / PAGE}",
+        {**record, **({"tables": files} if files else {})},
+        lambda: f"{text_of(sections)}\n{wrote}",
     )

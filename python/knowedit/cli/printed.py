@@ -103,7 +103,7 @@ JSON: dict[str, tuple[Printed, ...]] = {
             when="with --dataset",
         ),
     ),
-    "report": (Printed("page, sections"),),
+    "report": (Printed("page, sections, [tables]"),),
     "stats collect": (
         Printed(
             "layer, module, tokens, trace, first_token_ratio, sink, audit, padding, batches, "

@@ -37,7 +37,7 @@ from knowedit.io.lines import number_of
 from knowedit.io.ranks import team
 from knowedit.io.tensors import understood
 from knowedit.methods.base import Method, statistics_for
-from knowedit.methods.registry import make_method
+from knowedit.methods.registry import made_by, make_method
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -215,6 +215,9 @@ def measure(
     }
     asked = unusual(options)
     missing = [method for method in made if method_key(method.to_dict()) not in kept]
+    for method in missing:  # not only when its turn comes
+        if (together := {"batch": facts, "sequential": facts[:batch]}.get(protocol)) is not None:
+            method.check_together(model, together)
     if missing:
         statistics = statistics_for(missing, model, corpus, tokens, where, scope.seed)
         baseline = scope.baseline(model, facts, tasks, whole=protocol != "single")
@@ -226,7 +229,9 @@ def measure(
             continue
         say(f"{place}: computing and measuring")
         told = run(baseline, statistics, method, protocol, dataset, batch=batch, every=every)
-        told = replace(told, run={**settings, "model": str(name), "asked": asked})
+        told = replace(
+            told, run={**settings, "model": str(name), "asked": asked, **made_by(method)}
+        )
         if folder is not None:
             add_to_run(folder, told)
         yield told
@@ -346,6 +351,7 @@ def run(
     check_protocol(protocol)
     if baseline.ability is not None:
         check_whole(protocol != "single")
+    method.read_ahead(baseline.model, progress)
     given = (baseline, statistics, method, progress)
     if protocol == "batch":
         measured = _batch(*given)

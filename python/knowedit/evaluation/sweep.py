@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from math import prod
@@ -33,7 +33,7 @@ from knowedit.evaluation import protocols
 from knowedit.evaluation.ability.ability import AbilityTasks, headline
 from knowedit.evaluation.baseline import Baseline, Scope
 from knowedit.evaluation.intervals import Estimate
-from knowedit.evaluation.measures.base import fact_measures, model_measures
+from knowedit.evaluation.measures.base import FIGURES, fact_measures, model_measures
 from knowedit.evaluation.requirements import figures
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, load
@@ -45,7 +45,7 @@ from knowedit.io.ranks import team
 from knowedit.io.tables import Column, Table
 from knowedit.io.tensors import MISREAD, understood
 from knowedit.methods.base import Method, statistics_for
-from knowedit.methods.registry import make_method
+from knowedit.methods.registry import made_by, make_method
 from knowedit.models.download import DEFAULT_MODEL
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
@@ -123,7 +123,13 @@ class Sweep(Config):
             unsaid = [place for place in start.seeds() if not _says(record, place)]
             start = start.with_settings(dict.fromkeys(unsaid, self.seed))
             for settings in combinations({**self.grid, **own}):
-                found.append(Variant(start.with_settings(settings), settings))
+                try:
+                    found.append(Variant(start.with_settings(settings), settings))
+                except ConfigError as problem:
+                    hint = "a method may have a grid of its own: {kind: memit, grid: ...}"
+                    also = f"; {hint}" if len(self.methods) > 1 and not own else ""
+                    whose = "" if str(problem).startswith(start.kind) else f"{start.kind}: "
+                    raise ConfigError(f"{whose}{problem}{also}") from problem
         return list({json.dumps(v.method.to_dict(), sort_keys=True): v for v in found}.values())
 
 
@@ -219,10 +225,16 @@ def measure_sweep(
     done = {json.dumps(row["config"], sort_keys=True): row for row in record["rows"]}
     record["rows"] = []
     baseline: Baseline | None = None  # measured for the first row that needs it
-    for variant in sweep.variants():
+    variants = sweep.variants()
+    for number, variant in enumerate(variants, 1):
         method = variant.method
         kept = done.get(json.dumps(method.to_dict(), sort_keys=True))
-        if kept is None:
+        place = f"{label({'method': method.name, 'settings': variant.settings})}, {number} of "
+        place += str(len(variants))
+        if kept is not None:
+            say(f"{place}: kept from {folder}")
+        else:
+            say(f"{place}: computing and measuring")
             baseline = baseline or sweep.scope.baseline(
                 model, facts, ability, whole=sweep.protocol != "single", progress=progress
             )
@@ -232,6 +244,7 @@ def measure_sweep(
                 "config": method.to_dict(),
                 "reason": None,
                 "result": None,
+                **made_by(method),
             }
             try:
                 found = protocols.run(
@@ -252,7 +265,8 @@ def measure_sweep(
                 raise
             except KnowEditError as error:
                 kept["reason"] = f"{type(error).__name__}: {error}"
-            say(f"{label(kept)}: {kept['reason'] or 'measured'}")
+            if kept["reason"]:
+                say(f"{place}: {kept['reason']}")
         record["rows"].append(kept)
         done.pop(json.dumps(kept["config"], sort_keys=True), None)
         if folder is not None:  # with those whose turn comes later: an interruption keeps them
@@ -312,10 +326,12 @@ def label(row: Mapping[str, Any]) -> str:
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """One row a method: the settings of the grid, and what each measure shows, where any row has
-    it; reasons of failures below.
+    """One row a method, below that of the unedited model: the settings of the grid, and what each
+    measure shows, where any row has it; what the columns are and reasons of failures below.
     """
     rows = [row for row in record["rows"] if row["result"]]
+    if rows:
+        rows = [_unedited(rows[0]["result"]), *rows]
     settings = list(dict.fromkeys(name for row in record["rows"] for name in row["settings"]))
     after = [row["result"]["evaluation"]["after"] for row in rows]
     effects = [row["result"]["side_effects"] for row in rows]
@@ -338,8 +354,26 @@ def table(record: Mapping[str, Any]) -> Table:
         values.append([headline(row["result"].get("ability"), when) for row in rows])
     columns.append(Column("s a fact", ".2f", "right"))
     values.append([row["result"]["seconds"] for row in rows])
-    made = Table(columns, list(zip(*values)), notes=failures(record))
-    return made.without_empty_columns() if rows else made
+    made = Table(columns, list(zip(*values)))
+    made = made.without_empty_columns() if rows else made
+    heads = {column.header for column in made.heads}
+    known = {**fact_measures(), **model_measures()}
+    said = [f"{name}: {one.about}" for name, one in known.items() if _is_in(name, heads)]
+    said += [f"{name}: {what}" for name, what in FIGURES.items() if _is_in(name, heads, last=True)]
+    legend = ["; ".join(said) + "."] if said else []
+    return replace(made, notes=[*legend, *failures(record)])
+
+
+def _is_in(word: str, heads: Iterable[str], *, last: bool = False) -> bool:
+    """Whether a heading of two words has this one as its first, or its last."""
+    return any(head.split()[-1 if last else 0] == word for head in heads if " " in head)
+
+
+def _unedited(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for the model before any edit."""
+    before = {**result, "side_effects": {}, "ability": None, "seconds": None}
+    before["evaluation"] = {"after": result["evaluation"]["before"]}
+    return {"method": "unedited", "settings": {}, "result": before}
 
 
 def failures(record: Mapping[str, Any]) -> list[str]:
@@ -357,4 +391,8 @@ def results(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     asked = {name: head.get(name) for name in (*names, *more)}
     run = {"model": head["model"], "asked": protocols.unusual(asked)}
     rows = [row for row in record["rows"] if row["result"]]
-    return [{**row["result"], "method": label(row), "run": run} for row in rows]
+    own = [{"own": row["own"]} if "own" in row else {} for row in rows]
+    return [
+        {**row["result"], "method": label(row), "run": {**run, **file}}
+        for row, file in zip(rows, own)
+    ]

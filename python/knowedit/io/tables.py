@@ -1,5 +1,5 @@
-"""One table for every figure that is shown: terminal text, Markdown, HTML, JSON and CSV from the
-same values.
+"""One table for every figure that is shown: terminal text, Markdown, HTML, LaTeX, JSON and CSV from
+the same values.
 
 It stands below the wings that measure, so that a result can print itself; pages and pictures are in
 `knowedit.report`.
@@ -202,6 +202,19 @@ class Table:
         """What a template's `{{ table }}` inserts."""
         return self.html()
 
+    def latex(self) -> str:
+        """A `tabular` with the rules of the package booktabs; an interval stands small behind its
+        mean. Title and notes are comments.
+        """
+        sides = "".join(side[0] for side in self.alignment())
+        line = " & ".join(map(_in_latex, (column.header for column in self.heads)))
+        rows = (" & ".join(map(_in_latex, row)) for row in self.cells())
+        # behind a line's end a bracket would be the space to leave
+        body = [("{}" if row.startswith("[") else "") + row + r" \\" for row in rows]
+        said = [f"% {' '.join(text.split())}" for text in (self.title, *self.notes) if text]
+        inner = [r"\toprule", rf"{line} \\", r"\midrule", *body, r"\bottomrule"]
+        return "\n".join([*said, rf"\begin{{tabular}}{{{sides}}}", *inner, r"\end{tabular}"])
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: title, notes, headings, and the values themselves; None where undefined."""
         rows = [[_plain(value) for value in row] for row in self.rows]
@@ -224,6 +237,29 @@ class Table:
             parts = [_ends(_plain(v)) if span else [_plain(v)] for v, span in zip(row, spans)]
             writer.writerow([value for part in parts for value in part])
         return out.getvalue()
+
+
+#: What LaTeX reads as something else, and how it is written.
+_ESCAPED = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "|": r"\textbar{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+_INTERVAL = re.compile(r"(-?[\d.]+%?) (\[-?[\d.]+%?, -?[\d.]+%?\])")
+
+
+def _in_latex(text: str) -> str:
+    """A cell; the minus of a number is one, and its lines are one."""
+    span = _INTERVAL.fullmatch(text)
+    shown = "".join(_ESCAPED.get(sign, sign) for sign in " ".join(text.split()))
+    if span is not None:
+        mean, ends = ("".join(_ESCAPED.get(sign, sign) for sign in part) for part in span.groups())
+        shown = rf"{mean} {{\footnotesize {ends}}}"
+    return re.sub(r"(?<![\w.])-(?=[\d.])", "$-$", shown)
 
 
 def _is_figure(value: Any) -> bool:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, cast
 
 from knowedit.errors import ConfigError
@@ -17,10 +22,15 @@ def method_class(name: str) -> type[Method]:
     """The class of a method; "recipe" is the bare locate-then-edit one. "MEMIT" and "neuron_patch"
     are names, too.
 
+    A class that this process has defined is known by its name, too.
+
     Raises ConfigError for an unknown name, with the nearest known one.
     """
-    name = spelled(name, methods())
+    known = {**methods(), **kinds(Method)}  # a class of the user's own is known once it is defined
+    name = spelled(name, known)
     if name not in methods():
+        if name in known:
+            return cast(type[Method], kinds(Method)[name])
         raise ConfigError(f"unknown method {name!r}; {nearest(name, methods())}")
     listed = methods()[name]
     if listed.entry is not None:
@@ -37,13 +47,88 @@ def method_class(name: str) -> type[Method]:
     return cast(type[Method], kinds(Method)[name])
 
 
+def method_in(file: Path) -> type[Method]:
+    """The one method that a Python file defines; the file is run, once a process.
+
+    Raises ConfigError: no such file, an error in it, no method or several, or one that is called
+    like one of ours.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; name a Python file that defines a method")
+    found = _method_in(file.resolve(), file.stat().st_mtime_ns)
+    _FILES[found] = str(file)
+    return found
+
+
+#: The methods of files, and how these were named.
+_FILES: dict[type[Method], str] = {}
+
+
+def made_by(method: Method) -> dict[str, Any]:
+    """For the record of a run: the file of a method of one's own, and its settings as `--set`
+    takes them; nothing for one of ours.
+    """
+    if (file := _FILES.get(type(method))) is None:
+        return {}
+    return {"own": {"file": file, "set": changed(method.to_dict(), type(method)().to_dict())}}
+
+
+def changed(config: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
+    """What of a record differs from another, as `--set` takes it: `["metric.gain=0.95"]`."""
+    before = _flat(usual)
+    return [
+        f"{name}={json.dumps(value)}"
+        for name, value in _flat(config).items()
+        if name not in before or before[name] != value
+    ]
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """`{"metric": {"gain": 0.9}}` as `{"metric.gain": 0.9}`."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{before}{name}.") if inner else {f"{before}{name}": value}
+    return found
+
+
+@cache
+def _method_in(file: Path, _: int) -> type[Method]:
+    ours = set(methods())
+    spec = spec_from_file_location(f"knowedit_own_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Method)
+        and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        names = ", ".join(one.__name__ for one in found) or "none"
+        raise ConfigError(
+            f"{file} must define one method, a class made from Method; it has {names}"
+        )
+    if found[0].kind in ours:
+        raise ConfigError(
+            f"{file} calls its method {found[0].name!r}, which is one of ours; give it another name"
+        )
+    return found[0]
+
+
 def make_method(
     record: str | Mapping[str, Any] | Method,
     settings: Mapping[str, Any] | Iterable[str] = (),
     **named: Any,
 ) -> Method:
-    """A method from its name, a record as `Method.to_dict` writes it (fields may be left out), or
-    another method.
+    """A method from its name, a record as `Method.to_dict` writes it (fields may be left out), a
+    Python file with a class of one's own, or another method.
 
     Args:
         settings: changed in it, as `Config.with_settings` takes them: `["metric.gain=0.95"]`.
@@ -61,5 +146,8 @@ def make_method(
             f"a method's record needs its name as 'kind', got {record!r}; known: "
             f"{', '.join(methods())}"
         )
-    kind = spelled(record["kind"], methods())
+    kind = record["kind"]
+    if kind.endswith(".py"):
+        kind = method_in(Path(kind)).kind
+    kind = spelled(kind, {**methods(), **kinds(Method)})
     return method_class(kind).from_dict({**record, "kind": kind}).with_settings(settings, **named)

@@ -8,6 +8,7 @@ which a small script draws the ones that are asked for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -113,7 +114,25 @@ def _without_template(asked: Sequence[str]) -> list[str]:
     ends = [text[start:][::-1] for text in asked]
     first, last = min(ends), max(ends)
     stop = first[: _alike(first, last)].rfind("\n") + 1
-    return [text[start : len(text) - stop] for text in asked]
+    return _without_marks([text[start : len(text) - stop] for text in asked])
+
+
+#: What templates put around a turn on its own line: <|im_end|>, <end_of_turn>, [INST].
+_MARKS = (
+    re.compile(r"^\s*(<[^<>\s]+>|\[/?[A-Z_]+\])"),
+    re.compile(r"(<[^<>\s]+>|\[/?[A-Z_]+\])\s*$"),
+)
+
+
+def _without_marks(asked: Sequence[str]) -> list[str]:
+    """The same without the marks that all of them begin or end with."""
+    texts = list(asked)
+    for mark in _MARKS:
+        found = [mark.search(text) for text in texts]
+        while all(found) and len({one[1] for one in found if one}) == 1:
+            texts = [mark.sub("", text, count=1).strip() for text in texts]
+            found = [mark.search(text) for text in texts]
+    return texts
 
 
 def _alike(first: str, second: str) -> int:

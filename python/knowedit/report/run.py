@@ -5,6 +5,7 @@ page.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
@@ -14,13 +15,16 @@ from typing import Any
 from knowedit.errors import KnowEditError
 from knowedit.evaluation import protocols, sweep
 from knowedit.evaluation.intervals import Estimate
+from knowedit.evaluation.measures.base import FIGURES, fact_measures
 from knowedit.evaluation.subjects import protocol as subjects
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
 from knowedit.evaluation.tracing.localisation import Advice
+from knowedit.io.files import atomic_file
 from knowedit.io.lines import number_of
+from knowedit.io.names import nearest
 from knowedit.io.tables import Column, Table, figure
 from knowedit.io.tensors import understood
-from knowedit.methods.registry import make_method
+from knowedit.methods.registry import changed, make_method
 from knowedit.report import plots, prompts, study
 from knowedit.report.page import Section, write_sections
 
@@ -56,6 +60,38 @@ def report(folder: Path) -> str:
     KnowEditError, as `write_report`.
     """
     return text_of(write_report(folder))
+
+
+#: The forms in which a table can be written, by the ending of its file.
+FORMS: dict[str, Callable[[Table], str]] = {
+    "csv": Table.csv,
+    "latex": Table.latex,
+    "markdown": Table.markdown,
+}
+ENDINGS = {"csv": "csv", "latex": "tex", "markdown": "md"}
+TABLES = "tables"
+
+
+def write_tables(folder: Path, sections: Sequence[Section], form: str) -> list[Path]:
+    """Write every table of a page into `folder`/tables, one a file, which is numbered and called
+    after it. Raises KnowEditError for an unknown form.
+    """
+    if form not in FORMS:
+        raise KnowEditError(f"unknown form of tables {form!r}; {nearest(form, FORMS)}")
+    named = [
+        (block.title or section.title, block)
+        for section in sections
+        for block in section.blocks
+        if isinstance(block, Table)
+    ]
+    written = []
+    for number, (title, table) in enumerate(named, 1):
+        words = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+        path = folder / TABLES / f"{number:02d}-{words[:50].strip('-')}.{ENDINGS[form]}"
+        with atomic_file(path) as temporary:
+            temporary.write_text(FORMS[form](table).rstrip("\r\n") + "\n", encoding="utf-8")
+        written.append(path)
+    return written
 
 
 def text_of(sections: Sequence[Section]) -> str:
@@ -114,7 +150,8 @@ def _command(result: Mapping[str, Any]) -> str:
     run = result.get("run", {})
     words = ["knowedit", "eval", run.get("model", "MODEL")]
     if not _is_saved(result):
-        words += _method_words(result["config"])
+        own = run.get("own")  # a file of the user's, which a page does not run to ask it
+        words += _set(own["file"], own["set"]) if own else _method_words(result["config"])
         words += ["--dataset", result["dataset"], "--protocol", result["protocol"]]
     for name, value in run.get("asked", {}).items():
         if isinstance(value, dict):  # of Python: no command line has it
@@ -131,23 +168,16 @@ def _method_words(config: Mapping[str, Any]) -> list[str]:
     """
     try:
         kind = config["kind"]
-        usual = _flat(make_method(kind).to_dict())
-        changed = {k: v for k, v in _flat(config).items() if k not in usual or usual[k] != v}
-        settings = [f"{name}={json.dumps(value)}" for name, value in changed.items()]
+        settings = changed(config, make_method(kind).to_dict())
         if make_method(kind, settings).to_dict() == config:
-            return ["--method", kind, *(w for one in settings for w in ("--set", one))]
+            return _set(kind, settings)
     except (KnowEditError, KeyError):
         pass
     return ["--method", json.dumps(config)]
 
 
-def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """`{"metric": {"gain": 0.9}}` as `{"metric.gain": 0.9}`."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        inner = isinstance(value, Mapping)
-        found |= _flat(value, f"{before}{name}.") if inner else {f"{before}{name}": value}
-    return found
+def _set(method: str, settings: Iterable[str]) -> list[str]:
+    return ["--method", method, *(word for one in settings for word in ("--set", one))]
 
 
 def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
@@ -166,7 +196,7 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
         spent = result["seconds"]
         cost = [f"{spent:.2f} s a fact"] if spent is not None else []
         costs.append(f"{name}: {'; '.join([*cost, *([effects] if effects else [])])}")
-    blocks: list[Table | str] = [grid({"unedited": before, **after}), *costs]
+    blocks: list[Table | str] = [grid({"unedited": before, **after}, explained=True), *costs]
     found = [Section(title, blocks, plots.measures(after, before))]
     if trajectories := {
         name: result["trajectory"] for name, result in zip(names, results) if result["trajectory"]
@@ -184,6 +214,11 @@ def _results(records: Sequence[Mapping[str, Any]]) -> list[Section]:
         columns = {"unedited": unedited, **{n: made["after"] for n, made in written.items()}}
         found.append(Section("What it writes by itself", [grid(columns)]))
     return found
+
+
+def comparison(records: Sequence[Mapping[str, Any]]) -> str:
+    """Several records of `results.json` side by side, as text."""
+    return _results(records)[0].text()
 
 
 def result_text(record: Mapping[str, Any]) -> str:
@@ -276,10 +311,9 @@ def geometry_blocks(layers: Sequence[Mapping[str, Any]]) -> list[Table | str]:
         "",
         *(Column(f"layer {g['layer']}", ".3f", "right") for g in layers),
     ]
-    facts = (
-        f"{layers[0]['facts']} facts of {layers[0]['subjects']} subjects; values of "
-        f"{max(g['edited'][0] for g in layers)} facts"
-    )
+    counts = (layers[0]["facts"], layers[0]["subjects"], max(g["edited"][0] for g in layers))
+    all_facts, subjects, edited = map(number_of, counts, ("fact", "subject", "fact"))
+    facts = f"{all_facts} of {subjects}; values of {edited}"
     cells = [[name, *map(read, layers)] for name, read in rows.items()]
     return [facts, Table(columns, cells), *map(_forms, layers)]
 
@@ -397,13 +431,16 @@ def _mean(estimate: Mapping[str, float] | None) -> float | None:
     return None if estimate is None else estimate["mean"]
 
 
-def grid(tables: Mapping[str, plots.Rates], title: str = "") -> Table:
-    """Kinds and measures down, methods across, each cell a mean with its interval."""
-    keys = dict.fromkeys(
-        (kind, m) for table in tables.values() for kind, row in table.items() for m in row
-    )
+def grid(tables: Mapping[str, plots.Rates], title: str = "", *, explained: bool = False) -> Table:
+    """Kinds and measures down, methods across, each cell a mean with its interval. `explained`:
+    the notes say what they are.
+    """
+    measures: dict[str, dict[str, None]] = {}
+    for table in tables.values():
+        for kind, row in table.items():
+            measures.setdefault(kind, {}).update(dict.fromkeys(row))
     rows = []
-    for kind, measure in keys:
+    for kind, measure in ((kind, name) for kind, names in measures.items() for name in names):
         found = [table.get(kind, {}).get(measure) for table in tables.values()]
         cells = [
             None
@@ -412,7 +449,22 @@ def grid(tables: Mapping[str, plots.Rates], title: str = "") -> Table:
             for e in found
         ]
         rows.append([kind, measure, *cells])
-    return Table(["", "measure", *(Column(name, ".3f", "right") for name in tables)], rows, title)
+    columns: list[Column | str] = ["", "measure"]
+    columns += [Column(name, ".3f", "right") for name in tables]
+    return Table(columns, rows, title, _legend(measures) if explained else ())
+
+
+def _legend(measures: Mapping[str, Iterable[str]]) -> list[str]:
+    """What the kinds of prompts and the measures of a table are."""
+    known = fact_measures()
+    kinds = [f"{kind}: {known[kind].about}" for kind in measures if kind in known]
+    shown = {name for names in measures.values() for name in names}
+    said = [f"{name}: {what}" for name, what in FIGURES.items() if name in shown]
+    return [
+        "; ".join(kinds) + ".",
+        "; ".join(said) + ".",
+        "Means over facts, with 95 % intervals; rates between 0 and 1.",
+    ]
 
 
 SECTIONS: dict[str, Callable[[Any], list[Section]]] = {

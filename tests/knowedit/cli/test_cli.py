@@ -330,7 +330,8 @@ def test_a_command_line_that_cannot_be_read_is_one_line(knowedit, arguments, sai
 def test_files_of_facts_are_shown_as_what_they_are(place, knowedit):
     said = knowedit("inspect", "facts.jsonl")
     assert (
-        said.startswith("facts: 2, of 2 subjects\n") and "The capital of France is -> Lyon" in said
+        said.startswith("facts: 2, of 2 subjects; beside them no prompts: ")
+        and "The capital of France is -> Lyon" in said
     )
     (place / "broken.jsonl").write_text("{")
     assert "broken.jsonl:1" in knowedit("inspect", "broken.jsonl", code=1)
@@ -407,6 +408,63 @@ def test_eval_goes_on_where_it_stopped(place, knowedit, monkeypatch, capsys):
     with monkeypatch.context() as cut:
         cut.setattr("knowedit.methods.MEMIT._compute", None)
         assert json.loads(knowedit(*shlex.split(again)[1:], "-o", "run", "--json")) == found[1:]
+
+
+OWN = """
+from dataclasses import dataclass, field
+
+from knowedit.methods.locate.metrics import Metric, NullSpace
+from knowedit.methods.locate.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Mine(Recipe):
+    \"\"\"A null space of one's own.\"\"\"
+
+    metric: Metric = field(default_factory=NullSpace)
+    name = "Mine"
+"""
+
+
+def test_a_method_of_ones_own_is_compared_with_ours(place, knowedit, monkeypatch):
+    (place / "mine.py").write_text(OWN)
+    assert "A null space of one's own." in knowedit("methods", "mine.py")
+    given = ("eval", "model", "--dataset", "facts.jsonl", *CORPUS, "-o", "run")
+    given += ("--method", "ft-l", "--method", "mine.py")
+    shown = knowedit(*given)
+    heads = [line.split() for line in shown.splitlines() if "measure" in line]
+    assert heads[-1] == ["measure", "unedited", "FT-L", "Mine"]  # side by side at the end
+    assert "every token of the right answer" in shown
+    with monkeypatch.context() as cut:  # it is known again, and not measured again
+        cut.setattr("knowedit.methods.locate.recipe.Recipe._compute", None)
+        shown = knowedit(*given)
+    assert [line.split()[-1] for line in shown.splitlines() if "measure" in line] == ["Mine"]
+    commands = [line for line in knowedit("report", "run").splitlines() if "mine.py" in line]
+    assert len(commands) == 1 and "--method mine.py --set 'layers=[1]'" in commands[0]
+    with monkeypatch.context() as cut:
+        cut.setattr("knowedit.methods.locate.recipe.Recipe._compute", None)
+        again = shlex.split(commands[0].partition(": ")[2])[1:]
+        (record,) = json.loads(knowedit(*again, "-o", "run", "--json"))
+    assert record["method"] == "Mine" and record["config"]["kind"] == "mine"
+    # in a grid, with settings
+    sweep = {"methods": [{"kind": "mine.py", "layers": [1], "metric": {"gain": 0.5}}]}
+    sweep |= {"model": "model", "dataset": "facts.jsonl", "corpus": "corpus.txt", "tokens": 500}
+    (place / "grid.json").write_text(json.dumps(sweep))
+    (row,) = json.loads(knowedit("eval", "--config", "grid.json", "-o", "grid", "--json"))["rows"]
+    assert row["own"]["file"] == "mine.py" and "metric.gain=0.5" in row["own"]["set"]
+    assert "--method mine.py --set metric.gain=0.5 --set 'layers=[1]'" in knowedit("report", "grid")
+
+
+def test_a_file_that_is_no_method_is_refused(place, knowedit):
+    for text, why in (
+        ("x = 1", "must define one method, a class made from Method; it has none"),
+        (OWN + OWN.replace("Mine", "Two"), "it has Mine, Two"),
+        (OWN.replace('"Mine"', '"MEMIT"'), "which is one of ours; give it another name"),
+        ("import nothing_like_it", "cannot be run: ModuleNotFoundError"),
+    ):
+        (place / f"{len(why)}.py").write_text(text)
+        assert why in knowedit("methods", f"{len(why)}.py", code=1)
+    assert "absent.py does not exist" in knowedit("methods", "absent.py", code=1)
 
 
 def test_ctrl_c_says_what_is_kept(place, knowedit, monkeypatch):

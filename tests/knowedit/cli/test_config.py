@@ -142,7 +142,8 @@ def test_a_grid_is_one_table(place, knowedit):
     )
     said = knowedit("eval", "--config", "grid.yaml", "-o", "run", "--quiet")
     lines = said.splitlines()
-    assert lines[0].split()[:2] == ["method", "metric.gain"] and len(lines) == 3
+    assert lines[0].split()[:2] == ["method", "metric.gain"] and len(lines) == 5
+    assert [line.split()[0] for line in lines[1:]] == ["unedited", "MEMIT", "MEMIT", "efficacy:"]
     record = json.loads(knowedit("eval", "--config", "grid.yaml", "--limit", "1", "--json"))
     assert record["sweep"]["limit"] == 1 and len(record["rows"]) == 2
     refused = ("eval", "--config", "grid.yaml", "--method", "rome")

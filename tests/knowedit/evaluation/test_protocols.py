@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from knowedit.errors import KnowEditError
+from knowedit.errors import EditError, KnowEditError
 from knowedit.evaluation import baseline as baselines
 from knowedit.evaluation import drift, evaluate, protocols
 from knowedit.evaluation import evaluation as evaluations
@@ -14,6 +15,7 @@ from knowedit.evaluation.baseline import Baseline, Scope
 from knowedit.evaluation.measures.base import ask
 from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.evaluation.protocols import PROMPTS, PROTOCOLS, RESULTS, migrate, run, write_run
+from knowedit.methods import MEMIT as MemitClass
 from knowedit.methods.registry import make_method
 from knowedit.models.fingerprint import weights_fingerprint
 from tests.knowedit.methods.test_locate import FACTS, statistics_of
@@ -90,6 +92,49 @@ def test_the_unedited_model_is_asked_once_for_all_methods(tiny_llama, monkeypatc
         assert len(two) == 2 and titles.count("answers before the edit") == 1
         assert two[0].evaluation.answers_before == two[1].evaluation.answers_before
         assert two[0].evaluation.answers_after != two[1].evaluation.answers_after
+
+
+def test_what_cannot_be_written_together_is_refused_before_anything_is_collected(
+    tiny_llama, monkeypatch
+):
+    def never(*_, **__):
+        raise AssertionError("statistics were collected first")
+
+    monkeypatch.setattr(protocols, "load_model", lambda *names, **options: tiny_llama)
+    monkeypatch.setattr(protocols, "load", lambda *names, **options: FACTS)
+    monkeypatch.setattr(protocols, "statistics_for", never)
+    methods = [make_method(MEMIT), make_method({"kind": "rome", "layers": [1]})]
+    arguments = {"limit": None, "corpus": None, "tokens": None, "say": lambda text: None}
+    for protocol, refused in (("batch", EditError), ("sequential", EditError)):
+        with pytest.raises(refused, match="ROME writes one subject.*--protocol single"):
+            list(protocols.measure("model", "x", methods, protocol=protocol, **arguments))
+    for protocol, batch in (("single", 50), ("sequential", 1)):
+        with pytest.raises(AssertionError, match="first"):
+            list(
+                protocols.measure(
+                    "model", "x", methods, protocol=protocol, batch=batch, **arguments
+                )
+            )
+
+
+def test_what_is_sampled_once_is_no_part_of_an_edits_time(tiny_llama, monkeypatch):
+    """The samples are there before the clock is started."""
+    order = []
+
+    class Slow(MemitClass, abstract=True):
+        def read_ahead(self, model, progress=True):
+            order.append("read")
+
+        def _compute(self, *given):
+            order.append("computed")
+            return super()._compute(*given)
+
+    baseline = Baseline(tiny_llama, FACTS, whole=False, progress=False)
+    method = Slow(layers=(1,))
+    clock = SimpleNamespace(perf_counter=lambda: order.append("clock") or 0.0)
+    monkeypatch.setattr(protocols, "time", clock)
+    protocols.run(baseline, statistics_of(tiny_llama, [1]), method, progress=False)
+    assert order[:3] == ["read", "clock", "computed"]
 
 
 def test_a_scope_says_what_was_asked_for():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,11 @@ def test_every_combination():
         ("methods: [3]", "must be a name or a record"),
         ("methods: [memit]\nprotocol: batches", "protocol"),
         ("methods: [memit]\ngrid: {gain: 0.9}", "grid.gain must be a list"),
-        ("methods: [memit]\ngrid: {gian: [0.9]}", "no setting 'gian'"),
+        ("methods: [memit]\ngrid: {gian: [0.9]}", "^[^:]*: memit has no setting 'gian'"),
+        (
+            "methods: [memit, rome]\ngrid: {metric.gain: [0.9]}",
+            "rome: exact has no setting 'gain'.*a method may have a grid of its own",
+        ),
         ("methods: [memit", "neither YAML nor JSON"),
         ("- memit", "expected a record"),
     ],
@@ -114,7 +119,12 @@ def test_one_table_and_rows_that_can_be_made_again(tiny_llama, tmp_path, monkeyp
     record = measure_sweep(
         sweep, tiny_llama, FACTS, statistics, tmp_path, progress=False, say=said.append
     )
-    assert record == json.loads((tmp_path / FILE).read_text()) and len(said) == 4
+    assert record == json.loads((tmp_path / FILE).read_text())
+    assert [line for line in said if line.endswith("measuring")] == [
+        f"{name} layers=[{layer}], {number} of 4: computing and measuring"
+        for number, (name, layer) in enumerate(product(("MEMIT", "EMMET"), (1, 9)), 1)
+    ]
+    assert len(said) == 6 and said[2].startswith("MEMIT layers=[9], 2 of 4: ModelError: ")
     assert [row["reason"] is None for row in record["rows"]] == [True, False] * 2
     shown = table(record)
     heads = [column.header for column in shown.heads]
@@ -122,8 +132,16 @@ def test_one_table_and_rows_that_can_be_made_again(tiny_llama, tmp_path, monkeyp
         *("method", "layers", "efficacy success", "efficacy exact", "drift same", "drift kl"),
         "s a fact",
     ]
-    assert [row[:2] for row in shown.cells()] == [["MEMIT", "[1]"], ["EMMET", "[1]"]]
-    assert shown.notes[0].startswith("MEMIT layers=[9]: ")
+    assert [row[:2] for row in shown.cells()] == [
+        *(["unedited", ""], ["MEMIT", "[1]"], ["EMMET", "[1]"])
+    ]
+    assert (
+        shown.rows[0][2].mean
+        == record["rows"][0]["result"]["evaluation"]["before"]["efficacy"]["success"]["mean"]
+    )
+    assert shown.notes[0].startswith("efficacy: the edited prompt") and "drift: " in shown.notes[0]
+    assert "magnitude" not in shown.notes[0] and "paraphrase" not in shown.notes[0]
+    assert shown.notes[1].startswith("MEMIT layers=[9]: ")
     row = record["rows"][0]
     edit = make_method(row["config"]).compute(tiny_llama, FACTS, statistics, progress=False)
     again = evaluate(tiny_llama, edit, FACTS, progress=False)
@@ -153,7 +171,11 @@ def test_one_table_and_rows_that_can_be_made_again(tiny_llama, tmp_path, monkeyp
     assert sweeps.rows_kept(tmp_path) == 2  # the one behind it too
     monkeypatch.setattr(sweeps.protocols, "run", never)
     less = Sweep(methods=(methods[0],), grid={"layers": [[1]]}, dataset="ours")
-    kept = measure_sweep(less, tiny_llama, FACTS, statistics, tmp_path, progress=False)
+    said.clear()
+    kept = measure_sweep(
+        less, tiny_llama, FACTS, statistics, tmp_path, progress=False, say=said.append
+    )
+    assert said == [f"MEMIT layers=[1], 1 of 1: kept from {tmp_path}"]
     assert kept["rows"] == record["rows"][:1]
     other = Sweep(methods=("memit",), dataset="theirs")
     with pytest.raises(KnowEditError, match="a sweep of other facts"):

@@ -1,4 +1,4 @@
-"""Unit: one table in five forms."""
+"""Unit: one table in six forms."""
 
 from __future__ import annotations
 
@@ -72,6 +72,31 @@ def test_html_is_escaped_and_well_formed():
 
 def str_of(span):
     return f"{span:.2f}"
+
+
+def test_latex_escapes_what_it_would_read_otherwise():
+    assert TABLE.latex().splitlines() == [
+        "% What <happened>",
+        "% a note & more",
+        r"\begin{tabular}{lrrl}",
+        r"\toprule",
+        r"method & rate & n & said \\",
+        r"\midrule",
+        r"a\textbar{}b & 0.50 {\footnotesize [0.25, 0.75]} & 3 & \textless{}i\textgreater{} x \\",
+        r"ROME &  & 12 &  \\",
+        r"MEMIT &  & 5 & y \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    odd = Table(["a_b"], [["[x] 5% of \\n~"], [-0.5], [Estimate(-0.5, -1.0, 0.0, 3)], ["x-1"]])
+    assert odd.latex().splitlines()[2:7] == [
+        r"a\_b \\",
+        r"\midrule",
+        r"{}[x] 5\% of \textbackslash{}n\textasciitilde{} \\",
+        r"$-$0.5 \\",
+        r"$-$0.500 {\footnotesize [$-$1.000, 0.000]} \\",
+    ]
+    assert odd.latex().splitlines()[7] == r"x-1 \\"
 
 
 def test_json_keeps_the_values():

@@ -92,6 +92,6 @@ def test_the_chat_template_stands_once():
         for i, text in enumerate(("What is it?", "Where is it?"))
     ]
     (table,) = said_side_by_side([{**result("MEMIT", 0), "said": said}])
-    assert [row[0] for row in table.rows] == ["What is it?<end>", "Where is it?<end>"]
+    assert [row[0] for row in table.rows] == ["What is it?", "Where is it?"]
     (table,) = said_side_by_side([{**result("MEMIT", 0), "said": said[:1]}])
     assert table.rows[0][0] == chat("What is it?")

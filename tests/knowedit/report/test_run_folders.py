@@ -19,7 +19,7 @@ from knowedit.evaluation.subjects import same_subject
 from knowedit.evaluation.subjects.same_subject import SameSubjectEvaluation
 from knowedit.io.tables import Table, figure
 from knowedit.models.generation import Score
-from knowedit.report.run import PAGE, SECTIONS, read, report
+from knowedit.report.run import ENDINGS, PAGE, SECTIONS, grid, read, report
 from knowedit.studies.arithmetic import measure
 from knowedit.studies.arithmetic.measure import table
 from tests.knowedit.commandline import CommandLine
@@ -80,6 +80,34 @@ def test_a_report_is_printed_as_json(tmp_path, monkeypatch, capsys):
     assert printed["page"] == f"run/{PAGE}" and (tmp_path / "run" / PAGE).is_file()
     table = printed["sections"][0]["blocks"][0]
     assert table["columns"][:3] == ["", "measure", "unedited"] and table["rows"]
+
+
+def test_tables_are_written_in_the_form_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    shutil.copytree(RUNS / "batch", tmp_path / "run")
+    knowedit = CommandLine(monkeypatch, capsys, tmp_path)
+    for form, ending in ENDINGS.items():
+        written = json.loads(knowedit("report", "run", "--tables", form, "--json"))["tables"]
+        assert written and all(Path(name).suffix == f".{ending}" for name in written)
+        first = (tmp_path / written[0]).read_text(encoding="utf-8")
+        assert "efficacy" in first and first.endswith("\n") and not first.endswith("\n\n")
+        assert f"wrote {written[0]}" in knowedit("report", "run", "--tables", form)
+    assert "did you mean 'latex'" in knowedit("report", "run", "--tables", "latx", code=1)
+
+
+def test_a_table_of_measures_keeps_kinds_together_and_explains_them():
+    half = {"mean": 0.5, "low": 0.0, "high": 1.0, "records": 2}
+    before = {"efficacy": {"success": half}, "neighbourhood": {"success": half}, "mine": {}}
+    after = {**before, "neighbourhood": {"success": half, "unchanged": half}}
+    after["portability"] = {"exact": half}
+    table = grid(
+        {"unedited": {**before, "portability": {"exact": half}}, "A": after}, explained=True
+    )
+    kinds = [row[0] for row in table.rows]
+    assert kinds == ["efficacy", "neighbourhood", "neighbourhood", "portability"]
+    assert [row[1] for row in table.rows][1:3] == ["success", "unchanged"]
+    said = " ".join(table.notes)
+    assert "other subjects keep" in said and "first choice" in said and "magnitude" not in said
+    assert not grid({"A": after}).notes
 
 
 def test_old_results_become_todays():

@@ -67,6 +67,16 @@ class Answer:
         return float(self.right.exact)
 
 
+#: What the figures of an answer say, for those who read a table of them.
+FIGURES = {
+    "success": "the right answer is likelier than the wrong one",
+    "magnitude": "by how much: p(right) - p(wrong)",
+    "exact": "every token of the right answer is the model's first choice",
+    "unchanged": "the same of the two answers is likelier as before the edit",
+    "accuracy": "the share of the right answer's tokens that are the first choice",
+}
+
+
 class Measure(ABC):
     """Attributes of every measure:
 
