@@ -157,9 +157,8 @@ def free_neurons(
     """
     width = weight.shape[1]
     if count > room(width, len(taken)):
-        left = width - len(taken)
         raise EditError(
-            f"{count} neurons are wanted, and {left} of the layer's {width} are free; write "
+            f"{count} neurons are wanted, and {width - len(taken)} of the layer's {width} are free; write "
             f"fewer facts"
         )
     eye = torch.eye(width, dtype=torch.float64, device=moment.device)
