@@ -52,6 +52,7 @@ from . import common, mixtures
 
 CORPUS = "enwiki_2021_sample_3MB.txt.gz"
 TEXT = "wikitext2_raw_valid.txt.gz"
+FACTS = "counterfact-flat"
 FREE = "-free"
 
 
@@ -205,7 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layer", action=common.Repeated, default=["4-6"], help="edited together (default: 4-6)"
     )
-    parser.add_argument("--limit", type=int, default=1000, help="facts")
+    parser.add_argument(
+        "--facts", default=FACTS, help=f"a set by its name, or a file (default: {FACTS})"
+    )
+    parser.add_argument("--limit", type=int, default=1000, help="so many of them")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--every", type=int, default=100, help="facts between two steps")
     parser.add_argument("--sample", type=int, default=100, help="facts measured at a step")
@@ -260,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         arguments.tokens, arguments.method = 4096, arguments.method[:2]
     data = data_dir() or Path("KNOWEDIT_DATA")
-    facts = draw_facts(load("counterfact-flat"), arguments.limit, arguments.seed)
+    facts = draw_facts(load(arguments.facts), arguments.limit, arguments.seed)
     model = load_model(arguments.model, dtype=torch.float32)
     if arguments.experts:
         model = mixtures.copies(model, arguments.experts, active=2)
@@ -297,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if arguments.checked is not None or arguments.merge:
         setting |= {"checked": arguments.checked, "merge": arguments.merge}
+    if arguments.facts != FACTS:
+        setting["facts"] = Path(arguments.facts).name
     for name in ("experts", "optimiser"):
         setting |= {name: given} if (given := getattr(arguments, name)) else {}
     if old and old[0].get("setting") != setting:
