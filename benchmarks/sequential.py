@@ -313,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = common.report("sequential", arguments, model=model.name, setting=setting)
     report.rows += old[1:]
     paraphrased = [i for i, fact in enumerate(facts) if fact.paraphrases]
+    # A step looks at a sample: asking the unedited model about all of 10,000 facts takes longer.
+    paraphrased = paraphrased[:: max(1, len(paraphrased) // (10 * arguments.sample))]
     monitor = SequenceMonitor(
         model,
         facts,
