@@ -16,6 +16,7 @@ from knowedit.errors import EditError
 from knowedit.io.progress import bar, console, plain_line
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import Routed
+from knowedit.models.linear import fast_linear
 from knowedit.models.partial import read
 from knowedit.models.tokens import Row, batches, cut, start_tokens
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
@@ -200,7 +201,9 @@ def _observed(
     for batch in batches([len(ids) for ids in rows], budget):
         ids, mask = model.pad([rows[i] for i in batch])
         found: dict[int, list[Any]] = {layer: [] for layer in layers}
-        read(model, ids, inputs={n: found[layer].append for layer in layers for n in names[layer]})
+        with fast_linear():
+            wanted = {n: found[layer].append for layer in layers for n in names[layer]}
+            read(model, ids, inputs=wanted)
         for layer, part in parts.items():
             if part.experts is None:
                 found[layer] = [states.reshape(*mask.shape, -1) for states in found[layer]]
