@@ -158,8 +158,8 @@ def free_neurons(
     width = weight.shape[1]
     if count > room(width, len(taken)):
         raise EditError(
-            f"{count} neurons are wanted, and {width - len(taken)} of the layer's {width} are free; write "
-            f"fewer facts"
+            f"{count} neurons are wanted, and {width - len(taken)} of the layer's {width} are "
+            f"free; write fewer facts"
         )
     eye = torch.eye(width, dtype=torch.float64, device=moment.device)
     inverse = torch.linalg.inv(moment + damp * moment.diagonal().mean() * eye)
