@@ -266,8 +266,8 @@ def kept_results(folder: Path | None, settings: Mapping[str, Any]) -> dict[str, 
     records = team().first(lambda: _records(folder)) if folder is not None else []
     if any(_of_the_run(record) != settings for record in records):
         raise KnowEditError(
-            f"{folder} holds results of other facts, another model or other settings; choose "
-            f"another folder"
+            f"{folder} holds results of other facts, another model or other settings (--protocol, "
+            "--seed, --corpus, --tokens or what else is measured); choose another folder"
         )
     return {method_key(record["config"]): record for record in records}
 

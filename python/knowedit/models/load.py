@@ -23,6 +23,7 @@ from knowedit.models.packings import open_unpacked, packing_of
 from knowedit.models.quantised import dequantise as as_floats
 from knowedit.models.quantised import method_of, reading
 from knowedit.models.shards import check_complete, check_floats
+from knowedit_kernels._arguments import open_device
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,6 +80,7 @@ def load_model(
             tokenizer = known_tokenizer(name) or _tokenizer_of(name)
         return EditableModel(name, tokenizer)
     _check_dtype(dtype)
+    _check_device(device_map)
     from transformers import AutoConfig
 
     source = resolve(str(name), revision=revision, code=trust_remote_code, say=say)
@@ -106,6 +108,21 @@ def load_model(
             say(f"note: the adapter {name} is merged into its base {adapted}; edits are of both")
     called = name_of(str(name), source)
     return EditableModel(model.eval().requires_grad_(False), tokenizer, name=called)
+
+
+#: How transformers spreads layers by itself.
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _check_device(device_map: Any) -> None:
+    """Raise ModelError for the name of a device that is not here, before a model is read for it."""
+    if not isinstance(device_map, (str, torch.device)) or str(device_map) in (*SPREAD, "meta"):
+        return
+    try:
+        open_device(device_map)
+    except ValueError as error:
+        what = str(error).replace("device=", "device_map=", 1)
+        raise ModelError(f"{what}; or {', '.join(SPREAD)}, which spread the layers") from None
 
 
 def _read(weights: str, config: Any, there: dict[str, Any], **options: Any) -> Any:

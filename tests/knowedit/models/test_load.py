@@ -241,3 +241,10 @@ def test_an_index_names_files_of_its_folder(folder, file):
     for opened in (load_model, Checkpoint):
         with pytest.raises(ModelError, match="damaged weights"):
             opened(folder)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", torch.device("cuda:99")])
+def test_a_device_that_is_not_here_is_named_before_a_model_is_read(folder, device, monkeypatch):
+    monkeypatch.setattr("knowedit.models.load.resolve", None)
+    with pytest.raises(ModelError, match=f"device_map='{device}' cannot be used: .*cpu.*auto"):
+        load_model(folder, device_map=device)
