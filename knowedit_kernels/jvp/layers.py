@@ -160,6 +160,8 @@ def _attention_layer(
             f"causal attention of {queries} queries to {keys} keys: queries are the last "
             "positions; pass all keys"
         )
+    if spans is not None:
+        need_tensors(spans=spans)
     if spans is not None and (
         spans.shape != (batch, 2) or spans.is_floating_point() or spans.device != q.device
     ):

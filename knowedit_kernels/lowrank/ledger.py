@@ -212,6 +212,12 @@ class WeightLedger:
             reports = self._write(entries)
             for entry in entries:
                 if lost := reports[entry.name].nonfinite:
+                    delta = changes.get(entry.name)
+                    if isinstance(delta, Tensor) and not bool(delta.isfinite().all()):
+                        raise LedgerError(
+                            f"edit {key!r} has NaN or infinity in its delta of {entry.name!r}: "
+                            "nothing was changed"
+                        )
                     raise LedgerError(
                         f"edit {key!r} overflows {entry.weight.dtype} in {lost} "
                         f"entries of {entry.name!r}: "
@@ -256,6 +262,8 @@ class WeightLedger:
         for entry in self._entries.values():
             if entry.name == weight if isinstance(weight, str) else entry.weight is weight:
                 return entry
+        if not isinstance(weight, str):
+            need_tensors(weight=weight)
         what = repr(weight) if isinstance(weight, str) else f"tensor of shape {tuple(weight.shape)}"
         raise LedgerError(
             f"unknown weight {what}: register it first; known: {', '.join(self._entries) or 'none'}"

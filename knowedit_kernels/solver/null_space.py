@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from knowedit_kernels._arguments import whole_number
 from knowedit_kernels._modes import lasting
 from knowedit_kernels.solver.cholesky import EquilibratedCholesky, check_symmetric
 from knowedit_kernels.solver.metrics import ScaledMetric
@@ -31,6 +32,10 @@ class NullSpace(ScaledMetric):
         energy: float | None = None,
     ) -> None:
         check_symmetric(C, "covariance")
+        if rank is not None:
+            rank = whole_number("rank", rank)
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"energy is a share of the trace, in (0, 1], got {energy}")
         if sum(choice is not None for choice in (threshold, rank, energy)) != 1:
             raise ValueError("NullSpace needs exactly one of threshold=, rank= or energy=")
         eigenvalues, vectors = torch.linalg.eigh(C.double())

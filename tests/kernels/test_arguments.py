@@ -49,8 +49,8 @@ CALLS = {
         {"gate": KEYS, "up": KEYS, "gate_tangents": T, "up_tangents": T},
     ),
     "attention_jvp": (
-        lambda q, k, v, tq: kernels.attention_jvp(q, k, v, tq, None, None),
-        {"q": HEADS, "k": HEADS, "v": HEADS, "tq": HEADS[None]},
+        lambda q, k, v, tq, spans: kernels.attention_jvp(q, k, v, tq, None, None, spans=spans),
+        {"spans": torch.tensor([[0, 5]]), "q": HEADS, "k": HEADS, "v": HEADS, "tq": HEADS[None]},
     ),
     "edit_jvp": (
         lambda R, dR: kernels.edit_jvp([SOLVER], [R], [dR]),
@@ -100,6 +100,15 @@ def test_one_solver_is_no_list_of_layers():
 def test_a_matrix_is_no_metric():
     with pytest.raises(TypeError, match=r"metric must say what to preserve.*Covariance\(C\)"):
         kernels.EditSolver(C, SOLVER.K)
+
+
+def test_a_share_is_a_share():
+    for energy in (95, 0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"energy is a share of the trace, in \(0, 1\]"):
+            kernels.NullSpace(C, energy=energy)
+    assert kernels.NullSpace(C, energy=1).rank == 8
+    with pytest.raises(TypeError, match="rank must be a whole number, not float 0.5"):
+        kernels.NullSpace(C, rank=0.5)
 
 
 SIZED = {
@@ -153,6 +162,18 @@ def test_a_ledger_takes_names_and_tensors():
         kernels.WeightLedger(nn.Linear(8, 4))
     with pytest.raises(TypeError, match=r"weight 'layer' must be a tensor, not Linear; .*\.weight"):
         kernels.WeightLedger({"layer": nn.Linear(8, 4)})
+
+
+def test_a_delta_that_is_not_finite_is_no_overflow():
+    weight = W.clone()
+    ledger = kernels.WeightLedger({"layer": weight})
+    with pytest.raises(TypeError, match=r"weight must be a tensor, not Linear; give its \.weight"):
+        ledger.add(nn.Linear(8, 4), U, V, key="edit")
+    for value, why in ((torch.nan, "NaN or infinity in its delta of 'layer'"), (3e38, "overflows")):
+        weight.fill_(3e38)
+        with pytest.raises(kernels.lowrank.LedgerError, match=why):
+            ledger.add_many("edit", {"layer": torch.full_like(W, value)})
+        assert not ledger.active
 
 
 def test_tied_weights_are_registered_once():
