@@ -15,7 +15,9 @@ from knowedit.io.tables import Table
 from .common import HERE, RESULTS, read_all
 
 START, END = "<!-- numbers:start -->", "<!-- numbers:end -->"
-FILES = ("statistics", "scaling", "values", "solve", "jvp", "moments", "quality", "gpu_suite")
+FILES = (
+    "statistics", "scaling", "values", "solve", "jvp", "moments", "lowrank", "quality", "gpu_suite",
+)  # fmt: skip
 
 
 def table(folder: Path = RESULTS) -> str:

@@ -80,9 +80,10 @@ class Decision:
         return "\n".join(lines)
 
 
+_Refused = tuple[tuple[str, str], ...]  # (name, reason)
 _calls: dict[str, type[Call]] = {}
 _candidates: dict[str, list[Candidate]] = {}
-_last: dict[str, Decision] = {}
+_last: dict[str, tuple[Candidate | None, _Refused]] = {}  # what `_choose` said
 _logged: set[tuple[object, ...]] = set()
 
 
@@ -133,7 +134,7 @@ def _check_known(op: str, name: str) -> None:
 
 def _device(call: Call) -> str | None:
     """The device type of the first tensor among the arguments, also inside a list."""
-    for argument in call.arguments:
+    for argument in vars(call).values():
         for item in argument if isinstance(argument, (list, tuple)) else (argument,):
             if isinstance(item, torch.Tensor):
                 return item.device.type
@@ -153,27 +154,29 @@ def _call(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 
 def choose(op: str, call: Call) -> tuple[Candidate | None, Decision]:
     """The candidate that would run `call` (None if none can) and the record of the decision."""
-    return _choose(op, call, _device(call))
+    chosen, refused = _choose(op, call, _device(call))
+    return chosen, _decision(op, chosen, refused)
 
 
-def _choose(op: str, call: Call, device: str | None) -> tuple[Candidate | None, Decision]:
+def _choose(op: str, call: Call, device: str | None) -> tuple[Candidate | None, _Refused]:
+    """The first candidate that can run `call`, None if none can, and why not those before it."""
     forced = _forced(op)
     refused: list[tuple[str, str]] = []
-    chosen: Candidate | None = None
-    rest: list[str] = []
-    for candidate in candidates(op):
-        if chosen is not None:
-            rest.append(candidate.name)
-            continue
+    for candidate in _candidates[op]:
         if forced is not None and candidate.name != forced:
             reason: str | None = f"KNOWEDIT_IMPL asks for {forced}"
         else:
             reason = _refusal(candidate, device, call)
         if reason is None:
-            chosen = candidate
-        else:
-            refused.append((candidate.name, reason))
-    return chosen, Decision(op, chosen.name if chosen else None, tuple(refused), tuple(rest))
+            return candidate, tuple(refused)
+        refused.append((candidate.name, reason))
+    return None, tuple(refused)
+
+
+def _decision(op: str, chosen: Candidate | None, refused: _Refused) -> Decision:
+    names = [candidate.name for candidate in candidates(op)]
+    rest = names[names.index(chosen.name) + 1 :] if chosen else ()
+    return Decision(op, chosen.name if chosen else None, refused, tuple(rest))
 
 
 def run(op: str, *args: Any, **kwargs: Any) -> Any:
@@ -183,31 +186,30 @@ def run(op: str, *args: Any, **kwargs: Any) -> Any:
     call = _call(op, args, kwargs)
     call.check()
     device = _device(call)
-    chosen, decision = _choose(op, call, device)
-    _last[op] = decision
+    chosen, refused = _last[op] = _choose(op, call, device)
     if chosen is None:
-        raise DispatchError(str(decision))
-    if decision.refused:
-        _log_fallback(decision, device)
+        raise DispatchError(str(_decision(op, chosen, refused)))
+    if refused:
+        _log_fallback(op, chosen, refused, device)
     with _modes.without_autocast(device):
         return chosen.run(call)
 
 
-def _log_fallback(decision: Decision, device: str | None) -> None:
-    known = (decision.op, decision.refused, device)
+def _log_fallback(op: str, chosen: Candidate, refused: _Refused, device: str | None) -> None:
+    known = (op, refused, device)
     if known in _logged:
         return
     _logged.add(known)
-    meant_for = {candidate.name: candidate.device for candidate in candidates(decision.op)}
-    for name, reason in decision.refused:
-        key = (decision.op, name, reason)
+    meant_for = {candidate.name: candidate.device for candidate in candidates(op)}
+    for name, reason in refused:
+        key = (op, name, reason)
         if (
             meant_for[name] in (None, device)
             and not reason.startswith("KNOWEDIT_IMPL")
             and key not in _logged
         ):
             _logged.add(key)
-            logger.info("%s: %s instead of %s (%s)", decision.op, decision.chosen, name, reason)
+            logger.info("%s: %s instead of %s (%s)", op, chosen.name, name, reason)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
@@ -220,6 +222,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     if args or kwargs:
         return choose(op, _call(op, args, kwargs))[1]
     candidates(op)
-    return _last.get(
-        op, Decision(op, None, (("all", "not called yet; pass arguments to explain a call"),))
-    )
+    if op not in _last:
+        return Decision(op, None, (("all", "not called yet; pass arguments to explain a call"),))
+    return _decision(op, *_last[op])

@@ -154,7 +154,7 @@ _define(
     "Tensor(b!)[] residual, Tensor[] probe, bool write, Tensor(c!) sums, Tensor(d!)[] errors) -> ()"
 )
 # its C++ kernel, one weight; rounding 0 nearest, 1 stochastic, 2 compensated; stream numbers the
-# weight
+# weight, and its row of sums [weights, 5]. Refuses NaN and infinity in u and v
 _define(
     "low_rank_cpu_(Tensor(a!) w, Tensor base, Tensor u, Tensor v, int rounding, int seed, int "
     "stream, "
@@ -162,8 +162,6 @@ _define(
     "-> ()",
     compiled=True,
 )
-# whether contiguous float32 or float64 tensors hold finite numbers alone
-_define("all_finite_cpu(Tensor[] x) -> bool", lambda x: True, compiled=True)
 # the sums of lowrank/fingerprint.py over a weight's scrambled rows: out [2], keys [lanes], int64
 _define("fingerprint_cpu_(Tensor(a!) out, Tensor weight, Tensor keys) -> ()", compiled=True)
 

@@ -5,11 +5,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
+#include <new>
 #include <numeric>
 #include <optional>
-#include <vector>
 
 #include "isa.h"
 #include "lowrank.h"
@@ -20,10 +19,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 16 * kStrip;  // rows a thread takes at a time
-// Up to this rank a strip runs along whole rows, as few streams as the processor prefetches by itself, and V comes from
-// L2. Above it a panel of V stays in L1 and serves a block's rows, whose next columns are asked for by hand.
-constexpr int64_t kStreamedRank = 16;
+constexpr int64_t kBlock = 96;  // rows a thread takes at a time
+// A strip runs along whole rows: few streams, which the processor prefetches by itself, past panels of V that come from
+// L2.
+constexpr int64_t kStrip = 6;
+constexpr int64_t kSpan = 8 * kUpdateWidth;  // columns a kernel call takes: what it leaves for the probe fits L1
 constexpr int64_t kWorthSharing = int64_t{1} << 25;  // multiply-adds: about a millisecond
 
 WeightType type_of(const Tensor& w) {
@@ -35,42 +35,42 @@ WeightType type_of(const Tensor& w) {
   }
 }
 
-const UpdateKernel* kernels(int64_t isa) {
+const LowRankKernels& kernels(int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa <= best_isa(), "this machine lacks instruction set ", isa);
 #if defined(__x86_64__)
-  if (isa >= kAvx512) return kUpdateAvx512;
-  if (isa == kAvx2) return kUpdateAvx2;
+  if (isa >= kAvx512) return kLowRankAvx512;
+  if (isa == kAvx2) return kLowRankAvx2;
 #endif
-  return kUpdateGeneric;
+  return kLowRankGeneric;
 }
 
-Probe probing(int64_t isa) {
-#if defined(__x86_64__)
-  if (isa >= kAvx512) return kProbeAvx512;
-  if (isa == kAvx2) return kProbeAvx2;
-#endif
-  return kProbeGeneric;
-}
+// Memory of any content that begins where a vector may.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kAlignment}))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{kAlignment}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  T* data_;
+};
 
 bool is_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) {
   return t.scalar_type() == type && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
          (t.stride(1) == 1 || columns <= 1);
 }
 
-// Where a panel has a column: of 16-bit weights the even ones of 2 * lanes first, then the odd (lowrank_kernels.h).
-std::array<int64_t, kUpdateWidth> place_of(int64_t size, int64_t lanes) {
-  std::array<int64_t, kUpdateWidth> place;
-  for (int64_t i = 0; i < kUpdateWidth; ++i) {
-    const int64_t in = i % (2 * lanes);
-    place[i] = size == 2 ? i - in + in % 2 * lanes + in / 2 : i;
-  }
-  return place;
-}
-
-// out [rank, width], at `place`, = x [count, rank] transposed, zero-padded to `width` columns
-void pack(const float* x, int64_t rank, int64_t count, int64_t width, const int64_t* place, float* out) {
-  for (int64_t k = 0; k < rank; ++k)
-    for (int64_t i = 0; i < width; ++i) out[k * width + place[i]] = i < count ? x[i * rank + k] : 0.0f;
+bool finite(const Tensor& x) {
+  const uint32_t* bits = static_cast<const uint32_t*>(x.const_data_ptr());
+  uint32_t carried = 0;  // out of an exponent of ones alone
+  for (int64_t i = 0, count = x.numel(); i < count; ++i) carried |= (bits[i] & 0x7f800000u) + 0x00800000u;
+  return carried >> 31 == 0;
 }
 
 void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t seed, int64_t stream,
@@ -90,24 +90,15 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
                       (!probe || (is_matrix(*probe, ScalarType::Float, columns, keys) && probe->is_contiguous() &&
                                   is_matrix(*error, ScalarType::Float, rows, keys) && error->is_contiguous())),
                   "probe and error must be contiguous float32 [columns, keys] and [rows, keys]");
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == kSums,
-                  "sums must be contiguous float64 [5]");
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && stream >= 0 &&
+                      sums.numel() >= (stream + 1) * kSums,
+                  "sums must be contiguous float64 [weights, 5]");
+  STD_TORCH_CHECK(finite(u) && finite(v), "u or v contains NaN or infinity");
 
+  const LowRankKernels& kernel = kernels(isa);
   const int64_t panels = (columns + kUpdateWidth - 1) / kUpdateWidth, blocks = (rows + kBlock - 1) / kBlock;
-  std::vector<float> right(panels * rank * kUpdateWidth);
-  std::vector<double> partial(blocks * kSums * kSumLanes, 0.0);
-  const float *pu = static_cast<const float*>(u.const_data_ptr()), *pv = static_cast<const float*>(v.const_data_ptr());
-  std::vector<float> seen(panels * keys * kUpdateWidth);  // the probe, as V
-  // asked once: through the stable ABI each answer is a call, and a strip is a tenth of a microsecond
-  char *to = static_cast<char*>(write ? w.mutable_data_ptr() : nullptr), *rest = nullptr;
-  char* from = static_cast<char*>(const_cast<void*>(base.const_data_ptr()));
-  if (plane) rest = static_cast<char*>(plane->mutable_data_ptr());
-  const int64_t to_stride = w.stride(0) * size, from_stride = base.stride(0) * size;
-  const int64_t rest_stride = plane ? plane->stride(0) * 2 : 0;
-  const Probe probes = probing(isa);
-  const UpdateKernel kernel = kernels(isa)[static_cast<int>(type)];
   // One item at a time, so that nobody waits for a slow core; a little work is not worth waking the others for.
-  auto share = [](int64_t count, int64_t steps, auto&& work) {
+  const auto share = [](int64_t count, int64_t steps, auto&& work) {
     if (steps < kWorthSharing) {
       for (int64_t item = 0; item < count; ++item) work(item);
       return;
@@ -117,76 +108,55 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
       for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
     });
   };
-  const auto place = place_of(size, probes.lanes), in_order = place_of(4, probes.lanes);
-  const auto pack_panels = [&](const float* x, int64_t count, float* out) {
-    share(panels, columns * count * 16, [&](int64_t p) {
-      pack(x + p * kUpdateWidth * count, count, std::min(kUpdateWidth, columns - p * kUpdateWidth), kUpdateWidth,
-           place.data(), out + p * count * kUpdateWidth);
+  const auto pack = [&](const Tensor& x, int64_t width, float* out) {
+    const float* from = static_cast<const float*>(x.const_data_ptr());
+    share(panels, columns * width * 4, [&](int64_t p) {
+      const int64_t column = p * kUpdateWidth;
+      kernel.pack(from + column * width, width, std::min(kUpdateWidth, columns - column), size == 2, out + column * width);
     });
   };
-  pack_panels(pv, rank, right.data());
-  if (keys) pack_panels(static_cast<const float*>(probe->const_data_ptr()), keys, seen.data());
-  const int64_t together = rank <= kStreamedRank ? kStrip : kBlock;
+  const Scratch<float> right(panels * kUpdateWidth * rank), seen(panels * kUpdateWidth * keys);
+  pack(v, rank, right.get());
+  if (keys) pack(*probe, keys, seen.get());
+  // asked once: through the stable ABI each answer is a call, and a strip is a tenth of a microsecond
+  char *to = static_cast<char*>(write ? w.mutable_data_ptr() : nullptr), *rest = nullptr;
+  const char* from = static_cast<const char*>(base.const_data_ptr());
+  const float* left = static_cast<const float*>(u.const_data_ptr());
+  float* out = keys ? static_cast<float*>(error->mutable_data_ptr()) : nullptr;
+  if (plane) rest = static_cast<char*>(plane->mutable_data_ptr());
+  const int64_t to_stride = w.stride(0) * size, from_stride = base.stride(0) * size;
+  const int64_t rest_stride = plane ? plane->stride(0) * 2 : 0;
+  Scratch<double> partial(blocks * kSums * kSumLanes);
   share(blocks, rows * columns * (rank + keys + 16), [&](int64_t block) {
-    const int64_t begin = block * kBlock, end = std::min(rows, begin + kBlock);
-    std::vector<float> left(rank * together), lanes(together * keys * probes.lanes);
-    alignas(64) float e[kStrip * kUpdateWidth];
-    for (int64_t first = begin; first < end; first += together) {
-      const int64_t last = std::min(end, first + together);
-      for (int64_t r = first; r < last; r += kStrip)
-        pack(pu + r * rank, rank, std::min(kStrip, last - r), kStrip, in_order.data(), &left[(r - first) * rank]);
-      std::fill(lanes.begin(), lanes.end(), 0.0f);
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t column = p * kUpdateWidth, width = std::min(kUpdateWidth, columns - column);
-        const bool ask = together > kStrip && p + 1 < panels;
-        for (int64_t r = first; r < last; r += kStrip) {
-          const auto at = [&](char* data, int64_t stride, int64_t bytes) { return data + r * stride + column * bytes; };
-          const int64_t height = std::min(kStrip, last - r);
-          for (int64_t i = 0; ask && i < height; ++i)
-            for (int64_t line = 0; line < kUpdateWidth * size; line += 64)
-              __builtin_prefetch(at(from, from_stride, size) + i * from_stride + kUpdateWidth * size + line, 1);
-          const UpdateStrip strip{
-              &left[(r - first) * rank], &right[p * rank * kUpdateWidth], rank,
-              write ? at(to, to_stride, size) : nullptr, at(from, from_stride, size),
-              rest ? at(rest, rest_stride, 2) : nullptr, to_stride, from_stride, rest_stride,
-              height, width, r, column, static_cast<Rounding>(rounding), write,
-              static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), keys ? e : nullptr};
-          kernel(strip, &partial[block * kSums * kSumLanes]);
-          if (keys)
-            probes.see(e, height, &seen[p * keys * kUpdateWidth], keys, &lanes[(r - first) * keys * probes.lanes]);
-        }
+    const int64_t end = std::min(rows, (block + 1) * kBlock);
+    double* sums_here = &partial[block * kSums * kSumLanes];
+    std::fill_n(sums_here, kSums * kSumLanes, 0.0);
+    const Scratch<float> lanes(kStrip * keys * kernel.lanes), e(keys ? kStrip * kSpan : 0);
+    const Scratch<char> dry(write ? 0 : kStrip * kSpan * size);  // written in place of W
+    for (int64_t r = block * kBlock, count; r < end; r += count) {
+      count = std::min(kStrip, end - r);
+      std::fill_n(lanes.get(), count * keys * kernel.lanes, 0.0f);
+      for (int64_t column = 0; column < columns; column += kSpan) {
+        const int64_t width = std::min(kSpan, columns - column);
+        kernel.update[static_cast<int>(type)](
+            {left + r * rank, &right[column * rank], rank,
+             write ? to + r * to_stride + column * size : dry.get(), from + r * from_stride + column * size,
+             rest ? rest + r * rest_stride + column * 2 : nullptr, write ? to_stride : kSpan * size, from_stride,
+             rest_stride, count, width, r, column, static_cast<Rounding>(rounding), write,
+             static_cast<uint64_t>(seed), static_cast<uint32_t>(stream), keys ? e.get() : nullptr, kSpan},
+            sums_here);
+        if (keys)
+          kernel.see(e.get(), kSpan, count, &seen[column * keys], (width + kUpdateWidth - 1) / kUpdateWidth, keys,
+                     lanes.get());
       }
-      float* out = keys ? static_cast<float*>(error->mutable_data_ptr()) + first * keys : nullptr;
-      for (int64_t i = 0; i < (last - first) * keys; ++i)
-        out[i] = std::accumulate(&lanes[i * probes.lanes], &lanes[i * probes.lanes] + probes.lanes, 0.0f);
+      for (int64_t i = 0; i < count * keys; ++i)
+        out[r * keys + i] = std::accumulate(&lanes[i * kernel.lanes], &lanes[(i + 1) * kernel.lanes], 0.0f);
     }
   });
-  double* total = static_cast<double*>(sums.mutable_data_ptr());
+  double* total = static_cast<double*>(sums.mutable_data_ptr()) + stream * kSums;
   std::fill_n(total, kSums, 0.0);
   // in order: the same bits every time
-  for (size_t i = 0; i < partial.size(); ++i) total[i / kSumLanes % kSums] += partial[i];
-}
-
-template <class Bits>
-bool all_finite(const Bits* x, int64_t count, Bits exponent, Bits one) {
-  Bits carried = 0;  // out of an exponent of ones alone
-  for (int64_t i = 0; i < count; ++i) carried |= (x[i] & exponent) + one;
-  return !(carried & ~(~Bits{0} >> 1));
-}
-
-bool finite(std::vector<Tensor> tensors) {
-  for (const Tensor& x : tensors) {
-    STD_TORCH_CHECK(x.is_contiguous(), "tensors must be contiguous");
-    const void* data = x.const_data_ptr();
-    if (x.scalar_type() == ScalarType::Float) {
-      if (!all_finite<uint32_t>(static_cast<const uint32_t*>(data), x.numel(), 0x7f800000u, 0x00800000u)) return false;
-    } else {
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "tensors must be float32 or float64");
-      const uint64_t exponent = 0x7ffull << 52, one = 1ull << 52;
-      if (!all_finite<uint64_t>(static_cast<const uint64_t*>(data), x.numel(), exponent, one)) return false;
-    }
-  }
-  return true;
+  for (int64_t i = 0; i < blocks * kSums * kSumLanes; ++i) total[i / kSumLanes % kSums] += partial[i];
 }
 
 }  // namespace
@@ -195,5 +165,4 @@ bool finite(std::vector<Tensor> tensors) {
 // the schema is in knowedit_kernels/_ops.py
 STABLE_TORCH_LIBRARY_IMPL(knowedit, CPU, m) {
   m.impl("low_rank_cpu_", TORCH_BOX(&knowedit::update));
-  m.impl("all_finite_cpu", TORCH_BOX(&knowedit::finite));
 }

@@ -1,20 +1,21 @@
-// x86 with AVX-512: 6 x 64 outputs in 24 registers.
+// x86 with AVX-512: 3 x 64 outputs in twelve registers of 32.
 #if defined(__x86_64__)
+#include <algorithm>
 #include <cstring>
 
 #include "isa.h"
 #include "lowrank.h"
 
 #define KNOWEDIT_AVX512
-#define KNOWEDIT_DIRECT  // a product of rank 1 is made where it is added
+#define KNOWEDIT_REGISTERS "+v"
 KNOWEDIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
 namespace knowedit {
 namespace {
 #include "lowrank_kernels.h"
 }  // namespace
 
-const Probe kProbeAvx512 = {see_strip, kLanes};
-const UpdateKernel kUpdateAvx512[3] = {update_strip<BF16, 4>, update_strip<F16, 4>, update_strip<Plain, 4>};
+const LowRankKernels kLowRankAvx512 = {
+    {update_strip<BF16, 3, 4>, update_strip<F16, 3, 4>, update_strip<Plain, 3, 4>}, see_strip<8>, pack_panel, kLanes};
 
 }  // namespace knowedit
 KNOWEDIT_TARGET_END

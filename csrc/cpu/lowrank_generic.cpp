@@ -1,4 +1,5 @@
 // Any machine.
+#include <algorithm>
 #include <cstring>
 
 #include "isa.h"
@@ -9,7 +10,7 @@ namespace {
 #include "lowrank_kernels.h"
 }  // namespace
 
-const Probe kProbeGeneric = {see_strip, kLanes};
-const UpdateKernel kUpdateGeneric[3] = {update_strip<BF16, 2>, update_strip<F16, 2>, update_strip<Plain, 2>};
+const LowRankKernels kLowRankGeneric = {
+    {update_strip<BF16, 2, 2>, update_strip<F16, 2, 2>, update_strip<Plain, 2, 2>}, see_strip<2>, pack_panel, kLanes};
 
 }  // namespace knowedit

@@ -4,14 +4,17 @@
 // Vectors of the registers' width: what is wider goes through memory, at a third of the speed.
 #ifdef KNOWEDIT_AVX512
 #define KNOWEDIT_LANES 16
+#define KNOWEDIT_CHAINS 2
 #else
 #define KNOWEDIT_LANES 8
+#define KNOWEDIT_CHAINS 1
 #endif
 typedef float F32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
 typedef int32_t I32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
 typedef uint32_t U32 __attribute__((vector_size(4 * KNOWEDIT_LANES)));
 typedef uint64_t U64 __attribute__((vector_size(64)));
 typedef double F64 __attribute__((vector_size(8 * KNOWEDIT_LANES)));
+constexpr int64_t kChains = KNOWEDIT_CHAINS;  // of additions into a sum, side by side: as the registers allow
 constexpr int64_t kLanes = KNOWEDIT_LANES, kVectors = kUpdateWidth / kLanes;
 
 #define KNOWEDIT_INLINE static inline __attribute__((always_inline))
@@ -24,6 +27,22 @@ KNOWEDIT_INLINE I32 plus(I32 count, I32 condition) { return condition ? count + 
 KNOWEDIT_INLINE I32 plus(I32 count, I32 condition) { return count - condition; }
 #endif
 KNOWEDIT_INLINE I32 finite(F32 x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Keeps a vector in a register: left to itself, the compiler reads it again for each of its uses, and the loads, one a
+// cycle, take longer than the products.
+#ifdef KNOWEDIT_REGISTERS
+#define KNOWEDIT_KEEP(x) asm("" : KNOWEDIT_REGISTERS(x))
+#else
+#define KNOWEDIT_KEEP(x)
+#endif
+
+// numbers of a and b at these places
+#if defined(__clang__)
+#define KNOWEDIT_SHUFFLE(V, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define KNOWEDIT_SHUFFLE(V, a, b, ...) \
+  __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(sizeof(V))))){__VA_ARGS__})
+#endif
 
 // `bytes` of a vector, zeros behind them
 template <class V>
@@ -138,6 +157,10 @@ struct Tally {
   I32 changed = {};
 };
 
+KNOWEDIT_INLINE void add(const Tally& x, Tally& to) {
+  to.ideal2 += x.ideal2, to.applied2 += x.applied2, to.error2 += x.error2, to.changed += x.changed;
+}
+
 // sums[lane] += x[lane] in float64
 KNOWEDIT_INLINE void add_lanes(F32 x, double* sums) {
   F64 total;
@@ -166,124 +189,191 @@ __attribute__((noinline, cold)) I32 count_broken(const char* w, int64_t stride, 
   return broken;
 }
 
-// Adds the product to a strip, rounds, stores and measures. R is s.rounding, FULL that no column is missing, SEEN that
-// the errors take the product's place, K the rank where the product is made on the way (0: it has been): known when
-// compiled, they leave a short loop.
-template <class T, Rounding R, bool FULL, bool SEEN, int K>
-KNOWEDIT_INLINE void finish_strip(const UpdateStrip& s, float* product, double* sums) {
-  alignas(64) uint16_t random[kUpdateWidth];
-  alignas(64) char dry[kStrip * kUpdateWidth * T::size];  // written in place of W
-  char* const w = s.write ? s.w : dry;
-  const int64_t w_stride = s.write ? s.w_stride : kUpdateWidth * T::size;
-  Tally t;
-  for (int64_t r = 0; r < s.rows; ++r) {
-    if (R == Rounding::kStochastic)
-      philox(s.seed, s.column / 8, s.row + r, s.stream, reinterpret_cast<uint32_t*>(random));
-    char *to = w + r * w_stride, *rest = s.plane + r * s.plane_stride;
-    const char* from = s.base + r * s.base_stride;
-    float* mine = product + r * kUpdateWidth;
-    F32 left[K ? K : 1];
-    for (int k = 0; k < K; ++k) left[k] = F32{} + s.a[k * kStrip + r];
-    for (int64_t at = 0; at < (FULL ? kUpdateWidth : s.columns); at += 2 * kLanes) {
-      const int64_t count = FULL ? 2 * kLanes : s.columns - at;
-      F32 old[2], carried[2] = {};
-      U32 rounded[2], lost[2], bits[2] = {};
-      T::take(from + at * T::size, count * T::size, old[0], old[1]);
-      if (R == Rounding::kCompensated) BF16::take(rest + at * 2, count * 2, carried[0], carried[1]);
-      if (R == Rounding::kStochastic) {
-        const U32 words = load<U32>(random + at);
-        bits[0] = words & 0xffffu, bits[1] = words >> 16;
-      }
+// Adds the product to two vectors of weights, rounds, stores and measures; `count` of their columns are there.
+template <class T, Rounding R>
+KNOWEDIT_INLINE void finish(const F32 (&ideal)[2], const char* from, char* to, char* rest, const uint16_t* random,
+                            float* error, int64_t count, bool write, Tally (&tallies)[kChains]) {
+  F32 old[2], carried[2] = {}, off[2];
+  U32 rounded[2], lost[2], bits[2] = {};
+  T::take(from, count * T::size, old[0], old[1]);
+  KNOWEDIT_KEEP(old[0]);
+  KNOWEDIT_KEEP(old[1]);
+  if (R == Rounding::kCompensated) BF16::take(rest, count * 2, carried[0], carried[1]);
+  if (R == Rounding::kStochastic) {
+    const U32 words = load<U32>(random);
+    bits[0] = words & 0xffffu, bits[1] = words >> 16;
+  }
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        float* const here = mine + at + i * kLanes;
-        F32 ideal = {};
-        if (K == 0) ideal = load<F32>(here);
-        for (int k = 0; k < K; ++k) ideal += left[k] * load<F32>(s.b + k * kUpdateWidth + at + i * kLanes);
-        F32 exact = old[i] + ideal;
-        if (R == Rounding::kCompensated) exact += carried[i];
-        rounded[i] = R == Rounding::kStochastic ? T::stochastic(exact, bits[i]) : T::nearest(exact);
-        const F32 fresh = T::value(rounded[i]), applied = fresh - old[i], error = applied - ideal;
-        if (R == Rounding::kCompensated) lost[i] = BF16::nearest(exact - fresh);
-        if (SEEN) store(here, error);
-        t.ideal2 += ideal * ideal;
-        t.applied2 += applied * applied;
-        t.error2 += error * error;
-        t.changed = plus(t.changed, applied != 0.0f);
+  for (int i = 0; i < 2; ++i) {
+    Tally& t = tallies[i % kChains];
+    F32 exact = old[i] + ideal[i];
+    if (R == Rounding::kCompensated) exact += carried[i];
+    rounded[i] = R == Rounding::kStochastic ? T::stochastic(exact, bits[i]) : T::nearest(exact);
+    const F32 fresh = T::value(rounded[i]), applied = fresh - old[i];
+    off[i] = applied - ideal[i];
+    if (R == Rounding::kCompensated) lost[i] = BF16::nearest(exact - fresh);
+    t.ideal2 += ideal[i] * ideal[i];
+    t.applied2 += applied * applied;
+    t.error2 += off[i] * off[i];
+    t.changed = plus(t.changed, applied != 0.0f);
+  }
+  T::put(to, rounded[0], rounded[1], count * T::size);
+  if (R == Rounding::kCompensated && write) BF16::put(rest, lost[0], lost[1], count * 2);
+  if (error) store(error, off[0]), store(error + kLanes, off[1]);
+}
+
+// Rows first .. first + G - 1 of a strip, as far as there are, in the columns from `at` of one panel of V: `FULL`, all
+// of the panel's, known when compiled. The product is made NV vectors at a time, in registers.
+template <class T, Rounding R, int G, int NV, bool FULL>
+KNOWEDIT_INLINE void update_rows(const UpdateStrip& s, int64_t first, int64_t at, Tally (&t)[kChains]) {
+  const float* left[G];
+  alignas(64) uint16_t random[G][kUpdateWidth];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+    left[g] = s.u + std::min(first + g, s.rows - 1) * s.rank;  // the last one again, and for nothing
+    if (R == Rounding::kStochastic)
+      philox(s.seed, (s.column + at) / 8, s.row + first + g, s.stream, reinterpret_cast<uint32_t*>(random[g]));
+  }
+#pragma GCC unroll 1
+  for (int64_t v0 = 0; v0 < kVectors; v0 += NV) {
+    const float* b = s.v + at * s.rank + v0 * kLanes;
+    F32 acc[G][NV] = {};
+    for (int64_t k = 0; k < s.rank; ++k, b += kUpdateWidth) {
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        F32 right = load<F32>(b + v * kLanes);
+        KNOWEDIT_KEEP(right);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) acc[g][v] += left[g][k] * right;
       }
-      T::put(to + at * T::size, rounded[0], rounded[1], count * T::size);
-      if (R == Rounding::kCompensated && s.write) BF16::put(rest + at * 2, lost[0], lost[1], count * 2);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const int64_t r = first + g;
+      if (r >= s.rows) break;
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v += 2) {
+        const int64_t column = at + (v0 + v) * kLanes, count = FULL ? 2 * kLanes : s.columns - column;
+        float* const error = s.error ? s.error + r * s.error_stride + column : nullptr;
+        const F32 ideal[2] = {acc[g][v], acc[g][v + 1]};
+        if (count > 0)
+          finish<T, R>(ideal, s.base + r * s.base_stride + column * T::size, s.w + r * s.w_stride + column * T::size,
+                       s.plane + r * s.plane_stride + column * 2, random[g] + (v0 + v) * kLanes, error,
+                       std::min(count, 2 * kLanes), s.write, t);
+        else if (error) store(error, F32{}), store(error + kLanes, F32{});
+      }
     }
   }
-  const I32 broken = all_finite(t.applied2) ? I32{} : count_broken<T>(w, w_stride, s.rows, s.columns);
+}
+
+template <class T, Rounding R, int G, int NV>
+void update_columns(const UpdateStrip& strip, double* sums) {
+  const UpdateStrip s = strip;  // a copy of its own, which stores to W cannot alias
+  Tally tallies[kChains];
+  int64_t at = 0;
+  for (; at + kUpdateWidth <= s.columns; at += kUpdateWidth)
+    for (int64_t r = 0; r < s.rows; r += G) update_rows<T, R, G, NV, true>(s, r, at, tallies);
+  for (int64_t r = 0; at < s.columns && r < s.rows; ++r) update_rows<T, R, 1, 2, false>(s, r, at, tallies);
+  Tally t = tallies[0];
+  for (int64_t i = 1; i < kChains; ++i) add(tallies[i], t);
+  const I32 broken = all_finite(t.applied2) ? I32{} : count_broken<T>(s.w, s.w_stride, s.rows, s.columns);
   const F32 parts[kSums] = {t.ideal2, t.applied2, t.error2, __builtin_convertvector(t.changed, F32),
                             __builtin_convertvector(broken, F32)};  // counts this small are exact
   for (int64_t i = 0; i < kSums; ++i) add_lanes(parts[i], sums + i * kSumLanes);
 }
 
-template <class T, Rounding R, int K = 0>
-KNOWEDIT_INLINE void finish(const UpdateStrip& s, float* product, double* sums) {
-  if (K == 0 && s.columns != kUpdateWidth) finish_strip<T, R, false, true, 0>(s, product, sums);
-  else if (s.error) finish_strip<T, R, true, true, K>(s, product, sums);
-  else finish_strip<T, R, true, false, K>(s, product, sums);
-}
-
-// NV vectors at a time: as many rows of accumulators as the registers hold.
-template <class T, int NV>
-void update_strip(const UpdateStrip& strip, double* sums) {
-  alignas(64) float own[kStrip * kUpdateWidth];
-  float* product = strip.error ? strip.error : own;
-  const UpdateStrip s = strip;  // a copy of its own, which stores to W cannot alias
-#ifdef KNOWEDIT_DIRECT  // two loads less
-  if (s.rank == 1 && s.rounding == Rounding::kNearest && s.columns == kUpdateWidth)
-    return finish<T, Rounding::kNearest, 1>(s, product, sums);
-#endif
-  for (int64_t v0 = 0; v0 < kVectors; v0 += NV) {
-    F32 acc[kStrip][NV] = {};
-    const float *a = s.a, *b = s.b + v0 * kLanes;
-    for (int64_t k = 0; k < s.rank; ++k, a += kStrip, b += kUpdateWidth) {
-      F32 right[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) right[v] = load<F32>(b + v * kLanes);
-#pragma GCC unroll 6
-      for (int r = 0; r < kStrip; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] += a[r] * right[v];
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kStrip; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) store(product + r * kUpdateWidth + (v0 + v) * kLanes, acc[r][v]);
-  }
-  // Through memory: unrolled around the accumulators, finishing took 40 KB of code and spilled.
+// G rows and NV vectors at a time: as many accumulators as the products in flight, and registers left to finish in.
+template <class T, int G, int NV>
+void update_strip(const UpdateStrip& s, double* sums) {
   switch (s.rounding) {
-    case Rounding::kNearest: return finish<T, Rounding::kNearest>(s, product, sums);
-    case Rounding::kStochastic: return finish<T, Rounding::kStochastic>(s, product, sums);
-    case Rounding::kCompensated: return finish<T, Rounding::kCompensated>(s, product, sums);
+    case Rounding::kNearest: return update_columns<T, Rounding::kNearest, G, NV>(s, sums);
+    case Rounding::kStochastic: return update_columns<T, Rounding::kStochastic, G, NV>(s, sums);
+    case Rounding::kCompensated: return update_columns<T, Rounding::kCompensated, G, NV>(s, sums);
   }
 }
 
-// lanes[K] += e[kUpdateWidth] probe[K][kUpdateWidth], lane by lane
+// lanes[G][keys][kLanes] += e[G][panels * kUpdateWidth] probe[panels][keys][kUpdateWidth]^T of K keys, lane by lane
+template <int G, int K>
+KNOWEDIT_INLINE void see_keys(const float* e, int64_t stride, const float* probe, int64_t panels, int64_t keys,
+                              float* lanes) {
+  F32 acc[G][K];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) acc[g][k] = load<F32>(lanes + (g * keys + k) * kLanes);
+  for (int64_t p = 0; p < panels; ++p, e += kUpdateWidth, probe += keys * kUpdateWidth)
+#pragma GCC unroll 1
+    for (int64_t at = 0; at < kUpdateWidth; at += kLanes) {
+      F32 here[G];
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) here[g] = load<F32>(e + g * stride + at);
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) {
+        F32 key = load<F32>(probe + k * kUpdateWidth + at);
+        if (G > 1) KNOWEDIT_KEEP(key);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) acc[g][k] += here[g] * key;
+      }
+    }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) store(lanes + (g * keys + k) * kLanes, acc[g][k]);
+}
+
+template <int G, int K>
+KNOWEDIT_INLINE void see_rows(const float* e, int64_t stride, const float* probe, int64_t panels, int64_t keys,
+                              float* lanes) {
+  int64_t k = 0;
+  for (; k + K <= keys; k += K)
+    see_keys<G, K>(e, stride, probe + k * kUpdateWidth, panels, keys, lanes + k * kLanes);
+  for (; k < keys; ++k) see_keys<G, 1>(e, stride, probe + k * kUpdateWidth, panels, keys, lanes + k * kLanes);
+}
+
+// See `Probe`. K keys at a time.
 template <int K>
-KNOWEDIT_INLINE void see_keys(const float* e, const float* probe, float* lanes) {
-  F32 acc[K];
-#pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) acc[k] = load<F32>(lanes + k * kLanes);
-  for (int64_t at = 0; at < kUpdateWidth; at += kLanes) {
-    const F32 here = load<F32>(e + at);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) acc[k] += here * load<F32>(probe + k * kUpdateWidth + at);
-  }
-#pragma GCC unroll 8
-  for (int k = 0; k < K; ++k) store(lanes + k * kLanes, acc[k]);
+void see_strip(const float* e, int64_t stride, int64_t rows, const float* probe, int64_t panels, int64_t keys,
+               float* lanes) {
+  int64_t r = 0;
+  for (; r + 3 <= rows; r += 3) see_rows<3, K>(e + r * stride, stride, probe, panels, keys, lanes + r * keys * kLanes);
+  for (; r < rows; ++r) see_rows<1, K>(e + r * stride, stride, probe, panels, keys, lanes + r * keys * kLanes);
 }
 
-// lanes[rows, keys, kLanes] += e[rows, kUpdateWidth] probe[keys, kUpdateWidth]^T, whose sums over the lanes are wanted
-void see_strip(const float* e, int64_t rows, const float* probe, int64_t keys, float* lanes) {
-  for (int64_t r = 0; r < rows; ++r, e += kUpdateWidth) {
+// Column i of x [count, rank] as row i of a panel [rank, kUpdateWidth], zeros behind the last; `halves`: in the order of
+// 16-bit weights, the even ones of 2 * kLanes first, then the odd.
+void pack_panel(const float* x, int64_t rank, int64_t count, bool halves, float* out) {
+  typedef float Row __attribute__((vector_size(32)));
+  for (int64_t place = 0; place < kUpdateWidth; place += 8) {
+    const float* from[8];
+    bool all = true;
+    for (int64_t i = 0; i < 8; ++i) {
+      const int64_t in = (place + i) % (2 * kLanes), start = place + i - in;
+      const int64_t column = halves ? start + in % kLanes * 2 + in / kLanes : place + i;
+      from[i] = column < count ? x + column * rank : nullptr;
+      all = all && from[i];
+    }
     int64_t k = 0;
-    for (; k + 8 <= keys; k += 8, lanes += 8 * kLanes) see_keys<8>(e, probe + k * kUpdateWidth, lanes);
-    for (; k + 2 <= keys; k += 2, lanes += 2 * kLanes) see_keys<2>(e, probe + k * kUpdateWidth, lanes);
-    for (; k < keys; ++k, lanes += kLanes) see_keys<1>(e, probe + k * kUpdateWidth, lanes);
+    for (; all && k + 8 <= rank; k += 8) {
+      Row a[8], b[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) a[i] = load<Row>(from[i] + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 2) {
+        b[i] = KNOWEDIT_SHUFFLE(Row, a[i], a[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        b[i + 1] = KNOWEDIT_SHUFFLE(Row, a[i], a[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 1 + (i % 2) * 2) {
+        a[i] = KNOWEDIT_SHUFFLE(Row, b[i], b[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        a[i + 2] = KNOWEDIT_SHUFFLE(Row, b[i], b[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        store(out + (k + i) * kUpdateWidth + place, KNOWEDIT_SHUFFLE(Row, a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+        store(out + (k + i + 4) * kUpdateWidth + place, KNOWEDIT_SHUFFLE(Row, a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+      }
+    }
+    for (; k < rank; ++k)
+      for (int64_t i = 0; i < 8; ++i) out[k * kUpdateWidth + place + i] = from[i] ? from[i][k] : 0.0f;
   }
 }

@@ -16,6 +16,7 @@ _BLOCK = 1 << 18  # elements; 1 MiB of float32
 
 def update_(call: UpdateCall) -> None:
     """Runs ``low_rank_update_`` of `_ops.py` weight by weight."""
+    call.check_factors()
     for i in range(len(call.w)):
         _one(call, i)
 

@@ -18,17 +18,26 @@ ISA = {"avx512": 2, "avx2": 1, "generic": 0}
 def compiled(name: str) -> Candidate:
     """The candidate of one instruction set."""
 
+    isa = ISA[name]
+
     def update_(call: UpdateCall) -> None:
+        if len(call.w) > 1:  # the kernel refuses what is broken, but sees one weight
+            call.check_factors()
         for i, weight in enumerate(call.w):
-            torch.ops.knowedit.low_rank_cpu_.default(
-                weight, call.base[i] if call.base else weight, call.u[i], call.v[i],
-                ROUNDING[call.rounding], call.seed, i, call.residual[i] if call.residual else None,
-                call.probe[i] if call.probe else None, call.write, call.sums[i],
-                call.errors[i] if call.probe else None, ISA[name],
-            )  # fmt: skip
+            try:
+                torch.ops.knowedit.low_rank_cpu_.default(
+                    weight, call.base[i] if call.base else weight, call.u[i], call.v[i],
+                    ROUNDING[call.rounding], call.seed, i,
+                    call.residual[i] if call.residual else None,
+                    call.probe[i] if call.probe else None, call.write, call.sums,
+                    call.errors[i] if call.probe else None, isa,
+                )  # fmt: skip
+            except RuntimeError:
+                call.check_factors()
+                raise
 
     def verify(call: UpdateCall) -> str | None:
-        if reason := _native.load().refusal(ISA[name]):
+        if reason := _native.load().refusal(isa):
             return reason
         for tensor in (*call.w, *call.base, *call.residual):
             if tensor.dtype == torch.float64:

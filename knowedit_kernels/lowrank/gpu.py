@@ -52,6 +52,7 @@ def stack(u: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Tensor]:
 
 def update_(call: UpdateCall) -> None:
     """Runs ``low_rank_update_`` of `_ops.py`; weights of one dtype share a launch."""
+    call.check_factors()
     call.sums.zero_()
     widest = max((keys.shape[1] for keys in call.probe), default=0)
     for start in range(0, max(widest, 1), _PROBES):  # only the last launch writes

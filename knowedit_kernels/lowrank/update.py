@@ -24,12 +24,14 @@ class UpdateReport:
     adds to the layer's output at those keys.
     """
 
-    def __init__(self, sums: Tensor, total: int, probe_error: Tensor | None) -> None:
-        self._sums, self.total, self.probe_error = sums, total, probe_error
+    def __init__(
+        self, sums: Tensor, total: int, probe_error: Tensor | None, row: int | None = None
+    ) -> None:
+        self._sums, self._row, self.total, self.probe_error = sums, row, total, probe_error
 
     @cached_property
     def _figures(self) -> list[float]:
-        return self._sums.tolist()
+        return (self._sums if self._row is None else self._sums[self._row]).tolist()
 
     @property
     def ideal_norm(self) -> float:
@@ -140,8 +142,9 @@ def low_rank_update_many_(
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-    lists = {"U": Us, "V": Vs, "residual": residuals, "probe": probes, "base": bases}
-    for name, given in lists.items():
+    for name, given in (
+        ("U", Us), ("V", Vs), ("residual", residuals), ("probe", probes), ("base", bases)
+    ):  # fmt: skip
         if given is not None and len(given) != len(Ws):
             raise ValueError(f"{len(Ws)} weights but {len(given)} of {name}")
     weights, u, v, keys = [], [], [], []
@@ -162,7 +165,7 @@ def low_rank_update_many_(
     read, planes = list(bases or ()), [plane.detach() for plane in residuals or ()]
 
     device = weights[0].device if weights else None
-    sums = torch.empty(len(weights), 5, dtype=torch.float64, device=device)
+    sums = torch.empty((len(weights), 5), dtype=torch.float64, device=device)
     errors = [W.new_empty(len(W), K.shape[1], dtype=torch.float32) for W, K in zip(weights, keys)]
 
     def call(u: list[Tensor], rounding: str, write: bool) -> None:
@@ -181,7 +184,7 @@ def low_rank_update_many_(
     else:
         call(u, rounding, not dry_run)
     return [
-        UpdateReport(sums[i], W.numel(), errors[i] if errors else None)
+        UpdateReport(sums, W.numel(), errors[i] if errors else None, i)
         for i, W in enumerate(weights)
     ]
 
@@ -189,7 +192,9 @@ def low_rank_update_many_(
 def _factor(x: Tensor, W: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha x as W's update takes it: contiguous, on its device, in the dtype of its arithmetic."""
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-    x = x.detach().to(W.device, dtype)
+    x = x.detach()
+    if x.dtype != dtype or x.device != W.device:  # asked first: it costs less than to be told so
+        x = x.to(W.device, dtype)
     return (x if alpha == 1 else x * alpha).contiguous()
 
 

@@ -27,6 +27,7 @@ from benchmarks import (
     table,
     values,
 )
+from benchmarks import lowrank as lowrank_benchmark
 from benchmarks.common import Check
 from knowedit.facts.fact import Fact, Probe
 from knowedit.methods import NeuronPatch
@@ -99,7 +100,7 @@ def test_interleave_alternates():
     assert "".join(order) == "ab" + "ab" + "ba"
 
 
-@pytest.mark.parametrize("script", [moments, solve])
+@pytest.mark.parametrize("script", [lowrank_benchmark, moments, solve])
 def test_kernel_scripts(script, tmp_path):
     output = tmp_path / "out.jsonl"
     assert (

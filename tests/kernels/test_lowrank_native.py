@@ -2,6 +2,8 @@
 specification (unit).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -228,3 +230,33 @@ def test_opcheck():
         isa["generic"],
     )
     torch.library.opcheck(torch.ops.knowedit.low_rank_cpu_.default, args)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@each_kernel
+def test_one_broken_factor_leaves_all_weights_of_a_call_alone(candidate, broken):
+    first, second = (problem(20, 70, torch.float32, seed=seed) for seed in (0, 1))
+    second[2][33, 4] = broken
+    weights = [first[0].clone(), second[0].clone()]
+    sums = testing.poisoned_empty(2, 5, dtype=torch.float64)
+    factors = [first[1], second[1]], [first[2], second[2]]
+    call = UpdateCall(weights, [], *factors, "nearest", 0, [], [], True, sums, [])
+    with instructions_of(candidate):
+        if reason := candidate.verify(call):
+            skip(candidate.name, reason)
+        with pytest.raises(ValueError, match="nothing was written"):
+            candidate.run(call)
+        with pytest.raises(ValueError, match="nothing was written"):
+            candidate.run(replace(call, w=[weights[1]], u=[second[1]], v=[second[2]]))
+    assert torch.equal(weights[0], first[0]) and torch.equal(weights[1], second[0])
+
+
+@pytest.mark.parametrize("rank", [1, 7, 8, 9, 16, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_kernel
+def test_every_column_meets_its_own_factor(candidate, dtype, rank):
+    """Which column of V lies where in a panel: row k of W becomes column k of V."""
+    V = torch.arange(1.0, 1 + 150 * rank).view(150, rank) / 4096
+    W = torch.zeros(rank, 150, dtype=dtype)
+    run(candidate, W, torch.eye(rank), V)
+    assert torch.equal(W, V.T.to(dtype))
