@@ -50,12 +50,17 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
+
+
 def _speed(row: dict[str, Any]) -> list[str]:
     gain = "not accurate"
     if "speedup" in row:
         low, high = row["spread"]
-        gain = f"{row['speedup']:.1f}x [{low:.1f}, {high:.1f}]"
-    target = f"{row['target']:g}x" + ("" if row.get("speedup", 0) >= row["target"] else " (short)")
+        gain = f"{_ratio(row['speedup'])}x [{_ratio(low)}, {_ratio(high)}]"
+    short = "" if row.get("speedup", 0) >= row["target"] else " (short)"
+    target = f"{round(row['target'], 2):g}x{short}"
     errors = "; ".join(f"{c['name']} {c['value']:.0e} ({c['limit']:.0e})" for c in row["checks"])
     times = [_seconds(row["seconds"]), _seconds(row["baseline_seconds"])]
     return [row["case"], str(row["threads"]), *times, gain, target, errors]

@@ -52,7 +52,7 @@ def run(name: str, tensors: Sequence[torch.Tensor], *args: Any) -> Any:
     """Runs a dispatched op on `args`, among them `tensors`, of which autograd tracks none.
 
     Nobody listening at torch's dispatcher, the implementation is called straight away: the same
-    work and the same count of writes, without the 100 us that torch's layers of Python cost.
+    work and the same count of writes, without what torch's layers of Python cost (as much again).
     """
     if _listened(tensors):
         return getattr(torch.ops.knowedit, name)(*args)
