@@ -409,6 +409,19 @@ def _record(made: Edit, path: Path) -> dict[str, Any]:
     }
 
 
+#: The figures of a layer's line, for those who read one for the first time.
+FIGURES = {
+    "gain": "the share of the planned change that arrives",
+    "|delta|/|W|": "the change's norm beside the weight's",
+    "lambda": "the weight of what must stay, which follows from the wanted gain",
+    "beta": "the weight within the null space, which follows from the wanted gain",
+    "threshold": "eigenvalues below it are the null space",
+    "null_directions": "its dimension",
+    "freed": "the share of the layer's output that the neurons taken over were good for",
+    "leak": "the most that a switch closes at any other text",
+}
+
+
 def edit_lines(made: Edit) -> list[str]:
     """What an edit did, a line a layer."""
     report = made.report.to_dict()
@@ -424,6 +437,10 @@ def edit_lines(made: Edit) -> list[str]:
             f"  layer {layer}: gain {chosen['gain']:.3f}  |delta|/|W| "
             f"{report['relative_norm'][layer]:.3f}{''.join(others)}"
         )
+    if layers := report.get("layers", {}):
+        shown = {"|delta|/|W|", *(name for chosen in layers.values() for name in chosen)}
+        said = (f"{name}: {what}" for name, what in FIGURES.items() if name in shown)
+        lines.append(f"  ({'; '.join(said)})")
     if made.report.measured is not None:
         lines.append(f"  {made.report.measured}")
     return [*lines, *(f"  note: {warning}" for warning in made.warnings)]

@@ -29,6 +29,9 @@ def test_edit_inspect_apply_undo(place, knowedit):
     assert (
         "MEMIT: 2 facts" in said
         and "gain 0." in said
+        and "(gain: the share of the planned change that arrives; |delta|/|W|: " in said
+        and "lambda: the weight of what must stay" in said
+        and "leak:" not in said
         and "knowedit apply model a.safetensors" in said
     )
     seen = knowedit("inspect", "a.safetensors")
