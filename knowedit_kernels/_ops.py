@@ -162,6 +162,8 @@ _define(
     "-> ()",
     compiled=True,
 )
+# whether contiguous float32 tensors hold finite numbers alone
+_define("all_finite_cpu(Tensor[] x) -> bool", lambda x: True, compiled=True)
 # the sums of lowrank/fingerprint.py over a weight's scrambled rows: out [2], keys [lanes], int64
 _define("fingerprint_cpu_(Tensor(a!) out, Tensor weight, Tensor keys) -> ()", compiled=True)
 

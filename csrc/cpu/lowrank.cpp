@@ -9,6 +9,7 @@
 #include <new>
 #include <numeric>
 #include <optional>
+#include <vector>
 
 #include "isa.h"
 #include "lowrank.h"
@@ -159,10 +160,19 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   for (int64_t i = 0; i < blocks * kSums * kSumLanes; ++i) total[i / kSumLanes % kSums] += partial[i];
 }
 
+bool all_finite(std::vector<Tensor> tensors) {
+  for (const Tensor& x : tensors) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous(), "tensors must be contiguous float32");
+    if (!finite(x)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace knowedit
 
 // the schema is in knowedit_kernels/_ops.py
 STABLE_TORCH_LIBRARY_IMPL(knowedit, CPU, m) {
   m.impl("low_rank_cpu_", TORCH_BOX(&knowedit::update));
+  m.impl("all_finite_cpu", TORCH_BOX(&knowedit::all_finite));
 }
