@@ -117,7 +117,7 @@ class WeightLedger:
         self._entries[name] = _Entry(name, weight, transposed)
 
     def __repr__(self) -> str:
-        return f"WeightLedger({len(self._entries)} weights, active edits: {list(self.active)})"
+        return f"WeightLedger(weights={len(self._entries)}, active={list(self.active)})"
 
     def follow(self, weights: Mapping[str, Tensor]) -> None:
         """Edits these tensors from now on under their names, where a model has others than it had.

@@ -198,7 +198,7 @@ def test_objects_say_what_they_are():
     assert "edits=3, constraint='soft'" in repr(SOLVER)
     ledger = kernels.WeightLedger({"layer": W.clone()})
     ledger.add("layer", U, V, key="mine")
-    assert repr(ledger) == "WeightLedger(1 weights, active edits: ['mine'])"
+    assert repr(ledger) == "WeightLedger(weights=1, active=['mine'])"
 
 
 def test_a_saved_moment_is_there_for_all_whom_the_umask_lets(tmp_path):

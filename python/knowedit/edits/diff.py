@@ -139,7 +139,10 @@ def _of_folders(base: Checkpoint, other: Checkpoint) -> ModelDiff:
                 dtypes[pair] = dtypes.get(pair, 0) + 1
             if found := compare(name, before, after):
                 weights.append(found)
-    notes += [f"{number_of(count, 'weight')} stored as {pair}" for pair, count in dtypes.items()]
+    notes += [
+        f"{number_of(count, 'weight')} {'is' if count == 1 else 'are'} stored as {pair}"
+        for pair, count in dtypes.items()
+    ]
     return ModelDiff(base.name, other.name, len(common), weights, notes, _recorded(other.folder))
 
 
