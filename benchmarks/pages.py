@@ -19,6 +19,7 @@ from knowedit.io.tables import Table
 
 from . import arithmetic as by_sum
 from . import calibration as by_calibration
+from . import capacity as by_room
 from . import easyedit as by_editor
 from . import geometry as by_layer
 from . import gradient as by_gradient
@@ -61,6 +62,7 @@ METAKE = {
 ONE_LAYER = "sequential_one_layer"
 OF_EXPERTS = "sequential_moe"
 OF_SWITCHES = "sequential_neuron"
+OF_THOUSANDS = "sequential_thousands"
 SEQUENTIAL = {
     "success": "efficacy success",
     "paraphrase": "paraphrase success",
@@ -300,6 +302,12 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
         partial(sequential, name=OF_SWITCHES),
         partial(sequential_picture, name=OF_SWITCHES),
     ),
+    OF_THOUSANDS: (
+        "sequential.md",
+        partial(sequential, name=OF_THOUSANDS),
+        partial(sequential_picture, name=OF_THOUSANDS),
+    ),
+    by_room.NAME: ("sequential.md", by_room.table, by_room.draw),
     OF_EXPERTS: (
         "moe.md",
         partial(sequential, name=OF_EXPERTS),
