@@ -115,6 +115,14 @@ def sample_of(written: int, count: int | None, total: int, seed: int) -> list[in
     return sorted([record for record in order if record < written][:count])
 
 
+def found_in(model: EditableModel, fact: Fact) -> bool:
+    """Whether the subject ends where a token does, so that the fact can be written."""
+    try:
+        return model.row(fact.prompt, fact.subject) is not None
+    except KnowEditError:
+        return False
+
+
 def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
     """`count` facts of different subjects in random order; a third of them, where there are so
     many, have a paraphrase (in the flat form of CounterFact few do), so that some of every batch
@@ -207,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--layer", action=common.Repeated, default=["4-6"], help="edited together (default: 4-6)"
     )
     parser.add_argument(
-        "--facts", default=FACTS, help=f"a set by its name, or a file (default: {FACTS})"
+        "--set", default=FACTS, help=f"a set by its name, or a file (default: {FACTS})"
     )
     parser.add_argument("--limit", type=int, default=1000, help="so many of them")
     parser.add_argument("--batch", type=int, default=50)
@@ -264,8 +272,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         arguments.tokens, arguments.method = 4096, arguments.method[:2]
     data = data_dir() or Path("KNOWEDIT_DATA")
-    facts = draw_facts(load(arguments.facts), arguments.limit, arguments.seed)
     model = load_model(arguments.model, dtype=torch.float32)
+    drawn = draw_facts(load(arguments.set), arguments.limit, arguments.seed)
+    facts = [fact for fact in drawn if found_in(model, fact)]
     if arguments.experts:
         model = mixtures.copies(model, arguments.experts, active=2)
     layers = parse_layers(arguments.layer) or ()
@@ -301,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if arguments.checked is not None or arguments.merge:
         setting |= {"checked": arguments.checked, "merge": arguments.merge}
-    if arguments.facts != FACTS:
-        setting["facts"] = Path(arguments.facts).name
+    if arguments.set != FACTS:
+        setting["facts"] = Path(arguments.set).name
     for name in ("experts", "optimiser"):
         setting |= {name: given} if (given := getattr(arguments, name)) else {}
     if old and old[0].get("setting") != setting:

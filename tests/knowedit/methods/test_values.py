@@ -2,6 +2,8 @@
 writes it (unit, model).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from knowedit.methods.locate.values import (
     DEFAULT_CONTEXTS,
     ESSENCE,
     AtProjections,
+    Problem,
     ValueSettings,
     optimise_values,
     prompt_rows,
@@ -141,8 +144,36 @@ def test_targets_are_kept_on_the_device_that_is_asked_for(tiny_llama):
             tiny_llama, [FACTS[:1]], layers, settings, problem=AtProjections, device="meta"
         )
         parts = [part for part in vars(found).values() if part is not None]
-        assert len(parts) == 5 + isinstance(layers, tuple)
+        assert len(parts) == 6 + isinstance(layers, tuple)
         assert {part.device.type for part in [*parts, found.wanted, found.of_layers()]} == {"meta"}
+
+
+class Sinking(Problem):
+    """The states of the bare prompts of the second group are fifty times as long, as where the
+    model keeps an attention sink."""
+
+    def states(self, rows):
+        long = torch.ones(len(self.of_row))
+        long[self.bare[self.bare_owner == 1]] = 50.0
+        return super().states(rows) * long[rows][:, None, None]
+
+
+def test_a_sink_does_not_say_how_long_a_value_may_be(tiny_llama):
+    """Whatever its length, the value stays within what the same words have behind others."""
+    groups, settings = [[f] for f in FACTS[:2]], ValueSettings(steps=25, lr=5.0, clamp=0.5)
+    plain = optimise_values(tiny_llama, groups, 1, settings)
+    held = optimise_values(tiny_llama, groups, 1, settings, problem=Sinking)
+    assert plain.sink.tolist() == [0, 0] and held.sink.tolist() == [0, 1]
+    assert held.delta[0].equal(plain.delta[0])
+    rows = prompt_rows(tiny_llama, FACTS[1], settings.contexts)
+    states = [
+        tiny_llama.hf(input_ids=torch.tensor([r.ids]), output_hidden_states=True).hidden_states[2]
+        for r in rows
+    ]
+    lengths = torch.stack([h[0, r.subject].norm() for h, r in zip(states, rows)])
+    assert held.delta[1].norm() <= 0.5 * lengths.max() * (1 + 1e-5)
+    free = optimise_values(tiny_llama, groups, 1, replace(settings, sink=99.0), problem=Sinking)
+    assert free.sink.tolist() == [0, 0] and free.delta[1].norm() > held.delta[1].norm()
 
 
 def test_an_empty_group_is_refused(tiny_llama):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any, ClassVar
@@ -94,6 +95,7 @@ def settings_of(hparams: Any) -> ValueSettings:
         steps=hparams.v_num_grad_steps,
         lr=hparams.v_lr,
         clamp=hparams.clamp_norm_factor,
+        sink=math.inf,  # the host takes any state's length
         weight_decay=hparams.v_weight_decay,
         kl=hparams.kl_factor,
         stop=STOP,

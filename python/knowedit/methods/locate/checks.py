@@ -148,6 +148,14 @@ def outcome_warnings(
             f"{' each' * (len(merged) > 1)} "
             f"({', '.join(merged[:3])}{', ...' if len(merged) > 3 else ''})"
         )
+    sinks = [] if targets.sink is None else targets.sink.nonzero()[:, 0].tolist()
+    if sinks:
+        named = ", ".join(repr(groups[i][0].subject) for i in sinks[:3])
+        warnings.append(
+            f"{number_of(len(sinks), 'subject')} ({named}) at an attention sink of the prompt "
+            "itself: the value is held to the length of the states behind other words, and may "
+            "not be said without any; put some in front of the prompt"
+        )
     ahead = report.details.get("look_ahead", {})
     if ahead.get("used") and ahead["after"]["realised"] > 1.0:
         warnings.append(

@@ -29,6 +29,7 @@ from knowedit.models.editable import EditableModel
 from knowedit.models.families.preset import Preset
 from knowedit.models.linear import fast_linear
 from knowedit.models.partial import Hook, PartialModel, hooked, runs_flat
+from knowedit.models.sinks import SINK_RATIO
 from knowedit.models.texts import AnswerLoss, KeepLoss, Places, answer_places
 from knowedit.models.tokens import Row
 
@@ -51,6 +52,8 @@ class ValueSettings(Config):
         lr: Adam's step a coordinate, in units of the hidden state. None: calibrated, so that a step
             is about a tenth of the clean state's norm.
         clamp: largest `|delta| / |z0|`.
+        sink: a bare prompt's z0 that is so many times as long as the median of its group's rows is
+            an attention sink's, and says nothing of how long a value may be: the median does.
         weight_decay: weight of `|delta| / |z0|^2`.
         kl: weight of KL(edited || clean) at the subject's last token of "{subject} is a".
         stop: a fact rests once its loss is below this.
@@ -64,6 +67,7 @@ class ValueSettings(Config):
     steps: Count = 25
     lr: Positive | None = 0.5
     clamp: Bound = 0.75
+    sink: Bound = SINK_RATIO
     weight_decay: NotNegative = 0.5
     kl: NotNegative = 0.0625
     stop: NotNegative = 0.05
@@ -111,6 +115,7 @@ class Targets:
         lower: `[groups, layers - 1, hidden]` what the layers below the last are to write, where
             each layer has a value of its own (`AtProjections`).
         norm: `[groups]` the length that the MLP's part was brought to, where the target anchors it.
+        sink: `[groups]` 1 where the clean state at the bare prompts is an attention sink's.
     """
 
     delta: Tensor
@@ -120,6 +125,7 @@ class Targets:
     steps: Tensor
     lower: Tensor | None = None
     norm: Tensor | None = None
+    sink: Tensor | None = None
 
     @property
     def wanted(self) -> Tensor:
@@ -212,8 +218,8 @@ def optimise_plans(
     count, own = len(plans), problem.each_layer and len(layers) > 1
     lower = torch.zeros(count, len(layers) - 1, model.hidden, device=device) if own else None
     delta, value = torch.zeros(2, count, model.hidden, device=device)
-    loss, nll, steps = torch.zeros(3, count, device=device)
-    result = Targets(delta, value, loss, nll, steps, lower)
+    loss, nll, steps, sink = torch.zeros(4, count, device=device)
+    result = Targets(delta, value, loss, nll, steps, lower, sink=sink)
     # another batch costs a CPU as much as some 30 tokens (the weights are read again), of which a
     # padded one, which linear layers leave out, is a fifth, and where texts stand in one row next
     # to nothing; a GPU far more
@@ -303,7 +309,8 @@ def _optimise(
     device, count = model.device, len(plans)
     problem = kind.at(layers, model, plans)
     value = problem.mean_bare()  # [groups, parts, hidden], like delta
-    norm = value.norm(dim=2, keepdim=True)
+    norm = problem.lengths(value, s.sink)
+    sink = (norm < value.norm(dim=2, keepdim=True)).any(1)[:, 0]
     clamp = s.clamp / len(layers) if kind.each_layer else s.clamp
     step_size = s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5
     lr = torch.as_tensor(step_size).to(norm).expand_as(norm)
@@ -346,7 +353,7 @@ def _optimise(
             problem = problem.select(active.nonzero()[:, 0].tolist())
     progress(count * (1 - step / most))  # the evaluations that early stopping saved
     lower = best[:, :-1] if kind.each_layer else None
-    return Targets(best[:, -1], value[:, -1], loss, nll, done, lower)
+    return Targets(best[:, -1], value[:, -1], loss, nll, done, lower, sink=sink)
 
 
 def _safe_norm(x: Tensor) -> Tensor:
@@ -428,6 +435,18 @@ class Problem:
         sums = states.new_zeros(len(self.plans), *states.shape[1:])
         sums.index_add_(0, self.bare_owner, states)
         return sums / torch.bincount(self.bare_owner, minlength=len(self.plans))[:, None, None]
+
+    def lengths(self, value: Tensor, sink: float) -> Tensor:
+        """`[groups, parts, 1]` how long the clean states `value` are; of one that is more than
+        `sink` times as long as the median of its group's rows, that median.
+        """
+        prompts = torch.ones_like(self.of_row, dtype=torch.bool)
+        prompts[self.essence] = False
+        each = self.states(prompts.nonzero()[:, 0]).to(value).norm(dim=2, keepdim=True)
+        owner, groups = self.of_row[prompts], range(len(self.plans))
+        usual = torch.stack([each[owner == group].median(0).values for group in groups])
+        norm = value.norm(dim=2, keepdim=True)
+        return torch.where(norm > sink * usual, usual, norm)
 
     def states(self, rows: Tensor) -> Tensor:
         """`[rows, parts, hidden]` what a delta is added to."""

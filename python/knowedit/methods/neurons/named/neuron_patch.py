@@ -68,6 +68,10 @@ from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
 from knowedit_kernels.lowrank import Change
 
+#: A switch that closes where it should not adds its value to a state of ordinary length, so that a
+#: value is held to that sooner than elsewhere (`ValueSettings.sink`).
+SINK = 3.0
+
 
 @dataclass(frozen=True)
 class NeuronPatch(Method):
@@ -409,6 +413,7 @@ class NeuronPatch(Method):
         return replace(
             found,
             clamp=max(2.0, found.clamp) if self.target.clamp is None else found.clamp,
+            sink=SINK,
             steps=max(30, found.steps) if self.target.steps is None else found.steps,
         )
 
