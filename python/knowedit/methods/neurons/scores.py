@@ -81,7 +81,7 @@ class _Hinges:
                 taken = torch.where(there < best, part, taken)
                 best = torch.minimum(there, best)
             w, margins = w + taken[:, None] * step, margins + taken * along
-            live = [i for i in live if loss[i] - best[i] > ENOUGH * loss[i]]
+            live = [i for i in live if loss[i] - best[i] > ENOUGH * loss[i] and best[i] > 0]
             loss = best
             if not live:
                 break
