@@ -229,7 +229,9 @@ SETTINGS: dict[str, dict[str, Reader]] = {
             ("quality", judged), ("neuron", judged), ("learned", learned), ("models", real)
         )
     },
-    "One batch after another": {"sequential": sequences, "sequential_neuron": sequences},
+    "One batch after another": dict.fromkeys(
+        ("sequential", "sequential_neuron", "sequential_thousands"), sequences
+    ),
     "One batch after another, in one layer": {"sequential_one_layer": sequences},
     "Several facts of one subject": {"rose": same_subject},
     "What follows from a fact": {"portability": following},
