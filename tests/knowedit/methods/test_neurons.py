@@ -19,6 +19,7 @@ from knowedit.methods.locate.keys import group_by_wording
 from knowedit.methods.locate.targets import AttentionAndMLP, HiddenState
 from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import ValueSettings
+from knowedit.methods.neurons import scores
 from knowedit.methods.neurons.named import neuron_patch
 from knowedit.methods.neurons.parts import (
     Switch,
@@ -242,6 +243,15 @@ def test_directions_have_the_least_loss(groups, hidden, ridge, seed):
     search.step(again)
     found = loss(separate(own, owner, others, ridge).double())
     assert float(found) <= float(loss(best)) * (1 + 1e-3) + 1e-6
+
+
+def test_directions_are_the_same_however_many_are_looked_at_together(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    own, others = (torch.randn(n, 8, generator=generator) for n in (20, 100))
+    together = separate(own, torch.arange(5).repeat(4), [others], 1e-3)
+    monkeypatch.setattr(scores, "TOGETHER", 2)
+    apart = separate(own, torch.arange(5).repeat(4), [others], 1e-3)
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
 
 
 def test_a_switch_is_open_below_and_closed_above(tiny_llama):

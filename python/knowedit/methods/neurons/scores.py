@@ -10,6 +10,8 @@ from torch import Tensor
 
 from knowedit_kernels import second_moment_
 
+#: Groups that are looked at together: what is kept of each grows with the others' inputs.
+TOGETHER = 64
 #: The search starts on every eighth input of the other sets, where a step costs an eighth.
 START = 8
 #: It ends when a step takes less than this part of a group's loss away, or after so many steps.
@@ -31,13 +33,15 @@ def separate(own: Tensor, owner: Tensor, others: Sequence[Tensor], ridge: float)
     Returns:
         `[groups, hidden]` float32.
     """
-    groups = int(owner.max()) + 1
     scale = float(torch.cat(list(others)).square().sum(1).mean())
-    found = own.new_zeros(groups, own.shape[1])
-    for part in (START, 1):
-        thinned = [x[::part] for x in others]
-        found = _Hinges.of(own, owner, groups, thinned, ridge * scale).least(found)
-    return found
+    found = []
+    for groups in torch.arange(int(owner.max()) + 1, device=owner.device).split(TOGETHER):
+        best = own.new_zeros(len(groups), own.shape[1])
+        for part in (START, 1):
+            thinned = [x[::part] for x in others]
+            best = _Hinges.of(own, owner, groups, thinned, ridge * scale).least(best)
+        found.append(best)
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,13 @@ class _Hinges:
 
     @classmethod
     def of(
-        cls, own: Tensor, owner: Tensor, groups: int, others: Sequence[Tensor], ridge: float
+        cls, own: Tensor, owner: Tensor, groups: Tensor, others: Sequence[Tensor], ridge: float
     ) -> _Hinges:
-        mine = (owner[:, None] == torch.arange(groups, device=owner.device)).to(own)
+        mine = (owner[:, None] == groups).to(own)
         theirs = 1 - mine
         weights = [mine / mine.sum(0) + theirs / theirs.sum(0).clamp(min=1)]
-        weights += [x.new_full((len(x), groups), 1 / len(x)) for x in others]
-        signs = [mine - theirs] + [x.new_full((len(x), groups), -1.0) for x in others]
+        weights += [x.new_full((len(x), len(groups)), 1 / len(x)) for x in others]
+        signs = [mine - theirs] + [x.new_full((len(x), len(groups)), -1.0) for x in others]
         return cls(torch.cat([own, *others]), torch.cat(signs), torch.cat(weights), ridge)
 
     def least(self, start: Tensor) -> Tensor:
