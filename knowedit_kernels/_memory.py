@@ -27,6 +27,21 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
+def meet(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors may have a byte in common: they reach across the same memory."""
+    (begin, end), (other_begin, other_end) = _reach(one), _reach(other)
+    return begin < other_end and other_begin < end
+
+
+def _reach(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and behind its last."""
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
 def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A copy on `device`, with the strides that `to` gives it."""
     layout = torch.empty_like(tensor, device="meta")

@@ -64,7 +64,7 @@ class Scratch {
 
 bool is_matrix(const Tensor& t, ScalarType type, int64_t rows, int64_t columns) {
   return t.scalar_type() == type && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
-         (t.stride(1) == 1 || columns <= 1);
+         (t.stride(1) == 1 || columns <= 1 || rows == 0);  // an empty one is contiguous whatever its strides
 }
 
 bool finite(const Tensor& x) {

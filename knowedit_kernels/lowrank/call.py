@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._dispatch import Call
+from knowedit_kernels._memory import meet
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,30 @@ class UpdateCall(Call):
     sums: Tensor
     errors: Sequence[Tensor]
 
+    def __post_init__(self) -> None:
+        """Copies first what is read of memory that is written: an implementation reads a row's
+        factors again after its first columns, and a weight's after the one before. A base may be
+        its own weight.
+
+        Raises ValueError if two weights are the same memory: they may be written at once.
+        """
+        if not self.write:
+            return
+        if len(self.w) > 1:
+            places = [w.data_ptr() for w in self.w if w.numel()]
+            if len(set(places)) < len(places):
+                raise ValueError("the same weight occurs twice: update it in two calls")
+        written, read = (*self.w, *self.residual), (*self.base, *self.u, *self.v, *self.probe)
+        if _storages(written).isdisjoint(_storages(read)):
+            return
+        for name in ("base", "u", "v", "probe"):
+            apart = []
+            for i, x in enumerate(getattr(self, name)):
+                own = self.w[i] if name == "base" and _same(x, self.w[i]) else None
+                near = any(meet(x, other) for other in written if other is not own)
+                apart.append(x.clone() if near else x)
+            object.__setattr__(self, name, apart)
+
     def check_factors(self) -> None:
         """Raises ValueError for NaN or infinity in U or V, which every implementation refuses
         before it writes.
@@ -47,3 +72,12 @@ class UpdateCall(Call):
 def _finite(x: Tensor) -> bool:
     flat = x.view(-1)  # one serial dot product; only when that overflows, the thorough look
     return math.isfinite(torch.dot(flat, flat)) or bool(torch.isfinite(x).all())
+
+
+def _storages(tensors: Sequence[Tensor]) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tensors}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether every entry of one is that of the other; they are alike in shape and dtype."""
+    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()

@@ -106,6 +106,8 @@ def low_rank_update_(
     base: read W from here instead (same shape and dtype): W = round(base + alpha U V^T).
     dry_run: report only, change nothing.
 
+    What is read may lie in memory that is written (U may be a view of W): it is copied first.
+
     Raises ValueError or TypeError naming the argument before anything is written. An update that
     overflows W's dtype is written, and counted in the report (``nonfinite``); a `WeightLedger`
     refuses it.
@@ -138,7 +140,7 @@ def low_rank_update_many_(
     dry_run: bool = False,
 ) -> list[UpdateReport]:
     """`low_rank_update_` of several weights in one launch; argument lists are parallel to
-    ``Ws``.
+    ``Ws``. Raises ValueError for a weight that occurs twice, too.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")

@@ -207,6 +207,35 @@ def test_dry_run_base_and_many():
     assert low_rank_update_many_([], [], []) == []
 
 
+@each_dtype
+def test_the_same_weight_twice_in_a_call_is_refused(dtype):
+    W, U, V = problem(7, 5, dtype)
+    before = W.clone()
+    with pytest.raises(ValueError, match="occurs twice"):
+        low_rank_update_many_([W, W], [U, U], [V, V])
+    assert torch.equal(W, before)
+    low_rank_update_many_([W, W], [U, U], [V, V], dry_run=True)
+
+
+@each_dtype
+def test_empty_operands_may_have_any_strides(dtype):
+    """What is empty counts as contiguous whatever its strides: none is refused half-way."""
+    for rows, columns in ((0, 5), (5, 0), (0, 0)):
+        W, U, V = torch.randn(7, 5).to(dtype), torch.randn(7, 3), torch.randn(5, 3)
+        before = W.clone()
+        empty = [
+            torch.zeros(size, rank).T.contiguous().T  # strides (1, rows)
+            for size, rank in ((rows, 3), (columns, 3), (columns, 2))
+        ]
+        weight = torch.zeros(columns, rows, dtype=dtype).T
+        reports = low_rank_update_many_(
+            [W, weight], [U, empty[0]], [V, empty[1]], probes=[torch.randn(5, 2), empty[2]]
+        )
+        assert reports[1].total == 0 and reports[1].survived == 1.0
+        assert reports[1].probe_error.shape == (rows, 2) and not reports[1].probe_error.any()
+        assert not torch.equal(W, before)
+
+
 def test_empty_and_overflow():
     empty = torch.zeros(0, 5, dtype=torch.bfloat16)
     assert low_rank_update_(empty, torch.zeros(0, 2), torch.zeros(5, 2)).total == 0

@@ -251,6 +251,48 @@ def test_one_broken_factor_leaves_all_weights_of_a_call_alone(candidate, broken)
     assert torch.equal(weights[0], first[0]) and torch.equal(weights[1], second[0])
 
 
+@pytest.mark.parametrize("n", [40, 600])
+@each_kernel
+def test_what_is_read_may_lie_in_memory_that_is_written(candidate, n):
+    """As if it had been read first: U, V, the probe keys, another weight, a part of a base."""
+    g = torch.Generator().manual_seed(0)
+    start, other, right = (torch.randn(n, n, generator=g).double() / n**0.5 for _ in range(3))
+
+    def fresh(x):
+        return x.float().clone()
+
+    def near(x, y):
+        assert float((x.double() - y).norm() / y.norm()) < 1e-6
+
+    W = fresh(start)
+    run(candidate, W, W, fresh(right))
+    near(W, start + start @ right.T)
+    W = fresh(start)
+    run(candidate, W, fresh(right), W)
+    near(W, start + right @ start.T)
+    W, U = fresh(start), fresh(right) / 8
+    _, error = run(candidate, W, U, fresh(other), probe=W)
+    _, apart = run(candidate, fresh(start), U, fresh(other), probe=fresh(start))
+    assert torch.equal(error, apart)
+    for write, read in ((slice(0, n - 3), slice(3, n)), (slice(3, n), slice(0, n - 3))):
+        W = fresh(start)
+        run(candidate, W[write], fresh(right)[write], fresh(other), base=W[read])
+        near(W[write], start[read] + right[write] @ other.T)
+    A, B, sums = fresh(start), fresh(other), torch.empty(2, 5, dtype=torch.float64)
+    both = UpdateCall([A, B], [], [B, A], [fresh(right)] * 2, "nearest", 0, [], [], True, sums, [])
+    swap = UpdateCall(
+        [A, B], [B, A], [A, B], [fresh(right)] * 2, "nearest", 0, [], [], True, sums, []
+    )
+    with instructions_of(candidate):
+        candidate.run(both)
+        near(A, start + other @ right.T)
+        near(B, other + start @ right.T)
+        A.copy_(start), B.copy_(other)
+        candidate.run(replace(swap, w=[A, B]))
+    near(A, other + start @ right.T)
+    near(B, start + other @ right.T)
+
+
 @pytest.mark.parametrize("rank", [1, 7, 8, 9, 16, 33])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_kernel
