@@ -207,12 +207,12 @@ class Table:
         mean. Title and notes are comments.
         """
         sides = "".join(side[0] for side in self.alignment())
-        line = " & ".join(map(_in_latex, (column.header for column in self.heads)))
-        rows = (" & ".join(map(_in_latex, row)) for row in self.cells())
-        # behind a line's end a bracket would be the space to leave
-        body = [("{}" if row.startswith("[") else "") + row + r" \\" for row in rows]
+        texts = ([column.header for column in self.heads], *self.cells())
+        rows = (" & ".join(map(_in_latex, row)) for row in texts)
+        # behind a rule or a line's end a bracket would be the space to leave, a star a variant
+        line, *body = (("{}" if row.startswith(("[", "*")) else "") + row + r" \\" for row in rows)
         said = [f"% {' '.join(text.split())}" for text in (self.title, *self.notes) if text]
-        inner = [r"\toprule", rf"{line} \\", r"\midrule", *body, r"\bottomrule"]
+        inner = [r"\toprule", line, r"\midrule", *body, r"\bottomrule"]
         return "\n".join([*said, rf"\begin{{tabular}}{{{sides}}}", *inner, r"\end{tabular}"])
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,8 +51,8 @@ def method_class(name: str) -> type[Method]:
 def method_in(file: Path) -> type[Method]:
     """The one method that a Python file defines; the file is run, once a process.
 
-    Raises ConfigError: no such file, an error in it, no method or several, or one that is called
-    like one of ours.
+    Raises ConfigError: no such file, an error in it, no method or several, one that lacks what a
+    method needs, or one that is called like one of ours or that of another file.
     """
     if not file.is_file():
         raise ConfigError(f"{file} does not exist; name a Python file that defines a method")
@@ -94,14 +95,14 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 @cache
 def _method_in(file: Path, _: int) -> type[Method]:
-    ours = set(methods())
+    ours, known = set(methods()), kinds(Method)
     spec = spec_from_file_location(f"knowedit_own_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{file} cannot be run: {type(error).__name__}: {error}") from error
     found = [
         value
@@ -110,16 +111,29 @@ def _method_in(file: Path, _: int) -> type[Method]:
         and issubclass(value, Method)
         and value.__module__ == module.__name__
     ]
+    found = [one for one in found if not isabstract(one)] or found  # without its own bases
     if len(found) != 1:
         names = ", ".join(one.__name__ for one in found) or "none"
         raise ConfigError(
             f"{file} must define one method, a class made from Method; it has {names}"
         )
-    if found[0].kind in ours:
+    (made,) = found
+    lacking = sorted(getattr(made, "__abstractmethods__", ()))
+    lacking += [] if hasattr(made, "name") else ["name"]
+    if lacking:
         raise ConfigError(
-            f"{file} calls its method {found[0].name!r}, which is one of ours; give it another name"
+            f"{file}: {made.__name__} lacks {', '.join(lacking)}, as every method has"
         )
-    return found[0]
+    if made.kind in ours:
+        raise ConfigError(
+            f"{file} calls its method {made.name!r}, which is one of ours; give it another name"
+        )
+    other = _FILES.get(cast(type[Method], known.get(made.kind)))
+    if other is not None and Path(other).is_file() and Path(other).resolve() != file:
+        raise ConfigError(
+            f"{file} calls its method {made.kind!r}, as {other} does; give its class another name"
+        )
+    return made
 
 
 def make_method(

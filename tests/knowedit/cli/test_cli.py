@@ -459,15 +459,30 @@ def test_a_method_of_ones_own_is_compared_with_ours(place, knowedit, monkeypatch
 
 
 def test_a_file_that_is_no_method_is_refused(place, knowedit):
+    bare = "from knowedit.methods.base import Method\nclass Bare(Method): ..."
     for text, why in (
         ("x = 1", "must define one method, a class made from Method; it has none"),
         (OWN + OWN.replace("Mine", "Two"), "it has Mine, Two"),
         (OWN.replace('"Mine"', '"MEMIT"'), "which is one of ours; give it another name"),
         ("import nothing_like_it", "cannot be run: ModuleNotFoundError"),
+        ("raise SystemExit(0)", "cannot be run: SystemExit"),
+        (bare, "Bare lacks _compute, name, as every method has"),
+        (bare.replace("...", "_compute = print"), "Bare lacks name, as every method has"),
     ):
         (place / f"{len(why)}.py").write_text(text)
         assert why in knowedit("methods", f"{len(why)}.py", code=1)
     assert "absent.py does not exist" in knowedit("methods", "absent.py", code=1)
+
+
+def test_two_files_cannot_call_their_methods_alike(place, knowedit):
+    """A record names its method, and would be read as the other."""
+    for folder in ("a", "b"):
+        (place / folder).mkdir()
+        (place / folder / "it.py").write_text(OWN.replace("Mine", "Twin"))
+    given = ("eval", "model", "--dataset", "facts.jsonl", *CORPUS, "-o", "run")
+    given += ("--method", "a/it.py", "--method", "b/it.py")
+    assert "as a/it.py does; give its class another name" in knowedit(*given, code=1)
+    assert not (place / "run").exists()
 
 
 def test_ctrl_c_says_what_is_kept(place, knowedit, monkeypatch):

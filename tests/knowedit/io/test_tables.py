@@ -97,6 +97,8 @@ def test_latex_escapes_what_it_would_read_otherwise():
         r"$-$0.500 {\footnotesize [$-$1.000, 0.000]} \\",
     ]
     assert odd.latex().splitlines()[7] == r"x-1 \\"
+    starred = Table(["[n]"], [["*best"]]).latex().splitlines()
+    assert starred[2] == r"{}[n] \\" and starred[4] == r"{}*best \\"
 
 
 def test_json_keeps_the_values():
