@@ -9,7 +9,7 @@ model as those below it have left it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -117,11 +117,12 @@ def together(
 
 
 def table(folder: Path) -> str:
-    """What a band's neurons cost, layer after layer."""
+    """What a band's neurons cost, layer after layer; beside each layer by itself, where that was
+    measured.
+    """
     header, rows = common.read(folder, NAME)
-    base = next(row["perplexity"] for row in rows if row["case"] == "unedited")
-    own = {row["layer"]: row["perplexity"][-1] for row in rows if row["case"] == "alone"}
-    band = [row for row in rows if row["case"] == "together"]
+    base, own, band = _parts(rows)
+    headings = ["layers", "neurons", "facts", "perplexity", "change", "the last layer alone"]
     lines = [
         [
             f"{band[0]['layer']}-{row['layer']}" if row is not band[0] else f"{row['layer']}",
@@ -129,33 +130,45 @@ def table(folder: Path) -> str:
             f"{row['neurons'] // NEURONS:,}",
             f"{base:.1f} -> {row['perplexity']:.1f}",
             f"{100 * (row['perplexity'] / base - 1):+.1f} %",
-            f"{100 * (own[row['layer']] / base - 1):+.1f} %" if row["layer"] in own else "",
+            f"{100 * (own[row['layer']][-1] / base - 1):+.1f} %" if own else "",
         ]
         for row in band
     ]
-    headings = ("layers", "neurons", "facts", "perplexity", "change", "the last layer alone")
-    found = Table(headings, lines).markdown()
+    count = len(headings) - (not own)
+    found = Table(headings[:count], [line[:count] for line in lines]).markdown()
     return f"{found}\n\n{common.measured_on(header)}"
 
 
 def draw(folder: Path, path: Path) -> None:
-    """Each layer by itself, and the band."""
+    """The band, and each layer by itself where that was measured."""
     _, rows = common.read(folder, NAME)
-    base = next(row["perplexity"] for row in rows if row["case"] == "unedited")
-    figure = Figure(figsize=(7.5, 3.0), layout="constrained")
-    single, band = figure.subplots(1, 2)
-    own = [row for row in rows if row["case"] == "alone"]
-    for place, share in enumerate(SHARES):
-        change = [100 * (row["perplexity"][place] / base - 1) for row in own]
-        single.plot([row["layer"] for row in own], change, "o-", ms=3, label=f"1/{1 / share:.0f}")
-    single.set(xlabel="layer", ylabel="perplexity, change in %", title="One layer")
-    single.legend(title="of its neurons", frameon=False, fontsize=8)
-    both = [row for row in rows if row["case"] == "together"]
+    base, own, both = _parts(rows)
+    figure = Figure(figsize=(7.5, 3.0) if own else (4.5, 3.0), layout="constrained")
+    axes = figure.subplots(1, 2 if own else 1, squeeze=False)[0]
     facts = [row["neurons"] / NEURONS for row in both]
-    band.plot(facts, [100 * (row["perplexity"] / base - 1) for row in both], "o-", ms=3)
-    band.set(xlabel="facts", title="1/4 of several layers", ylim=(0, None), xlim=(0, None))
+    axes[0].plot(facts, [100 * (row["perplexity"] / base - 1) for row in both], "o-", ms=3)
+    axes[0].set(xlabel="facts", title="1/4 of several layers", ylim=(0, None), xlim=(0, None))
+    axes[0].set(ylabel="perplexity, change in %")
+    for place, share in enumerate(SHARES if own else ()):
+        change = [100 * (found[place] / base - 1) for found in own.values()]
+        axes[1].plot(list(own), change, "o-", ms=3, label=f"1/{1 / share:.0f}")
+    if own:
+        axes[1].set(xlabel="layer", title="One layer")
+        axes[1].legend(title="of its neurons", frameon=False, fontsize=8)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _parts(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[float, dict[int, list[float]], list[Mapping[str, Any]]]:
+    """The unedited model's perplexity; each layer's by itself, of all of the band's or none; and
+    the band's rows.
+    """
+    base = next(row["perplexity"] for row in rows if row["case"] == "unedited")
+    own = {row["layer"]: row["perplexity"] for row in rows if row["case"] == "alone"}
+    band = [row for row in rows if row["case"] == "together"]
+    return base, own if all(row["layer"] in own for row in band) else {}, band
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -140,13 +140,13 @@ def metake(folder: Path) -> str:
 
 
 def sequential(folder: Path, name: str = "sequential") -> str:
-    """Each method after 100 and 400 facts and at the end; the worst batch's exactness beside the
+    """Each method after 100, 400 and 1,000 facts and at the end; the worst batch's exactness beside the
     mean of all batches.
     """
     header, rows = read(folder, name)
     heads = ["exact, all facts", "worst batch", *SEQUENTIAL, "perplexity", "drift", "norm"]
     lines = []
-    for edits in sorted({0, 100, 400, max(row["edits"] for row in rows)}):
+    for edits in sorted({0, 100, 400, 1000, max(row["edits"] for row in rows)}):
         for row in [r for r in rows if r["edits"] == edits][: None if edits else 1]:
             exact, measures = row["exact_by_batch"], row["measures"]
             found = [

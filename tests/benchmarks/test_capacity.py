@@ -50,4 +50,9 @@ def test_the_page_reads_what_was_measured(tmp_path):
     cells = [cell.strip() for cell in capacity.table(tmp_path).splitlines()[-3].split("|")[1:-1]]
     assert cells == ["3-4", "16", "8", "20.0 -> 22.0", "+10.0 %", "+5.0 %"]
     capacity.draw(tmp_path, tmp_path / "capacity.png")
+    # a run that was stopped before each layer was measured by itself
+    (tmp_path / "capacity.jsonl").write_text("\n".join(map(json.dumps, [*rows[:3], *rows[4:]])))
+    cells = [cell.strip() for cell in capacity.table(tmp_path).splitlines()[-3].split("|")[1:-1]]
+    assert cells == ["3-4", "16", "8", "20.0 -> 22.0", "+10.0 %"]
+    capacity.draw(tmp_path, tmp_path / "capacity.png")
     assert (tmp_path / "capacity.png").stat().st_size > 5_000
