@@ -140,8 +140,8 @@ def metake(folder: Path) -> str:
 
 
 def sequential(folder: Path, name: str = "sequential") -> str:
-    """Each method after 100, 400 and 1,000 facts and at the end; the worst batch's exactness beside the
-    mean of all batches.
+    """Each method after 100, 400 and 1,000 facts and at the end; the worst batch's exactness beside
+    the mean of all batches.
     """
     header, rows = read(folder, name)
     heads = ["exact, all facts", "worst batch", *SEQUENTIAL, "perplexity", "drift", "norm"]

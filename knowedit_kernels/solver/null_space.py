@@ -43,8 +43,8 @@ class NullSpace(ScaledMetric):
         if threshold is not None:
             rank = int((eigenvalues < threshold).sum())
         elif energy is not None:
-            share = eigenvalues.clamp_min(0).cumsum(0) / eigenvalues.clamp_min(0).sum()
-            rank = int((share <= energy).sum())
+            held = eigenvalues.clamp_min(0).cumsum(0)
+            rank = int((held <= energy * held[-1]).sum())  # of 1: all, however the sum is rounded
         assert rank is not None
         if not 0 < rank <= m:
             raise ValueError(

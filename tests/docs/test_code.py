@@ -56,7 +56,6 @@ INSTEAD = {
     'model, corpus="self"': 'model, (0, 1, 2), corpus="text.txt", tokens=500',
     "ke.key_statistics(model, (3, 4, 5, 6))": "statistics",
     "ke.RoSE()": "ke.RoSE(layers=(1, 2))",
-    'corpus="articles.jsonl.gz"': f'corpus="text.txt", tokens=600, target={FEW}',
     "ke.NeuronPatch()": f'ke.NeuronPatch(corpus="text.txt", tokens=600, target={FEW})',
     "ke.AlphaEdit()": f"ke.AlphaEdit(target={FEW})",
     "ke.MEMIT()": f"ke.MEMIT(target={FEW})",

@@ -1,5 +1,5 @@
 """What callers hand over by mistake is named, with what to give instead: by every public function,
-for every argument that is a tensor, a size, a device or a list of layers.
+for every argument that is a tensor, a size, a device or a list of layers (unit).
 """
 
 import os

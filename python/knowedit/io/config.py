@@ -25,7 +25,8 @@ import re
 import types
 import typing
 from abc import ABCMeta
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -55,6 +56,24 @@ class ConfigType(ABCMeta):
                 if name not in fields:
                     raise ConfigError(_unknown(cls, name, fields))
         return super().__call__(*values, **named)
+
+
+@contextmanager
+def all_or_none(family: str, module: str) -> Iterator[None]:
+    """Kinds of a family that `module` defines within stay known only if nothing is raised; one that
+    they took the place of comes back.
+    """
+    before = dict(_KINDS[family])
+    try:
+        yield
+    except BaseException:
+        now = _KINDS[family]
+        for kind in [kind for kind, made in now.items() if made.__module__ == module]:
+            if kind in before:
+                now[kind] = before[kind]
+            else:
+                del now[kind]
+        raise
 
 
 class Config(metaclass=ConfigType):

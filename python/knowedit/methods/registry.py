@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from knowedit.errors import ConfigError
-from knowedit.io.config import kinds
+from knowedit.io.config import all_or_none, kinds
 from knowedit.io.names import nearest, spelled
 from knowedit.methods.base import Method
 from knowedit.methods.listing import methods
@@ -95,8 +95,14 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 @cache
 def _method_in(file: Path, _: int) -> type[Method]:
+    name = f"knowedit_own_{file.stem}"
+    with all_or_none(Method.family, name):
+        return _only_method_in(file, name)
+
+
+def _only_method_in(file: Path, name: str) -> type[Method]:
     ours, known = set(methods()), kinds(Method)
-    spec = spec_from_file_location(f"knowedit_own_{file.stem}", file)
+    spec = spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their module up

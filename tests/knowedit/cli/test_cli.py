@@ -15,7 +15,10 @@ from knowedit.cli.options import json_text, parse_layers
 from knowedit.edits.edit import Edit
 from knowedit.edits.history import History
 from knowedit.errors import KnowEditError
+from knowedit.io import config
+from knowedit.io.config import kinds
 from knowedit.io.files import _machine, locked
+from knowedit.methods.base import Method
 from tests.knowedit.cli.examples import FACTS
 from tests.knowedit.commandline import CommandLine
 from tests.knowedit.facts.examples import ROME
@@ -413,6 +416,7 @@ def test_eval_goes_on_where_it_stopped(place, knowedit, monkeypatch, capsys):
         assert json.loads(knowedit(*shlex.split(again)[1:], "-o", "run", "--json")) == found[1:]
 
 
+OF_A_FILE = "knowedit_own_"
 OWN = """
 from dataclasses import dataclass, field
 
@@ -429,6 +433,16 @@ class Mine(Recipe):
 """
 
 
+@pytest.fixture
+def known_methods():
+    """What a test's own files define is forgotten after it."""
+    yield
+    known = config._KINDS["method"]
+    for kind in [kind for kind in known if known[kind].__module__.startswith(OF_A_FILE)]:
+        del known[kind]
+
+
+@pytest.mark.usefixtures("known_methods")
 def test_a_method_of_ones_own_is_compared_with_ours(place, knowedit, monkeypatch):
     (place / "mine.py").write_text(OWN)
     assert "A null space of one's own." in knowedit("methods", "mine.py")
@@ -470,10 +484,15 @@ def test_a_file_that_is_no_method_is_refused(place, knowedit):
         (bare.replace("...", "_compute = print"), "Bare lacks name, as every method has"),
     ):
         (place / f"{len(why)}.py").write_text(text)
+        known = dict(kinds(Method))
         assert why in knowedit("methods", f"{len(why)}.py", code=1)
+        left = kinds(Method)  # a refused file leaves nothing, and takes nothing's place
+        assert all(left[kind] is known.get(kind, left[kind]) for kind in left)
+        assert not any(made.__module__.startswith(OF_A_FILE) for made in left.values())
     assert "absent.py does not exist" in knowedit("methods", "absent.py", code=1)
 
 
+@pytest.mark.usefixtures("known_methods")
 def test_two_files_cannot_call_their_methods_alike(place, knowedit):
     """A record names its method, and would be read as the other."""
     for folder in ("a", "b"):

@@ -119,7 +119,7 @@ def a_grid(path):
             "settings": {"metric.gain": 0.95, "target.steps": 25},
             "reason": None,
             "result": {
-                "evaluation": {"after": shown},
+                "evaluation": {"before": shown, "after": shown},
                 "side_effects": effects,
                 "ability": able,
                 "seconds": 12.5,
