@@ -230,6 +230,8 @@ class _Lines:
         reach = self.reach
         parts = 0 if reach.total >= 100 or float(reach.shown).is_integer() else 1
         some = f"{reach.shown:,.{parts}f} of {reach.total:,.0f} {self.unit}".rstrip()
+        if reach.shown >= reach.total:  # a block that is under way, and larger than what is left
+            some = f"the last of {reach.total:,.0f} {self.unit}".rstrip()
         if reach.moved:
             behind = f", {self.note}" if self.note else ""
             return f"{some}{behind}, about {_time(reach.seconds_left(now))} left"

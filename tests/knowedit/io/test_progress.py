@@ -181,7 +181,7 @@ def test_a_block_that_is_under_way_moves_the_bar(elsewhere):
     # 60 s a block: at first it is four of 8,000 less a tenth
     assert said[0] == "sampling: 800 of 30,000 tokens, about 4 min left"
     assert said[2] == "sampling: 15,700 of 30,000 tokens, about 2 min left"
-    assert said[4] == "sampling: 30,000 of 30,000 tokens, about 58 s left"
+    assert said[4] == "sampling: the last of 30,000 tokens, about 58 s left"
     assert said[5:] == ["sampling: done in 5 min"]
     assert heard == sorted(heard), "it never goes back"
 
