@@ -208,6 +208,11 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return header, rows
 
 
+def of_model(name: str, model: str | None) -> str:
+    """How the results of the benchmark `name` on `model` are called; None: its usual model."""
+    return f"{name}_{model}" if model else name
+
+
 def measured_on(header: Mapping[str, Any]) -> str:
     """Where and when a results file was measured, in one sentence."""
     machine = header["environment"]
@@ -404,10 +409,17 @@ def parser(
 
 
 def report(
-    name: str, arguments: argparse.Namespace, *, by_processor: bool = False, **header: Any
+    name: str,
+    arguments: argparse.Namespace,
+    *,
+    by_processor: bool = False,
+    of: str | None = None,
+    **header: Any,
 ) -> Report:
-    """The report a parsed command line asks for; `by_processor`: other processors' results stay."""
-    default = None if arguments.quick else RESULTS / f"{name}.jsonl"
+    """The report a parsed command line asks for; `by_processor`: other processors' results stay;
+    `of`: a model that has a file of its own.
+    """
+    default = None if arguments.quick else RESULTS / f"{of_model(name, of)}.jsonl"
     if default and by_processor:
         default = of_this_processor(default)
     return Report(name, arguments.output or default, **header)

@@ -6,7 +6,8 @@ merged. Every method starts from the same stock values; the controls refine them
 looks ahead, without the solver (G = I), and are then written by MEMIT at several gains, EMMET and
 AlphaEdit. A row is what one method did to one draw of facts: the measures of CounterFact, KL and
 perplexity on held-out text, and the difference to MetaKE's fact by fact. Rows that a results file
-already has are not computed again, so an interrupted run goes on.
+already has are not computed again, so an interrupted run goes on. On any other `--model` than the
+default one the methods write in the one layer of its preset or calibration, with its numbers.
 
 Predicted (from one trial without seeds): exact 96 at KL 0.16 for 200 facts, where the best
 control reaches 90 at 0.27; exact 92 for same-subject facts, where merging reaches 70.
@@ -19,7 +20,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +40,59 @@ from knowedit.methods.locate.metrics import Covariance, Exact, NullSpace
 from knowedit.methods.locate.objective import FrozenLayer
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime, Task
-from knowedit.methods.locate.training import TrainingSettings, train_write_outs
+from knowedit.methods.locate.training import TrainingSettings, state_norms, train_write_outs
 from knowedit.methods.locate.trainings import ThroughSolver
-from knowedit.methods.locate.trainings.base import answer_texts
+from knowedit.methods.locate.trainings.base import answer_texts, settings_for
 from knowedit.methods.locate.values import Targets
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import load_model
+from knowedit.models.presets import preset_for
+from knowedit.models.tokens import start_tokens
 from knowedit.statistics import key_statistics
 from knowedit.statistics.corpus.corpus import Corpus
 from knowedit_kernels.target_loss import target_loss
 
 from . import common
 
-LAYER, STEPS, EXTRA = 5, 16, 6
-VALUES = HiddenState(steps=STEPS, lr=0.75)
+NAME = "metake"
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
+STEPS, EXTRA = 16, 6
 DRAFT = Runtime(draft=True)
 AHEAD = TrainingSettings(steps=EXTRA, lr=0.6)
 KNOWN = "MetaKE"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The one layer of a model that is written, and its values' optimisation; `clamp`: of values
+    that are optimised longer.
+    """
+
+    layer: int
+    values: HiddenState
+    clamp: float | None = None
+
+    @classmethod
+    def of(cls, model: EditableModel) -> Setting:
+        """What the model's preset or calibration says."""
+        return cls(preset_for(model).one_layer, HiddenState(steps=STEPS))
+
+
+TUNED = Setting(5, HiddenState(steps=STEPS, lr=0.75), 1.0)
 
 
 class Text:
     """Held-out text: what the unedited model says of it, and how far an edited one moves."""
 
     def __init__(self, model: EditableModel, path: Path, tokens: int, window: int = 128) -> None:
+        start = start_tokens(model.tokenizer)
         ids = [
             i
             for text in Corpus.parse(path).documents()
-            for i in model.tokenizer(text, verbose=False)["input_ids"]
+            for i in model.tokenizer(text, verbose=False)["input_ids"][len(start) :]
         ][: tokens + 1]
-        self.model, self.rows = (
-            model,
-            [ids[i : i + window + 1] for i in range(0, len(ids) - 1, window)],
-        )
+        self.model = model
+        self.rows = [[*start, *ids[i : i + window + 1]] for i in range(0, len(ids) - 1, window)]
         self.clean = self._hidden()
 
     @torch.no_grad()
@@ -97,28 +119,29 @@ class Text:
 
 def refined(task: Task, targets: Targets) -> Targets:
     """The control: as many further steps on the same texts, without the solver."""
-    norm = targets.value.norm(dim=1)
+    layer = task.layers[-1]
+    norm = state_norms(task.model, task.groups, task.layers, task.at_projection)[layer]
     eye = torch.eye(len(norm))
-    layer = {LAYER: FrozenLayer(torch.zeros(len(norm), task.model.d_ff), eye, eye, norm)}
-    lines = answer_texts(task.model.draft(), task.groups, LAYER, ("{}",), task.runtime.budget)
-    settings = replace(AHEAD, through="plan", price=0.0)
-    start = {LAYER: targets.delta}
-    found = train_write_outs(layer, start, lambda step: [(lines, 1.0)], settings)
-    return replace(targets, delta=found[LAYER])
+    frozen = {layer: FrozenLayer(torch.zeros(len(norm), task.model.d_ff), eye, eye, norm)}
+    lines = answer_texts(task.model.draft(), task.groups, layer, ("{}",), task.runtime.budget)
+    settings = settings_for(replace(AHEAD, through="plan", price=0.0), task)
+    start = {layer: targets.delta}
+    found = train_write_outs(frozen, start, lambda step: [(lines, 1.0)], settings)
+    return replace(targets, delta=found[layer])
 
 
-def methods(part: str) -> Iterator[tuple[str, Recipe, str]]:
+def methods(part: str, setting: Setting = TUNED) -> Iterator[tuple[str, Recipe, str]]:
     """(name, method, targets): stock or refined ones, or merged per subject."""
     shared = Recipe(
-        layers=(LAYER,),
-        target=VALUES,
+        layers=(setting.layer,),
+        target=setting.values,
         keys=ContextKeys(mean=True),
         merge_subjects=False,
         runtime=DRAFT,
     )
     ours = MetaKE(
-        layers=(LAYER,),
-        target=VALUES,
+        layers=(setting.layer,),
+        target=setting.values,
         training=ThroughSolver(settings=AHEAD, when="always"),
         runtime=DRAFT,
     )
@@ -130,7 +153,7 @@ def methods(part: str) -> Iterator[tuple[str, Recipe, str]]:
     if part == "same-subject":
         diagonal = proxy.with_settings({"training.diagonal": True})
         yield "MetaKE, mean-key proxy, diagonal G", diagonal, "stock"
-        longer = replace(VALUES, steps=STEPS + EXTRA, clamp=1.0)
+        longer = replace(setting.values, steps=STEPS + EXTRA, clamp=setting.clamp)
         merged = replace(shared, merge_subjects=True, target=longer, metric=Covariance(gain=0.98))
         yield "MEMIT-Merge, as many steps", merged, "merged"
     yield "MEMIT 0.98", replace(shared, metric=Covariance(gain=0.98)), "stock"
@@ -202,20 +225,22 @@ def run(
     size: int,
     seed: int,
     done: set,
+    setting: Setting = TUNED,
+    only: Sequence[str] | None = None,
 ) -> None:
-    """All methods on one draw."""
-    wanted = [m for m in methods(part) if (part, size, seed, m[0]) not in done]
-    if not wanted:
+    """All methods on one draw, or `only` these."""
+    asked_for = [m for m in methods(part, setting) if only is None or m[0] in {KNOWN, *only}]
+    missing = [m for m in asked_for if (part, size, seed, m[0]) not in done]
+    if not missing:
         return
-    wanted = [
-        m for m in methods(part) if m in wanted or m[0] == KNOWN
-    ]  # ours is what the others are paired with
+    # ours is what the others are paired with
+    wanted = [m for m in asked_for if m in missing or m[0] == KNOWN]
     facts, measured = draw(part, size, seed)
     asked = [q for i, fact in enumerate(measured) for q in questions(i, fact)]
     before, clean = ask(model, asked, progress=False), text.measure()
     task = wanted[0][1].prepare(model, [[fact] for fact in facts], statistics)
     start = time.perf_counter()
-    values = {"stock": VALUES.values(task)}
+    values = {"stock": setting.values.values(task)}
     values["refined"] = refined(task, values["stock"])
     shared = time.perf_counter() - start
     ours: Evaluation | None = None
@@ -258,7 +283,9 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = common.parser("metake", __doc__, 1, timed=False)
+    parser = common.parser(NAME, __doc__, 1, timed=False)
+    parser.add_argument("--model", default=DEFAULT)
+    parser.add_argument("--method", action="append", help="names; repeatable (default: all)")
     parser.add_argument(
         "--part",
         action=common.Repeated,
@@ -275,17 +302,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         arguments.size, arguments.limit, arguments.seed, arguments.tokens = [6], 2, [0], 4096
     folder = data_dir() or Path("KNOWEDIT_DATA")
-    model = load_model(dtype=torch.float32)
-    statistics = key_statistics(
-        model, (LAYER,), folder / "enwiki_2021_sample_3MB.txt.gz", arguments.tokens
-    )
+    model = load_model(arguments.model, dtype=torch.float32)
+    setting = TUNED if arguments.model == DEFAULT else Setting.of(model)
+    corpus = folder / "enwiki_2021_sample_3MB.txt.gz"
+    statistics = key_statistics(model, (setting.layer,), corpus, arguments.tokens)
     text = Text(model, folder / "wikitext2_raw_valid.txt.gz", 256 if arguments.quick else 2048)
     report = common.report(
-        "metake",
+        NAME,
         arguments,
+        of=None if arguments.model == DEFAULT else model.name,
         model=model.name,
         tokens=arguments.tokens,
-        layer=LAYER,
+        layer=setting.layer,
         steps=[STEPS, EXTRA],
     )
     if report.output and report.output.exists():
@@ -296,7 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in arguments.seed:
         for part in arguments.part:
             for size in arguments.size if part == "crowded" else [arguments.limit]:
-                run(report, model, statistics, text, part, size, seed, done)
+                where = (report, model, statistics, text, part, size, seed, done)
+                run(*where, setting, arguments.method)
     return report.finish()
 
 

@@ -50,14 +50,13 @@ def test_every_method_has_a_name_of_its_own():
     assert names[0] == rose.OURS and len(set(names)) == len(names) > len(list(rose.methods((), 1)))
 
 
-def test_every_method_of_rose_runs(tiny_llama, monkeypatch):
-    monkeypatch.setattr(rose, "LAYERS", (1, 2))
-    monkeypatch.setattr(rose, "ONE", (1,))
+def test_every_method_of_rose_runs(tiny_llama):
     facts, statistics = (
         [fact for group in GROUPS for fact in group],
         statistics_of(tiny_llama, [1, 2]),
     )
-    methods = dict([*rose.methods((), 1), *rose.methods((), 0)])
+    setting = rose.Setting((1, 2), 1, rose.TUNED.values)
+    methods = dict([*rose.methods((), 1, setting), *rose.methods((), 0, setting)])
     assert len({json.dumps(method.to_dict()) for method in methods.values()}) == len(methods) == 10
     for name, method in methods.items():
         steps = {"target.steps": 2}
@@ -70,13 +69,13 @@ def test_every_method_of_rose_runs(tiny_llama, monkeypatch):
 @pytest.mark.parametrize("part", ["crowded", "same-subject"])
 def test_metake_and_its_controls_run(tiny_llama, monkeypatch, tmp_path, part):
     facts = [fact for group in GROUPS for fact in group]
-    monkeypatch.setattr(metake, "LAYER", 1)
+    setting = metake.Setting(1, metake.TUNED.values, 1.0)
     monkeypatch.setattr(metake, "draw", lambda part, size, seed: (facts, facts[:2]))
     text = SimpleNamespace(measure=lambda: {"kl": 0.5, "perplexity": 3.0})
     report = common.Report("metake", tmp_path / "metake.jsonl")
     statistics = statistics_of(tiny_llama, [1])
     done = {(part, 4, 0, "MEMIT 0.98")}
-    metake.run(report, tiny_llama, statistics, text, part, 4, 0, done)
+    metake.run(report, tiny_llama, statistics, text, part, 4, 0, done, setting)
     names = [row["method"] for row in report.rows[1:]]
     assert names == [n for n, _, _ in metake.methods(part) if n != "MEMIT 0.98"]
     assert not tiny_llama.ledger.active and report.rows[1]["metake_minus_this"] is None
