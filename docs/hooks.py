@@ -64,9 +64,9 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(
             File.generated(config, page, content=(ROOT / file).read_text(encoding="utf-8"))
         )
-    for example in sorted((ROOT / "examples").iterdir()):
+    for example in sorted((ROOT / "examples").rglob("*")):
         if example.is_file():
-            name = f"examples/{example.name}"
+            name = example.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(example)))
     return files
 

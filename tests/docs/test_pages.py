@@ -226,3 +226,9 @@ def test_the_kernels_reference_has_every_public_name():
 def test_drawn_pictures_are_svg_with_a_title(path: Path):
     drawn = ET.parse(path).getroot()
     assert drawn.tag.endswith("svg") and drawn[0].tag.endswith("title") and drawn[0].text
+
+
+def test_settings_that_a_page_shows_are_a_file_of_the_examples():
+    shown = [body for _, kind, body in FENCE.findall(PAGES["docs/integrations/easyedit.md"])
+             if kind == "yaml"]  # fmt: skip
+    assert shown == [(ROOT / "examples/easyedit/ROME.yaml").read_text("utf-8")]

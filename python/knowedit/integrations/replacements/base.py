@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -52,23 +51,17 @@ class NotOurs(Exception):
     """Raised where the host's own function must run; says why."""
 
 
-_VIEWS: WeakKeyDictionary[nn.Module, EditableModel] = WeakKeyDictionary()
-
-
 def editable(hf: nn.Module, tokenizer: Any) -> EditableModel:
-    """The host's model as ours; the same object while the tokenizer is the same.
+    """The host's model as ours, made anew for each call (milliseconds): what is kept would keep the
+    model, and a host that loads one for each fact would fill the memory.
 
     Raises:
         NotOurs: it cannot be handled by us.
     """
-    known = _VIEWS.get(hf)
-    if known is None or known.tokenizer is not tokenizer:
-        try:
-            known = EditableModel(hf, tokenizer)
-        except KnowEditError as error:
-            raise NotOurs(str(error)) from error
-        _VIEWS[hf] = known
-    return known
+    try:
+        return EditableModel(hf, tokenizer)
+    except KnowEditError as error:
+        raise NotOurs(str(error)) from error
 
 
 def handed_on(states: Tensor, host: Host) -> Tensor:

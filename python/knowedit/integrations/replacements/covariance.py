@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
+from weakref import ref
 
 from torch import Tensor
 
@@ -48,14 +49,19 @@ def _make_get_inv_cov(original: FunctionType, host: Host) -> Callable[..., Any]:
     def get_inv_cov(*args: Any, **kwargs: Any) -> Any:
         given = dict(signature.bind(*args, **kwargs).arguments)
         model, tok, layer_name, dataset, size, precision = (given.pop(n) for n in _COVARIANCE)
-        known, key = original.__globals__["inv_mom2_cache"], (id(model), layer_name)
+        names = original.__globals__
+        # not its id, which another model may have once this one is gone
+        known, key = names["inv_mom2_cache"], (ref(model), layer_name)
         if key not in known:
-            folder = getattr(given.get("hparams"), "stats_dir", None)
-            stat = original.__globals__["layer_stats"](
+            for gone in [one for one in known if isinstance(one[0], ref) and one[0]() is None]:
+                del known[gone]
+            own = "stats_dir" in original.__code__.co_names  # of the hparams, or a global folder
+            folder = given["hparams"].stats_dir if own else names["STATS_DIR"]
+            stat = names["layer_stats"](
                 model,
                 tok,
                 layer_name,
-                folder or original.__globals__["STATS_DIR"],
+                folder,
                 dataset,
                 to_collect=["mom2"],
                 sample_size=size,

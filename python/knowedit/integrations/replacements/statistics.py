@@ -147,13 +147,12 @@ def _collected(
     """A loader without batches: what they would have added is in `stat` already."""
     tools = original.__globals__
     layers = asked.also if cache is not None else {}
+    file = Path(str(cache))
     files = {
-        layer: Path(str(cache).replace(asked.name, name))
-        for layer, name in layers.items()
-        if name == asked.name or not Path(str(cache).replace(asked.name, name)).exists()
+        layer: file.with_name(file.name.replace(asked.name, name)) for layer, name in layers.items()
     }
     own = next(layer for layer, name in asked.also.items() if name == asked.name)
-    files.setdefault(own, Path(str(cache)))
+    files = {layer: at for layer, at in files.items() if not at.exists()} | {own: file}
     lists = _token_lists(tools["make_loader"], dataset, kwargs)
     found = second_moments(asked.view, sorted(files), lists, precision=PRECISIONS[asked.precision])
     size = {"sample_size": kwargs["sample_size"]} if "sample_size" in kwargs else {}

@@ -12,6 +12,7 @@ import ast
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -89,15 +90,30 @@ def another_vector(function: FunctionType) -> str | None:
     return another_method(function, {"find_fact_lookup_idx", "get_module_input_output_at_word"})
 
 
+#: Numbers of the hosts' hyper-parameters, by our names.
+NUMBERS = {
+    "steps": "v_num_grad_steps",
+    "lr": "v_lr",
+    "clamp": "clamp_norm_factor",
+    "weight_decay": "v_weight_decay",
+    "kl": "kl_factor",
+}
+
+
 def settings_of(hparams: Any) -> ValueSettings:
-    """The host's hyper-parameters of the value optimisation as ours."""
+    """The host's hyper-parameters of the value optimisation as ours.
+
+    Raises:
+        NotOurs: one of them is no number, as a file leaves them: YAML reads `5e-1` as a text, and
+            a key without a value as None, which to us would mean something.
+    """
+    given = {ours: getattr(hparams, theirs) for ours, theirs in NUMBERS.items()}
+    for ours, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise NotOurs(f"hparams.{NUMBERS[ours]} is {value!r}, not a number")
     return ValueSettings(
-        steps=hparams.v_num_grad_steps,
-        lr=hparams.v_lr,
-        clamp=hparams.clamp_norm_factor,
+        **given,
         sink=math.inf,  # the host takes any state's length
-        weight_decay=hparams.v_weight_decay,
-        kl=hparams.kl_factor,
         stop=STOP,
     )
 
