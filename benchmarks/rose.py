@@ -265,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "ahead": edit.report.details.get("look_ahead"),
                 }
                 if kept:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
                     with atomic_file(kept) as path:
                         path.write_text(json.dumps({"evaluation": found.to_dict(), "about": about}))
             everything.setdefault(name, {})[seed] = found

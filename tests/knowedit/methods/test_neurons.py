@@ -386,23 +386,25 @@ def test_facts_are_shared_out_over_layers(tiny_llama, corpus, monkeypatch):
         assert nll(tiny_llama, many) < was - 0.1  # as above
 
 
-def test_as_few_layers_as_hold_the_facts_write_them_the_emptiest_first(tiny_llama, corpus):
-    first, second = (
-        [Fact("{} likes", f"{name} {number}", "tea") for number in range(3)]
-        for name in ("Bo", "Al")
-    )
-    method = patch(corpus, layers=(1, 2))
-    edit = method.compute(tiny_llama, first, progress=False)
-    assert set(edit.plan) == {1}
+def test_layers_are_filled_from_below(tiny_llama, corpus):
+    """Each up to a quarter of its neurons (of 48: six subjects), and the emptiest beyond that."""
+    many = [[Fact("{} likes", f"Bo {number}", "tea")] for number in range(12)]
+    method = patch(corpus, layers=(2, 1))
+
+    def shared(groups):
+        return {layer: len(own) for layer, own in method._shared_out(tiny_llama, groups).items()}
+
+    edit = method.compute(tiny_llama, [fact for (fact,) in many[:4]], progress=False)
+    assert set(edit.plan) == {1} and shared(many) == {1: 6, 2: 6}
     with edit.applied_to(tiny_llama):
-        shared = method._shared_out(tiny_llama, [[fact] for fact in [*second, *first]])
-        assert {layer: len(part) for layer, part in shared.items()} == {2: 6}
-        assert set(method.compute(tiny_llama, second, progress=False).plan) == {2}
-        more = [Fact("{} likes", f"Cy {number}", "rye") for number in range(8)]
-        shared = method._shared_out(tiny_llama, [[fact] for fact in more])
-        assert {layer: len(part) for layer, part in shared.items()} == {1: 2, 2: 6}
-        edit = method.compute(tiny_llama, more, progress=False)
-        assert edit.facts == more  # as given, though the upper layer was chosen first
+        assert shared(many[:2]) == {1: 2} and shared(many[:3]) == {1: 2, 2: 1}
+        more = method.compute(tiny_llama, [fact for (fact,) in many[4:10]], progress=False)
+        assert [len(more.plan[layer].norm(dim=1).nonzero()) for layer in (1, 2)] == [2, 4]
+        with more.applied_to(tiny_llama):
+            # the upper layer's quarter, then of its free ones; the lower one has four left
+            assert shared(many[:2]) == {2: 2} and shared(many[:6]) == {1: 1, 2: 5}
+            with pytest.raises(EditError, match="10 subjects .*: 9,"):
+                shared(many[:10])
 
 
 def test_switches_stay_open_at_the_facts_of_the_history(tiny_llama, corpus):

@@ -82,8 +82,9 @@ class NeuronPatch(Method):
 
     Attributes:
         layers: None: the calibration's, or about a quarter up (8 of 30), where wordings of one
-            thing were best told apart from other texts. Of several, as few write as have the
-            room, the emptiest first: for more facts than one layer's neurons can hold.
+            thing were best told apart from other texts. Several, for more facts than one layer's
+            neurons can hold, are filled from below: switches above a value that is new may close at
+            it, and a value that must avoid them is hard to find.
         target: how the values are found. A clamp and steps of None are the preset's, but at least
             2 and 30 (nothing else feels the value).
         runtime: of the value optimisation.
@@ -197,7 +198,8 @@ class NeuronPatch(Method):
     def _shared_out(
         self, model: EditableModel, groups: list[list[Fact]]
     ) -> dict[int, list[list[Fact]]]:
-        """Which layer writes which groups: as few layers as have the room, the emptiest first.
+        """Which layer writes which groups: from below, each until a quarter of its neurons is
+        written; what is left over, the emptiest first.
 
         Raises:
             EditError: the layers have no room for all of them; several layers, one of which has
@@ -211,8 +213,8 @@ class NeuronPatch(Method):
                     f"layer {mixed[0]} alone"
                 )
             return {layers[0]: groups}  # the room is that of each expert
-        rooms = {layer: self._room(model, layer, groups[:1]) for layer in layers}
-        total = sum(rooms.values())
+        rooms = {layer: self._rooms(model, layer, groups[:1]) for layer in layers}
+        total = sum(whole for _, whole in rooms.values())
         if len(groups) > total:
             raise EditError(
                 f"{len(groups)} subjects are more than the neurons of {named('layer', layers)} "
@@ -220,18 +222,25 @@ class NeuronPatch(Method):
                 "name more layers (layers=, --layer 6-12), or write fewer facts"
             )
         shares, left = dict.fromkeys(layers, 0), len(groups)
-        for layer in sorted(layers, key=lambda layer: -rooms[layer]):
-            shares[layer] = min(rooms[layer], left)
-            left -= shares[layer]
+        emptiest = sorted(layers, key=lambda layer: -rooms[layer][1])
+        for part, order in enumerate((layers, emptiest)):
+            for layer in order:
+                more = min(rooms[layer][part] - shares[layer], left)
+                shares[layer] += more
+                left -= more
         rest = iter(groups)  # from below upwards, so that the facts of an edit keep their order
         return {layer: list(islice(rest, n)) for layer, n in shares.items() if n}
 
-    def _room(self, model: EditableModel, layer: int, groups: list[list[Fact]]) -> int:
-        """How many subjects the layer's MLP can take; its wiring is found at those of `groups`."""
+    def _rooms(self, model: EditableModel, layer: int, groups: list[list[Fact]]) -> tuple[int, int]:
+        """How many subjects the layer's MLP can take until a quarter of its neurons is written, and
+        how many at most; its wiring is found at those of `groups`.
+        """
         seen = at_lookup(model, self._rows(model, layer, groups), layer)
         wiring = Wiring.of(model, layer, seen.inputs, seen.keys)
         neurons = len(step_of(wiring.act, self.sharpness, self.width, seen.inputs)[0])
-        return room(wiring.gate.count, len(patched(wiring))) // neurons
+        width, taken = wiring.gate.count, len(patched(wiring))
+        most = room(width, taken) // neurons
+        return min(most, max(0, room(width, 0) - taken) // neurons), most
 
     def _rows(
         self, model: EditableModel, layer: int, groups: Sequence[Sequence[Fact]]
