@@ -30,6 +30,7 @@ from knowedit.methods.neurons.parts import (
 from knowedit.methods.neurons.scores import separate
 from knowedit.methods.neurons.texts import at_lookup, everywhere
 from knowedit.methods.neurons.wiring import Wiring
+from knowedit.methods.neurons.written import Home
 from knowedit.methods.registry import make_method
 from knowedit.methods.session import Session
 from knowedit.models.editable import EditableModel
@@ -564,10 +565,10 @@ def test_gates_that_do_not_add_up_to_one_are_made_up_for(byte_tokenizer, corpus)
 def test_an_expert_that_ordinary_text_never_reaches_gets_no_switch():
     """What its neurons do is not known; the others make up for it."""
     gates = {3: torch.tensor([0.5, 0.2]), 1: torch.tensor([0.0, 0.3])}
-    assert neuron_patch._Home.of(gates, {1, 2}, 5) == neuron_patch._Home((1,), pytest.approx(0.15))
-    assert neuron_patch._Home.of(gates, {3, 1}, 5).gate == pytest.approx(0.5)
+    assert Home.of(gates, {1, 2}, 5) == Home((1,), pytest.approx(0.15))
+    assert Home.of(gates, {3, 1}, 5).gate == pytest.approx(0.5)
     with pytest.raises(EditError, match="is given to expert 3 of layer 5, .*; give more text"):
-        neuron_patch._Home.of(gates, {0}, 5)
+        Home.of(gates, {0}, 5)
 
 
 def test_facts_of_several_experts_are_one_edit(byte_tokenizer, corpus):

@@ -10,7 +10,7 @@ for how well the others can do their work, as in pruning.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -48,7 +48,6 @@ from knowedit.methods.locate.values import (
     prompt_rows,
 )
 from knowedit.methods.neurons.parts import (
-    Freed,
     Switch,
     free_neurons,
     patched,
@@ -59,6 +58,7 @@ from knowedit.methods.neurons.parts import (
 from knowedit.methods.neurons.scores import separate
 from knowedit.methods.neurons.texts import Inputs, at_lookup, chosen, everywhere, windows
 from knowedit.methods.neurons.wiring import Wiring
+from knowedit.methods.neurons.written import Home, Written, experts_of, together
 from knowedit.models.editable import EditableModel
 from knowedit.models.experts import slice_name
 from knowedit.models.load import accepts_model
@@ -66,7 +66,6 @@ from knowedit.models.presets import preset_for
 from knowedit.models.tokens import Row
 from knowedit.statistics import KeyStatistics
 from knowedit.statistics.corpus.corpus import Corpus, CorpusLike
-from knowedit_kernels.lowrank import Change
 
 #: A switch that closes where it should not adds its value to a state of ordinary length, so that a
 #: value is held to that sooner than elsewhere (`ValueSettings.sink`).
@@ -143,7 +142,7 @@ class NeuronPatch(Method):
     ) -> Edit:
         parts = self._shared_out(model, group_by_wording(facts))
         gates = {layer: self._gates(model, layer, groups) for layer, groups in parts.items()}
-        experts = {layer: _experts(own) for layer, own in gates.items()}
+        experts = {layer: experts_of(own) for layer, own in gates.items()}
         sets = [
             self._ordinary(model, experts, progress),
             everywhere(model, self._near(model, facts), experts),
@@ -157,12 +156,12 @@ class NeuronPatch(Method):
                 beside = [part for at, part in parts.items() if at != layer]
                 if rows := [row.ids for part in beside for row in self._rows(model, layer, part)]:
                     others.append(everywhere(model, rows, {layer: (None,)})[layer])
-                homes = [_Home.of(own, others[0], layer) for own in gates[layer]]
+                homes = [Home.of(own, others[0], layer) for own in gates[layer]]
                 targets = self._targets(model, layer, groups, progress)
                 edits.append(self._edit(model, layer, groups, homes, targets, others))
                 if len(edits) < len(parts):
                     applied.enter_context(edits[-1].applied_to(model))
-        return edits[0] if len(edits) == 1 else _together(edits)
+        return edits[0] if len(edits) == 1 else together(edits)
 
     @accepts_model
     def compute_each(
@@ -184,8 +183,8 @@ class NeuronPatch(Method):
         layer = self._layers(model)[0]
         gates = self._gates(model, layer, groups)
         targets = self._targets(model, layer, groups, progress)
-        ordinary = self._ordinary(model, {layer: _experts(gates)}, progress)[layer]
-        homes = [_Home.of(own, ordinary, layer) for own in gates]
+        ordinary = self._ordinary(model, {layer: experts_of(gates)}, progress)[layer]
+        homes = [Home.of(own, ordinary, layer) for own in gates]
 
         def made(i: int) -> Edit:
             near = everywhere(model, self._near(model, groups[i]), {layer: homes[i].experts})
@@ -306,7 +305,7 @@ class NeuronPatch(Method):
         model: EditableModel,
         layer: int,
         groups: list[list[Fact]],
-        homes: list[_Home],
+        homes: list[Home],
         targets: Targets,
         others: Sequence[Inputs],
     ) -> Edit:
@@ -372,7 +371,7 @@ class NeuronPatch(Method):
         groups: Mapping[int, list[Fact]],
         values_of: Tensor,
         others: Sequence[tuple[Tensor, Tensor]],
-    ) -> _Written:
+    ) -> Written:
         """Some of the groups, by number, in one MLP: the layer's, or one expert's.
 
         Args:
@@ -406,7 +405,7 @@ class NeuronPatch(Method):
         )
         factors, reads = rewritten(wiring, switch, freed, values_of[list(groups)].to(own))
         closed = switch.at(own).gather(1, owner[:, None])[:, 0] * seen.gates
-        return _Written(
+        return Written(
             expert,
             freed,
             closed={i: closed[owner == place] for place, i in enumerate(groups)},
@@ -455,108 +454,3 @@ class NeuronPatch(Method):
             steps=targets.steps.tolist(),
             details={"settings": settings},
         )
-
-
-def _experts(gates: Iterable[Mapping[int | None, Tensor]]) -> list[int | None]:
-    """Those that fire for any of the groups."""
-    return list(dict.fromkeys(expert for own in gates for expert in own))
-
-
-def _together(edits: Sequence[Edit]) -> Edit:
-    """One edit of those of several layers, which have no parameter in common."""
-    facts = [fact for edit in edits for fact in edit.facts]
-    starts = [sum(len(edit.facts) for edit in edits[:i]) for i in range(len(edits))]
-    plan = {}
-    for edit, start in zip(edits, starts):
-        for layer, own in edit.plan.items():
-            plan[layer] = own.new_zeros(len(facts), own.shape[1])
-            plan[layer][start : start + len(own)] = own
-    reports = [edit.report for edit in edits]
-    shares = [len(edit.facts) / len(facts) for edit in edits]
-    first = reports[0].details["settings"]
-    report = EditReport(
-        gain=sum(share * (report.gain or 0.0) for share, report in zip(shares, reports)),
-        relative_norm={k: v for report in reports for k, v in report.relative_norm.items()},
-        layers={k: v for report in reports for k, v in report.layers.items()},
-        planned_nll=sum(s * (report.planned_nll or 0.0) for s, report in zip(shares, reports)),
-        steps=[n for r in reports for n in (r.steps if isinstance(r.steps, list) else [])],
-        warnings=list(dict.fromkeys(text for report in reports for text in report.warnings)),
-        details={
-            "settings": {**first, "layers": sorted(plan)},
-            "neurons": {k: v for r in reports for k, v in r.details["neurons"].items()},
-        },
-    )
-    return Edit(
-        edits[0].method_name,
-        {name: change for edit in edits for name, change in edit.changes.items()},
-        facts,
-        edits[0].fingerprint,
-        report,
-        {layer: keys for edit in edits for layer, keys in edit.keys.items()},
-        frozenset().union(*(edit.exclusive for edit in edits)),
-        plan=plan,
-    )
-
-
-@dataclass(frozen=True)
-class _Home:
-    """Where a group is written.
-
-    Attributes:
-        experts: each of which gets a switch; (None,): the layer's MLP is dense.
-        gate: what they write is multiplied by, all together, on average over its wordings.
-    """
-
-    experts: tuple[int | None, ...]
-    gate: float
-
-    @classmethod
-    def of(
-        cls, gates: Mapping[int | None, Tensor], known: Container[int | None], layer: int
-    ) -> _Home:
-        """Those of the experts that fire, by their gates `[wordings]`, whose work is `known`.
-
-        Raises:
-            EditError: none is.
-        """
-        if not (experts := tuple(expert for expert in gates if expert in known)):
-            raise EditError(
-                f"none of the ordinary text's tokens is given to expert {next(iter(gates))} of "
-                f"layer {layer}, so that what its neurons do is not known; give more text"
-            )
-        return cls(experts, float(torch.stack([gates[expert] for expert in experts]).sum(0).mean()))
-
-
-@dataclass(frozen=True)
-class _Written:
-    """What was written into one MLP.
-
-    Attributes:
-        expert: whose it is; None: the layer's MLP is dense.
-        freed: the neurons.
-        closed: by group, `[wordings]` how far its switch is closed, times the gate.
-        leak: the farthest that a switch is closed at another text.
-        factors: `(U [hidden, r], V [d, r])` of its output projection.
-        changes: by parameter, of all its matrices.
-    """
-
-    expert: int | None
-    freed: Freed
-    closed: Mapping[int, Tensor]
-    leak: float
-    factors: tuple[Tensor, Tensor]
-    changes: Mapping[str, Change]
-
-    def place(self, layer: object) -> str:
-        """The MLP in words."""
-        return f"{layer}" if self.expert is None else f"{layer} expert {self.expert}"
-
-    def wide(self, model: EditableModel, layer: int) -> tuple[Tensor, Tensor]:
-        """The factors of the layer's projection, all experts together."""
-        left, right = self.factors
-        experts = model.layout.experts(layer)
-        if experts is None or self.expert is None:
-            return left, right
-        whole = right.new_zeros(experts.count, *right.shape)
-        whole[self.expert] = right
-        return left, whole.flatten(0, 1)
