@@ -17,8 +17,9 @@ from knowedit.evaluation import intervals
 from knowedit.evaluation.intervals import Estimate
 from knowedit.io.lines import number_of
 from knowedit.io.tables import Table
+from knowedit.models.copies import COPIES
 
-from .common import read
+from .common import of_model, read
 from .portability import SETS
 
 NAME = "leaderboard"
@@ -233,7 +234,10 @@ SETTINGS: dict[str, dict[str, Reader]] = {
         ("sequential", "sequential_neuron", "sequential_thousands"), sequences
     ),
     "One batch after another, in one layer": {"sequential_one_layer": sequences},
-    "Several facts of one subject": {"rose": same_subject},
+    "Several facts of one subject": {
+        name: same_subject
+        for name in ("rose", *(of_model("rose", copy.name) for copy in COPIES))
+    },
     "What follows from a fact": {"portability": following},
     "2+2=5, and nothing else": {"arithmetic": arithmetic, "arithmetic_adds": arithmetic},
 }  # fmt: skip

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from knowedit.evaluation import intervals
 from knowedit.io.lines import number_of
 from knowedit.io.tables import Table
+from knowedit.models.copies import COPIES
 
 from . import arithmetic as by_sum
 from . import calibration as by_calibration
@@ -32,7 +33,7 @@ from . import neuron as by_neuron
 from . import portability as by_hop
 from . import sequential as in_sequence
 from . import tokens as by_tokens
-from .common import HERE, RESULTS, measured_on, percent, read
+from .common import HERE, RESULTS, measured_on, of_model, percent, read
 from .families import page as by_family
 
 DOCS = HERE.parent / "docs"
@@ -71,9 +72,9 @@ SEQUENTIAL = {
 }
 
 
-def rose(folder: Path) -> str:
+def rose(folder: Path, name: str = "rose") -> str:
     """One line a method, over all draws, and where RoSE's difference is beyond chance."""
-    header, rows = read(folder, "rose")
+    header, rows = read(folder, name)
     lines = []
     draws = len({r["seed"] for r in rows if "seed" in r})
     for row in [r for r in rows if "pooled" in r]:
@@ -103,9 +104,9 @@ def rose(folder: Path) -> str:
     return Table(["method", *ROSE], lines, notes=[about, measured_on(header)]).markdown()
 
 
-def metake(folder: Path) -> str:
+def metake(folder: Path, name: str = "metake") -> str:
     """One line a method and size, over all draws; differences to MetaKE fact by fact."""
-    header, rows = read(folder, "metake")
+    header, rows = read(folder, name)
     parts = []
     for part, size in dict.fromkeys((r["part"], r["size"]) for r in rows):
         found = [r for r in rows if (r["part"], r["size"]) == (part, size)]
@@ -327,6 +328,15 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
         partial(by_sum.table, name=by_sum.ADDS),
         by_model.no_picture,
     ),
+    **{
+        of_model(name, copy.name): (
+            f"{name}.md",
+            partial(table, name=of_model(name, copy.name)),
+            by_model.no_picture,
+        )
+        for name, table in (("rose", rose), ("metake", metake))
+        for copy in COPIES
+    },
     leaderboard.NAME: ("leaderboard.md", leaderboard.table, leaderboard.no_picture),
     "moe": ("moe.md", by_expert.table, by_model.no_picture),
     "hessian": ("hessians.md", by_input.table, by_input.no_picture),
