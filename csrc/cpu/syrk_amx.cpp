@@ -156,7 +156,7 @@ void tile_parts(const char* a, const char* b, int64_t a_columns, int64_t b_colum
   _tile_loadconfig(&shapes);
   const int64_t i_blocks = (a_columns + kPanel - 1) / kPanel, j_blocks = (b_columns + kPanel - 1) / kPanel;
   ahead.divide((diagonal ? i_blocks * j_blocks / 2 : i_blocks * j_blocks) + 1);
-  const int64_t most = tokens < kEnough ? 1 : kAccumulated;
+  const int64_t most = tokens < kDepth * kEnough ? 1 : kAccumulated;
   Waiting waiting{scratch[1], sum};
   int64_t turn = 0;
   for (int64_t j = 0; j < j_blocks; ++j)

@@ -10,9 +10,9 @@ constexpr int64_t kChain = 16, kFewChain = 8;
 // Exact: chains are added up in float32 for the kDepth tokens of a pass, then folded into float64. A channel that never
 // changes makes the same rounding error every time: n additions lose some (n + 1) / 2 * 2^-25 of the sum, 17 and 9
 // halves for eight chains of 16 (4.1e-7 measured as the worst of 400 constants, of the 5e-7 that an element may be off),
-// 33 for one chain of 32. A call with few tokens has few sums to average over: below kEnough it folds every chain, below
-// kDepth chains are short.
-constexpr int64_t kEnough = 512;
+// 33 for one chain of 32. What else is lost averages over the sums that are folded: there are at least kEnough of them, so
+// that a call with few tokens folds shorter ones, and below kDepth tokens chains are short as well.
+constexpr int64_t kEnough = 4;
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
@@ -166,7 +166,8 @@ void tile(const char* a, const char* b, int64_t a_columns, int64_t b_columns, in
   const auto run = [&](auto panels) { panels(a, b, a_columns, b_columns, steps, diagonal, sum, ahead); };
   if (!kShort) run(panels<V, MR, NV, kPanel, kAll, kAll, kWait>);
   else if (tokens < kDepth) run(panels<V, MR, NV, kPanel, kFew, kFew, kWait>);
-  else if (tokens < kEnough) run(panels<V, MR, NV, kPanel, kLong, kLong, kWait>);
+  else if (tokens < kDepth / 2 * kEnough) run(panels<V, MR, NV, kPanel, kLong, kAll / 4, kWait>);
+  else if (tokens < kDepth * kEnough) run(panels<V, MR, NV, kPanel, kLong, kAll / 2, kWait>);
   else run(panels<V, MR, NV, kPanel, kLong, kAll, kWait>);
 }
 
