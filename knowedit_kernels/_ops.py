@@ -147,19 +147,22 @@ _define(
 # [out, in], u [out, r], v [in, r] float32 (float64 if w is), rounding "nearest" | "stochastic" |
 # "compensated"; base, residual (bfloat16) and probe [in, p] are parallel to w or empty. Fills sums
 # [weights, 5] float64 (ideal^2, applied^2, (applied - ideal)^2, changed, not finite) and, per
-# probe, errors [out, p] float32 = (applied - ideal) @ probe
+# probe, errors [out, p] float32 = (applied - ideal) @ probe; prints [weights, 2] int64: the
+# fingerprints (lowrank/fingerprint.py) of what was written
 _define(
     "low_rank_update_(Tensor(a!)[] w, Tensor[] base, Tensor[] u, Tensor[] v, str rounding, int "
     "seed, "
-    "Tensor(b!)[] residual, Tensor[] probe, bool write, Tensor(c!) sums, Tensor(d!)[] errors) -> ()"
+    "Tensor(b!)[] residual, Tensor[] probe, bool write, Tensor(c!) sums, Tensor(d!)[] errors, "
+    "Tensor(e!)? prints) -> ()"
 )
 # its C++ kernel, one weight; rounding 0 nearest, 1 stochastic, 2 compensated; stream numbers the
-# weight, and its row of sums [weights, 5]. Refuses NaN and infinity in u and v
+# weight, and its row of sums [weights, 5] and prints, to which keys belong. Refuses NaN and
+# infinity in u and v
 _define(
     "low_rank_cpu_(Tensor(a!) w, Tensor base, Tensor u, Tensor v, int rounding, int seed, int "
     "stream, "
-    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!) sums, Tensor(d!)? error, int isa) "
-    "-> ()",
+    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!) sums, Tensor(d!)? error, "
+    "Tensor(e!)? prints, Tensor? keys, int isa) -> ()",
     compiled=True,
 )
 # whether contiguous float32 tensors hold finite numbers alone

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "fingerprint.h"
 #include "isa.h"
 
 namespace knowedit {
@@ -21,7 +22,8 @@ namespace generic {
 #include "fingerprint_kernels.h"
 }  // namespace generic
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(KNOWEDIT_EMULATED)
+#define KNOWEDIT_AVX2_SUMS
 #define KNOWEDIT_MULTIPLY_HALVES
 KNOWEDIT_TARGET_BEGIN("avx2")
 namespace avx2 {
@@ -29,8 +31,6 @@ namespace avx2 {
 }  // namespace avx2
 KNOWEDIT_TARGET_END
 #endif
-
-constexpr int64_t kRows = 4;  // read at once
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -49,10 +49,8 @@ void fingerprint(Tensor out, Tensor weight, Tensor keys) {
                   "out must be contiguous int64 [2]");
   STD_TORCH_CHECK(keys.scalar_type() == ScalarType::Long && keys.is_contiguous() && keys.numel() * 8 >= bytes,
                   "keys must be contiguous int64, one for every eight bytes of a row");
-  auto one = generic::row_sums<1>, several = generic::row_sums<kRows>;
-#if defined(__x86_64__)
-  if (best_isa() >= kAvx2) one = avx2::row_sums<1>, several = avx2::row_sums<kRows>;
-#endif
+  constexpr int64_t kRows = 4;  // at once
+  const RowSums sum = row_sums();
   const char* data = static_cast<const char*>(weight.const_data_ptr());
   const uint64_t* key = static_cast<const uint64_t*>(keys.const_data_ptr());
   const int64_t stride = weight.stride(0) * weight.element_size();
@@ -62,14 +60,14 @@ void fingerprint(Tensor out, Tensor weight, Tensor keys) {
   std::atomic<int64_t> next{0};
   std::atomic<uint64_t> total[2] = {0, 0};  // mod 2^64, in any order
   const auto work = [&](int64_t, int64_t) {
-    uint64_t sums[2 * kRows], mine[2] = {0, 0};
+    uint64_t mine[2] = {0, 0};
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
       const int64_t end = std::min(rows, (item + 1) * block);
-      for (int64_t r = item * block, count; r < end; r += count) {
-        count = end - r < kRows ? 1 : kRows;
-        (count == 1 ? one : several)(data + r * stride, stride, key, bytes, sums);
-        for (int64_t i = 0; i < 2 * count; ++i)
-          mine[i % 2] += scrambled(sums[i] + (r + i / 2 + 1) * 0x9e3779b97f4a7c15u);
+      for (int64_t r = item * block; r < end; r += kRows) {
+        const int64_t count = std::min(kRows, end - r);
+        uint64_t sums[2 * kRows] = {};
+        sum(data + r * stride, stride, count, key, bytes, sums);
+        add_rows(sums, r, count, mine);
       }
     }
     for (int i = 0; i < 2; ++i) total[i].fetch_add(mine[i], std::memory_order_relaxed);
@@ -80,6 +78,19 @@ void fingerprint(Tensor out, Tensor weight, Tensor keys) {
 }
 
 }  // namespace
+
+RowSums row_sums() {
+#if defined(KNOWEDIT_AVX2_SUMS)
+  if (best_isa() >= kAvx2) return avx2::row_sums;
+#endif
+  return generic::row_sums;
+}
+
+void add_rows(const uint64_t* sums, int64_t first, int64_t count, uint64_t* total) {
+  for (int64_t i = 0; i < 2 * count; ++i)
+    total[i % 2] += scrambled(sums[i] + (first + i / 2 + 1) * 0x9e3779b97f4a7c15u);
+}
+
 }  // namespace knowedit
 
 // the schema is in knowedit_kernels/_ops.py

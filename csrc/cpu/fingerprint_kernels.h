@@ -1,4 +1,4 @@
-// The sums of one row, written once with the compiler's vectors and compiled once per instruction set.
+// The sums of rows, written once with the compiler's vectors and compiled once per instruction set.
 // Included inside KNOWEDIT_TARGET_BEGIN/END and an anonymous namespace; no include may follow here.
 
 typedef uint64_t Lanes __attribute__((vector_size(32)));
@@ -24,9 +24,9 @@ inline uint64_t product(uint64_t lane, uint64_t key) {
   return uint64_t(uint32_t(lane) + uint32_t(key)) * uint64_t(uint32_t(lane >> 32) + uint32_t(key >> 32));
 }
 
-// The two sums of R rows: one stream of memory alone does not fill the bus, and the keys are read once for all.
+// Adds to the two sums of R rows: one stream of memory alone does not fill the bus, and the keys are read once for all.
 template <int R>
-void row_sums(const char* rows, int64_t stride, const uint64_t* keys, int64_t bytes, uint64_t* out) {
+inline void few_rows(const char* rows, int64_t stride, const uint64_t* keys, int64_t bytes, uint64_t* sums) {
   Lanes mixed[R] = {}, plain[R] = {};
   const char* key = reinterpret_cast<const char*>(keys);
   constexpr int64_t kStep = sizeof(Lanes);
@@ -50,7 +50,14 @@ void row_sums(const char* rows, int64_t stride, const uint64_t* keys, int64_t by
       first += product(lane, keys[rest / 8]);
       second += lane;
     }
-    out[2 * r] = first;
-    out[2 * r + 1] = second;
+    sums[2 * r] += first;
+    sums[2 * r + 1] += second;
   }
+}
+
+// See `RowSums`.
+void row_sums(const char* rows, int64_t stride, int64_t count, const uint64_t* keys, int64_t bytes, uint64_t* sums) {
+  for (; count >= 4; count -= 4, rows += 4 * stride, sums += 8) few_rows<4>(rows, stride, keys, bytes, sums);
+  for (; count >= 2; count -= 2, rows += 2 * stride, sums += 4) few_rows<2>(rows, stride, keys, bytes, sums);
+  if (count) few_rows<1>(rows, stride, keys, bytes, sums);
 }

@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "fingerprint.h"
 #include "isa.h"
 #include "lowrank.h"
 
@@ -76,7 +77,7 @@ bool finite(const Tensor& x) {
 
 void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t seed, int64_t stream,
             std::optional<Tensor> plane, std::optional<Tensor> probe, bool write, Tensor sums,
-            std::optional<Tensor> error, int64_t isa) {
+            std::optional<Tensor> error, std::optional<Tensor> prints, std::optional<Tensor> lane_keys, int64_t isa) {
   const int64_t rows = w.size(0), columns = w.size(1), rank = u.size(1), size = w.element_size();
   const int64_t keys = probe ? probe->size(1) : 0;
   const WeightType type = type_of(w);
@@ -94,6 +95,13 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && stream >= 0 &&
                       sums.numel() >= (stream + 1) * kSums,
                   "sums must be contiguous float64 [weights, 5]");
+  STD_TORCH_CHECK(prints.has_value() == lane_keys.has_value() &&
+                      (!prints || (write && prints->scalar_type() == ScalarType::Long && prints->is_contiguous() &&
+                                   prints->numel() >= (stream + 1) * 2)),
+                  "prints must be contiguous int64 [weights, 2], of what is written");
+  STD_TORCH_CHECK(!lane_keys || (lane_keys->scalar_type() == ScalarType::Long && lane_keys->is_contiguous() &&
+                                 lane_keys->numel() * 8 >= columns * size),
+                  "their keys must be contiguous int64, one for every eight bytes of a row");
   STD_TORCH_CHECK(finite(u) && finite(v), "u or v contains NaN or infinity");
 
   const LowRankKernels& kernel = kernels(isa);
@@ -128,14 +136,19 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   const int64_t to_stride = w.stride(0) * size, from_stride = base.stride(0) * size;
   const int64_t rest_stride = plane ? plane->stride(0) * 2 : 0;
   Scratch<double> partial(blocks * kSums * kSumLanes);
+  const RowSums sum_rows = row_sums();  // while the strip is in cache
+  const uint64_t* lanes_at = prints ? static_cast<const uint64_t*>(lane_keys->const_data_ptr()) : nullptr;
+  std::atomic<uint64_t> print[2] = {0, 0};  // mod 2^64, in any order
   share(blocks, rows * columns * (rank + keys + 16), [&](int64_t block) {
     const int64_t end = std::min(rows, (block + 1) * kBlock);
     double* sums_here = &partial[block * kSums * kSumLanes];
     std::fill_n(sums_here, kSums * kSumLanes, 0.0);
     const Scratch<float> lanes(kStrip * keys * kernel.lanes), e(keys ? kStrip * kSpan : 0);
     const Scratch<char> dry(write ? 0 : kStrip * kSpan * size);  // written in place of W
+    uint64_t print_here[2] = {0, 0};
     for (int64_t r = block * kBlock, count; r < end; r += count) {
       count = std::min(kStrip, end - r);
+      uint64_t row[2 * kStrip] = {};
       std::fill_n(lanes.get(), count * keys * kernel.lanes, 0.0f);
       for (int64_t column = 0; column < columns; column += kSpan) {
         const int64_t width = std::min(kSpan, columns - column);
@@ -149,11 +162,18 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
         if (keys)
           kernel.see(e.get(), kSpan, count, &seen[column * keys], (width + kUpdateWidth - 1) / kUpdateWidth, keys,
                      lanes.get());
+        if (prints)
+          sum_rows(to + r * to_stride + column * size, to_stride, count, lanes_at + column * size / 8, width * size,
+                   row);
       }
+      if (prints) add_rows(row, r, count, print_here);
       for (int64_t i = 0; i < count * keys; ++i)
         out[r * keys + i] = std::accumulate(&lanes[i * kernel.lanes], &lanes[(i + 1) * kernel.lanes], 0.0f);
     }
+    for (int i = 0; i < 2; ++i) print[i].fetch_add(print_here[i], std::memory_order_relaxed);
   });
+  for (int i = 0; prints && i < 2; ++i)
+    static_cast<uint64_t*>(prints->mutable_data_ptr())[2 * stream + i] = print[i].load();
   double* total = static_cast<double*>(sums.mutable_data_ptr()) + stream * kSums;
   std::fill_n(total, kSums, 0.0);
   // in order: the same bits every time

@@ -75,7 +75,7 @@ def _kernel(inputs: Inputs) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         torch.ops.knowedit.low_rank_update_(
-            [W], [], [inputs.U], [inputs.V], inputs.rounding, 0, [], [], True, sums, []
+            [W], [], [inputs.U], [inputs.V], inputs.rounding, 0, [], [], True, sums, [], None
         )
         return W
 

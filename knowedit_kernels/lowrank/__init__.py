@@ -8,8 +8,8 @@ any order.
 from knowedit_kernels._dispatch import register
 from knowedit_kernels.lowrank import blocked, cpu, gpu
 from knowedit_kernels.lowrank.call import UpdateCall
-from knowedit_kernels.lowrank.ledger import Change as Change
-from knowedit_kernels.lowrank.ledger import LedgerError as LedgerError
+from knowedit_kernels.lowrank.edited_weight import Change as Change
+from knowedit_kernels.lowrank.edited_weight import LedgerError as LedgerError
 from knowedit_kernels.lowrank.ledger import WeightLedger as WeightLedger
 from knowedit_kernels.lowrank.update import ROUNDINGS as ROUNDINGS
 from knowedit_kernels.lowrank.update import UpdateReport as UpdateReport

@@ -19,6 +19,7 @@ def update_(call: UpdateCall) -> None:
     call.check_factors()
     for i in range(len(call.w)):
         _one(call, i)
+    call.take_prints()
 
 
 def _one(call: UpdateCall, i: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from knowedit_kernels._dispatch import Call
 from knowedit_kernels._memory import meet
+from knowedit_kernels.lowrank.fingerprint import sums_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +21,8 @@ class UpdateCall(Call):
     u [out, r], v [in, r] float32 (float64 if w is); rounding "nearest", "stochastic" (bits from
     seed) or "compensated". base, residual (bfloat16, receives what rounding cut off) and probe
     [in, p] are parallel to w or empty. Fills sums [weights, 5] float64 and, per probe, errors
-    [out, p] float32 (see `_ops`); write False: only those.
+    [out, p] float32 (see `_ops`); write False: only those. prints [weights, 2] int64, where given,
+    receives the fingerprints of what was written.
     """
 
     w: Sequence[Tensor]
@@ -34,6 +36,7 @@ class UpdateCall(Call):
     write: bool
     sums: Tensor
     errors: Sequence[Tensor]
+    prints: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Copies first what is read of memory that is written: an implementation reads a row's
@@ -58,6 +61,14 @@ class UpdateCall(Call):
                 near = any(meet(x, other) for other in written if other is not own)
                 apart.append(x.clone() if near else x)
             object.__setattr__(self, name, apart)
+
+    def take_prints(self) -> None:
+        """Fills prints from the weights in memory, for an implementation that has not done so on
+        the way.
+        """
+        if self.prints is not None:
+            for i, w in enumerate(self.w):
+                self.prints[i] = sums_of(w)
 
     def check_factors(self) -> None:
         """Raises ValueError for NaN or infinity in U or V, which every implementation refuses

@@ -9,6 +9,7 @@ import torch
 from knowedit_kernels import _native
 from knowedit_kernels._dispatch import Candidate
 from knowedit_kernels.lowrank.call import UpdateCall
+from knowedit_kernels.lowrank.fingerprint import keys_of
 
 ROUNDING = {"nearest": 0, "stochastic": 1, "compensated": 2}
 # as in csrc/cpu/isa.h
@@ -31,7 +32,8 @@ def compiled(name: str) -> Candidate:
                     ROUNDING[call.rounding], call.seed, i,
                     call.residual[i] if call.residual else None,
                     call.probe[i] if call.probe else None, call.write, call.sums,
-                    call.errors[i] if call.probe else None, isa,
+                    call.errors[i] if call.probe else None, call.prints,
+                    None if call.prints is None else keys_of(weight), isa,
                 )  # fmt: skip
             except RuntimeError:
                 call.check_factors()

@@ -31,11 +31,24 @@ def fingerprint(weight: Tensor) -> int:
 
     Any one changed entry is seen, several but by a chance of about 2^-32.
     """
+    return number(*sums_of(weight).tolist())
+
+
+def sums_of(weight: Tensor) -> Tensor:
+    """Both halves of a weight's fingerprint, int64 [2]."""
     flat = weight.detach().reshape(-1, weight.shape[-1])
-    lanes = -(-flat.shape[1] * flat.element_size() // 8)
     sums = _compiled_sums if _compiled(flat) else _sums
-    first, second = sums(flat, _keys(lanes).to(flat.device)).tolist()
+    return sums(flat, keys_of(flat).to(flat.device))
+
+
+def number(first: int, second: int) -> int:
+    """The fingerprint whose halves these are."""
     return (first % 2**64) << 64 | second % 2**64
+
+
+def keys_of(weight: Tensor) -> Tensor:
+    """The keys of a matrix's lanes, int64 [lanes], in host memory."""
+    return _keys(-(-weight.shape[1] * weight.element_size() // 8))
 
 
 @functools.lru_cache(maxsize=16)

@@ -66,6 +66,7 @@ def update_(call: UpdateCall) -> None:
             members = [i for i, w in enumerate(call.w) if w.dtype == dtype and w.numel()]
             if members:
                 _launch(members, part)
+    call.take_prints()
 
 
 def _launch(members: list[int], call: UpdateCall) -> None:

@@ -9,41 +9,21 @@ the state is a function of the *set* of active edits.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from knowedit_kernels._arguments import need_tensors
-from knowedit_kernels._memory import copied, overlaps
-from knowedit_kernels.lowrank.fingerprint import fingerprint
-from knowedit_kernels.lowrank.update import (
-    UpdateReport,
-    check_update,
-    low_rank_update_,
-    low_rank_update_many_,
+from knowedit_kernels._memory import overlaps
+from knowedit_kernels.lowrank.edited_weight import (
+    Change,
+    EditedWeight,
+    LedgerError,
+    is_same_memory,
+    place_of,
+    write,
 )
-
-Change = (
-    tuple[Tensor, Tensor] | Tensor
-)  #: of one weight: low-rank factors (U, V), or a dense delta of its shape
-
-
-class LedgerError(RuntimeError):
-    """A ledger's record and the weights disagree, or a key is used wrongly; the message says what
-    to do.
-    """
-
-
-@dataclass
-class _Entry:
-    name: str
-    weight: Tensor
-    transposed: bool
-    pristine: Tensor | None = None  # W0, kept while edits are active
-    changes: dict[str, Change] = field(default_factory=dict)
-    fingerprint: int = 0
-    settled: bool = True  # False while the weight may differ from what its edits say
+from knowedit_kernels.lowrank.update import UpdateReport
 
 
 class WeightLedger:
@@ -86,7 +66,7 @@ class WeightLedger:
         if unknown:
             raise ValueError(f"transposed names unknown weights: {sorted(unknown)}")
         self._rounding, self._seed, self._offload = rounding, seed, offload
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, EditedWeight] = {}
         self._places: dict[Hashable, str] = {}  # by memory, the first name that was given to it
         for name, weight in (weights or {}).items():
             self.register(name, weight, name in transposed)
@@ -108,13 +88,13 @@ class WeightLedger:
                 f"entries of weight {name!r} share memory (strides {weight.stride()}): register a "
                 "contiguous copy of it"
             )
-        twin = self._entries.get(self._places.setdefault(_place(weight), name))
-        if twin is not None and _is_same_memory(twin.weight, weight):
+        twin = self._entries.get(self._places.setdefault(place_of(weight), name))
+        if twin is not None and is_same_memory(twin.weight, weight):
             raise ValueError(
                 f"weight {name!r} is the same memory as {twin.name!r} (tied weights?): register it "
                 "once, or an edit of one would look like somebody else's write to the other"
             )
-        self._entries[name] = _Entry(name, weight, transposed)
+        self._entries[name] = EditedWeight(name, weight, transposed, self._offload)
 
     def __repr__(self) -> str:
         return f"WeightLedger(weights={len(self._entries)}, active={list(self.active)})"
@@ -126,7 +106,7 @@ class WeightLedger:
         """
         for name, weight in weights.items():
             entry = self._entries.get(name)
-            if entry is None or _is_same_memory(entry.weight, weight):
+            if entry is None or is_same_memory(entry.weight, weight):
                 continue
             if entry.changes:
                 raise LedgerError(
@@ -188,20 +168,16 @@ class WeightLedger:
                     f"edit {key!r} is already active on {entry.name!r}: remove it first"
                 )
             try:
-                self._check_change(entry, change)
+                entry.check_change(change, self._rounding)
             except ValueError as error:
                 raise ValueError(f"{entry.name!r}: {error}") from None
-            self._check_untouched(entry)
+            entry.check_untouched()
         try:
             for entry, change in zip(entries, changes.values()):
                 like = entry.weight.new_empty(
                     0, dtype=torch.promote_types(entry.weight.dtype, torch.float32)
                 )
                 entry.settled = False
-                if entry.pristine is None:
-                    entry.pristine = copied(
-                        entry.weight.detach(), "cpu" if self._offload else like.device
-                    )
                 if isinstance(change, Tensor):
                     entry.changes[key] = alpha * change.detach().to(like)
                 else:
@@ -209,7 +185,7 @@ class WeightLedger:
                         alpha * change[0].detach().to(like),
                         change[1].detach().to(like, copy=True),
                     )
-            reports = self._write(entries)
+            reports = write(entries, self._rounding, self._seed)
             for entry in entries:
                 if lost := reports[entry.name].nonfinite:
                     delta = changes.get(entry.name)
@@ -237,7 +213,7 @@ class WeightLedger:
                 f"edit {key!r} is not active; active: {', '.join(self.active) or 'none'}"
             )
         for entry in entries:
-            self._check_untouched(entry)
+            entry.check_untouched()
         try:
             self._drop(entries, key)
         except BaseException:  # half of an edit is worse than none
@@ -249,16 +225,16 @@ class WeightLedger:
         weights since.
         """
         for entry in self._entries.values():
-            self._check_layout(entry)
+            entry.check_layout()
             self._drop([entry], *entry.changes)
 
     def verify(self) -> None:
         """Raises LedgerError if a weight with active edits was changed by anyone else."""
         self._settle_all()
         for entry in self._entries.values():
-            self._check_untouched(entry)
+            entry.check_untouched()
 
-    def _find(self, weight: str | Tensor) -> _Entry:
+    def _find(self, weight: str | Tensor) -> EditedWeight:
         for entry in self._entries.values():
             if entry.name == weight if isinstance(weight, str) else entry.weight is weight:
                 return entry
@@ -269,66 +245,7 @@ class WeightLedger:
             f"unknown weight {what}: register it first; known: {', '.join(self._entries) or 'none'}"
         )
 
-    def _write(self, entries: Sequence[_Entry]) -> dict[str, UpdateReport]:
-        """Brings weights to what their edits say, low-rank ones of a device in one call; reports by
-        name.
-        """
-        reports = {}
-        together: dict[object, list[_Entry]] = {}
-        for entry in entries:
-            if any(isinstance(change, Tensor) for change in entry.changes.values()):
-                reports[entry.name] = self._write_one(entry)
-            else:  # the random bits of a weight depend on its place in a call
-                alone = entry.name if self._rounding == "stochastic" else None
-                together.setdefault((entry.weight.device, alone), []).append(entry)
-        for some in together.values():
-            weights, left, right, bases = [], [], [], []
-            for entry in some:
-                assert entry.pristine is not None
-                U, V = _factors(entry)
-                weights.append(entry.weight.detach())
-                left.append(U)
-                right.append(V)
-                bases.append(entry.pristine.to(entry.weight.device))
-            found = low_rank_update_many_(
-                weights, left, right, rounding=self._rounding, seed=self._seed, bases=bases
-            )
-            for entry, report in zip(some, found):
-                reports[entry.name] = report
-                entry.fingerprint, entry.settled = fingerprint(entry.weight), True
-        return reports
-
-    def _write_one(self, entry: _Entry) -> UpdateReport:
-        """The same of one weight with dense changes: summed in float32, rounded once at the end."""
-        assert entry.pristine is not None
-        changes = [entry.changes[key] for key in sorted(entry.changes)]
-        dense = [change for change in changes if isinstance(change, Tensor)]
-        weight = entry.weight.detach()
-        base = entry.pristine.to(weight.device)
-        target = base.to(dense[0].dtype, copy=True)
-        for change in dense:
-            target += change
-        U, V = _factors(entry)
-        if U.numel():
-            low_rank_update_(target, U, V, rounding=self._rounding, seed=self._seed)
-        weight.copy_(target)
-        entry.fingerprint, entry.settled = fingerprint(weight), True
-        return _report(weight, base, target)
-
-    def _check_change(self, entry: _Entry, change: Change) -> None:
-        if not isinstance(change, Tensor):
-            check_update(entry.weight.mT if entry.transposed else entry.weight, *change)
-        elif change.shape != entry.weight.shape:
-            raise ValueError(
-                f"a dense delta of shape {tuple(change.shape)} does not fit a weight "
-                f"{tuple(entry.weight.shape)}"
-            )
-        elif self._rounding == "stochastic":
-            raise ValueError(
-                "dense deltas are rounded to nearest; this ledger rounds stochastically"
-            )
-
-    def _drop(self, entries: Sequence[_Entry], *keys: str) -> None:
+    def _drop(self, entries: Sequence[EditedWeight], *keys: str) -> None:
         for entry in entries:
             if any(key in entry.changes for key in keys):
                 entry.settled = False
@@ -336,67 +253,14 @@ class WeightLedger:
                 entry.changes.pop(key, None)
         self._settle(entries)
 
-    def _settle(self, entries: Iterable[_Entry]) -> None:
+    def _settle(self, entries: Iterable[EditedWeight]) -> None:
         """Brings weights to what their edits say."""
         waiting = [entry for entry in entries if not entry.settled]
-        self._write([entry for entry in waiting if entry.changes])
+        write([entry for entry in waiting if entry.changes], self._rounding, self._seed)
         for entry in waiting:
             if not entry.settled:
-                if entry.pristine is not None:
-                    entry.weight.detach().copy_(entry.pristine)
-                    entry.pristine = None
-                entry.settled = True
+                entry.restore()
 
     def _settle_all(self) -> None:
         """After an interruption whose mending was interrupted too; else there is nothing to do."""
         self._settle(self._entries.values())
-
-    def _check_untouched(self, entry: _Entry) -> None:
-        self._check_layout(entry)
-        if entry.pristine is not None and fingerprint(entry.weight) != entry.fingerprint:
-            raise LedgerError(
-                f"weight {entry.name!r} was changed outside the ledger since its last edit: put "
-                "the ledger's state "
-                "back, or call reset() to return to the pristine weights"
-            )
-
-    def _check_layout(self, entry: _Entry) -> None:
-        weight, pristine = entry.weight, entry.pristine
-        if pristine is not None and (
-            weight.dtype != pristine.dtype or weight.shape != pristine.shape
-        ):
-            raise LedgerError(
-                f"weight {entry.name!r} was {pristine.dtype} {tuple(pristine.shape)} when edited "
-                "and is now "
-                f"{weight.dtype} {tuple(weight.shape)}: undo edits before converting a model "
-                "(convert it back, then undo)"
-            )
-
-
-def _factors(entry: _Entry) -> tuple[Tensor, Tensor]:
-    """The factors of all low-rank changes side by side, as the weight is stored; in the order of
-    their keys, so that they are a function of the set alone.
-    """
-    changes = [entry.changes[key] for key in sorted(entry.changes)]
-    pairs = [change for change in changes if not isinstance(change, Tensor)]
-    if not pairs:
-        return entry.weight.new_empty(0, 0), entry.weight.new_empty(0, 0)
-    U, V = (torch.cat(parts, dim=1) for parts in zip(*pairs))
-    return (V, U) if entry.transposed else (U, V)
-
-
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether what is written to one is written to the other."""
-    return one is other or (one.data_ptr() != 0 and _place(one) == _place(other))
-
-
-def _place(tensor: Tensor) -> Hashable:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
-
-
-def _report(weight: Tensor, base: Tensor, ideal: Tensor) -> UpdateReport:
-    """What dense deltas asked for and what the weight's dtype let through."""
-    planned, applied = ideal - base, weight.to(ideal.dtype) - base
-    norms = [x.square().sum(dtype=torch.float64) for x in (planned, applied, applied - planned)]
-    counts = [x.sum(dtype=torch.float64) for x in (weight != base, ~weight.isfinite())]
-    return UpdateReport(torch.stack(norms + counts), weight.numel(), None)

@@ -138,9 +138,13 @@ def low_rank_update_many_(
     probes: Sequence[Tensor] | None = None,
     bases: Sequence[Tensor] | None = None,
     dry_run: bool = False,
+    prints: Tensor | None = None,
 ) -> list[UpdateReport]:
     """`low_rank_update_` of several weights in one launch; argument lists are parallel to
     ``Ws``. Raises ValueError for a weight that occurs twice, too.
+
+    prints: int64 [weights, 2] that receives the halves of the new weights' fingerprints, taken on
+    the way where an implementation can; not of a dry run.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
@@ -174,6 +178,7 @@ def low_rank_update_many_(
         _ops.run(
             "low_rank_update_", (*weights, *read, *u, *v, *planes, *keys),
             weights, read, u, v, rounding, seed, planes, keys, write, sums, errors,
+            prints if write else None,
         )  # fmt: skip
 
     if rounding == "corrected":

@@ -7,12 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knowedit_kernels import _native
 from knowedit_kernels._memory import copied
-from knowedit_kernels.lowrank import LedgerError, WeightLedger
+from knowedit_kernels.lowrank import LedgerError, WeightLedger, blocked, edited_weight, update
+from knowedit_kernels.lowrank import call as call_module
 from knowedit_kernels.lowrank import fingerprint as fingerprints
 from knowedit_kernels.lowrank import ledger as ledger_module
 from knowedit_kernels.lowrank.fingerprint import fingerprint
 from tests.interrupting import interrupted
+from tests.kernels import isa
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -237,6 +240,31 @@ def test_fingerprint_sees_changes(rows, columns, dtype, changes, seed):
         assert fingerprint(torch.cat([W[1:2], W[:1], W[2:]])) != before
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (13, 511), (6, 512), (100, 1037)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", ["avx512", "avx2", "generic", "torch"])
+def test_an_update_says_the_fingerprint_of_what_it_wrote(implementation, dtype, shape, monkeypatch):
+    """Taken strip by strip on the way, of a view beside others' entries too."""
+    whole, names = rand(2 * shape[0], shape[1] + 3).to(dtype), ["avx512", "avx2", "generic"]
+    strided, whole_row = whole[::2, 1:-2], whole[1::2].contiguous()
+    if dtype == torch.float64:
+        implementation = "torch"
+    elif implementation in names and (
+        reason := _native.load().refusal(2 - names.index(implementation))
+    ):
+        isa.skip(implementation, reason)
+    monkeypatch.setenv("KNOWEDIT_IMPL", f"low_rank_update_={implementation}")
+    prints = torch.full((2, 2), -1)
+    U, V = factors(*shape, 1)
+    update.low_rank_update_many_(
+        [strided, whole_row], [U, U], [V, torch.cat([V, rand(3, 2)])], prints=prints
+    )
+    for weight, halves in zip((strided, whole_row), prints.tolist()):
+        assert fingerprints.number(*halves) == fingerprint(weight) == fingerprint(weight.clone())
+    update.low_rank_update_many_([strided], [-U], [V], prints=prints, dry_run=True)
+    assert fingerprints.number(*prints.tolist()[0]) == fingerprint(strided)
+
+
 def test_fingerprint_of_a_weight_larger_than_a_block():
     W = rand(2100, 300).bfloat16()
     before = fingerprint(W)
@@ -253,10 +281,15 @@ DOING = {  # with the edits in force before
 }
 
 
+@pytest.mark.parametrize("implementation", ["", "torch"], ids=["compiled", "torch"])
 @pytest.mark.parametrize("doing", DOING)
-def test_ctrl_c_at_any_line_leaves_the_bits_of_the_edits_in_force(doing):
+def test_ctrl_c_at_any_line_leaves_the_bits_of_the_edits_in_force(
+    doing, implementation, monkeypatch
+):
     """Never half of one, and every later call works as if it had not come."""
-    file = WeightLedger.add.__code__.co_filename
+    monkeypatch.setenv("KNOWEDIT_IMPL", implementation)
+    modules = ledger_module, edited_weight, update, call_module, blocked
+    files = {module.__file__ for module in modules}
     changes = {
         "a": {name: factors(5, 6, i) for i, name in enumerate("vw", 1)},
         "b": {"v": 0.01 * rand(5, 6, seed=9), "w": factors(5, 6, 7)},
@@ -275,7 +308,7 @@ def test_ctrl_c_at_any_line_leaves_the_bits_of_the_edits_in_force(doing):
     while True:
         n += 1
         ledger, weights = made(before)
-        if interrupted(lambda: action(ledger, changes["a"]), {file}, n) < n:  # noqa: B023
+        if interrupted(lambda: action(ledger, changes["a"]), files, n) < n:  # noqa: B023
             break
         if doing == "reset":
             ledger.reset()
@@ -295,10 +328,10 @@ def test_an_interruption_of_the_mending_is_mended_by_the_next_call(monkeypatch):
     """Ctrl-C twice: in the second weight of an edit, and while the first is put back."""
     v, w = rand(5, 6), rand(5, 6, seed=1)
     original, ledger = (bits(v), bits(w)), WeightLedger({"v": v, "w": w})
-    write, calls = WeightLedger._write, []
+    write, calls = ledger_module.write, []
 
-    def interrupted_write(self, entries):
-        write(self, entries)
+    def interrupted_write(entries, *rest):
+        write(entries, *rest)
         calls.extend(entry.name for entry in entries)
         if entries:
             entries[-1].settled = False  # as before its last line
@@ -308,7 +341,7 @@ def test_an_interruption_of_the_mending_is_mended_by_the_next_call(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(WeightLedger, "_write", interrupted_write)
+        patch.setattr(ledger_module, "write", interrupted_write)
         patch.setattr(WeightLedger, "_drop", interrupted_drop)
         with pytest.raises(KeyboardInterrupt):
             ledger.add_many("a", {"v": factors(5, 6, 3), "w": factors(5, 6, 4)})
@@ -396,9 +429,9 @@ def test_matrices_of_experts_are_edited_and_undone_each_by_itself(dtype, transpo
     ledger = WeightLedger()
     for j in range(5):
         ledger.register(f"down[{j}]", whole[j], transposed)
-    update = ledger_module.low_rank_update_many_
+    update = edited_weight.low_rank_update_many_
     monkeypatch.setattr(
-        ledger_module,
+        edited_weight,
         "low_rank_update_many_",
         lambda weights, *rest, **options: (
             calls.append(len(weights)) or update(weights, *rest, **options)

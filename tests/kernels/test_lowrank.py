@@ -278,7 +278,8 @@ def test_every_entry_is_a_neighbour(rows, columns, rank, ratio, seed, dtype, rou
 def test_opcheck(rounding):
     W, U, V = problem(6, 10, torch.bfloat16, rank=2)
     plane = [torch.zeros_like(W, dtype=torch.bfloat16)] if rounding == "compensated" else []
-    outputs = torch.zeros(1, 5, dtype=torch.float64), [torch.zeros(6, 2)]
+    prints = torch.zeros(1, 2, dtype=torch.int64)
+    outputs = torch.zeros(1, 5, dtype=torch.float64), [torch.zeros(6, 2)], prints
     args = ([W], [W.clone()], [U], [V], rounding, 3, plane, [torch.randn(10, 2)], True, *outputs)
     torch.library.opcheck(torch.ops.knowedit.low_rank_update_.default, args)
 

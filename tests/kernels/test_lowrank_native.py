@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from knowedit_kernels import _native, explain, numerics, testing
-from knowedit_kernels.lowrank import low_rank_update_
+from knowedit_kernels.lowrank import low_rank_update_, low_rank_update_many_
 from knowedit_kernels.lowrank.blocked import TORCH
 from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.lowrank.cpu import COMPILED
+from knowedit_kernels.lowrank.fingerprint import keys_of, sums_of
 from knowedit_kernels.lowrank.reference import grade_update, updated
 from knowedit_kernels.moments.cpu import GENERIC
 from tests.kernels.isa import skip
@@ -154,6 +155,15 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype, threads):
         assert torch.equal(result[0], results[0][0]) and result[1:] == results[0][1:]
 
 
+def test_fingerprints_do_not_depend_on_the_number_of_threads(threads):
+    W, U, V = problem(600, 3000, torch.bfloat16)  # as large as is shared among them
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        w, prints = W.clone(), torch.full((1, 2), -1)
+        low_rank_update_many_([w], [U], [V], prints=prints)
+        assert torch.equal(prints[0], sums_of(w)) and not torch.equal(prints[0], sums_of(W))
+
+
 @each_kernel
 def test_base_residual_and_weight_may_have_different_strides(candidate):
     W, U, V = problem(20, 70, torch.bfloat16)
@@ -227,6 +237,8 @@ def test_opcheck():
         True,
         sums,
         error,
+        torch.zeros(1, 2, dtype=torch.int64),
+        keys_of(W),
         isa["generic"],
     )
     torch.library.opcheck(torch.ops.knowedit.low_rank_cpu_.default, args)

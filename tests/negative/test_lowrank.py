@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from knowedit_kernels import numerics
-from knowedit_kernels.lowrank import blocked
+from knowedit_kernels.lowrank import LedgerError, WeightLedger, blocked
 from knowedit_kernels.lowrank.call import UpdateCall
+from knowedit_kernels.lowrank.fingerprint import sums_of
 from knowedit_kernels.lowrank.reference import grade_update
 from knowedit_kernels.lowrank.rounding import random_bits
 
@@ -66,3 +67,21 @@ def test_the_right_update_passes_the_same_gate(rounding):
         else numerics.UPDATE_NEAREST[torch.bfloat16]
     )
     assert grade_update(w, W, U, V).failures(budget) == []
+
+
+@pytest.mark.parametrize("wrong", ["of what was there before", "without the last row"])
+def test_a_ledger_notices_the_fingerprint_of_something_else(wrong, monkeypatch):
+    """As it would if a kernel took it before it wrote, or of a part of what it wrote."""
+    W, U, V = problem()
+
+    def take_prints(call):
+        call.prints[0] = sums_of(call.base[0] if "before" in wrong else call.w[0][:-1])
+
+    monkeypatch.setenv("KNOWEDIT_IMPL", "torch")
+    ledger = WeightLedger({"w": W})
+    ledger.add("w", U, V, "one")
+    ledger.verify()
+    monkeypatch.setattr(UpdateCall, "take_prints", take_prints)
+    ledger.add("w", U, V, "two")
+    with pytest.raises(LedgerError, match="changed outside the ledger"):
+        ledger.verify()

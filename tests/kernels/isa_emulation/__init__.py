@@ -26,7 +26,14 @@ from knowedit_kernels._dispatch import Candidate
 HERE = Path(__file__).resolve().parent
 NAMESPACE = "knowedit_emulated"
 LEVELS = {"avx2": 1, "avx512": 2, "avx512_bf16": 3, "amx": 4}  # as in csrc/cpu/isa.h
-OPS = ("syrk_cpu_", "pack_cpu_", "grouped_syrk_cpu_", "row_audit_cpu_", "low_rank_cpu_")
+OPS = (
+    "syrk_cpu_",
+    "pack_cpu_",
+    "grouped_syrk_cpu_",
+    "row_audit_cpu_",
+    "low_rank_cpu_",
+    "fingerprint_cpu_",
+)
 
 
 def build(library: Path) -> None:
@@ -41,7 +48,7 @@ def build(library: Path) -> None:
     ]
     flags += [f"-I{sources}", "-include", str(HERE / "every_isa.h")]
     links = [f"-L{home / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    drivers = [sources / "lowrank.cpp", sources / "syrk.cpp"]
+    drivers = [sources / name for name in ("lowrank.cpp", "fingerprint.cpp", "syrk.cpp")]
     kernels = sorted(sources.glob("*_*.cpp"))  # of one instruction set each
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

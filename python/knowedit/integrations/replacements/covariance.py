@@ -18,7 +18,7 @@ from knowedit.integrations.discovery import Signature
 from knowedit.integrations.hosts import Host
 from knowedit.integrations.replacements.base import Replacement
 from knowedit.integrations.replacements.matrices import Inverse, KeyLog, Projectors, Symmetric
-from knowedit_kernels.lowrank.ledger import fingerprint
+from knowedit_kernels.lowrank.fingerprint import fingerprint
 
 _COVARIANCE = ("model", "tok", "layer_name", "mom2_dataset", "mom2_n_samples", "mom2_dtype")
 
