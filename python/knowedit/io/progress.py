@@ -34,7 +34,7 @@ FIRST, EVERY = 2.0, 60.0
 #: Called with the title of what goes on, how much of it is done, and how much there is.
 Listener = Callable[[str, float, float], None]
 _listeners: list[Listener] = []
-_open: list[str] = []  # titles of the bars that the terminal shows
+_shown: list[_Bar | _Lines] = []  # the bars that are seen, the innermost last
 
 
 class Advance(Protocol):
@@ -121,12 +121,14 @@ def bar(
 
     Args:
         total: the amount at the end, in `unit`; done: what of it an earlier run did.
-        show: False shows nothing; a terminal shows one bar at a time, the outermost.
+        show: False shows nothing of its own, and a terminal shows one bar at a time, the outermost:
+            what is not shown is told behind the bar that is.
     """
     if not console.is_terminal:
         lines = _Lines(title, unit, _Reach(total, done, monotonic()), show)
         try:
-            yield lines
+            with _among_shown(lines):
+                yield lines
         finally:
             lines.over.set()
         lines.end()
@@ -142,44 +144,51 @@ def bar(
         _Left(reach),
         TextColumn("{task.fields[note]}"),
     )
-    show = show and not _open
-    with _counted(title, show), Progress(*columns, console=console, disable=not show) as progress:
-        yield _Bar(title, reach, progress)
+    show = show and not _shown
+    with Progress(*columns, console=console, disable=not show) as progress:
+        drawn = _Bar(title, reach, progress, show)
+        with _among_shown(drawn):
+            yield drawn
 
 
 @contextmanager
-def _counted(title: str, show: bool) -> Iterator[None]:
-    """Within the block the bar is the one that is shown, if it is."""
-    if not show:
+def _among_shown(one: _Bar | _Lines) -> Iterator[None]:
+    """Within the block the bar is the innermost that is seen, if it is seen."""
+    if not one.show:
         yield
         return
-    _open.append(title)
+    _shown.append(one)
     try:
         yield
     finally:
-        _open.remove(title)
+        _shown.remove(one)
 
 
 class _Bar:
     """A bar on a terminal."""
 
-    def __init__(self, title: str, reach: _Reach, progress: Progress) -> None:
-        self.title, self.reach, self.progress = title, reach, progress
+    def __init__(self, title: str, reach: _Reach, progress: Progress, show: bool) -> None:
+        self.title, self.reach, self.progress, self.show = title, reach, progress, show
+        self.note = ""
         self.task = progress.add_task(title, total=reach.total, completed=int(reach.done), note="")
 
     def __call__(self, amount: float = 1, note: str | None = None) -> None:
         self.reach.advance(amount)
-        if note is not None:
-            self.progress.update(self.task, note=note)
+        self.note = self.note if note is None else note
+        self.inside(self.note)
         self._show()
 
     def within(self, share: float, block: float) -> None:
         self.reach.within(share, block)
         self._show()
 
+    def inside(self, what: str) -> None:
+        """What goes on within the step that is under way."""
+        self.progress.update(self.task, note=what)
+
     def _show(self) -> None:
         self.progress.update(self.task, completed=self.reach.shown)
-        _tell(self.title, self.reach.shown, self.reach.total)
+        _tell(self)
 
 
 class _Lines:
@@ -208,8 +217,12 @@ class _Lines:
         self.reach.within(share, block)
         self._tell()
 
+    def inside(self, what: str) -> None:
+        """What goes on within the step that is under way, for the next line."""
+        self.note = what
+
     def _tell(self) -> None:
-        _tell(self.title, self.reach.shown, self.reach.total)
+        _tell(self)
         self._say_how_far()
 
     def _say_how_far(self, waited_since: int | None = None) -> None:
@@ -232,12 +245,13 @@ class _Lines:
         some = f"{reach.shown:,.{parts}f} of {reach.total:,.0f} {self.unit}".rstrip()
         if reach.shown >= reach.total:  # a block that is under way, and larger than what is left
             some = f"the last of {reach.total:,.0f} {self.unit}".rstrip()
+        behind = f", {self.note}" if self.note else ""
         if reach.moved:
-            behind = f", {self.note}" if self.note else ""
             return f"{some}{behind}, about {_time(reach.seconds_left(now))} left"
         if first:
             return f"{reach.total - reach.done:,.0f} {self.unit} to do" if self.unit else "begun"
-        return f"{some} after {_time(now - reach.begun)}" if self.unit else "not done yet"
+        some = f"{some} after {_time(now - reach.begun)}" if self.unit else "not done yet"
+        return f"{some}{behind}"
 
     def end(self) -> None:
         if self.lines:
@@ -257,7 +271,11 @@ def plain_line(text: str) -> None:
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def _tell(title: str, done: float, total: float) -> None:
+def _tell(one: _Bar | _Lines) -> None:
+    """Tell the listeners; and the bar that is seen, where `one`, within a step of it, is not."""
+    title, done, total = one.title, one.reach.shown, one.reach.total
+    if not one.show and _shown:
+        _shown[-1].inside(f"{title.rpartition(': ')[2]} {done:,.0f} of {total:,.0f}")
     for listener in _listeners:
         listener(title, done, total)
 

@@ -29,15 +29,25 @@ def test_a_terminal_shows_the_outermost_bar(monkeypatch):
     monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=120))
     listening = progress.heard_by(lambda title, done, total: heard.append(title))
     with listening, progress.bar("outer", 2) as advance:
-        for _ in range(2):
-            with progress.bar("inner", 1) as inner:
-                inner()
-            advance()
-    assert "outer" in out.getvalue() and "inner" not in out.getvalue()
-    assert heard == ["inner", "outer"] * 2
+        for number in range(2):
+            with progress.bar("MEMIT: inner", 4) as inner:
+                inner(3)
+            advance(note=f"part {number}")
+    last = out.getvalue()[out.getvalue().rindex("outer") :]
+    assert "2/2" in last and "part 1" in last and "inner" not in last
+    assert "MEMIT" not in out.getvalue() and heard == ["MEMIT: inner", "outer"] * 2
     with progress.bar("after", 1):
         pass
     assert "after" in out.getvalue()
+
+
+def test_a_bar_tells_what_goes_on_within_a_step(monkeypatch):
+    """Where its own bar is not shown: the first of the steps may take minutes."""
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=120))
+    with progress.bar("MEMIT: in sequence", 2), progress.bar("MEMIT: values", 4) as inner:
+        inner(3)
+    assert "MEMIT: in sequence" in out.getvalue() and "values 3 of 4" in out.getvalue()
 
 
 @pytest.fixture
@@ -47,6 +57,33 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(progress, "console", Console(file=out, width=40))
     monkeypatch.setattr(progress, "monotonic", lambda: clock[0])
     return out, clock
+
+
+def test_lines_tell_what_goes_on_within_a_step(elsewhere):
+    out, clock = elsewhere
+    with progress.bar("outer", 100, "facts") as advance:
+        assert isinstance(advance, progress._Lines)
+        with progress.bar("MEMIT: values", 40, show=False) as inner:
+            inner(30)
+            for _ in range(2):
+                advance._say_how_far(waited_since=advance.lines)
+                clock[0] += 60
+            advance(50)
+            advance._say_how_far(waited_since=advance.lines)
+        with progress.bar("MEMIT: shown by itself", 40) as inner:
+            inner(30)
+            advance._say_how_far(waited_since=advance.lines)
+    assert [line for line in out.getvalue().splitlines() if line.startswith("outer")] == [
+        f"outer: {said}"
+        for said in (
+            "100 facts to do",
+            "0 of 100 facts after 60 s, values 30 of 40",
+            "50 of 100 facts, about 2 min left",
+            "50 of 100 facts, about 2 min left",
+            "50 of 100 facts, about 2 min left",
+            "done in 2 min",
+        )
+    ]
 
 
 def test_what_takes_long_is_said_in_lines_where_there_is_no_terminal(elsewhere):
