@@ -87,6 +87,11 @@ class EquilibratedCholesky:
             )
         check_symmetric(C, name)
         diagonal = scale * C.diagonal().double() + shift
+        if not bool(diagonal.any()):
+            raise NotPositiveDefiniteError(
+                f"{name} is all zeros, so every key was: collect it from texts that reach "
+                "this layer, or use Identity"
+            )
         if not bool((diagonal > 0).all()):
             dead = torch.nonzero(diagonal <= 0).flatten().tolist()
             raise NotPositiveDefiniteError(

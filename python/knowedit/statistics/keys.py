@@ -117,8 +117,16 @@ class KeyStatistics:
     def moment(self, layer: int) -> Tensor:
         """C = E[k kᵀ], `[d_ff, d_ff]` float64; of routed experts `[E, d, d]`, that of each one's
         gated keys over all tokens, rare experts filled up (`statistics.experts`).
+
+        Raises:
+            StatisticsError: it is all zeros.
         """
         found = self[layer]
+        if not bool(found.total.diagonal(dim1=-2, dim2=-1).any()):
+            raise StatisticsError(
+                f"layer {layer}: the second moment is all zeros, so every key was; check the "
+                "model's weights, and collect statistics again (`knowedit stats`)"
+            )
         if not found.counts:
             return found.total / found.count
         return torch.stack(filled(found.total, torch.tensor(found.counts), found.count))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from knowedit.errors import ConfigError, EditError
+from knowedit.errors import ConfigError, EditError, StatisticsError
 from knowedit.evaluation.calibration import choose, measure
 from knowedit.evaluation.calibration.measure import calibrate, candidates, known_facts
 from knowedit.facts.fact import Fact, Probe
@@ -213,3 +213,8 @@ def test_shipped_ones_avoid_sinks():
     for one in found.values():
         assert not set(one.sinks.layers) & {one.choice.layer, *one.choice.shared_layers}
         assert one.choice.neuron_layer not in one.sinks.layers
+
+
+def test_keys_of_zeros_are_refused_by_name():
+    with pytest.raises(StatisticsError, match="keys .* all zeros.*leave the layer out"):
+        measure._ReadIn(torch.zeros(5, 8, dtype=torch.float64))

@@ -459,6 +459,18 @@ def test_bad_settings_are_refused(tiny_llama, corpus):
         free_neurons(torch.ones(2, 8), torch.eye(8, dtype=torch.float64), 3)
 
 
+@pytest.mark.parametrize("broken", [0.0, float("nan")])
+def test_inputs_that_tell_nothing_are_refused_by_name(tiny_llama, broken):
+    rows, owner = torch.full((6, 32), broken), torch.arange(2).repeat(3)
+    for own in (rows, torch.randn(6, 32)):
+        with pytest.raises(EditError, match="others .* mean square.*another layer"):
+            separate(own, owner, [rows], 1e-3)
+    with pytest.raises(EditError, match="inputs.* all zeros, or not finite"):
+        Switch.of(wiring_of(tiny_llama), torch.randn(1, 32), [rows], 50.0, 0.25)
+    with pytest.raises(EditError, match="moment.* all zeros, or not finite"):
+        free_neurons(torch.ones(2, 32), (rows.T @ rows).double(), 3)
+
+
 @pytest.mark.model
 def test_on_the_real_model_neighbours_do_not_move(smollm, tmp_path):
     prose = Path(__file__).parents[3] / "docs" / "statistics.md"

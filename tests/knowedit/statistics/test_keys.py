@@ -92,6 +92,14 @@ def test_too_few_tokens_for_a_metric(tiny_llama, corpus, tmp_path):
         found.metric(1)
 
 
+def test_a_moment_of_zeros_is_refused_by_every_way_to_it(tiny_llama, corpus, tmp_path):
+    found = key_statistics(tiny_llama, [1], corpus, 200, directory=tmp_path / "s")
+    found[1].total.zero_()
+    for ask in (found.moment, found.metric, lambda layer: found.null_space(layer, None, 0.1)):
+        with pytest.raises(StatisticsError, match="layer 1: the second moment is all zeros.*again"):
+            ask(1)
+
+
 def test_a_truncated_file_is_refused(tiny_llama, corpus, tmp_path):
     key_statistics(tiny_llama, [1], corpus, 100, directory=tmp_path / "s")
     path = store.layer_file(tmp_path / "s", 1)

@@ -21,7 +21,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from knowedit.errors import EditError, ModelError
+from knowedit.errors import EditError, ModelError, StatisticsError
 from knowedit.evaluation.calibration import choose
 from knowedit.evaluation.tracing.tracing import embedding_deviation, trace
 from knowedit.facts.fact import Fact, last_place
@@ -405,7 +405,13 @@ class _ReadIn:
     def __init__(self, keys: Tensor) -> None:
         count, size = keys.shape
         self.keys = keys
-        self.a = (1 - RIDGE) / float(keys.square().sum())
+        square = float(keys.square().sum())
+        if not 0 < square < math.inf:
+            raise StatisticsError(
+                f"keys (the MLP's, in ordinary text) have squares that sum to {square}: all zeros, "
+                "or not finite; check the model's weights, or leave the layer out"
+            )
+        self.a = (1 - RIDGE) / square
         self.b = RIDGE / size
         gram = self.a * keys @ keys.T + self.b * torch.eye(count, dtype=keys.dtype)
         self.factor = torch.linalg.cholesky(gram)

@@ -4,6 +4,7 @@ be spared.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,10 +53,11 @@ class Switch:
         norm's output has no constant coordinate, but nearly constant combinations).
 
         Raises:
-            EditError: no difference of the activation is a step.
+            EditError: no difference of the activation is a step, or the inputs are all zeros.
         """
         sets = [x.double() for x in inputs]
         square = sum((x.T @ x / len(x) for x in sets), torch.zeros((), dtype=torch.float64))
+        _need_numbers("inputs: those of the layer", square)
         eye = torch.eye(score.shape[1], dtype=torch.float64, device=score.device)
         mean = torch.stack([x.mean(0) for x in sets]).sum(0)
         one = torch.linalg.solve(square + 1e-2 * square.diagonal().mean() * eye, mean).float()
@@ -140,6 +142,16 @@ def room(width: int, taken: int) -> int:
     return (width - taken) // 4
 
 
+def _need_numbers(what: str, moment: Tensor) -> None:
+    """Raises EditError for a second moment that is 0 or not finite."""
+    trace = float(moment.diagonal().sum())
+    if not 0 < trace < math.inf:
+        raise EditError(
+            f"{what} have squares that sum to {trace}: all zeros, or not finite; check the model's "
+            "weights, or edit another layer"
+        )
+
+
 def free_neurons(
     weight: Tensor, moment: Tensor, count: int, taken: Sequence[int] = (), damp: float = 1e-3
 ) -> Freed:
@@ -153,8 +165,9 @@ def free_neurons(
         taken: neurons that must stay. damp: added to the diagonal, in units of its mean.
 
     Raises:
-        EditError: more than a quarter of the free ones are wanted.
+        EditError: more than a quarter of the free ones are wanted, or the moment is all zeros.
     """
+    _need_numbers("moment: the layer's keys", moment)
     width = weight.shape[1]
     if count > room(width, len(taken)):
         raise EditError(

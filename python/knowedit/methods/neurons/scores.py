@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from knowedit.errors import EditError
 from knowedit_kernels import second_moment_
 
 #: Groups that are looked at together: what is kept of each grows with the others' inputs.
@@ -32,8 +34,16 @@ def separate(own: Tensor, owner: Tensor, others: Sequence[Tensor], ridge: float)
 
     Returns:
         `[groups, hidden]` float32.
+
+    Raises:
+        EditError: the others' mean square is 0 or not finite.
     """
     scale = float(torch.cat(list(others)).square().sum(1).mean())
+    if not 0 < scale < math.inf:
+        raise EditError(
+            f"others (the layer's inputs in other texts) have a mean square of {scale}: all zeros, "
+            "or not finite; check the model's weights, or edit another layer"
+        )
     found = []
     for groups in torch.arange(int(owner.max()) + 1, device=owner.device).split(TOGETHER):
         best = own.new_zeros(len(groups), own.shape[1])
