@@ -30,6 +30,7 @@ from . import leaderboard
 from . import models as by_model
 from . import moe as by_expert
 from . import neuron as by_neuron
+from . import oneshot as by_call
 from . import portability as by_hop
 from . import sequential as in_sequence
 from . import tokens as by_tokens
@@ -340,6 +341,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     leaderboard.NAME: ("leaderboard.md", leaderboard.table, leaderboard.no_picture),
     "moe": ("moe.md", by_expert.table, by_model.no_picture),
     "hessian": ("hessians.md", by_input.table, by_input.no_picture),
+    "oneshot": ("integrations/llmcompressor.md", by_call.table, by_input.no_picture),
     "hosts": ("integrations/index.md", by_host.table, by_input.no_picture),
     "easyedit": ("integrations/easyedit.md", by_editor.table, by_input.no_picture),
 }
