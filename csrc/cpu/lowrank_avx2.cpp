@@ -11,6 +11,7 @@ KNOWEDIT_TARGET_BEGIN("avx2,fma")
 namespace knowedit {
 namespace {
 #include "lowrank_kernels.h"
+#include "lowrank_panels.h"
 }  // namespace
 
 const LowRankKernels kLowRankAvx2 = {

@@ -12,6 +12,7 @@ KNOWEDIT_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
 namespace knowedit {
 namespace {
 #include "lowrank_kernels.h"
+#include "lowrank_panels.h"
 }  // namespace
 
 const LowRankKernels kLowRankAvx512 = {

@@ -8,6 +8,7 @@
 namespace knowedit {
 namespace {
 #include "lowrank_kernels.h"
+#include "lowrank_panels.h"
 }  // namespace
 
 const LowRankKernels kLowRankGeneric = {

@@ -1,43 +1,21 @@
-// C += K^T K on the CPU (lower triangle, float64 C) and the audit of K, registered through torch's stable ABI.
+// C += K^T K on the CPU (lower triangle, float64 C), of all keys or of groups of them, registered through torch's stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "isa.h"
+#include "keys.h"
 #include "syrk.h"
+#include "workspace.h"
 
 namespace knowedit {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Type type_of(const Tensor& keys) {
-  switch (keys.scalar_type()) {
-    case ScalarType::Float: return Type::kF32;
-    case ScalarType::Half: return Type::kF16;
-    case ScalarType::BFloat16: return Type::kBF16;
-    case ScalarType::Double: return Type::kF64;
-    default: STD_TORCH_CHECK(false, "keys must be float64, float32, float16 or bfloat16"); return Type::kF32;
-  }
-}
-
-void check_isa(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa <= best_isa(), "this machine lacks instruction set ", isa);
-}
 
 const SyrkKernels& kernels(int64_t isa, int64_t arithmetic, Type type, bool weighted = false) {
   check_isa(isa);
@@ -60,33 +38,6 @@ const SyrkKernels& kernels(int64_t isa, int64_t arithmetic, Type type, bool weig
   return kSyrkGeneric[arithmetic];
 }
 
-AuditKernel audit_kernel(int64_t isa) {
-  check_isa(isa);
-#if defined(__x86_64__)
-  if (isa >= kAvx512) return kAuditAvx512;
-  if (isa == kAvx2) return kAuditAvx2;
-#endif
-  return kAuditGeneric;
-}
-
-// Threads take work items one at a time: on a busy machine equal shares would wait for the slowest core.
-template <class F>
-void dynamic_for(int64_t count, const F& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
-  });
-}
-
-const char* address(const Tensor& keys, int64_t row, int64_t column) {
-  return static_cast<const char*>(keys.const_data_ptr()) + (row * keys.stride(0) + column) * keys.element_size();
-}
-
-void check_keys(const Tensor& keys) {
-  STD_TORCH_CHECK(keys.dim() == 2 && (keys.stride(1) == 1 || keys.size(1) <= 1), "keys must be [tokens, d] with dense rows");
-}
-
 // Rows of one group that are summed together: `rows.first` says where they start.
 struct Segment {
   int64_t group, count;
@@ -102,35 +53,6 @@ void cut(std::vector<Segment>& segments, int64_t group, int64_t count, Rows rows
     segments.push_back({group, end - begin, {rows.stride, rows.first + begin, rows.order, rows.weights}});
   }
 }
-
-// Where a thread packs keys: kept from call to call, in pages as large as can be had. Fresh ordinary ones would cost a
-// twentieth of the time of d = 4096 in float64, a fault each, and more addresses than a processor keeps translated.
-class Workspace {
- public:
-  char* at_least(size_t bytes) {
-    if (held_ < bytes) {
-      constexpr size_t kPage = size_t{1} << 21;
-      memory_.reset();
-      held_ = (bytes + kPage - 1) / kPage * kPage;
-      memory_.reset(static_cast<char*>(std::aligned_alloc(kPage, held_)));
-      if (!memory_) held_ = 0;
-      STD_TORCH_CHECK(memory_, "no memory for ", bytes, " bytes of packed keys");
-#if defined(__linux__)
-      madvise(memory_.get(), held_, MADV_HUGEPAGE);  // advice: where there are none, ordinary pages do
-#endif
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  size_t held_ = 0;
-};
-
-thread_local Workspace workspace;
 
 // The part of row i0 + i that a tile at (i0, j0) of a lower triangle of `d` rows has: from j0 on, so many columns.
 int64_t width_of(int64_t edge, int64_t d, int64_t i0, int64_t j0, int64_t i) {
@@ -269,71 +191,6 @@ void grouped_syrk(Tensor c, Tensor keys, std::optional<Tensor> order, Tensor off
   grouped<float>(c, keys, kernel, segments);
 }
 
-// Every row's own audit, and a copy of it to `out` (if present) while it is in cache.
-void row_audit(std::optional<Tensor> out, Tensor sums, Tensor keys, Tensor signs, int64_t isa) {
-  check_keys(keys);
-  const int64_t tokens = keys.size(0), d = keys.size(1), bytes = d * keys.element_size();
-  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Double && signs.is_contiguous() && signs.numel() == kProbes * d,
-                  "signs must be contiguous float64 [4, d]");
-  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == tokens * (1 + kProbes),
-                  "sums must be contiguous float64 [n, 5]");
-  STD_TORCH_CHECK(!out || (out->is_contiguous() && out->scalar_type() == keys.scalar_type() && out->numel() == tokens * d),
-                  "out must be contiguous, [n, d], of the keys' dtype");
-  const Type type = type_of(keys);
-  const AuditKernel audit_row = audit_kernel(isa);
-  const double* z = static_cast<const double*>(signs.const_data_ptr());
-  double* each = static_cast<double*>(sums.mutable_data_ptr());
-  char* to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
-  const int64_t chunk = 256, chunks = (tokens + chunk - 1) / chunk;
-  dynamic_for(chunks, [&](int64_t i) {
-    for (int64_t t = i * chunk; t < std::min(tokens, (i + 1) * chunk); ++t) {
-      const char* row = address(keys, t, 0);
-      if (to) std::memcpy(to + t * bytes, row, bytes);
-      std::fill_n(each + t * (1 + kProbes), 1 + kProbes, 0.0);
-      audit_row(row, type, d, z, each + t * (1 + kProbes));
-    }
-  });
-}
-
-// Copies rows (all when `rows` is absent) to `out` (if present) and audits them while they are in cache.
-void pack(std::optional<Tensor> out, Tensor audit, Tensor keys, std::optional<Tensor> rows, Tensor signs, int64_t isa) {
-  check_keys(keys);
-  const int64_t d = keys.size(1), tokens = rows ? rows->numel() : keys.size(0), bytes = d * keys.element_size();
-  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Double && signs.is_contiguous() && signs.numel() == kProbes * d,
-                  "signs must be contiguous float64 [4, d]");
-  STD_TORCH_CHECK(audit.scalar_type() == ScalarType::Double && audit.is_contiguous() && audit.numel() == 1 + kProbes,
-                  "audit must be contiguous float64 [5]");
-  STD_TORCH_CHECK(!rows || (rows->scalar_type() == ScalarType::Long && rows->is_contiguous()), "rows must be int64");
-  STD_TORCH_CHECK(!out || (out->is_contiguous() && out->scalar_type() == keys.scalar_type() && out->numel() == tokens * d),
-                  "out must be contiguous, [rows, d], of the keys' dtype");
-  if (tokens == 0 || d == 0) return;
-  const Type type = type_of(keys);
-  const AuditKernel audit_row = audit_kernel(isa);
-  const double* z = static_cast<const double*>(signs.const_data_ptr());
-  const int64_t* index = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
-  char* to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
-  for (int64_t t = 0; index && t < tokens; ++t)
-    STD_TORCH_CHECK(index[t] >= 0 && index[t] < keys.size(0), "row ", index[t], " is not among the keys");
-  // fixed chunks, added in order: the same bits for any number of threads. Small batches stay on one thread:
-  // waiting for a second one costs more on a busy machine than the work.
-  const int64_t chunk = 256, chunks = (tokens + chunk - 1) / chunk;
-  std::vector<double> partial(chunks * (1 + kProbes), 0.0);
-  const auto work = [&](int64_t i) {
-    for (int64_t t = i * chunk; t < std::min(tokens, (i + 1) * chunk); ++t) {
-      const char* row = address(keys, index ? index[t] : t, 0);
-      if (to) std::memcpy(to + t * bytes, row, bytes);
-      audit_row(row, type, d, z, &partial[i * (1 + kProbes)]);
-    }
-  };
-  if (chunks < 8)
-    for (int64_t i = 0; i < chunks; ++i) work(i);
-  else
-    dynamic_for(chunks, work);
-  double* total = static_cast<double*>(audit.mutable_data_ptr());
-  for (int64_t i = 0; i < chunks; ++i)
-    for (int64_t p = 0; p <= kProbes; ++p) total[p] += partial[i * (1 + kProbes) + p];
-}
-
 }  // namespace
 }  // namespace knowedit
 
@@ -342,7 +199,5 @@ extern "C" __attribute__((visibility("default"))) int knowedit_cpu_isa() { retur
 // the schemas are in knowedit_kernels/_ops.py
 STABLE_TORCH_LIBRARY_IMPL(knowedit, CPU, m) {
   m.impl("syrk_cpu_", TORCH_BOX(&knowedit::syrk));
-  m.impl("pack_cpu_", TORCH_BOX(&knowedit::pack));
   m.impl("grouped_syrk_cpu_", TORCH_BOX(&knowedit::grouped_syrk));
-  m.impl("row_audit_cpu_", TORCH_BOX(&knowedit::row_audit));
 }

@@ -18,8 +18,9 @@ from knowedit_kernels._arguments import need_tensors, open_device, whole_number
 from knowedit_kernels.moments import audit as _audit
 from knowedit_kernels.moments import files, triangle
 from knowedit_kernels.moments.functional import check_keys, check_precision
+from knowedit_kernels.moments.grouped_rows import check_rows, checked_weights, grouping
 from knowedit_kernels.moments.state import check_whole, limit_of
-from knowedit_kernels.moments.waiting import Batch, Log, capacity_of, sort_rows, starts_of
+from knowedit_kernels.moments.waiting import Batch, Log, capacity_of
 
 STORAGE = {"float64": torch.float64, "float32": torch.float32}
 _FIELDS = ("lower", "sums", "counts")
@@ -104,12 +105,12 @@ class GroupedSecondMoment:
         keys = check_keys(rows, None, self.dim, self.precision)
         if rows.dim() != 2:
             raise ValueError(f"rows has shape {list(rows.shape)}; it must be [n, {self.dim}]")
-        order, starts = self._grouping(len(keys), counts, offsets, index)
-        weights = self._checked_weights(keys, weights)
+        order, starts = grouping(self.groups, len(keys), counts, offsets, index)
+        weights = checked_weights(keys, weights)
         out = self._log.slot(keys, weights)
         sums = torch.zeros(len(keys), 1 + _audit.PROBES, dtype=torch.float64, device=self.device)
         torch.ops.knowedit.row_audit_(out, sums, keys, self._signs)
-        self._check_rows(keys, sums, weights, index, starts)
+        check_rows(keys, sums, weights, index, starts, limit_of(self.precision))
         if weights is not None:
             sums *= weights.double().square()[:, None]
         sizes = starts.diff()
@@ -126,85 +127,6 @@ class GroupedSecondMoment:
             index = torch.repeat_interleave(sizes).to(self.device)
         self._log.append(index, weights)
         return self
-
-    def _grouping(
-        self,
-        n: int,
-        counts: torch.Tensor | None,
-        offsets: torch.Tensor | None,
-        index: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The order of `n` rows (None: sorted already) and the groups' offsets [groups + 1]."""
-        if sum(given is not None for given in (counts, offsets, index)) != 1:
-            raise ValueError("give exactly one of counts=, offsets= or index=")
-        if index is not None:
-            if index.shape != (n,):
-                raise ValueError(f"index has shape {list(index.shape)}; {n} rows need [{n}]")
-            return sort_rows(index, self.groups)
-        name, given = ("counts", counts) if counts is not None else ("offsets", offsets)
-        assert given is not None
-        width = self.groups + (name == "offsets")
-        if given.is_floating_point() or given.shape != (width,):
-            raise ValueError(
-                f"{name} is {given.dtype} {list(given.shape)}; {self.groups} groups need whole "
-                f"numbers [{width}]"
-            )
-        starts = given.detach().cpu().long()
-        starts = starts_of(starts) if name == "counts" else starts
-        if int(starts[0]) or int(starts[-1]) != n or bool((starts.diff() < 0).any()):
-            raise ValueError(
-                f"{name} must rise from row 0 to the last of the {n} rows, group by group; it is "
-                f"{given.tolist()[:8]}{'...' if width > 8 else ''} and ends at {int(starts[-1])}"
-            )
-        return None, starts
-
-    def _checked_weights(
-        self, keys: torch.Tensor, weights: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """weights [n] in the arithmetic of the keys: float64 for float64 ones, else float32."""
-        if weights is None:
-            return None
-        if not weights.is_floating_point() or weights.shape != (len(keys),):
-            raise ValueError(
-                f"weights is {weights.dtype} {list(weights.shape)}; {len(keys)} rows need one "
-                f"floating-point weight each, [{len(keys)}]"
-            )
-        if weights.device != self.device:
-            raise ValueError(f"weights are on {weights.device}, the moment is on {self.device}")
-        wide = keys.dtype == torch.float64
-        return weights.detach().to(torch.float64 if wide else torch.float32)
-
-    def _check_rows(
-        self,
-        keys: torch.Tensor,
-        sums: torch.Tensor,
-        weights: torch.Tensor | None,
-        index: torch.Tensor | None,
-        starts: torch.Tensor,
-    ) -> None:
-        """Raises ValueError naming the first row that is not finite or too large to be summed."""
-        squares = sums[:, 0] if weights is None else sums[:, 0] * weights.double().square()
-        limit = limit_of(self.precision)
-        if float(squares.sum()) < limit:
-            return
-        bad = (~(squares < limit)).nonzero().flatten()
-        if len(bad) == 0:
-            raise ValueError(
-                "the rows are too large: their squares overflow float32; scale them, or use "
-                "precision='fp64'"
-            )
-        row = int(bad[0])
-        group = int(torch.searchsorted(starts, row, right=True)) - 1
-        if index is not None:
-            group = int(index[row])
-        channels = (~keys[row].isfinite()).nonzero().flatten().tolist()
-        what = f"is NaN or infinite in {len(channels)} channels (first: {channels[:1]})"
-        if not channels:
-            what = "is too large" if weights is None else "times its weight is too large or NaN"
-        raise ValueError(
-            f"rows[{row}] of group {group} {what}; {len(bad)} such rows in this batch, of which "
-            "nothing was added. Leave them out, or run the model in a wider dtype"
-        )
 
     def _launch(self, batch: Batch | None) -> None:
         """Accumulates a batch of rows of all groups, if there is one."""

@@ -48,8 +48,8 @@ def build(library: Path) -> None:
     ]
     flags += [f"-I{sources}", "-include", str(HERE / "every_isa.h")]
     links = [f"-L{home / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    drivers = [sources / name for name in ("lowrank.cpp", "fingerprint.cpp", "syrk.cpp")]
     kernels = sorted(sources.glob("*_*.cpp"))  # of one instruction set each
+    drivers = sorted(set(sources.glob("*.cpp")) - set(kernels))
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         part, whole = Path(folder, "kernels.o"), Path(folder, "whole.so")
