@@ -51,7 +51,8 @@ class UpdateCall(Call):
             places = [w.data_ptr() for w in self.w if w.numel()]
             if len(set(places)) < len(places):
                 raise ValueError("the same weight occurs twice: update it in two calls")
-        written, read = (*self.w, *self.residual), (*self.base, *self.u, *self.v, *self.probe)
+        bases = (base for base, w in zip(self.base, self.w) if not _same(base, w))
+        written, read = (*self.w, *self.residual), (*bases, *self.u, *self.v, *self.probe)
         if _storages(written).isdisjoint(_storages(read)):
             return
         for name in ("base", "u", "v", "probe"):

@@ -256,6 +256,8 @@ class WeightLedger:
     def _settle(self, entries: Iterable[EditedWeight]) -> None:
         """Brings weights to what their edits say."""
         waiting = [entry for entry in entries if not entry.settled]
+        if not waiting:
+            return
         write([entry for entry in waiting if entry.changes], self._rounding, self._seed)
         for entry in waiting:
             if not entry.settled:
