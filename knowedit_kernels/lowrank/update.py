@@ -153,6 +153,17 @@ def low_rank_update_many_(
     ):  # fmt: skip
         if given is not None and len(given) != len(Ws):
             raise ValueError(f"{len(Ws)} weights but {len(given)} of {name}")
+    if prints is not None:
+        need_tensors(prints=prints)
+        if (
+            prints.dtype != torch.int64
+            or prints.shape != (len(Ws), 2)
+            or not prints.is_contiguous()
+        ):
+            raise ValueError(
+                f"prints must be int64 [{len(Ws)}, 2], like torch.empty({len(Ws)}, 2, "
+                f"dtype=torch.int64), got {_describe(prints)}"
+            )
     weights, u, v, keys = [], [], [], []
     for i, W in enumerate(Ws):
         residual = residuals[i] if residuals else None

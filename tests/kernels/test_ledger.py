@@ -261,8 +261,19 @@ def test_an_update_says_the_fingerprint_of_what_it_wrote(implementation, dtype, 
     )
     for weight, halves in zip((strided, whole_row), prints.tolist()):
         assert fingerprints.number(*halves) == fingerprint(weight) == fingerprint(weight.clone())
-    update.low_rank_update_many_([strided], [-U], [V], prints=prints, dry_run=True)
+    update.low_rank_update_many_([strided], [-U], [V], prints=prints[:1], dry_run=True)
     assert fingerprints.number(*prints.tolist()[0]) == fingerprint(strided)
+
+
+def test_prints_of_another_kind_are_refused_before_anything_is_written():
+    W, (U, V) = rand(3, 4), factors(3, 4, 1)
+    kept = W.clone()
+    for prints in (torch.zeros(1, 2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2).long()):
+        with pytest.raises(ValueError, match=r"prints must be int64 \[1, 2\]"):
+            update.low_rank_update_many_([W], [U], [V], prints=prints)
+    with pytest.raises(TypeError, match="prints must be a tensor"):
+        update.low_rank_update_many_([W], [U], [V], prints=True)
+    assert torch.equal(W, kept)
 
 
 def test_fingerprint_of_a_weight_larger_than_a_block():
