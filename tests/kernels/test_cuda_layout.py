@@ -121,10 +121,12 @@ def test_a_crash_or_a_hang_of_the_gate_is_only_a_refusal(monkeypatch):
     assert "no result after" in child("import time; time.sleep(60)")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
 def test_the_gate_in_its_own_process_says_why_it_cannot_run():
-    assert (
-        cuda.gate_apart(torch.device("cuda", 0)) == f"{_native_cuda.load().reason} (exit status 1)"
-    )
+    """There is no library; or there is one, as a CUDA build of torch brings it, and no driver."""
+    said = cuda.gate_apart(torch.device("cuda", 0))
+    assert said is not None and said.endswith(" (exit status 1)")
+    assert (_native_cuda.load().reason or "NVIDIA driver") in said
 
 
 def test_a_library_without_cuda_is_never_built(monkeypatch):
