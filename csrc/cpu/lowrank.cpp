@@ -25,7 +25,7 @@ constexpr int64_t kBlock = 96;  // rows a thread takes at a time
 // A strip runs along whole rows: few streams, which the processor prefetches by itself, past panels of V that come from
 // L2.
 constexpr int64_t kStrip = 6;
-constexpr int64_t kSpan = 8 * kUpdateWidth;  // columns a kernel call takes: what it leaves for the probe fits L1
+constexpr int64_t kSpan = 16 * kUpdateWidth;  // columns a kernel call takes: what it leaves for the probe stays in L2
 constexpr int64_t kWorthSharing = int64_t{1} << 25;  // multiply-adds: about a millisecond
 
 WeightType type_of(const Tensor& w) {
