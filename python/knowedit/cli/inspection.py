@@ -96,6 +96,12 @@ def _facts(path: Path, strict: bool) -> Seen:
     ]
     more = len(facts) - SHOWN
     lines += [f"  ... and {more} more"] if more > 0 else []
+    idle = sum(fact.says(p.answer or "") for fact in facts for p in fact.neighbours)
+    if idle:
+        lines.append(
+            f"  note: {number_of(idle, 'neighbour')} not asked: the new answer is their own, which "
+            "an edit cannot have brought to them"
+        )
     return Seen("facts", "\n".join(lines), {"facts": [fact.to_dict() for fact in facts]})
 
 

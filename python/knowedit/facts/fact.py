@@ -172,6 +172,10 @@ class Fact:
         """The target as it is joined to the fact's prompt."""
         return Answer(self.target, self._joint)
 
+    def says(self, answer: str) -> bool:
+        """Whether this is the new object, in whichever case it is written."""
+        return answer.casefold() == self.target.casefold()
+
     @property
     def true_answer(self) -> Answer | None:
         """What is true today, joined in the same way; None where that is not known."""

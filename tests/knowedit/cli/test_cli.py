@@ -339,6 +339,11 @@ def test_files_of_facts_are_shown_as_what_they_are(place, knowedit):
         said.startswith("facts: 2, of 2 subjects; beside them no prompts: ")
         and "The capital of France is -> Lyon" in said
     )
+    idle = {"prompt": "The home of Lyon's opera is", "answer": "Lyon"}
+    fact = {"prompt": "The capital of {} is", "subject": "France", "target": "Lyon"}
+    (place / "idle.jsonl").write_text(json.dumps({**fact, "neighbours": [idle]}))
+    assert "note: 1 neighbour not asked: the new answer" in knowedit("inspect", "idle.jsonl")
+    assert "not asked" not in said
     (place / "broken.jsonl").write_text("{")
     assert "broken.jsonl:1" in knowedit("inspect", "broken.jsonl", code=1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from knowedit.errors import KnowEditError
@@ -50,6 +52,13 @@ def test_unknown_and_repeated_names():
         questions(0, FACT, ["efficiency"])
     with pytest.raises(ValueError, match="a measure 'efficacy' already"):
         register(type(measures()["efficacy"]))
+
+
+def test_a_neighbour_whose_answer_is_the_new_object_is_not_asked():
+    """It would be preferred to itself."""
+    own = (Probe("The home of Lyon's opera is", "lyon"), *FACT.neighbours, Probe("Berne is in"))
+    asked = questions(0, replace(FACT, neighbours=own), ["neighbourhood"])
+    assert [question.right for question in asked] == ["Rome"]
 
 
 def test_portability_asks_what_follows(tiny_llama):

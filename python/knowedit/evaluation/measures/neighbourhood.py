@@ -11,7 +11,8 @@ from knowedit.facts.fact import Fact
 @register
 class Neighbourhood(FactMeasure):
     """The fact's neighbours (see `base.answered`): success = p(true) > p(new); unchanged = the same
-    decision as before the edit.
+    decision as before the edit. Not asked where the new object is the neighbour's own answer: there
+    is nothing to decide between.
     """
 
     name, about, place = "neighbourhood", "other subjects keep their true answer", 2
@@ -22,7 +23,7 @@ class Neighbourhood(FactMeasure):
         return [
             Question(record, self.name, probe.prompt, probe.answer, fact.target)
             for probe in fact.neighbours
-            if probe.answer is not None
+            if probe.answer is not None and not fact.says(probe.answer)
         ]
 
     def values(self, answer: Answer, before: Answer | None) -> dict[str, float]:
