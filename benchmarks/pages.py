@@ -76,11 +76,12 @@ SEQUENTIAL = {
 def rose(folder: Path, name: str = "rose") -> str:
     """One line a method, over all draws, and where RoSE's difference is beyond chance."""
     header, rows = read(folder, name)
-    lines = []
+    lines, first = [], next(r["pooled"] for r in rows if "pooled" in r)
+    columns = {label: key for label, key in ROSE.items() if key in first}  # it may have no chat
     draws = len({r["seed"] for r in rows if "seed" in r})
     for row in [r for r in rows if "pooled" in r]:
         cells = []
-        for label, key in ROSE.items():
+        for label, key in columns.items():
             value = row["pooled"][key]["mean"]
             gap = (row.get("rose_minus_this") or {}).get(key)
             mark = (
@@ -96,13 +97,13 @@ def rose(folder: Path, name: str = "rose") -> str:
         )
         lines.append([f"{row['method']}{fewer}", *cells])
     facts = sorted({r["facts"] for r in rows if "facts" in r})
-    first = [r for r in rows if r.get("seed") == rows[0]["seed"] and "seconds" in r]
-    note = ", ".join(f"{r['method']} {r['seconds'] / r['facts']:.1f}" for r in first)
+    timed = [r for r in rows if r.get("seed") == rows[0]["seed"] and "seconds" in r]
+    note = ", ".join(f"{r['method']} {r['seconds'] / r['facts']:.1f}" for r in timed)
     about = (
         f"{number_of(draws, 'draw')} of {', '.join(map(str, facts))} facts. Seconds a fact on one "
         f"core, in the first of them: {note}."
     )
-    return Table(["method", *ROSE], lines, notes=[about, measured_on(header)]).markdown()
+    return Table(["method", *columns], lines, notes=[about, measured_on(header)]).markdown()
 
 
 def metake(folder: Path, name: str = "metake") -> str:
