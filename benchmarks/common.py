@@ -28,8 +28,11 @@ from typing import Any
 
 import torch
 
+from knowedit.errors import KnowEditError
 from knowedit.evaluation.evaluation import Estimates
+from knowedit.facts.fact import Fact
 from knowedit.io.files import atomic_file
+from knowedit.models.editable import EditableModel
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -206,6 +209,14 @@ def read_file(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Header and rows of a results file."""
     header, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return header, rows
+
+
+def found_in(model: EditableModel, fact: Fact) -> bool:
+    """Whether the subject ends where a token does, so that the fact can be written."""
+    try:
+        return model.row(fact.prompt, fact.subject) is not None
+    except KnowEditError:
+        return False
 
 
 def of_model(name: str, model: str | None) -> str:

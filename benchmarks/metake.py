@@ -235,7 +235,9 @@ def run(
         return
     # ours is what the others are paired with
     wanted = [m for m in asked_for if m in missing or m[0] == KNOWN]
-    facts, measured = draw(part, size, seed)
+    facts, measured = (
+        [fact for fact in drawn if common.found_in(model, fact)] for drawn in draw(part, size, seed)
+    )
     asked = [q for i, fact in enumerate(measured) for q in questions(i, fact)]
     before, clean = ask(model, asked, progress=False), text.measure()
     task = wanted[0][1].prepare(model, [[fact] for fact in facts], statistics)

@@ -115,14 +115,6 @@ def sample_of(written: int, count: int | None, total: int, seed: int) -> list[in
     return sorted([record for record in order if record < written][:count])
 
 
-def found_in(model: EditableModel, fact: Fact) -> bool:
-    """Whether the subject ends where a token does, so that the fact can be written."""
-    try:
-        return model.row(fact.prompt, fact.subject) is not None
-    except KnowEditError:
-        return False
-
-
 def draw_facts(pool: Sequence[Fact], count: int, seed: int) -> list[Fact]:
     """`count` facts of different subjects in random order; a third of them, where there are so
     many, have a paraphrase (in the flat form of CounterFact few do), so that some of every batch
@@ -274,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = data_dir() or Path("KNOWEDIT_DATA")
     model = load_model(arguments.model, dtype=torch.float32)
     drawn = draw_facts(load(arguments.set), arguments.limit, arguments.seed)
-    facts = [fact for fact in drawn if found_in(model, fact)]
+    facts = [fact for fact in drawn if common.found_in(model, fact)]
     if arguments.experts:
         model = mixtures.copies(model, arguments.experts, active=2)
     layers = parse_layers(arguments.layer) or ()
