@@ -112,7 +112,7 @@ class EditedWeight:
 
 
 def write(entries: Sequence[EditedWeight], rounding: str, seed: int) -> dict[str, UpdateReport]:
-    """Brings weights to what their edits say, low-rank ones of a device in one call; reports by
+    """Brings weights to what their edits say, low-rank ones that are alike in one call; reports by
     name.
     """
     reports = {}
@@ -120,9 +120,14 @@ def write(entries: Sequence[EditedWeight], rounding: str, seed: int) -> dict[str
     for entry in entries:
         if any(isinstance(change, Tensor) for change in entry.changes.values()):
             reports[entry.name] = _write_dense(entry, rounding, seed)
-        else:  # the random bits of a weight depend on its place in a call
+        else:
+            # Bits may depend on the implementation, and the weights of a call have the same one: a
+            # weight's must not depend on which others are edited with it.
+            weight = entry.weight
+            alike = weight.device, weight.dtype, weight.shape[1] <= 1 or weight.stride(1) == 1
+            # the random bits of a weight depend on its place in a call
             alone = entry.name if rounding == "stochastic" else None
-            together.setdefault((entry.weight.device, alone), []).append(entry)
+            together.setdefault((*alike, alone), []).append(entry)
     for some in together.values():
         left, right = zip(*(entry.factors() for entry in some))
         weights, bases = [entry.weight for entry in some], [entry.base() for entry in some]

@@ -15,6 +15,7 @@ The rows' sums are scrambled (the finaliser of splitmix64) with the row's number
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ def fingerprint(weight: Tensor) -> int:
 
 def sums_of(weight: Tensor) -> Tensor:
     """Both halves of a weight's fingerprint, int64 [2]."""
-    flat = weight.detach().reshape(-1, weight.shape[-1])
+    # not -1 rows: of a weight without columns there is no telling how many
+    flat = weight.detach().reshape(math.prod(weight.shape[:-1]), weight.shape[-1])
     sums = _compiled_sums if _compiled(flat) else _sums
     return sums(flat, keys_of(flat).to(flat.device))
 

@@ -60,6 +60,34 @@ def test_undo_in_any_order_restores_every_bit(dtype, rounding):
     assert len({state.numpy().tobytes() for state in states.values()}) == 8
 
 
+@pytest.mark.parametrize("beside", ["float64", "strided"])
+def test_bits_do_not_depend_on_what_is_edited_in_the_same_call(beside):
+    """Another implementation takes the weights beside it, and would round this one otherwise."""
+    W = rand(3, 28)
+    other = rand(6, 4).T if beside == "strided" else rand(4, 6).double()
+    ledger = WeightLedger({"w": W, "beside": other})
+    pristine = bits(W), bits(other)
+    ledger.add_many("a", {"w": (rand(3, 2), rand(28, 2)), "beside": factors(4, 6, 3)})
+    alone = bits(W)
+    ledger.add("w", *factors(3, 28, 5), "b")
+    ledger.remove("b")
+    assert torch.equal(bits(W), alone)
+    ledger.remove("a")
+    assert torch.equal(bits(W), pristine[0]) and torch.equal(bits(other), pristine[1])
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5), (0, 0)], ids=str)
+@each_dtype
+def test_a_weight_without_entries_is_edited_and_undone(dtype, shape):
+    ledger = WeightLedger({"w": torch.zeros(shape, dtype=dtype)})
+    for key in "ab":
+        ledger.add("w", *factors(*shape, seed=3), key)
+    ledger.verify()
+    ledger.remove("a")
+    ledger.remove("b")
+    assert ledger.active == ()
+
+
 @each_dtype
 def test_dense_and_low_rank_edits_undo_in_any_order(dtype):
     W, bias = rand(37, 53).to(dtype), rand(53, seed=3).to(dtype)
