@@ -136,13 +136,13 @@ def bar(
     reach = _Reach(total, done, monotonic())
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(30),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         _Left(reach),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     show = show and not _shown
     with Progress(*columns, console=console, disable=not show) as progress:

@@ -24,6 +24,18 @@ def test_a_bar_is_shown_on_a_terminal_only(monkeypatch, terminal, show, seen):
     assert ("layer 3" in out.getvalue()) is seen
 
 
+def test_brackets_are_shown_as_they_are(monkeypatch):
+    """They mark no style, and a closing one that was not opened breaks nothing."""
+    out = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=120))
+    with progress.bar("answers [bold]", 2) as advance:
+        advance(1, "fact [/x]")
+    with progress.bar("outer", 2), progress.bar("MEMIT: after [/b]", 4) as inner:
+        inner(3)
+    for seen in ("answers [bold]", "fact [/x]", "after [/b] 3 of 4"):
+        assert seen in out.getvalue()
+
+
 def test_a_terminal_shows_the_outermost_bar(monkeypatch):
     out, heard = io.StringIO(), []
     monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=120))
