@@ -2,7 +2,9 @@
 like any other (unit, model).
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -432,6 +434,22 @@ def test_where_neurons_run_out(tiny_llama, corpus, monkeypatch):
     shared = patch(corpus, layers=(1, 2))._shared_out(tiny_llama, [[fact] for fact in many])
     assert {layer: len(part) for layer, part in shared.items()} == {1: 6, 2: 3}
     assert [fact for part in shared.values() for (fact,) in part] == many
+
+
+def test_no_more_than_half_of_the_neurons_are_ever_given_away(tiny_llama, corpus):
+    """Beyond that, those written before would be taken for trained ones, and rewritten."""
+    facts = iter([Fact("{} likes", f"Bo {number}", "tea") for number in range(20)])
+    method, written = patch(corpus), set()
+    with ExitStack() as applied:
+        for most in (6, 4, 2):  # of 48 neurons, two each: a quarter, of the others, up to the half
+            assert method._rooms(tiny_llama, 1, [[FACTS[0]]])[1] == most
+            edit = method.compute(tiny_llama, list(islice(facts, most)), progress=False)
+            assert not written & edit.exclusive
+            written |= edit.exclusive
+            applied.enter_context(edit.applied_to(tiny_llama))
+        assert len(patched(wiring_of(tiny_llama))) == len(written) == 24
+        with pytest.raises(EditError, match=r"1 subjects .*: 0, .* half of all.*more layers"):
+            method.compute(tiny_llama, [next(facts)], progress=False)
 
 
 def test_it_travels_as_a_file_and_as_an_adapter(tiny_llama, corpus, tmp_path):

@@ -138,8 +138,9 @@ class Freed:
 
 
 def room(width: int, taken: int) -> int:
-    """How many of an MLP's neurons may be given away: a quarter of those that are not taken."""
-    return (width - taken) // 4
+    """How many of an MLP's neurons may be given away: a quarter of those that are not taken, and
+    never more than half of all in the end, beyond which `patched` would not know them again."""
+    return max(0, min((width - taken) // 4, width // 2 - taken))
 
 
 def _need_numbers(what: str, moment: Tensor) -> None:
@@ -165,14 +166,14 @@ def free_neurons(
         taken: neurons that must stay. damp: added to the diagonal, in units of its mean.
 
     Raises:
-        EditError: more than a quarter of the free ones are wanted, or the moment is all zeros.
+        EditError: more are wanted than there is room for, or the moment is all zeros.
     """
     _need_numbers("moment: the layer's keys", moment)
     width = weight.shape[1]
     if count > room(width, len(taken)):
         raise EditError(
             f"{count} neurons are wanted, and {width - len(taken)} of the layer's {width} are "
-            f"free; write fewer facts"
+            f"free: {room(width, len(taken))} may be rewritten; write fewer facts"
         )
     eye = torch.eye(width, dtype=torch.float64, device=moment.device)
     inverse = torch.linalg.inv(moment + damp * moment.diagonal().mean() * eye)
@@ -206,7 +207,8 @@ def free_neurons(
 
 def patched(wiring: Wiring, factor: float = 10.0) -> list[int]:
     """Neurons of patches already in the weights, whoever wrote them: their gates are far longer
-    than any trained one. They are silent on any text, and would be the first to be freed."""
+    than any trained one, of which there are at least half (`room`). They are silent on any text,
+    and would be the first to be freed."""
     length = wiring.gate.weight.norm(dim=1)
     return (length > factor * length.median()).nonzero()[:, 0].tolist()
 

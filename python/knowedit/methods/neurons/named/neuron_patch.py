@@ -217,7 +217,8 @@ class NeuronPatch(Method):
         if len(groups) > total:
             raise EditError(
                 f"{len(groups)} subjects are more than the neurons of {named('layer', layers)} "
-                f"hold beside what is written there: {total}, a quarter of those that are free; "
+                f"hold beside what is written there: {total}, a quarter of those that are free "
+                "and at most half of all; "
                 "name more layers (layers=, --layer 6-12), or write fewer facts"
             )
         shares, left = dict.fromkeys(layers, 0), len(groups)
