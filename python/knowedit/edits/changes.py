@@ -272,9 +272,16 @@ def relative_norms(
 ) -> dict[int, float]:
     """`|U Vᵀ|_F / |W|_F` of the MLP's output projection, per layer; of all experts together where
     it has routed ones.
+
+    Raises:
+        EditError: that projection is all zeros.
     """
     return {
-        layer: LowRank(*pair).norm / float(torch.stack(_norms(model, layer)).norm())
+        layer: _relative(
+            LowRank(*pair).norm,
+            float(torch.stack(_norms(model, layer)).norm()),
+            f"layer {layer}: the MLP's output projection",
+        )
         for layer, pair in factors.items()
     }
 
@@ -287,5 +294,20 @@ def _norms(model: EditableModel, layer: int) -> list[Tensor]:
 
 
 def relative_norm(weight: Tensor, change: RawChange | Change) -> float:
-    """`|change|_F / |weight|_F`."""
-    return change_of(change).norm / float(weight.detach().norm(dtype=torch.float64))
+    """`|change|_F / |weight|_F`.
+
+    Raises:
+        EditError: the weight is all zeros.
+    """
+    norm = float(weight.detach().norm(dtype=torch.float64))
+    return _relative(change_of(change).norm, norm, f"a weight {list(weight.shape)} to be edited")
+
+
+def _relative(change: float, weight: float, what: str) -> float:
+    """One norm by the other; raises EditError where that of the weight, `what`, is 0."""
+    if not weight:
+        raise EditError(
+            f"{what} is all zeros, so nothing can be said of how large a change of it is; check "
+            "the model's weights, or edit another layer"
+        )
+    return change / weight

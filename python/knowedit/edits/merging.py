@@ -36,7 +36,9 @@ def merged(edits: Sequence[Edit], facts: Sequence[Fact], model: EditableModel) -
     first, last = edits[0].report.measured, edits[-1].report.measured
     report = EditReport(
         relative_norm={
-            name: relative_norm(model.stored(name), change) for name, change in changes.items()
+            name: relative_norm(weight, change)
+            for name, change in changes.items()
+            if (weight := model.stored(name)).ndim > 1  # biases may be all zeros
         },
         measured=None
         if first is None or last is None

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from knowedit.edits.changes import Dense, LowRank, relative_norms
+from knowedit.edits.changes import Dense, LowRank, relative_norm, relative_norms
 from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import FORMAT, RECORD, restore, save_edited
+from knowedit.edits.merging import merged
 from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
@@ -21,6 +22,7 @@ from knowedit.methods.locate.keys import group_by_subject
 from knowedit.models.editable import EditableModel
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.load import load_model
+from tests.knowedit.models.tiny import build
 
 FACT = Fact(prompt="The capital of {} is", subject="France", target="Lyon", true="Paris")
 
@@ -166,6 +168,30 @@ def test_relative_norm_equals_the_dense_one(tiny):
     assert relative_norms(tiny, {1: edit.changes[tiny.layout.weight_name(1)].raw})[
         1
     ] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_weight_of_zeros_has_no_relative_norm(tiny_llama):
+    edit = an_edit(tiny_llama)
+    (change,) = edit.changes.values()
+    with torch.no_grad():
+        tiny_llama.weight(1).zero_()
+    with pytest.raises(EditError, match="layer 1: the MLP's output projection is all zeros"):
+        relative_norms(tiny_llama, {1: change.raw})
+    with pytest.raises(EditError, match=r"a weight \[\d+, \d+\] to be edited is all zeros"):
+        relative_norm(tiny_llama.weight(1), change)
+
+
+def test_changes_of_biases_that_are_zeros_are_merged(byte_tokenizer):
+    model = EditableModel(build("gpt2"), byte_tokenizer)
+    name = model.layout.weight_name(1).replace("weight", "bias")
+    with torch.no_grad():
+        model.stored(name).zero_()
+    edits = [an_edit(model, seed=seed) for seed in range(2)]
+    for edit in edits:
+        edit.changes[name] = Dense(torch.ones(model.hidden))
+    one = merged(edits, [FACT], model)
+    assert torch.equal(one.changes[name].raw, torch.full((model.hidden,), 2.0))
+    assert [*one.report.relative_norm] == [model.layout.weight_name(1)]
 
 
 def test_save_and_load(tiny_llama, tmp_path):
