@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--neighbours", type=int, default=None, help="prompts a fact (default: all)"
     )
-    parser.add_argument("--shared", action="store_true", help="also edit the shared expert")
+    parser.add_argument("--shared", action="store_true", help="edit the shared expert")
     parser.add_argument(
         "--moeedit", type=Path, default=None, help="folder with MoEEdit's code: edit with it too"
     )
@@ -282,8 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--moeedit goes with --kind copies, whose layout its code can be shown")
     if arguments.shared and arguments.kind != "slices":
         parser.error("--shared goes with --kind slices, which have a shared expert")
-    if "memit" not in arguments.method and (arguments.moeedit or arguments.shared):
-        parser.error("--moeedit and --shared go with --method memit")
+    if "memit" not in arguments.method and arguments.moeedit:
+        parser.error("--moeedit goes with --method memit")
     count, tokens = arguments.limit, arguments.tokens
     if arguments.quick:
         count, tokens = 4, 8192
@@ -317,10 +317,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     del dense
     memit = MEMIT(layers=layers, target=HiddenState(**values))
     editors: dict[str, Method] = {"MEMIT": memit} if "memit" in arguments.method else {}
-    if arguments.shared:
-        editors["MEMIT, shared expert"] = replace(memit, experts="shared")
     if "neuron-patch" in arguments.method:
         editors[NeuronPatch.name] = NeuronPatch(corpus=corpus())
+    if arguments.shared:
+        editors = {
+            f"{name}, shared expert": editor.with_settings({"experts": "shared"})
+            for name, editor in editors.items()
+        }
     others = [*editors, "MoEEdit"] if arguments.moeedit else [*editors]
     report.rows[1:1] = _earlier(report, without=others)
     for case, editor in editors.items():

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
+from knowedit.edits.edit import Edit
 from knowedit.edits.export.folder import save_edited
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
@@ -590,6 +591,38 @@ def test_gates_that_do_not_add_up_to_one_are_made_up_for(byte_tokenizer, corpus)
     edit = patch(corpus).compute(model, FACTS[2:], progress=False)
     assert edit.report.measured.gain[0] == pytest.approx(1, abs=0.1)
     assert edit.report.gain == pytest.approx(edit.report.measured.gain[0], abs=0.05)
+
+
+def test_experts_without_room_are_named_before_a_value_is_optimised(
+    byte_tokenizer, corpus, monkeypatch
+):
+    monkeypatch.setattr(neuron_patch, "optimise_values", None)
+    model = EditableModel(build("qwen2_moe"), byte_tokenizer, name="qwen2_moe")
+    many = [Fact("{} likes", f"Bo {number}", "tea") for number in range(40)]
+    said = r"of 40 subjects are given to expert \d of layer 1, .* room for \d+; .*shared"
+    with pytest.raises(EditError, match=said):
+        patch(corpus).compute(model, many, progress=False)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_switches_in_the_shared_expert(byte_tokenizer, corpus, tmp_path, family):
+    """One a fact, whatever the router does with its wordings; behind a gate of its own (Qwen2-MoE)
+    as well.
+    """
+    model = EditableModel(build(family), byte_tokenizer, name=family)
+    method = patch(str(corpus), layers=(min(model.layout.shared),), experts="shared")
+    edit = method.compute(model, FACTS[2:], progress=False)
+    assert all("shared_expert" in name for name in edit.changes) and len(edit.changes) == 3
+    assert len(edit.exclusive) == 2 * len(FACTS[2:])
+    (gain,) = edit.report.measured.gain
+    assert 0.9 < gain == pytest.approx(edit.report.gain, abs=0.02)
+    with edit.applied_to(model):
+        assert weights_fingerprint(model.hf) != model.fingerprint
+    assert weights_fingerprint(model.hf) == model.fingerprint
+    read = Edit.load(edit.save(tmp_path / "edit.safetensors"))
+    assert read.method() == method and read.key == edit.key
+    (alone,) = method.compute_each(model, FACTS[2:], progress=False)
+    assert alone.changes.keys() == edit.changes.keys()
 
 
 def test_an_expert_that_ordinary_text_never_reaches_gets_no_switch():

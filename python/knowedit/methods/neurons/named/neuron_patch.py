@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from knowedit.edits.report import EditReport
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact, as_facts, check_facts
 from knowedit.facts.wordings.ordinary import openings, sentences
-from knowedit.io.lines import named
+from knowedit.io.lines import named, number_of
 from knowedit.io.progress import bar
 from knowedit.io.ranges import Count, NotNegative, Positive, Whole
 from knowedit.methods.base import Method, check_kinds
@@ -84,6 +84,8 @@ class NeuronPatch(Method):
             thing were best told apart from other texts. Several, for more facts than one layer's
             neurons can hold, are filled from below: switches above a value that is new may close at
             it, and a value that must avoid them is hard to find.
+        experts: which are written where a layer has some: those that tokens are "routed" to, or the
+            "shared" one, which every token passes: one switch a fact, in a larger MLP.
         target: how the values are found. A clamp and steps of None are the preset's, but at least
             2 and 30 (nothing else feels the value).
         runtime: of the value optimisation.
@@ -97,6 +99,7 @@ class NeuronPatch(Method):
     """
 
     layers: tuple[int, ...] | None = None
+    experts: Literal["routed", "shared"] = "routed"
     target: HiddenState = field(default_factory=HiddenState)
     runtime: Runtime = field(default_factory=lambda: Runtime(draft=True))
     contrast: tuple[str, ...] = ()
@@ -128,6 +131,9 @@ class NeuronPatch(Method):
             record["runtime"] = Runtime(numbers.budget, numbers.draft)
         return record
 
+    def view(self, model: EditableModel) -> EditableModel:
+        return model.editing(self.experts)
+
     def read_ahead(self, model: EditableModel, progress: bool = True) -> None:
         if Corpus.parse(self.corpus).is_self:
             windows(model, self.corpus, self.tokens, seed=self.seed, progress=progress)
@@ -142,6 +148,8 @@ class NeuronPatch(Method):
     ) -> Edit:
         parts = self._shared_out(model, group_by_wording(facts))
         gates = {layer: self._gates(model, layer, groups) for layer, groups in parts.items()}
+        for layer, groups in parts.items():
+            self._check_experts(model, layer, groups, gates[layer])
         experts = {layer: experts_of(own) for layer, own in gates.items()}
         sets = [
             self._ordinary(model, experts, progress),
@@ -177,6 +185,7 @@ class NeuronPatch(Method):
         are optimised together, also where the edits of some are not wanted (`which`).
         """
         check_kinds(statistics)
+        model = self.view(model)
         groups = [check_facts([fact]) for fact in as_facts(facts)]
         if not groups:
             return iter(())
@@ -231,12 +240,39 @@ class NeuronPatch(Method):
         rest = iter(groups)  # from below upwards, so that the facts of an edit keep their order
         return {layer: list(islice(rest, n)) for layer, n in shares.items() if n}
 
-    def _rooms(self, model: EditableModel, layer: int, groups: list[list[Fact]]) -> tuple[int, int]:
-        """How many subjects the layer's MLP can take until a quarter of its neurons is written, and
-        how many at most; its wiring is found at those of `groups`.
+    def _check_experts(
+        self,
+        model: EditableModel,
+        layer: int,
+        groups: list[list[Fact]],
+        gates: Sequence[Mapping[int | None, Tensor]],
+    ) -> None:
+        """Raise EditError where more groups fire a routed expert than it has room for."""
+        for expert in experts_of(gates):
+            if expert is None:
+                continue
+            own = [group for group, fired in zip(groups, gates) if expert in fired]
+            _, most = self._rooms(model, layer, own[:1], expert)
+            if len(own) > most:
+                shared = ', or into the shared expert (experts="shared")'
+                raise EditError(
+                    f"{len(own)} of {number_of(len(groups), 'subject')} are given to expert "
+                    f"{expert} of layer {layer}, whose neurons have room for {most}; write fewer "
+                    f"facts{shared if layer in model.layout.shared else ''}"
+                )
+
+    def _rooms(
+        self,
+        model: EditableModel,
+        layer: int,
+        groups: list[list[Fact]],
+        expert: int | None = None,
+    ) -> tuple[int, int]:
+        """How many subjects the layer's MLP, or one expert, can take until a quarter of its neurons
+        is written, and how many at most; its wiring is found at those of `groups`.
         """
-        seen = at_lookup(model, self._rows(model, layer, groups), layer)
-        wiring = Wiring.of(model, layer, seen.inputs, seen.keys)
+        seen = at_lookup(model, self._rows(model, layer, groups), layer, expert)
+        wiring = Wiring.of(model, layer, seen.inputs, seen.keys, expert)
         neurons = len(step_of(wiring.act, self.sharpness, self.width, seen.inputs)[0])
         width, taken = wiring.gate.count, len(patched(wiring))
         most = room(width, taken) // neurons
