@@ -26,6 +26,7 @@ from torch import Tensor
 from knowedit.edits.changes import changes_of, factors_of
 from knowedit.edits.edit import Edit
 from knowedit.edits.measured import measure, outputs
+from knowedit.errors import KnowEditError
 from knowedit.evaluation.evaluation import evaluate_each
 from knowedit.evaluation.measures.perplexity import perplexity
 from knowedit.facts.fact import Fact
@@ -303,9 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts=count,
         tokens=tokens,
     )
+    kept = _kept_rows(report.output)  # before the first new row takes their place
     if arguments.kind == "slices":
         text = documents()[FITTED:]
         apart = {"perplexity": perplexity(mixture, text), "dense": perplexity(dense, text)}
+        _check_alike(kept, apart["perplexity"])
         report.note(f"perplexity {apart['perplexity']:.2f}, dense {apart['dense']:.2f}", **apart)
     else:
         same = 1 - difference(mixture, dense)
@@ -325,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, editor in editors.items()
         }
     others = [*editors, "MoEEdit"] if arguments.moeedit else [*editors]
-    report.rows[1:1] = _earlier(report, without=others)
+    report.rows[1:1] = _earlier(report, kept, without=others)
     for case, editor in editors.items():
         seen = editor.view(mixture) if isinstance(editor, MEMIT) else mixture
         statistics = (
@@ -361,19 +364,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report.finish()
 
 
-def _earlier(report: common.Report, without: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of an earlier run on the same mixture and facts, but for those of some cases; the
-    report keeps its header.
+def _kept_rows(path: Path | None) -> list[dict[str, Any]]:
+    """Header and rows of an earlier run's file; none where there is none."""
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _check_alike(kept: list[dict[str, Any]], perplexity: float) -> None:
+    """Raise KnowEditError where the earlier rows are of other slices: routers are fitted anew by
+    each run, and another processor's are not the same.
     """
-    if report.output is None or not report.output.exists():
-        return []
-    header, *rows = map(json.loads, report.output.read_text("utf-8").splitlines())
+    for row in kept[1:]:
+        if abs(row.get("perplexity", perplexity) / perplexity - 1) > SAME:
+            raise KnowEditError(
+                "the results file is of other slices, of perplexity "
+                f"{row['perplexity']:.2f}, these have {perplexity:.2f}; give another --output"
+            )
+
+
+def _earlier(
+    report: common.Report, kept: list[dict[str, Any]], without: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Of an earlier run's header and rows those rows that are of the same mixture and facts, but
+    for those of some cases; the report keeps its header.
+    """
     same = ("model", "dataset", "facts", "tokens")
-    if any(header.get(name) != report.rows[0][name] for name in same):
+    if not kept or any(kept[0].get(name) != report.rows[0][name] for name in same):
         return []
-    report.rows[0] = header
+    report.rows[0] = kept[0]
     new = {row.get("case") for row in report.rows[1:]}
-    return [row for row in rows if row.get("case") and row["case"] not in {*without, *new}]
+    return [row for row in kept[1:] if row.get("case") and row["case"] not in {*without, *new}]
 
 
 def beside(

@@ -9,6 +9,7 @@ import torch
 from benchmarks import common, mixtures, moe, moeedit
 from benchmarks.common import RESULTS
 from knowedit.cli import doctor
+from knowedit.errors import KnowEditError
 from knowedit.methods import MEMIT
 from knowedit.methods.locate.metrics import Covariance
 from knowedit.methods.locate.targets import HiddenState
@@ -81,11 +82,18 @@ def test_a_run_keeps_what_other_methods_did_to_the_same_mixture(tmp_path):
     same = {name: header[name] for name in ("model", "dataset", "facts", "tokens")}
     report = common.Report("moe", path, **same)
     report.rows.append({"case": "the mixture"})
-    kept = moe._earlier(report, without=["MEMIT"])
+    read = moe._kept_rows(path)
+    kept = moe._earlier(report, read, without=["MEMIT"])
     assert {row["case"] for row in kept} == {row["case"] for row in rows} - {"MEMIT", "the mixture"}
     assert report.rows[0] == header
     other = common.Report("moe", path, **{**same, "tokens": 1})
-    assert moe._earlier(other, without=[]) == []
+    assert moe._earlier(other, read, without=[]) == moe._kept_rows(None) == []
+
+
+def test_rows_of_other_slices_are_not_overwritten():
+    moe._check_alike([{}, {"case": "MEMIT"}, {"perplexity": 35.5}], 35.501)
+    with pytest.raises(KnowEditError, match=r"of perplexity 35\.50, these have 34\.90"):
+        moe._check_alike([{}, {"perplexity": 35.5}], 34.9)
 
 
 def test_a_page_says_where_each_case_was_measured(tmp_path):
