@@ -299,7 +299,7 @@ EYE = torch.eye(M, dtype=torch.float64)
             ),
             "expert 4: keys of edits .0. contain NaN",
         ),
-        (lambda: S.Covariance(S.shrunk_by_count(0 * EYE, EYE, 9, 9, 0)), "collect more tokens"),
+        (lambda: S.Covariance(S.shrunk_by_count(0 * EYE, EYE, 9, 9, 0)), "is all zeros"),
     ],
 )
 def test_bad_input_is_named(build, says):
