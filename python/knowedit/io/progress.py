@@ -153,9 +153,16 @@ def bar(
 
 @contextmanager
 def _among_shown(one: _Bar | _Lines) -> Iterator[None]:
-    """Within the block the bar is the innermost that is seen, if it is seen."""
+    """Within the block the bar is the innermost that is seen, if it is seen; else it is told behind
+    the one that is.
+    """
     if not one.show:
-        yield
+        one.around = _shown[-1] if _shown else None
+        try:
+            yield
+        finally:
+            if one.around is not None:
+                one.around.inside("")
         return
     _shown.append(one)
     try:
@@ -170,12 +177,13 @@ class _Bar:
     def __init__(self, title: str, reach: _Reach, progress: Progress, show: bool) -> None:
         self.title, self.reach, self.progress, self.show = title, reach, progress, show
         self.note = ""
+        self.around: _Bar | _Lines | None = None  # that is seen, where this one is not
         self.task = progress.add_task(title, total=reach.total, completed=int(reach.done), note="")
 
     def __call__(self, amount: float = 1, note: str | None = None) -> None:
         self.reach.advance(amount)
         self.note = self.note if note is None else note
-        self.inside(self.note)
+        self.inside("")
         self._show()
 
     def within(self, share: float, block: float) -> None:
@@ -183,8 +191,8 @@ class _Bar:
         self._show()
 
     def inside(self, what: str) -> None:
-        """What goes on within the step that is under way."""
-        self.progress.update(self.task, note=what)
+        """What goes on within the step that is under way; nothing: the bar's own note."""
+        self.progress.update(self.task, note=what or self.note)
 
     def _show(self) -> None:
         self.progress.update(self.task, completed=self.reach.shown)
@@ -196,7 +204,8 @@ class _Lines:
 
     def __init__(self, title: str, unit: str, reach: _Reach, show: bool) -> None:
         self.title, self.unit, self.reach, self.show = title, unit, reach, show
-        self.due, self.lines, self.note = reach.begun + FIRST, 0, ""
+        self.due, self.lines, self.note, self.step = reach.begun + FIRST, 0, "", ""
+        self.around: _Bar | _Lines | None = None  # that is seen, where this one is not
         self.turn, self.over = Lock(), Event()
         if show:
             Thread(target=self._watch, daemon=True).start()
@@ -210,7 +219,7 @@ class _Lines:
 
     def __call__(self, amount: float = 1, note: str | None = None) -> None:
         self.reach.advance(amount)
-        self.note = note or ""
+        self.note, self.step = note or "", ""
         self._tell()
 
     def within(self, share: float, block: float) -> None:
@@ -218,8 +227,8 @@ class _Lines:
         self._tell()
 
     def inside(self, what: str) -> None:
-        """What goes on within the step that is under way, for the next line."""
-        self.note = what
+        """What goes on within the step that is under way, for the next line; nothing: the note."""
+        self.step = what
 
     def _tell(self) -> None:
         _tell(self)
@@ -245,7 +254,8 @@ class _Lines:
         some = f"{reach.shown:,.{parts}f} of {reach.total:,.0f} {self.unit}".rstrip()
         if reach.shown >= reach.total:  # a block that is under way, and larger than what is left
             some = f"the last of {reach.total:,.0f} {self.unit}".rstrip()
-        behind = f", {self.note}" if self.note else ""
+        note = self.step or self.note
+        behind = f", {note}" if note else ""
         if reach.moved:
             return f"{some}{behind}, about {_time(reach.seconds_left(now))} left"
         if first:
@@ -274,8 +284,8 @@ def plain_line(text: str) -> None:
 def _tell(one: _Bar | _Lines) -> None:
     """Tell the listeners; and the bar that is seen, where `one`, within a step of it, is not."""
     title, done, total = one.title, one.reach.shown, one.reach.total
-    if not one.show and _shown:
-        _shown[-1].inside(f"{title.rpartition(': ')[2]} {done:,.0f} of {total:,.0f}")
+    if one.around is not None:
+        one.around.inside(f"{title.rpartition(': ')[2]} {done:,.0f} of {total:,.0f}")
     for listener in _listeners:
         listener(title, done, total)
 

@@ -30,8 +30,9 @@ def test_brackets_are_shown_as_they_are(monkeypatch):
     monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=120))
     with progress.bar("answers [bold]", 2) as advance:
         advance(1, "fact [/x]")
-    with progress.bar("outer", 2), progress.bar("MEMIT: after [/b]", 4) as inner:
+    with progress.bar("outer", 2) as outer, progress.bar("MEMIT: after [/b]", 4) as inner:
         inner(3)
+        outer.progress.refresh()
     for seen in ("answers [bold]", "fact [/x]", "after [/b] 3 of 4"):
         assert seen in out.getvalue()
 
@@ -57,9 +58,26 @@ def test_a_bar_tells_what_goes_on_within_a_step(monkeypatch):
     """Where its own bar is not shown: the first of the steps may take minutes."""
     out = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=120))
-    with progress.bar("MEMIT: in sequence", 2), progress.bar("MEMIT: values", 4) as inner:
+    with progress.bar("MEMIT: in sequence", 2) as outer, progress.bar("MEMIT: values", 4) as inner:
         inner(3)
+        outer.progress.refresh()
     assert "MEMIT: in sequence" in out.getvalue() and "values 3 of 4" in out.getvalue()
+
+
+def test_what_went_on_is_not_told_when_it_is_over(monkeypatch):
+    """Nor behind a bar that is not around it."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(progress, "console", console)
+    with progress.bar("hidden", 3, show=False) as hidden, progress.bar("outer", 2) as outer:
+        outer(1, "part 1")
+        note = outer.progress.tasks[0].fields
+        hidden()
+        assert note["note"] == "part 1"
+        with pytest.raises(KeyError), progress.bar("MEMIT: values", 4) as inner:
+            inner(3)
+            assert note["note"] == "values 3 of 4"
+            raise KeyError
+        assert note["note"] == "part 1"
 
 
 @pytest.fixture
@@ -80,8 +98,10 @@ def test_lines_tell_what_goes_on_within_a_step(elsewhere):
             for _ in range(2):
                 advance._say_how_far(waited_since=advance.lines)
                 clock[0] += 60
-            advance(50)
+            advance(50, "part 1")
             advance._say_how_far(waited_since=advance.lines)
+            inner(5)
+        advance._say_how_far(waited_since=advance.lines)
         with progress.bar("MEMIT: shown by itself", 40) as inner:
             inner(30)
             advance._say_how_far(waited_since=advance.lines)
@@ -90,9 +110,7 @@ def test_lines_tell_what_goes_on_within_a_step(elsewhere):
         for said in (
             "100 facts to do",
             "0 of 100 facts after 60 s, values 30 of 40",
-            "50 of 100 facts, about 2 min left",
-            "50 of 100 facts, about 2 min left",
-            "50 of 100 facts, about 2 min left",
+            *4 * ["50 of 100 facts, part 1, about 2 min left"],
             "done in 2 min",
         )
     ]
