@@ -7,9 +7,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ class Forked:
         self, command: Sequence[str | os.PathLike], cwd: Path, env: Mapping[str, str]
     ) -> None:
         self._said = Path(tempfile.mkdtemp(prefix="forked-"))
+        weakref.finalize(self, shutil.rmtree, self._said, ignore_errors=True)
         words = [str(word) for word in command]
         self._process = _CONTEXT.Process(target=_run, args=(words, cwd, dict(env), self._said))
         self._process.start()
