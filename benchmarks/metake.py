@@ -120,7 +120,7 @@ class Text:
 def refined(task: Task, targets: Targets) -> Targets:
     """The control: as many further steps on the same texts, without the solver."""
     layer = task.layers[-1]
-    norm = state_norms(task.model, task.groups, task.layers, task.at_projection)[layer]
+    norm = state_norms(task.model, task.groups, task.layers, task.problem)[layer]
     eye = torch.eye(len(norm))
     frozen = {layer: FrozenLayer(torch.zeros(len(norm), task.model.d_ff), eye, eye, norm)}
     lines = answer_texts(task.model.draft(), task.groups, layer, ("{}",), task.runtime.budget)

@@ -27,7 +27,8 @@ from knowedit_kernels.target_loss import target_loss
 
 _STREAMS = {
     "identity": "added as it is",
-    "other": "through a norm, a gate or another matrix",
+    "gate": "through a gate",
+    "other": "through a norm or another matrix",
 }
 VERSIONS = ("torch", "triton", "transformers", "knowedit-kernels")
 

@@ -32,12 +32,13 @@ class Stream:
     """How the MLP projection's output reaches the residual stream.
 
     Attributes:
-        kind: "identity" (added as it is), "factor" (times a constant first), or "other" (a norm, a
-            gate, another matrix: the change at the layer's output is not the projection's).
-        factor: of a "factor"; 1 for "identity"; NaN for "other".
+        kind: "identity" (added as it is), "factor" (times a constant first), "gate" (times a number
+            of each token's own), or "other" (a norm, another matrix: the change at the layer's
+            output is not the projection's).
+        factor: of a "factor"; 1 for "identity"; else NaN.
     """
 
-    kind: Literal["identity", "factor", "other"]
+    kind: Literal["identity", "factor", "gate", "other"]
     factor: float = 1.0
 
 
@@ -487,14 +488,21 @@ def _stream(states: Tensor, size: float) -> Stream:
     plain, once, twice = states.double()
     push, loss = (direction(states) * size).double(), rounding(states.dtype)
     moved, more = once - plain, twice - plain
-    factor = float((moved @ push).median() / (push @ push))
-    if abs(factor) < 1e-6 or max(_off(moved, factor * push), _off(more, 2 * factor * push)) > loss:
-        return Stream("other", float("nan"))
-    return Stream("identity") if abs(factor - 1) < loss / 3 else Stream("factor", factor)
+    gates = moved @ push / (push @ push)
+    factor = float(gates.median())
+    if abs(factor) >= 1e-6 and _follows(moved, more, factor * push, loss):
+        return Stream("identity") if abs(factor - 1) < loss / 3 else Stream("factor", factor)
+    gated = float(gates.abs().min()) >= 1e-6 and _follows(moved, more, gates[:, None] * push, loss)
+    return Stream("gate" if gated else "other", float("nan"))
+
+
+def _follows(moved: Tensor, more: Tensor, wanted: Tensor, loss: float) -> bool:
+    """Whether a push and a double one move the outputs by `wanted` and twice that."""
+    return max(_off(moved, wanted), _off(more, 2 * wanted)) <= loss
 
 
 def _off(moved: Tensor, wanted: Tensor) -> float:
-    """How far the changes `[LENGTH, hidden]` are from the wanted vector, relatively; the median
-    over tokens.
+    """How far the changes `[LENGTH, hidden]` are from the wanted ones `[.., hidden]`, relatively;
+    the median over tokens.
     """
-    return float(((moved - wanted).norm(dim=-1) / wanted.norm()).median())
+    return float(((moved - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
 
 #: Of what is remembered; another one is found anew.
-FORMAT = 4
+FORMAT = 5
 
 #: Models with fewer parameters are checked in milliseconds, and not remembered on the disk.
 SMALL = 20_000_000

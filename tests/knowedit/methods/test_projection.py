@@ -17,6 +17,7 @@ from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.training import TrainingSettings
 from knowedit.methods.locate.trainings import ThroughForms, ThroughSolver
 from knowedit.methods.locate.values import (
+    AtGates,
     AtProjections,
     Problem,
     ValueSettings,
@@ -24,9 +25,12 @@ from knowedit.methods.locate.values import (
     problem_of,
 )
 from knowedit.models.editable import EditableModel
+from knowedit.models.partial import hooked
 from knowedit.models.presets import preset_for
+from knowedit.models.probing import first_of
 from tests.conftest import frozen
 from tests.knowedit.methods.helpers import FACTS, MEAN, SAME, statistics_of, target_of
+from tests.knowedit.models.tiny import build
 
 SHAPE = {
     "vocab_size": 258,
@@ -247,11 +251,74 @@ def test_the_default_clamp_is_relative_to_the_projections_output(gemma, tiny_lla
     for model, clamp in ((gemma, 4.0), (tiny_llama, 0.75)):
         task = MEMIT(layers=(1,)).prepare(model, [fact], statistics_of(model, [1]), progress=False)
         assert task.values.clamp == clamp and task.values.lr is None
-        assert task.at_projection == task.of_mlp == (model is gemma)
-    mine = HiddenState(clamp=1.0).resolved(preset_for(gemma), Runtime(), True)
+        assert task.problem is (AtProjections if model is gemma else Problem)
+        assert task.of_mlp == (model is gemma)
+    mine = HiddenState(clamp=1.0).resolved(preset_for(gemma), Runtime(), AtProjections)
     assert mine.clamp == 1.0
 
 
 def test_the_problem_is_chosen_by_the_stream(other, tiny_llama, tiny_gpt2):
-    assert problem_of(other, (1,)) is AtProjections
+    assert problem_of(other, (1,)) is (AtGates if other.name == "Granite" else AtProjections)
     assert all(problem_of(model, (1, 2)) is Problem for model in (tiny_llama, tiny_gpt2))
+
+
+FACTOR = 0.22
+
+
+def in_granites_layout(llama):
+    """The same function: Granite multiplies what attention and MLPs write by a factor, so they
+    write so much more.
+    """
+    shared = llama.hf.config.to_dict()
+    shape = {name: shared[name] for name in SHAPE if name in shared}
+    head = shape["hidden_size"] // shape["num_attention_heads"]
+    config = transformers.GraniteConfig(
+        **shape,
+        rope_parameters=shared["rope_parameters"],
+        rms_norm_eps=shared["rms_norm_eps"],
+        residual_multiplier=FACTOR,
+        attention_multiplier=head**-0.5,
+        attn_implementation="sdpa",
+    )
+    hf = frozen(transformers.GraniteForCausalLM(config))
+    given = llama.hf.state_dict()
+    for name, tensor in hf.state_dict().items():
+        larger = "o_proj" in name or "down_proj" in name
+        tensor.copy_(given[name] / (FACTOR if larger else 1))
+    return EditableModel(hf, llama.tokenizer, name="granite")
+
+
+def test_behind_a_factor_values_are_those_of_the_model_without_one(tiny_llama):
+    """Steps and limits follow from the layer's output, as they do there, and not from what the MLP
+    writes, which is a small part of it.
+    """
+    granite = in_granites_layout(tiny_llama)
+    ids = torch.arange(9)[None]
+    wanted = tiny_llama.hf(input_ids=ids).logits
+    torch.testing.assert_close(granite.hf(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    settings = ValueSettings(steps=12, lr=None, weight_decay=0.0, contexts=("{}", "So: {}"))
+    groups = [[fact] for fact in FACTS]
+    plain, gated = (optimise_values(model, groups, 1, settings) for model in (tiny_llama, granite))
+    far = plain.delta.norm(dim=1)
+    assert float(far.min()) > 0
+    assert float(((FACTOR * gated.delta - plain.delta).norm(dim=1) / far).max()) < 1e-2
+    torch.testing.assert_close(gated.nll, plain.nll, rtol=1e-2, atol=1e-3)
+
+
+def test_behind_a_gate_lengths_are_the_layers_outputs_seen_through_it(byte_tokenizer):
+    model = EditableModel(build("qwen2_moe"), byte_tokenizer).editing("shared")
+    assert model.layout.stream(1).kind == "gate" and problem_of(model, (1,)) is AtGates
+    rows = [model.row(fact.prompt, fact.subject) for fact in FACTS]
+    layer, gate = model.layers[1], model.layers[1].mlp.shared_expert_gate
+    for row, length in zip(rows, AtGates.state_lengths(model, rows, 1)):
+        seen = {}
+        with hooked(
+            {
+                layer: lambda _, y, seen=seen: seen.update(out=first_of(y)),
+                gate: lambda _, y, seen=seen: seen.update(gate=y.sigmoid()),
+            }
+        ):
+            model.hf(input_ids=torch.tensor([row.ids]), use_cache=False)
+        at = row.subject
+        wanted = seen["out"][0, at].norm() / seen["gate"].flatten()[at]
+        assert float(length) == pytest.approx(float(wanted), rel=1e-4)

@@ -30,7 +30,6 @@ from knowedit.facts.wordings.ordinary import held_out, openings, sentences
 from knowedit.io.progress import Advance, bar
 from knowedit.methods.locate.values import (
     DEFAULT_CONTEXTS,
-    AtProjections,
     ValueSettings,
     optimise_values,
     preset_numbers,
@@ -262,8 +261,8 @@ class _Bench:
 
     def numbers(self, layer: int) -> ValueSettings:
         """The start's settings of values at a layer."""
-        at_projection = problem_of(self.model, [layer]) is AtProjections
-        return ValueSettings(**preset_numbers(starting_point(self.model), at_projection))
+        problem = problem_of(self.model, [layer])
+        return ValueSettings(**preset_numbers(starting_point(self.model), problem))
 
     def trial(self, layer: int, contexts: int, traced: Sequence[float] | None) -> LayerTrial:
         """Write each fact alone and look."""

@@ -37,7 +37,7 @@ from knowedit.methods.locate.spreads import Even, Spread
 from knowedit.methods.locate.targets import HiddenState, Target
 from knowedit.methods.locate.task import Material, Runtime, Task, WrittenLayers
 from knowedit.methods.locate.trainings.base import Training
-from knowedit.methods.locate.values import AtProjections, Targets, problem_of
+from knowedit.methods.locate.values import Problem, Targets, problem_of
 from knowedit.models.editable import EditableModel
 from knowedit.models.load import accepts_model
 from knowedit.models.presets import preset_for
@@ -184,8 +184,8 @@ class Recipe(Method):
         """
         model = self.view(model)
         preset, layers = preset_for(model), self.statistics_layers(model)
-        at_projection = problem_of(model, layers) is AtProjections
-        values, warnings = self.target.resolved(preset, self.runtime, at_projection), []
+        problem = problem_of(model, layers)
+        values, warnings = self.target.resolved(preset, self.runtime, problem), []
         if self.layers is None or not self.target.complete:
             warnings += origin_warnings(model, preset, layers)
         warnings += sink_warnings(model, layers, self.allow_sinks)
@@ -210,7 +210,7 @@ class Recipe(Method):
             layers=layers,
             values=values,
             statistics=statistics or KeyStatistics({}),
-            of_mlp=self.target.of_mlp or at_projection,
+            of_mlp=self.target.of_mlp or problem is not Problem,
             material=self.material,
             runtime=self.runtime,
             history=history,

@@ -49,7 +49,7 @@ class Target(Config):
 
     @abstractmethod
     def resolved(
-        self, preset: Preset, runtime: Runtime, at_projection: bool = False
+        self, preset: Preset, runtime: Runtime, problem: type[Problem] = Problem
     ) -> ValueSettings:
         """The numbers to optimise with; what is None is the preset's, or what suits values at the
         MLP's projection on a model where they are planned there.
@@ -109,9 +109,9 @@ class HiddenState(Target):
         return given | ({"lr": None} if self.lr == "calibrated" else {})
 
     def resolved(
-        self, preset: Preset, runtime: Runtime, at_projection: bool = False
+        self, preset: Preset, runtime: Runtime, problem: type[Problem] = Problem
     ) -> ValueSettings:
-        chosen = preset_numbers(preset, at_projection)
+        chosen = preset_numbers(preset, problem)
         return ValueSettings(**{**chosen, **self._given(), **vars(runtime)})
 
     def values(self, task: Task) -> Targets:

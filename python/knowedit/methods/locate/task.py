@@ -16,7 +16,7 @@ from knowedit.facts.wordings.forms import training_neighbours
 from knowedit.io.config import Config
 from knowedit.io.ranges import Count, Whole
 from knowedit.methods.locate.keys import GroupKeys
-from knowedit.methods.locate.values import AtProjections, ValueSettings, problem_of
+from knowedit.methods.locate.values import Problem, ValueSettings, problem_of
 from knowedit.models.editable import EditableModel
 from knowedit.statistics import KeyStatistics
 from knowedit_kernels import EditSolver
@@ -93,9 +93,9 @@ class Task:
         return [fact for group in self.groups for fact in group]
 
     @property
-    def at_projection(self) -> bool:
-        """Whether values are planned at the MLPs' projections, as the model requires."""
-        return problem_of(self.model, self.layers) is AtProjections
+    def problem(self) -> type[Problem]:
+        """Where values are planned, as the model requires."""
+        return problem_of(self.model, self.layers)
 
     def neighbour_prompts(self, count: int) -> list[list[str]]:
         """For each fact up to `count` prompts on other subjects of the same relation."""

@@ -23,8 +23,8 @@ from knowedit.facts.fact import Fact
 from knowedit.io.config import Config
 from knowedit.io.ranges import Bound, Count, NotNegative, Positive
 from knowedit.methods.locate.objective import THROUGH, FrozenLayer, Through, TrainedTexts, WriteOuts
-from knowedit.methods.locate.values import AT_PROJECTION, ValueSettings
-from knowedit.models.editable import EditableModel, Outputs
+from knowedit.methods.locate.values import Problem
+from knowedit.models.editable import EditableModel
 
 
 @dataclass(frozen=True)
@@ -213,21 +213,17 @@ def state_norms(
     model: EditableModel,
     groups: Sequence[Sequence[Fact]],
     layers: Sequence[int],
-    at_projection: bool = False,
+    problem: type[Problem] = Problem,
 ) -> dict[int, Tensor]:
     """`{layer: [groups]}` length of the clean hidden state at the lookup tokens of the bare
-    prompts, mean over a group; where values are written at the projection, of what stands for it
-    there.
+    prompts, mean over a group; where `problem` plans values at the projection, of what stands for
+    it there.
     """
     rows = [model.row(fact.prompt, fact.subject) for group in groups for fact in group]
     owner = torch.tensor([number for number, group in enumerate(groups) for _ in group])
     norms = {}
     for layer in layers:
-        where: Outputs = "projection" if at_projection else True
-        outputs = model.keys(rows, [layer], outputs=where)[1]
-        assert outputs is not None
-        if at_projection:
-            outputs = outputs * (AT_PROJECTION["clamp"] / ValueSettings.clamp)
-        total = torch.zeros(len(groups)).index_add(0, owner, outputs.norm(dim=1).float().cpu())
+        lengths = problem.state_lengths(model, rows, layer).float().cpu()
+        total = torch.zeros(len(groups)).index_add(0, owner, lengths)
         norms[layer] = total / torch.bincount(owner, minlength=len(groups))
     return norms

@@ -25,8 +25,9 @@ from knowedit.io.config import Config
 from knowedit.io.ranges import Bound, Count, NotNegative, Positive
 from knowedit.io.ranks import team
 from knowedit.methods.locate.optimisers import Adam, Optimiser, Scale, Seen
-from knowedit.models.editable import EditableModel
+from knowedit.models.editable import EditableModel, Outputs
 from knowedit.models.families.preset import Preset
+from knowedit.models.gates import gates
 from knowedit.models.linear import fast_linear
 from knowedit.models.partial import Hook, PartialModel, hooked, runs_flat
 from knowedit.models.sinks import SINK_RATIO
@@ -93,12 +94,9 @@ class ValueSettings(Config):
 AT_PROJECTION: Mapping[str, Any] = {"lr": None, "clamp": 4.0}
 
 
-def preset_numbers(preset: Preset, at_projection: bool) -> dict[str, Any]:
-    """A preset's numbers, by keyword, for values that are planned at a layer's output or
-    (`at_projection`) at the MLP's projection.
-    """
-    other = {} if preset.fitted or not at_projection else AT_PROJECTION
-    return {**preset.values, **other}
+def preset_numbers(preset: Preset, problem: type[Problem]) -> dict[str, Any]:
+    """A preset's numbers, by keyword, for values that are planned as `problem` does."""
+    return {**preset.values, **({} if preset.fitted else problem.numbers)}
 
 
 @dataclass(frozen=True)
@@ -309,8 +307,7 @@ def _optimise(
     device, count = model.device, len(plans)
     problem = kind.at(layers, model, plans)
     value = problem.mean_bare()  # [groups, parts, hidden], like delta
-    norm = problem.lengths(value, s.sink)
-    sink = (norm < value.norm(dim=2, keepdim=True)).any(1)[:, 0]
+    norm, sink = problem.lengths(value, s.sink)
     clamp = s.clamp / len(layers) if kind.each_layer else s.clamp
     step_size = s.lr if s.lr is not None else 0.1 * norm / model.hidden**0.5
     lr = torch.as_tensor(step_size).to(norm).expand_as(norm)
@@ -368,9 +365,13 @@ class Problem:
     Here a row's delta is added to the last layer's output. A subclass may add several vectors
     `[rows, parts, hidden]` in other places; the last part is the one that is written, or each part
     by a layer of its own (`each_layer`).
+
+    Attributes:
+        numbers: what other numbers than a preset's suit its values.
     """
 
     each_layer: ClassVar[bool] = False
+    numbers: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def at(cls, layers: tuple[int, ...], model: EditableModel, plans: Sequence[Plan]) -> Problem:
@@ -431,22 +432,38 @@ class Problem:
         float64 model float64.
         """
         states = self.states(self.bare)
-        states = states.to(torch.promote_types(states.dtype, torch.float32))
-        sums = states.new_zeros(len(self.plans), *states.shape[1:])
-        sums.index_add_(0, self.bare_owner, states)
+        return self._mean(states.to(torch.promote_types(states.dtype, torch.float32)))
+
+    def _mean(self, each: Tensor) -> Tensor:
+        """`[groups, ..]` means over a group's bare prompts of `[bare, ..]`."""
+        sums = each.new_zeros(len(self.plans), *each.shape[1:])
+        sums.index_add_(0, self.bare_owner, each)
         return sums / torch.bincount(self.bare_owner, minlength=len(self.plans))[:, None, None]
 
-    def lengths(self, value: Tensor, sink: float) -> Tensor:
+    def lengths(self, value: Tensor, sink: float) -> tuple[Tensor, Tensor]:
         """`[groups, parts, 1]` how long the clean states `value` are; of one that is more than
-        `sink` times as long as the median of its group's rows, that median.
+        `sink` times as long as the median of its group's rows, that median. And `[groups]` whether
+        a group has such a one.
         """
         prompts = torch.ones_like(self.of_row, dtype=torch.bool)
         prompts[self.essence] = False
         each = self.states(prompts.nonzero()[:, 0]).to(value).norm(dim=2, keepdim=True)
-        owner, groups = self.of_row[prompts], range(len(self.plans))
-        usual = torch.stack([each[owner == group].median(0).values for group in groups])
-        norm = value.norm(dim=2, keepdim=True)
-        return torch.where(norm > sink * usual, usual, norm)
+        return self._held(value.norm(dim=2, keepdim=True), each, sink)
+
+    def _held(self, norm: Tensor, each: Tensor, sink: float) -> tuple[Tensor, Tensor]:
+        """As `lengths`, from the groups' lengths and `[prompts, parts, 1]` those of all prompts."""
+        owner = [number for number, plan in enumerate(self.plans) for _ in plan.rows[:-1]]
+        of = torch.tensor(owner, device=each.device)
+        usual = torch.stack([each[of == g].median(0).values for g in range(len(self.plans))])
+        far = norm > sink * usual
+        return torch.where(far, usual, norm), far.any(1)[:, 0]
+
+    @classmethod
+    def state_lengths(cls, model: EditableModel, rows: Sequence[Row], layer: int) -> Tensor:
+        """`[n]` length of the layer's output at each row's subject token; seen from where a value
+        is written, if that is elsewhere.
+        """
+        return _outputs(model, rows, layer, True).norm(dim=1)
 
     def states(self, rows: Tensor) -> Tensor:
         """`[rows, parts, hidden]` what a delta is added to."""
@@ -526,17 +543,53 @@ class AtProjections(AtModules):
     """
 
     each_layer = True
+    numbers = AT_PROJECTION
+
+    @classmethod
+    def state_lengths(cls, model: EditableModel, rows: Sequence[Row], layer: int) -> Tensor:
+        written = _outputs(model, rows, layer, "projection").norm(dim=1)
+        return written * (AT_PROJECTION["clamp"] / ValueSettings.clamp)
 
     def modules(self) -> Sequence[nn.Module]:
         return [self.model.projection(layer) for layer in self.layers]
+
+
+class AtGates(AtProjections):
+    """The same where only a number follows each projection, a gate's or a factor: what a value is
+    measured by is the layer's output, as at `Problem`, seen from the projection. What an MLP writes
+    by itself may be a small part of that.
+    """
+
+    numbers: ClassVar[Mapping[str, Any]] = {"lr": None}
+
+    @classmethod
+    def state_lengths(cls, model: EditableModel, rows: Sequence[Row], layer: int) -> Tensor:
+        states = _outputs(model, rows, layer, True).norm(dim=1)
+        return states / gates(model, rows, layer)[0].abs().to(states)
+
+    def lengths(self, value: Tensor, sink: float) -> tuple[Tensor, Tensor]:
+        rows = [row for plan in self.plans for row in plan.rows[:-1]]
+        parts = [self.state_lengths(self.model, rows, layer) for layer in self.layers]
+        each = torch.stack(parts, 1)[..., None].to(value)
+        bare = self.bare - self.bare_owner  # among the prompts: each group has an essence row more
+        return self._held(self._mean(each[bare]), each, sink)
 
 
 def problem_of(model: EditableModel, layers: Sequence[int]) -> type[Problem]:
     """Where values are planned: at the last layer's output, which costs least, if every layer adds
     what its MLP's projection writes to the residual as it is; else at the projections.
     """
-    plain = all(model.layout.stream(layer).kind == "identity" for layer in layers)
-    return Problem if plain else AtProjections
+    kinds = {model.layout.stream(layer).kind for layer in layers}
+    if kinds == {"identity"}:
+        return Problem
+    return AtProjections if "other" in kinds else AtGates
+
+
+def _outputs(model: EditableModel, rows: Sequence[Row], layer: int, where: Outputs) -> Tensor:
+    """`[n, hidden]` the layer's output, or its projection's, at the rows' subject tokens."""
+    found = model.keys(rows, [layer], outputs=where)[1]
+    assert found is not None
+    return found
 
 
 def _inputs(plans: Sequence[Plan]) -> list[Row]:

@@ -15,7 +15,7 @@ from knowedit.methods.locate.metrics import Metric
 from knowedit.methods.locate.objective import FrozenLayer, TrainedText, TrainedTexts, WriteOuts
 from knowedit.methods.locate.task import Task, WrittenLayers
 from knowedit.methods.locate.training import TrainingSettings, disconnect, state_norms
-from knowedit.methods.locate.values import Targets, prompt_rows
+from knowedit.methods.locate.values import Problem, Targets, prompt_rows
 from knowedit.models.editable import EditableModel
 
 #: Writes targets under a metric, as the recipe does: what a training uses to write anew.
@@ -36,7 +36,7 @@ class Training(Config):
 
 def frozen_layers(task: Task, written: WrittenLayers) -> tuple[dict[int, FrozenLayer], WriteOuts]:
     """What the solvers of a write fix at each layer, and its write-outs to start from."""
-    norms = state_norms(task.model, task.groups, task.layers, task.at_projection)
+    norms = state_norms(task.model, task.groups, task.layers, task.problem)
     layers = {
         layer: FrozenLayer.of(*solved, norms[layer]).within(written.writable.get(layer))
         for layer, solved in written.solved.items()
@@ -48,7 +48,7 @@ def settings_for(settings: TrainingSettings, task: Task) -> TrainingSettings:
     """`settings`, with a step that follows from the values' length where these are no hidden
     states.
     """
-    return replace(settings, lr=None) if task.at_projection else settings
+    return replace(settings, lr=None) if task.problem is not Problem else settings
 
 
 def execution_report(

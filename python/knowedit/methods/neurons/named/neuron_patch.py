@@ -40,7 +40,6 @@ from knowedit.methods.locate.keys import group_by_wording
 from knowedit.methods.locate.targets import HiddenState
 from knowedit.methods.locate.task import Runtime
 from knowedit.methods.locate.values import (
-    AtProjections,
     Targets,
     ValueSettings,
     optimise_values,
@@ -453,8 +452,8 @@ class NeuronPatch(Method):
 
     def _values(self, model: EditableModel, layer: int) -> ValueSettings:
         """The numbers to optimise with."""
-        at_projection = problem_of(model, [layer]) is AtProjections
-        found = self.target.resolved(preset_for(model), self.runtime, at_projection)
+        problem = problem_of(model, [layer])
+        found = self.target.resolved(preset_for(model), self.runtime, problem)
         return replace(
             found,
             clamp=max(2.0, found.clamp) if self.target.clamp is None else found.clamp,
