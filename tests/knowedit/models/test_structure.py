@@ -110,7 +110,7 @@ def test_a_gate_behind_the_projection_is_no_factor():
 
     hf.model.layers[1].mlp = Gated(hf.model.layers[1].mlp)
     layout = detect(hf)
-    assert [layout.stream(i).kind for i in range(4)] == ["identity", "other", *["identity"] * 2]
+    assert [layout.stream(i).kind for i in range(4)] == ["identity", "gate", *["identity"] * 2]
     assert layout.projection(1) == "model.layers.1.mlp.mlp.down_proj"
 
 
