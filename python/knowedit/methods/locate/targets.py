@@ -67,7 +67,7 @@ class HiddenState(Target):
 
     Where something stands between an MLP's projection and the layer's output (a norm, a gate, a
     factor), the value is the projection's output instead, and every edited layer has its own,
-    planned together.
+    planned together; `z0` is that output, or what stands for the layer's behind a gate or a factor.
 
     Attributes:
         steps: gradient evaluations, the last of which only measures.
