@@ -231,7 +231,13 @@ SETTINGS: dict[str, dict[str, Reader]] = {
         )
     },
     "One batch after another": dict.fromkeys(
-        ("sequential", "sequential_neuron", "sequential_thousands"), sequences
+        (
+            "sequential",
+            "sequential_neuron",
+            "sequential_thousands",
+            of_model("sequential_thousands", "gemma-3-270m-q4_k_m"),
+        ),
+        sequences,
     ),
     "One batch after another, in one layer": {"sequential_one_layer": sequences},
     "Several facts of one subject": {

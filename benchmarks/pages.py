@@ -61,10 +61,6 @@ METAKE = {
     "neighbours": "neighbourhood success",
     "unchanged": "neighbourhood unchanged",
 }
-ONE_LAYER = "sequential_one_layer"
-OF_EXPERTS = "sequential_moe"
-OF_SWITCHES = "sequential_neuron"
-OF_THOUSANDS = "sequential_thousands"
 SEQUENTIAL = {
     "success": "efficacy success",
     "paraphrase": "paraphrase success",
@@ -291,31 +287,24 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+#: The page of each run of `benchmarks.sequential`.
+SEQUENCES = {
+    "sequential": "sequential.md",
+    "sequential_one_layer": "sequential.md",
+    "sequential_neuron": "sequential.md",
+    "sequential_thousands": "sequential.md",
+    of_model("sequential_thousands", "gemma-3-270m-q4_k_m"): "sequential.md",
+    "sequential_moe": "moe.md",
+}
+
 PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]] = {
     "rose": ("rose.md", rose, rose_picture),
     "metake": ("metake.md", metake, metake_picture),
-    "sequential": ("sequential.md", sequential, sequential_picture),
-    ONE_LAYER: (
-        "sequential.md",
-        partial(sequential, name=ONE_LAYER),
-        partial(sequential_picture, name=ONE_LAYER),
-    ),
-    OF_SWITCHES: (
-        "sequential.md",
-        partial(sequential, name=OF_SWITCHES),
-        partial(sequential_picture, name=OF_SWITCHES),
-    ),
-    OF_THOUSANDS: (
-        "sequential.md",
-        partial(sequential, name=OF_THOUSANDS),
-        partial(sequential_picture, name=OF_THOUSANDS),
-    ),
+    **{
+        name: (page, partial(sequential, name=name), partial(sequential_picture, name=name))
+        for name, page in SEQUENCES.items()
+    },
     by_room.NAME: ("sequential.md", by_room.table, by_room.draw),
-    OF_EXPERTS: (
-        "moe.md",
-        partial(sequential, name=OF_EXPERTS),
-        partial(sequential_picture, name=OF_EXPERTS),
-    ),
     "geometry": ("geometry.md", geometry, geometry_picture),
     "gradient": ("gradient.md", gradient, gradient_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
