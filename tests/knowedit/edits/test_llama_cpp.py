@@ -1,5 +1,5 @@
-"""End to end (llama.cpp, tiny models): what travels is loaded by llama.cpp itself, and says there
-what transformers says of the same weights.
+"""Unit: on tiny models; what travels is loaded by llama.cpp itself, and says there what
+transformers says of the same weights.
 """
 
 from __future__ import annotations
