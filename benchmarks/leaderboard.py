@@ -235,6 +235,7 @@ SETTINGS: dict[str, dict[str, Reader]] = {
             "sequential",
             "sequential_neuron",
             "sequential_thousands",
+            "sequential_one_pass",
             of_model("sequential_thousands", "gemma-3-270m-q4_k_m"),
         ),
         sequences,

@@ -292,6 +292,7 @@ SEQUENCES = {
     "sequential": "sequential.md",
     "sequential_one_layer": "sequential.md",
     "sequential_neuron": "sequential.md",
+    "sequential_one_pass": "sequential.md",
     "sequential_thousands": "sequential.md",
     of_model("sequential_thousands", "gemma-3-270m-q4_k_m"): "sequential.md",
     "sequential_moe": "moe.md",

@@ -38,7 +38,7 @@ from knowedit.evaluation.sequence import SequenceMonitor, trajectory_table, writ
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import conflict_free, data_dir, load
 from knowedit.io.files import cache_dir
-from knowedit.methods import Method, Recipe, make_method
+from knowedit.methods import Method, make_method
 from knowedit.methods.listing import methods as listed
 from knowedit.methods.locate.trainings import ThroughSolver
 from knowedit.methods.session import Session
@@ -54,6 +54,7 @@ CORPUS = "enwiki_2021_sample_3MB.txt.gz"
 TEXT = "wikitext2_raw_valid.txt.gz"
 FACTS = "counterfact-flat"
 FREE = "-free"
+ONE_PASS = ("one-step", "ultraedit")  # no values are optimised, in layers of their own
 
 
 def method_for(
@@ -66,14 +67,17 @@ def method_for(
 ) -> Method:
     """The method called `name` (with or without `-free`), with its own defaults but for layers,
     steps, precision and, if one is named, the values' optimiser; it reads ordinary text from
-    `corpus` where it reads some.
+    `corpus` where it reads some. The methods of one pass optimise nothing: they run as they ship.
     """
     methods = [known for known, found in listed().items() if found.group in ("locate", "neurons")]
+    methods += ONE_PASS
     known = name.removesuffix(FREE)
     if known not in methods:
         raise KnowEditError(
             f"unknown method {name!r}; known: {', '.join(methods)}, each also with {FREE}"
         )
+    if known in ONE_PASS:
+        return make_method(known)
     settings: dict[str, Any] = {"layers": tuple(layers), "runtime.draft": draft}
     if listed()[known].group == "locate":
         steps += 0 if known == "metake" else ThroughSolver().settings.steps
@@ -284,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     needed = {
         layer
         for method in methods.values()
-        if isinstance(method, Recipe) and method.needs_statistics
+        if method.needs_statistics
         for layer in method.statistics_layers(model)
     }
     statistics = (
@@ -297,7 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{
             name: getattr(arguments, name) for name in ("batch", "every", "sample", "seed", "steps")
         },
-        "layers": ",".join(arguments.layer),
+        "layers": "each method's own"
+        if {name.removesuffix(FREE) for name in methods} <= {*ONE_PASS}
+        else ",".join(arguments.layer),
         "tokens": arguments.tokens,
     }
     if arguments.checked is not None or arguments.merge:

@@ -97,3 +97,10 @@ def test_results_name_the_model_and_not_its_folder(tiny_llama):
     edit.report.warnings.append(f"not calibrated: `knowedit calibrate {tiny_llama.source}`")
     told = models.warnings_of([edit, edit], tiny_llama)
     assert told == ["not calibrated: `knowedit calibrate tiny-llama`"]
+
+
+def test_looking_at_the_edit_is_told_apart(once, tmp_path):
+    row = once([("batch", [7, 8])])[0]
+    assert 0 < row["looking"] < row["cpu_seconds_a_fact"]
+    whole, rest = row["cpu_seconds_a_fact"], row["cpu_seconds_a_fact"] - row["looking"]
+    assert f"| {whole:.2f} ({rest:.2f}) |" in models.table(tmp_path)

@@ -12,6 +12,7 @@ from benchmarks import common, sequential
 from knowedit.errors import KnowEditError
 from knowedit.evaluation.sequence import SequenceMonitor
 from knowedit.facts.fact import Fact
+from knowedit.methods import UltraEdit
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.statistics import key_statistics
 
@@ -157,6 +158,7 @@ def test_values_are_found_as_the_command_says():
     plain = sequential.method_for("memit", (1,), 3, False)
     fast = sequential.method_for("memit", (1,), 3, False, "gauss-newton")
     assert [type(one.target.optimiser).__name__ for one in (plain, fast)] == ["Adam", "GaussNewton"]
+    assert sequential.method_for("ultraedit-free", (1, 2), 3, False) == UltraEdit()
 
 
 def test_a_results_file_names_a_corpus_without_its_folder(tmp_path):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from knowedit.methods.gradient.named.kl_ft import KLFineTuning as KLFineTuning
     from knowedit.methods.gradient.named.kl_lora import KLLoRA as KLLoRA
     from knowedit.methods.gradient.named.lora import LoRA as LoRA
+    from knowedit.methods.gradient.named.one_step import OneStep as OneStep
     from knowedit.methods.gradient.named.regularised_lora import RegularisedLoRA as RegularisedLoRA
     from knowedit.methods.gradient.named.ultraedit import UltraEdit as UltraEdit
     from knowedit.methods.learned.named.mend import MEND as MEND
