@@ -19,6 +19,8 @@ from knowedit.cli.commands import App
 from knowedit.cli.edit import Allow, Facts, Force, OneMethod, edit_lines, facts_named, run_record
 from knowedit.cli.options import (
     AGAIN,
+    GO_ON,
+    STATISTICS,
     DeviceMap,
     Limit,
     Model,
@@ -85,6 +87,7 @@ class Opening(Output):
             dequantise=begun.get("dequantise", False),
             say=say,
         )
+        journal.check(model)
         where = begun.get("statistics")
         with kept_on_interrupt(lambda: f"{folder} is as it was; {AGAIN}"):
             statistics = statistics_for(
@@ -94,6 +97,7 @@ class Opening(Output):
                 begun.get("tokens"),
                 None if where is None else Path(where),
                 begun.get("seed", 0),
+                begun.get("pinned"),
             )
             with Session.open(folder, model, method, statistics, limits=limits) as session:
                 yield session
@@ -158,19 +162,26 @@ def _anywhere(begun: dict[str, Any]) -> dict[str, Any]:
 @app.command("open")
 def begin(folder: New, model: Model, *, run: OneMethod) -> None:
     """Begin a session of a model: the folder records the method with its settings, the model, and
-    what the statistics are made of.
+    which statistics they are, which are collected now if they are not in the cache. Later commands
+    use the same ones, whatever has become of the text.
     """
     from knowedit.edits.journal import Journal
+    from knowedit.methods.base import statistics_for
 
     if len(run.method) != 1:
         raise KnowEditError("a session writes with one method; give --method once")
     check_free(folder)
     method = run.methods()[0].with_corpus(one(run.corpus))
     editable = run.load(model)
-    method.statistics_layers(editable)  # settings that do not fit the model are refused here
+    with kept_on_interrupt(lambda: f"{folder} was not begun; {STATISTICS}; {GO_ON}"):
+        # settings that do not fit the model are refused here, too
+        statistics = statistics_for(
+            [method], editable, one(run.corpus), run.tokens, run.statistics, run.seed or 0
+        )
     with locked(folder):
         check_free(folder)  # another run may have been faster
         begun = _anywhere(run_record(model, run))
+        begun |= {} if statistics is None else {"pinned": statistics.identity}
         Journal.begin(folder, editable.fingerprint, method.to_dict(), begun)
     record = {"folder": str(folder), "model": model, "fingerprint": editable.fingerprint}
     record["method"] = method.kind

@@ -24,6 +24,7 @@ from knowedit.edits.history import EARLIER, History
 from knowedit.edits.history import FORMAT as HISTORY
 from knowedit.errors import EditError
 from knowedit.io.tensors import format_of, read_file, understood, write_file
+from knowedit.models.editable import EditableModel
 
 ABOUT = "session.safetensors"
 UNDONE = "undone"
@@ -83,6 +84,14 @@ class Journal:
             about |= {"run": dict(run)} if run else {}
             write_file(record, {}, about)
         return cls(folder)
+
+    def check(self, model: EditableModel) -> None:
+        """Raise EditError unless it is a session of `model`."""
+        if self.fingerprint != model.fingerprint:
+            raise EditError(
+                f"{self.folder} belongs to a model with fingerprint {self.fingerprint[:12]}, but "
+                f"{model.name} has {model.fingerprint[:12]}; begin another folder for it"
+            )
 
     def read(self) -> History:
         """The whole history.

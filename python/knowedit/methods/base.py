@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -193,6 +193,7 @@ def statistics_for(
     tokens: int | None,
     where: Path | None = None,
     seed: int = 0,
+    pinned: Mapping[str, Any] | None = None,
 ) -> KeyStatistics | None:
     """The key statistics that the methods need together, as `layer_statistics`; None where none
     does.
@@ -214,4 +215,6 @@ def statistics_for(
             "which one collection does not hold; run them apart"
         )
     model = model.editing(experts.pop()) if experts else model
-    return layer_statistics(layers, model, corpus, tokens, where, seed) if layers else None
+    if not layers:
+        return None
+    return layer_statistics(layers, model, corpus, tokens, where, seed, pinned)

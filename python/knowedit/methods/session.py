@@ -147,11 +147,7 @@ class Session:
                 with understood(Path(folder) / ABOUT, "the record of a session"):
                     method = make_method(record)
             journal = Journal.begin(folder, model.fingerprint, method.to_dict())
-            if journal.fingerprint != model.fingerprint:
-                raise EditError(
-                    f"{folder} belongs to a model with fingerprint {journal.fingerprint[:12]}, but "
-                    f"{model.name} has {model.fingerprint[:12]}; begin another folder for it"
-                )
+            journal.check(model)
             if not _is_of(journal.method, method):
                 raise EditError(
                     f"{folder} was begun with {journal.method}; leave the method out, or begin "

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -441,6 +441,7 @@ def layer_statistics(
     tokens: int | None,
     where: Path | None = None,
     seed: int = 0,
+    pinned: Mapping[str, Any] | None = None,
 ) -> KeyStatistics:
     """The key statistics of `layers`, collected or read.
 
@@ -450,11 +451,40 @@ def layer_statistics(
         seed: of the corpus, as `key_statistics`.
         where: a file or folder of statistics, collected or imported, to take them from instead of
             the corpus.
+        pinned: the `KeyStatistics.identity` of those that are wanted. They are taken from the
+            cache, whatever they were collected from, and no text is read; only where they are gone,
+            and a corpus is named, they are collected again.
 
     Raises:
-        StatisticsError: those at `where` are a peer's, of another model or lack a layer; or as
-            `key_statistics`.
+        StatisticsError: those at `where` are a peer's, of another model or lack a layer; the pinned
+            ones are gone, or of another text than the corpus is now; or as `key_statistics`.
     """
+    if pinned is not None and where is None:
+        if (kept := _pinned(model, pinned)) is not None:
+            return kept
+        if not corpus:
+            raise StatisticsError(
+                f"the statistics that were pinned ({_told(pinned)}) are not in the cache any more "
+                f"({cache_dir('statistics')}); bring them back, or begin anew"
+            )
+    found = _found(layers, model, corpus, tokens, where, seed)
+    if pinned is not None and _texts(found.identity) != _texts(pinned):
+        raise StatisticsError(
+            f"the statistics of {where or corpus} are now {_told(found.identity)}, and not those "
+            f"that were pinned ({_told(pinned)}): bring the text of then back, or begin anew"
+        )
+    return found
+
+
+def _found(
+    layers: Sequence[int],
+    model: EditableModel,
+    corpus: Any,
+    tokens: int | None,
+    where: Path | None,
+    seed: int,
+) -> KeyStatistics:
+    """What `layer_statistics` collects or reads, nothing being pinned."""
     if where is None:
         try:
             return key_statistics(model, layers, corpus or "wikipedia", tokens, seed=seed)
@@ -478,19 +508,68 @@ def _at_hand(model: EditableModel, layers: Sequence[int]) -> KeyStatistics | Non
     """Of the collections in the cache that hold these layers of this model, the one of the most
     tokens; None where there is none.
     """
+    return next(_in_cache(model, layers), None)
+
+
+def _in_cache(
+    model: EditableModel,
+    layers: Sequence[int],
+    fits: Callable[[int, Mapping[str, Any]], bool] = lambda layer, header: True,
+) -> Iterator[KeyStatistics]:
+    """The collections in the cache that hold these layers of this model, and whose headers fit;
+    those of the most tokens first.
+    """
     sizes: dict[Path, int] = {}
     for folder in cache_dir("statistics").glob(f"*-{model.fingerprint[:12]}/*"):
         with suppress(StatisticsError, LookupError, TypeError):  # damaged, or of other layers
-            heads = [store.header(store.layer_file(folder, layer)) for layer in layers]
-            sizes[folder] = min(int(head["count"]) for head in heads)
+            heads = {n: store.header(store.layer_file(folder, n)) for n in layers}
+            if all(fits(layer, head) for layer, head in heads.items()):
+                sizes[folder] = min(int(head["count"]) for head in heads.values())
     for folder in sorted(sizes, key=lambda one: -sizes[one]):
         with suppress(StatisticsError):  # damaged, or of other experts or settings
             files = {layer: store.layer_file(folder, layer) for layer in layers}
             found = KeyStatistics({n: LayerStatistics.load(file) for n, file in files.items()})
             found.check(model, layers)
             if all(found[layer].layer == layer for layer in layers):
-                return found
-    return None
+                yield found
+
+
+def _pinned(model: EditableModel, identity: Mapping[str, Any]) -> KeyStatistics | None:
+    """The statistics in the cache that have this identity; None where they are gone."""
+
+    def of(model: EditableModel, wanted: Mapping[int, Any]) -> KeyStatistics | None:
+        def fits(layer: int, header: Mapping[str, Any]) -> bool:
+            told = wanted[layer]
+            of = header["recipe"]["corpus"], header["count"]
+            return bool(of == (told["corpus"], told["tokens"]))
+
+        same = {str(layer): one for layer, one in wanted.items()}
+        return next((f for f in _in_cache(model, list(wanted), fits) if f.identity == same), None)
+
+    parts: dict[str, dict[int, Any]] = {"": {}, "shared": {}}
+    for key, one in identity.items():
+        layer, _, part = key.partition(" ")
+        parts[part][int(layer)] = one
+    if not parts["shared"]:
+        return of(model, parts[""])
+    routed, shared = (
+        of(model.editing("routed"), parts[""]),
+        of(model.editing("shared"), parts["shared"]),
+    )
+    if routed is None or shared is None:
+        return None
+    return KeyStatistics({layer: routed[layer] for layer in routed.layers}, shared)
+
+
+def _texts(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity but for the digests, which rounding changes where the text is the same."""
+    return {k: {**one, "digest": None} for k, one in identity.items()}
+
+
+def _told(identity: Mapping[str, Any]) -> str:
+    """`98,304 tokens of wikimedia/wikipedia`."""
+    one = next(iter(identity.values()))
+    return f"{one['tokens']:,} tokens of {one['corpus'].get('name')}"
 
 
 def _missing(

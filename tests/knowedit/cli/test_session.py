@@ -115,3 +115,27 @@ def test_what_is_wrong_is_said(place, knowedit, session, monkeypatch):
     assert "belongs to a model with fingerprint" in session(
         "apply", "a.jsonl", "--model", "changed", code=1
     )
+
+
+def test_what_it_was_begun_with_is_pinned(place, knowedit, session, monkeypatch):
+    """Begun without --corpus and without the hub: the statistics that were at hand, ever after."""
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    stats = ("stats", "model", "--corpus", "corpus.txt", "--layer", "1")
+    knowedit(*stats, "--tokens", "600")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    words = ("--layer", "1", "--set", "target.steps=2")
+    knowedit("session", "open", "offline", "model", *words)
+    (pinned,) = Journal(place / "offline").run["pinned"].values()
+    assert pinned["tokens"] == 600
+    knowedit(*stats, "--tokens", "800")  # what is at hand from now on
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", None)  # is not asked again
+    session_of(knowedit, "offline", "apply", "a.jsonl")
+    (made,) = Journal(place / "offline").read().edits
+    assert made.statistics["1"] == pinned
+    folder = next((place / "cache" / "statistics").glob("*/corpus.txt-600-*"))
+    shutil.rmtree(folder)
+    said = knowedit("session", "apply", "offline", "b.jsonl", code=1)
+    assert "pinned (600 tokens of corpus.txt) are not in the cache any more" in said

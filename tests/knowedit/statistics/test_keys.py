@@ -3,7 +3,9 @@
 """
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,37 @@ def test_without_wikipedia_the_statistics_at_hand_are_used_and_named(
             keys.layer_statistics([1], tiny_llama, *asked)
     with pytest.raises(CorpusError, match="no route"):
         keys.layer_statistics([0], tiny_llama, None, None)
+
+
+def test_pinned_statistics_stay_whatever_becomes_of_the_text(
+    tiny_llama, corpus, own_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KNOWEDIT_CACHE", str(own_cache))
+    text = tmp_path / "own.txt"
+    text.write_text(Path(corpus).read_text())
+    pinned = keys.layer_statistics([1], tiny_llama, text, 200).identity
+    key_statistics(tiny_llama, [1, 2], corpus, 400)  # larger, at hand too
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", None)  # would raise
+    for named in (None, text):
+        found = keys.layer_statistics([1], tiny_llama, named, 200, pinned=pinned)
+        assert found.identity == pinned
+    text.write_text(Path(corpus).read_text()[:-10])
+    found = keys.layer_statistics([1], tiny_llama, text, 200, pinned=pinned)
+    assert found.identity == pinned
+    shutil.rmtree(own_cache / "statistics")
+    gone = r"pinned \(200 tokens of own.txt\) are not in the cache any more"
+    with pytest.raises(StatisticsError, match=gone):
+        keys.layer_statistics([1], tiny_llama, None, None, pinned=pinned)
+    with pytest.raises(StatisticsError, match="are now 200 tokens of own.txt, and not those that"):
+        keys.layer_statistics([1], tiny_llama, text, 200, pinned=pinned)
+    text.write_text(Path(corpus).read_text())
+    again = keys.layer_statistics([1], tiny_llama, text, 200, pinned=pinned)
+    assert again.identity == pinned
+    file = store.layer_file(store.folder(tiny_llama.name, again[1].recipe), 1)
+    others = replace(again[1], total=2 * again[1].total)
+    others.save(file)  # of the same text, it says, and yet not the same sums
+    with pytest.raises(StatisticsError, match="not in the cache any more"):
+        keys.layer_statistics([1], tiny_llama, None, None, pinned=pinned)
 
 
 def test_another_models_statistics_are_refused(tiny_llama, tiny_gpt2, corpus, tmp_path):
