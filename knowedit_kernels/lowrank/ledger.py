@@ -67,6 +67,7 @@ class WeightLedger:
             raise ValueError(f"transposed names unknown weights: {sorted(unknown)}")
         self._rounding, self._seed, self._offload = rounding, seed, offload
         self._entries: dict[str, EditedWeight] = {}
+        self._since: dict[str, None] = {}  # names of the edited, by when their bits were kept
         self._places: dict[Hashable, str] = {}  # by memory, the first name that was given to it
         for name, weight in (weights or {}).items():
             self.register(name, weight, name in transposed)
@@ -178,6 +179,9 @@ class WeightLedger:
                     0, dtype=torch.promote_types(entry.weight.dtype, torch.float32)
                 )
                 entry.settled = False
+                if not entry.changes:
+                    self._since.pop(entry.name, None)
+                    self._since[entry.name] = None
                 if isinstance(change, Tensor):
                     entry.changes[key] = alpha * change.detach().to(like)
                 else:
@@ -199,10 +203,10 @@ class WeightLedger:
                         f"entries of {entry.name!r}: "
                         "nothing was changed; scale the edit down or use a wider dtype"
                     )
-        except BaseException:
+            return {entry.name: reports[entry.name] for entry in entries}
+        except BaseException:  # on the last line, too: who is told of no edit undoes none
             self._drop(entries, key)
             raise
-        return {entry.name: reports[entry.name] for entry in entries}
 
     def remove(self, key: str) -> None:
         """Undoes one edit on every weight it covers; raises LedgerError for an unknown key."""
@@ -222,10 +226,12 @@ class WeightLedger:
 
     def reset(self) -> None:
         """Restores every pristine weight and forgets all edits, whatever else was written to the
-        weights since.
+        weights since. Of views that overlap, the bits that were kept first are written last.
         """
         for entry in self._entries.values():
             entry.check_layout()
+        for name in reversed(self._since):
+            entry = self._entries[name]
             self._drop([entry], *entry.changes)
 
     def verify(self) -> None:

@@ -361,6 +361,19 @@ def test_ctrl_c_at_any_line_leaves_the_bits_of_the_edits_in_force(
         for name in "vw":
             assert torch.equal(bits(weights[name]), bits(states[()][name])), (n, now)
     assert n > 30 and len(seen) <= 2 and (before in seen or doing == "reset")
+    assert seen == {before} or not doing.startswith("add")  # an interrupted edit is not in force
+
+
+def test_reset_of_overlapping_views_goes_back_to_before_the_first():
+    """The second one's own bits have the first one's edit."""
+    W = rand(6, 8)
+    pristine = bits(W)
+    for first, second in (("low", "high"), ("high", "low")):
+        ledger = WeightLedger({"low": W[:4], "high": W[2:]})
+        ledger.add(first, *factors(4, 8, 1), "a")
+        ledger.add(second, *factors(4, 8, 2), "b")
+        ledger.reset()
+        assert torch.equal(bits(W), pristine) and ledger.active == ()
 
 
 def test_an_interruption_of_the_mending_is_mended_by_the_next_call(monkeypatch):
