@@ -34,6 +34,7 @@ from . import oneshot as by_call
 from . import portability as by_hop
 from . import sequential as in_sequence
 from . import tokens as by_tokens
+from . import travel as by_program
 from .common import HERE, RESULTS, measured_on, of_model, percent, read
 from .families import page as by_family
 
@@ -335,6 +336,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "oneshot": ("integrations/llmcompressor.md", by_call.table, by_input.no_picture),
     "hosts": ("integrations/index.md", by_host.table, by_input.no_picture),
     "easyedit": ("integrations/easyedit.md", by_editor.table, by_input.no_picture),
+    by_program.NAME: ("travel.md", by_program.table, by_model.no_picture),
 }
 
 
