@@ -95,7 +95,7 @@ def _check_whole(path: Path) -> None:
     if count is not None and count.contents() > 1:
         raise ModelError(
             f"{path} is one of {count.contents()} parts of a file; join them first (llama.cpp's "
-            f"`llama-gguf-split --merge {path.name} WHOLE.gguf`, given the first part)"
+            "llama-gguf-split does)"
         )
 
 
