@@ -29,11 +29,11 @@ def overlaps(tensor: Tensor) -> bool:
 
 def meet(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors may have a byte in common: they reach across the same memory."""
-    (begin, end), (other_begin, other_end) = _reach(one), _reach(other)
+    (begin, end), (other_begin, other_end) = reach(one), reach(other)
     return begin < other_end and other_begin < end
 
 
-def _reach(tensor: Tensor) -> tuple[int, int]:
+def reach(tensor: Tensor) -> tuple[int, int]:
     """The addresses of a tensor's first byte and behind its last."""
     begin = tensor.data_ptr()
     if tensor.numel() == 0:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from knowedit.errors import ModelError
 from knowedit.models.gates import gates
-from knowedit.models.probing import rounding
 from knowedit.models.tokens import Row
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def _gates(model: EditableModel, rows: Sequence[Row], layer: int, budget: int) -
         return torch.ones(len(rows), device=model.device)
     found, missed = gates(model.editing("shared"), rows, layer, budget=budget)
     found /= factor
-    if not (missed <= rounding(model.dtype) and bool(found.isfinite().all())):
+    if not (missed <= model.rounding and bool(found.isfinite().all())):
         raise ModelError(
             f"{model.name}: what layer {layer} does with its shared expert's output is not a gate "
             f"beside its routed experts ({missed:.1e} of it is something else), so they "

@@ -21,14 +21,21 @@ from torch import Tensor, nn
 from knowedit.errors import EditError, ModelError
 from knowedit.io.progress import Within
 from knowedit.models import beside, generation, partial
-from knowedit.models.evaluating import evaluating
+from knowedit.models.evaluating import evaluating, plain_modes
 from knowedit.models.experts import Routed, WideProjection, as_keys, split_name
 from knowedit.models.fingerprint import WeightsWatch, setup_of
 from knowedit.models.generation import Router, Score
 from knowedit.models.probing import probe_ids, rounding, run, states_of
 from knowedit.models.processor import free_memory, has_bf16_units
 from knowedit.models.samples import samples
-from knowedit.models.selfcheck import Checkup, check_head, check_parts, remember, remembered
+from knowedit.models.selfcheck import (
+    Checkup,
+    check_head,
+    check_parts,
+    put_around,
+    remember,
+    remembered,
+)
 from knowedit.models.structure import Layout, Which, detect, is_transposed, own_head
 from knowedit.models.tokens import (
     Row,
@@ -66,8 +73,16 @@ logger = logging.getLogger(__name__)
 _IN_FORCE: WeakKeyDictionary[nn.Module, _InForce] = WeakKeyDictionary()
 
 
+def inside(hf: Any) -> Any:
+    """The transformers model in what `torch.compile` made of it, whose weights are the same;
+    anything else as it is.
+    """
+    return getattr(hf, "_orig_mod", hf)
+
+
 def known_tokenizer(hf: nn.Module) -> Any:
     """The tokenizer that a transformers model was wrapped with before, or None."""
+    hf = inside(hf)
     return _IN_FORCE[hf].tokenizer if hf in _IN_FORCE else None
 
 
@@ -84,8 +99,11 @@ def _known(hf: Any) -> _InForce:
 
 
 def _kinds(hf: nn.Module) -> list[tuple[Any, ...]]:
-    """What a layout is found for: parameters of these names, classes, dtypes and shapes."""
-    return [(name, type(p.data), p.dtype, p.shape) for name, p in hf.named_parameters()]
+    """What a layout is found for: parameters of these names, classes, dtypes and shapes, and what
+    was put around the code of the modules.
+    """
+    parameters = [(name, type(p.data), p.dtype, p.shape) for name, p in hf.named_parameters()]
+    return [*parameters, *put_around(hf)]
 
 
 class EditableModel:
@@ -106,13 +124,15 @@ class EditableModel:
         ModelError: the model cannot be edited, with the reason.
     """
 
+    @plain_modes()
     def __init__(self, hf: Any, tokenizer: Any, *, name: str | None = None) -> None:
         check_tokenizer(tokenizer)
+        hf = inside(hf)
         state = _known(hf)
         earlier = state.checkup or remembered(hf)
         self.layout: Layout = earlier.layout if earlier else detect(hf)
-        check_vocabulary(tokenizer, hf.get_input_embeddings().weight.shape[0])
         self.hf, self.tokenizer = hf, tokenizer
+        check_vocabulary(tokenizer, min(self.vocabulary, self.sayable))
         self.experts: Which = "routed"
         self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
         if self.dtype == torch.float16 and self.device.type == "cpu":
@@ -308,6 +328,18 @@ class EditableModel:
         return int(self.hf.get_input_embeddings().weight.shape[0])
 
     @property
+    def sayable(self) -> int:
+        """How many tokens it has logits for."""
+        return int(self.hf.get_output_embeddings().weight.shape[0])
+
+    @property
+    def rounding(self) -> float:
+        """The relative difference below which two of its results are the same: that of the coarsest
+        of its dtypes.
+        """
+        return max(rounding(parameter.dtype) for parameter in self.hf.parameters())
+
+    @property
     def max_length(self) -> int:
         """Longest sequence the model was made for, in tokens."""
         config = self.hf.config
@@ -467,6 +499,7 @@ class EditableModel:
             answer,
             longest=self.max_length,
             vocabulary=self.vocabulary,
+            sayable=self.sayable,
         )
 
     def chat(self, message: str, answer_prefix: str = "") -> str:

@@ -209,17 +209,28 @@ def continuations(
     """Greedy continuations as tokens, without the padding behind the end of a text; a router has no
     part in them. `as_configured` as of `generate`.
     """
+    ends = end_tokens(model)
 
     def written(together: Sequence[str]) -> list[list[int]]:
         ((new, fill, _),) = greedy(
             model, together, max_new_tokens, batch, as_configured=as_configured
         )
-        real = new != fill
-        sizes = real.int().cumsum(1).argmax(1) + real.any(1)  # up to the last that is no filling
-        return [row[:size] for row, size in zip(new.tolist(), sizes.tolist())]
+        return [_ended(row, ends, fill if as_configured else None) for row in new.tolist()]
 
     parts = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
     return [ids for found in team().share(parts, written) for ids in found]
+
+
+def _ended(row: list[int], ends: set[int], fill: int | None) -> list[int]:
+    """New tokens up to the one that ends the text. The token that fills up rows may be one that is
+    said: where none ends it the row is whole, but for what `fill` is behind it where a
+    configuration may end a text by other means.
+    """
+    end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+    if end == len(row):
+        while end and row[end - 1] == fill and fill not in ends:
+            end -= 1
+    return row[:end]
 
 
 def samples(

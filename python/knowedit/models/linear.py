@@ -36,7 +36,9 @@ class OneDNNLinear(TorchFunctionMode):
             if not torch.is_grad_enabled() or not any(map(_trained, args)):
                 return _product(*args)
             if not any(map(_trained, args[1:])):
-                return _Fixed.apply(*args)
+                x, *fixed = args
+                # rows, as torch lets no one write into a view that a function of ours returns
+                return _Fixed.apply(x.reshape(-1, x.shape[-1]), *fixed).view(*x.shape[:-1], -1)
         return func(*args, **(kwargs or {}))
 
 

@@ -16,7 +16,8 @@ from knowedit.errors import ModelError
 from knowedit.io.progress import no_bars_of_transformers
 from knowedit.models.adapters import base_of, merge
 from knowedit.models.download import DEFAULT_MODEL, name_of, resolve
-from knowedit.models.editable import EditableModel, known_tokenizer
+from knowedit.models.editable import EditableModel, inside, known_tokenizer
+from knowedit.models.evaluating import plain_modes
 from knowedit.models.experts import split_name
 from knowedit.models.fingerprint import weights_fingerprint
 from knowedit.models.packings import open_unpacked, packing_of
@@ -75,6 +76,7 @@ def load_model(
             raise ModelError(f"{name.name} has its tokenizer already; leave tokenizer out")
         return name
     if not isinstance(name, (str, Path)):
+        name = inside(name)
         _check_is_model(name)
         if tokenizer is None:
             tokenizer = known_tokenizer(name) or _tokenizer_of(name)
@@ -245,8 +247,9 @@ def as_editable(
 
 def accepts_model(function: Callable[P, R]) -> Callable[P, R]:
     """A function whose argument `model` may also be a transformers model, with the tokenizer saved
-    beside it, once given to `load_model`, or given here as `tokenizer=`. Raises ModelError for
-    anything else: a model that is only named would be lost with what was done to it.
+    beside it, once given to `load_model`, or given here as `tokenizer=`; modes of torch that
+    the caller is in (`no_grad`, `autocast`) do not reach into it. Raises ModelError for anything
+    else: a model that is only named would be lost with what was done to it.
     """
     names = list(inspect.signature(function).parameters)
     place = names.index("model")
@@ -262,7 +265,8 @@ def accepts_model(function: Callable[P, R]) -> Callable[P, R]:
             given = list(args)
             given[place] = _loaded(args[place], tokenizer, order)
             args = tuple(given)  # type: ignore[assignment]
-        return function(*args, **kwargs)
+        with plain_modes():
+            return function(*args, **kwargs)
 
     return with_editable
 

@@ -135,6 +135,16 @@ def probe_ids(hf: Any, copies: int) -> Tensor:
     return torch.tensor([ids] * copies, device=embeddings.device)
 
 
+def check_finite(states: Tensor, name: str) -> None:
+    """Raise ModelError for states of a few tokens that hold NaN or infinity."""
+    if not states.isfinite().all():
+        raise ModelError(
+            f"{name} gives hidden states that are not finite (NaN or infinity) on a few tokens: "
+            "its weights are damaged, or their dtype is too narrow; load it again, or with another "
+            "dtype"
+        )
+
+
 @torch.no_grad()
 def run(hf: Any, ids: Tensor) -> Any:
     """One plain forward pass. Raises ModelError with what the model says when it fails."""

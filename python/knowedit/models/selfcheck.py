@@ -27,8 +27,8 @@ from knowedit.io.versions import software_versions
 from knowedit.models import partial
 from knowedit.models.experts import Experts, WideProjection, as_keys
 from knowedit.models.partial.comparing import check_rows, off
-from knowedit.models.probing import Stream, direction, rounding, run, states_of
-from knowedit.models.structure import Head, Layout, Part
+from knowedit.models.probing import Stream, check_finite, direction, run, states_of
+from knowedit.models.structure import Head, Layout, Part, memory_shared
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
@@ -78,6 +78,8 @@ class Checkup:
 
 def remembered(hf: nn.Module) -> Checkup | None:
     """What was found of a model like this before, or None."""
+    if put_around(hf):
+        return None
     key = _key(hf)
     if key not in _REMEMBERED and _is_large(hf):
         try:
@@ -91,8 +93,10 @@ def remembered(hf: nn.Module) -> Checkup | None:
 
 def remember(hf: nn.Module, found: Checkup) -> None:
     """Keep what was found; a disk that cannot be written costs the next opening its checks, and
-    nothing else.
+    nothing else. Nothing is kept of modules with something around their code, which is not known.
     """
+    if put_around(hf):
+        return
     key = _key(hf)
     _REMEMBERED[key] = found
     if _is_large(hf):
@@ -111,9 +115,25 @@ def _is_large(hf: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in hf.parameters()) >= SMALL
 
 
+def put_around(hf: nn.Module) -> list[tuple[str, int]]:
+    """Modules that do not only what their classes say, by name, and how many hooks they have: a
+    function of their own instead of their `forward` counts as one (accelerate's moves tensors, and
+    nothing else).
+    """
+    found = (
+        (name, len(m._forward_hooks) + len(m._forward_pre_hooks) + _has_own_forward(m))
+        for name, m in hf.named_modules()
+    )
+    return [(name, count) for name, count in found if count]
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return "forward" in vars(module) and not hasattr(module, "_hf_hook")
+
+
 def _key(hf: Any) -> str:
-    """Digest of everything that what is found depends on: code, configuration, shapes, which
-    weights are shared, and the values of the small parameters (scales and norms).
+    """Digest of everything that what is found depends on: code, configuration, shapes, how weights
+    lie in memory and which share it, and the values of the small parameters (scales and norms).
     """
     digest = hashlib.blake2b(digest_size=16)
 
@@ -126,10 +146,10 @@ def _key(hf: Any) -> str:
     add(getattr(hf.config, "_attn_implementation", None))
     for name, module in hf.named_modules():
         add(name, type(module).__module__, type(module).__qualname__)
-    owners: dict[int, str] = {}
+    shared = memory_shared(hf)
     for name, p in hf.named_parameters(remove_duplicate=False):
-        owner = owners.setdefault(id(p), name)
-        add(name, owner, type(p.data).__name__, p.dtype, tuple(p.shape), p.device.type)
+        add(name, shared.get(name), type(p.data).__name__, p.dtype, tuple(p.shape), p.device.type)
+        add(p.is_inference(), p.stride() if p.layout == torch.strided else p.layout)
         if p.dim() < 2 and p.device.type != "meta" and type(p.data) is Tensor:
             add(p.detach().double().sum().item(), p.detach().double().square().sum().item())
     for name, buffer in hf.named_buffers():
@@ -194,14 +214,9 @@ def check_head(model: EditableModel) -> Check:
     finally:
         handle.remove()
     states = found[0]
-    if not states.isfinite().all():
-        raise ModelError(
-            f"{model.name} gives hidden states that are not finite (NaN or infinity) on a few "
-            "tokens: its weights are damaged, or their dtype is too narrow; load it again, or with "
-            "another dtype"
-        )
+    check_finite(states, model.name)
     error = off(model.head(states), wanted)
-    if error > rounding(model.dtype):
+    if error > model.rounding:
         raise ModelError(
             f"{model.name}: logits of its final hidden states differ from its own by {error:.1e} "
             "(relative): what it does between them is not known, so no result could be trusted"
@@ -217,13 +232,15 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
         ModelError: a changed weight or a padded batch is not what the plain pass makes of it, or
             earlier tokens see later ones.
     """
-    limit = rounding(model.dtype)
+    limit = model.rounding
     replay = partial.replays(model)
     replays = replay <= limit
     way = "layers run one by one" if replays else "the whole model runs instead: slower, the same"
     checks = [Check("replay", replay, way)]
     rows = [row.ids for row in check_rows(model)[0]]
     alone = [model.final_states(model.pad([ids])[0])[0] for ids in rows]
+    for states in alone:
+        check_finite(states, model.name)
     padded = model.final_states(model.pad(rows)[0])
     error = max(off(padded[i, : len(ids)], alone[i]) for i, ids in enumerate(rows))
     if error > limit:
@@ -261,13 +278,17 @@ def check_parts(model: EditableModel) -> tuple[bool, list[Check]]:
 
 
 def _one_of_each(model: EditableModel) -> list[int]:
-    """An editable layer of each kind, dense and with routed experts, that is neither the first nor
-    the last where there are others.
+    """An editable layer of each kind, dense and with routed experts, of each class and with what
+    stands around it; neither the first nor the last where there are others.
     """
-    layout = model.layout
-    routed = [layer for layer in layout.editable if layout.experts(layer)]
-    dense = [layer for layer in layout.editable if not layout.experts(layer)]
-    return [kind[len(kind) // 2] for kind in (dense, routed) if kind]
+    layout, around = model.layout, dict(put_around(model.hf))
+    kinds: dict[Any, list[int]] = {}
+    for layer in layout.editable:
+        path = layout.projection(layer)
+        hooks = around.get(path, 0), around.get(layout.mlp(layer), 0)
+        kind = layout.experts(layer) is None, type(model.hf.get_submodule(path)), hooks
+        kinds.setdefault(kind, []).append(layer)
+    return [kind[len(kind) // 2] for kind in kinds.values()]
 
 
 def _realised(model: EditableModel, layer: int, ids: list[int]) -> float:

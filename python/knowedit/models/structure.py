@@ -23,6 +23,7 @@ from knowedit.models import probing
 from knowedit.models.experts import Experts, holds_experts, recognise, split_name
 from knowedit.models.probing import LayerTrace, Linear, Stream, is_linear, size_of
 from knowedit.models.quantised import held_as
+from knowedit_kernels._memory import overlaps, reach
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
@@ -252,12 +253,7 @@ def detect(model: Any) -> Layout:
     kind = type(model).__name__
     _check(model, kind)
     traced = probing.trace(model)
-    if not traced.states.isfinite().all():
-        raise ModelError(
-            f"{kind} gives hidden states that are not finite (NaN or infinity) on a few tokens: "
-            "its weights are damaged, or their dtype is too narrow; load it again, or with another "
-            "dtype"
-        )
+    probing.check_finite(traced.states, kind)
     layers = [f"{traced.stack}.{index}" for index in range(len(traced.layers))]
     chosen, refused = _projections(model, layers, traced.layers, traced.hidden)
     routed, unknown = _routed(model, layers, traced.layers)
@@ -355,19 +351,26 @@ def _check(model: Any, kind: str) -> None:
         raise ModelError(
             f"{kind} has no output head; load it as a causal LM (AutoModelForCausalLM)"
         )
-    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    held = (*model.named_parameters(), *model.named_buffers())
+    away = [name for name, tensor in held if tensor.is_meta]
     if away:
         raise ModelError(
-            f"{len(away)} parameters of {kind} are not in memory ({away[0]}, ...): device_map put "
+            f"{len(away)} tensors of {kind} are not in memory ({away[0]}, ...): device_map put "
             "them on the disk or the CPU; use more or larger GPUs, dtype='bfloat16', or "
             "device_map='cpu'"
         )
-    if any(".lora_A." in name for name, _ in model.named_modules()):
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            f"{kind} was made within torch.inference_mode(), and no gradient can be taken through "
+            "its weights; load it outside"
+        )
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ModelError(
             f"{kind} has peft adapters, and an edit of the weights below them would be lost; merge "
-            "them first: model = model.merge_and_unload()"
+            "them first (model = model.merge_and_unload()), or take the model without them "
+            "(model.unload())"
         )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in held:
         if why := held_as(name, tensor):
             raise ModelError(
                 f"{kind}: {name} is quantised ({why}), and an edit would be lost in its rounding; "
@@ -381,7 +384,7 @@ def _projections(
     """The MLP's output projection in each layer, and why there is none in the others."""
     chosen: dict[int, Linear] = {}
     refused: dict[int, str] = {}
-    owners: dict[int, int] = {}
+    shared = memory_shared(model)
     for index, (path, found) in enumerate(zip(layers, traced, strict=True)):
         linear = _write_out(path, found, hidden)
         if found.runs != 1:
@@ -395,19 +398,47 @@ def _projections(
                 "it has no MLP output projection, a linear layer onto the hidden states outside "
                 f"of what mixes tokens ({', '.join(sorted(found.mixers)) or 'nothing'})"
             )
+        elif why := _unwritable(model, f"{linear.path}.weight", shared):
+            refused[index] = why
         else:
-            weight = id(model.get_submodule(linear.path).weight)
-            if weight in owners:
-                refused[index] = f"it shares its weights with layer {owners[weight]}"
-            else:
-                owners[weight], chosen[index] = index, linear
-    shared = {owners[id(model.get_submodule(chosen[i].path).weight)] for i in chosen} & {
-        int(why.rpartition(" ")[2]) for why in refused.values() if why.startswith("it shares")
-    }
-    for index in shared:
-        del chosen[index]
-        refused[index] = "other layers share its weights"
+            chosen[index] = linear
     return chosen, refused
+
+
+def memory_shared(model: Any) -> dict[str, str]:
+    """Parameters whose memory is that of another one, too, wholly or in part: the other's name."""
+    spans = sorted(
+        (str(parameter.device), *reach(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.numel() and parameter.layout == torch.strided
+        if not parameter.is_meta and type(parameter.data) is Tensor
+    )
+    found: dict[str, str] = {}
+    on, furthest, owner = "", 0, ""
+    for device, begin, end, name in spans:
+        if device == on and begin < furthest:
+            found[name] = owner
+            found.setdefault(owner, name)
+        if device != on or end > furthest:
+            on, furthest, owner = device, end, name
+    return found
+
+
+def _unwritable(model: Any, name: str, shared: Mapping[str, str]) -> str | None:
+    """Why an edit of this weight would not be what is computed, or would be more than that."""
+    owner, _, leaf = name.rpartition(".")
+    parameter = model.get_submodule(owner)._parameters.get(leaf)
+    if parameter is None:
+        return (
+            f"{name} is no parameter: it is made of others (a parametrization, weight_norm, "
+            "pruning); make it one first (torch.nn.utils.parametrize.remove_parametrizations, "
+            "prune.remove)"
+        )
+    if name in shared:
+        return f"it shares its weight with {shared[name]}"
+    if overlaps(parameter):
+        return f"entries of {name} share memory; make it contiguous first"
+    return None
 
 
 def _write_out(path: str, traced: LayerTrace, hidden: int) -> Linear | None:
@@ -478,10 +509,14 @@ def _routed(
         index: f"its {name} is a mixture of experts that are not held in one parameter"
         for index, name in named.items()
     }
+    shared = memory_shared(model) if paths else {}
     for path, (args, kwargs, output) in (probing.calls(model, paths) if paths else {}).items():
         try:
             found = recognise(model.get_submodule(path), args, kwargs, output)
-            routed[paths[path]] = path, found
+            if why := _unwritable(model, f"{path}.{found.weight}", shared):
+                refused[paths[path]] = why
+            else:
+                routed[paths[path]] = path, found
         except ModelError as error:
             refused[paths[path]] = f"its experts ({path}) cannot be taken apart: {error}"
     return routed, {i: why for i, why in refused.items() if i not in routed}

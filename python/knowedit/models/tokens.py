@@ -32,6 +32,7 @@ def tokenise(
     *,
     longest: int = 1 << 30,
     vocabulary: int = 1 << 60,
+    sayable: int = 1 << 60,
 ) -> Row:
     """Tokenise `prompt` (+ `answer`), and find the last token of `subject` in it: where `{}` stands
     for it in the prompt, or else its last occurrence.
@@ -45,7 +46,8 @@ def tokenise(
     Raises:
         EditError: the text has no tokens, the subject is not in the prompt, ends inside a token,
             the text is longer than the context (`longest` tokens), or the model has no embedding
-            for one of its tokens (`vocabulary` of them).
+            for one of its tokens (`vocabulary` of them), or no logit for one of the answer's
+            (`sayable` of them).
     """
     template = subject is not None and prompt.count("{}") == 1
     given = prompt.index("{}") if template else None
@@ -93,6 +95,11 @@ def tokenise(
             raise EditError(f"the answer {answer!r} to {prompt!r} has no tokens")
         if first == 0:
             raise EditError(f"the answer {answer!r} has no prompt before it")
+        if unknown := [token for token in ids[first:] if token >= sayable]:
+            raise EditError(
+                f"the answer {answer!r}: the model has no logit for its token "
+                f"{tokenizer.convert_ids_to_tokens(unknown[0])!r}, which it can read and not say"
+            )
     return Row(ids, where, first, start)
 
 
@@ -132,13 +139,14 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def check_vocabulary(tokenizer: Any, rows: int) -> None:
     """Raise ModelError for a tokenizer whose ordinary tokens go beyond the `rows` of a model's
-    embedding. Tokens that were added to it may: they are refused where a text holds one.
+    embedding, or of its head. Tokens that were added to it may: they are refused where a text holds
+    one.
     """
     added = tokenizer.added_tokens_decoder
     missing = [i for i in range(rows, len(tokenizer)) if i not in added]
     if missing:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows} "
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} "
             f"({tokenizer.convert_ids_to_tokens(missing[0])!r} is left out): this tokenizer "
             "belongs to another model; pass the model's own as tokenizer="
         )

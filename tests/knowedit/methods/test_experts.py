@@ -246,6 +246,8 @@ def test_lora_trains_experts_as_one_wide_layer(mixture, modules):
         modules = tuple(name.removeprefix("mlp.") for name in modules)
     method = LoRA(layers=(LAYER,), modules=modules, steps=12, lr=0.02)
     edit = method.compute(mixture, FACTS[:1], progress=False)
+    parts = [part for change in edit.changes.values() for part in change.tensors().values()]
+    assert not any(part.requires_grad for part in parts)
     name = mixture.layout.weight_name(LAYER)
     of_experts = [key for key in edit.changes if key.startswith(f"{name}[")]
     assert len(of_experts) == mixture.layout.experts(LAYER).count

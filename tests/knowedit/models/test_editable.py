@@ -19,6 +19,7 @@ from knowedit.models.load import as_editable, load_model
 from knowedit.models.structure import detect
 from knowedit.models.tokens import Row, batches, join
 from knowedit.statistics import key_statistics
+from tests.knowedit.models.tiny import build
 
 TEXTS = [
     ("The capital of France is", "France"),
@@ -147,9 +148,16 @@ def test_parameters_that_are_not_in_memory_are_refused(tiny_llama):
     with torch.device("meta"):
         hf = type(tiny_llama.hf)(tiny_llama.hf.config)
     with pytest.raises(
-        ModelError, match=r"parameters of .* are not in memory \(model\.embed.*device_map"
+        ModelError, match=r"tensors of .* are not in memory \(model\.embed.*device_map"
     ):
         EditableModel(hf, tiny_llama.tokenizer)
+
+
+def test_a_model_made_in_inference_mode_is_refused(tiny_llama):
+    with torch.inference_mode():
+        other = copy.deepcopy(tiny_llama.hf)
+    with pytest.raises(ModelError, match="inference_mode.*load it outside"):
+        EditableModel(other, tiny_llama.tokenizer)
 
 
 def test_no_prompts(tiny):
@@ -289,6 +297,34 @@ def test_the_whole_path_with_a_transformers_model_in_training_mode(tiny):
         edit.apply("some/model")
 
 
+#: Modes of torch that a caller may be in.
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_the_caller_change_nothing(byte_tokenizer, mode):
+    fact = Fact("The capital of {} is", "France", "Lyon")
+    method = MEMIT(layers=(1, 2), target=HiddenState(steps=3, lr=0.5))
+
+    def made(hf):
+        model = EditableModel(hf, byte_tokenizer, name="tiny")
+        statistics = key_statistics(model, [1, 2], "self", tokens=2000, progress=False)
+        edit = method.compute(hf, [fact], statistics, progress=False)
+        edit.apply(hf)
+        edit.undo(hf)
+        return edit.key
+
+    wanted, hf = made(build("llama")), build("llama")
+    before = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    with MODES[mode]():
+        assert made(hf) == wanted
+    assert all(torch.equal(tensor, before[name]) for name, tensor in hf.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["ft", "lora", "metake"])
 def test_training_leaves_no_gradient_behind(tiny_llama, kind):
     fact = Fact("The capital of {} is", "France", "Lyon", true="Paris")
@@ -307,6 +343,45 @@ def test_training_leaves_no_gradient_behind(tiny_llama, kind):
 
 def test_the_tokenizer_saved_with_a_model_is_found(smollm):
     assert load_model(smollm.hf).row("Rome is").ids == smollm.row("Rome is").ids
+
+
+@pytest.mark.parametrize("what", ["model", "layers"])
+def test_compiled_code_runs_as_it_is_written(tiny_llama, what):
+    """Compiled code passes over hooks that it was not compiled with."""
+    model, row = tiny_llama, tiny_llama.row("Rome is in Italy", "Rome")
+    wanted, outputs = model.keys([row], [1, 2], outputs=True)
+    for module in [model.hf] if what == "model" else model.layers:
+        module.compile(backend="eager")
+    with torch.no_grad():
+        said = model.hf(torch.tensor([row.ids])).logits  # compiled, without hooks
+    again = EditableModel(model.hf, model.tokenizer)
+    found, others = again.keys([row], [1, 2], outputs=True)
+    assert all(torch.equal(found[layer], wanted[layer]) for layer in (1, 2))
+    assert torch.equal(others, outputs)
+    pair = torch.ones(32, 1), torch.ones(48, 1)
+    with again.virtual({2: pair}):
+        moved = again.next_logprobs(["Rome is in Italy"])
+    assert not torch.allclose(moved, again.next_logprobs(["Rome is in Italy"]))
+    with torch.no_grad():
+        assert torch.equal(model.hf(torch.tensor([row.ids])).logits, said)
+
+
+def test_a_compiled_model_is_the_model_inside(tiny_llama):
+    compiled = torch.compile(tiny_llama.hf, backend="eager")
+    assert load_model(compiled).hf is tiny_llama.hf
+    model = EditableModel(compiled, tiny_llama.tokenizer)
+    assert model.hf is tiny_llama.hf and model.ledger is tiny_llama.ledger
+
+
+def test_a_head_for_fewer_tokens_than_are_read(tiny_llama, byte_tokenizer):
+    tiny_llama.hf.lm_head = torch.nn.Linear(32, 200, bias=False).requires_grad_(False)
+    with pytest.raises(ModelError, match="has 258 tokens and the model"):
+        EditableModel(tiny_llama.hf, byte_tokenizer)
+    tiny_llama.hf.lm_head = torch.nn.Linear(32, 257, bias=False).requires_grad_(False)
+    model = EditableModel(tiny_llama.hf, byte_tokenizer)  # its last token is an added one
+    assert model.score(["<eos>Rome is in"], ["Italy"])[0].logprob < 0
+    with pytest.raises(EditError, match="no logit for its token '<eos>'"):
+        model.score(["Rome is in"], ["<eos>"])
 
 
 def test_its_repr_fits_a_screen(tiny):
@@ -348,6 +423,25 @@ class TestRefusals:
         projection.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
         with pytest.raises(ModelError, match="quantised"):
             detect(tiny_llama.hf)
+
+    @pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "OFTConfig", "LNTuningConfig"])
+    def test_adapters_of_peft(self, tiny_llama, kind):
+        import peft
+
+        own = {"IA3Config": {"feedforward_modules": []}, "OFTConfig": {"oft_block_size": 4}}
+        module = "norm" if kind == "LNTuningConfig" else "q_proj"
+        config = getattr(peft, kind)(target_modules=[module], **own.get(kind, {}))
+        adapted = peft.get_peft_model(tiny_llama.hf, config)
+        for hf in (adapted, adapted.get_base_model()):
+            with pytest.raises(ModelError, match=r"has peft adapters.*merge_and_unload\(\)"):
+                detect(hf)
+
+    def test_soft_prompts_of_peft(self, tiny_llama):
+        import peft
+
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        with pytest.raises(ModelError, match="has peft adapters"):
+            detect(peft.get_peft_model(tiny_llama.hf, config))
 
     def test_a_slow_tokenizer(self, tiny_llama):
         with pytest.raises(ModelError, match="fast"):

@@ -59,6 +59,21 @@ def test_the_models_own_config_is_an_option(tiny_llama):
     assert tiny_llama.generate(PROMPTS, 12, as_configured=True) != plain
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_word_that_also_fills_up_rows_is_said(tiny_llama, ends):
+    """Whoever sets a padding token where there is none may take an ordinary one, or the end."""
+    prompts = PROMPTS[:2]
+    said = [by_argmax(tiny_llama, prompt, 6) for prompt in prompts]
+    if ends:
+        tiny_llama.hf.generation_config.eos_token_id = said[0][3]
+        said = [by_argmax(tiny_llama, prompt, 6) for prompt in prompts]
+    tiny_llama.tokenizer.pad_token_id = said[0][-1]
+    try:
+        assert continuations(tiny_llama, prompts, 6) == said
+    finally:
+        tiny_llama.tokenizer.pad_token = "<pad>"
+
+
 @pytest.mark.parametrize(
     ("ask", "said"),
     [

@@ -81,6 +81,21 @@ def test_gradients_of_inputs_are_those_of_linear_layers(fast, bias):
         assert (mine - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 7), (3, 7), (7,)])
+def test_what_a_layer_returns_may_be_written_to(fast, shape):
+    """As some models do: OLMo clips queries, keys and values where they stand."""
+    layer, x = torch.nn.Linear(7, 5).requires_grad_(False), torch.randn(shape)
+
+    def slope(mode):
+        given = x.clone().requires_grad_()
+        with mode:
+            layer(given).clamp_(min=-0.2, max=0.2).pow(2).sum().backward()
+        return given.grad
+
+    torch.testing.assert_close(slope(linear.fast_linear()), slope(nullcontext()))
+    assert fast
+
+
 @pytest.mark.parametrize("trained", ["weight", "bias"])
 def test_layers_that_are_trained_get_their_gradients(fast, trained):
     layer, x = torch.nn.Linear(7, 5), torch.randn(3, 7)

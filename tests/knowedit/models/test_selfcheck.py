@@ -1,5 +1,6 @@
 """What is tried when a model is opened (unit)."""
 
+import copy
 import json
 
 import pytest
@@ -93,6 +94,42 @@ def test_a_weight_that_is_not_what_is_multiplied_is_refused(byte_tokenizer):
         EditableModel(hf, byte_tokenizer)
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+def test_every_kind_of_projection_is_tried(byte_tokenizer, layer):
+    class Half(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    hf = build("llama")
+    hf.model.layers[layer].mlp.down_proj.__class__ = Half
+    with pytest.raises(ModelError, match=rf"layers\.{layer}\.mlp.*does not multiply by this"):
+        EditableModel(hf, byte_tokenizer)
+
+
+@pytest.mark.parametrize("known", ["the model", "one like it"])
+def test_hooks_are_tried_though_the_model_is_known(byte_tokenizer, known):
+    hf = build("llama")
+    EditableModel(hf, byte_tokenizer)
+    hf = hf if known == "the model" else build("llama")
+    hook = hf.model.layers[1].mlp.down_proj.register_forward_hook(lambda _m, _x, y: y / 2)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp.*does not multiply by this weight"):
+        EditableModel(hf, byte_tokenizer)
+    hook.remove()
+    EditableModel(hf, byte_tokenizer)
+
+
+def test_the_coarsest_dtype_is_what_rounds(byte_tokenizer):
+    """Projections that are kept in float32 in a bfloat16 model."""
+    hf = build("llama").to(torch.bfloat16)
+    for layer in hf.model.layers:
+        projection = layer.mlp.down_proj.float()
+        projection.register_forward_pre_hook(lambda _m, x: x[0].float())
+        projection.register_forward_hook(lambda _m, _x, y: y.bfloat16())
+    model = EditableModel(hf, byte_tokenizer)
+    assert model.dtype == torch.float32 and model.rounding == 3e-2
+    assert 1e-3 < max(errors_of(model).values()) < 3e-2
+
+
 def test_large_models_are_remembered_on_the_disk(byte_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("KNOWEDIT_CACHE", str(tmp_path))
     monkeypatch.setattr(selfcheck, "SMALL", 0)
@@ -111,7 +148,7 @@ def test_large_models_are_remembered_on_the_disk(byte_tokenizer, tmp_path, monke
     assert EditableModel(build("granite"), byte_tokenizer).checkup == first.checkup
 
 
-@pytest.mark.parametrize("change", ["config", "module", "scale"])
+@pytest.mark.parametrize("change", ["config", "module", "scale", "memory", "strides", "inference"])
 def test_what_matters_is_found_anew(byte_tokenizer, change):
     """The same shapes with another configuration, other code or other scales are another model."""
     one, other = build("granite"), build("granite")
@@ -120,6 +157,15 @@ def test_what_matters_is_found_anew(byte_tokenizer, change):
         other.config.logits_scaling = 4.0
     elif change == "module":
         other.model.layers[0].mlp.act_fn = nn.ReLU()
+    elif change == "memory":
+        first, second = (other.model.layers[i].mlp.down_proj for i in (1, 2))
+        second.weight = nn.Parameter(first.weight.data, requires_grad=False)
+    elif change == "strides":
+        projection = other.model.layers[1].mlp.down_proj
+        projection.weight.data = projection.weight.data[:1].expand(32, 48)
+    elif change == "inference":
+        with torch.inference_mode():
+            other = copy.deepcopy(other)
     else:
         other.model.norm.weight.data.mul_(2)
     assert selfcheck._key(one) != selfcheck._key(other)
@@ -129,6 +175,14 @@ def test_damaged_weights_are_seen_though_the_model_is_known(byte_tokenizer):
     EditableModel(build("llama"), byte_tokenizer)
     hf = build("llama")
     hf.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(ModelError, match="not finite"):
+        EditableModel(hf, byte_tokenizer)
+
+
+def test_a_damaged_embedding_is_no_leak_of_later_tokens(byte_tokenizer):
+    """NaN where only some texts read it."""
+    hf = build("llama")
+    hf.model.embed_tokens.weight.data[200] = torch.nan
     with pytest.raises(ModelError, match="not finite"):
         EditableModel(hf, byte_tokenizer)
 

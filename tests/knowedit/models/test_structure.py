@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from knowedit.errors import ModelError
 from knowedit.models.editable import EditableModel
@@ -134,13 +135,68 @@ def test_dense_layers_in_front_of_experts_are_dense(byte_tokenizer):
     assert layout.shared[2].projection == "model.layers.2.mlp.shared_experts.down_proj"
 
 
-def test_shared_weights_are_not_edited():
-    hf = build("llama")
-    hf.model.layers[3].mlp.down_proj.weight = hf.model.layers[1].mlp.down_proj.weight
+def frozen(tensor):
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+#: What else lies where the weight of layer 1's projection does.
+SHARED = {
+    "the parameter": ("model.layers.3.mlp.down_proj", lambda weight: weight),
+    "its memory": ("model.layers.3.mlp.down_proj", lambda weight: frozen(weight.data)),
+    "another module": ("model.layers.2.self_attn.o_proj", lambda weight: weight),
+    "read transposed": ("model.layers.2.mlp.up_proj", lambda weight: frozen(weight.data.T)),
+    "a part of it": ("model.layers.2.self_attn.k_proj", lambda weight: frozen(weight.data[:16])),
+    "behind its head": ("model.layers.0.self_attn.v_proj", lambda weight: frozen(weight.data[16:])),
+}
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_shared_weights_are_not_edited(how):
+    """An edit would change whatever else multiplies by them."""
+    name, view = SHARED[how]
+    hf = build("llama", intermediate_size=32)
+    hf.get_submodule(name).weight = view(hf.model.layers[1].mlp.down_proj.weight)
     layout = detect(hf)
-    assert layout.editable == (0, 2)
-    with pytest.raises(ModelError, match="layer 1 .*other layers share its weights"):
+    assert layout.editable == ((0, 2) if name.endswith("down_proj") else (0, 2, 3))
+    with pytest.raises(ModelError, match=f"layer 1 .*it shares its weight with {name}.weight"):
         layout.projection(1)
+
+
+def test_weights_beside_each_other_in_memory_are_not_shared():
+    """As trainers hold them: all parameters are views of one long tensor."""
+    hf = build("llama")
+    flat, start = torch.cat([p.data.reshape(-1) for p in hf.parameters()]), 0
+    for parameter in hf.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view_as(parameter)
+        start += parameter.numel()
+    assert detect(hf).editable == (0, 1, 2, 3)
+
+
+#: What keeps a module from having a weight that can be written to.
+MADE = {
+    "parametrised": lambda module: nn.utils.parametrizations.weight_norm(module),
+    "normed": lambda module: nn.utils.weight_norm(module),
+    "pruned": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("how", MADE)
+def test_a_weight_that_is_made_of_others_is_not_edited(how):
+    hf = build("llama")
+    MADE[how](hf.model.layers[2].mlp.down_proj)
+    layout = detect(hf.requires_grad_(False))
+    assert layout.editable == (0, 1, 3)
+    with pytest.raises(ModelError, match=r"layer 2 .*down_proj\.weight is no parameter"):
+        layout.projection(2)
+
+
+def test_a_weight_whose_entries_share_memory_is_not_edited():
+    hf = build("llama")
+    projection = hf.model.layers[2].mlp.down_proj
+    projection.weight = frozen(projection.weight.data[:1].expand(32, 48))
+    with pytest.raises(ModelError, match="layer 2 .*share memory; make it contiguous"):
+        detect(hf).projection(2)
 
 
 def test_a_model_is_left_as_it_was():

@@ -225,7 +225,8 @@ class LoRAAdapter(Trainable):
         for name, layer in self.layers.items():
             up, down = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
             found[f"{name}.weight"] = layer.scaling[NAME] * up, down.T.contiguous()
-        wide = changes_of(self.model, self._factors())
+        factors = {at: (u.detach(), v.detach()) for at, (u, v) in self._factors().items()}
+        wide = changes_of(self.model, factors)
         return found | {name: change.raw for name, change in wide.items()}
 
 

@@ -17,7 +17,7 @@ from knowedit.models.packed import beginnings
 from knowedit.models.partial.arguments import in_a_row
 from knowedit.models.partial.calls import Call, Prefix
 from knowedit.models.partial.comparing import WINDOW, check_rows, off, tried
-from knowedit.models.probing import first_of, rounding
+from knowedit.models.probing import first_of
 
 if TYPE_CHECKING:
     from knowedit.models.editable import EditableModel
@@ -149,7 +149,7 @@ def texts_in_a_row(model: EditableModel, texts: Sequence[Sequence[int]]) -> Text
     # a text longer than those that are tried may pass an attention window
     if not pays(model) or max(map(len, texts)) > WINDOW or not model.replays:
         return None
-    fits = tried(model, "texts", lambda: texts_error(model) <= rounding(model.dtype))
+    fits = tried(model, "texts", lambda: texts_error(model) <= model.rounding)
     return Texts(model, texts) if fits else None
 
 

@@ -18,7 +18,7 @@ from knowedit.models.partial.comparing import check_rows, off, tried
 from knowedit.models.partial.hooks import Window
 from knowedit.models.partial.replay import Replay
 from knowedit.models.partial.whole import Whole
-from knowedit.models.probing import direction, rounding
+from knowedit.models.probing import direction
 from knowedit.models.tokens import Row
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def runs_flat(model: EditableModel) -> bool:
     """Whether texts in one row have the states of texts one below the other, where nothing looks
     into the layers (`run(unseen=True)`): tried once.
     """
-    return tried(model, "flat", lambda: flat_error(model) <= rounding(model.dtype))
+    return tried(model, "flat", lambda: flat_error(model) <= model.rounding)
 
 
 @torch.no_grad()
@@ -255,4 +255,4 @@ def _fits_texts(part: PartialModel) -> bool:
         found = off(part.run(wanted), model.final_states(ids))
     except Exception:  # whatever a model's own code raises when it is called like this
         return False
-    return found < rounding(model.dtype)
+    return found < model.rounding
