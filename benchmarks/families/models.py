@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 
 #: Size, and the names that configurations have for it.
 NAMES = {
-    258: "vocab_size vocab_size_per_layer_input",
+    258: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
     32: "hidden_size n_embd d_model word_embed_proj_dim embedding_size attention_hidden_size "
     "conv_dim conv_dim_out lru_width block_dim token_position_embedding_size hidden_dim",
     48: "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size dim_ff "
