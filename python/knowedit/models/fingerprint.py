@@ -25,14 +25,21 @@ CHUNK = 1 << 22  # words of a tensor that are summed with the same places
 SLICE = 1 << 16  # words that are multiplied at a time: they stay in the processor's cache
 SAMPLES = 16  # numbers of a parameter that are looked at each time
 
-#: Configuration fields that change what weights of the same shapes compute.
-COMPUTES = re.compile(
+#: Hex digits of earlier digests of configurations, and the fields that they counted, each of them.
+EVERY_FIELD = 8
+COUNTED = re.compile(
     r"act($|_)|activation|eps|theta|rope|rotary|(?<!initializer_)factor|multiplier|scal|softcap"
     r"|window|layer_types|head|per_tok|top_?k|parallel|norm_before|position_embedding_type|alibi"
 )
 
-#: Hex digits of earlier digests of configurations, which counted every one of those fields.
-EVERY_FIELD = 8
+#: Configuration fields that change what weights of the same shapes compute. The later ones were
+#: found by changing every field of every family that transformers builds.
+COMPUTES = re.compile(
+    COUNTED.pattern
+    + r"|soft_cap|clip|limit|lower_bound|time_step|max_distance|alpha|^hc_|^mup_|dim_model_base"
+    r"|n_group|expert_group|moe_k$|renormal|jitter|safe_gate|neg_eigval|_cycles|adapter"
+    r"|attention_(chunk|layers|types)|causal|bidirectional|qk_norm|residual_connection"
+)
 
 #: What tokenizers disagree about: case, blanks, numbers, accents, scripts, code, rare signs.
 PROBE = (
@@ -194,7 +201,7 @@ def difference(model: EditableModel | Checkpoint, fingerprint: str, setup: str =
     if len(recorded[0]) == EVERY_FIELD:
         held: Any = getattr(model, "hf", model)  # a model's own, or a checkpoint's
         every = _text_config(held.config).to_dict()
-        mine[0] = _digest(sorted(set(_named(every))))
+        mine[0] = _digest(sorted(set(_named(every, COUNTED))))
     computes, reads = (a != b for a, b in zip(mine, recorded))
     if not computes and not reads:
         return None
@@ -255,12 +262,14 @@ def _unlike(value: Any, default: Any) -> Any:
     return {n: _unlike(v, default.get(n)) for n, v in value.items() if v != default.get(n)}
 
 
-def _named(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _named(
+    record: Mapping[str, Any], counted: re.Pattern[str] = COMPUTES
+) -> Iterator[tuple[str, str]]:
     """Names and values of the fields that change logits, also of those within fields."""
     for name, value in record.items():
         if isinstance(value, Mapping):
-            yield from _named(value)
-        elif value is not None and COMPUTES.search(str(name)):
+            yield from _named(value, counted)
+        elif value is not None and counted.search(str(name)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             yield str(name), repr(float(value)) if number else json.dumps(value, default=str)
 

@@ -236,6 +236,56 @@ def test_another_tokenizer_is_another_model(tiny_llama):
     edit.check(tiny_llama)
 
 
+#: Parts of names of fields that are of training, of shapes, or of how a model is called.
+UNCOUNTED = (
+    "_id token vocab use_cache output_ return_dict initializer dropout pdrop tie_ decoder".split()
+)
+SCANNED = (
+    "bloom deepseek_v3 ernie4_5_moe gemma3_text gpt_neo gpt_oss granite llama llama4_text mamba2 "
+    "minicpm3 olmo olmoe phimoe qwen2_moe recurrent_gemma".split()
+)
+
+
+def other_values(value: Any) -> list[Any]:
+    """What a field of a configuration could hold instead."""
+    if value is None:
+        return [0.37, 2, True]
+    if isinstance(value, list):
+        return [value[::-1]]
+    kinds = {
+        bool: lambda: [not value],
+        int: lambda: [value + 1],
+        float: lambda: [1.7 * value + 0.1],
+    }
+    return kinds.get(type(value), list)()
+
+
+@pytest.mark.parametrize("kind", SCANNED)
+def test_every_field_that_changes_logits_is_counted(kind):
+    """Fields are changed one by one, and the model made anew with the same weights."""
+    model, ids = build(kind), torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 97, 9, 32, 38] * 2])
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wanted = model(input_ids=ids, use_cache=False).logits
+    uncounted = []
+    for name, value in model.config.to_dict().items():
+        if module.COMPUTES.search(name) or any(part in name for part in UNCOUNTED):
+            continue
+        for other in other_values(value):
+            config = copy.deepcopy(model.config)
+            try:
+                setattr(config, name, other)
+                made = type(model)(config).eval()
+                if {n: tensor.shape for n, tensor in made.state_dict().items()} != shapes:
+                    continue
+                made.load_state_dict(model.state_dict())
+                found = made(input_ids=ids, use_cache=False).logits
+            except Exception:  # a value that this class does not take
+                continue
+            if found.shape == wanted.shape and not torch.allclose(found, wanted, 1e-4, 1e-5):
+                uncounted.append((name, other))
+    assert uncounted == []
+
+
 def test_what_does_not_change_logits_is_not_in_the_setup(tiny_llama):
     config, tokenizer = copy.deepcopy(tiny_llama.hf.config), copy.deepcopy(tiny_llama.tokenizer)
     config.use_cache, config.knowedit, config._name_or_path = False, {"edits": []}, "x"
@@ -274,7 +324,7 @@ def test_what_a_configuration_class_fills_in_is_not_in_the_setup(byte_tokenizer)
 
 def test_a_digest_of_every_field_is_understood(tiny_llama):
     """Files of earlier versions hold one."""
-    fields = sorted(set(module._named(tiny_llama.hf.config.to_dict())))
+    fields = sorted(set(module._named(tiny_llama.hf.config.to_dict(), module.COUNTED)))
     earlier = f"{module._digest(fields)}-{tiny_llama.setup.split('-')[1]}"
     assert difference(tiny_llama, tiny_llama.fingerprint, earlier) is None
     other = another(tiny_llama, hidden_act="gelu")
