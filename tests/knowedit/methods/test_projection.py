@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from knowedit.errors import EditError
 from knowedit.facts.fact import Fact
 from knowedit.methods import EMMET, MEMIT, ROME, AlphaEdit, MetaKE, NeuronPatch, RoSE
+from knowedit.methods.locate import values
 from knowedit.methods.locate.metrics import Covariance
 from knowedit.methods.locate.targets import HiddenState, MergedFacts
 from knowedit.methods.locate.task import Runtime
@@ -322,3 +323,14 @@ def test_behind_a_gate_lengths_are_the_layers_outputs_seen_through_it(byte_token
         at = row.subject
         wanted = seen["out"][0, at].norm() / seen["gate"].flatten()[at]
         assert float(length) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_a_gate_that_is_shut_at_a_subject_is_refused(byte_tokenizer, monkeypatch):
+    model = EditableModel(build("qwen2_moe"), byte_tokenizer).editing("shared")
+
+    def shut(_model, rows, _layer):
+        return torch.tensor([0.5] * (len(rows) - 1) + [0.0], dtype=torch.float64), 0.0
+
+    monkeypatch.setattr(values, "gates", shut)
+    with pytest.raises(EditError, match=r"layer 1's MLP is shut .* edit another layer"):
+        optimise_values(model, [[fact] for fact in FACTS], 1, VALUES)

@@ -94,6 +94,10 @@ class ValueSettings(Config):
 AT_PROJECTION: Mapping[str, Any] = {"lr": None, "clamp": 4.0}
 
 
+#: A gate that passes on less is shut.
+LEAST_GATE = 1e-6
+
+
 def preset_numbers(preset: Preset, problem: type[Problem]) -> dict[str, Any]:
     """A preset's numbers, by keyword, for values that are planned as `problem` does."""
     return {**preset.values, **({} if preset.fitted else problem.numbers)}
@@ -564,8 +568,17 @@ class AtGates(AtProjections):
 
     @classmethod
     def state_lengths(cls, model: EditableModel, rows: Sequence[Row], layer: int) -> Tensor:
-        states = _outputs(model, rows, layer, True).norm(dim=1)
-        return states / gates(model, rows, layer)[0].abs().to(states)
+        states, passed = (
+            _outputs(model, rows, layer, True).norm(dim=1),
+            gates(model, rows, layer)[0],
+        )
+        if not bool((passed.abs() >= LEAST_GATE).all()):
+            raise EditError(
+                f"the gate behind layer {layer}'s MLP is shut at some of the facts' subjects (it "
+                f"passes on {float(passed.abs().min()):.1e} of what is written): nothing that is "
+                "written there arrives; edit another layer"
+            )
+        return states / passed.abs().to(states)
 
     def lengths(self, value: Tensor, sink: float) -> tuple[Tensor, Tensor]:
         rows = [row for plan in self.plans for row in plan.rows[:-1]]
