@@ -569,15 +569,13 @@ class EditableModel:
         out = torch.empty(count, self.hidden, device=self.device) if outputs else None
         ends = [len(r.ids) - 1 if r.subject is None else r.subject for r in rows]
         for batch in batches([e + 1 for e in ends], budget):
-            ids, _ = self.pad([rows[i].ids[: ends[i] + 1] for i in batch])
-            at = torch.tensor([ends[i] for i in batch])
-            take = functools.partial(_put, torch.tensor(batch), at)
+            take = functools.partial(_put, torch.tensor(batch))
             projections = {self.layout.projection(layer): found[layer] for layer in found}
             where = self.layout.projection if outputs == "projection" else self.layout.layer
             last = {} if out is None else {where(deepest): out}
-            partial.read(
+            partial.read_last(
                 self,
-                ids,
+                [rows[i].ids[: ends[i] + 1] for i in batch],
                 inputs={name: functools.partial(take, into) for name, into in projections.items()},
                 outputs={name: functools.partial(take, into) for name, into in last.items()},
             )
@@ -688,13 +686,9 @@ def _attend_plainly(hf: Any) -> None:
         hf.set_attn_implementation(was)
 
 
-def _put(rows: Tensor, at: Tensor, into: Tensor, part: Tensor | Routed) -> None:
-    """Put the states, or keys, of `part` `[B, T, width]` at the places `at` `[B]` into `rows` of
-    `into`.
-    """
-    device = part.states.device if isinstance(part, Routed) else part.device
-    lines = torch.arange(len(at), device=device)
-    into[rows.to(into.device)] = as_keys(part[lines, at.to(device)]).to(into)
+def _put(rows: Tensor, into: Tensor, part: Tensor | Routed) -> None:
+    """Put the states, or keys, of `part` `[n, width]` into `rows` of `into`."""
+    into[rows.to(into.device)] = as_keys(part).to(into)
 
 
 def lengths(x: Tensor) -> Tensor:

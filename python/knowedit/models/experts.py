@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import ModelError
 from knowedit.models.probing import first_of, rounding
@@ -128,16 +130,12 @@ class Routed:
         rows = self.states.reshape(-1, self.states.shape[-1])
         index = self.index.reshape(-1, 1)
         rows = rows.repeat_interleave(self.index.shape[-1], 0)
-        found = torch.cat(
-            [
-                _run(
-                    module, experts, matrix, (rows, index, torch.ones_like(index, dtype=rows.dtype))
-                )
-                for matrix in _identity(experts, rows)
-            ],
-            -1,
-        )
-        return found[:, : experts.width].reshape(*self.index.shape, experts.width)
+        given = rows, index, torch.ones_like(index, dtype=rows.dtype)
+        found = _seen(module, experts, given)
+        if found is None:
+            parts = [_run(module, experts, each, given) for each in _identity(experts, rows)]
+            found = torch.cat(parts, -1)[:, : experts.width]
+        return found.reshape(*self.index.shape, experts.width)
 
     def wide(self) -> Tensor:
         """`[.., E * d]` the keys of the wide layer, in the tokens' dtype; differentiable."""
@@ -176,6 +174,73 @@ def _identity(experts: Experts, like: Tensor) -> list[Tensor]:
         matrix = matrix.T if experts.transposed else matrix
         found.append(matrix.expand(experts.count, *matrix.shape))
     return found
+
+
+class _Sight(TorchFunctionMode):
+    """Sees what is multiplied by an output matrix. The product that it gives instead is the row's
+    number, counted over all products, in digits: so the module's output says which rows are whose.
+
+    Args:
+        matrix: what stands for all of them; a product is known by its storage.
+
+    Attributes:
+        rows: what was multiplied, product by product `[n, d]`.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.matrix, self.rows = matrix.untyped_storage().data_ptr(), list[Tensor]()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func not in PRODUCTS or kwargs or not self._is_one(args[1]) or args[0].dim() != 2:
+            return func(*args, **(kwargs or {}))
+        seen = args[0]
+        place = sum(map(len, self.rows)) + torch.arange(len(seen), device=seen.device)
+        self.rows.append(seen)
+        out = args[1].shape[0 if func is F.linear else 1]
+        number = seen.new_zeros(len(seen), out)
+        for digit in range(min(DIGITS, out)):
+            number[:, digit] = place % BASE
+            place = place // BASE
+        return number
+
+    def _is_one(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() == self.matrix
+
+
+#: Products of rows with a matrix, which is `[out, in]` in the first one.
+PRODUCTS = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+#: A row's number in digits that every dtype holds exactly.
+BASE, DIGITS = 128, 4
+
+
+def _seen(
+    module: nn.Module, experts: Experts, given: tuple[Tensor, Tensor, Tensor]
+) -> Tensor | None:
+    """`[n, d]` the keys of tokens that are each given one expert and a gate of 1, from one run in
+    which nothing is multiplied by output matrices; None where the module's own code does not show
+    them.
+    """
+    matrix = given[0].new_zeros(given[0].shape[-1], experts.width)
+    matrix = matrix.T if experts.transposed else matrix
+    matrix = matrix.expand(experts.count, *matrix.shape)
+    with _Sight(matrix) as sight:
+        output = _run(module, experts, matrix, given).detach()
+    if not sight.rows:
+        return None
+    rows, base = torch.cat(sight.rows), BASE ** torch.arange(DIGITS, device=output.device)
+    digits = output[:, :DIGITS].double()
+    place = (digits * base[: digits.shape[1]]).sum(-1).long()
+    own = torch.arange(len(rows), device=place.device)
+    if len(place) != len(own) or not torch.equal(place.sort().values, own):
+        return None  # the output is not one product as it was
+    return rows.index_select(0, place)
 
 
 class _Plain(nn.Module):

@@ -1,5 +1,5 @@
-"""float32 linear layers by oneDNN where MKL, which torch multiplies with, is slow: on CPUs that are
-not Intel's.
+"""float32 linear layers, dense and of experts, by oneDNN where MKL, which torch multiplies with, is
+slow: on CPUs that are not Intel's.
 
 MKL leaves out AVX-512 there: 97 GFLOP/s on one core of an EPYC (family 26) where oneDNN reaches
 210. Which of the two runs follows from the processor alone, so that the same machine gives the same
@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class OneDNNLinear(TorchFunctionMode):
-    """While it is entered, `F.linear` of float32 CPU tensors goes to oneDNN: with gradients of the
-    inputs; where the weight or the bias wants one, it goes its usual way.
+    """While it is entered, `F.linear` of float32 CPU tensors goes to oneDNN, and so does each
+    expert's part of a `grouped_mm`: with gradients of the inputs; where the weight or the bias
+    wants one, it goes its usual way.
     """
 
     def __torch_function__(
@@ -32,14 +33,42 @@ class OneDNNLinear(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and not kwargs and all(map(_plain, args[:2])):
-            if not torch.is_grad_enabled() or not any(map(_trained, args)):
-                return _product(*args)
-            if not any(map(_trained, args[1:])):
-                x, *fixed = args
-                # rows, as torch lets no one write into a view that a function of ours returns
-                return _Fixed.apply(x.reshape(-1, x.shape[-1]), *fixed).view(*x.shape[:-1], -1)
-        return func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        if func is F.linear and not named and all(map(_plain, args[:2])) and _are_fixed(args[1:]):
+            return _linear(*args)
+        if func is GROUPED and _is_by_expert(args, named) and _are_fixed(args[1:]):
+            return _by_expert(args[0], args[1], named["offs"])
+        return func(*args, **named)
+
+
+#: The product of rows that are sorted by expert with each expert's matrix.
+GROUPED = getattr(torch, "_grouped_mm", None)
+
+
+def _is_by_expert(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Rows `[n, in]`, matrices `[E, in, out]`, and where each expert's rows end."""
+    return (
+        len(args) == 2
+        and [name for name, given in kwargs.items() if given is not None] == ["offs"]
+        and all(map(_plain, args))
+        and (args[0].dim(), args[1].dim()) == (2, 3)
+    )
+
+
+def _are_fixed(weights: Sequence[Tensor | None]) -> bool:
+    return not (torch.is_grad_enabled() and any(map(_trained, weights)))
+
+
+def _by_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`[n, out]`; rows behind the last expert's, which are no one's, are zeros."""
+    stops = ends.tolist()
+    parts = [
+        _linear(x[start:stop], weight[expert].mT)
+        for expert, (start, stop) in enumerate(zip([0, *stops], stops))
+        if stop > start
+    ]
+    rest = x.new_zeros(len(x) - (stops[-1] if stops else 0), weight.shape[2])
+    return torch.cat([*parts, rest])
 
 
 class _Fixed(torch.autograd.Function):
@@ -54,6 +83,14 @@ class _Fixed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
         return _Fixed.apply(gradient, weight.mT), None, None
+
+
+def _linear(x: Tensor, *fixed: Any) -> Tensor:
+    """A linear layer of a weight, and a bias, that stay as they are."""
+    if not torch.is_grad_enabled() or not any(map(_trained, (x, *fixed))):
+        return _product(x, *fixed)
+    # rows, as torch lets no one write into a view that a function of ours returns
+    return _Fixed.apply(x.reshape(-1, x.shape[-1]), *fixed).view(*x.shape[:-1], -1)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

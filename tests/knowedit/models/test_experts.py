@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from knowedit.errors import ModelError
+from knowedit.models import experts
 from knowedit.models.editable import EditableModel
-from knowedit.models.experts import Experts, WideProjection, as_keys, recognise
+from knowedit.models.experts import Experts, Routed, WideProjection, as_keys, recognise
 from knowedit.models.partial import PartialModel, hooked, read_keys, virtual
 from tests.knowedit.models.tiny import build
 
 FAMILIES = ("mixtral", "qwen2_moe", "gpt_oss", "granitemoe", "deepseek_v3")
 LAYER = 2
+IN_TURN = torch.tensor([[0, 2], [3, 1], [2, 0]])  # experts of three tokens
 TEXTS = [("The capital of France is", "France"), ("Old Rome", "Rome")]
 
 
@@ -73,6 +75,52 @@ def test_all_tokens_are_read_with_their_experts_and_gates(mixture):
     torch.testing.assert_close(routed.gates.flatten(0, 1), gates)
     assert routed.keys().shape == (*ids.shape, 2, mixture.projection(LAYER).experts.width)
     torch.testing.assert_close(routed.wide()[1, 3], routed[1, 3].wide(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How often experts are run for their keys."""
+    runs, run = [], experts._run
+    monkeypatch.setattr(experts, "_run", lambda *given: runs.append(1) or run(*given))
+    return runs
+
+
+def through_identities(routed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "_seen", lambda *_: None)
+        return routed.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_are_seen_in_one_run_without_products(mixture, dtype, runs, monkeypatch):
+    """They are what products with rows of the identity give, of more rows than a digit has."""
+    mixture.hf.to(dtype)
+    projection = mixture.projection(LAYER)
+    count = projection.experts.count
+    index = torch.stack([torch.randperm(count)[:2] for _ in range(150)])
+    routed = Routed(projection, torch.randn(150, 32).to(dtype), index, torch.rand(150, 2))
+    found = routed.keys()
+    assert len(runs) == 1 and found.dtype == dtype
+    torch.testing.assert_close(
+        found, through_identities(routed, monkeypatch), rtol=0, atol=0, equal_nan=False
+    )
+    assert len(runs) > 1
+
+
+def test_experts_whose_outputs_have_a_factor_have_it_in_their_keys(mixtral, runs):
+    """They are not one product, so their keys are not seen, but asked for."""
+    routed = Routed(mixtral.projection(LAYER), torch.randn(3, 32), IN_TURN, torch.rand(3, 2))
+    plain, module = routed.keys(), routed.projection.module
+    kind = type(module)
+
+    class Threefold(kind):
+        def forward(self, *given, **named):
+            return 3 * kind.forward(self, *given, **named)
+
+    module.__class__ = Threefold
+    del runs[:]
+    torch.testing.assert_close(routed.keys(), 3 * plain)
+    assert len(runs) > 1
 
 
 @pytest.mark.parametrize("replay", [True, False])

@@ -11,6 +11,7 @@ from knowedit.errors import ModelError
 from knowedit.models.editable import EditableModel
 from knowedit.models.partial import PartialModel, flat, texts_in_a_row
 from knowedit.models.partial import model as parts
+from knowedit.models.tokens import Row
 
 TEXTS = ("a much longer text about Bob or so", "b is c, they say", "Ada", "Cleo, of c")
 
@@ -109,6 +110,28 @@ def test_whole_texts_in_one_row(request, name):
     for line, text in enumerate(texts):
         alone = model.final_states(torch.tensor([text]))[0]
         assert (states[row.of[line, : len(text)]] - alone).norm() <= 1e-5 * alone.norm()
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_the_last_tokens_of_texts_in_one_row(request, name, monkeypatch):
+    """Keys and outputs are those of each text alone; what they begin with in common is run once."""
+    model = request.getfixturevalue(name)
+    texts = [[5, 6, 7, 8], [5, 6], [9, 6, 7], [5, 6, 9, 9, 9]]
+    rows = [Row(text, len(text) - 1) for text in texts]
+    monkeypatch.setattr(flat, "SPARED", 0)
+    model.keys(rows, [1])  # once, to see that it can be
+    with Widths() as widths:
+        keys, outputs = model.keys(rows, [0, 1], outputs=True)
+    assert widths.seen <= {(1, 10)} and not widths.attended
+    for line, row in enumerate(rows):
+        alone, out = model.keys([row], [0, 1], outputs=True)
+        torch.testing.assert_close(outputs[line], out[0], rtol=1e-4, atol=1e-5)
+        for layer in keys:
+            torch.testing.assert_close(keys[layer][line], alone[layer][0], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(flat, "SPARED", 100)  # few tokens are not worth a trial
+    with Widths() as widths:
+        model.keys(rows, [0, 1], outputs=True)
+    assert (1, 10) not in widths.seen
 
 
 def test_whole_texts_stay_apart_where_attention_has_a_window_or_a_way_of_its_own(

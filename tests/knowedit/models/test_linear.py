@@ -96,6 +96,44 @@ def test_what_a_layer_returns_may_be_written_to(fast, shape):
     assert fast
 
 
+ENDS = torch.tensor([3, 3, 8, 9], dtype=torch.int32)  # of each expert's rows; the last two no one's
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_each_experts_part_of_a_grouped_product_is_a_linear_layer(fast, transposed):
+    """One expert has no rows, and some rows no expert."""
+    x, weight = torch.randn(11, 16), torch.randn(4, 16, 8)
+    weight = weight.mT.contiguous().mT if transposed else weight
+    with linear.fast_linear():
+        found = F.grouped_mm(x, weight, offs=ENDS)
+        other = torch._grouped_mm(x, weight, offs=ENDS)
+    assert len(fast) == 6 and found.shape == (11, 8) and torch.equal(found, other)
+    owner = [0] * 3 + [2] * 5 + [3]
+    for row, expert in enumerate(owner):
+        wanted = x[row].double() @ weight[expert].double()
+        assert (found[row] - wanted).norm() <= 1e-6 * wanted.norm()
+    assert not found[9:].any()
+    with linear.fast_linear():
+        assert F.grouped_mm(x[:0], weight, offs=torch.zeros_like(ENDS)).shape == (0, 8)
+
+
+def test_gradients_of_a_grouped_products_rows(fast):
+    x, weight, wanted = torch.randn(9, 16), torch.randn(4, 16, 8), torch.randn(9, 8)
+
+    def slope(mode):
+        given = x.clone().requires_grad_()
+        with mode:
+            (F.grouped_mm(given, weight, offs=ENDS) * wanted).sum().backward()
+        return given.grad
+
+    torch.testing.assert_close(slope(linear.fast_linear()), slope(nullcontext()))
+    assert len(fast) == 6
+    weight.requires_grad_()
+    with linear.fast_linear():
+        (F.grouped_mm(x, weight, offs=ENDS) * wanted).sum().backward()
+    assert len(fast) == 6 and weight.grad is not None  # a trained one goes its usual way
+
+
 @pytest.mark.parametrize("trained", ["weight", "bias"])
 def test_layers_that_are_trained_get_their_gradients(fast, trained):
     layer, x = torch.nn.Linear(7, 5), torch.randn(3, 7)

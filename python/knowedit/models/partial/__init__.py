@@ -20,6 +20,7 @@ more than it is known for), the whole model is run, with the same results: `repl
 
 from knowedit.models.partial.calls import Capture as Capture
 from knowedit.models.partial.calls import capture as capture
+from knowedit.models.partial.flat import read_last as read_last
 from knowedit.models.partial.flat import texts_in_a_row as texts_in_a_row
 from knowedit.models.partial.hooks import Hook as Hook
 from knowedit.models.partial.hooks import hooked as hooked

@@ -5,6 +5,7 @@ attention alone, where what stands in front of a text meets its tokens without b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import ModelError
+from knowedit.models.experts import Routed
+from knowedit.models.linear import fast_linear
 from knowedit.models.packed import beginnings
 from knowedit.models.partial.arguments import in_a_row
 from knowedit.models.partial.calls import Call, Prefix
 from knowedit.models.partial.comparing import WINDOW, check_rows, off, tried
+from knowedit.models.partial.reading import read
 from knowedit.models.probing import first_of
 
 if TYPE_CHECKING:
@@ -128,6 +132,12 @@ class Texts:
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         self.mask = _added(causal, model.dtype)
 
+    def attending(self) -> _Attention:
+        """While it is entered, the row's texts are kept apart."""
+        attention = _Attention(self.order)
+        attention.mask = self.mask
+        return attention
+
     @torch.no_grad()
     def run(self) -> Tensor:
         """Final hidden states (after the last norm) `[n, hidden]` of the row.
@@ -136,8 +146,7 @@ class Texts:
             ModelError: the layers do otherwise than to attend once each, with the function that
                 torch has for it.
         """
-        with _Attention(self.order) as attention:
-            attention.mask = self.mask
+        with self.attending() as attention:
             states = self.model.final_states(self.ids, self.places)[0]
         if attention.seen != len(self.model.layers):
             raise ModelError(f"{len(self.model.layers)} layers attend {attention.seen} times")
@@ -151,6 +160,49 @@ def texts_in_a_row(model: EditableModel, texts: Sequence[Sequence[int]]) -> Text
         return None
     fits = tried(model, "texts", lambda: texts_error(model) <= model.rounding)
     return Texts(model, texts) if fits else None
+
+
+#: So many tokens less must be run before it is worth trying whether a model can be run like this.
+SPARED = 512
+
+
+def read_last(
+    model: EditableModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    inputs: Mapping[str, Callable[[Any], Any]],
+    outputs: Mapping[str, Callable[[Tensor], Any]],
+) -> None:
+    """As `read`, of token lists; what is called is given the last token of each `[n, width]`. What
+    texts begin with in common is run once, where that pays.
+    """
+    lengths = torch.tensor([len(text) for text in texts], device=model.device)
+    lines = torch.arange(len(texts), device=model.device)
+    length = int(lengths.max())
+    spared = len(texts) * length - int(beginnings(texts, length).max()) - 1
+    row = texts_in_a_row(model, texts) if spared >= SPARED and pays(model) else None
+    if row is None:
+        ids, positions = model.pad(texts)[0], None
+        at: tuple[Any, Tensor] = lines, lengths - 1
+    else:
+        ids, positions, at = row.ids, row.places, (0, row.of[lines, lengths - 1])
+
+    def last(take: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def taken(part: Any) -> Any:
+            device = part.states.device if isinstance(part, Routed) else part.device
+            return take(part[tuple(torch.as_tensor(index, device=device) for index in at)])
+
+        return taken
+
+    attending = nullcontext() if row is None else row.attending()
+    with fast_linear(), attending:
+        read(
+            model,
+            ids,
+            inputs={name: last(take) for name, take in inputs.items()},
+            outputs={name: last(take) for name, take in outputs.items()},
+            positions=positions,
+        )
 
 
 def pays(model: EditableModel) -> bool:
