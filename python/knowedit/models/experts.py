@@ -14,7 +14,8 @@ give the module's own output again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,6 +268,31 @@ def _run(
     names = experts.states, experts.index, experts.gates
     out = functional_call(_Plain(module), changed, (), dict(zip(names, given, strict=True)))
     return first_of(out)
+
+
+@contextmanager
+def one_by_one(hf: nn.Module) -> Iterator[None]:
+    """Within the block experts on a CPU run one after the other, and what one makes stays in its
+    caches; in the grouped product that transformers prefers, all of them stand in one matrix.
+    """
+    held = {
+        id(config): config
+        for module in hf.modules()
+        if holds_experts(module)
+        and next(module.parameters()).device.type == "cpu"
+        and getattr(config := getattr(module, "config", None), IMPLEMENTATION, "") == "grouped_mm"
+    }
+    try:
+        for config in held.values():
+            setattr(config, IMPLEMENTATION, "eager")
+        yield
+    finally:
+        for config in held.values():
+            setattr(config, IMPLEMENTATION, "grouped_mm")
+
+
+#: Where a model's configuration says how its experts run.
+IMPLEMENTATION = "_experts_implementation"
 
 
 # -- finding them

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from knowedit.errors import StatisticsError
 from knowedit.models.editable import EditableModel, lengths
-from knowedit.models.experts import Routed, as_keys
+from knowedit.models.experts import Routed, as_keys, one_by_one
 from knowedit.models.linear import fast_linear
 from knowedit.models.partial import read_keys
 from knowedit.statistics.corpus.batching import Piece, TokenBatch, batches
@@ -154,7 +154,7 @@ class Sums:
         device = self.model.device
         try:
             positions = None if batch.positions is None else batch.positions.to(device)
-            with fast_linear():
+            with fast_linear(), one_by_one(self.model.hf):
                 ids, take = batch.ids.to(device), keys.__setitem__
                 read_keys(self.model, ids, self.layers, take, positions=positions)
         except (RuntimeError, MemoryError) as error:

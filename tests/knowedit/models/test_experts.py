@@ -5,6 +5,7 @@ in every layout, and what is not such a layer is refused with the figures (unit)
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from knowedit.errors import ModelError
 from knowedit.models import experts
@@ -107,6 +108,21 @@ def test_keys_are_seen_in_one_run_without_products(mixture, dtype, runs, monkeyp
     assert len(runs) > 1
 
 
+def test_experts_run_one_by_one_within_a_block_and_say_the_same(mixture):
+    ids = mixture.pad([mixture.row(*text).ids for text in TEXTS])[0]
+    module = mixture.projection(LAYER).module
+    before = mixture.final_states(ids)
+    assert module.config._experts_implementation == "grouped_mm"
+    with pytest.raises(KeyError), experts.one_by_one(mixture.hf), Grouped() as products:
+        after = mixture.final_states(ids)
+        raise KeyError
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert products.grouped == 0 and module.config._experts_implementation == "grouped_mm"
+    with Grouped() as products:
+        mixture.final_states(ids)
+    assert products.grouped > 0
+
+
 def test_experts_whose_outputs_have_a_factor_have_it_in_their_keys(mixtral, runs):
     """They are not one product, so their keys are not seen, but asked for."""
     routed = Routed(mixtral.projection(LAYER), torch.randn(3, 32), IN_TURN, torch.rand(3, 2))
@@ -121,6 +137,16 @@ def test_experts_whose_outputs_have_a_factor_have_it_in_their_keys(mixtral, runs
     del runs[:]
     torch.testing.assert_close(routed.keys(), 3 * plain)
     assert len(runs) > 1
+
+
+class Grouped(TorchFunctionMode):
+    """Counts products of all experts at once."""
+
+    grouped = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.grouped += func is torch._grouped_mm
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("replay", [True, False])
