@@ -50,6 +50,11 @@ class Places:
     def __len__(self) -> int:
         return len(self.line)
 
+    def and_then(self, others: Places) -> Places:
+        """These places and then others of the same batch."""
+        pairs = zip(vars(self).values(), vars(others).values())
+        return Places(*(torch.cat(pair) for pair in pairs))
+
     def states(self, final: Tensor) -> Tensor:
         """`[n, hidden]` of final hidden states `[B, T, hidden]`."""
         return final[self.line, self.place]

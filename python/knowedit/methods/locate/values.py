@@ -484,8 +484,11 @@ class Problem:
         where every row has its own delta `[rows, parts, hidden]`.
         """
         final = self.run(each)
-        losses = AnswerLoss(self.places)(self.places.logits(self.model, final))
-        return losses, self.keep(self.keep.places.logits(self.model, final))
+        answers, essence = self.places, self.keep.places
+        # together, as the head's weight is read once for all
+        logits = answers.and_then(essence).logits(self.model, final)
+        said, kept = logits.split([len(answers), len(essence)])
+        return AnswerLoss(answers)(said), self.keep(kept)
 
     def by_group(self, losses: Tensor) -> Tensor:
         """`[groups]` mean NLL of the answers, nats a token, by the rows' weights."""
