@@ -81,9 +81,10 @@ class Decision:
 
 
 _Refused = tuple[tuple[str, str], ...]  # (name, reason)
+Choice = tuple[Candidate | None, _Refused]  # what runs, and why not those before it
 _calls: dict[str, type[Call]] = {}
 _candidates: dict[str, list[Candidate]] = {}
-_last: dict[str, tuple[Candidate | None, _Refused]] = {}  # what `_choose` said
+_last: dict[str, Choice] = {}  # what `_choose` said
 _logged: set[tuple[object, ...]] = set()
 
 
@@ -158,7 +159,17 @@ def choose(op: str, call: Call) -> tuple[Candidate | None, Decision]:
     return chosen, _decision(op, chosen, refused)
 
 
-def _choose(op: str, call: Call, device: str | None) -> tuple[Candidate | None, _Refused]:
+def decide(op: str, call: Call) -> Choice:
+    """What `run` would decide."""
+    return _choose(op, call, _device(call))
+
+
+def note(op: str, choice: Choice) -> None:
+    """For `explain`: what has run `op` without `run`."""
+    _last[op] = choice
+
+
+def _choose(op: str, call: Call, device: str | None) -> Choice:
     """The first candidate that can run `call`, None if none can, and why not those before it."""
     forced = _forced(op)
     refused: list[tuple[str, str]] = []

@@ -75,14 +75,18 @@ def _listened(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _define(
-    schema: str, fake: Callable[..., Any] = _mutates_only, *, compiled: bool = False
+    schema: str,
+    fake: Callable[..., Any] = _mutates_only,
+    *,
+    compiled: bool = False,
+    counted: bool = True,
 ) -> None:
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     op = getattr(torch.ops.knowedit, name).default
     infos = [argument.alias_info for argument in op._schema.arguments]
     _written[name] = tuple(i for i, info in enumerate(infos) if info and info.is_write)
-    if op._schema.is_mutable:
+    if op._schema.is_mutable and counted:
         count = functools.partial(_counted, name, op)
         LIBRARY.impl(name, count, "ADInplaceOrView", with_keyset=True)
     if not compiled:
@@ -145,14 +149,14 @@ _define(
 
 # lowrank: every w = round((base or w) + residual + u v^T), residual = what rounding cut off; w
 # [out, in], u [out, r], v [in, r] float32 (float64 if w is), rounding "nearest" | "stochastic" |
-# "compensated"; base, residual (bfloat16) and probe [in, p] are parallel to w or empty. Fills sums
-# [weights, 5] float64 (ideal^2, applied^2, (applied - ideal)^2, changed, not finite) and, per
-# probe, errors [out, p] float32 = (applied - ideal) @ probe; prints [weights, 2] int64: the
-# fingerprints (lowrank/fingerprint.py) of what was written
+# "compensated"; base, residual (bfloat16) and probe [in, p] are parallel to w or empty. Fills,
+# where given (probes need it), sums [weights, 5] float64 (ideal^2, applied^2, (applied - ideal)^2,
+# changed, not finite) and, per probe, errors [out, p] float32 = (applied - ideal) @ probe; prints
+# [weights, 2] int64: the fingerprints (lowrank/fingerprint.py) of what was written
 _define(
     "low_rank_update_(Tensor(a!)[] w, Tensor[] base, Tensor[] u, Tensor[] v, str rounding, int "
     "seed, "
-    "Tensor(b!)[] residual, Tensor[] probe, bool write, Tensor(c!) sums, Tensor(d!)[] errors, "
+    "Tensor(b!)[] residual, Tensor[] probe, bool write, Tensor(c!)? sums, Tensor(d!)[] errors, "
     "Tensor(e!)? prints) -> ()"
 )
 # its C++ kernel, one weight; rounding 0 nearest, 1 stochastic, 2 compensated; stream numbers the
@@ -161,10 +165,24 @@ _define(
 _define(
     "low_rank_cpu_(Tensor(a!) w, Tensor base, Tensor u, Tensor v, int rounding, int seed, int "
     "stream, "
-    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!) sums, Tensor(d!)? error, "
+    "Tensor(b!)? residual, Tensor? probe, bool write, Tensor(c!)? sums, Tensor(d!)? error, "
     "Tensor(e!)? prints, Tensor? keys, int isa) -> ()",
     compiled=True,
 )
+# its C++ kernel for plain updates of one weight (lowrank/direct.py): w += u v^T to nearest, not
+# measured, as every argument costs a tenth of a microsecond or more; and with any rounding,
+# measured where sums [5] are given. False, and nothing written, for anything out of the ordinary:
+# where there is no kernel, and where a transform or a mode listens, who then hears the op above
+for schema in (
+    "low_rank_add_cpu_(Tensor(a!) w, Tensor u, Tensor v) -> bool",
+    "low_rank_add_as_cpu_(Tensor(a!) w, Tensor u, Tensor v, int rounding, int seed, "
+    "Tensor(b!)? residual, Tensor(c!)? sums) -> bool",
+):
+    _define(schema, lambda *args: False, compiled=True, counted=False)
+    for key in ("CompositeExplicitAutograd", "FuncTorchDynamicLayerFrontMode", "Python"):
+        LIBRARY.impl(schema.partition("(")[0], lambda *args: False, key)
+    for key in ("Autograd", "ADInplaceOrView"):  # its caller counts the write
+        LIBRARY.impl(schema.partition("(")[0], torch.library.fallthrough_kernel, key)
 # whether contiguous float32 tensors hold finite numbers alone
 _define("all_finite_cpu(Tensor[] x) -> bool", lambda x: True, compiled=True)
 # the sums of lowrank/fingerprint.py over a weight's scrambled rows: out [2], keys [lanes], int64

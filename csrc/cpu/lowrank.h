@@ -29,17 +29,18 @@ struct UpdateStrip {
   int64_t error_stride;
 };
 
-// Updates one strip and adds to sums[kSums][kSumLanes]; indexed by WeightType.
+// Updates one strip and adds to sums[kSums][kSumLanes]; one that measures nothing knows neither them nor an error.
 using UpdateKernel = void (*)(const UpdateStrip&, double* sums);
 
 struct LowRankKernels {
-  UpdateKernel update[3];
+  UpdateKernel plain[3], measured[3];  // indexed by WeightType
   // What a strip's errors e [rows, panels * kUpdateWidth] add to the output at probe keys, [panels, keys, kUpdateWidth]
   // zero-padded: to sums [rows, keys, `lanes`], whose sums over the last axis are wanted.
   void (*see)(const float* e, int64_t stride, int64_t rows, const float* probe, int64_t panels, int64_t keys,
               float* sums);
   // A panel of V, or of the probe, from its rows x [count, rank]; `halves` for 16-bit weights.
   void (*pack)(const float* x, int64_t rank, int64_t count, bool halves, float* panel);
+  bool (*finite)(const float* x, int64_t count);
   int64_t lanes;
 };
 

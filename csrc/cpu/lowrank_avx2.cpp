@@ -15,7 +15,9 @@ namespace {
 }  // namespace
 
 const LowRankKernels kLowRankAvx2 = {
-    {update_strip<BF16, 2, 4>, update_strip<F16, 2, 4>, update_strip<Plain, 2, 4>}, see_strip<4>, pack_panel, kLanes};
+    {update_strip<BF16, false, 2, 4>, update_strip<F16, false, 2, 4>, update_strip<Plain, false, 2, 4>},
+    {update_strip<BF16, true, 2, 4>, update_strip<F16, true, 2, 4>, update_strip<Plain, true, 2, 4>},
+    see_strip<4>, pack_panel, finite_numbers, kLanes};
 
 }  // namespace knowedit
 KNOWEDIT_TARGET_END

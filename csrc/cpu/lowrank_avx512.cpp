@@ -16,7 +16,9 @@ namespace {
 }  // namespace
 
 const LowRankKernels kLowRankAvx512 = {
-    {update_strip<BF16, 3, 4>, update_strip<F16, 3, 4>, update_strip<Plain, 3, 4>}, see_strip<8>, pack_panel, kLanes};
+    {update_strip<BF16, false, 3, 4>, update_strip<F16, false, 3, 4>, update_strip<Plain, false, 3, 4>},
+    {update_strip<BF16, true, 3, 4>, update_strip<F16, true, 3, 4>, update_strip<Plain, true, 3, 4>},
+    see_strip<8>, pack_panel, finite_numbers, kLanes};
 
 }  // namespace knowedit
 KNOWEDIT_TARGET_END

@@ -12,6 +12,8 @@ namespace {
 }  // namespace
 
 const LowRankKernels kLowRankGeneric = {
-    {update_strip<BF16, 2, 2>, update_strip<F16, 2, 2>, update_strip<Plain, 2, 2>}, see_strip<2>, pack_panel, kLanes};
+    {update_strip<BF16, false, 2, 2>, update_strip<F16, false, 2, 2>, update_strip<Plain, false, 2, 2>},
+    {update_strip<BF16, true, 2, 2>, update_strip<F16, true, 2, 2>, update_strip<Plain, true, 2, 2>},
+    see_strip<2>, pack_panel, finite_numbers, kLanes};
 
 }  // namespace knowedit

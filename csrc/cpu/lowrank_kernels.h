@@ -40,8 +40,8 @@ __attribute__((noinline, cold)) I32 count_broken(const char* w, int64_t stride, 
   return broken;
 }
 
-// Adds the product to two vectors of weights, rounds, stores and measures; `count` of their columns are there.
-template <class T, Rounding R>
+// Adds the product to two vectors of weights, rounds, stores and, for M, measures; `count` of their columns are there.
+template <class T, Rounding R, bool M>
 KNOWEDIT_INLINE void finish(const F32 (&ideal)[2], const char* from, char* to, char* rest, const uint16_t* random,
                             float* error, int64_t count, bool write, Tally (&tallies)[kChains]) {
   F32 old[2], carried[2] = {}, off[2];
@@ -56,13 +56,15 @@ KNOWEDIT_INLINE void finish(const F32 (&ideal)[2], const char* from, char* to, c
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    Tally& t = tallies[i % kChains];
     F32 exact = old[i] + ideal[i];
     if (R == Rounding::kCompensated) exact += carried[i];
     rounded[i] = R == Rounding::kStochastic ? T::stochastic(exact, bits[i]) : T::nearest(exact);
-    const F32 fresh = T::value(rounded[i]), applied = fresh - old[i];
-    off[i] = applied - ideal[i];
+    const F32 fresh = T::value(rounded[i]);
     if (R == Rounding::kCompensated) lost[i] = BF16::nearest(exact - fresh);
+    if constexpr (!M) continue;
+    Tally& t = tallies[i % kChains];
+    const F32 applied = fresh - old[i];
+    off[i] = applied - ideal[i];
     t.ideal2 += ideal[i] * ideal[i];
     t.applied2 += applied * applied;
     t.error2 += off[i] * off[i];
@@ -70,20 +72,29 @@ KNOWEDIT_INLINE void finish(const F32 (&ideal)[2], const char* from, char* to, c
   }
   T::put(to, rounded[0], rounded[1], count * T::size);
   if (R == Rounding::kCompensated && write) BF16::put(rest, lost[0], lost[1], count * 2);
-  if (error) store(error, off[0]), store(error + kLanes, off[1]);
+  if (M && error) store(error, off[0]), store(error + kLanes, off[1]);
 }
 
-// Rows first .. first + G - 1 of a strip, as far as there are, in the columns from `at` of one panel of V: `FULL`, all
-// of the panel's, known when compiled. The product is made NV vectors at a time, in registers.
-template <class T, Rounding R, int G, int NV, bool FULL>
+// Rows first .. first + G - 1 of a strip in the columns from `at` of one panel of V: `FULL`, all of the panel's, known
+// when compiled. The product is made NV vectors at a time, in registers.
+template <class T, Rounding R, bool M, int G, int NV, bool FULL>
 KNOWEDIT_INLINE void update_rows(const UpdateStrip& s, int64_t first, int64_t at, Tally (&t)[kChains]) {
   const float* left[G];
+  const char* from[G];
+  char *to[G], *rest[G];
   alignas(64) uint16_t random[G][kUpdateWidth];
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
-    left[g] = s.u + std::min(first + g, s.rows - 1) * s.rank;  // the last one again, and for nothing
+    const int64_t r = first + g;
+    left[g] = s.u + r * s.rank;
+    from[g] = s.base + r * s.base_stride + at * T::size;
+    to[g] = s.w + r * s.w_stride + at * T::size;
+    rest[g] = R == Rounding::kCompensated ? s.plane + r * s.plane_stride + at * 2 : nullptr;
+    KNOWEDIT_HERE(left[g]);
+    KNOWEDIT_HERE(from[g]);
+    KNOWEDIT_HERE(to[g]);
     if (R == Rounding::kStochastic)
-      philox(s.seed, (s.column + at) / 8, s.row + first + g, s.stream, reinterpret_cast<uint32_t*>(random[g]));
+      philox(s.seed, (s.column + at) / 8, s.row + r, s.stream, reinterpret_cast<uint32_t*>(random[g]));
   }
 #pragma GCC unroll 1
   for (int64_t v0 = 0; v0 < kVectors; v0 += NV) {
@@ -100,31 +111,32 @@ KNOWEDIT_INLINE void update_rows(const UpdateStrip& s, int64_t first, int64_t at
     }
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      const int64_t r = first + g;
-      if (r >= s.rows) break;
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v += 2) {
-        const int64_t column = at + (v0 + v) * kLanes, count = FULL ? 2 * kLanes : s.columns - column;
-        float* const error = s.error ? s.error + r * s.error_stride + column : nullptr;
+        const int64_t in = (v0 + v) * kLanes, count = FULL ? 2 * kLanes : s.columns - at - in;
+        float* const error = M && s.error ? s.error + (first + g) * s.error_stride + at + in : nullptr;
         const F32 ideal[2] = {acc[g][v], acc[g][v + 1]};
         if (count > 0)
-          finish<T, R>(ideal, s.base + r * s.base_stride + column * T::size, s.w + r * s.w_stride + column * T::size,
-                       s.plane + r * s.plane_stride + column * 2, random[g] + (v0 + v) * kLanes, error,
-                       std::min(count, 2 * kLanes), s.write, t);
+          finish<T, R, M>(ideal, from[g] + in * T::size, to[g] + in * T::size, rest[g] + in * 2, random[g] + in, error,
+                          std::min(count, 2 * kLanes), s.write, t);
         else if (error) store(error, F32{}), store(error + kLanes, F32{});
       }
     }
   }
 }
 
-template <class T, Rounding R, int G, int NV>
+template <class T, Rounding R, bool M, int G, int NV>
 void update_columns(const UpdateStrip& strip, double* sums) {
   const UpdateStrip s = strip;  // a copy of its own, which stores to W cannot alias
   Tally tallies[kChains];
   int64_t at = 0;
-  for (; at + kUpdateWidth <= s.columns; at += kUpdateWidth)
-    for (int64_t r = 0; r < s.rows; r += G) update_rows<T, R, G, NV, true>(s, r, at, tallies);
-  for (int64_t r = 0; at < s.columns && r < s.rows; ++r) update_rows<T, R, 1, 2, false>(s, r, at, tallies);
+  for (; at + kUpdateWidth <= s.columns; at += kUpdateWidth) {
+    int64_t r = 0;
+    for (; r + G <= s.rows; r += G) update_rows<T, R, M, G, NV, true>(s, r, at, tallies);
+    for (; r < s.rows; ++r) update_rows<T, R, M, 1, NV, true>(s, r, at, tallies);
+  }
+  for (int64_t r = 0; at < s.columns && r < s.rows; ++r) update_rows<T, R, M, 1, 2, false>(s, r, at, tallies);
+  if constexpr (!M) return;
   Tally t = tallies[0];
   for (int64_t i = 1; i < kChains; ++i) add(tallies[i], t);
   const I32 broken = all_finite(t.applied2) ? I32{} : count_broken<T>(s.w, s.w_stride, s.rows, s.columns);
@@ -134,11 +146,11 @@ void update_columns(const UpdateStrip& strip, double* sums) {
 }
 
 // G rows and NV vectors at a time: as many accumulators as the products in flight, and registers left to finish in.
-template <class T, int G, int NV>
+template <class T, bool M, int G, int NV>
 void update_strip(const UpdateStrip& s, double* sums) {
   switch (s.rounding) {
-    case Rounding::kNearest: return update_columns<T, Rounding::kNearest, G, NV>(s, sums);
-    case Rounding::kStochastic: return update_columns<T, Rounding::kStochastic, G, NV>(s, sums);
-    case Rounding::kCompensated: return update_columns<T, Rounding::kCompensated, G, NV>(s, sums);
+    case Rounding::kNearest: return update_columns<T, Rounding::kNearest, M, G, NV>(s, sums);
+    case Rounding::kStochastic: return update_columns<T, Rounding::kStochastic, M, G, NV>(s, sums);
+    case Rounding::kCompensated: return update_columns<T, Rounding::kCompensated, M, G, NV>(s, sums);
   }
 }

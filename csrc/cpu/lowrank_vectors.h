@@ -36,6 +36,9 @@ KNOWEDIT_INLINE I32 finite(F32 x) { return (bits_of(x) & 0x7f800000u) != 0x7f800
 #define KNOWEDIT_KEEP(x)
 #endif
 
+// Has an address computed here: left to itself, the compiler carries a dozen of them through a loop, in memory.
+#define KNOWEDIT_HERE(address) asm("" : "+r"(address))
+
 // numbers of a and b at these places
 #if defined(__clang__)
 #define KNOWEDIT_SHUFFLE(V, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

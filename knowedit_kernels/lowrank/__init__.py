@@ -11,8 +11,8 @@ from knowedit_kernels.lowrank.call import UpdateCall
 from knowedit_kernels.lowrank.edited_weight import Change as Change
 from knowedit_kernels.lowrank.edited_weight import LedgerError as LedgerError
 from knowedit_kernels.lowrank.ledger import WeightLedger as WeightLedger
+from knowedit_kernels.lowrank.report import UpdateReport as UpdateReport
 from knowedit_kernels.lowrank.update import ROUNDINGS as ROUNDINGS
-from knowedit_kernels.lowrank.update import UpdateReport as UpdateReport
 from knowedit_kernels.lowrank.update import low_rank_update_ as low_rank_update_
 from knowedit_kernels.lowrank.update import low_rank_update_many_ as low_rank_update_many_
 

@@ -30,7 +30,7 @@ def _one(call: UpdateCall, i: int) -> None:
     probe = call.probe[i].to(u) if call.probe else None
     rows, columns = w.shape
     work = u.dtype
-    totals = torch.zeros_like(call.sums[i])
+    totals = None if call.sums is None else torch.zeros_like(call.sums[i])
     step = max(1, _BLOCK // max(columns, 1))
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
@@ -46,20 +46,25 @@ def _one(call: UpdateCall, i: int) -> None:
             new = exact.to(w.dtype)
         if plane is not None and call.write:
             plane[block] = (exact - new.to(work)).to(plane.dtype)
-        applied = new.to(work) - old
-        totals[0] += _square(ideal)
-        squared = _square(applied)
-        totals[1] += squared
-        totals[3] += torch.count_nonzero(applied)
-        if not torch.isfinite(squared):
-            totals[4] += (~torch.isfinite(applied)).sum()
-        applied -= ideal
-        totals[2] += _square(applied)
-        if probe is not None:
-            call.errors[i][block] = applied @ probe
+        if totals is not None:
+            applied = new.to(work) - old
+            totals += _measured(ideal, applied)
+            if probe is not None:
+                call.errors[i][block] = (applied - ideal) @ probe
         if call.write:
             w[block] = new
-    call.sums[i].copy_(totals)
+    if call.sums is not None and totals is not None:
+        call.sums[i].copy_(totals)
+
+
+def _measured(ideal: Tensor, applied: Tensor) -> Tensor:
+    """What a block adds to the sums: [5]."""
+    squared = _square(applied)
+    broken = squared.new_zeros(())
+    if not torch.isfinite(squared):
+        broken = (~torch.isfinite(applied)).sum()
+    sums = (_square(ideal), squared, _square(applied - ideal), torch.count_nonzero(applied), broken)
+    return torch.stack([x.to(torch.float64) for x in sums])
 
 
 def _square(x: Tensor) -> Tensor:

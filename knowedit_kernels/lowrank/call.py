@@ -20,9 +20,9 @@ class UpdateCall(Call):
 
     u [out, r], v [in, r] float32 (float64 if w is); rounding "nearest", "stochastic" (bits from
     seed) or "compensated". base, residual (bfloat16, receives what rounding cut off) and probe
-    [in, p] are parallel to w or empty. Fills sums [weights, 5] float64 and, per probe, errors
-    [out, p] float32 (see `_ops`); write False: only those. prints [weights, 2] int64, where given,
-    receives the fingerprints of what was written.
+    [in, p] are parallel to w or empty. Fills, where given, sums [weights, 5] float64 and, per
+    probe, which needs sums, errors [out, p] float32 (see `_ops`); write False: only those. prints
+    [weights, 2] int64, where given, receives the fingerprints of what was written.
     """
 
     w: Sequence[Tensor]
@@ -34,7 +34,7 @@ class UpdateCall(Call):
     residual: Sequence[Tensor]
     probe: Sequence[Tensor]
     write: bool
-    sums: Tensor
+    sums: Tensor | None
     errors: Sequence[Tensor]
     prints: Tensor | None = None
 

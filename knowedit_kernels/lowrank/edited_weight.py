@@ -12,8 +12,8 @@ from torch import Tensor
 
 from knowedit_kernels._memory import copied
 from knowedit_kernels.lowrank.fingerprint import fingerprint, number
+from knowedit_kernels.lowrank.report import UpdateReport
 from knowedit_kernels.lowrank.update import (
-    UpdateReport,
     check_update,
     low_rank_update_,
     low_rank_update_many_,
@@ -111,15 +111,19 @@ class EditedWeight:
             )
 
 
-def write(entries: Sequence[EditedWeight], rounding: str, seed: int) -> dict[str, UpdateReport]:
+def write(
+    entries: Sequence[EditedWeight], rounding: str, seed: int, report: bool = True
+) -> dict[str, UpdateReport]:
     """Brings weights to what their edits say, low-rank ones that are alike in one call; reports by
-    name.
+    name, of none where nobody asks for them.
     """
     reports = {}
     together: dict[object, list[EditedWeight]] = {}
     for entry in entries:
         if any(isinstance(change, Tensor) for change in entry.changes.values()):
-            reports[entry.name] = _write_dense(entry, rounding, seed)
+            base, target = _write_dense(entry, rounding, seed)
+            if report:
+                reports[entry.name] = _report(entry.weight.detach(), base, target)
         else:
             # Bits may depend on the implementation, and the weights of a call have the same one: a
             # weight's must not depend on which others are edited with it.
@@ -133,16 +137,25 @@ def write(entries: Sequence[EditedWeight], rounding: str, seed: int) -> dict[str
         weights, bases = [entry.weight for entry in some], [entry.base() for entry in some]
         prints = torch.empty(len(some), 2, dtype=torch.int64, device=weights[0].device)
         found = low_rank_update_many_(
-            weights, left, right, rounding=rounding, seed=seed, bases=bases, prints=prints
+            weights,
+            left,
+            right,
+            rounding=rounding,
+            seed=seed,
+            bases=bases,
+            prints=prints,
+            report=report,
         )
-        for entry, report, halves in zip(some, found, prints.tolist()):
-            reports[entry.name] = report
+        reports.update(zip((entry.name for entry in some), found or ()))
+        for entry, halves in zip(some, prints.tolist()):
             entry.fingerprint, entry.settled = number(*halves), True
     return reports
 
 
-def _write_dense(entry: EditedWeight, rounding: str, seed: int) -> UpdateReport:
-    """The same of one weight with dense changes: summed in float32, rounded once at the end."""
+def _write_dense(entry: EditedWeight, rounding: str, seed: int) -> tuple[Tensor, Tensor]:
+    """The same of one weight with dense changes: summed in float32, rounded once at the end.
+    Returns the weight without them, and their sum before it was rounded.
+    """
     changes = [entry.changes[key] for key in sorted(entry.changes)]
     dense = [change for change in changes if isinstance(change, Tensor)]
     weight = entry.weight.detach()
@@ -154,10 +167,10 @@ def _write_dense(entry: EditedWeight, rounding: str, seed: int) -> UpdateReport:
         target += change
     U, V = entry.factors()
     if U.numel():
-        low_rank_update_(target, U, V, rounding=rounding, seed=seed)
+        low_rank_update_(target, U, V, rounding=rounding, seed=seed, report=False)
     weight.copy_(target)
     entry.fingerprint, entry.settled = fingerprint(weight), True
-    return _report(weight, base, target)
+    return base, target
 
 
 def _report(weight: Tensor, base: Tensor, ideal: Tensor) -> UpdateReport:

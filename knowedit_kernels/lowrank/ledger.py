@@ -23,7 +23,7 @@ from knowedit_kernels.lowrank.edited_weight import (
     place_of,
     write,
 )
-from knowedit_kernels.lowrank.update import UpdateReport
+from knowedit_kernels.lowrank.report import UpdateReport
 
 
 class WeightLedger:
@@ -264,7 +264,8 @@ class WeightLedger:
         waiting = [entry for entry in entries if not entry.settled]
         if not waiting:
             return
-        write([entry for entry in waiting if entry.changes], self._rounding, self._seed)
+        changed = [entry for entry in waiting if entry.changes]
+        write(changed, self._rounding, self._seed, report=False)
         for entry in waiting:
             if not entry.settled:
                 entry.restore()

@@ -18,11 +18,12 @@ def _pointer(table, entry, FIELD: tl.constexpr, dtype: tl.constexpr, FIELDS: tl.
 def update_kernel(
     pointers, shapes, programs, sums, seed,
     DT: tl.constexpr, ROUNDING: tl.constexpr, COMPENSATED: tl.constexpr, WRITE: tl.constexpr,
+    MEASURE: tl.constexpr,
     BP: tl.constexpr, ALIGNED: tl.constexpr, ROUNDS: tl.constexpr, FIELDS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One program: rows [i BM, ...) and column tiles [j TILES, ...) of one weight; BP > 0 adds the
-    probe.
+    """One program: rows [i BM, ...) and column tiles [j TILES, ...) of one weight. Without MEASURE
+    neither sums nor the probe, which BP > 0 adds.
     """
     pid = tl.program_id(0)
     entry = tl.load(programs + pid * 3)
@@ -90,26 +91,28 @@ def update_kernel(
             tl.store(w + long_row * stride + column[None, :], new, mask=live)
             if COMPENSATED:
                 tl.store(carried, (exact - rounded).to(tl.bfloat16), mask=live)
-        applied = rounded - old  # outside the weight all four are zero
-        error = applied - ideal
-        ideal2 += tl.sum(ideal * ideal).to(tl.float64)
-        applied2 += tl.sum(applied * applied).to(tl.float64)
-        error2 += tl.sum(error * error).to(tl.float64)
-        changed += tl.sum((rounded != old).to(tl.int32))
-        finite += tl.sum((tl.abs(applied) < float("inf")).to(tl.int32)) - BM * BN
-        if BP > 0:
-            k = tl.load(
-                probe + key.to(tl.int64)[:, None] * N + column[None, :],
-                mask=(key < P)[:, None] & (column < N)[None, :],
-                other=0.0,
-            )
-            at_keys = tl.dot(error, k.T, at_keys, input_precision="tf32")
-    out = sums + pid.to(tl.int64) * 5
-    tl.store(out, ideal2)
-    tl.store(out + 1, applied2)
-    tl.store(out + 2, error2)
-    tl.store(out + 3, changed)
-    tl.store(out + 4, -finite)
+        if MEASURE:
+            applied = rounded - old  # outside the weight all four are zero
+            error = applied - ideal
+            ideal2 += tl.sum(ideal * ideal).to(tl.float64)
+            applied2 += tl.sum(applied * applied).to(tl.float64)
+            error2 += tl.sum(error * error).to(tl.float64)
+            changed += tl.sum((rounded != old).to(tl.int32))
+            finite += tl.sum((tl.abs(applied) < float("inf")).to(tl.int32)) - BM * BN
+            if BP > 0:
+                k = tl.load(
+                    probe + key.to(tl.int64)[:, None] * N + column[None, :],
+                    mask=(key < P)[:, None] & (column < N)[None, :],
+                    other=0.0,
+                )
+                at_keys = tl.dot(error, k.T, at_keys, input_precision="tf32")
+    if MEASURE:
+        out = sums + pid.to(tl.int64) * 5
+        tl.store(out, ideal2)
+        tl.store(out + 1, applied2)
+        tl.store(out + 2, error2)
+        tl.store(out + 3, changed)
+        tl.store(out + 4, -finite)
     if BP > 0:
         partial = _pointer(pointers, entry, 6, tl.float32, FIELDS)  # [column chunks, M, P]
         where = (j.to(tl.int64) * M + long_row) * P + key[None, :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,67 +11,44 @@ from torch import Tensor
 from knowedit_kernels import _ops
 from knowedit_kernels._arguments import need_tensors
 from knowedit_kernels._memory import overlaps
+from knowedit_kernels.lowrank import direct
+from knowedit_kernels.lowrank.report import UpdateReport
 
 ROUNDINGS = ("nearest", "stochastic", "compensated", "corrected")
 _WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-class UpdateReport:
-    """What an update asked for and what the weight's dtype let through. Reading a figure waits for
-    the device.
+@overload
+def low_rank_update_(
+    W: Tensor,
+    U: Tensor,
+    V: Tensor,
+    alpha: float = 1.0,
+    rounding: str = "nearest",
+    *,
+    seed: int = 0,
+    residual: Tensor | None = None,
+    probe: Tensor | None = None,
+    base: Tensor | None = None,
+    dry_run: bool = False,
+    report: Literal[True] = True,
+) -> UpdateReport: ...
 
-    probe_error [out, p] float32 (None without probe keys): (applied - ideal) @ probe, what rounding
-    adds to the layer's output at those keys.
-    """
 
-    def __init__(
-        self, sums: Tensor, total: int, probe_error: Tensor | None, row: int | None = None
-    ) -> None:
-        self._sums, self._row, self.total, self.probe_error = sums, row, total, probe_error
-
-    @cached_property
-    def _figures(self) -> list[float]:
-        return (self._sums if self._row is None else self._sums[self._row]).tolist()
-
-    @property
-    def ideal_norm(self) -> float:
-        """Frobenius norm of alpha U V^T."""
-        return self._figures[0] ** 0.5
-
-    @property
-    def applied_norm(self) -> float:
-        """Frobenius norm of the change of W."""
-        return self._figures[1] ** 0.5
-
-    @property
-    def error_norm(self) -> float:
-        """Frobenius norm of (applied - ideal): what rounding did."""
-        return self._figures[2] ** 0.5
-
-    @property
-    def survived(self) -> float:
-        """<applied, ideal> / ||ideal||^2: the share of the edit that arrived; 1 for an
-        empty edit.
-        """
-        ideal, applied, error = self._figures[:3]
-        return (ideal + applied - error) / (2 * ideal) if ideal else 1.0
-
-    @property
-    def changed(self) -> int:
-        """Entries of W whose value changed."""
-        return int(self._figures[3])
-
-    @property
-    def nonfinite(self) -> int:
-        """Entries that became infinite or NaN (an update too large for the dtype)."""
-        return int(self._figures[4])
-
-    def __repr__(self) -> str:
-        return (
-            f"UpdateReport(ideal_norm={self.ideal_norm:.4g}, applied_norm={self.applied_norm:.4g}, "
-            f"survived={self.survived:.4f}, changed={self.changed} of {self.total}, "
-            f"nonfinite={self.nonfinite})"
-        )
+@overload
+def low_rank_update_(
+    W: Tensor,
+    U: Tensor,
+    V: Tensor,
+    alpha: float = 1.0,
+    rounding: str = "nearest",
+    *,
+    seed: int = 0,
+    residual: Tensor | None = None,
+    probe: Tensor | None = None,
+    base: Tensor | None = None,
+    report: Literal[False],
+) -> None: ...
 
 
 def low_rank_update_(
@@ -86,7 +63,8 @@ def low_rank_update_(
     probe: Tensor | None = None,
     base: Tensor | None = None,
     dry_run: bool = False,
-) -> UpdateReport:
+    report: bool = True,
+) -> UpdateReport | None:
     """W += alpha U V^T in place, computed in float32 and rounded once (float64 weights: in
     float64).
 
@@ -105,6 +83,8 @@ def low_rank_update_(
     probe: [in, p] keys; the report then says what rounding did to the output there.
     base: read W from here instead (same shape and dtype): W = round(base + alpha U V^T).
     dry_run: report only, change nothing.
+    report: False updates and measures nothing, which takes less time where W comes from a cache;
+    the weight gets the same bits. Returns None.
 
     What is read may lie in memory that is written (U may be a view of W): it is copied first.
 
@@ -112,7 +92,11 @@ def low_rank_update_(
     overflows W's dtype is written, and counted in the report (``nonfinite``); a `WeightLedger`
     refuses it.
     """
-    return low_rank_update_many_(
+    if probe is None and base is None and not dry_run:
+        sums = direct.empty_sums() if report else None
+        if direct.add_(W, U, V, alpha, rounding, seed, residual, sums):
+            return None if sums is None else UpdateReport(sums, W.numel(), None)
+    reports = low_rank_update_many_(
         [W],
         [U],
         [V],
@@ -123,7 +107,45 @@ def low_rank_update_(
         probes=None if probe is None else [probe],
         bases=None if base is None else [base],
         dry_run=dry_run,
-    )[0]
+        report=report,
+    )
+    return None if reports is None else reports[0]
+
+
+@overload
+def low_rank_update_many_(
+    Ws: Sequence[Tensor],
+    Us: Sequence[Tensor],
+    Vs: Sequence[Tensor],
+    alpha: float = 1.0,
+    rounding: str = "nearest",
+    *,
+    seed: int = 0,
+    residuals: Sequence[Tensor] | None = None,
+    probes: Sequence[Tensor] | None = None,
+    bases: Sequence[Tensor] | None = None,
+    dry_run: bool = False,
+    prints: Tensor | None = None,
+    report: Literal[True] = True,
+) -> list[UpdateReport]: ...
+
+
+@overload
+def low_rank_update_many_(
+    Ws: Sequence[Tensor],
+    Us: Sequence[Tensor],
+    Vs: Sequence[Tensor],
+    alpha: float = 1.0,
+    rounding: str = "nearest",
+    *,
+    seed: int = 0,
+    residuals: Sequence[Tensor] | None = None,
+    probes: Sequence[Tensor] | None = None,
+    bases: Sequence[Tensor] | None = None,
+    dry_run: bool = False,
+    prints: Tensor | None = None,
+    report: bool,
+) -> list[UpdateReport] | None: ...
 
 
 def low_rank_update_many_(
@@ -139,7 +161,8 @@ def low_rank_update_many_(
     bases: Sequence[Tensor] | None = None,
     dry_run: bool = False,
     prints: Tensor | None = None,
-) -> list[UpdateReport]:
+    report: bool = True,
+) -> list[UpdateReport] | None:
     """`low_rank_update_` of several weights in one launch; argument lists are parallel to
     ``Ws``. Raises ValueError for a weight that occurs twice, too.
 
@@ -148,6 +171,10 @@ def low_rank_update_many_(
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if not report and dry_run:
+        raise ValueError("dry_run=True writes nothing and report=False says nothing: drop one")
+    if not report and probes is not None and rounding != "corrected":
+        raise ValueError("probe= is measured for the report: drop it, or report=False")
     for name, given in (
         ("U", Us), ("V", Vs), ("residual", residuals), ("probe", probes), ("base", bases)
     ):  # fmt: skip
@@ -182,18 +209,24 @@ def low_rank_update_many_(
     read, planes = list(bases or ()), [plane.detach() for plane in residuals or ()]
 
     device = weights[0].device if weights else None
-    sums = torch.empty((len(weights), 5), dtype=torch.float64, device=device)
-    errors = [W.new_empty(len(W), K.shape[1], dtype=torch.float32) for W, K in zip(weights, keys)]
+    sums = errors = None
+    if report or keys:
+        sums = torch.empty((len(weights), 5), dtype=torch.float64, device=device)
+        errors = [
+            W.new_empty(len(W), K.shape[1], dtype=torch.float32) for W, K in zip(weights, keys)
+        ]
 
-    def call(u: list[Tensor], rounding: str, write: bool) -> None:
+    def call(u: list[Tensor], rounding: str, write: bool, measure: bool = report) -> None:
+        seen = keys if measure else []
         _ops.run(
-            "low_rank_update_", (*weights, *read, *u, *v, *planes, *keys),
-            weights, read, u, v, rounding, seed, planes, keys, write, sums, errors,
-            prints if write else None,
+            "low_rank_update_", (*weights, *read, *u, *v, *planes, *seen),
+            weights, read, u, v, rounding, seed, planes, seen, write, sums if measure else None,
+            errors if seen else [], prints if write else None,
         )  # fmt: skip
 
     if rounding == "corrected":
-        call(u, "nearest", False)
+        assert errors is not None
+        call(u, "nearest", False, True)
         seen = [B.double().mT @ K.double() for B, K in zip(v, keys)]
         extra = [-E.double() @ torch.linalg.pinv(S) for E, S in zip(errors, seen)]
         call([a + b.to(a) for a, b in zip(u, extra)], "nearest", not dry_run)
@@ -201,6 +234,8 @@ def low_rank_update_many_(
             E += b @ S
     else:
         call(u, rounding, not dry_run)
+    if sums is None or not report:
+        return None
     return [
         UpdateReport(sums, W.numel(), errors[i] if errors else None, i)
         for i, W in enumerate(weights)

@@ -17,11 +17,13 @@ CASES = [
     (torch.float16, "compensated", 0),
     (torch.float32, "nearest", 0),
     (torch.float32, "nearest", 64),
+    (torch.bfloat16, "nearest", None),  # without a report
+    (torch.float32, "nearest", None),
 ]
 
 
 # every type and rounding once, with the most registers: probes, and compensation
-FEWER = [CASES[1], CASES[2], CASES[3], CASES[5], CASES[7]]
+FEWER = [CASES[1], CASES[2], CASES[3], CASES[5], CASES[7], CASES[8]]
 
 
 @pytest.mark.parametrize("architecture, case", on_each(CASES, FEWER), ids=str)
@@ -34,7 +36,8 @@ def test_update(architecture, case):
     tables = meta(torch.int64), meta(torch.int32), meta(torch.int32), meta(torch.float64)
     built = compile_for(
         update_kernel, architecture, *tables, 7, DT=getattr(tl, str(dtype).removeprefix("torch.")),
-        ROUNDING=rounding, COMPENSATED=rounding == "compensated", WRITE=True, BP=probes,
+        ROUNDING=rounding, COMPENSATED=rounding == "compensated", WRITE=True,
+        MEASURE=probes is not None, BP=probes or 0,
         ALIGNED=True, ROUNDS=gpu.ROUNDS, FIELDS=7, BM=gpu.BM, BN=gpu.BN, BR=gpu.BR, TILES=gpu.TILES,
         num_warps=gpu.WARPS, num_stages=gpu.STAGES,
     )  # fmt: skip

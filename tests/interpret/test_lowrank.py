@@ -167,6 +167,25 @@ def test_grouped_launch_base_and_dry_run():
         assert torch.equal(single, outputs[i]) and torch.equal(error[0], errors[i])
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_sums_the_same_bits_are_written_and_nothing_else(dtype, rounding):
+    if dtype == torch.float32 and rounding != "nearest":
+        return
+    W, U, V, _ = problem(70, 577, dtype, 11)
+    results = []
+    for sums in (torch.empty(1, 5, dtype=torch.float64), None):
+        guard = testing.guarded(W.clone(), margin=64, row_margin=8 - 577 % 8)
+        plane = [torch.zeros(70, 577).bfloat16()] if rounding == "compensated" else []
+        with testing.poisoned_allocations():
+            gpu.update_(
+                UpdateCall([guard.tensor], [], [U], [V], rounding, 5, plane, [], True, sums, [])
+            )
+        guard.check()
+        results.append([guard.tensor.clone(), *plane])
+    assert all(map(torch.equal, *results)) and not torch.equal(results[0][0], W)
+
+
 def test_infinities_are_counted():
     W = torch.full((5, 70), 6e4, dtype=torch.float16)
     V = torch.zeros(70, 1)
