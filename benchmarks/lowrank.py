@@ -2,7 +2,8 @@
 and the update without probe keys; an edit put into a ledger and taken out again, beside a copy.
 
 torch: `W.addmm_(U, V.T)` in place for float32, `W.copy_(torch.addmm(W.float(), U, V.T))` for
-bfloat16; neither reports anything. Ours is `low_rank_update_`, its checks and sums included.
+bfloat16; neither reports anything. Ours is `low_rank_update_`, its checks included, with
+`report=False` ("plain") and with its report.
 The control multiplies float32 weights' factors in bfloat16: the accuracy budget must reject it.
 """
 
@@ -65,23 +66,29 @@ def case(
 ) -> None:
     """The rows of one size, rank and dtype at the current number of threads."""
     W, U, V, probe = problem(rows, columns, rank, DTYPES[short])
-    mine, theirs, probed, copy = (W.clone() for _ in range(4))
+    mine, plain, theirs, probed, copy = (W.clone() for _ in range(5))
     runs: dict[str, Callable[[], Any]] = {
+        "plain": lambda: low_rank_update_(plain, U, V, report=False),
         "ours": lambda: low_rank_update_(mine, U, V),
         "torch": composed(theirs, U, V),
         "probed": lambda: low_rank_update_(probed, U, V, probe=probe),
         "copy": lambda: copy.copy_(W),
     }
     seconds = common.interleave(runs, repeats, clock=common.processor_time())
-    result = W.clone()
-    low_rank_update_(result, U, V)
-    checks = checks_of(result, W, U, V)
+    results = [W.clone(), W.clone()]
+    low_rank_update_(results[0], U, V)
+    low_rank_update_(results[1], U, V, report=False)
+    checks = checks_of(results[0], W, U, V)
+    plain_checks = checks_of(results[1], W, U, V)
     details: dict[str, Any] = {"rows": rows, "columns": columns, "rank": rank, "dtype": short}
     details["implementation"] = explain("low_rank_update_").chosen
     name = f"low rank {short} [{rows}, {columns}], rank {rank}"
-    report.compare(name, seconds, "torch", checks, target=TARGET, **details)
-    if rank <= FEW:
-        report.compare(f"{name}, beside a copy", seconds, "copy", checks, target=COPIES, **details)
+    bare = f"{name}, without a report"
+    for ours, what, passed in (("ours", name, checks), ("plain", bare, plain_checks)):
+        report.compare(what, seconds, "torch", passed, ours=ours, target=TARGET, **details)
+        if rank <= FEW:
+            beside = f"{what}, beside a copy"
+            report.compare(beside, seconds, "copy", passed, ours=ours, target=COPIES, **details)
     report.compare(
         f"{name}, {KEYS} probe keys beside none",
         seconds,
