@@ -32,6 +32,7 @@ from . import moe as by_expert
 from . import neuron as by_neuron
 from . import onepass as by_pass
 from . import oneshot as by_call
+from . import optimisers as by_optimiser
 from . import portability as by_hop
 from . import sequential as in_sequence
 from . import tokens as by_tokens
@@ -311,6 +312,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], str], Callable[[Path, Path], None]]
     "geometry": ("geometry.md", geometry, geometry_picture),
     "gradient": ("gradient.md", gradient, gradient_picture),
     "onepass": ("gradient.md", by_pass.table, by_model.no_picture),
+    "optimisers": ("methods.md", by_optimiser.table, by_model.no_picture),
     "tokens": ("statistics.md", tokens, tokens_picture),
     "families": ("families.md", by_family.table, by_family.picture),
     "calibration": ("calibration.md", by_calibration.table, by_calibration.draw),

@@ -145,7 +145,7 @@ class GaussNewton(Optimiser):
         damping: relative to the trace of `J J^T`.
     """
 
-    most: Count = 8
+    most: Count = 12
     aim: Positive = 0.004
     enough: Positive = 0.015
     radius: Positive = 0.5
