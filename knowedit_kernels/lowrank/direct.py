@@ -54,14 +54,14 @@ def add_(
             return False
         U = U.detach() * alpha
     if sums is None and residual is None and rounding == "nearest":
-        done, written = _ADD(W, U, V), (W,)
+        done = _ADD(W, U, V)
     elif rounding not in ROUNDING or type(residual) not in (type(None), Tensor):
         return False
     else:
         done = _ADD_AS(W, U, V, ROUNDING[rounding], seed, residual, sums)
-        written = (W,) if residual is None else (W, residual)
     if not done:
         return False
+    written = (W,) if residual is None else (W, residual)
     try:
         _COUNT_WRITES(written)
     except RuntimeError:  # nobody counts the writes to an inference tensor
