@@ -17,9 +17,9 @@ from knowedit_kernels import _modes
 from knowedit_kernels._arguments import need_tensors, open_device, whole_number
 from knowedit_kernels.moments import audit as _audit
 from knowedit_kernels.moments import files, triangle
+from knowedit_kernels.moments.checks import check_whole, limit_of
 from knowedit_kernels.moments.functional import check_keys, check_precision
 from knowedit_kernels.moments.grouped_rows import check_rows, checked_weights, grouping
-from knowedit_kernels.moments.state import check_whole, limit_of
 from knowedit_kernels.moments.waiting import Batch, Log, capacity_of
 
 STORAGE = {"float64": torch.float64, "float32": torch.float32}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +10,12 @@ import torch
 
 from knowedit_kernels import _modes
 from knowedit_kernels import _ops as _ops  # defines the ops
-from knowedit_kernels._arguments import need_tensors, open_device, whole_number
-from knowedit_kernels._dispatch import Candidate
+from knowedit_kernels._arguments import open_device, whole_number
 from knowedit_kernels.moments import audit as _audit
 from knowedit_kernels.moments import files
-from knowedit_kernels.moments.call import UpdateCall
-from knowedit_kernels.moments.functional import check_keys, check_precision, kept_rows, mirror_
-
-# The trace beyond which float32 products of keys could overflow.
-_LARGEST_TRACE = 1e37
-
-# The living moments by number, for `moment_update_`: an op takes numbers and tensors only.
-_LIVE: weakref.WeakValueDictionary[int, SecondMoment] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
+from knowedit_kernels.moments.checks import check_whole
+from knowedit_kernels.moments.functional import check_keys, check_precision, mirror_
+from knowedit_kernels.moments.together import launch, number_of, update_together
 
 
 def _capacity(dim: int, device: torch.device) -> int:
@@ -35,20 +25,6 @@ def _capacity(dim: int, device: torch.device) -> int:
     return (
         16384 if device.type != "cpu" else min(max(2**23 // max(dim, 1) // 256 * 256, 1024), 4096)
     )
-
-
-def limit_of(precision: str) -> float:
-    """The sum of squares that a batch of keys must stay below."""
-    return math.inf if precision == "fp64" else _LARGEST_TRACE
-
-
-def check_whole(whole: bool) -> None:
-    """Raises RuntimeError if a launch failed and nobody knows how much of it is in the sum."""
-    if not whole:
-        raise RuntimeError(
-            "a launch failed while this moment took in its rows, so its sum is unknown: restore a "
-            "saved state with load_state_dict"
-        )
 
 
 class SecondMoment:
@@ -86,8 +62,7 @@ class SecondMoment:
         )
 
     def _be_found(self) -> None:
-        self._number = next(_NUMBERS)
-        _LIVE[self._number] = self
+        self._number = number_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -97,7 +72,7 @@ class SecondMoment:
         check_whole(self._whole)
 
     def _accumulate(self, block: torch.Tensor) -> None:
-        _launch([self], [block])
+        launch([self], [block])
 
     def update(self, keys: torch.Tensor, mask: torch.Tensor | None = None) -> SecondMoment:
         """Adds the rows of `keys` [..., dim] (float64, float32, float16, bfloat16) whose `mask`
@@ -295,94 +270,3 @@ class SecondMoment:
         state, metadata = files.read(Path(path))
         moment = cls(state["lower"].shape[0], device=device, precision=metadata["precision"])
         return moment.load_state_dict(state)
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
-
-
-def _complaint(keys: torch.Tensor, mask: torch.Tensor | None, limit: float) -> str:
-    """Says which kept token of `keys` [..., dim] is the first that cannot be summed, and what to
-    do.
-    """
-    bad = ~(keys.double().square().sum(-1) < limit)
-    where = (bad if mask is None else bad & mask.to(bad.device)).nonzero()
-    if len(where) == 0:
-        return (
-            "keys are too large: their squares overflow float32; scale them, or use "
-            "precision='fp64'"
-        )
-    channels = (~keys[tuple(where[0])].isfinite()).nonzero().squeeze(1).tolist()
-    what = (
-        f"is NaN or infinite in {_number(len(channels), 'channel')} (first: {channels[0]})"
-        if channels
-        else "is too large"
-    )
-    first, such = ", ".join(map(str, where[0].tolist())), _number(len(where), "such token")
-    return (
-        f"keys[{first}] {what}; {such} in this batch, of which nothing was added. Mask them out, "
-        "or run the model in a wider dtype"
-    )
-
-
-def update_together(
-    moments: Sequence[SecondMoment], keys: Sequence[torch.Tensor], mask: torch.Tensor | None = None
-) -> None:
-    """Updates several layers' (distinct) moments with keys of the same tokens; full blocks share
-    one kernel launch.
-
-    Raises as `SecondMoment.update`; then no layer has counted anything.
-    """
-    if len(set(map(id, moments))) != len(moments):
-        raise ValueError("the same SecondMoment occurs twice; give every layer its own")
-    if len(moments) != len(keys):
-        raise ValueError(f"{len(moments)} moments, but keys of {len(keys)} layers")
-    for given in keys:  # the operator would only say what it is called
-        need_tensors(keys=given)
-    if mask is not None:
-        need_tensors(mask=mask)
-    torch.ops.knowedit.moment_update_(
-        [moment._turn for moment in moments],
-        list(keys),
-        mask,
-        [moment._number for moment in moments],
-    )
-
-
-@_modes.lasting
-def _update_(call: UpdateCall) -> None:
-    """``moment_update_`` of `_ops`: reads the keys, and changes the state only if all are fine."""
-    moments, keys, mask = [_LIVE[number] for number in call.moments], call.keys, call.mask
-    rows = {device: kept_rows(mask, device) for device in dict.fromkeys(key.device for key in keys)}
-    staged = [moment._stage(key, mask, rows[key.device]) for moment, key in zip(moments, keys)]
-    traces = torch.stack([sums[0].to(staged[0][1].device) for _, sums in staged]).tolist()
-    for moment, key, trace in zip(moments, keys, traces):
-        limit = limit_of(moment.precision)
-        if not trace < limit:
-            raise ValueError(_complaint(key.detach(), mask, limit))
-    try:
-        full = [(moment, moment._commit(*batch)) for moment, batch in zip(moments, staged)]
-        for turn in range(max(len(blocks) for _, blocks in full)):
-            ready = [(moment, blocks[turn]) for moment, blocks in full if turn < len(blocks)]
-            for precision in sorted({moment.precision for moment, _ in ready}):
-                same = [(moment, block) for moment, block in ready if moment.precision == precision]
-                _launch([moment for moment, _ in same], [block for _, block in same])
-    except BaseException:
-        for moment in moments:
-            moment._whole = False
-        raise
-
-
-def _launch(moments: Sequence[SecondMoment], blocks: Sequence[torch.Tensor]) -> None:
-    """Adds a block of rows to each moment, all of one precision."""
-    try:
-        torch.ops.knowedit.second_moment_(
-            [moment._lower for moment in moments], list(blocks), moments[0].precision
-        )
-    except BaseException:
-        for moment in moments:
-            moment._whole = False
-        raise
-
-
-UPDATE = Candidate("torch", _update_)
