@@ -221,9 +221,18 @@ void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t
   STD_TORCH_CHECK(run(job, kernels(isa)), "u or v contains NaN or infinity");
 }
 
+std::optional<WeightType> type_of_code(int32_t dtype) {
+  static const int32_t bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
+  static const int32_t f32 = aoti_torch_dtype_float32();
+  if (dtype == f32) return WeightType::kF32;
+  if (dtype == bf16) return WeightType::kBF16;
+  if (dtype == f16) return WeightType::kF16;
+  return std::nullopt;
+}
+
 // A tensor of two dimensions whose rows are dense, read once: through the stable ABI each answer is a call.
 struct Matrix {
-  ScalarType dtype;
+  std::optional<WeightType> type;
   int64_t rows, columns, stride;
   void* data;
 
@@ -238,10 +247,10 @@ struct Matrix {
     void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
-    return Matrix{static_cast<ScalarType>(dtype), sizes[0], sizes[1], sizes[0] > 1 ? strides[0] : sizes[1], data};
+    return Matrix{type_of_code(dtype), sizes[0], sizes[1], sizes[0] > 1 ? strides[0] : sizes[1], data};
   }
   bool is_factor(int64_t count, int64_t rank) const {
-    return dtype == ScalarType::Float && rows == count && columns == rank && (stride == columns || count * rank == 0);
+    return type == WeightType::kF32 && rows == count && columns == rank && (stride == columns || count * rank == 0);
   }
   int64_t reach(int64_t size) const { return rows && columns ? ((rows - 1) * stride + columns) * size : 0; }  // bytes
 };
@@ -257,13 +266,12 @@ bool meet(const void* one, int64_t bytes, const void* other, int64_t others) {
 // of what it does in Python.
 bool add_(AtenTensorHandle w, AtenTensorHandle u, AtenTensorHandle v, AtenTensorHandle residual, Update job) {
   const std::optional<Matrix> weight = Matrix::of(w), left = Matrix::of(u), right = Matrix::of(v);
-  if (!weight || !left || !right) return false;
+  if (!weight || !left || !right || !weight->type) return false;
   const int64_t rows = weight->rows, columns = weight->columns, rank = left->columns;
-  const bool half = weight->dtype == ScalarType::BFloat16 || weight->dtype == ScalarType::Half;
-  const int64_t size = half ? 2 : 4, reach = weight->reach(size);
-  if (!(half || (weight->dtype == ScalarType::Float && job.rounding == Rounding::kNearest)) ||
-      weight->stride < columns || !left->is_factor(rows, rank) || !right->is_factor(columns, rank) ||
-      (residual != nullptr) != (job.rounding == Rounding::kCompensated))
+  const bool single = weight->type == WeightType::kF32;
+  const int64_t size = single ? 4 : 2, reach = weight->reach(size);
+  if ((single && job.rounding != Rounding::kNearest) || weight->stride < columns || !left->is_factor(rows, rank) ||
+      !right->is_factor(columns, rank) || (residual != nullptr) != (job.rounding == Rounding::kCompensated))
     return false;
   const auto apart = [&](const void* written, int64_t bytes) {
     return !meet(written, bytes, left->data, rows * rank * 4) && !meet(written, bytes, right->data, columns * rank * 4);
@@ -271,14 +279,14 @@ bool add_(AtenTensorHandle w, AtenTensorHandle u, AtenTensorHandle v, AtenTensor
   if (!apart(weight->data, reach)) return false;
   if (residual) {
     const std::optional<Matrix> plane = Matrix::of(residual);
-    if (!plane || plane->dtype != ScalarType::BFloat16 || plane->rows != rows || plane->columns != columns ||
+    if (!plane || plane->type != WeightType::kBF16 || plane->rows != rows || plane->columns != columns ||
         plane->stride < columns || !apart(plane->data, plane->reach(2)) ||
         meet(weight->data, reach, plane->data, plane->reach(2)))
       return false;
     job.plane = static_cast<char*>(plane->data), job.plane_stride = plane->stride * 2;
   }
   if (const char* forced = std::getenv("KNOWEDIT_IMPL"); forced && *forced) return false;  // see _dispatch.py
-  job.type = type_of(weight->dtype);
+  job.type = *weight->type;
   job.rows = rows, job.columns = columns, job.rank = rank;
   job.base = job.w = static_cast<char*>(weight->data);
   job.base_stride = job.w_stride = weight->stride * size;
