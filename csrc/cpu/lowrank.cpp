@@ -261,9 +261,9 @@ bool meet(const void* one, int64_t bytes, const void* other, int64_t others) {
   return begin < start + others && start < begin + bytes;
 }
 
-// W += U V^T by the best kernel, the rest as `job` says. False, and nothing written, for all that is out of the ordinary:
-// the caller then goes the long way, which can do more, or says what is wrong. To look at the arguments here takes a tenth
-// of what it does in Python.
+// W += U V^T by the best kernel, the rest as `job` says. False, and nothing written, for all that is out of the
+// ordinary: the caller then goes the long way, which can do more, or says what is wrong. To look at the arguments here
+// takes a tenth of what it does in Python.
 bool add_(AtenTensorHandle w, AtenTensorHandle u, AtenTensorHandle v, AtenTensorHandle residual, Update job) {
   const std::optional<Matrix> weight = Matrix::of(w), left = Matrix::of(u), right = Matrix::of(v);
   if (!weight || !left || !right || !weight->type) return false;
@@ -309,8 +309,9 @@ void add(StableIValue* stack, uint64_t, uint64_t) {
 bool add_as(Tensor w, Tensor u, Tensor v, int64_t rounding, int64_t seed, std::optional<Tensor> residual,
             std::optional<Tensor> sums) {
   STD_TORCH_CHECK(rounding >= 0 && rounding <= 2, "bad rounding");
-  STD_TORCH_CHECK(!sums || (sums->scalar_type() == ScalarType::Double && sums->is_contiguous() && sums->numel() == kSums),
-                  "sums must be contiguous float64 [5]");
+  STD_TORCH_CHECK(
+      !sums || (sums->scalar_type() == ScalarType::Double && sums->is_contiguous() && sums->numel() == kSums),
+      "sums must be contiguous float64 [5]");
   Update job;
   job.rounding = static_cast<Rounding>(rounding), job.seed = static_cast<uint64_t>(seed);
   if (sums) job.sums = written<double>(*sums);
