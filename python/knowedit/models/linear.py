@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -34,9 +35,9 @@ class OneDNNLinear(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        if func is F.linear and not named and all(map(_plain, args[:2])) and _are_fixed(args[1:]):
+        if func is F.linear and not named and _is_layer(*args) and _is_usual(args[1:]):
             return _linear(*args)
-        if func is GROUPED and _is_by_expert(args, named) and _are_fixed(args[1:]):
+        if func is GROUPED and _is_by_expert(args, named) and _is_usual(args[1:]):
             return _by_expert(args[0], args[1], named["offs"])
         return func(*args, **named)
 
@@ -45,18 +46,40 @@ class OneDNNLinear(TorchFunctionMode):
 GROUPED = getattr(torch, "_grouped_mm", None)
 
 
-def _is_by_expert(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Rows `[n, in]`, matrices `[E, in, out]`, and where each expert's rows end."""
+def _is_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """States `[.., in]`, a matrix `[out, in]` of some numbers, and a bias `[out]`, if any."""
     return (
-        len(args) == 2
-        and [name for name, given in kwargs.items() if given is not None] == ["offs"]
-        and all(map(_plain, args))
-        and (args[0].dim(), args[1].dim()) == (2, 3)
+        all(map(_plain, (x, weight)))
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and x.shape[-1:] == weight.shape[1:]
+        and (bias is None or (_plain(bias) and bias.shape == weight.shape[:1]))
     )
 
 
-def _are_fixed(weights: Sequence[Tensor | None]) -> bool:
-    return not (torch.is_grad_enabled() and any(map(_trained, weights)))
+def _is_by_expert(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Rows `[n, in]`, matrices `[E, in, out]`, and `[E]` where each expert's rows end."""
+    if len(args) != 2 or [n for n, given in kwargs.items() if given is not None] != ["offs"]:
+        return False
+    (x, weight), ends = args, kwargs["offs"]
+    return (
+        all(map(_plain, args))
+        and (x.dim(), weight.dim()) == (2, 3)
+        and weight.numel() > 0
+        and x.shape[1] == weight.shape[1]
+        and ends.dtype == torch.int32
+        and ends.shape == weight.shape[:1]
+    )
+
+
+def _is_usual(weights: Sequence[Tensor | None]) -> bool:
+    """Nothing wants a gradient of weights, another dtype or a derivative forwards."""
+    return not (
+        (torch.is_grad_enabled() and any(map(_trained, weights)))
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _by_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -90,7 +113,7 @@ def _linear(x: Tensor, *fixed: Any) -> Tensor:
     if not torch.is_grad_enabled() or not any(map(_trained, (x, *fixed))):
         return _product(x, *fixed)
     # rows, as torch lets no one write into a view that a function of ours returns
-    return _Fixed.apply(x.reshape(-1, x.shape[-1]), *fixed).view(*x.shape[:-1], -1)
+    return _Fixed.apply(x.reshape(-1, x.shape[-1]), *fixed).view(*x.shape[:-1], len(fixed[0]))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -121,6 +144,7 @@ def _plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
     )
 
 

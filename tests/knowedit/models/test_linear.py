@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from knowedit.models import linear
@@ -143,3 +144,56 @@ def test_layers_that_are_trained_get_their_gradients(fast, trained):
     found, layer.get_parameter(trained).grad = layer.get_parameter(trained).grad, None
     layer(x).pow(2).sum().backward()
     assert not fast and torch.equal(found, layer.get_parameter(trained).grad)
+
+
+UNUSUAL = {
+    "a vector for a weight": lambda: F.linear(torch.ones(4, 16), torch.ones(16)),
+    "nothing in": lambda: F.linear(torch.ones(4, 0), torch.ones(8, 0)),
+    "nothing out": lambda: F.linear(torch.ones(4, 16).requires_grad_(), torch.ones(0, 16)),
+    "a bias for all": lambda: F.linear(torch.ones(4, 16), torch.ones(8, 16), torch.ones(1)),
+    "a bias a row": lambda: F.linear(torch.ones(4, 16), torch.ones(8, 16), torch.ones(4, 8)),
+    "sparse": lambda: F.linear(torch.ones(4, 16), torch.ones(8, 16).to_sparse()),
+    "a tangent": lambda: torch.func.jvp(
+        lambda x: F.linear(x, torch.ones(8, 16)), (torch.ones(4, 16),), (torch.ones(4, 16),)
+    )[1],
+    "a dual number": lambda: dual(F.linear, torch.ones(8, 16)),
+    "a transform": lambda: torch.func.grad(lambda x: F.linear(x, torch.ones(8, 16)).sum())(
+        torch.ones(4, 16)
+    ),
+}
+
+
+def dual(function, weight):
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.ones(4, 16), torch.ones(4, 16))
+        return forward_ad.unpack_dual(function(x, weight)).tangent
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_what_is_unusual_goes_its_usual_way(fast, name):
+    """oneDNN would refuse it, or lose what hangs on it."""
+    wanted = UNUSUAL[name]()
+    with linear.fast_linear():
+        found = UNUSUAL[name]()
+    assert not fast and torch.equal(found, wanted)
+
+
+def test_autocast_has_its_dtype(fast):
+    layer = torch.nn.Linear(16, 8).requires_grad_(False)
+    with linear.fast_linear(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.ones(2, 16)).dtype == torch.bfloat16
+    assert not fast
+
+
+def test_no_rows_have_a_gradient(fast):
+    layer, x = torch.nn.Linear(16, 8).requires_grad_(False), torch.ones(2, 0, 16).requires_grad_()
+    with linear.fast_linear():
+        layer(x).sum().backward()
+    assert fast and x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("ends", [ENDS[:3], torch.cat([ENDS, ENDS[-1:]]), ENDS.long()], ids=len)
+def test_a_grouped_product_with_the_wrong_ends_is_refused_as_torch_does(fast, ends):
+    with linear.fast_linear(), pytest.raises(RuntimeError):
+        F.grouped_mm(torch.ones(9, 16), torch.ones(4, 16, 8), offs=ends)
+    assert not fast
