@@ -169,17 +169,19 @@ _define(
     "Tensor(e!)? prints, Tensor? keys, int isa) -> ()",
     compiled=True,
 )
+_DECLINED = ("CompositeExplicitAutograd", "FuncTorchDynamicLayerFrontMode", "Python", "Negative")
 # its C++ kernel for plain updates of one weight (lowrank/direct.py): w += u v^T to nearest, not
 # measured, as every argument costs a tenth of a microsecond or more; and with any rounding,
 # measured where sums [5] are given. False, and nothing written, for anything out of the ordinary:
-# where there is no kernel, and where a transform or a mode listens, who then hears the op above
+# where there is no kernel, where a transform or a mode listens, who then hears the op above, and of
+# a view that negates
 for schema in (
     "low_rank_add_cpu_(Tensor(a!) w, Tensor u, Tensor v) -> bool",
     "low_rank_add_as_cpu_(Tensor(a!) w, Tensor u, Tensor v, int rounding, int seed, "
     "Tensor(b!)? residual, Tensor(c!)? sums) -> bool",
 ):
     _define(schema, lambda *args: False, compiled=True, counted=False)
-    for key in ("CompositeExplicitAutograd", "FuncTorchDynamicLayerFrontMode", "Python"):
+    for key in _DECLINED:
         LIBRARY.impl(schema.partition("(")[0], lambda *args: False, key)
     for key in ("Autograd", "ADInplaceOrView"):  # its caller counts the write
         LIBRARY.impl(schema.partition("(")[0], torch.library.fallthrough_kernel, key)

@@ -11,6 +11,7 @@
 
 #include "isa.h"
 #include "keys.h"
+#include "memory.h"
 #include "syrk.h"
 
 namespace knowedit {
@@ -37,9 +38,9 @@ void row_audit(std::optional<Tensor> out, Tensor sums, Tensor keys, Tensor signs
                   "out must be contiguous, [n, d], of the keys' dtype");
   const Type type = type_of(keys);
   const AuditKernel audit_row = audit_kernel(isa);
-  const double* z = static_cast<const double*>(signs.const_data_ptr());
-  double* each = static_cast<double*>(sums.mutable_data_ptr());
-  char* to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
+  const double* z = numbers<double>(signs);
+  double* each = written<double>(sums);
+  char* to = out ? written<char>(*out) : nullptr;
   const int64_t chunk = 256, chunks = (tokens + chunk - 1) / chunk;
   dynamic_for(chunks, [&](int64_t i) {
     for (int64_t t = i * chunk; t < std::min(tokens, (i + 1) * chunk); ++t) {
@@ -65,9 +66,9 @@ void pack(std::optional<Tensor> out, Tensor audit, Tensor keys, std::optional<Te
   if (tokens == 0 || d == 0) return;
   const Type type = type_of(keys);
   const AuditKernel audit_row = audit_kernel(isa);
-  const double* z = static_cast<const double*>(signs.const_data_ptr());
-  const int64_t* index = rows ? static_cast<const int64_t*>(rows->const_data_ptr()) : nullptr;
-  char* to = out ? static_cast<char*>(out->mutable_data_ptr()) : nullptr;
+  const double* z = numbers<double>(signs);
+  const int64_t* index = rows ? numbers<int64_t>(*rows) : nullptr;
+  char* to = out ? written<char>(*out) : nullptr;
   for (int64_t t = 0; index && t < tokens; ++t)
     STD_TORCH_CHECK(index[t] >= 0 && index[t] < keys.size(0), "row ", index[t], " is not among the keys");
   // fixed chunks, added in order: the same bits for any number of threads. Small batches stay on one thread:
@@ -85,7 +86,7 @@ void pack(std::optional<Tensor> out, Tensor audit, Tensor keys, std::optional<Te
     for (int64_t i = 0; i < chunks; ++i) work(i);
   else
     dynamic_for(chunks, work);
-  double* total = static_cast<double*>(audit.mutable_data_ptr());
+  double* total = written<double>(audit);
   for (int64_t i = 0; i < chunks; ++i)
     for (int64_t p = 0; p <= kProbes; ++p) total[p] += partial[i * (1 + kProbes) + p];
 }

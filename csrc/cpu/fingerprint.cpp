@@ -14,6 +14,7 @@
 
 #include "fingerprint.h"
 #include "isa.h"
+#include "memory.h"
 
 namespace knowedit {
 namespace {
@@ -51,8 +52,8 @@ void fingerprint(Tensor out, Tensor weight, Tensor keys) {
                   "keys must be contiguous int64, one for every eight bytes of a row");
   constexpr int64_t kRows = 4;  // at once
   const RowSums sum = row_sums();
-  const char* data = static_cast<const char*>(weight.const_data_ptr());
-  const uint64_t* key = static_cast<const uint64_t*>(keys.const_data_ptr());
+  const char* data = numbers<char>(weight);
+  const uint64_t* key = numbers<uint64_t>(keys);
   const int64_t stride = weight.stride(0) * weight.element_size();
   // a thread takes about a quarter of a megabyte at a time; a little work is not worth waking the others for
   const int64_t block = std::max(kRows, (int64_t{1} << 18) / std::max<int64_t>(bytes, 1) / kRows * kRows);
@@ -74,7 +75,7 @@ void fingerprint(Tensor out, Tensor weight, Tensor keys) {
   };
   if (blocks < 8) work(0, 1);
   else torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), blocks), 1, work);
-  for (int i = 0; i < 2; ++i) static_cast<uint64_t*>(out.mutable_data_ptr())[i] = total[i].load();
+  for (int i = 0; i < 2; ++i) written<uint64_t>(out)[i] = total[i].load();
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <atomic>
 
 #include "isa.h"
+#include "memory.h"
 #include "syrk.h"
 
 namespace knowedit {
@@ -45,6 +46,7 @@ inline const char* address(const Tensor& keys, int64_t row, int64_t column) {
 
 inline void check_keys(const Tensor& keys) {
   STD_TORCH_CHECK(keys.dim() == 2 && (keys.stride(1) == 1 || keys.size(1) <= 1), "keys must be [tokens, d] with dense rows");
+  check_memory(keys);
 }
 
 }  // namespace knowedit

@@ -16,6 +16,7 @@
 #include "fingerprint.h"
 #include "isa.h"
 #include "lowrank.h"
+#include "memory.h"
 #include "workspace.h"
 
 namespace knowedit {
@@ -175,15 +176,6 @@ bool is_factor(const Tensor& t, int64_t rows, int64_t rank) {
   return is_matrix(t, ScalarType::Float, rows, rank) && t.is_contiguous();
 }
 
-template <class T>
-const T* numbers(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* written(Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 void update(Tensor w, Tensor base, Tensor u, Tensor v, int64_t rounding, int64_t seed, int64_t stream,
             std::optional<Tensor> plane, std::optional<Tensor> probe, bool write, std::optional<Tensor> sums,
             std::optional<Tensor> error, std::optional<Tensor> prints, std::optional<Tensor> lane_keys, int64_t isa) {
@@ -247,6 +239,7 @@ struct Matrix {
     void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
+    if (!data && sizes[0] && sizes[1]) return std::nullopt;  // its storage was freed
     return Matrix{type_of_code(dtype), sizes[0], sizes[1], sizes[0] > 1 ? strides[0] : sizes[1], data};
   }
   bool is_factor(int64_t count, int64_t rank) const {

@@ -11,6 +11,7 @@
 
 #include "isa.h"
 #include "keys.h"
+#include "memory.h"
 #include "syrk.h"
 #include "workspace.h"
 
@@ -148,14 +149,14 @@ void syrk(Tensor c, Tensor keys, int64_t arithmetic, int64_t isa) {
   const SyrkKernels& kernel = kernels(isa, arithmetic, type_of(keys));
   std::vector<Segment> segments;
   cut(segments, 0, tokens, {keys.stride(0), 0, nullptr, nullptr}, kernel.tokens_per_block);
-  double* out = static_cast<double*>(c.mutable_data_ptr());
+  double* out = written<double>(c);
   add_segments<double>(keys, kernel, segments, [&](int64_t, int64_t i) { return out + i * ldc; });
 }
 
 template <class T>
 void grouped(Tensor& c, const Tensor& keys, const SyrkKernels& kernel, const std::vector<Segment>& segments) {
   const int64_t d = keys.size(1), size = d * (d + 1) / 2;
-  T* out = static_cast<T*>(c.mutable_data_ptr());
+  T* out = written<T>(c);
   add_segments<T>(keys, kernel, segments,
                   [&](int64_t group, int64_t i) { return out + group * size + i * (i + 1) / 2; });
 }
@@ -173,13 +174,13 @@ void grouped_syrk(Tensor c, Tensor keys, std::optional<Tensor> order, Tensor off
   STD_TORCH_CHECK(!order || whole(*order, tokens), "order must be int64 [n]");
   STD_TORCH_CHECK(!weights || (weights->scalar_type() == ScalarType::Float && weights->is_contiguous() &&
                                weights->numel() == tokens), "weights must be float32 [n]");
-  const int64_t* start = static_cast<const int64_t*>(offsets.const_data_ptr());
-  const int64_t* index = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr;
+  const int64_t* start = numbers<int64_t>(offsets);
+  const int64_t* index = order ? numbers<int64_t>(*order) : nullptr;
   STD_TORCH_CHECK(start[0] == 0 && start[groups] == tokens, "offsets must run from 0 to the number of rows");
   for (int64_t t = 0; index && t < tokens; ++t)
     STD_TORCH_CHECK(index[t] >= 0 && index[t] < tokens, "row ", index[t], " is not among the keys");
   if (tokens == 0 || d == 0) return;
-  const Rows rows{keys.stride(0), 0, index, weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr};
+  const Rows rows{keys.stride(0), 0, index, weights ? numbers<float>(*weights) : nullptr};
   const SyrkKernels& kernel = kernels(isa, arithmetic, type_of(keys), weights.has_value());
   std::vector<Segment> segments;
   for (int64_t g = 0; g < groups; ++g) {

@@ -43,8 +43,15 @@ class UpdateCall(Call):
         factors again after its first columns, and a weight's after the one before. A base may be
         its own weight.
 
-        Raises ValueError if two weights are the same memory: they may be written at once.
+        Raises ValueError if two weights are the same memory: they may be written at once; and if
+        what is written, or a base, is a view that negates: its memory holds other numbers.
         """
+        for name in ("w", "base", "residual"):
+            if any(x.is_neg() for x in getattr(self, name)):
+                what = "W" if name == "w" else name
+                raise ValueError(f"{what} is a view that negates: pass {what}.resolve_neg()")
+        for name in ("u", "v", "probe"):
+            object.__setattr__(self, name, [x.resolve_neg() for x in getattr(self, name)])
         if not self.write:
             return
         if len(self.w) > 1:

@@ -171,6 +171,7 @@ UNUSUAL = {
     "a factor in W": lambda W: (W.float(), None, V, {}),
     "base": lambda W: (W, U, V, {"base": W.clone() * 2}),
     "tensor of a subclass": lambda W: (W.as_subclass(Own), U, V, {}),
+    "negated factors": lambda W: (W, torch._neg_view(U), torch._neg_view(V), {}),
 }
 REFUSED = {
     "expanded": lambda W: (W[:1].expand(6, 10), U, V, {}),
@@ -185,6 +186,8 @@ REFUSED = {
     "stochastic float": lambda W: (W.float(), U, V, {"rounding": "stochastic"}),
     "no residual": lambda W: (W, U, V, {"rounding": "compensated"}),
     "short residual": lambda W: (W, U, V, {"rounding": "compensated", "residual": W[:3].clone()}),
+    "negated": lambda W: (torch._neg_view(W), U, V, {}),
+    "negated column": lambda W: (torch.complex(*2 * [W[:, :1].float()]).conj().imag, U, V[:1], {}),
     "no tensor": lambda W: (W, U.tolist(), V, {}),
 }
 
@@ -212,6 +215,19 @@ def test_what_is_wrong_is_refused_with_the_same_words(name, answers):
         words.append(str(caught.value))
         assert torch.equal(weight, before)
     assert words[0] == words[1] and not any(answers)
+
+
+@pytest.mark.parametrize("freed", ["W", "U", "V", "residual"])
+def test_memory_that_was_freed_is_not_touched(freed, answers):
+    """As torch says of its own operators, and the process lives."""
+    for report in (True, False):
+        given = {"W": W.clone(), "U": U.clone(), "V": V.clone(), **carried(W, "compensated")}
+        given[freed].untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="memory is not there|not allocated"):
+            low_rank_update_(**given, rounding="compensated", report=report)
+        if freed != "W":
+            assert torch.equal(given["W"], W)
+    assert answers == [False, False]
 
 
 @pytest.mark.parametrize(
