@@ -90,12 +90,17 @@ def _kept(
     """The edit of an earlier run that was interrupted while it was measured; None where there is
     none of these facts and settings. Statistics are kept in the cache, or as checkpoints there.
     """
-    if path is None or not path.exists():
+    if path is None or not path.exists() or not _took(path).exists():
         return None
     found = Edit.load(path)
     same = [fact.text for fact in found.facts] == [fact.text for fact in facts]
     same = same and found.fingerprint == mixture.fingerprint and found.method() == editor
     return found if same else None
+
+
+def _took(path: Path) -> Path:
+    """Where the CPU seconds of a kept edit are."""
+    return path.with_suffix(".seconds")
 
 
 def prepare(
@@ -354,11 +359,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if edit is None:
             start = time.process_time()
             edit = editor.compute(mixture, facts, statistics)
-            edit.report.details["seconds"] = time.process_time() - start
+            took = time.process_time() - start
             if path is not None:
+                _took(path).write_text(str(took), "utf-8")
                 edit.save(path)
+        else:
+            took = float(_took(path).read_text("utf-8"))
         judge(report, case, mixture, edit, facts)
-        seconds = edit.report.details["seconds"] / len(facts)
+        seconds = took / len(facts)
         costs: dict[str, Any] = {"environment": common.environment()}
         if isinstance(editor, MEMIT) and statistics is not None:
             wanted, write = planned(editor, seen, statistics, edit)
