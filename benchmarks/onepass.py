@@ -1,8 +1,8 @@
 """Editing by one pass: how many facts a CPU-second, and how far one step goes, at which token.
 
 `speed`: batches of CounterFact facts, the methods by turns in one process; what an edit takes with
-and without the look at the edited model that every method takes (`edits.measured`), which is taken
-once more by itself. Statistics are collected before, and factored within the first batch.
+and without the look at the edited model that every method takes (`edits.measured`).
+Statistics are collected before, and factored within the first batch.
 
 `step`: the mean NLL of other facts' answers before and after one curvature-scaled step, none of
 which is written: at the subject's last token, where MEMIT's values are, or at the tokens after
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knowedit.edits.measured import measure
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
 from knowedit.io.tables import Table
@@ -57,20 +55,15 @@ def written(
     rows = []
     for number, facts in enumerate(batches):
         for method in methods.values():
-            start = time.process_time()
-            edit = method.compute(
-                model, facts, statistics if method.needs_statistics else None, progress=False
-            )
-            made = time.process_time()
-            measure(model, edit)
-            look = time.process_time() - made
+            given = statistics if method.needs_statistics else None
+            _, seconds, look = common.timed_edit(method, model, facts, given)
             rows.append(
                 {
                     "case": "speed",
                     "method": method.name,
                     "batch": number + 1,
                     "facts": len(facts),
-                    "seconds": made - start,
+                    "seconds": seconds,
                     "look": look,
                 }
             )

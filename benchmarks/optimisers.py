@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from knowedit.edits.edit import Edit
-from knowedit.edits.measured import measure
 from knowedit.evaluation.evaluation import evaluate_each
 from knowedit.facts.fact import Fact
 from knowedit.facts.sets import data_dir, load
@@ -88,11 +87,8 @@ def reported(
     seconds, edits = 0.0, list[Edit]()
     steps, nll = list[float](), list[float]()
     for facts in batches:
-        start = time.process_time()
-        edit = method.compute(model, facts, statistics, progress=False)
-        made = time.process_time()
-        measure(model, edit)
-        seconds += 2 * made - start - time.process_time()
+        edit, whole, look = common.timed_edit(method, model, facts, statistics)
+        seconds += whole - look
         edits += [edit] * len(facts)
         told = edit.report
         assert isinstance(told.steps, list) and told.planned_nll is not None
