@@ -107,7 +107,7 @@ def test_kernel_scripts(script, tmp_path):
         script.main(["--quick", "--threads", "1", "--repeats", "1", "--output", str(output)]) == 0
     )
     header, *rows = rows_of(output)
-    assert header["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(header["environment"]["torch"])
     assert all(row["accurate"] != row.get("control", False) for row in rows)
     assert any("target" in row for row in rows)
 

@@ -11,7 +11,7 @@ def test_every_row_is_accurate(tmp_path):
     output = tmp_path / "out.jsonl"
     assert jvp.main(["--quick", "--repeats", "1", "--output", str(output)]) == 0
     header, *rows = map(json.loads, output.read_text().splitlines())
-    assert header["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(header["environment"]["torch"])
     assert all(row["accurate"] and row["checks"] for row in rows)
     assert [row["target"] for row in rows if "target" in row] == [20.0, 20.0]
 
