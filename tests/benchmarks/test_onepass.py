@@ -1,4 +1,4 @@
-"""The benchmark of one-pass editing: what a step leaves, and its page (unit)."""
+"""The benchmark of one-pass editing: what a step leaves, and its page (unit, model, data)."""
 
 from __future__ import annotations
 
