@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# torch 2.13.0 (2.15.0 too): the gradient of the sum of a `grouped_mm` cannot be had on a CPU, the gradient of
-# its mean can.
-#
-# `torch.nn.functional.grouped_mm` multiplies rows that are sorted by expert with each expert's matrix;
-# transformers 5 runs mixtures of experts with it. Expected: as of any product, `sum().backward()` gives each
-# row its expert's column sums. Seen: the backward pass refuses the gradient, which autograd hands on as one
-# number expanded to the output's shape, because its strides are 0. The mean's is as constant, but written
-# out, and so is a sum with weights of 1: these work, and agree with the product by hand. Who sums what
-# experts put out (attributions, Jacobians row by row) has to multiply by ones first.
-set -euo pipefail
-work=$(mktemp -d)
+# Versions: torch 2.13.0, numpy 2.3.5 on Python 3.11 (seen with torch 2.15.0, too), on a CPU
+# Expected: `torch.nn.functional.grouped_mm` multiplies rows that are sorted by expert with each expert's
+#           matrix (its docstring); transformers 5 runs mixtures of experts with it. As of any product,
+#           `sum().backward()` gives each row its expert's column sums.
+# Seen:     "RuntimeError: Invalid strides/sizes, got [0, 0] for strides and [9, 8] for sizes": the gradient
+#           of a sum is one number expanded to the output's shape, and its strides of 0 are refused. The
+#           mean's gradient, and that of a sum with weights of 1, are written out: these work, and agree
+#           with the product by hand.
+# Here:     nothing; who sums what experts put out (attributions, Jacobians) multiplies by ones first
+set -u
+work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
-python3 -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0 numpy
+"${PYTHON:-python3}" -m venv "$work/venv" || exit 2
+"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+  torch==2.13.0 numpy==2.3.5 || exit 2
 "$work/venv/bin/python" - <<'PY'
 import torch
 from torch.nn import functional as F

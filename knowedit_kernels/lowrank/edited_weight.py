@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from knowedit_kernels._memory import copied
+from knowedit_kernels.lowrank.checks import check_update
 from knowedit_kernels.lowrank.fingerprint import fingerprint, number
 from knowedit_kernels.lowrank.report import UpdateReport
 from knowedit_kernels.lowrank.update import (
-    check_update,
     low_rank_update_,
     low_rank_update_many_,
 )
